@@ -1,0 +1,334 @@
+"""The schema of `conf/`: what a configuration may hold, its canonical form and its hash.
+
+Hydra composes YAML and overrides; `Config.parse` turns the result into a validated, immutable
+value. Nothing here touches a device, a network or torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from openpi_opt.errors import UserError
+from openpi_opt.knobs import BY_NAME, KNOBS
+from openpi_opt.knobs.base import Options
+from openpi_opt.machine import Device, Machine
+
+MIN_WARMUP = 3
+MIN_ITERATIONS = 10
+# The guard's float32 reference holds 3.5 B parameters in 14 GB, activations and the KV cache
+# come on top.
+PI0_MEMORY_MIB = 20_000
+
+
+class Section(BaseModel):
+    """Base of the sections: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """Which network: the 3.5 B policy, or the same graph in small for CPUs.
+
+    `rope_frequencies` is part of the model's definition: openpi's and LeRobot's PyTorch round the
+    rotary frequencies to bfloat16, JAX keeps them in float32.
+    """
+
+    name: Literal["auto", "pi0", "pi0_mini"] = "auto"
+    rope_frequencies: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class Weights(Section):
+    """Seeded random weights, or a checkpoint (a safetensors file or its folder)."""
+
+    kind: Literal["random", "checkpoint"] = "random"
+    seed: int = Field(0, ge=0)
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _path_belongs_to_checkpoint(self) -> Weights:
+        if (self.kind == "checkpoint") != (self.path is not None):
+            raise ValueError(
+                "weights=checkpoint needs weights.path=FILE_OR_FOLDER, and only it takes a path"
+            )
+        return self
+
+
+class Workload(Section):
+    """What is inferred. `prompt_tokens` of the `prompt_slots` are valid, the rest is padding."""
+
+    name: str = "custom"
+    active_cameras: tuple[bool, ...] = (True, True, True)
+    prompt_slots: int = Field(20, ge=1)
+    prompt_tokens: int = Field(20, ge=1)
+    horizon: int = Field(10, ge=1)
+    steps: int = Field(10, ge=1)
+    batch_size: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _something_to_see(self) -> Workload:
+        if not any(self.active_cameras):
+            raise ValueError("active_cameras needs at least one true")
+        if self.prompt_tokens > self.prompt_slots:
+            raise ValueError(
+                f"prompt_tokens={self.prompt_tokens} exceeds prompt_slots={self.prompt_slots}"
+            )
+        return self
+
+
+class Platform(Section):
+    """Where the trial runs. `gpu` counts among the visible GPUs of that kind."""
+
+    device: Literal["auto", "cpu", "cuda", "rocm"] = "auto"
+    gpu: int = Field(0, ge=0)
+
+
+class Measure(Section):
+    """How latency is sampled. The minima are the field's rule: fewer says nothing."""
+
+    warmup: int = Field(5, ge=MIN_WARMUP)
+    iterations: int = Field(30, ge=MIN_ITERATIONS)
+
+
+class Profile(Section):
+    """What is looked at after the timed iterations; never during them."""
+
+    kernels: bool = True
+    trace: bool = False
+
+
+class Guard(Section):
+    """How far a candidate's actions may be from the float32 reference.
+
+    A candidate passes when its relative L2 distance is at most `factor` times the distance of the
+    plain eager policy in the same precision on the same inputs, but never more than `cap`;
+    `floor` is the least tolerance, for float32, where the plain distance is zero.
+    """
+
+    inputs: int = Field(3, ge=2)
+    factor: float = Field(2.0, gt=0)
+    floor: float = Field(1e-4, gt=0)
+    cap: float = Field(0.05, gt=0)
+
+
+class Limits(Section):
+    """Longest time in seconds for each phase of a trial; past it the trial is ended."""
+
+    load: float = Field(600, gt=0)
+    reference: float = Field(1200, gt=0)
+    compile: float = Field(900, gt=0)
+    warmup: float = Field(300, gt=0)
+    guard: float = Field(300, gt=0)
+    measure: float = Field(900, gt=0)
+    profile: float = Field(300, gt=0)
+
+
+class Tracking(Section):
+    """MLflow. `MLFLOW_TRACKING_URI` wins over the local store."""
+
+    mlflow: bool = True
+    experiment: str = "openpi-opt"
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": Model,
+    "weights": Weights,
+    "workload": Workload,
+    "platform": Platform,
+    "measure": Measure,
+    "profile": Profile,
+    "guard": Guard,
+    "limits": Limits,
+    "tracking": Tracking,
+}
+# What decides the number that is measured, besides the knobs: trials are compared with one
+# another, and with the baseline, only where these are equal.
+CONTEXT_SECTIONS = ("model", "weights", "workload", "platform", "measure", "guard")
+
+
+class Config(BaseModel):
+    """One configuration of one trial."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Model = Model()
+    weights: Weights = Weights()
+    workload: Workload = Workload()
+    platform: Platform = Platform()
+    measure: Measure = Measure()
+    profile: Profile = Profile()
+    guard: Guard = Guard()
+    limits: Limits = Limits()
+    tracking: Tracking = Tracking()
+    knobs: dict[str, Options] = Field(default_factory=dict)
+
+    @staticmethod
+    def parse(raw: Mapping[str, Any]) -> Config:
+        """Validate a composed mapping whose top-level keys are sections and knobs.
+
+        Raises:
+            UserError: unknown key or value out of range, naming the key, the value given and what
+                is admitted.
+        """
+        known = [*SECTIONS, *BY_NAME]
+        for key in raw:
+            if key not in known:
+                raise UserError(
+                    f"unknown key {key!r}; known are {', '.join(known)}.{_near(key, known)}"
+                )
+        try:
+            knobs = {
+                knob.name: _located(knob.name, knob.options_type, raw.get(knob.name, {}))
+                for knob in KNOBS
+            }
+            sections = {
+                name: _located(name, kind, raw.get(name, {})) for name, kind in SECTIONS.items()
+            }
+        except _LocatedError as error:
+            raise UserError(str(error)) from None
+        return Config(**sections, knobs=knobs)
+
+    @staticmethod
+    def load(document: Mapping[str, Any]) -> Config:
+        """Read what `dump` wrote."""
+        raw = dict(document)
+        return Config.parse({**raw.pop("knobs"), **raw})
+
+    def dump(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        document = self.model_dump(mode="json", exclude={"knobs"})
+        document["knobs"] = {
+            name: opts.model_dump(mode="json") for name, opts in self.knobs.items()
+        }
+        return document
+
+    def resolved(self, machine: Machine) -> Config:
+        """Replace `auto` by what this machine has.
+
+        Raises:
+            UserError: a device that this machine or the installed torch lacks.
+        """
+        device = _resolve_device(self.platform, machine)
+        name = self.model.name
+        if name == "auto":
+            gpus = machine.gpus_for(device)
+            roomy = bool(gpus) and gpus[self.platform.gpu].memory_mib >= PI0_MEMORY_MIB
+            name = "pi0" if roomy else "pi0_mini"
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update={"name": name}),
+                "platform": self.platform.model_copy(update={"device": device}),
+            }
+        )
+
+    def canonical(self) -> Config:
+        """The same configuration with options that have no effect set to neutral values."""
+        return self.model_copy(
+            update={"knobs": {knob.name: knob.canonical(self) for knob in KNOBS}}
+        )
+
+    def baseline(self) -> Config:
+        """The plain eager policy under the same model, weights, workload, platform and measure."""
+        return self.model_copy(update={"knobs": {k.name: k.options_type() for k in KNOBS}})
+
+    def is_baseline(self) -> bool:
+        """Whether every knob is at its default."""
+        return self.canonical().knobs == self.baseline().canonical().knobs
+
+    def context(self) -> dict[str, Any]:
+        """What two configurations must share for their latencies to be compared."""
+        sections = self.model_dump(mode="json", include=set(CONTEXT_SECTIONS))
+        del sections["workload"]["name"]  # a label, not a quantity
+        return sections
+
+    def context_hash(self) -> str:
+        """Hash of `context`, 12 hexadecimal digits."""
+        return _digest(self.context())
+
+    def hash(self) -> str:
+        """Hash of the canonical knobs and the context, 12 hexadecimal digits."""
+        canonical = self.canonical()
+        return _digest({"knobs": canonical.dump()["knobs"], **canonical.context()})
+
+    def labels(self) -> dict[str, str]:
+        """Short text of each knob, for tables and MLflow params."""
+        return {knob.name: knob.label(self.knobs[knob.name]) for knob in KNOBS}
+
+
+class _LocatedError(Exception):
+    """A validation error that knows the group it came from."""
+
+
+def _located(name: str, kind: type[BaseModel], raw: Any) -> Any:
+    if not isinstance(raw, Mapping):
+        raise _LocatedError(f"{name}={raw!r}: expected an option of the group or keys below it.")
+    try:
+        return kind.model_validate(dict(raw))
+    except ValidationError as error:
+        lines = [_explain(name, kind, item) for item in error.errors()[:3]]
+        raise _LocatedError("\n".join(lines)) from None
+
+
+def _explain(name: str, kind: type[BaseModel], item: Any) -> str:
+    path = ".".join([name, *map(str, item["loc"])])
+    if item["type"] == "extra_forbidden":
+        fields = list(kind.model_fields)
+        return (
+            f"unknown key {path}; {name} has {', '.join(fields)}.{_near(item['loc'][-1], fields)}"
+        )
+    if path == "measure.warmup" and item["type"] == "greater_than_equal":
+        return (
+            f"measure.warmup={item['input']}: at least {MIN_WARMUP} warm-up calls are needed, "
+            "the first ones compile and fill caches. Leave it out for the default of 5."
+        )
+    if path == "measure.iterations" and item["type"] == "greater_than_equal":
+        return (
+            f"measure.iterations={item['input']}: at least {MIN_ITERATIONS} iterations are needed "
+            "for a mean and a spread. Leave it out for the default of 30."
+        )
+    given = "" if item["type"] == "value_error" else f"={item['input']!r}"
+    return f"{path}{given}: {item['msg']}."
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _resolve_device(platform: Platform, machine: Machine) -> Device:
+    usable = machine.usable_device()
+    if platform.device == "auto":
+        device: Device = usable
+    else:
+        device = platform.device
+    gpus = machine.gpus_for(device)
+    if device != "cpu" and not gpus:
+        raise UserError(
+            f"platform={device}: this machine has no {device.upper()} GPU that is visible. "
+            "Use platform=cpu or platform=auto, or check the driver and *_VISIBLE_DEVICES."
+        )
+    build = machine.torch
+    has = {"cpu": True, "cuda": bool(build and build.cuda), "rocm": bool(build and build.hip)}
+    if not has[device]:
+        version = build.version if build else "none"
+        raise UserError(
+            f"platform={device}: the installed torch ({version}) was not built for it. "
+            "Install the torch build of your GPU vendor, or use platform=cpu."
+        )
+    if device != "cpu" and platform.gpu >= len(gpus):
+        raise UserError(
+            f"platform.gpu={platform.gpu}: this machine shows {len(gpus)} GPU(s), "
+            f"counted from 0. Use platform.gpu=0 to {len(gpus) - 1}."
+        )
+    return device
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

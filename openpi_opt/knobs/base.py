@@ -1,0 +1,101 @@
+"""What a knob is: one dimension of choice, a Hydra group and a module of the same name.
+
+Knob modules are imported by the controller, which must start fast and must not create a GPU
+context, so they import torch only inside the methods that run in a trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+
+    from openpi_opt.config import Config
+    from openpi_opt.machine import Machine
+    from openpi_opt.pi0.inputs import Inputs
+    from openpi_opt.pi0.policy import Pi0Policy
+
+    Call = Callable[[Inputs], torch.Tensor]
+
+
+class Options(BaseModel):
+    """Base of every knob's options: unknown keys are refused, values never change.
+
+    The defaults of the fields are the baseline's: the plain eager policy.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+O = TypeVar("O", bound=Options)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a configuration does not run: this machine lacks something, or options contradict."""
+
+    outcome: Literal["unavailable", "invalid"]
+    reason: str
+
+
+class RefusedError(Exception):
+    """Raised in a trial when what `check` could not see from outside turns out to be missing."""
+
+    def __init__(self, outcome: Literal["unavailable", "invalid"], reason: str):
+        super().__init__(reason)
+        self.refusal = Refusal(outcome, reason)
+
+
+class Knob(Generic[O]):
+    """One dimension of choice. Subclasses override what they need.
+
+    `check`, `canonical`, `environment` and `label` run in the controller (no torch); `configure`,
+    `transform` and `wrap` run in the trial, in this order, over all knobs in the order of
+    `openpi_opt.knobs.KNOBS`.
+    """
+
+    name: ClassVar[str]
+    options_type: type[O]
+
+    def of(self, cfg: Config) -> O:
+        """This knob's options in `cfg`."""
+        return cast("O", cfg.knobs[self.name])
+
+    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+        """The reason why this cannot run here or contradicts another option, or None."""
+        return None
+
+    def canonical(self, cfg: Config) -> O:
+        """Options with everything that has no effect under `cfg` set to its neutral value."""
+        return self.of(cfg)
+
+    def environment(self, cfg: Config) -> Mapping[str, str]:
+        """Variables that must be in the process environment before torch is imported."""
+        return {}
+
+    def configure(self, cfg: Config) -> None:
+        """Process-wide settings of torch, Dynamo and Inductor."""
+
+    def transform(self, policy: Pi0Policy, cfg: Config) -> None:
+        """Surgery on the loaded policy: cast, fuse, swap an operation."""
+
+    def wrap(self, call: Call, cfg: Config) -> Call:
+        """Wrap the whole call, for instance with a captured graph."""
+        return call
+
+    def label(self, options: O) -> str:
+        """Short text for tables: differing values only, in the order of the fields."""
+        changed = {
+            key: value
+            for key, value in options.model_dump().items()
+            if value != type(options).model_fields[key].default
+        }
+        return " ".join(f"{key}={value}" for key, value in changed.items()) or "default"
+
+
+AnyKnob = Knob[Any]
