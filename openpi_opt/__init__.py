@@ -1,0 +1,24 @@
+"""Sweep framework for inference optimisations of the Pi0 robot policy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openpi_opt.deploy import ReadyPolicy, load_policy
+    from openpi_opt.observation import Observation
+
+__all__ = ["Observation", "ReadyPolicy", "load_policy"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch only when it is asked for: the verbs must start fast."""
+    if name in ("ReadyPolicy", "load_policy"):
+        from openpi_opt import deploy
+
+        return getattr(deploy, name)
+    if name == "Observation":
+        from openpi_opt.observation import Observation
+
+        return Observation
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from openpi_opt import checkpoint_file
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.knobs.base import Options
@@ -212,9 +213,13 @@ class Config(BaseModel):
         """Replace `auto` by what this machine has.
 
         Raises:
-            UserError: a device that this machine or the installed torch lacks.
+            UserError: a device that this machine or the installed torch lacks, or a checkpoint
+                that is missing, truncated or a pickle.
         """
         device = _resolve_device(self.platform, machine)
+        weights = self.weights
+        if weights.path is not None:
+            weights = weights.model_copy(update={"path": checkpoint_file.inspect(weights.path)})
         name = self.model.name
         if name == "auto":
             gpus = machine.gpus_for(device)
@@ -223,6 +228,7 @@ class Config(BaseModel):
         return self.model_copy(
             update={
                 "model": self.model.model_copy(update={"name": name}),
+                "weights": weights,
                 "platform": self.platform.model_copy(update={"device": device}),
             }
         )
@@ -240,6 +246,12 @@ class Config(BaseModel):
     def is_baseline(self) -> bool:
         """Whether every knob is at its default."""
         return self.canonical().knobs == self.baseline().canonical().knobs
+
+    @property
+    def device(self) -> Device:
+        """The resolved device; an assertion fails before `resolved`."""
+        assert self.platform.device != "auto"
+        return self.platform.device
 
     def context(self) -> dict[str, Any]:
         """What two configurations must share for their latencies to be compared."""

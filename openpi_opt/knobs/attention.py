@@ -65,10 +65,13 @@ class Attention(Knob[AttentionOptions]):
     def transform(self, policy: Pi0Policy, cfg: Config) -> None:
         """Put the backend of each stage into the policy's operations."""
         from openpi_opt.kernels import attention as backends
+        from openpi_opt.pi0.inputs import Layout
 
-        options = self.of(cfg)
+        options, workload = self.of(cfg), cfg.workload
         if self._backends(cfg) != {"eager"}:
-            policy.declare_layout(_layout(cfg))
+            policy.declare_layout(
+                Layout(workload.active_cameras, workload.prompt_slots, workload.prompt_tokens)
+            )
         for stage in STAGES:
             function = backends.backend(getattr(options, stage), cfg.platform.device)
             setattr(policy.ops, f"attention_{stage}", function)
@@ -83,9 +86,6 @@ class Attention(Knob[AttentionOptions]):
     def _backends(self, cfg: Config) -> set[str]:
         options = self.of(cfg)
         return {options.vision, options.prefill, options.denoise}
-
-
-def _layout(cfg: Config) -> object: ...
 
 
 def _missing_aiter(machine: Machine) -> str | None:

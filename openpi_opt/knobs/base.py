@@ -32,7 +32,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-O = TypeVar("O", bound=Options)
+O = TypeVar("O", bound=Options)  # noqa: E741
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,6 @@ class Refusal:
 
     outcome: Literal["unavailable", "invalid"]
     reason: str
-
-
-class RefusedError(Exception):
-    """Raised in a trial when what `check` could not see from outside turns out to be missing."""
-
-    def __init__(self, outcome: Literal["unavailable", "invalid"], reason: str):
-        super().__init__(reason)
-        self.refusal = Refusal(outcome, reason)
 
 
 class Knob(Generic[O]):

@@ -1,0 +1,66 @@
+"""A look at a checkpoint's files without torch, so that a bad path fails before a trial starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from openpi_opt.errors import UserError
+
+_PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
+_LARGEST_HEADER = 100_000_000  # the format's own limit in bytes
+
+
+def inspect(given: str) -> str:
+    """Absolute path of a readable, complete safetensors checkpoint (file or folder).
+
+    Raises:
+        UserError: missing, unreadable, truncated, or a format that may run code when loaded.
+    """
+    path = Path(given).expanduser().absolute()
+    if path.suffix in _PICKLES:
+        raise UserError(
+            f"weights.path={given}: {path.suffix} files are pickles, which can run code when "
+            "loaded. Convert it to safetensors and give that file."
+        )
+    for file in _files(path, given):
+        _check_complete(file)
+    return str(path)
+
+
+def _files(path: Path, given: str) -> list[Path]:
+    if path.is_dir():
+        index = path / "model.safetensors.index.json"
+        files = sorted(path.glob("*.safetensors")) if index.exists() else []
+        files = files or [path / "model.safetensors"]
+    else:
+        files = [path]
+    for file in files:
+        if not file.is_file():
+            raise UserError(
+                f"weights.path={given}: {file} does not exist. Give a .safetensors file, or a "
+                "folder with model.safetensors in it."
+            )
+    return files
+
+
+def _check_complete(file: Path) -> None:
+    """Compare the size that the header announces with the file's."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= _LARGEST_HEADER:
+                raise ValueError("no header")
+            header = json.loads(stream.read(length))
+        ends = [item["data_offsets"][1] for key, item in header.items() if key != "__metadata__"]
+        announced = 8 + length + max(ends)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{file} is not a safetensors file, or is damaged at its start.") from error
+    actual = file.stat().st_size
+    if actual != announced:
+        raise UserError(
+            f"{file} is truncated or damaged: {actual} bytes, {announced} announced in its header. "
+            "Copy it again."
+        )

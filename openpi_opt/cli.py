@@ -1,0 +1,36 @@
+"""How every verb ends: exit codes, and what a user sees instead of a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from openpi_opt.errors import UserError
+
+USER_ERROR = 2
+INTERRUPTED = 130  # what a shell reports for a process ended by SIGINT
+PIPE_CLOSED = 141  # the same for SIGPIPE
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a verb and exit with its code.
+
+    A `UserError` becomes `error: ...` on stderr and code 2, Ctrl-C code 130. A reader that closed
+    the pipe (`compare ... | head`) has what it wanted: nothing is printed, code 141. Any other
+    exception is a defect of this project and keeps its traceback.
+    """
+    try:
+        code = main()
+        sys.stdout.flush()  # here, so that a closed pipe is met inside the try
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = USER_ERROR
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = PIPE_CLOSED
+    sys.exit(code)

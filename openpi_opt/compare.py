@@ -1,0 +1,134 @@
+"""Print the trials of a study: `python -m openpi_opt.compare STUDY`.
+
+Read from the journal, so it works during a sweep, without MLflow, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from openpi_opt.cli import run
+from openpi_opt.result import Ok, Wrong
+from openpi_opt.track.journal import Journal, Record
+from openpi_opt.track.report import Row, rows, table
+from openpi_opt.track.store import DEFAULT_STORE, Store
+
+# Wide enough that a table in a pipe or a file is never cut.
+PIPE_WIDTH = 1_000
+_NOT_LATENCY = {"samples_ms", "wall_samples_ms"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the trials of a study on stdout, and only them.
+
+    Raises:
+        UserError: an unknown study or store, or a damaged journal.
+    """
+    arguments = _parser().parse_args(argv)
+    study_dir = Store.open(arguments.store, create=False).find_study(arguments.study)
+    journal = Journal.read(study_dir)
+    for note in journal.notes:
+        print(f"note: {note}", file=sys.stderr)
+    records = journal.records()
+    if not records:
+        print(f"note: study {arguments.study} has no finished trial yet", file=sys.stderr)
+    if arguments.format == "table":
+        print_table(records)
+        return 0
+    plain = [trial(row, study_dir) for row in sorted(rows(records), key=lambda r: r.record.number)]
+    if arguments.format == "json":
+        print(json.dumps(plain, indent=1, allow_nan=False))
+    else:
+        _print_csv(plain)
+    return 0
+
+
+def print_table(records: Sequence[Record]) -> None:
+    """Print the table on stdout: as wide as the terminal, uncut anywhere else."""
+    from rich.console import Console
+
+    if not records:
+        return
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    if console.is_terminal:
+        console.print(table(records))
+        return
+    with console.capture() as capture:
+        console.print(table(records))
+    for line in capture.get().splitlines():
+        print(line.rstrip())
+
+
+def trial(row: Row, study_dir: Path) -> dict[str, Any]:
+    """One trial as plain data: all that a script wants, without the samples."""
+    record, result = row.record, row.record.result
+    ok = result if isinstance(result, Ok) else None
+    return {
+        "number": record.number,
+        "uid": record.uid,
+        "role": record.role,
+        "params": record.params,
+        "labels": record.labels,
+        "outcome": result.outcome,
+        "reason": None if isinstance(result, Ok) else result.reason,
+        "best": row.best,
+        "vs_baseline": row.vs_baseline,
+        "latency": ok and ok.latency.model_dump(exclude=_NOT_LATENCY),
+        "throughput_hz": ok and ok.throughput_hz,
+        "compile_seconds": ok and ok.compile_seconds,
+        "peak_mib": ok and ok.memory.peak_mib,
+        "kernels": ok and ok.kernels and ok.kernels.model_dump(),
+        "guard": result.guard.model_dump() if isinstance(result, Ok | Wrong) else None,
+        "model": result.config.get("model", {}).get("name"),
+        "workload": result.config.get("workload", {}).get("name"),
+        "config_hash": result.config_hash,
+        "context_hash": result.context_hash,
+        "fingerprint_hash": record.fingerprint_hash,
+        "other_fingerprint": row.stale,
+        "created_at": record.created_at,
+        "trial_dir": str(study_dir / record.trial_dir) if record.trial_dir else None,
+    }
+
+
+def _print_csv(plain: Sequence[dict[str, Any]]) -> None:
+    flat = [_flat(document) for document in plain]
+    columns = list(dict.fromkeys(key for line in flat for key in line))
+    writer = csv.DictWriter(sys.stdout, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined with dots; what a trial does not have is left out."""
+    found: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        elif value is not None or not prefix:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m openpi_opt.compare",
+        description="Print the trials of a study: what differs, outcome, latency, kernels.",
+    )
+    parser.add_argument("study", metavar="STUDY", help="name of the study")
+    parser.add_argument(
+        "--store", default=DEFAULT_STORE, metavar="DIR", help="the sweep's store (default: mlruns)"
+    )
+    parser.add_argument(
+        "--format", choices=("table", "json", "csv"), default="table", help="default: table"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

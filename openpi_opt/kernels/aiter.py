@@ -1,0 +1,109 @@
+"""AMD's flash attention (package `amd-aiter`), as operators that mutate nothing.
+
+aiter registers its operators with every tensor marked as mutated, weights included, which keeps
+torch.compile from removing dead calls and from freezing weights. The operators here wrap them
+with `mutates_args=()`.
+
+- ROCm: `torch.ops.aiter.mha_fwd`, the Composable Kernel forward. Pi0's head widths 256 and 72
+  always land there, so calling it directly loses nothing. Not run on AMD hardware by this project.
+- Elsewhere: the package's Triton kernel with an explicit `config`, because it ships launch
+  parameters for AMD only. Needs AITER_TRITON_ONLY=1 before the package is imported.
+
+Sources: ROCm/aiter `aiter/ops/mha.py`, `aiter/ops/triton/attention/mha.py` at e4048607.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openpi_opt.errors import RefusedError
+
+# Launch parameters seen working on sm_90. AMD-only keys (waves_per_eu, matrix_instr_nonkdim,
+# kpack) are left out: Triton's CUDA backend refuses keys that it does not know.
+_PREFILL_CONFIG = {
+    "BLOCK_M": 64,
+    "BLOCK_N": 32,
+    "PRELOAD_V": False,
+    "num_warps": 4,
+    "num_ctas": 1,
+    "num_stages": 1,
+}
+# The denoising steps have 10 or 50 action rows: larger row blocks would be mostly padding.
+_DECODE_CONFIG = {**_PREFILL_CONFIG, "BLOCK_M": 16, "BLOCK_N": 64}
+_DECODE_ROWS = 32
+
+
+def core(device: str) -> Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]:
+    """The flash kernel for `device` ("rocm" or "cuda").
+
+    Raises:
+        RefusedError: the package cannot be imported here.
+    """
+    operator = _mha_ck if device == "rocm" else _mha_triton
+    _import_for(device)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            raise ValueError(
+                "aiter's flash attention takes no mask; declare the layout of the workload "
+                "(policy.declare_layout) so that masked keys are left out instead"
+            )
+        return operator(q, k, v, scale)
+
+    return attention
+
+
+@torch.library.custom_op("openpi_opt::aiter_mha_ck", mutates_args=())
+def _mha_ck(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Full attention, q [B, S, Hq, D], k and v [B, T, Hkv, D], bfloat16 or float16."""
+    flags = [False, -1, -1, *_sink_size(), False, False]  # causal, window, sink, lse, randval
+    q, k, v = (t.contiguous() for t in (q, k, v))
+    out: Tensor = torch.ops.aiter.mha_fwd(q, k, v, 0.0, scale, *flags)[0]
+    return out
+
+
+@_mha_ck.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape[:-1] + v.shape[-1:])
+
+
+@torch.library.custom_op("openpi_opt::aiter_mha_triton", mutates_args=())
+def _mha_triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Full attention by aiter's Triton kernel; shapes as `_mha_ck`."""
+    from aiter.ops.triton.attention.mha import flash_attn_func
+
+    config = _DECODE_CONFIG if q.shape[1] <= _DECODE_ROWS else _PREFILL_CONFIG
+    out: Tensor = flash_attn_func(q, k, v, softmax_scale=scale, causal=False, config=dict(config))
+    return out
+
+
+@_mha_triton.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape[:-1] + v.shape[-1:])
+
+
+@cache
+def _sink_size() -> list[Any]:
+    """`sink_size` entered the signature on 2025-12-16 (aiter d917238748)."""
+    schema = str(torch.ops.aiter.mha_fwd.default._schema)
+    return [0] if "sink_size" in schema else []
+
+
+def _import_for(device: str) -> None:
+    try:
+        if device == "rocm":
+            import aiter.ops.mha  # defines torch.ops.aiter.mha_fwd
+        else:
+            import aiter.ops.triton.attention.mha  # noqa: F401
+    except Exception as error:
+        # aiter raises RuntimeError, AssertionError, KeyError and others when it does not find its
+        # platform; whichever it is, the backend that was asked for is not to be had.
+        raise RefusedError(
+            "unavailable",
+            f"attention=aiter: importing AMD's aiter failed: {type(error).__name__}: {error}",
+        ) from error

@@ -1,0 +1,79 @@
+"""Attention backends behind the signature of `openpi_opt.pi0.ops.eager_attention`.
+
+Flash kernels take no arbitrary mask, and Pi0 needs two: masked cameras and padding in the prefix,
+and a state token that does not see the actions in the suffix. Both are exact without a mask once
+the layout is declared: a masked key has weight exactly zero, so leaving it out changes nothing,
+and queries that see different keys go into different calls (`Visibility.segments`). Passing
+`is_causal=True` instead would be a different function: torch aligns it to the upper left when
+there are fewer queries than keys.
+
+Letters: B batch, S queries, T keys, Hq query heads, Hkv key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openpi_opt.pi0.ops import Attention, Segment, Visibility, eager_attention
+
+# q [B, S, Hq, D], k and v [B, T, Hkv, D], scale, mask -> [B, S, Hq, D]
+Core = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+
+
+def backend(name: str, device: str) -> Attention:
+    """The attention function of an option; `device` decides which of aiter's kernels is meant."""
+    if name == "eager":
+        return eager_attention
+    if name == "sdpa":
+        return segmented(sdpa)
+    if name == "aiter":
+        from openpi_opt.kernels import aiter
+
+        return segmented(aiter.core(device))
+    raise ValueError(f"attention backend {name!r}; known are eager, sdpa, aiter")
+
+
+def segmented(core: Core) -> Attention:
+    """Run a kernel once per segment, over exactly the keys that the segment sees."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
+        if visibility.segments is None:
+            return core(q, k, v, scale, visibility.mask)
+        parts = [_one(core, q, k, v, scale, segment) for segment in visibility.segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    return attention
+
+
+def _one(core: Core, q: Tensor, k: Tensor, v: Tensor, scale: float, segment: Segment) -> Tensor:
+    start, stop, keys = segment
+    if isinstance(keys, int):
+        k, v = k[:, :keys], v[:, :keys]
+    elif keys is not None:
+        k, v = k.index_select(1, keys), v.index_select(1, keys)
+    rows = q if stop - start == q.shape[1] else q[:, start:stop]
+    return core(rows, k, v, scale, None)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """torch's scaled_dot_product_attention; `mask` is bool, broadcastable to [B, 1, S, T].
+
+    With one key/value head the query heads become further rows of one head: no key is repeated,
+    and the output needs no transposition.
+    """
+    batch, queries, heads, width = q.shape
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    if k.shape[2] != 1:
+        if k.shape[2] != heads:
+            raise ValueError(f"{heads} query heads on {k.shape[2]} key heads: need 1 or {heads}")
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, mask, scale=scale)
+        return out.transpose(1, 2)
+    if mask is not None and mask.shape[2] != 1:
+        mask = mask.repeat_interleave(heads, dim=2)
+    rows = q.reshape(batch, 1, queries * heads, width)
+    out = F.scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
+    return out.view(batch, queries, heads, width)

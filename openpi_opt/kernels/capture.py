@@ -1,0 +1,79 @@
+"""Whole-call capture and replay: one CUDA or HIP graph per inference.
+
+Dynamo cannot trace while a stream is being captured, so the exact call is warmed up first and the
+capture runs under a stance that forbids recompilation; that no graph was compiled in between is
+checked as well. A capture that fails raises; there is no way on without the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from openpi_opt.pi0.inputs import Inputs
+
+_WARMUPS = 3
+
+
+class CaptureError(RuntimeError):
+    """The call could not be captured, or something was compiled while it was."""
+
+
+class CapturedCall:
+    """Replay of `call` over static inputs; new inputs are copied in before each replay.
+
+    The graph is captured at the first call. Later inputs must have the same shapes. The returned
+    actions are a copy: the static output is overwritten by the next replay.
+    """
+
+    def __init__(self, call: Callable[[Inputs], Tensor]):
+        self._call = call
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: Inputs
+        self._output: Tensor
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Copy `inputs` in, replay, return the actions [B, H, A].
+
+        Raises:
+            CaptureError: at the first call, when the capture fails.
+            ValueError: shapes other than those captured.
+        """
+        if self._graph is None:
+            self._capture(inputs)
+        for name, static, new in zip(Inputs._fields, self._inputs, inputs, strict=True):
+            if static.shape != new.shape:
+                raise ValueError(
+                    f"{name} has shape {list(new.shape)}, but the graph was captured for "
+                    f"{list(static.shape)}. Build the policy for this workload."
+                )
+            static.copy_(new)
+        assert self._graph is not None
+        self._graph.replay()
+        return self._output.clone()
+
+    def _capture(self, inputs: Inputs) -> None:
+        self._inputs = Inputs(*(tensor.clone() for tensor in inputs))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARMUPS):
+                self._call(self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        compiled = _graphs_compiled()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.compiler.set_stance("fail_on_recompile"), torch.cuda.graph(graph):
+                self._output = self._call(self._inputs)
+        except RuntimeError as error:
+            raise CaptureError(f"graph capture failed: {error}") from error
+        if _graphs_compiled() != compiled:
+            raise CaptureError("something was compiled during graph capture")
+        self._graph = graph
+
+
+def _graphs_compiled() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -1,0 +1,140 @@
+"""Timing of whole calls: device events with the wall clock beside them, or the wall clock alone.
+
+A robot waits for the action before it moves, so each iteration is a separate request: the device
+is idle when it starts and is waited for when it ends. Nothing is pipelined over iterations.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from openpi_opt.config import MIN_ITERATIONS, MIN_WARMUP
+from openpi_opt.machine import Device
+from openpi_opt.measure.stats import Clock
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latency of each iteration in milliseconds, in the order in which they ran.
+
+    `clock` says what `samples_ms` were read from. On a CPU both lists are the same readings.
+    """
+
+    samples_ms: list[float]
+    wall_samples_ms: list[float]
+    clock: Clock
+
+
+def time_calls(
+    call: Callable[[T], object],
+    inputs: Sequence[T],
+    warmup: int,
+    iterations: int,
+    device: Device,
+) -> Timing:
+    """Time `iterations` calls after `warmup` untimed ones; call i gets `inputs[i % len(inputs)]`.
+
+    The garbage collector is off in between. What the call returns is freed after its time was
+    taken.
+
+    Raises:
+        ValueError: no inputs, or fewer calls than `MIN_WARMUP` or `MIN_ITERATIONS`.
+    """
+    if iterations < MIN_ITERATIONS:
+        raise ValueError(f"iterations={iterations}: at least {MIN_ITERATIONS} are needed")
+    warm_up(call, inputs, warmup, device)
+    with _no_garbage_collection():
+        if device == "cpu":
+            return _time_on_cpu(call, inputs, iterations)
+        return _time_on_gpu(call, inputs, iterations)
+
+
+def warm_up(
+    call: Callable[[T], object], inputs: Sequence[T], count: int, device: Device
+) -> list[float]:
+    """Run `count` calls, each to its end, and return their wall times in milliseconds.
+
+    The first ones compile, tune and fill caches: these times say what starting costs and are
+    never part of a latency.
+
+    Raises:
+        ValueError: no inputs, or `count` under `MIN_WARMUP`.
+    """
+    if count < MIN_WARMUP:
+        raise ValueError(f"warmup={count}: at least {MIN_WARMUP} calls are needed")
+    if not inputs:
+        raise ValueError("inputs is empty: at least one is needed")
+    times_ms = []
+    for i in range(count):
+        start_ns = time.perf_counter_ns()
+        call(inputs[i % len(inputs)])
+        synchronise(device)
+        times_ms.append((time.perf_counter_ns() - start_ns) / 1e6)
+    return times_ms
+
+
+def synchronise(device: Device) -> None:
+    """Wait until the current GPU has finished; on a CPU there is nothing to wait for."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _time_on_cpu(call: Callable[[T], object], inputs: Sequence[T], iterations: int) -> Timing:
+    elapsed_ns = [0] * iterations
+    for i in range(iterations):
+        chosen = inputs[i % len(inputs)]
+        start_ns = time.perf_counter_ns()
+        actions = call(chosen)
+        elapsed_ns[i] = time.perf_counter_ns() - start_ns
+        del actions  # only now: freeing a tensor takes time that is not the call's
+    samples_ms = [value / 1e6 for value in elapsed_ns]
+    return Timing(samples_ms, list(samples_ms), "wall")
+
+
+def _time_on_gpu(call: Callable[[T], object], inputs: Sequence[T], iterations: int) -> Timing:
+    starts = _ready_events(iterations)
+    ends = _ready_events(iterations)
+    wall_ns = [0] * iterations
+    for i in range(iterations):
+        chosen = inputs[i % len(inputs)]
+        torch.cuda.synchronize()
+        start_ns = time.perf_counter_ns()
+        starts[i].record()
+        actions = call(chosen)
+        ends[i].record()
+        torch.cuda.synchronize()
+        wall_ns[i] = time.perf_counter_ns() - start_ns
+        del actions
+    samples_ms = [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
+    return Timing(samples_ms, [value / 1e6 for value in wall_ns], "device_events")
+
+
+def _ready_events(count: int) -> list[torch.cuda.Event]:
+    """Timing events that exist on the device: torch creates them at the first `record`."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+    for event in events:
+        event.record()
+    torch.cuda.synchronize()
+    return events
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect once, then keep the collector off; it is restored to what it was."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

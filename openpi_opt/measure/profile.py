@@ -1,0 +1,212 @@
+"""What one inference launches: kernels on a GPU, operator calls on a CPU, by category and stage.
+
+`profile_call` records one call with torch.profiler and reads the Chrome trace that it exports, the
+same file that a user can open in Perfetto; `trace.py` says what counts.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from openpi_opt.machine import Device
+from openpi_opt.measure.categories import CATEGORIES, categorise
+from openpi_opt.measure.clock import synchronise
+from openpi_opt.measure.trace import (
+    OUTSIDE,
+    Launch,
+    ProfileError,
+    TraceEvent,
+    has_generated_loops,
+    list_kernels,
+    list_operators,
+    lost_launches,
+    stage_by_sequence,
+)
+from openpi_opt.result import KernelRow, Kernels
+
+T = TypeVar("T")
+
+_NO_MARKERS = "No stages: no marker was recorded; graph replay and torch.compile leave them out."
+_GENERATED_LOOPS = (
+    "Loops that Inductor generated are not operator calls: neither counts nor times of operators "
+    "include them."
+)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Totals, the kernel table (longest first), each launch in order of its start, and remarks.
+
+    `notes` says, one sentence each, what is missing or not exact, and why; it belongs beside the
+    figures wherever they are shown.
+    """
+
+    kernels: Kernels
+    table: list[KernelRow]
+    launches: list[Launch]
+    notes: list[str]
+
+
+def profile_call(
+    call: Callable[[T], object],
+    inputs: T,
+    device: Device,
+    trace_path: Path | None = None,
+    uncaptured: Callable[[T], object] | None = None,
+) -> Profile:
+    """Profile one inference of a call that is warm already (compiled, captured).
+
+    It runs twice under the profiler, whose own start-up falls into the first run; only the second
+    is recorded. A replayed graph has no markers: with `uncaptured`, the same call without its
+    graph is profiled too, and its stages are taken over if it launched the same kernels in the
+    same order. `trace_path` receives the Chrome trace, gzipped.
+
+    Raises:
+        ProfileError: no kernel or operator call was recorded.
+    """
+    events = _record(call, inputs, device, trace_path)
+    found = profile_of(events, device)
+    if found.kernels.stage_ms or uncaptured is None:
+        return found
+    reference = profile_of(_record(uncaptured, inputs, device, None), device)
+    return with_stages_of(found, reference)
+
+
+def profile_of(events: Sequence[TraceEvent], device: Device) -> Profile:
+    """Read the trace of one inference. Raises ProfileError where nothing was recorded."""
+    launches = list_operators(events) if device == "cpu" else list_kernels(events)
+    if not launches:
+        what = "operator call" if device == "cpu" else "device kernel"
+        raise ProfileError(
+            f"torch.profiler recorded no {what}. On a GPU, CUPTI or roctracer may be missing or "
+            "in use by another profiler; profile.kernels=false leaves the counts out."
+        )
+    notes = _notes_on_cpu(events, launches) if device == "cpu" else _notes_on_gpu(events, launches)
+    return _summary(launches, device, notes)
+
+
+def kernels_of(launches: Sequence[Launch], device: Device) -> Kernels:
+    """Count launches and sum their time in milliseconds, per category and per stage.
+
+    Each category is named, also with 0. The stages are either complete, so that they sum to the
+    same time as the categories, or `stage_ms` is empty: one launch of unknown stage suffices.
+    """
+    count = Counter(dict.fromkeys(CATEGORIES, 0))
+    category_us: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
+    stage_us: defaultdict[str, float] = defaultdict(float)
+    for launch in launches:
+        category = categorise(launch.name)
+        count[category] += 1
+        category_us[category] += launch.duration_us
+        if launch.stage is not None:
+            stage_us[launch.stage] += launch.duration_us
+    known = all(launch.stage is not None for launch in launches)
+    return Kernels(
+        kind="operator_calls" if device == "cpu" else "device_kernels",
+        total=len(launches),
+        by_category={str(category): number for category, number in count.items()},
+        category_ms={name: value / 1e3 for name, value in category_us.items()},
+        stage_ms={name: value / 1e3 for name, value in stage_us.items()} if known else {},
+    )
+
+
+def table_of(launches: Iterable[Launch]) -> list[KernelRow]:
+    """One row per name, the one with the most time first."""
+    durations_us: defaultdict[str, list[float]] = defaultdict(list)
+    for launch in launches:
+        durations_us[launch.name].append(launch.duration_us)
+    rows = [
+        KernelRow(name=name, category=categorise(name), calls=len(each), total_ms=sum(each) / 1e3)
+        for name, each in durations_us.items()
+    ]
+    return sorted(rows, key=lambda row: (-row.total_ms, row.name))
+
+
+def with_stages_of(replay: Profile, reference: Profile) -> Profile:
+    """`replay` with the stages of `reference`, or with a note that says why it has none."""
+    notes = [note for note in replay.notes if note != _NO_MARKERS]
+    if not reference.kernels.stage_ms:
+        note = "No stages: the call without its graph has none either."
+        return replace(replay, notes=[*notes, note])
+    both = [*replay.launches, *reference.launches]
+    stages = stage_by_sequence(
+        [(launch.name, launch.stage or OUTSIDE) for launch in reference.launches],
+        [launch.name for launch in replay.launches],
+        frozenset(launch.name for launch in both if launch.is_copy),
+    )
+    if stages is None:
+        note = (
+            f"No stages: the replay ran {len(replay.launches)} kernels and copies, the call "
+            f"without its graph {len(reference.launches)}, and not the same ones in order."
+        )
+        return replace(replay, notes=[*notes, note])
+    launches = [
+        replace(launch, stage=stage) for launch, stage in zip(replay.launches, stages, strict=True)
+    ]
+    note = "Stages by the order of the kernels, from the same call without its graph."
+    return _summary(launches, "cuda", [*notes, note])
+
+
+def _summary(launches: list[Launch], device: Device, notes: list[str]) -> Profile:
+    return Profile(kernels_of(launches, device), table_of(launches), launches, notes)
+
+
+def _notes_on_gpu(events: Sequence[TraceEvent], launches: Sequence[Launch]) -> list[str]:
+    notes = []
+    lost = lost_launches(events, launches)
+    if lost:
+        notes.append(f"Counts are too low: {lost} launches have no kernel in the trace.")
+    unknown = sum(launch.stage is None for launch in launches)
+    if unknown == len(launches):
+        notes.append(_NO_MARKERS)
+    elif unknown:
+        notes.append(f"No stages: the launch of {unknown} kernels is not in the trace.")
+    return notes
+
+
+def _notes_on_cpu(events: Sequence[TraceEvent], launches: Sequence[Launch]) -> list[str]:
+    notes = [_GENERATED_LOOPS] if has_generated_loops(events) else []
+    return [*notes, _NO_MARKERS] if launches[0].stage is None else notes
+
+
+def _record(
+    call: Callable[[T], object], inputs: T, device: Device, trace_path: Path | None
+) -> list[TraceEvent]:
+    """The trace events of the second of two calls."""
+    activities = [ProfilerActivity.CPU]
+    if device != "cpu":
+        activities.append(ProfilerActivity.CUDA)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with profile(
+            activities=activities,
+            schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
+            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(trace)),
+        ) as profiler:
+            for _ in range(2):
+                call(inputs)
+                synchronise(device)  # nothing of one call may fall into the next
+                profiler.step()
+        if trace_path is not None:
+            _compress(trace, trace_path)
+        document = json.loads(trace.read_text(encoding="utf-8"))
+    events: list[TraceEvent] = document["traceEvents"]
+    return events
+
+
+def _compress(source: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with source.open("rb") as plain, gzip.open(temporary, "wb") as packed:
+        shutil.copyfileobj(plain, packed)
+    os.replace(temporary, target)

@@ -1,0 +1,1 @@
+"""The Pi0 policy in plain PyTorch: model, inputs, weights and checkpoints."""

@@ -1,0 +1,269 @@
+"""Pi0 inference: images, prompt and robot state to a chunk of actions.
+
+Three stages: `encode_images` (SigLIP and projector), `prefill` (the prefix through the language
+model, keeping keys and values), `denoise_step` (the action expert, once for each Euler step). Each
+is looked up on the instance, so assigning to `policy.denoise_step` replaces that stage.
+
+Nothing here waits for the device or copies from the host: a call can be captured as a graph.
+
+Letters: B batch, C cameras, L prompt slots, P prefix slots, N kept prefix keys, S suffix tokens
+(state, then actions), H horizon, A action dim, W language width, E expert width, D head dim.
+"""
+
+import math
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from openpi_opt.pi0.config import Pi0Config
+from openpi_opt.pi0.gemma import GemmaTower, KeysValues, rope_at, rope_frequencies
+from openpi_opt.pi0.inputs import Inputs, Layout
+from openpi_opt.pi0.layers import Linear
+from openpi_opt.pi0.ops import Ops, Segment, Visibility
+from openpi_opt.pi0.schedule import step_size, time_features
+from openpi_opt.pi0.siglip import VisionTower
+
+
+class PrefixCache(NamedTuple):
+    """What the denoising steps need to know of the prefix."""
+
+    layers: list[KeysValues]
+    """for each layer, rotated keys and values [B, N, Hkv, D]"""
+    valid_count: Tensor
+    """[B or 1] int64: valid prefix tokens, the position of the state token"""
+    mask: Tensor | None
+    """[B, N] bool: the keys that may be seen; None when only valid keys were kept"""
+
+
+class PaliGemmaModel(nn.Module):
+    """Vision tower, projector and language model; a namespace for the file's names."""
+
+    def __init__(self, config: Pi0Config, ops: Ops) -> None:
+        super().__init__()
+        self.vision_tower = nn.Module()
+        self.vision_tower.vision_model = VisionTower(config.vision, ops)
+        self.multi_modal_projector = nn.Module()
+        self.multi_modal_projector.linear = Linear(
+            config.vision.width, config.language.width, True, ops
+        )
+        self.language_model = GemmaTower(config.language, ops)
+
+
+class PaliGemma(nn.Module):
+    """The prefix model and the embedding table, which files store as `lm_head.weight`."""
+
+    def __init__(self, config: Pi0Config, ops: Ops) -> None:
+        super().__init__()
+        self.model = PaliGemmaModel(config, ops)
+        self.lm_head = nn.Linear(config.language.width, config.vocab_size, bias=False)
+
+
+class GemmaExpert(nn.Module):
+    """The action expert. Its `lm_head` is used by nothing and kept because files hold it."""
+
+    def __init__(self, config: Pi0Config, ops: Ops) -> None:
+        super().__init__()
+        self.model = GemmaTower(config.expert, ops)
+        self.lm_head = nn.Linear(config.expert.width, config.vocab_size, bias=False)
+
+
+class PaliGemmaWithExpert(nn.Module):
+    """Everything that the precision applies to; what is outside stays float32."""
+
+    def __init__(self, config: Pi0Config, ops: Ops) -> None:
+        super().__init__()
+        self.paligemma = PaliGemma(config, ops)
+        self.gemma_expert = GemmaExpert(config, ops)
+
+
+class Pi0Policy(nn.Module):
+    """A Pi0 policy with uninitialised weights; `weights.build` and `checkpoint.load` fill them.
+
+    `dtype` is the dtype of the towers' activations, set by `precision.cast`.
+    """
+
+    frequencies: Tensor
+    time_table: Tensor
+    layout_index: Tensor
+    layout_positions: Tensor
+    layout_mask: Tensor
+    layout_count: Tensor
+
+    def __init__(self, config: Pi0Config, steps: int = 10) -> None:
+        super().__init__()
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; an inference needs at least 1 denoising step.")
+        self.config = config
+        self.steps = steps
+        self.ops = Ops()
+        self.dtype = torch.float32
+        self.layout: Layout | None = None
+        width = config.expert.width
+        self.paligemma_with_expert = PaliGemmaWithExpert(config, self.ops)
+        self.state_proj = nn.Linear(config.action_dim, width)
+        self.action_in_proj = nn.Linear(config.action_dim, width)
+        self.action_out_proj = nn.Linear(width, config.action_dim)
+        self.action_time_mlp_in = nn.Linear(2 * width, width)
+        self.action_time_mlp_out = nn.Linear(width, width)
+        self.requires_grad_(False)
+        self.fill_buffers()
+
+    @property
+    def vision(self) -> VisionTower:
+        """The SigLIP tower."""
+        tower = self.paligemma_with_expert.paligemma.model.vision_tower
+        return cast(VisionTower, tower.vision_model)
+
+    @property
+    def projector(self) -> nn.Module:
+        """The linear layer from vision width to language width."""
+        return cast(
+            nn.Module, self.paligemma_with_expert.paligemma.model.multi_modal_projector.linear
+        )
+
+    @property
+    def language(self) -> GemmaTower:
+        """The prefix language model."""
+        return self.paligemma_with_expert.paligemma.model.language_model
+
+    @property
+    def expert(self) -> GemmaTower:
+        """The action expert."""
+        return self.paligemma_with_expert.gemma_expert.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.action_out_proj.weight.device
+
+    def fill_buffers(self) -> None:
+        """Compute the constant tables on the policy's device (again after `to_empty`)."""
+        config, device = self.config, self.device
+        frequencies = rope_frequencies(config.language.head_dim, config.rope_frequencies)
+        table = time_features(self.steps, config.expert.width)
+        self.register_buffer("frequencies", frequencies.to(device), persistent=False)
+        self.register_buffer("time_table", table.to(device), persistent=False)
+        if self.layout is not None:
+            self.declare_layout(self.layout)
+
+    def declare_layout(self, layout: Layout | None) -> None:
+        """Promise that every later batch has the masks of `layout`; None takes the promise back.
+
+        The masks in the inputs are then not read (reading them would synchronise): who declares
+        compares them with `Layout.of` on the host. Visibilities get their static `segments`, and
+        the prefix cache keeps the valid keys only. That is exact: a masked key's weight is
+        exactly 0 and positions count valid tokens only.
+        """
+        if layout is not None:
+            if layout.tokens_per_camera != self.config.vision.tokens:
+                raise ValueError(
+                    f"The layout has {layout.tokens_per_camera} tokens a camera; "
+                    f"{self.config.name} has {self.config.vision.tokens}."
+                )
+            index = torch.tensor(layout.valid_index())
+            mask = torch.zeros(1, layout.prefix_slots, dtype=torch.bool)
+            mask[:, index] = True
+            for name, value in (
+                ("layout_index", index),
+                ("layout_mask", mask),
+                ("layout_positions", mask.cumsum(1) - 1),
+                ("layout_count", mask.sum(1)),
+            ):
+                self.register_buffer(name, value.to(self.device), persistent=False)
+        self.layout = layout
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """[B, C, 3, 224, 224] float32 in [-1, 1] -> image tokens [B, C*256, W], not scaled."""
+        batch = images.shape[0]
+        tokens = self.projector(self.vision(images.flatten(0, 1), self.dtype))
+        return tokens.reshape(batch, -1, tokens.shape[-1])
+
+    def embed_prompt(self, tokens: Tensor) -> Tensor:
+        """[B, L] int64 -> [B, L, W]; language embeddings are multiplied by sqrt(W)."""
+        table = self.paligemma_with_expert.paligemma.lm_head.weight
+        return F.embedding(tokens, table) * math.sqrt(self.config.language.width)
+
+    def prefill(
+        self, image_tokens: Tensor, tokens: Tensor, image_mask: Tensor, token_mask: Tensor
+    ) -> PrefixCache:
+        """Image tokens [B, C*256, W], prompt [B, L] and their masks -> the prefix cache."""
+        x = torch.cat((image_tokens, self.embed_prompt(tokens)), dim=1)
+        if self.layout is None:
+            camera_mask = image_mask.repeat_interleave(self.config.vision.tokens, dim=1)
+            mask = torch.cat((camera_mask, token_mask), dim=1)
+            positions, count = mask.cumsum(1) - 1, mask.sum(1)
+        else:
+            mask, positions, count = self.layout_mask, self.layout_positions, self.layout_count
+        rope = rope_at(positions, self.frequencies, self.dtype)
+        visibility = self.prefix_visibility(mask)
+        _, caches = self.language(x, rope, visibility, self.ops.attention_prefill)
+        if self.layout is None:
+            return PrefixCache(caches, count, mask)
+        if not self.layout.all_valid:
+            caches = [
+                KeysValues(*(tensor.index_select(1, self.layout_index) for tensor in cache))
+                for cache in caches
+            ]
+        return PrefixCache(caches, count, None)
+
+    def prefix_visibility(self, mask: Tensor) -> Visibility:
+        """Every prefix query sees every valid prefix token; mask [B or 1, P] bool."""
+        layout = self.layout
+        if layout is None:
+            return Visibility(mask[:, None, None, :], None)
+        if layout.all_valid:
+            return Visibility(None, (Segment(0, layout.prefix_slots, None),))
+        keys = layout.prefix_valid if layout.leading else self.layout_index
+        return Visibility(mask[:, None, None, :], (Segment(0, layout.prefix_slots, keys),))
+
+    def suffix_visibility(self, cache: PrefixCache, horizon: int) -> Visibility:
+        """The state sees the valid prefix and itself; actions see those and all actions."""
+        prefix = cache.layers[0].keys.shape[1]
+        queries = torch.arange(horizon + 1, device=self.device)
+        keys = torch.arange(prefix + horizon + 1, device=self.device)
+        mask = (queries[:, None] > 0) | (keys[None, :] <= prefix)
+        if cache.mask is None:
+            segments = (Segment(0, 1, prefix + 1), Segment(1, horizon + 1, None))
+            return Visibility(mask[None, None], segments)
+        prefix_mask = F.pad(cache.mask, (0, horizon + 1), value=True)
+        return Visibility(mask[None, None] & prefix_mask[:, None, None, :], None)
+
+    def embed_suffix(self, x_t: Tensor, features: Tensor, state: Tensor) -> Tensor:
+        """x_t [B, H, A], time features [E], state [B, A] -> tokens [B, 1 + H, E], all float32."""
+        action = self.action_in_proj(x_t)
+        timed = torch.cat((action, features.expand_as(action)), dim=-1)
+        mixed = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(timed)))
+        return torch.cat((self.state_proj(state)[:, None], mixed), dim=1)
+
+    def denoise_step(
+        self, x_t: Tensor, features: Tensor, state: Tensor, cache: PrefixCache
+    ) -> Tensor:
+        """The velocity at x_t [B, H, A] -> [B, H, A], all float32.
+
+        `features` [E] is the row of `time_table` for this step: a tensor, so that one compiled
+        graph serves all steps. state [B, A] float32.
+        """
+        horizon = x_t.shape[1]
+        suffix = self.embed_suffix(x_t, features, state).to(self.dtype)
+        offsets = torch.arange(horizon + 1, device=self.device)
+        positions = cache.valid_count[:, None] + offsets
+        rope = rope_at(positions, self.frequencies, self.dtype)
+        visibility = self.suffix_visibility(cache, horizon)
+        hidden, _ = self.expert(suffix, rope, visibility, self.ops.attention_denoise, cache.layers)
+        return self.action_out_proj(self.expert.norm(hidden[:, 1:]).float())
+
+    def sample_actions(self, inputs: Inputs) -> Tensor:
+        """A batch of observations -> normalised actions [B, H, A] float32."""
+        with record_function("openpi_opt::vision"):
+            image_tokens = self.encode_images(inputs.images)
+        with record_function("openpi_opt::prefill"):
+            cache = self.prefill(image_tokens, inputs.tokens, inputs.image_mask, inputs.token_mask)
+        dt = step_size(self.steps)
+        x_t = inputs.noise
+        for features in self.time_table.unbind():
+            with record_function("openpi_opt::denoise"):
+                x_t = x_t + dt * self.denoise_step(x_t, features, inputs.state, cache)
+        return x_t

@@ -1,0 +1,99 @@
+"""Presets: a promoted configuration as a Hydra file, with its provenance.
+
+A preset names an option of each group where the promoted knobs equal one, so that a group on the
+command line (`preset=h100 attention=eager`) replaces it as usual. `provenance` says where the
+figures come from; nothing reads it to choose an implementation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from openpi_opt.config import Config
+from openpi_opt.errors import UserError
+from openpi_opt.knobs import KNOBS
+from openpi_opt.paths import conf_dir, user_conf_dir
+from openpi_opt.result import write_atomic
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for a name that is not a plain file name."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"preset name {name!r}: use letters, digits, '.', '_' and '-', starting with a letter "
+            "or digit, at most 64 characters."
+        )
+
+
+def preset_path(name: str, folder: Path | None) -> Path:
+    """Where the preset called `name` is written: `folder`, or `conf/preset` of the working folder.
+
+    Raises:
+        UserError: a name that could leave the folder.
+    """
+    check_name(name)
+    return (folder or user_conf_dir() / "preset") / f"{name}.yaml"
+
+
+@contextmanager
+def config_root(folder: Path) -> Iterator[Path]:
+    """A search root for Hydra in which `folder` is the group `preset`, whatever its name is.
+
+    Raises:
+        UserError: `folder` is not a folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"preset folder {folder} does not exist; give the one of --preset-dir.")
+    with TemporaryDirectory(prefix="openpi_opt_") as root:
+        (Path(root) / "preset").symlink_to(folder.absolute(), target_is_directory=True)
+        yield Path(root)
+
+
+def write(path: Path, cfg: Config, provenance: dict[str, Any]) -> None:
+    """Write the preset atomically.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, render(cfg, provenance))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}. Choose another --preset-dir."
+        ) from error
+
+
+def render(cfg: Config, provenance: dict[str, Any]) -> str:
+    """The YAML text of a preset."""
+    defaults: list[Any] = []
+    body: dict[str, Any] = {}
+    for knob in KNOBS:
+        values = cfg.canonical().knobs[knob.name].model_dump(mode="json")
+        option = _option_of(knob.name, values)
+        if option is None:
+            body[knob.name] = values
+        else:
+            defaults.append({f"override /{knob.name}": option})
+    document = {"defaults": defaults, **body, "provenance": provenance}
+    head = (
+        f"# @package _global_\n# Written by `python -m openpi_opt.promote {provenance['study']}`.\n"
+    )
+    return head + yaml.safe_dump(document, sort_keys=False, width=100, allow_unicode=True)
+
+
+def _option_of(group: str, values: dict[str, Any]) -> str | None:
+    """The option file of a group that holds exactly `values`."""
+    for file in sorted((conf_dir() / group).glob("*.yaml")):
+        if yaml.safe_load(file.read_text(encoding="utf-8")) == values:
+            return file.stem
+    return None

@@ -1,0 +1,87 @@
+"""From a configuration to a callable policy: the same way for a trial and for `load_policy`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from openpi_opt.knobs import KNOBS
+from openpi_opt.pi0 import checkpoint, weights
+from openpi_opt.pi0.config import MODELS
+from openpi_opt.pi0.workload import Workload
+
+if TYPE_CHECKING:
+    from openpi_opt.config import Config
+    from openpi_opt.pi0.inputs import Inputs
+    from openpi_opt.pi0.policy import Pi0Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A policy with all knobs applied.
+
+    `call` is what is measured and deployed; `uncaptured` is the same without graph replay, in
+    which stages can be told apart.
+    """
+
+    policy: Pi0Policy
+    call: Callable[[Inputs], Tensor]
+    uncaptured: Callable[[Inputs], Tensor]
+
+
+def torch_device(cfg: Config) -> torch.device:
+    """ROCm devices are called cuda in torch. The trial sees one GPU only, so its index is 0."""
+    return torch.device("cpu" if cfg.platform.device == "cpu" else "cuda")
+
+
+def workload_of(cfg: Config) -> Workload:
+    """The policy's view of the workload section."""
+    names = [field.name for field in dataclasses.fields(Workload)]
+    return Workload(**{name: getattr(cfg.workload, name) for name in names})
+
+
+def build_policy(cfg: Config, device: torch.device) -> Pi0Policy:
+    """The plain float32 policy with its weights.
+
+    Raises:
+        openpi_opt.pi0.checkpoint.CheckpointError: the checkpoint does not fit the model.
+    """
+    config = dataclasses.replace(
+        MODELS[cfg.model.name], rope_frequencies=cfg.model.rope_frequencies
+    )
+    policy = weights.build(config, device, steps=cfg.workload.steps)
+    if cfg.weights.path is not None:
+        checkpoint.load(policy, Path(cfg.weights.path))
+    else:
+        weights.init_random(policy, cfg.weights.seed)
+    return policy
+
+
+def apply_knobs(policy: Pi0Policy, cfg: Config) -> Prepared:
+    """Configure, transform and wrap, over all knobs in their order."""
+    for knob in KNOBS:
+        knob.configure(cfg)
+    for knob in KNOBS:
+        knob.transform(policy, cfg)
+    call: Callable[[Inputs], Tensor] = policy.sample_actions
+    uncaptured = call
+    for knob in KNOBS:
+        call = knob.wrap(call, cfg)
+    # Not inference_mode: its tensors have other dispatch keys than those a caller brings, and
+    # compiled stages would be compiled once more for each mixture of the two.
+    return Prepared(policy, torch.no_grad()(call), torch.no_grad()(uncaptured))
+
+
+def environment_of(cfg: Config) -> dict[str, str]:
+    """Variables that the knobs need in the process before torch is imported."""
+    merged: dict[str, str] = {}
+    for knob in KNOBS:
+        for name, value in knob.environment(cfg).items():
+            if merged.setdefault(name, value) != value:
+                raise ValueError(f"two knobs set {name}: {merged[name]!r} and {value!r}")
+    return merged

@@ -1,0 +1,1 @@
+"""Proposing configurations, running each in a process of its own, keeping what they gave."""

@@ -1,0 +1,204 @@
+"""The kinds of dimension that a search space has, and what each is to Optuna.
+
+A point of the space maps every swept key to the text that stands behind `=` in its override, so
+what Optuna stores, what Hydra composes and what the user typed are one and the same.
+"""
+
+from __future__ import annotations
+
+import bisect
+import decimal
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+# Above this a range of floats is handed to Optuna as a list of choices no more.
+MAX_LISTED = 10_000
+
+
+class Dimension(ABC):
+    """One swept key."""
+
+    @abstractmethod
+    def count(self) -> int | None:
+        """How many values there are; None for a continuum."""
+
+    @abstractmethod
+    def texts(self) -> Sequence[str]:
+        """The values in the order written; of a continuum its ends and a point between."""
+
+    @abstractmethod
+    def distribution(self) -> BaseDistribution:
+        """What Optuna samples from. Imports Optuna."""
+
+    @abstractmethod
+    def value(self, text: str) -> str | int | float:
+        """Optuna's value for a text of `texts`."""
+
+    @abstractmethod
+    def text(self, value: str | int | float) -> str:
+        """The text for a value that Optuna sampled."""
+
+
+@dataclass(frozen=True)
+class Choices(Dimension):
+    """A list of values: `a,b`, `choice(a,b)`, `glob(*)`, or floats that form no even grid."""
+
+    values: tuple[str, ...]
+
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.values)
+
+    def texts(self) -> Sequence[str]:
+        """As written."""
+        return self.values
+
+    def distribution(self) -> BaseDistribution:
+        """Without any order among the values."""
+        from optuna.distributions import CategoricalDistribution
+
+        return CategoricalDistribution(self.values)
+
+    def value(self, text: str) -> str:
+        """The text itself."""
+        return text
+
+    def text(self, value: str | int | float) -> str:
+        """The value itself."""
+        return str(value)
+
+
+@dataclass(frozen=True)
+class Integers(Dimension):
+    """Whole numbers: `range(1,9,2)` (its stop excluded), `int(interval(1,8))` (both included)."""
+
+    values: range
+    log: bool = False
+
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.values)
+
+    def texts(self) -> Sequence[str]:
+        """In the order of the range, which may fall."""
+        return _Texts(self.values)
+
+    def distribution(self) -> BaseDistribution:
+        """Optuna includes both ends, so they are the first and last element."""
+        from optuna.distributions import IntDistribution
+
+        low, high = sorted((self.values[0], self.values[-1]))
+        return IntDistribution(low, high, log=self.log, step=abs(self.values.step))
+
+    def value(self, text: str) -> int:
+        """The number."""
+        return int(text)
+
+    def text(self, value: str | int | float) -> str:
+        """The number."""
+        return str(int(value))
+
+
+@dataclass(frozen=True)
+class EvenFloats(Dimension):
+    """An evenly spaced list of floats: `range(0.1,0.5,0.1)`."""
+
+    values: tuple[float, ...]
+    step: float
+
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.values)
+
+    def texts(self) -> Sequence[str]:
+        """In the order of the range, which may fall."""
+        return tuple(repr(value) for value in self.values)
+
+    def distribution(self) -> BaseDistribution:
+        """A grid of Optuna's, whose points may differ from ours in the last digit."""
+        from optuna.distributions import FloatDistribution
+
+        return FloatDistribution(self._sorted[0], self._sorted[-1], step=self.step)
+
+    def value(self, text: str) -> float:
+        """The number."""
+        return float(text)
+
+    def text(self, value: str | int | float) -> str:
+        """The element nearest to Optuna's point, so that both write the same digits."""
+        number = float(value)
+        at = bisect.bisect_left(self._sorted, number)
+        near = self._sorted[max(0, at - 1) : at + 1]
+        return repr(min(near, key=lambda element: abs(element - number)))
+
+    @cached_property
+    def _sorted(self) -> list[float]:
+        return sorted(self.values)
+
+
+@dataclass(frozen=True)
+class Interval(Dimension):
+    """A continuum: `interval(0.1,1)`, `tag(log,interval(1e-4,1))`."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def count(self) -> int | None:
+        """One when the ends are equal, no number otherwise."""
+        return 1 if self.low == self.high else None
+
+    def texts(self) -> Sequence[str]:
+        """The ends and a point between them that is no round number."""
+        between = self.low + (math.sqrt(5) - 1) / 2 * (self.high - self.low)
+        return tuple(repr(value) for value in dict.fromkeys((self.low, between, self.high)))
+
+    def distribution(self) -> BaseDistribution:
+        """Both ends included."""
+        from optuna.distributions import FloatDistribution
+
+        return FloatDistribution(self.low, self.high, log=self.log)
+
+    def value(self, text: str) -> float:
+        """The number."""
+        return float(text)
+
+    def text(self, value: str | int | float) -> str:
+        """The number with all its digits."""
+        return repr(float(value))
+
+
+def floats(values: Sequence[float]) -> Dimension:
+    """The dimension for a list of floats: a grid when it is one for Optuna too, else choices.
+
+    Adding a step again and again leaves 0.30000000000000004; twelve digits are kept, so that the
+    value is the one a user would write.
+    """
+    rounded = tuple(float(f"{value:.12g}") for value in values)
+    decimals = [decimal.Decimal(repr(value)) for value in rounded]
+    steps = {abs(b - a) for a, b in itertools.pairwise(decimals)} or {decimal.Decimal(1)}
+    if len(steps) == 1:
+        return EvenFloats(rounded, step=float(steps.pop()))
+    return Choices(tuple(repr(value) for value in rounded))
+
+
+class _Texts(Sequence[str]):
+    """Texts of a range, made when asked for: a range may have millions of elements."""
+
+    def __init__(self, values: range):
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        picked = self._values[index]
+        return _Texts(picked) if isinstance(picked, range) else str(picked)

@@ -1,0 +1,120 @@
+"""The process environment of a trial: what the configuration says, not what the shell says.
+
+A variable that selects kernels, tuning or numerics would change what a trial measures without
+being written in its configuration, so those are taken out; variables that say where things are
+stay. The sweep prints the names that were taken out, never their values.
+"""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+
+from openpi_opt.config import Config
+from openpi_opt.knobs import KNOBS
+from openpi_opt.machine import Machine
+from openpi_opt.paths import package_dir
+
+CLEARED_PREFIXES = (
+    "AITER_",
+    "AMD_SERIALIZE_",
+    "CUBLASLT_",
+    "CUDNN_",
+    "FLASH_ATTENTION_",
+    "HIPBLASLT_",
+    "MIOPEN_",
+    "PYTORCH_TUNABLEOP_",
+    "ROCBLAS_",
+    "TORCHDYNAMO_",
+    "TORCHINDUCTOR_",
+    "TORCH_BLAS_",
+    "TORCH_COMPILE_",
+    "TORCH_CUDNN_",
+    "TRITON_",
+)
+CLEARED_NAMES = frozenset(
+    {
+        "CUBLAS_WORKSPACE_CONFIG",
+        "CUDA_LAUNCH_BLOCKING",
+        "CUDA_MODULE_LOADING",
+        "DISABLE_ADDMM_CUDA_LT",
+        "GPU_MAX_HW_QUEUES",
+        "HIP_FORCE_DEV_KERNARG",
+        "HIP_LAUNCH_BLOCKING",
+        "NVIDIA_TF32_OVERRIDE",
+        "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "PYTORCH_HIP_ALLOC_CONF",
+        "PYTORCH_NO_CUDA_MEMORY_CACHING",
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+        "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL",
+        "USE_ROCM_AITER_ROPE_BACKEND",
+    }
+)
+# Caches, tools and data: they say where, not what.
+PLACE_SUFFIXES = ("_DIR", "_PATH", "_HOME", "_ROOT")
+_GPU_SELECTION = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+
+
+def cleared_names(environ: Mapping[str, str]) -> list[str]:
+    """Names in `environ` that would change a trial and are kept from it."""
+    return sorted(name for name in environ if _changes_a_trial(name))
+
+
+def child_environment(
+    cfg: Config, machine: Machine, environ: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Environment of the process that runs `cfg`, from the controller's own.
+
+    Raises:
+        ValueError: two knobs want one variable to have different values.
+    """
+    source = os.environ if environ is None else environ
+    env = {name: value for name, value in source.items() if not _changes_a_trial(name)}
+    env.update(_knob_variables(cfg))
+    env.update(_gpu_selection(cfg, machine, env))
+    env["PYTHONUNBUFFERED"] = "1"
+    env.update(_import_path(env))
+    return env
+
+
+def _changes_a_trial(name: str) -> bool:
+    if name in CLEARED_NAMES:
+        return True
+    return name.startswith(CLEARED_PREFIXES) and not name.endswith(PLACE_SUFFIXES)
+
+
+def _knob_variables(cfg: Config) -> dict[str, str]:
+    merged: dict[str, str] = {}
+    for knob in KNOBS:
+        for name, value in knob.environment(cfg).items():
+            if merged.setdefault(name, value) != value:
+                raise ValueError(f"two knobs set {name}: {merged[name]!r} and {value!r}")
+    return merged
+
+
+def _gpu_selection(cfg: Config, machine: Machine, env: dict[str, str]) -> dict[str, str]:
+    """Show the trial one GPU. HIP knows no UUIDs, and reads CUDA_VISIBLE_DEVICES as well."""
+    device = cfg.platform.device
+    if device not in ("cuda", "rocm"):
+        return {}
+    gpu = machine.gpus_for(device)[cfg.platform.gpu]
+    for name in _GPU_SELECTION:
+        env.pop(name, None)
+    if device == "cuda":
+        return {"CUDA_VISIBLE_DEVICES": gpu.uuid}
+    return {"HIP_VISIBLE_DEVICES": str(gpu.index)}
+
+
+def _import_path(env: Mapping[str, str]) -> dict[str, str]:
+    """Let the child import this very package, also from a checkout that is not installed.
+
+    Not for site-packages: put in front, it would hide modules of the standard library.
+    """
+    root = package_dir().parent
+    if root in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}:
+        return {}
+    rest = env.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(root), *([rest] if rest else [])])}

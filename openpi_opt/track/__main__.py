@@ -1,0 +1,71 @@
+"""`python -m openpi_opt.track sync`: deliver to MLflow what it does not have yet."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from openpi_opt.cli import run
+from openpi_opt.config import Tracking
+from openpi_opt.track.journal import Journal
+from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
+from openpi_opt.track.store import DEFAULT_STORE, Store
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Deliver the named studies, or all; 0 when MLflow has everything, 1 when it is away.
+
+    Raises:
+        UserError: an unknown study or store, a damaged journal, a database of another version.
+    """
+    arguments = _parser().parse_args(argv)
+    store = Store.open(arguments.store, create=False)
+    for name in arguments.study or store.studies():
+        study_dir = store.find_study(name)
+        journal = Journal.open(study_dir)
+        for note in journal.notes:
+            print(f"note: {note}", file=sys.stderr)
+        log = MlflowLog(store, _tracking(journal))
+        try:
+            count = log.sync(study_dir, journal, verify=True)
+        except TrackingError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        print(f"{name}: {count} of {len(journal.records())} records delivered, the rest was there")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m openpi_opt.track",
+        description="Deliver studies from their journals to MLflow.",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    sync = verbs.add_parser(
+        "sync",
+        help="deliver what MLflow does not have yet",
+        description=(
+            "Deliver trials that MLflow does not have yet, to MLFLOW_TRACKING_URI when that is "
+            "set, else to the store's own database. Nothing is delivered twice."
+        ),
+    )
+    sync.add_argument("study", nargs="*", metavar="STUDY", help="default: every study in the store")
+    sync.add_argument(
+        "--store", default=DEFAULT_STORE, metavar="DIR", help="the sweep's store (default: mlruns)"
+    )
+    return parser
+
+
+def _tracking(journal: Journal) -> Tracking:
+    """The tracking section that the study's sweep ran with."""
+    records = journal.records()
+    return (
+        Tracking.model_validate(records[-1].result.config.get("tracking", {}))
+        if records
+        else Tracking()
+    )
+
+
+if __name__ == "__main__":
+    run(main)

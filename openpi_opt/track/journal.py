@@ -1,0 +1,330 @@
+"""The journal of a study: append-only JSON lines, the source of truth of its results.
+
+A record counts as kept once its line ends with a newline on disk. Every line is one write and one
+fsync under a file lock, so two sweeps on one study interleave lines, never bytes. What a killed
+process or a full disk leaves behind a last newline is a torn line; opening the journal moves it
+aside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from openpi_opt.errors import UserError
+from openpi_opt.result import TrialResult, write_atomic
+from openpi_opt.track.fingerprint import package_version
+
+SCHEMA_VERSION = 1
+Role = Literal["trial", "baseline", "confirm"]
+# An append takes milliseconds. Whoever holds the lock this long is stopped or on a dead disk.
+LOCK_TIMEOUT_S = 120
+
+
+def utc_now() -> str:
+    """The time as ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+class Record(BaseModel):
+    """One trial of a study: what was asked, and what came of it.
+
+    `params` are the swept Hydra keys with their values, `labels` the short text of every knob,
+    `trial_dir` is relative to the study's folder. `number` is given by `Journal.append`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    uid: str = Field(default_factory=lambda: uuid4().hex, pattern="^[0-9a-f]{32}$")
+    study: str
+    number: int = Field(-1, ge=-1)
+    role: Role = "trial"
+    params: dict[str, str] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict)
+    result: TrialResult
+    trial_dir: str | None = None
+    fingerprint_hash: str
+    created_at: str = Field(default_factory=utc_now)
+
+
+class Header(BaseModel):
+    """`study.json`: where a study comes from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    name: str
+    created_at: str
+    command: list[str]
+    openpi_opt: str
+
+
+class Journal:
+    """The records of one study, in memory and on disk. Make it with `open` or `read`."""
+
+    def __init__(self, study_dir: Path, header: Header | None):
+        self.study_dir = study_dir
+        self.path = study_dir / "journal.jsonl"
+        self.header = header
+        self.notes: list[str] = []
+        self._lock = FileLock(study_dir / "journal.lock", timeout=LOCK_TIMEOUT_S)
+        self._records: list[Record] = []
+        self._by_uid: dict[str, Record] = {}
+        self._by_hashes: dict[tuple[str, str], Record] = {}
+        self._read_to = 0  # bytes of the file that are in memory
+
+    @staticmethod
+    def open(study_dir: Path, command: Sequence[str] = ()) -> Journal:
+        """Open for appending; makes the folder and `study.json` when absent, mends a torn end.
+
+        `notes` then says what was mended.
+
+        Raises:
+            UserError: a damaged line before the end, a newer format, or a folder that cannot be
+                written.
+        """
+        with _user_errors(study_dir):
+            study_dir.mkdir(parents=True, exist_ok=True)
+            journal = Journal(study_dir, None)
+            with journal._locked():
+                journal.header = _make_header(study_dir, command)
+                journal._mend()
+                journal._take_new_lines()
+        return journal
+
+    @staticmethod
+    def read(study_dir: Path) -> Journal:
+        """Read without a lock and without changing anything, for instance of a running sweep.
+
+        Raises:
+            UserError: a damaged line before the end, a newer format, or an unreadable file.
+        """
+        with _user_errors(study_dir):
+            journal = Journal(study_dir, _read_header(study_dir))
+            rest = journal._take_new_lines()
+        if _is_record(rest):  # whole, only its newline is missing
+            journal._take(Record.model_validate_json(rest))
+        elif rest:
+            journal.notes.append(f"{journal.path}: left out an incomplete last line")
+        return journal
+
+    def records(self) -> list[Record]:
+        """All records that were read or appended, in the order of their numbers."""
+        return list(self._records)
+
+    def find(self, config_hash: str, fingerprint_hash: str) -> Record | None:
+        """The newest measurement of a configuration, leaving out those made to confirm one."""
+        return self._by_hashes.get((config_hash, fingerprint_hash))
+
+    def by_uid(self, uid: str) -> Record | None:
+        """The record of that uid."""
+        return self._by_uid.get(uid)
+
+    def refresh(self) -> None:
+        """Take in what other processes appended.
+
+        Raises:
+            UserError: as `open`.
+        """
+        with _user_errors(self.study_dir), self._locked():
+            self._mend()
+            self._take_new_lines()
+
+    def append(self, record: Record) -> Record:
+        """Number a record and put it on disk; returns it as written.
+
+        A uid that is already there is not written again: its record is returned.
+
+        Raises:
+            UserError: the disk is full or the file cannot be written. Nothing is half written.
+            pydantic.ValidationError: the record would not be read back as it is (NaN in it).
+        """
+        with _user_errors(self.study_dir), self._locked():
+            self._mend()
+            self._take_new_lines()
+            known = self._by_uid.get(record.uid)
+            if known is not None:
+                return known
+            number = self._records[-1].number + 1 if self._records else 0
+            line = record.model_copy(update={"number": number}).model_dump_json()
+            written = Record.model_validate_json(line)  # never a line that could not be read back
+            self._write(line.encode() + b"\n")
+            self._take(written)
+            return written
+
+    def _write(self, data: bytes) -> None:
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            done = os.write(handle, data)
+            while done < len(data):  # a short write: what stopped it is raised by the next one
+                done += os.write(handle, data[done:])
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, self._read_to)  # frees space, so it works on a full disk as well
+            raise
+        finally:
+            os.close(handle)
+        self._read_to += len(data)
+
+    def _take(self, record: Record) -> None:
+        self._records.append(record)
+        self._by_uid[record.uid] = record
+        if record.role != "confirm":
+            self._by_hashes[record.result.config_hash, record.fingerprint_hash] = record
+
+    def _take_new_lines(self) -> bytes:
+        """Read on from where reading ended; returns what follows the last newline."""
+        if not self.path.exists():
+            return b""
+        with self.path.open("rb") as file:
+            file.seek(self._read_to)
+            *lines, rest = file.read().split(b"\n")
+        for line in lines:
+            self._take(_parse_line(line, f"{self.path} line {len(self._records) + 1}"))
+            self._read_to += len(line) + 1
+        return rest
+
+    def _mend(self) -> None:
+        """Under the lock: put aside a torn last line, or end a whole one that lacks its newline."""
+        tail, start = _tail(self.path)
+        if not tail:
+            return
+        if _is_record(tail):
+            with self.path.open("ab") as file:
+                file.write(b"\n")
+            return
+        aside = self._put_aside(tail)
+        os.truncate(self.path, start)
+        self.notes.append(
+            f"{self.path}: the last line was torn ({len(tail)} bytes), as after a kill or a full "
+            f"disk; it is kept in {aside.name} and its trial counts as not finished"
+        )
+
+    def _put_aside(self, torn: bytes) -> Path:
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        for attempt in range(1000):
+            path = self.study_dir / f"journal.torn-{stamp}{f'-{attempt}' if attempt else ''}"
+            try:
+                with path.open("xb") as file:
+                    file.write(torn)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except FileExistsError:
+                continue
+            return path
+        raise FileExistsError(f"{self.study_dir}: too many journal.torn-{stamp}-* files")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"{self.path}: another process has held its lock for {LOCK_TIMEOUT_S} s.\n"
+                "End the stopped sweep that uses this study, then run the same command again."
+            ) from None
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+def _make_header(study_dir: Path, command: Sequence[str]) -> Header:
+    header = _read_header(study_dir)
+    if header is None:
+        header = Header(
+            name=study_dir.name,
+            created_at=utc_now(),
+            command=list(command),
+            openpi_opt=package_version(),
+        )
+        write_atomic(study_dir / "study.json", header.model_dump_json(indent=1) + "\n")
+    return header
+
+
+def _read_header(study_dir: Path) -> Header | None:
+    path = study_dir / "study.json"
+    if not path.exists():
+        return None
+    text = path.read_bytes()
+    try:
+        return Header.model_validate_json(text)
+    except ValidationError:
+        raise _unreadable(text, str(path)) from None
+
+
+def _parse_line(line: bytes, where: str) -> Record:
+    try:
+        return Record.model_validate_json(line)
+    except ValidationError:
+        raise _unreadable(line, where) from None
+
+
+def _unreadable(text: bytes, where: str) -> UserError:
+    """Tell a newer format from damage."""
+    try:
+        document: Any = json.loads(text)
+    except ValueError:
+        document = None
+    if isinstance(document, dict):
+        result = document.get("result")
+        parts = [document, result if isinstance(result, dict) else {}]
+        versions = [part.get("schema_version") for part in parts]
+        newest = max((v for v in versions if isinstance(v, int)), default=0)
+        if newest > SCHEMA_VERSION:
+            return UserError(
+                f"{where}: format {newest} was written by a newer openpi_opt; this one "
+                f"({package_version()}) reads format {SCHEMA_VERSION}.\n"
+                "Update openpi_opt, or use another study."
+            )
+    return UserError(
+        f"{where} is damaged: it is not what this project writes there. Nothing was changed.\n"
+        "Restore it from a backup, or move it into a file of another name, then try again."
+    )
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        Record.model_validate_json(line)
+    except ValidationError:
+        return False
+    return True
+
+
+def _tail(path: Path, block: int = 1 << 16) -> tuple[bytes, int]:
+    """What follows the last newline of a file, and where it begins."""
+    if not path.exists():
+        return b"", 0
+    with path.open("rb") as file:
+        start = file.seek(0, os.SEEK_END)
+        tail = b""
+        while start > 0 and b"\n" not in tail:
+            size = min(block, start)
+            start = file.seek(start - size)
+            tail = file.read(size) + tail
+    newline = tail.rfind(b"\n")
+    return tail[newline + 1 :], start + newline + 1
+
+
+@contextmanager
+def _user_errors(study_dir: Path) -> Iterator[None]:
+    """An operating system that refuses is the user's to mend; what is on disk stays valid."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot use the journal in {study_dir}: {error.strerror or error}.\n"
+            "Everything recorded before is kept. Free space or mend permissions, then run the "
+            "same command again to continue."
+        ) from error

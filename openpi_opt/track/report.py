@@ -1,0 +1,223 @@
+"""Tables of a study's trials: what differs, how each ended, how fast it is against the baseline.
+
+Numbers are set against one another only where the context (model, weights, workload, platform,
+measure, guard) and the fingerprint of machine and software are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from rich.table import Table
+from rich.text import Text
+
+from openpi_opt.result import Ok
+from openpi_opt.track.fingerprint import differences
+from openpi_opt.track.journal import Record
+from openpi_opt.track.mlflow_content import device, one_line, reason
+
+MAX_REASON = 90
+STALE_MARK = "†"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial as a table shows it.
+
+    `differs` holds what varies within the trial's context; `stale` marks a fingerprint other than
+    the newest of its context; `best` is the fastest ok trial of the context, never a stale one and
+    never a confirmation; `vs_baseline` is the baseline's mean divided by this one's.
+    """
+
+    record: Record
+    differs: dict[str, str]
+    reason: str
+    vs_baseline: float | None = None
+    best: bool = False
+    stale: bool = False
+
+    @property
+    def ok(self) -> Ok | None:
+        """The result, if it is one with a latency."""
+        return self.record.result if isinstance(self.record.result, Ok) else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The trials that share a context: only they are comparable."""
+
+    title: str
+    rows: list[Row]
+    footnotes: list[str] = field(default_factory=list)
+
+
+def rows(records: Iterable[Record]) -> list[Row]:
+    """All rows, grouped by context, in the order of the numbers within."""
+    return [row for group in groups(records) for row in group.rows]
+
+
+def groups(records: Iterable[Record]) -> list[Group]:
+    """One group for each context, in the order of their first trial."""
+    contexts: dict[str, list[Record]] = {}
+    for record in records:
+        contexts.setdefault(record.result.context_hash, []).append(record)
+    titles = [_title(members[-1]) for members in contexts.values()]
+    return [
+        _group(members, title if titles.count(title) == 1 else f"{title} (context {context})")
+        for (context, members), title in zip(contexts.items(), titles, strict=True)
+    ]
+
+
+def table(records: Iterable[Record]) -> Table:
+    """A table of all trials, one part for each context."""
+    grid = Table.grid()
+    for group in groups(records):
+        grid.add_row(_table(group))
+    return grid
+
+
+def _group(records: Sequence[Record], title: str) -> Group:
+    newest = records[-1].fingerprint_hash
+    baselines = {
+        record.fingerprint_hash: record.result.latency.mean_ms
+        for record in records
+        if record.role == "baseline" and isinstance(record.result, Ok)
+    }
+    best = _best(records, newest)
+    columns = _varying(records)
+    found = [
+        Row(
+            record=record,
+            differs={key: _value(record, key) for key in columns},
+            reason=one_line(reason(record), MAX_REASON),
+            vs_baseline=_ratio(record, baselines.get(record.fingerprint_hash)),
+            best=record is best,
+            stale=record.fingerprint_hash != newest,
+        )
+        for record in records
+    ]
+    return Group(title, found, _footnotes(records, found))
+
+
+def _best(records: Sequence[Record], newest: str) -> Record | None:
+    candidates = [
+        (record.result.latency.mean_ms, record.number, record)
+        for record in records
+        if isinstance(record.result, Ok)
+        and record.role != "confirm"
+        and record.fingerprint_hash == newest
+    ]
+    return min(candidates, key=lambda item: item[:2])[2] if candidates else None
+
+
+def _ratio(record: Record, baseline_ms: float | None) -> float | None:
+    if baseline_ms is None or not isinstance(record.result, Ok):
+        return None
+    return baseline_ms / record.result.latency.mean_ms
+
+
+def _varying(records: Sequence[Record]) -> list[str]:
+    """Knobs, then swept keys that no varying knob's label covers; every knob when none varies."""
+    knobs = list(dict.fromkeys(key for record in records for key in record.labels))
+    swept = list(dict.fromkeys(key for record in records for key in record.params))
+    varying = [key for key in knobs if len({r.labels.get(key) for r in records}) > 1]
+    # The baseline has no swept keys: absence is not a value.
+    varying += [
+        key
+        for key in swept
+        if key.split(".")[0] not in varying
+        and key not in knobs
+        and len({r.params[key] for r in records if key in r.params}) > 1
+    ]
+    return varying or knobs
+
+
+def _value(record: Record, key: str) -> str:
+    return one_line(record.labels.get(key, record.params.get(key, "")), 60)
+
+
+def _title(record: Record) -> str:
+    config = record.result.config
+    workload = config.get("workload", {})
+    batch = workload.get("batch_size", 1)
+    return (
+        f"{config.get('model', {}).get('name', 'unknown model')} "
+        f"on {device(config, record.result.fingerprint)}, "
+        f"workload {workload.get('name', 'unknown')}" + (f", batch {batch}" if batch != 1 else "")
+    )
+
+
+def _footnotes(records: Sequence[Record], found: Sequence[Row]) -> list[str]:
+    notes = []
+    if any(row.best for row in found):
+        notes.append("* lowest mean of one process; python -m openpi_opt.promote confirms it")
+    if any(row.ok and row.ok.latency.noisy for row in found):
+        notes.append("~ noisy: std above 10% of the mean")
+    newest = records[-1]
+    for old in {r.fingerprint_hash: r for r in records}.values():
+        if old.fingerprint_hash != newest.fingerprint_hash:
+            changed = differences(old.result.fingerprint, newest.result.fingerprint)
+            notes.append(
+                f"{STALE_MARK} measured on {old.fingerprint_hash}, the newest on "
+                f"{newest.fingerprint_hash}, and not compared with it"
+                + (f" ({'; '.join(changed)})" if changed else "")
+            )
+    return notes
+
+
+def _table(group: Group) -> Table:
+    ok = [row.ok for row in group.rows if row.ok]
+    kinds = {result.kernels.kind for result in ok if result.kernels}
+    with_roles = any(row.record.role != "trial" for row in group.rows)
+    with_reasons = any(row.reason for row in group.rows)
+    view = Table(title=Text(group.title), title_justify="left", caption_justify="left")
+    view.caption = Text("\n".join(group.footnotes)) if group.footnotes else None
+    view.add_column("#", justify="right", no_wrap=True)
+    if with_roles:
+        view.add_column("role", no_wrap=True)
+    for key in group.rows[0].differs:
+        view.add_column(Text(key))
+    view.add_column("outcome", no_wrap=True)
+    for name in ("mean ± std ms", "p50 ms", _count_name(kinds), "vs. baseline"):
+        view.add_column(name, justify="right", no_wrap=True)
+    if with_reasons:
+        view.add_column("reason", min_width=20)
+    for row in group.rows:
+        cells = [_number(row), *([row.record.role] if with_roles else []), *row.differs.values()]
+        cells += [row.record.result.outcome, *_numbers(row, kinds)]
+        cells += [row.reason] if with_reasons else []
+        view.add_row(*map(Text, cells), style=_style(row))
+    return view
+
+
+def _count_name(kinds: set[str]) -> str:
+    return "operators" if kinds == {"operator_calls"} else "kernels"
+
+
+def _number(row: Row) -> str:
+    return f"{'* ' if row.best else ''}{row.record.number}{STALE_MARK if row.stale else ''}"
+
+
+def _numbers(row: Row, kinds: set[str]) -> list[str]:
+    """Mean and std, p50, kernels, ratio: empty where the outcome has none."""
+    if row.ok is None:
+        return ["", "", "", ""]
+    latency, kernels = row.ok.latency, row.ok.kernels
+    count = str(kernels.total) if kernels else ""
+    if len(kinds) > 1 and kernels and kernels.kind == "operator_calls":
+        count += " operators"
+    return [
+        f"{'~ ' if latency.noisy else ''}{latency.mean_ms:.3f} ± {latency.std_ms:.3f}",
+        f"{latency.p50_ms:.3f}",
+        count,
+        f"{row.vs_baseline:.2f}x" if row.vs_baseline is not None else "",
+    ]
+
+
+def _style(row: Row) -> str:
+    if row.best:
+        return "bold green"
+    if row.stale:
+        return "dim"
+    return "" if row.ok else "yellow"

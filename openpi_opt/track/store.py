@@ -1,0 +1,146 @@
+"""The folder that holds all local state: databases, artifacts and one folder per study."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from openpi_opt.errors import UserError
+
+DEFAULT_STORE = "mlruns"
+MAX_STUDY_NAME = 100
+# Letters, digits and `_` may begin a name: a leading dot hides a folder, a leading `-` reads as an
+# option, and nothing here can leave the folder, need quoting in a shell or in an MLflow filter.
+_STUDY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._\-=,+]*")
+_STUDY_FILES = ("study.json", "journal.jsonl")
+
+
+@dataclass(frozen=True)
+class Store:
+    """Paths inside one store folder. Make it with `Store.open`."""
+
+    path: Path
+
+    @staticmethod
+    def open(path: str | Path = DEFAULT_STORE, create: bool = True) -> Store:
+        """Use the folder `path`: make it and check that it can be written, or only read it.
+
+        Raises:
+            UserError: not a folder, not writable, absent (with `create=False`), or a path that
+                SQLite URLs cannot carry.
+        """
+        folder = Path(path).expanduser().absolute()
+        _check_path(folder, path)
+        if create:
+            _make_writable(folder, path)
+        elif not folder.is_dir():
+            why = "is not a folder" if folder.exists() else "does not exist"
+            raise UserError(
+                f"store={path}: {why} (looked for {folder}).\n"
+                "Give the folder of an earlier sweep with --store DIR."
+            )
+        return Store(folder)
+
+    @property
+    def mlflow_uri(self) -> str:
+        """MLflow's database."""
+        return f"sqlite:///{self.path}/mlflow.db"
+
+    @property
+    def optuna_url(self) -> str:
+        """Optuna's database."""
+        return f"sqlite:///{self.path}/optuna.db"
+
+    @property
+    def artifacts(self) -> Path:
+        """Folder of MLflow's artifacts."""
+        return self.path / "artifacts"
+
+    @property
+    def references(self) -> Path:
+        """Folder of the guard's cached references."""
+        return self.path / "references"
+
+    def study_dir(self, name: str) -> Path:
+        """Folder of a study, whether it exists or not.
+
+        Raises:
+            UserError: `name` is not a study name.
+        """
+        check_study_name(name)
+        return self.path / "studies" / name
+
+    def studies(self) -> list[str]:
+        """Names of the studies with a header or a journal, sorted."""
+        root = self.path / "studies"
+        if not root.is_dir():
+            return []
+        return sorted(
+            folder.name
+            for folder in root.iterdir()
+            if _STUDY_NAME.fullmatch(folder.name)
+            and any((folder / file).is_file() for file in _STUDY_FILES)
+        )
+
+    def find_study(self, name: str) -> Path:
+        """Folder of a study that exists.
+
+        Raises:
+            UserError: no such study; says which there are.
+        """
+        check_study_name(name)
+        known = self.studies()
+        if name not in known:
+            raise UserError(
+                f"study {name!r} is not in the store {self.path}.\n{_hint(name, known)}"
+            )
+        return self.study_dir(name)
+
+
+def check_study_name(name: str) -> None:
+    """Refuse a name that could leave its folder or needs quoting somewhere.
+
+    Raises:
+        UserError: says what a name may hold.
+    """
+    if _STUDY_NAME.fullmatch(name) and len(name) <= MAX_STUDY_NAME:
+        return
+    shown = name if len(name) <= MAX_STUDY_NAME else name[:40] + "..."
+    raise UserError(
+        f"study={shown!r} is not a study name: 1 to {MAX_STUDY_NAME} of the characters A-Z a-z 0-9 "
+        "_ . - = , + beginning with a letter, digit or _.\n"
+        "It names a folder in the store; give another store with store=DIR."
+    )
+
+
+def _hint(name: str, known: list[str]) -> str:
+    if not known:
+        return "It holds no study yet. Run a sweep first, or give another store with --store DIR."
+    close = difflib.get_close_matches(name, known, n=1)
+    listed = ", ".join(known[:10]) + (f", and {len(known) - 10} more" if len(known) > 10 else "")
+    return f"It holds {listed}." + (f" Did you mean {close[0]}?" if close else "")
+
+
+def _check_path(folder: Path, given: str | Path) -> None:
+    if "?" in str(folder) or not str(folder).isprintable():
+        raise UserError(
+            f"store={str(given)!r}: a store's path may hold no '?' and no control characters, "
+            "which database URLs cannot carry.\nGive another folder with store=DIR."
+        )
+
+
+def _make_writable(folder: Path, given: str | Path) -> None:
+    """Make the folder and prove by writing that it takes files (permission bits can mislead)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"writable")
+    except OSError as error:
+        raise UserError(
+            f"store={given}: cannot write there ({error.strerror or error}; {folder}).\n"
+            "Results are kept in this folder, so it must be a writable one: "
+            "mend it, or give another with store=DIR."
+        ) from None

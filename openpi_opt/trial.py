@@ -1,0 +1,217 @@
+"""Run one configuration in this process and write its result: `python -m openpi_opt.trial`.
+
+The sweep starts one such process per trial. Started by hand it does the same: it puts the
+environment that the knobs need in place (by executing itself again) before torch is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openpi_opt import result as results
+from openpi_opt.config import Config
+from openpi_opt.errors import RefusedError
+from openpi_opt.knobs import KNOBS
+from openpi_opt.machine import Machine, probe
+
+if TYPE_CHECKING:
+    from openpi_opt.measure.guard import Reference
+    from openpi_opt.pi0.inputs import Inputs
+    from openpi_opt.runtime import Prepared
+
+Result = results.Ok | results.Wrong | results.Refused | results.Failed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, run, write the result. Exit code 0 whatever the outcome is."""
+    arguments = _parser().parse_args(argv)
+    cfg = Config.load(json.loads(arguments.config.read_text(encoding="utf-8")))
+    _ensure_environment(cfg)
+    machine = probe()
+    cfg = cfg.resolved(machine)
+    progress = Progress(arguments.progress_fd)
+    outcome = run(cfg, machine, progress, arguments.references, arguments.result.parent)
+    results.write(arguments.result, outcome)
+    return 0
+
+
+@dataclass
+class Progress:
+    """Says which phase begins, on a file descriptor of the parent or on stderr."""
+
+    fd: int | None
+    phase: str = "start"
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.monotonic)
+
+    def enter(self, phase: str) -> None:
+        """End the current phase and begin another."""
+        self.leave()
+        self.phase = phase
+        line = json.dumps({"phase": phase}) + "\n"
+        if self.fd is None:
+            sys.stderr.write(f"[{phase}]\n")
+        else:
+            os.write(self.fd, line.encode())
+
+    def leave(self) -> None:
+        """Book the time of the current phase."""
+        now = time.monotonic()
+        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._since
+        self._since = now
+
+
+def run(
+    cfg: Config, machine: Machine, progress: Progress, references: Path, folder: Path
+) -> Result:
+    """Run `cfg` to whatever outcome it has. Only interruptions are raised."""
+    common: dict[str, Any] = {
+        "config": cfg.dump(),
+        "config_hash": cfg.hash(),
+        "context_hash": cfg.context_hash(),
+        "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    try:
+        outcome = _run(cfg, machine, progress, references, folder)
+    except RefusedError as refusal:
+        outcome = {"outcome": refusal.outcome, "reason": refusal.reason}
+    except Exception as error:  # noqa: BLE001  every end of a trial is an outcome, with its log
+        traceback.print_exc()
+        outcome = _failure(error, progress.phase)
+    progress.leave()
+    return results.parse_plain({**common, "phase_seconds": progress.seconds, **outcome})
+
+
+def _run(
+    cfg: Config, machine: Machine, progress: Progress, references: Path, folder: Path
+) -> dict[str, Any]:
+    for knob in KNOBS:
+        refusal = knob.check(cfg, machine)
+        if refusal is not None:
+            raise RefusedError(refusal.outcome, refusal.reason)
+    progress.enter("load")
+    import torch
+
+    from openpi_opt import runtime
+    from openpi_opt.measure import guard
+    from openpi_opt.pi0.workload import make_inputs
+
+    device = runtime.torch_device(cfg)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RefusedError("unavailable", f"torch {torch.__version__} sees no usable GPU")
+    policy = runtime.build_policy(cfg, device)
+    workload = runtime.workload_of(cfg)
+    seeds = range(cfg.workload.seed, cfg.workload.seed + cfg.guard.inputs)
+    inputs = [make_inputs(workload, policy.config, seed, device) for seed in seeds]
+    progress.enter("reference")
+    gpus = machine.gpus_for(cfg.device)
+    arch = gpus[0].arch if gpus else machine.cpu
+    reference = guard.obtain(policy, inputs, cfg, arch, references)
+    progress.enter("apply")
+    prepared = runtime.apply_knobs(policy, cfg)
+    return _measure(prepared, inputs, reference, cfg, progress, folder)
+
+
+def _measure(
+    prepared: Prepared,
+    inputs: list[Inputs],
+    reference: Reference,
+    cfg: Config,
+    progress: Progress,
+    folder: Path,
+) -> dict[str, Any]:
+    from openpi_opt.measure import clock, guard, memory, profile, stats
+
+    device = cfg.device
+    progress.enter("compile")
+    memory.reset_peak(device)
+    started = time.monotonic()
+    prepared.call(inputs[0]).cpu()
+    first_call_seconds = time.monotonic() - started
+    progress.enter("warmup")
+    clock.warm_up(prepared.call, inputs, cfg.measure.warmup, device)
+    progress.enter("guard")
+    report = guard.check(prepared.call, inputs, reference, cfg.guard)
+    if not report.passed:
+        return {"outcome": "wrong", "guard": report, "reason": guard.explain(report)}
+    progress.enter("measure")
+    timing = clock.time_calls(
+        prepared.call, inputs, cfg.measure.warmup, cfg.measure.iterations, device
+    )
+    latency = stats.summarise(timing.samples_ms, timing.wall_samples_ms, timing.clock)
+    peak = memory.peak(device)
+    kernels, table = None, []
+    if cfg.profile.kernels:
+        progress.enter("profile")
+        trace = folder / "trace.json.gz" if cfg.profile.trace else None
+        profiled = profile.profile_call(
+            prepared.call, inputs[0], device, trace, uncaptured=prepared.uncaptured
+        )
+        kernels, table = profiled.kernels, profiled.table
+    return {
+        "outcome": "ok",
+        "latency": latency,
+        "throughput_hz": cfg.workload.batch_size * 1000.0 / latency.mean_ms,
+        "compile_seconds": first_call_seconds,
+        "guard": report,
+        "memory": peak,
+        "kernels": kernels,
+        "kernel_table": table,
+    }
+
+
+def _failure(error: Exception, phase: str) -> dict[str, Any]:
+    import torch
+
+    message = str(error).strip() or type(error).__name__
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in message
+    )
+    first_lines = " ".join(message.splitlines()[:2])
+    return {
+        "outcome": "oom" if out_of_memory else "error",
+        "reason": f"{type(error).__name__}: {first_lines}"[:500],
+        "phase": phase,
+        "log_tail": traceback.format_exc()[-8000:],
+    }
+
+
+def _ensure_environment(cfg: Config) -> None:
+    """Execute this command again when a variable that a knob needs is not in place yet."""
+    wanted = {k: v for knob in KNOBS for k, v in knob.environment(cfg).items()}
+    missing = {name: value for name, value in wanted.items() if os.environ.get(name) != value}
+    if missing:
+        argv = [sys.executable, "-m", "openpi_opt.trial", *sys.argv[1:]]
+        os.execve(sys.executable, argv, {**os.environ, **missing})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m openpi_opt.trial",
+        description="Run one configuration in this process and write its result document.",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="config.json of a trial")
+    parser.add_argument("--result", type=Path, required=True, help="where the result goes")
+    parser.add_argument(
+        "--references",
+        type=Path,
+        default=Path("mlruns/references"),
+        help="folder of the guard's references (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--progress-fd", type=int, help="file descriptor for phases (default: stderr)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

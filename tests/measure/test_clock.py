@@ -1,0 +1,198 @@
+import gc
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from openpi_opt.config import MIN_ITERATIONS, MIN_WARMUP
+from openpi_opt.measure import clock
+from openpi_opt.measure.clock import time_calls, warm_up
+
+
+class FakeGpu:
+    """Stands in for the parts of torch.cuda that timing needs, and logs their use.
+
+    Its device takes 3 ms for each call; an event holds the device's time at its record.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.device_ms = 0.0
+        self.created = 0
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+
+    def call(self, value: int) -> int:
+        self.log.append(f"call {value}")
+        self.device_ms += 3.0
+        return value
+
+    def Event(self, enable_timing: bool) -> "FakeEvent":  # noqa: N802, torch's name
+        assert enable_timing
+        self.created += 1
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu = gpu
+        self.recorded_ms = -1.0
+        self.records = 0
+
+    def record(self) -> None:
+        self.records += 1
+        self.gpu.log.append("create" if self.records == 1 else "record")
+        self.recorded_ms = self.gpu.device_ms
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.recorded_ms - self.recorded_ms
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    fake = FakeGpu()
+    monkeypatch.setattr(torch.cuda, "synchronize", fake.synchronize)
+    monkeypatch.setattr(torch.cuda, "Event", fake.Event)
+    return fake
+
+
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wall clock that reads 0, 1, 3, 6, ... ms: reading n and n + 1 are n + 1 ms apart."""
+
+    def reading() -> Iterator[int]:
+        now_ms = 0
+        for step in range(1, 10_000):
+            yield now_ms * 1_000_000
+            now_ms += step
+
+    readings = reading()
+    monkeypatch.setattr(clock.time, "perf_counter_ns", lambda: next(readings))
+
+
+@pytest.mark.usefixtures("ticks")
+def test_cpu_samples_are_readings_around_each_call() -> None:
+    timing = time_calls(lambda _: None, [0], warmup=3, iterations=10, device="cpu")
+
+    # Six readings belong to the warm-up; iteration i is between readings 6 + 2i and 7 + 2i.
+    assert timing.samples_ms == [7.0 + 2 * i for i in range(10)]
+    assert timing.wall_samples_ms == timing.samples_ms
+    assert timing.wall_samples_ms is not timing.samples_ms
+    assert timing.clock == "wall"
+
+
+def test_cpu_samples_are_milliseconds_of_real_time() -> None:
+    timing = time_calls(lambda _: time.sleep(0.002), [0], warmup=3, iterations=10, device="cpu")
+    assert all(2.0 <= sample < 200.0 for sample in timing.samples_ms)
+
+
+def test_iterations_cycle_through_the_inputs() -> None:
+    seen: list[str] = []
+    time_calls(seen.append, ["a", "b", "c"], warmup=4, iterations=11, device="cpu")
+    assert "".join(seen) == "abca" + "abcabcabcab"
+
+
+@pytest.mark.usefixtures("ticks")
+def test_gpu_order_of_synchronisation_and_events(gpu: FakeGpu) -> None:
+    timing = time_calls(gpu.call, [0, 1], warmup=3, iterations=10, device="cuda")
+
+    warm = [entry for i in range(3) for entry in (f"call {i % 2}", "synchronize")]
+    assert gpu.log[:6] == warm
+    created = ["create"] * 10 + ["synchronize"]
+    assert gpu.log[6:-50] == created * 2
+    iterations = gpu.log[-50:]
+    for i in range(10):
+        assert iterations[5 * i : 5 * i + 5] == [
+            "synchronize",
+            "record",
+            f"call {i % 2}",
+            "record",
+            "synchronize",
+        ]
+    assert gpu.created == 20
+    assert timing.samples_ms == [3.0] * 10
+    assert timing.wall_samples_ms == [7.0 + 2 * i for i in range(10)]
+    assert timing.clock == "device_events"
+
+
+class Freed:
+    """Notes whether the clock had been read again when it was freed."""
+
+    readings = 0
+    at_creation: int
+    freed_after: list[int]
+
+    def __init__(self, freed_after: list[int]) -> None:
+        self.at_creation = Freed.readings
+        self.freed_after = freed_after
+
+    def __del__(self) -> None:
+        self.freed_after.append(Freed.readings - self.at_creation)
+
+
+def test_result_is_freed_outside_the_timed_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = time.perf_counter_ns
+
+    def counted() -> int:
+        Freed.readings += 1
+        return real()
+
+    monkeypatch.setattr(clock.time, "perf_counter_ns", counted)
+    freed_after: list[int] = []
+    time_calls(lambda _: Freed(freed_after), [0], warmup=3, iterations=10, device="cpu")
+    assert freed_after[3:] == [1] * 10
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_garbage_collector_is_off_inside_and_restored(enabled: bool, fails: bool) -> None:
+    states: list[bool] = []
+
+    def call(_: int) -> None:
+        states.append(gc.isenabled())
+        if fails and len(states) == 8:
+            raise RuntimeError("broken call")
+
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        if fails:
+            with pytest.raises(RuntimeError, match="broken call"):
+                time_calls(call, [0], warmup=3, iterations=10, device="cpu")
+        else:
+            time_calls(call, [0], warmup=3, iterations=10, device="cpu")
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert not any(states[3:])
+
+
+@pytest.mark.usefixtures("ticks")
+def test_warm_up_returns_its_times() -> None:
+    assert warm_up(lambda _: None, [0], 4, "cpu") == [1.0, 3.0, 5.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "iterations", "inputs", "message"),
+    [
+        (MIN_WARMUP - 1, MIN_ITERATIONS, [0], "warmup=2: at least 3"),
+        (MIN_WARMUP, MIN_ITERATIONS - 1, [0], "iterations=9: at least 10"),
+        (MIN_WARMUP, MIN_ITERATIONS, [], "inputs is empty"),
+    ],
+)
+def test_refuses_too_few(warmup: int, iterations: int, inputs: list[int], message: str) -> None:
+    calls: list[int] = []
+    with pytest.raises(ValueError, match=message):
+        time_calls(calls.append, inputs, warmup, iterations, "cpu")
+    assert not calls
+
+
+@pytest.mark.gpu
+def test_device_events_and_wall_clock_agree_on_a_gpu() -> None:
+    matrix = torch.randn(4096, 4096, device="cuda")
+    timing = time_calls(lambda x: x @ x, [matrix, matrix.clone()], 3, 10, "cuda")
+    assert timing.clock == "device_events"
+    for sample, wall in zip(timing.samples_ms, timing.wall_samples_ms, strict=True):
+        assert 0 < sample <= wall

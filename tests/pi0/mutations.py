@@ -1,0 +1,330 @@
+"""Wrong policies: each mutation is one mistake that an optimisation could make.
+
+    with mutation.apply(policy, inputs, previous) as mutated:
+        wrong = policy.sample_actions(mutated)
+
+`previous` are other inputs of the same workload, for mistakes that remember an earlier call. Leaving
+the context restores the policy. Mutations patch the instance: stages, ops, layers.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openpi_opt.pi0.inputs import Inputs
+from openpi_opt.pi0.ops import SEE_ALL, Attention, Visibility, eager_attention
+from openpi_opt.pi0.policy import Pi0Policy, PrefixCache
+
+Apply = Callable[[Pi0Policy, Inputs, Inputs], AbstractContextManager[Inputs]]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake; `subtle` ones have a smaller margin, `float32_only` ones none in bfloat16."""
+
+    name: str
+    apply: Apply
+    subtle: bool = False
+    float32_only: bool = False
+
+
+@contextmanager
+def replaced(owner: object, **values: Any) -> Iterator[None]:
+    """Set attributes for the time of the context; those that were not there are deleted again."""
+    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            delattr(owner, name)
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def on_ops(**values: Any) -> Apply:
+    @contextmanager
+    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+        with replaced(policy.ops, **values):
+            yield inputs
+
+    return apply
+
+
+def on_inputs(change: Callable[[Inputs], Inputs]) -> Apply:
+    @contextmanager
+    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+        yield change(inputs)
+
+    return apply
+
+
+def on_cache(change: Callable[[PrefixCache], PrefixCache]) -> Apply:
+    @contextmanager
+    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+        prefill = policy.prefill
+        with replaced(policy, prefill=lambda *args: change(prefill(*args))):
+            yield inputs
+
+    return apply
+
+
+def on_actions(change: Callable[[Pi0Policy, Inputs, Tensor], Tensor]) -> Apply:
+    @contextmanager
+    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+        sample = policy.sample_actions
+        with replaced(
+            policy, sample_actions=lambda given: change(policy, previous, sample(given))
+        ):
+            yield inputs
+
+    return apply
+
+
+def skipped_layer(tower: str, index: int) -> Apply:
+    """The layer hands its input on (its keys and values are still computed)."""
+
+    @contextmanager
+    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+        if tower == "vision":
+            layer = policy.vision.encoder.layers[index]
+            with replaced(layer, forward=lambda x: x):
+                yield inputs
+        else:
+            layer = getattr(policy, tower).layers[index]
+            forward = layer.forward
+            with replaced(layer, forward=lambda x, *rest: (x, forward(x, *rest)[1])):
+                yield inputs
+
+    return apply
+
+
+def stale_layer(index: int) -> Apply:
+    """Keys and values of one layer are those of an earlier call."""
+
+    @contextmanager
+    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+        prefill = policy.prefill
+        old = prefill(
+            policy.encode_images(previous.images),
+            previous.tokens,
+            previous.image_mask,
+            previous.token_mask,
+        )
+
+        def mixed(*args: Tensor) -> PrefixCache:
+            cache = prefill(*args)
+            layers = list(cache.layers)
+            layers[index] = old.layers[index]
+            return cache._replace(layers=layers)
+
+        with replaced(policy, prefill=mixed):
+            yield inputs
+
+    return apply
+
+
+@contextmanager
+def time_reversed(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+    with replaced_table(policy, policy.time_table.flip(0), policy.steps):
+        yield inputs
+
+
+@contextmanager
+def last_step_left_out(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+    with replaced_table(policy, policy.time_table[:-1], policy.steps):
+        yield inputs
+
+
+@contextmanager
+def one_step_fewer(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+    """A schedule of one step less that still reaches time 0."""
+    other = Pi0Policy.__new__(Pi0Policy)
+    del other
+    from openpi_opt.pi0.schedule import time_features
+
+    steps = policy.steps - 1
+    table = time_features(steps, policy.config.expert.width).to(policy.device)
+    with replaced_table(policy, table, steps):
+        yield inputs
+
+
+@contextmanager
+def replaced_table(policy: Pi0Policy, table: Tensor, steps: int) -> Iterator[None]:
+    table_before, steps_before = policy.time_table, policy.steps
+    policy.time_table, policy.steps = table, steps
+    try:
+        yield
+    finally:
+        policy.time_table, policy.steps = table_before, steps_before
+
+
+def unmasked(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
+    return eager_attention(q, k, v, SEE_ALL, scale)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
+    """What `is_causal=True` means for fewer queries than keys: query i sees keys 0..i."""
+    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+    return eager_attention(q, k, v, Visibility(mask[None, None], None), scale)
+
+
+def without_state_key(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float
+) -> Tensor:
+    """Actions do not see the state token, which is the first of the suffix."""
+    assert visibility.mask is not None
+    mask = visibility.mask.clone()
+    mask[:, :, 1:, k.shape[1] - q.shape[1]] = False
+    return eager_attention(q, k, v, Visibility(mask, None), scale)
+
+
+def scaled(factor: float) -> Attention:
+    def attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
+        return eager_attention(q, k, v, visibility, factor * scale)
+
+    return attention
+
+
+def rotary_backwards(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The two halves change places: a rotation by the negative angle."""
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def rotary_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs of neighbours instead of halves."""
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+
+
+def rms_norm_without_one(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.float()).to(x.dtype)
+
+
+def all_tokens(inputs: Inputs) -> Inputs:
+    return inputs._replace(token_mask=torch.ones_like(inputs.token_mask))
+
+
+def all_cameras(inputs: Inputs) -> Inputs:
+    return inputs._replace(image_mask=torch.ones_like(inputs.image_mask))
+
+
+def without_camera(index: int) -> Callable[[Inputs], Inputs]:
+    def change(inputs: Inputs) -> Inputs:
+        mask = inputs.image_mask.clone()
+        mask[:, index] = False
+        return inputs._replace(image_mask=mask)
+
+    return change
+
+
+def visible(start: int, stop: int | None) -> Callable[[PrefixCache], PrefixCache]:
+    """Masked prefix keys [start, stop) become visible to the suffix; positions stay."""
+
+    def change(cache: PrefixCache) -> PrefixCache:
+        assert cache.mask is not None
+        mask = cache.mask.clone()
+        mask[:, start:stop] = True
+        return cache._replace(mask=mask)
+
+    return change
+
+
+def _attention(function: Attention, *stages: str) -> Apply:
+    return on_ops(**{f"attention_{stage}": function for stage in stages})
+
+
+def catalogue(policy: Pi0Policy) -> list[Mutation]:
+    """All mutations, for a policy without declared layout and inputs with a masked last camera.
+
+    Layers are skipped at the first, middle and last place that can matter.
+    """
+    config = policy.config
+    depth, last = config.language.depth, config.language.depth - 1
+    mutations = [
+        Mutation("mask dropped", _attention(unmasked, "prefill", "denoise")),
+        Mutation("mask dropped in prefill", _attention(unmasked, "prefill")),
+        Mutation("mask dropped in denoise", _attention(unmasked, "denoise")),
+        Mutation("is_causal misuse", _attention(causal, "denoise")),
+        Mutation("is_causal in prefill", _attention(causal, "prefill")),
+        Mutation("masked camera attended", on_inputs(all_cameras)),
+        Mutation("padding tokens attended", on_inputs(all_tokens)),
+        Mutation("camera 0 skipped", on_inputs(without_camera(0))),
+        Mutation("camera 1 skipped", on_inputs(without_camera(1))),
+        Mutation(
+            "suffix positions +1",
+            on_cache(lambda cache: cache._replace(valid_count=cache.valid_count + 1)),
+        ),
+        Mutation("rotary halves swapped", on_ops(rotary=rotary_backwards)),
+        Mutation("rotary interleaved", on_ops(rotary=rotary_interleaved)),
+        Mutation("last step left out", last_step_left_out),
+        Mutation("time reversed", time_reversed),
+        Mutation("norm weight as w", on_ops(rms_norm=rms_norm_without_one)),
+        Mutation("state token left out", _attention(without_state_key, "denoise")),
+        Mutation(
+            "state ignored",
+            on_inputs(lambda inputs: inputs._replace(state=torch.zeros_like(inputs.state))),
+        ),
+        Mutation(
+            "prompt ignored",
+            on_inputs(lambda inputs: inputs._replace(tokens=inputs.tokens.roll(1, dims=1))),
+        ),
+    ]
+    mutations += [
+        Mutation(f"{tower} layer {index} skipped", skipped_layer(tower, index))
+        for tower, indices in (
+            ("vision", (0, config.vision.depth // 2, config.vision.depth - 1)),
+            # The output of the last language layer is read by nobody.
+            ("language", (0, depth // 2, last - 1)),
+            ("expert", (0, depth // 2, last)),
+        )
+        for index in indices
+    ]
+    mutations += [
+        Mutation(f"K/V of layer {index} stale", stale_layer(index))
+        for index in (0, depth // 2, last)
+    ]
+    everywhere = ("vision", "prefill", "denoise")
+    mutations += [
+        Mutation("one step fewer, rescheduled", one_step_fewer, subtle=True),
+        Mutation("scale +5%", _attention(scaled(1.05), *everywhere), subtle=True),
+        Mutation("scale -5%", _attention(scaled(0.95), *everywhere), subtle=True),
+        *(
+            Mutation(f"scale +5% in {stage}", _attention(scaled(1.05), stage), subtle=True)
+            for stage in everywhere
+        ),
+        Mutation(
+            "erf GELU",
+            on_ops(gelu=F.gelu, gelu_mul=lambda gate, up: F.gelu(gate) * up),
+            subtle=True,
+            float32_only=True,
+        ),
+        Mutation("NaN", on_actions(lambda policy, previous, actions: actions * torch.nan)),
+        Mutation("zeros", on_actions(lambda policy, previous, actions: torch.zeros_like(actions))),
+        Mutation(
+            "last call's output",
+            on_actions(
+                lambda policy, previous, actions: type(policy).sample_actions(policy, previous)
+            ),
+        ),
+    ]
+    return mutations
+
+
+def distance(actions: Tensor, reference: Tensor) -> float:
+    """Relative L2 distance in float64; infinite where `actions` is not finite."""
+    wide = actions.double()
+    if not bool(wide.isfinite().all()):
+        return float("inf")
+    return float((wide - reference.double()).norm() / reference.double().norm())
