@@ -14,14 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt.cli import run
-from openpi_opt.result import Ok, Wrong
+from openpi_opt.result import GuardReport, Latency, Ok, Wrong
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.report import Row, rows, table
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
 # Wide enough that a table in a pipe or a file is never cut.
 PIPE_WIDTH = 1_000
-_NOT_LATENCY = {"samples_ms", "wall_samples_ms"}
+_SAMPLES = {"samples_ms", "wall_samples_ms"}
+# Parts that only some outcomes have, with the columns that they always take in CSV.
+_PARTS = {
+    "latency": [name for name in Latency.model_fields if name not in _SAMPLES],
+    "kernels": ["kind", "total"],
+    "guard": list(GuardReport.model_fields),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +85,7 @@ def trial(row: Row, study_dir: Path) -> dict[str, Any]:
         "reason": None if isinstance(result, Ok) else result.reason,
         "best": row.best,
         "vs_baseline": row.vs_baseline,
-        "latency": ok and ok.latency.model_dump(exclude=_NOT_LATENCY),
+        "latency": ok and ok.latency.model_dump(exclude=_SAMPLES),
         "throughput_hz": ok and ok.throughput_hz,
         "compile_seconds": ok and ok.compile_seconds,
         "peak_mib": ok and ok.memory.peak_mib,
@@ -97,7 +103,11 @@ def trial(row: Row, study_dir: Path) -> dict[str, Any]:
 
 
 def _print_csv(plain: Sequence[dict[str, Any]]) -> None:
-    flat = [_flat(document) for document in plain]
+    """Nested keys become columns joined with dots; a part that a trial lacks is left empty."""
+    parts = {key: dict.fromkeys(fields) for key, fields in _PARTS.items()}
+    flat = [
+        _flat({**trial, **{k: trial[k] or part for k, part in parts.items()}}) for trial in plain
+    ]
     columns = list(dict.fromkeys(key for line in flat for key in line))
     writer = csv.DictWriter(sys.stdout, columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -105,12 +115,11 @@ def _print_csv(plain: Sequence[dict[str, Any]]) -> None:
 
 
 def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined with dots; what a trial does not have is left out."""
     found: dict[str, Any] = {}
     for key, value in document.items():
         if isinstance(value, dict):
             found |= _flat(value, f"{prefix}{key}.")
-        elif value is not None or not prefix:
+        else:
             found[f"{prefix}{key}"] = value
     return found
 

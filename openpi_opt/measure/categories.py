@@ -83,8 +83,6 @@ _ORDERED: tuple[tuple[Category, str], ...] = (
     # triton_poi_fused__scaled_dot_product_efficient_attention__to_copy_add_cat_cos_expand_mul_neg_
     # sin_..., triton_poi_fused_add_cat_mul_neg_slice_transpose_view_0 (rotate half)
     ("rope", _FUSED + r".*(?:cos.*sin|cat_mul_neg|cat_transpose)"),
-    # The same after rocprof cut the name before "sin"
-    ("rope", _FUSED + r".*_cat_cos_"),
     # triton_poi_fused_gelu_mul_16, triton_poi_fused_addmm_silu_view_4
     ("activation", _FUSED + r".*(?:gelu|silu)"),
     # triton_poi_fused_add_addmm_mul_view_33, triton_per_fused_sum_8

@@ -135,9 +135,7 @@ class _Watch:
         self._book()
         return dict(self._seconds)
 
-    def _register_exit(
-        self, selector: selectors.BaseSelector, stack: contextlib.ExitStack
-    ) -> bool:
+    def _register_exit(self, selector: selectors.BaseSelector, stack: contextlib.ExitStack) -> bool:
         """Wake when the child exits; False where the kernel has no pidfd."""
         try:
             pidfd = os.pidfd_open(self.process.pid)

@@ -58,9 +58,10 @@ PLACE_SUFFIXES = ("_DIR", "_PATH", "_HOME", "_ROOT")
 _GPU_SELECTION = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
-def cleared_names(environ: Mapping[str, str]) -> list[str]:
-    """Names in `environ` that would change a trial and are kept from it."""
-    return sorted(name for name in environ if _changes_a_trial(name))
+def cleared_names(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Names in the environment that would change a trial and are kept from it."""
+    source = os.environ if environ is None else environ
+    return sorted(name for name in source if _changes_a_trial(name))
 
 
 def child_environment(

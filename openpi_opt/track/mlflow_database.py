@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
-_CHATTY = ("mlflow.store", "mlflow.tracking", "alembic")
+_CHATTY = ("mlflow.store", "mlflow.tracking", "alembic", "urllib3.connectionpool")
 
 
 def connect(uri: str) -> MlflowClient:
@@ -26,7 +26,7 @@ def connect(uri: str) -> MlflowClient:
         UserError: the database is of another version of MLflow, or not a database.
     """
     for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)  # what fails is raised as well
     from mlflow import MlflowClient
 
     if uri.startswith(SQLITE):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator
@@ -37,12 +38,13 @@ ROLE_TAG = "openpi_opt.role"
 PARENT_TAG = "mlflow.parentRunId"
 # A server that is away must not hold up the sweep after every trial.
 RETRY_AFTER_S = 60.0
-# MLflow's own defaults let one call to a dead server block for four minutes, and send usage
-# statistics out. What the user has set stays.
+# MLflow's own defaults let one call to a dead server block for four minutes, send usage statistics
+# out, and print links on stdout, which belongs to the verb. What the user has set stays.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
@@ -120,7 +122,7 @@ class MlflowLog:
             if run is None:
                 raise TrackingError(
                     f"MLflow has no run of the trial {uid}; deliver it first: "
-                    f"python -m openpi_opt.track sync --store {self.store.path}"
+                    + self._sync_command("")
                 )
             run_id: str = run.info.run_id
             self._connect().set_tag(run_id, key, value[: content.MAX_TAG])
@@ -259,11 +261,15 @@ class MlflowLog:
         self._away_until = 0.0
 
     def _line(self, study: str, why: str) -> str:
-        where = re.sub(r"//[^/@]*@", "//", self.uri)  # no passwords in messages
-        return (
-            f"MLflow at {where}: {why}. Results are kept in the journal; deliver them later with: "
-            f"python -m openpi_opt.track sync {study} --store {self.store.path}"
+        line = (
+            f"MLflow at {self.uri}: {why}. Results are kept in the journal; deliver them later: "
+            + self._sync_command(study)
         )
+        return re.sub(r"//[^/@\s]*@", "//", line)  # no passwords in messages
+
+    def _sync_command(self, study: str) -> str:
+        words = ["python", "-m", "openpi_opt.track", "sync", *([study] if study else [])]
+        return shlex.join([*words, "--store", str(self.store.path)])
 
 
 @contextmanager

@@ -7,6 +7,7 @@ measure, guard) and the fingerprint of machine and software are the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from rich.table import Table
@@ -60,7 +61,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
 def groups(records: Iterable[Record]) -> list[Group]:
     """One group for each context, in the order of their first trial."""
     contexts: dict[str, list[Record]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: record.number):
         contexts.setdefault(record.result.context_hash, []).append(record)
     titles = [_title(members[-1]) for members in contexts.values()]
     return [
@@ -191,7 +192,7 @@ def _table(group: Group) -> Table:
     return view
 
 
-def _count_name(kinds: set[str]) -> str:
+def _count_name(kinds: AbstractSet[str]) -> str:
     return "operators" if kinds == {"operator_calls"} else "kernels"
 
 
@@ -199,7 +200,7 @@ def _number(row: Row) -> str:
     return f"{'* ' if row.best else ''}{row.record.number}{STALE_MARK if row.stale else ''}"
 
 
-def _numbers(row: Row, kinds: set[str]) -> list[str]:
+def _numbers(row: Row, kinds: AbstractSet[str]) -> list[str]:
     """Mean and std, p50, kernels, ratio: empty where the outcome has none."""
     if row.ok is None:
         return ["", "", "", ""]

@@ -190,6 +190,7 @@ def test_refuses_too_few(warmup: int, iterations: int, inputs: list[int], messag
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_device_events_and_wall_clock_agree_on_a_gpu() -> None:
     matrix = torch.randn(4096, 4096, device="cuda")
     timing = time_calls(lambda x: x @ x, [matrix, matrix.clone()], 3, 10, "cuda")

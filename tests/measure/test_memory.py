@@ -75,6 +75,7 @@ def test_kibibytes_become_mebibytes(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_device_peak_counts_tensors_that_are_gone() -> None:
     reset_peak("cuda")
     before = peak("cuda").peak_mib

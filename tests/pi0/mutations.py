@@ -79,9 +79,7 @@ def on_actions(change: Callable[[Pi0Policy, Inputs, Tensor], Tensor]) -> Apply:
     @contextmanager
     def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
         sample = policy.sample_actions
-        with replaced(
-            policy, sample_actions=lambda given: change(policy, previous, sample(given))
-        ):
+        with replaced(policy, sample_actions=lambda given: change(policy, previous, sample(given))):
             yield inputs
 
     return apply

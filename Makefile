@@ -1,0 +1,39 @@
+# Two commands: `make sweep` and `make test`. Both set up .venv first, once.
+PYTHON ?= python3
+STORE ?= mlruns
+export PYTHON
+py = .venv/bin/python
+
+.PHONY: help sweep test test-gpu lint ui clean
+
+help:
+	@echo "make sweep      set up .venv and run the first sweep (attention=aiter,sdpa)"
+	@echo "make test       set up .venv and run linters, type checker and tests"
+	@echo "make test-gpu   the tests that need a GPU"
+	@echo "make ui         MLflow UI on http://127.0.0.1:5000 (STORE=mlruns)"
+	@echo "make clean      remove .venv and caches; results in mlruns/ stay"
+
+.venv/installed: pyproject.toml constraints.txt tools/setup.sh
+	@echo "== setting up .venv (once; again when pyproject.toml or constraints.txt change)"
+	sh tools/setup.sh
+	@touch $@
+
+sweep: .venv/installed
+	$(py) -m openpi_opt.sweep -m attention=aiter,sdpa
+
+lint: .venv/installed
+	$(py) -m ruff check .
+	$(py) -m ruff format --check .
+	$(py) -m mypy
+
+test: .venv/installed lint
+	$(py) -m pytest -m "not gpu"
+
+test-gpu: .venv/installed
+	$(py) -m pytest -m gpu
+
+ui: .venv/installed
+	$(py) -m mlflow ui --backend-store-uri sqlite:///$(abspath $(STORE))/mlflow.db --host 127.0.0.1 --port 5000
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,28 @@
+"""What Hydra's plugin discovery requires, and no more: the sweeper under a name it accepts.
+
+Hydra imports this in every program that uses it, so it must stay cheap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hydra.core.config_store import ConfigStore
+
+from openpi_opt.search import sweeper
+
+
+class OpenpiOptSweeper(sweeper.OpenpiOptSweeper):
+    """The sweeper of `openpi_opt.search.sweeper`; Hydra instantiates no class from elsewhere."""
+
+
+@dataclass
+class OpenpiOptSweeperConf:
+    """The option `hydra/sweeper: openpi_opt`. Its settings are keys of `conf/sweep.yaml`."""
+
+    _target_: str = "hydra_plugins.openpi_opt_sweeper.OpenpiOptSweeper"
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="openpi_opt", node=OpenpiOptSweeperConf, provider="openpi_opt"
+)

@@ -1,0 +1,109 @@
+"""A composed command line turned into a study, and the study's end as text on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from openpi_opt.compare import print_table
+from openpi_opt.machine import probe
+from openpi_opt.paths import conf_dir
+from openpi_opt.result import Ok
+from openpi_opt.search.display import Display, Lines, Live
+from openpi_opt.search.plan import StudyRequest
+from openpi_opt.search.points import Compose
+from openpi_opt.search.settings import Settings, check_not_swept, default_study_name
+from openpi_opt.search.space import Space
+from openpi_opt.search.study import StudyOutcome, run_study
+from openpi_opt.track.mlflow_content import reason
+from openpi_opt.track.report import rows
+from openpi_opt.track.store import DEFAULT_STORE, check_study_name
+
+
+def run_command_line(
+    composed: Mapping[str, Any], space: Space, compose: Compose, swept: bool
+) -> int:
+    """Run the study that was asked for and print what came of it; returns the exit code.
+
+    Raises:
+        UserError: something that the user has to mend.
+    """
+    settings = Settings.parse(composed)
+    check_not_swept(space)
+    command = sys.argv[1:]
+    name = settings.study or default_study_name(_as_given(space, command))
+    check_study_name(name)
+    request = StudyRequest(name, space, settings, probe(), tuple(command), swept)
+    with _display() as display:
+        outcome = run_study(request, compose, display)
+    print_outcome(outcome, swept)
+    return outcome.exit_code
+
+
+def print_outcome(outcome: StudyOutcome, swept: bool) -> None:
+    """The table, the best of each context, and what to type next."""
+    print(f"study {outcome.name}: {_count(outcome)}; {outcome.ended}")
+    print_table(outcome.records)
+    for row in rows(outcome.records):
+        if row.best and row.ok is not None:
+            latency = row.ok.latency
+            gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
+            what = " ".join(f"{key}={text}" for key, text in row.differs.items())
+            print(
+                f"best: trial {row.record.number} ({what}), "
+                f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms{gain}"
+            )
+    if outcome.exit_code:
+        _print_reasons(outcome)
+    _print_next(outcome, swept)
+
+
+def _count(outcome: StudyOutcome) -> str:
+    ok = sum(isinstance(record.result, Ok) for record in outcome.points)
+    before = len(outcome.records) - outcome.measured
+    return f"{ok} of {len(outcome.points)} configurations ok" + (
+        f", {outcome.measured} measured now" if before > 0 else ""
+    )
+
+
+def _print_reasons(outcome: StudyOutcome) -> None:
+    print("no configuration was ok:")
+    for record in outcome.points:
+        first = (reason(record).splitlines() or [""])[0]
+        print(f"  trial {record.number} {record.result.outcome}: {first}")
+        if record.trial_dir:
+            print(f"    log: {outcome.store.study_dir(outcome.name) / record.trial_dir}/log.txt")
+
+
+def _print_next(outcome: StudyOutcome, swept: bool) -> None:
+    store = (
+        ""
+        if outcome.store.path == Path(DEFAULT_STORE).absolute()
+        else (f" --store {outcome.store.path}")
+    )
+    print("next:")
+    print(f"  python -m openpi_opt.compare {outcome.name}{store}")
+    if outcome.exit_code == 0 and swept:
+        print(f"  python -m openpi_opt.promote {outcome.name}{store} --name NAME")
+    if conf_dir() == Path.cwd() / "conf" and not store:
+        print("  make ui")
+    else:
+        print(f"  mlflow ui --backend-store-uri {outcome.store.mlflow_uri}")
+
+
+def _as_given(space: Space, command: list[str]) -> list[str]:
+    """The overrides in the order typed: Hydra's flags are not among them."""
+    keys = set(space.dimensions)
+    return [word for word in command if word in space.fixed or word.partition("=")[0] in keys]
+
+
+@contextlib.contextmanager
+def _display() -> Iterator[Display]:
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    with Live() as live:
+        yield live

@@ -1,0 +1,116 @@
+"""From what Hydra composed to a configuration, with the checks that Hydra does not make."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_loader import ConfigLoader
+from omegaconf import DictConfig, OmegaConf
+
+from openpi_opt.compose import trial_config
+from openpi_opt.config import Config
+from openpi_opt.errors import UserError
+from openpi_opt.search.hydra_errors import hydra_errors
+from openpi_opt.search.settings import Settings
+from openpi_opt.search.space import parse_override
+
+_GLOBAL = re.compile(r"^#\s*@package\s+_global_\s*$", re.MULTILINE)
+
+
+class SweepCompose:
+    """Composes one point of a sweep through Hydra's config loader."""
+
+    def __init__(self, loader: ConfigLoader, master: DictConfig):
+        self._loader = loader
+        self._master = master
+
+    def __call__(self, overrides: list[str]) -> Config:
+        """The configuration for these overrides.
+
+        Raises:
+            UserError: unknown group, option or key; a value that no schema admits.
+        """
+        with hydra_errors():
+            composed = self._loader.load_sweep_config(self._master, overrides)
+        check_sources(composed.hydra.runtime, overrides)
+        return trial_config(plain(composed))
+
+
+def plain(composed: DictConfig, lenient: bool = False) -> dict[str, Any]:
+    """The composed values without Hydra's own, interpolations resolved.
+
+    `lenient` takes the sweep's settings only: in a sweep the rest may still lack values.
+
+    Raises:
+        UserError: a mandatory value is missing, or an interpolation leads nowhere.
+    """
+    names = [str(key) for key in composed if key != "hydra"]
+    if lenient:
+        names = [name for name in names if name in Settings.model_fields]
+    with hydra_errors():
+        return {name: _plain_value(composed[name]) for name in names}
+
+
+def _plain_value(value: Any) -> Any:
+    if not OmegaConf.is_config(value):
+        return value
+    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+
+
+def check_sources(runtime: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse where Hydra would let one file win over what the user sees or says.
+
+    Raises:
+        UserError: two different files are the same option, or the body of a preset would win over
+            a group that the command line chooses.
+    """
+    roots = [Path(s.path) for s in runtime.config_sources if s.schema == "file"]
+    choices = {
+        str(group): str(option)
+        for group, option in runtime.choices.items()
+        if option is not None and not str(group).startswith("hydra")
+    }
+    files = {group: _files(roots, group, option) for group, option in choices.items()}
+    for group, found in files.items():
+        if len({path.read_bytes() for path in found}) > 1:
+            raise UserError(
+                f"{group}={choices[group]} is two different files: "
+                f"{' and '.join(map(str, found))}.\nRename one of them."
+            )
+    named = {parse_override(line).key_or_group: line for line in overrides}
+    on_command_line = {group: named[group] for group in choices if group in named}
+    for group, found in files.items():
+        for path in found[:1]:
+            _check_body(f"{group}={choices[group]}", path, on_command_line)
+
+
+def _files(roots: Sequence[Path], group: str, option: str) -> list[Path]:
+    return [path for root in roots if (path := root / group / f"{option}.yaml").is_file()]
+
+
+def _check_body(name: str, path: Path, on_command_line: Mapping[str, str]) -> None:
+    """A global body is merged after the groups, so its keys would silently win."""
+    for part in _with_parents(path):
+        text = part.read_text(encoding="utf-8")
+        body = yaml.safe_load(text) if _GLOBAL.search(text) else None
+        for key in body if isinstance(body, dict) else ():
+            if key in on_command_line:
+                raise UserError(
+                    f"{on_command_line[key]} cannot replace what {name} says: {part} sets keys of "
+                    f"{key} one by one.\nName the keys ({key}.KEY=VALUE) instead of the option, "
+                    "or take them out of the file."
+                )
+
+
+def _with_parents(path: Path) -> Iterator[Path]:
+    """The file, and those of its folder that its defaults list names."""
+    yield path
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for entry in (document or {}).get("defaults") or []:
+        other = path.with_name(f"{entry}.yaml")
+        if isinstance(entry, str) and other != path and other.is_file():
+            yield from _with_parents(other)

@@ -1,0 +1,80 @@
+"""What a sweep was asked for, and what it is going to do about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+
+from openpi_opt.config import Config
+from openpi_opt.errors import UserError
+from openpi_opt.machine import Machine
+from openpi_opt.search.display import Display
+from openpi_opt.search.settings import Settings, identity
+from openpi_opt.search.space import Space
+from openpi_opt.track.store import Store
+
+
+@dataclass(frozen=True)
+class StudyRequest:
+    """What is to be done. `swept` is False for one trial alone, which gets no baseline."""
+
+    name: str
+    space: Space
+    settings: Settings
+    machine: Machine
+    command: tuple[str, ...] = ()
+    swept: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which points are tried: every one in order, or those that a sampler proposes."""
+
+    enumerated: bool
+    sampler: str
+    text: str
+
+
+def make_plan(request: StudyRequest) -> Plan:
+    """Which points, and who chooses them.
+
+    Raises:
+        UserError: every combination was asked for and there is no end of them.
+    """
+    asked, limit = request.settings.sampler, request.settings.n_trials
+    count = request.space.combinations()
+    if not request.swept or count == 1:
+        return Plan(True, "grid", "1 configuration")
+    known = "a space without end" if count is None else f"{count} combinations"
+    if asked == "grid" and count is None:
+        raise UserError(
+            "sampler=grid: an interval has no end of values, so not every combination can be "
+            "tried.\nUse range(LOW,HIGH,STEP) or a list of values, or sampler=tpe."
+        )
+    if asked == "grid" or (asked == "auto" and count is not None and count <= limit):
+        every = count is not None and count <= limit
+        some = "every one in order" if every else f"the first {limit} in order, by n_trials"
+        return Plan(True, "grid", f"{known}, {some} (sampler {asked})")
+    name = "tpe" if asked == "auto" else asked
+    shown = "auto: tpe" if asked == "auto" else name
+    return Plan(False, name, f"{known}, at most {limit} by n_trials (sampler {shown})")
+
+
+def announce(
+    request: StudyRequest, first: Config, store: Store, plan: Plan, display: Display
+) -> None:
+    """Say what is about to be done, and what `auto` turned into."""
+    display.note(f"study {request.name} in {store.path}: {plan.text}")
+    where: str = first.platform.device
+    gpus = request.machine.gpus_for(first.platform.device) if where != "auto" else ()
+    if gpus:
+        where += f" ({gpus[first.platform.gpu].name})"
+    display.note(f"model {first.model.name} on {where}, workload {first.workload.name}")
+
+
+def space_hash(space: Space, fingerprint_hash: str) -> str:
+    """Latencies of other machines, and of other overrides shared by all trials, do not mix."""
+    deciding = dataclasses.replace(space, fixed=tuple(identity(space.fixed)))
+    text = f"{deciding.hash()} {fingerprint_hash}"
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

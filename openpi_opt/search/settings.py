@@ -1,0 +1,96 @@
+"""The keys of `conf/sweep.yaml` that steer a sweep and are no part of a trial."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from openpi_opt.errors import UserError
+from openpi_opt.search.space import Space, parse_override
+
+SamplerName = Literal["auto", "grid", "tpe", "random", "gp"]
+# Where a study is kept and what is looked at afterwards change no result.
+_NOT_IDENTITY = ("tracking", "limits", "profile", "hydra")
+_LONGEST_TEXT = 60
+
+
+class Settings(BaseModel):
+    """How to search and where to keep what is found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    study: str | None = None
+    store: str = Field("mlruns", min_length=1)
+    n_trials: int = Field(50, ge=1)
+    sampler: SamplerName = "auto"
+    seed: int = Field(0, ge=0, lt=2**32)
+    baseline: bool = True
+
+    @field_validator("study", "store", mode="before")
+    @classmethod
+    def _a_number_is_a_name_too(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, (int, float)) else value
+
+    @staticmethod
+    def parse(composed: Mapping[str, Any]) -> Settings:
+        """Pick the settings out of a composed mapping.
+
+        Raises:
+            UserError: a value of the wrong type or out of range.
+        """
+        picked = {name: composed[name] for name in Settings.model_fields if name in composed}
+        try:
+            return Settings.model_validate(picked)
+        except ValidationError as error:
+            raise UserError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    if name == "sampler":
+        return f"sampler={first['input']}: unknown. Use one of {', '.join(get_args(SamplerName))}."
+    if name == "n_trials" and first["type"] == "greater_than_equal":
+        return f"n_trials={first['input']}: at least 1 trial is needed, or there is no sweep."
+    return f"{name}={first['input']}: {first['msg']}."
+
+
+def check_not_swept(space: Space) -> None:
+    """Refuse a sweep over a setting: one study has one of each.
+
+    Raises:
+        UserError: names the key.
+    """
+    for key in space.dimensions:
+        if key.lstrip("+~").split(".")[0] in Settings.model_fields:
+            raise UserError(
+                f"{key} steers the whole sweep and cannot itself be swept.\n"
+                f"Give {key} one value and start one sweep for each."
+            )
+
+
+def identity(overrides: Sequence[str]) -> list[str]:
+    """The overrides that decide what is measured, in the order written."""
+    ignored = {*Settings.model_fields, *_NOT_IDENTITY}
+    return [line for line in overrides if _head(line) not in ignored]
+
+
+def default_study_name(overrides: Sequence[str], today: datetime | None = None) -> str:
+    """A name out of the UTC date and the overrides: the same command, the same day, the same name.
+
+    The text is for people and may be cut; the hash tells apart what reads the same.
+    """
+    deciding = identity(overrides)
+    day = (today or datetime.now(timezone.utc)).strftime("%Y%m%d")
+    text = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", "+".join(deciding))[:_LONGEST_TEXT].strip("-+.,")
+    digest = hashlib.sha256("\n".join(deciding).encode()).hexdigest()[:6]
+    return f"{day}-{text or 'defaults'}-{digest}"
+
+
+def _head(line: str) -> str:
+    return re.split(r"[./@]", parse_override(line).key_or_group)[0]

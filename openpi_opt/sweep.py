@@ -1,0 +1,115 @@
+"""Try configurations, one process each: `python -m openpi_opt.sweep -m attention=aiter,sdpa`.
+
+Hydra reads the command line; with `-m` its sweeper plugin hands over to `search.study`, without
+it the task function does so with one point.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from argparse import Namespace
+from types import FrameType
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig
+
+from openpi_opt.cli import run
+from openpi_opt.errors import UserError
+from openpi_opt.paths import conf_dir, user_conf_dir
+
+_OWN_PLUGINS = ("hydra/sweeper", "hydra/launcher")
+
+
+class UserConf(SearchPathPlugin):
+    """Adds `conf/` of the working folder, where `promote` writes presets.
+
+    Registered by `main` and not found by discovery: other Hydra programs of this environment are
+    not to be changed.
+    """
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Put it behind the project's own folder."""
+        folder = user_conf_dir()
+        if folder.is_dir() and not (conf_dir().is_dir() and folder.samefile(conf_dir())):
+            search_path.append("working folder", f"file://{folder}")
+
+
+def main() -> int:
+    """Run the command line; 0 when at least one trial was ok, else 1.
+
+    Raises:
+        UserError: bad input.
+        SystemExit: the same codes, when Hydra is between.
+    """
+    arguments = get_args_parser().parse_args()
+    # Hydra then lets exceptions through instead of printing its own kind of report.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, _interrupt)
+    Plugins.instance().register(UserConf)
+    if not arguments.help:
+        _check(arguments)
+    from openpi_opt.search.hydra_errors import hydra_errors
+
+    with hydra_errors():
+        _hydra_main()
+    return 0
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="sweep")
+def _hydra_main(composed: DictConfig) -> None:
+    """One trial, without `-m`."""
+    from openpi_opt.compose import trial_config
+    from openpi_opt.search.command import run_command_line
+    from openpi_opt.search.composing import check_sources, plain
+    from openpi_opt.search.space import Space
+
+    own = HydraConfig.get()
+    overrides = list(own.overrides.task)
+    check_sources(own.runtime, overrides)
+    values = plain(composed)
+    space = Space.parse(overrides)
+    raise SystemExit(run_command_line(values, space, lambda _: trial_config(values), swept=False))
+
+
+def _check(arguments: Namespace) -> None:
+    """Say what is wrong with the command line before Hydra says it at length.
+
+    Raises:
+        UserError: bad syntax, a sweep without -m, or a flag that does not fit here.
+    """
+    from openpi_opt.search.space import parse_override
+
+    if arguments.experimental_rerun is not None:
+        raise UserError(
+            "--experimental-rerun reads pickles, which can run anything. "
+            "Use preset=NAME, or the overrides of the earlier command."
+        )
+    verbs = ("run", "multirun", "cfg", "info", "shell_completion")
+    given = [f"--{verb}" for verb in verbs if getattr(arguments, verb)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude one another. Leave out all but one.")
+    for line in [] if arguments.shell_completion else arguments.overrides:
+        override = parse_override(line)
+        if override.key_or_group in _OWN_PLUGINS:
+            raise UserError(f"{line}: this command brings its own sweeper. Leave it out.")
+        if override.is_sweep_override() and not arguments.multirun:
+            raise UserError(
+                f"{line}: several values are a sweep. Add -m to try them all, or give one value; "
+                f"for one value with a comma in it, quote it: \"{line.partition('=')[0]}='a,b'\"."
+            )
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End as Ctrl-C does: the running trial's processes go, finished trials stay."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,79 @@
+"""aiter by contract: operators of the published signature, computed by a reference on the CPU.
+
+The signature is that of ROCm/aiter `aiter/ops/mha.py` (before and after `sink_size` was added).
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from openpi_opt.errors import RefusedError
+from openpi_opt.kernels import aiter
+from openpi_opt.pi0.ops import eager_attention
+from openpi_opt.pi0.ops import Visibility
+
+OLD = (
+    "mha_fwd(Tensor(a0!) q, Tensor(a1!) k, Tensor(a2!) v, float dropout_p, float softmax_scale, "
+    "bool is_causal, int window_size_left, int window_size_right, {sink}bool return_softmax_lse, "
+    "bool return_dropout_randval) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+seen: list[tuple] = []
+
+
+def fake_mha(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    seen.append(rest)
+    out = eager_attention(q, k, v, Visibility(None, None), float(rest[1]))  # type: ignore[arg-type]
+    return out.contiguous(), torch.empty(0), torch.empty(0), torch.empty(2)
+
+
+@pytest.fixture(params=["", "int sink_size, "], ids=["before sink_size", "after sink_size"])
+def operator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    library = torch.library.Library("aiter", "FRAGMENT")
+    library.define(OLD.format(sink=request.param))
+    library.impl("mha_fwd", fake_mha, "CPU")
+    monkeypatch.setattr(aiter, "_import_for", lambda device: None)
+    aiter._sink_size.cache_clear()
+    seen.clear()
+    yield request.param
+    library._destroy()
+    if hasattr(torch.ops.aiter, "mha_fwd"):
+        delattr(torch.ops.aiter, "mha_fwd")
+    aiter._sink_size.cache_clear()
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 11, 8, 16, generator=generator)
+    return q, *torch.randn(2, 1, 30, 1, 16, generator=generator).unbind()
+
+
+def test_arguments_in_the_order_of_the_schema(operator: str) -> None:
+    q, k, v = inputs()
+    out = aiter.core("rocm")(q, k, v, 0.25, None)
+    expected = eager_attention(q, k, v, Visibility(None, None), 0.25)
+    torch.testing.assert_close(out, expected)
+    flags = [False, -1, -1, *([0] if operator else []), False, False]
+    assert list(seen[-1]) == [0.0, 0.25, *flags]
+
+
+def test_the_wrapper_mutates_nothing(operator: str) -> None:
+    torch.library.opcheck(torch.ops.openpi_opt.aiter_mha_ck, (*inputs(), 0.25))
+    assert not torch.ops.openpi_opt.aiter_mha_ck.default._schema.is_mutable
+
+
+def test_a_mask_is_refused_not_ignored(operator: str) -> None:
+    with pytest.raises(ValueError, match="takes no mask"):
+        aiter.core("rocm")(*inputs(), 0.25, torch.ones(1, 1, 1, 30, dtype=torch.bool))
+
+
+def test_what_cannot_be_imported_is_unavailable() -> None:
+    with pytest.raises(RefusedError, match="importing AMD's aiter failed") as error:
+        aiter.core("cuda")
+    assert error.value.outcome == "unavailable"
+
+
+def test_no_launch_parameter_is_amd_only() -> None:
+    for config in (aiter._PREFILL_CONFIG, aiter._DECODE_CONFIG):
+        assert not {"waves_per_eu", "matrix_instr_nonkdim", "kpack"} & set(config)

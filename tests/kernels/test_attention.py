@@ -1,0 +1,97 @@
+"""Every backend that runs on a CPU against a float64 reference written out here."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from openpi_opt.kernels.attention import backend, sdpa, segmented
+from openpi_opt.pi0.ops import Segment, Visibility
+
+# B, S, T, Hq, Hkv, D; awkward sizes on purpose
+SHAPES = [(1, 11, 37, 4, 1, 32), (2, 5, 5, 3, 3, 24), (1, 1, 7, 8, 1, 16), (3, 50, 71, 2, 1, 8)]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    batch, queries, keys, heads, kv_heads, width = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    q = torch.randn(batch, queries, heads, width, generator=generator)
+    k = torch.randn(batch, keys, kv_heads, width, generator=generator)
+    v = torch.randn(batch, keys, kv_heads, width, generator=generator)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """One query and one head at a time, float64."""
+    out = torch.zeros(*q.shape, dtype=torch.float64)
+    batch, queries, heads, _ = q.shape
+    group = heads // k.shape[2]
+    for b in range(batch):
+        for s in range(queries):
+            for h in range(heads):
+                logits = k[b, :, h // group].double() @ q[b, s, h].double() * scale
+                if mask is not None:
+                    logits[~mask.expand(batch, 1, queries, k.shape[1])[b, 0, s]] = -torch.inf
+                out[b, s, h] = torch.softmax(logits, 0) @ v[b, :, h // group].double()
+    return out
+
+
+def random_mask(shape: tuple[int, ...], per_query: bool) -> Tensor:
+    batch, queries, keys = shape[:3]
+    generator = torch.Generator().manual_seed(7)
+    mask = torch.rand(batch, 1, queries if per_query else 1, keys, generator=generator) > 0.4
+    mask[..., 0] = True
+    return mask
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("masked", ["none", "keys", "queries"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_backend_against_reference(
+    name: str, shape: tuple[int, ...], masked: str, dtype: torch.dtype
+) -> None:
+    q, k, v = tensors(shape, dtype)
+    mask = None if masked == "none" else random_mask(shape, masked == "queries")
+    out = backend(name, "cpu")(q, k, v, Visibility(mask, None), 0.3)
+    assert out.dtype == dtype
+    assert relative(out, reference(q, k, v, mask, 0.3)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("shape", SHAPES[:1])
+def test_segments_are_the_mask_said_otherwise(shape: tuple[int, ...]) -> None:
+    q, k, v = tensors(shape, torch.float32)
+    queries, keys = shape[1:3]
+    index = torch.tensor([0, 3, 5, 20])
+    segments = (Segment(0, 1, 4), Segment(1, 6, index), Segment(6, queries, None))
+    mask = torch.zeros(1, 1, queries, keys, dtype=torch.bool)
+    mask[..., :1, :4] = True
+    mask[..., 1:6, index] = True
+    mask[..., 6:, :] = True
+    out = segmented(sdpa)(q, k, v, Visibility(mask, segments), 0.3)
+    assert relative(out, reference(q, k, v, mask, 0.3)) < 2e-6
+
+
+def test_upper_left_causal_is_another_function() -> None:
+    """Why no backend here passes is_causal: fewer queries than keys are aligned at the top."""
+    q, k, v = tensors(SHAPES[0], torch.float32)
+    mask = torch.ones(1, 1, *SHAPES[0][1:3], dtype=torch.bool)
+    wrong = torch.nn.functional.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    assert relative(wrong, reference(q, k, v, mask, 0.3)) > 0.5
+
+
+def test_grouped_heads_that_no_backend_takes_are_refused() -> None:
+    q, k, v = tensors((1, 3, 3, 4, 2, 8), torch.float32)
+    with pytest.raises(ValueError, match="4 query heads on 2 key heads"):
+        sdpa(q, k, v, 0.3, None)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="known are eager, sdpa, aiter"):
+        backend("flash9", "cpu")

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from track_samples import config, failed, ok, record, wrong
+
+from openpi_opt.cli import run
+from openpi_opt.compare import main
+from openpi_opt.errors import UserError
+from openpi_opt.track.journal import Journal
+from openpi_opt.track.store import Store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    journal = Journal.open(Store.open(tmp_path).study_dir("first"))
+    fast = config(attention={"vision": "sdpa"})
+    journal.append(record(failed('exit, code "1"\nand more'), params={"compile": "default"}))
+    journal.append(record(ok(20.0), role="baseline"))
+    journal.append(
+        record(ok(10.0, fast), params={"attention.vision": "sdpa"}, trial_dir="trials/2")
+    )
+    journal.append(record(wrong()))
+    return str(tmp_path)
+
+
+def verb(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "openpi_opt.compare", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_table(store: str) -> None:
+    done = verb("first", "--store", store)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("pi0_mini on cpu (AMD EPYC), workload seed_b1\n")
+    assert "2.00x" in done.stdout
+    assert "vision=sdpa prefill=eager denoise=eager" in done.stdout  # not cut in a pipe
+    assert 'exit, code "1" and more' in done.stdout
+
+
+def test_json(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["first", "--store", store, "--format", "json"]) == 0
+    trials = json.loads(capsys.readouterr().out)
+    assert [trial["number"] for trial in trials] == [0, 1, 2, 3]
+    crashed, baseline, fast, wrong_one = trials
+    assert crashed["outcome"] == "crashed"
+    assert crashed["reason"] == 'exit, code "1"\nand more'  # whole, unlike in the table
+    assert crashed["latency"] is None
+    assert baseline["role"] == "baseline"
+    assert fast["best"] is True
+    assert fast["vs_baseline"] == 2.0
+    assert fast["latency"]["mean_ms"] == 10.0
+    assert "samples_ms" not in fast["latency"]
+    assert fast["kernels"]["total"] == 321
+    assert fast["trial_dir"] == f"{store}/studies/first/trials/2"
+    assert fast["params"] == {"attention.vision": "sdpa"}
+    assert wrong_one["guard"]["passed"] is False
+    assert wrong_one["latency"] is None
+
+
+def test_csv(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["first", "--store", store, "--format", "csv"]) == 0
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(lines) == 4
+    assert lines[2]["latency.mean_ms"] == "10.0"
+    assert lines[2]["labels.attention"] == "vision=sdpa prefill=eager denoise=eager"
+    assert lines[0]["latency.mean_ms"] == lines[3]["latency.mean_ms"] == ""
+    assert lines[3]["guard.rel_l2"] == "0.002"
+    assert lines[0]["reason"] == 'exit, code "1"\nand more'
+    assert not {"latency", "guard", "kernels"} & lines[0].keys()
+
+
+def test_a_running_sweep_is_left_alone(store: str) -> None:
+    path = Path(store) / "studies/first/journal.jsonl"
+    with path.open("a") as file:
+        file.write('{"half')
+    done = verb("first", "--store", store, "--format", "json")
+    assert done.returncode == 0
+    assert len(json.loads(done.stdout)) == 4
+    assert done.stderr.startswith("note: ")
+    assert path.read_text().endswith('{"half')
+
+
+def test_study_without_trials(tmp_path: Path) -> None:
+    Journal.open(Store.open(tmp_path).study_dir("empty"))
+    for form, out in (("table", ""), ("json", "[]\n")):
+        done = verb("empty", "--store", str(tmp_path), "--format", form)
+        assert (done.returncode, done.stdout) == (0, out)
+        assert "no finished trial yet" in done.stderr
+
+
+@pytest.mark.parametrize("study", ["frist", "../first", "", "a/b"])
+def test_unknown_study(store: str, study: str) -> None:
+    done = verb(study, "--store", store)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: study")
+    assert len(done.stderr.splitlines()) <= 3
+    if study == "frist":
+        assert "Did you mean first?" in done.stderr
+
+
+def test_unknown_store_is_not_made(tmp_path: Path) -> None:
+    done = verb("first", "--store", str(tmp_path / "absent"))
+    assert done.returncode == 2
+    assert "does not exist" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_track_verb_errors(store: str) -> None:
+    command = [sys.executable, "-m", "openpi_opt.track", "sync", "nothing", "--store", store]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: study 'nothing'")
+
+
+def test_reader_that_stops_early(store: str) -> None:
+    journal = Journal.open(Path(store) / "studies/first")
+    for _ in range(60):
+        journal.append(record())
+    command = f"{sys.executable} -m openpi_opt.compare first --store {store} --format json"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | head -1; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("[\n", "", 141)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(UserError("no\nway"), 2), (KeyboardInterrupt(), 130), (None, 1)]
+)
+def test_exit_codes(
+    raised: BaseException | None, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verb_main() -> int:
+        if raised is not None:
+            raise raised
+        return 1
+
+    with pytest.raises(SystemExit) as caught:
+        run(verb_main)
+    assert caught.value.code == code
+    assert capsys.readouterr().err == ("error: no\nway\n" if code == 2 else "")
+
+
+def test_defects_keep_their_traceback() -> None:
+    def verb_main() -> int:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        run(verb_main)

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from track_samples import config, failed, ok, record, refused, wrong
+
+from openpi_opt.errors import UserError
+from openpi_opt.track.journal import Journal
+
+HERE = Path(__file__).parent
+
+
+def writer(study: Path, body: str) -> subprocess.Popen[str]:
+    """A real process with a journal open in `j`; it prints what it did."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "from pathlib import Path\n"
+        "from track_samples import *\n"
+        "from openpi_opt.track.journal import Journal\n"
+        f"j = Journal.open(Path({str(study)!r}))\n" + body
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=HERE.parents[1],
+    )
+
+
+def test_round_trip_of_every_outcome(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "s", command=["sweep", "-m"])
+    given = [record(result) for result in (ok(), wrong(), refused(), failed())]
+    written = [journal.append(item) for item in given]
+    assert [item.number for item in written] == [0, 1, 2, 3]
+    for reopened in (Journal.open(tmp_path / "s"), Journal.read(tmp_path / "s")):
+        assert reopened.records() == written == journal.records()
+        assert reopened.notes == []
+        assert reopened.header is not None
+        assert reopened.header.command == ["sweep", "-m"]
+        assert reopened.header.name == "s"
+
+
+def test_a_uid_is_written_once(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path)
+    item = record()
+    assert journal.append(item) == journal.append(item) == Journal.open(tmp_path).append(item)
+    assert len(Journal.read(tmp_path).records()) == 1
+
+
+def test_find_knows_hashes_and_leaves_out_confirmations(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path)
+    cfg = config(attention={"vision": "sdpa"})
+    first = journal.append(record(ok(10, cfg)))
+    journal.append(record(ok(11, cfg), role="confirm"))
+    hashes = first.result.config_hash, first.fingerprint_hash
+    assert journal.find(*hashes) == first
+    newer = journal.append(record(ok(12, cfg), role="baseline"))
+    assert journal.find(*hashes) == Journal.open(tmp_path).find(*hashes) == newer
+    assert journal.find(hashes[0], "other") is None
+    assert journal.by_uid(first.uid) == first
+
+
+def test_one_journal_sees_what_another_appends(tmp_path: Path) -> None:
+    one, two = Journal.open(tmp_path), Journal.open(tmp_path)
+    one.append(record())
+    assert two.append(record()).number == 1
+    one.refresh()
+    assert one.records() == two.records()
+
+
+def test_numbers_in_text_cannot_break_lines(tmp_path: Path) -> None:
+    reason = "line\nbreak \r\n \u2028 \0 and \x85"
+    Journal.open(tmp_path).append(record(failed(reason)))
+    (back,) = Journal.open(tmp_path).records()
+    assert back.result.reason == reason  # type: ignore[union-attr]
+
+
+def test_a_record_that_would_not_come_back_is_not_written(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path)
+    journal.append(record())
+    good = ok()
+    bad = good.model_copy(update={"throughput_hz": float("nan")})
+    with pytest.raises(ValidationError):
+        journal.append(record().model_copy(update={"result": bad}))
+    assert len(Journal.open(tmp_path).records()) == 1
+
+
+@pytest.fixture(scope="module")
+def three_lines(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    journal = Journal.open(tmp_path_factory.mktemp("three"))
+    for result in (ok(), refused("ä ü"), failed()):
+        journal.append(record(result))
+    return journal.path.read_bytes()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_cut_at_any_byte(
+    tmp_path_factory: pytest.TempPathFactory, three_lines: bytes, data: st.DataObject
+) -> None:
+    ends = [i + 1 for i, byte in enumerate(three_lines) if byte == 10]
+    near = [min(max(end + d, 0), len(three_lines)) for end in (0, *ends) for d in (-2, -1, 0, 1)]
+    cut = data.draw(st.integers(0, len(three_lines)) | st.sampled_from(near))
+    folder = tmp_path_factory.mktemp("cut")
+    (folder / "journal.jsonl").write_bytes(three_lines[:cut])
+    # A line that lacks nothing but its newline is whole.
+    whole = sum(cut >= end - 1 for end in ends)
+    torn = b"" if cut in (0, *(end - 1 for end in ends)) else three_lines[:cut].split(b"\n")[-1]
+
+    assert len(Journal.read(folder).records()) == whole
+    assert (folder / "journal.jsonl").read_bytes() == three_lines[:cut]
+    journal = Journal.open(folder)
+    assert len(journal.records()) == whole
+    assert bool(journal.notes) == bool(torn)
+    assert [path.read_bytes() for path in folder.glob("journal.torn-*")] == [torn] * bool(torn)
+    assert journal.append(record()).number == whole
+    assert len(Journal.open(folder).records()) == whole + 1
+
+
+def test_torn_ends_are_kept_apart(tmp_path: Path) -> None:
+    for text in ("one", "two", "three"):
+        journal = Journal.open(tmp_path)
+        with journal.path.open("a") as file:
+            file.write(text)
+    Journal.open(tmp_path)
+    kept = {path.read_text() for path in tmp_path.glob("journal.torn-*")}
+    assert kept == {"one", "two", "three"}
+
+
+@pytest.mark.parametrize("damage", [b"garbage", b"", b"{}", b"\x00\x00", b"\xff\xfe", b"[1]"])
+def test_a_damaged_line_inside_names_file_and_line(
+    tmp_path: Path, three_lines: bytes, damage: bytes
+) -> None:
+    lines = three_lines.split(b"\n")
+    lines[1] = damage
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    for make in (Journal.open, Journal.read):
+        with pytest.raises(UserError, match=r"journal\.jsonl line 2 is damaged") as caught:
+            make(tmp_path)
+        assert len(str(caught.value).splitlines()) <= 3
+    assert path.read_bytes() == b"\n".join(lines)
+
+
+@pytest.mark.parametrize("where", ["record", "result", "header"])
+def test_newer_format(tmp_path: Path, where: str) -> None:
+    journal = Journal.open(tmp_path)
+    journal.append(record())
+    path = tmp_path / "study.json" if where == "header" else journal.path
+    document = json.loads(path.read_text())
+    (document["result"] if where == "result" else document)["schema_version"] = 2
+    path.write_text(json.dumps(document) + "\n")
+    with pytest.raises(UserError, match="newer openpi_opt"):
+        Journal.open(tmp_path)
+
+
+def test_killed_writers_lose_nothing_that_was_told(tmp_path: Path) -> None:
+    """`kill -9` at random moments of an append loop."""
+    study, told = tmp_path / "s", set()
+    for seed in range(4):
+        process = writer(study, "while True: print(j.append(record()).uid, flush=True)\n")
+        assert process.stdout is not None
+        told.add(process.stdout.readline().strip())
+        time.sleep(random.Random(seed).uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        out, _ = process.communicate()
+        told |= {line for line in out.split("\n")[:-1] if len(line) == 32}
+    records = Journal.open(study).records()
+    assert told <= {item.uid for item in records}
+    assert [item.number for item in records] == list(range(len(records)))
+    assert len({item.uid for item in records}) == len(records)
+
+
+def test_two_processes_lose_and_duplicate_nothing(tmp_path: Path) -> None:
+    body = "for _ in range(60): print(j.append(record()).uid)\n"
+    processes = [writer(tmp_path / "s", body) for _ in range(2)]
+    outs = [process.communicate(timeout=50) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outs
+    told = [uid for out, _ in outs for uid in out.split()]
+    records = Journal.read(tmp_path / "s").records()
+    assert sorted(told) == sorted(item.uid for item in records)
+    assert [item.number for item in records] == list(range(120))
+
+
+def test_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
+    """A file size limit in the middle of a line: a short write, then an error."""
+    study = tmp_path / "s"
+    Journal.open(study).append(record())
+    size = (study / "journal.jsonl").stat().st_size
+    body = (
+        "import resource\n"
+        "from openpi_opt.errors import UserError\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size + 500}, {size + 500}))\n"
+        "try: j.append(record())\n"
+        "except UserError as error: print(error)\n"
+    )
+    out, err = writer(study, body).communicate(timeout=50)
+    assert "File too large" in out, (out, err)
+    assert (study / "journal.jsonl").stat().st_size == size
+    journal = Journal.open(study)
+    assert journal.notes == []
+    assert journal.append(record()).number == 1
+
+
+def test_reading_changes_nothing(tmp_path: Path, three_lines: bytes) -> None:
+    (tmp_path / "journal.jsonl").write_bytes(three_lines + b"torn")
+    journal = Journal.read(tmp_path)
+    assert len(journal.records()) == 3
+    assert "incomplete last line" in journal.notes[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
+
+
+def test_unwritable_folder() -> None:
+    with pytest.raises(UserError, match="recorded before is kept"):
+        Journal.open(Path("/proc/openpi-opt"))
+
+
+def test_header_is_written_once(tmp_path: Path) -> None:
+    first = Journal.open(tmp_path, command=["a"]).header
+    assert Journal.open(tmp_path, command=["b"]).header == first
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(UserError, match=r"study\.json is damaged"):
+        Journal.open(tmp_path)

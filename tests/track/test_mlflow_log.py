@@ -1,0 +1,434 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from track_samples import config, failed, ok, record, refused, wrong
+
+from openpi_opt.config import Tracking
+from openpi_opt.errors import UserError
+from openpi_opt.result import Ok
+from openpi_opt.track import __main__ as verb
+from openpi_opt.track import mlflow_log
+from openpi_opt.track.journal import Journal, Record
+from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
+from openpi_opt.track.store import Store
+
+# MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in mlflow_log._ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """One local database for all tests; each uses a study of its own."""
+    return Store.open(tmp_path_factory.mktemp("a store") / "mlruns")
+
+
+@pytest.fixture
+def study(store: Store) -> Path:
+    path = store.study_dir(f"s-{uuid4().hex[:8]}")
+    path.mkdir(parents=True)
+    return path
+
+
+@pytest.fixture
+def log(store: Store) -> MlflowLog:
+    return MlflowLog(store, Tracking())
+
+
+def keep(study: Path, *records: Record) -> list[Record]:
+    journal = Journal.open(study)
+    return [journal.append(item.model_copy(update={"study": study.name})) for item in records]
+
+
+def runs(log: MlflowLog, study: Path, role: str | None = None) -> list[Any]:
+    found = log._connect().search_runs(
+        [log._experiment()], f"tags.`openpi_opt.study` = '{study.name}'"
+    )
+    return [run for run in found if run.data.tags.get("openpi_opt.role") != "study"]
+
+
+def artifacts(log: MlflowLog, run_id: str) -> set[str]:
+    return {item.path for item in log._connect().list_artifacts(run_id)}
+
+
+def test_ok_trial_has_the_designs_names(log: MlflowLog, study: Path) -> None:
+    trial = study / "trials" / "0"
+    trial.mkdir(parents=True)
+    (trial / "log.txt").write_text("hello")
+    (trial / "trace.json").write_text("{}")
+    (trial / "secret.env").write_text("TOKEN=1")
+    asked = {"attention": "sdpa", "attention.vision": "aiter"}
+    (item,) = keep(study, record(ok(10.0), params=asked, trial_dir="trials/0"))
+    run_id = log.deliver(item, study)
+    (run,) = runs(log, study)
+    assert run.info.run_id == run_id
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {
+        "latency/mean_ms": 10.0,
+        "latency/std_ms": 0.5,
+        "latency/min_ms": 9.0,
+        "latency/p50_ms": 10.0,
+        "latency/p95_ms": 11.0,
+        "latency/p99_ms": 12.0,
+        "latency/ci95_low_ms": 9.75,
+        "latency/ci95_high_ms": 10.25,
+        "latency/wall_mean_ms": 10.0,
+        "throughput/hz": 100.0,
+        "operators/total": 321.0,
+        "operators/gemm": 300.0,
+        "operators/attention": 21.0,
+        "category/gemm_ms": 9.0,
+        "stage/vision_ms": 2.0,
+        "stage/denoise_ms": 7.0,
+        "compile/seconds": 3.0,
+        "memory/peak_mib": 900.0,
+        "guard/rel_l2": 0.002,
+        "guard/max_abs": 0.01,
+        "guard/cosine": 0.9999,
+        "guard/tolerance": 0.004,
+        "phase/load_s": 1.5,
+        "phase/warmup_s": 0.25,
+    }
+    assert run.data.params["attention"] == "eager"
+    assert run.data.params["model.name"] == "pi0_mini"
+    assert run.data.params["workload.batch_size"] == "1"
+    assert run.data.params["weights.kind"] == "random"
+    tags = run.data.tags
+    assert tags["openpi_opt.outcome"] == "ok"
+    assert tags["openpi_opt.config_hash"] == item.result.config_hash
+    assert tags["openpi_opt.context_hash"] == item.result.context_hash
+    assert tags["openpi_opt.fingerprint_hash"] == item.fingerprint_hash
+    assert tags["openpi_opt.model"] == "pi0_mini"
+    assert tags["openpi_opt.device"] == "cpu (AMD EPYC)"
+    assert tags["openpi_opt.overrides"] == "attention=sdpa attention.vision=aiter"
+    assert tags["mlflow.runName"] == "0 attention=sdpa attention.vision=aiter"
+    assert artifacts(log, run_id) == {
+        "config.json",
+        "result.json",
+        "kernels.csv",
+        "log.txt",
+        "trace.json",
+    }
+    assert run.info.artifact_uri.startswith(log.store.artifacts.as_uri())
+    parent = log._connect().get_run(tags["mlflow.parentRunId"])
+    assert parent.info.run_name == study.name
+    assert parent.data.tags["openpi_opt.study"] == study.name
+
+
+def test_device_kernels_are_not_operator_calls(log: MlflowLog, study: Path) -> None:
+    (item,) = keep(study, record(ok(kind="device_kernels")))
+    log.deliver(item, study)
+    metrics = runs(log, study)[0].data.metrics
+    assert metrics["kernels/total"] == 321
+    assert metrics["kernels/gemm"] == 300
+    assert not any(key.startswith("operators/") for key in metrics)
+
+
+def test_other_outcomes_carry_no_latency(log: MlflowLog, study: Path) -> None:
+    long = failed("\x1b[31mboom\x1b[0m\n" + "x" * 10_000)
+    for item in keep(study, record(wrong()), record(refused()), record(long)):
+        log.deliver(item, study)
+    for run in runs(log, study):
+        assert run.info.status == "FAILED"
+        assert not any(key.startswith(("latency", "throughput")) for key in run.data.metrics)
+        assert artifacts(log, run.info.run_id) == {"config.json", "result.json"}
+    by_outcome = {run.data.tags["openpi_opt.outcome"]: run for run in runs(log, study)}
+    assert by_outcome["wrong"].data.metrics["guard/rel_l2"] == 0.002
+    assert by_outcome["unavailable"].data.tags["openpi_opt.reason"] == "aiter is missing"
+    reason = by_outcome["crashed"].data.tags["openpi_opt.reason"]
+    assert reason.startswith("boom xxx")
+    assert len(reason) == 500
+
+
+def test_keys_and_values_that_mlflow_would_refuse(log: MlflowLog, study: Path) -> None:
+    item = record(ok(), params={"a[0]": "y" * 9_000})
+    labels = {f"+odd=key@{i}": "z" * 7_000 for i in range(3)} | {f"k{i}": "" for i in range(150)}
+    (item,) = keep(study, item.model_copy(update={"labels": labels}))
+    log.deliver(item, study)
+    (run,) = runs(log, study)
+    assert run.data.params["_odd_key_0"] == "z" * 6_000
+    assert run.data.params["k149"] == ""
+
+
+def test_files_outside_the_trial_are_not_uploaded(log: MlflowLog, study: Path) -> None:
+    (study / "trial").mkdir()
+    (study.parent / "log.txt").write_text("another's")
+    (study / "trial" / "log.txt").symlink_to("/etc/passwd")
+    for where in ("..", "trial", "absent"):
+        (item,) = keep(study, record(refused(), trial_dir=where))
+        assert artifacts(log, log.deliver(item, study)) == {"config.json", "result.json"}
+
+
+def test_delivered_twice_is_logged_once(store: Store, log: MlflowLog, study: Path) -> None:
+    (item,) = keep(study, record())
+    first = log.deliver(item, study)
+    assert log.deliver(item, study) == first
+    assert MlflowLog(store, Tracking()).deliver(item, study) == first
+    (study / "delivered.jsonl").unlink()  # then the server's tags decide
+    assert MlflowLog(store, Tracking()).deliver(item, study) == first
+    (study / "delivered.jsonl").write_text('torn {"uid"')
+    assert MlflowLog(store, Tracking()).sync(study, Journal.read(study), verify=True) == 0
+    assert len(runs(log, study)) == 1
+
+
+def test_a_half_logged_run_is_completed(
+    store: Store, log: MlflowLog, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `kill -9` between the metrics and the end of the run."""
+    (item,) = keep(study, record())
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mlflow_log, "_upload", kill)
+        with pytest.raises(Killed):
+            log.deliver(item, study)
+    assert runs(log, study)[0].info.status == "RUNNING"
+    fresh = MlflowLog(store, Tracking())
+    assert fresh.sync(study, Journal.read(study)) == 1
+    (run,) = runs(log, study)
+    assert run.info.status == "FINISHED"
+    history = log._connect().get_metric_history(run.info.run_id, "latency/mean_ms")
+    assert len(history) == 1
+    assert "result.json" in artifacts(log, run.info.run_id)
+
+
+def test_deleted_in_the_ui_stays_deleted(store: Store, log: MlflowLog, study: Path) -> None:
+    (item,) = keep(study, record())
+    log._connect().delete_run(log.deliver(item, study))
+    (study / "delivered.jsonl").unlink()
+    assert MlflowLog(store, Tracking()).sync(study, Journal.read(study), verify=True) == 0
+    assert runs(log, study) == []
+
+
+def test_parent_run_begins_and_ends(store: Store, log: MlflowLog, study: Path) -> None:
+    parent = log.begin_study(study)
+    assert log._connect().get_run(parent).info.status == "RUNNING"
+    assert MlflowLog(store, Tracking()).begin_study(study) == parent
+    log.end_study(study)
+    assert log._connect().get_run(parent).info.status == "FINISHED"
+
+
+def test_tag_run(log: MlflowLog, study: Path) -> None:
+    (item,) = keep(study, record())
+    with pytest.raises(TrackingError, match="track sync"):
+        log.tag_run(item.uid, "openpi_opt.preset", "h100")
+    run_id = log.deliver(item, study)
+    assert log.tag_run(item.uid, "openpi_opt.preset", "h100") == run_id
+    assert runs(log, study)[0].data.tags["openpi_opt.preset"] == "h100"
+    with pytest.raises(ValueError, match="uid"):
+        log.tag_run("' OR ''='", "a", "b")
+
+
+def test_server_down_is_told_in_seconds_and_sync_delivers_later(
+    store: Store, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2@127.0.0.1:{port}")
+    log = MlflowLog(store, Tracking())
+    items = keep(study, record(), record(refused()))
+    start = time.monotonic()
+    with pytest.raises(TrackingError) as caught:
+        log.deliver(items[0], study)
+    assert time.monotonic() - start < 15
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert f"python -m openpi_opt.track sync {study.name} --store '{store.path}'" in message
+    assert "hunter2" not in message
+    start = time.monotonic()
+    with pytest.raises(TrackingError, match="a moment ago"):
+        log.deliver(items[1], study)
+    assert time.monotonic() - start < 0.1
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    log = MlflowLog(store, Tracking())
+    assert log.sync(study, Journal.read(study)) == 2
+    assert log.sync(study, Journal.read(study)) == 0
+    assert len(runs(log, study)) == 2
+
+
+def test_what_the_user_set_stays(
+    store: Store, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    MlflowLog(store, Tracking()).begin_study(study)
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A real MLflow server."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+    command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+    command += ["--artifacts-destination", str(tmp_path / "served")]
+    with (tmp_path / "server.log").open("w") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, cwd=tmp_path, start_new_session=True
+        )
+    try:
+        for _ in range(400):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, (tmp_path / "server.log").read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait()
+
+
+def test_real_server_and_sync_verb(
+    store: Store,
+    study: Path,
+    server: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What was delivered locally is not on the server: the same study is delivered there too."""
+    items = keep(study, record(), record(refused()))
+    MlflowLog(store, Tracking()).deliver(items[0], study)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    arguments = ["sync", study.name, "--store", str(store.path)]
+    assert verb.main(arguments) == 0
+    assert capsys.readouterr().out.startswith(f"{study.name}: 2 of 2 records delivered")
+    (study / "delivered.jsonl").unlink()
+    assert verb.main(arguments) == 0
+    assert capsys.readouterr().out.startswith(f"{study.name}: 0 of 2 records delivered")
+    remote = MlflowLog(store, Tracking())
+    assert len(runs(remote, study)) == 2
+    delivered = remote._run_of(items[0].uid)
+    assert delivered is not None
+    assert artifacts(remote, delivered.info.run_id) == {"config.json", "kernels.csv", "result.json"}
+
+
+def test_sync_uses_the_studys_experiment(store: Store, study: Path) -> None:
+    keep(study, record(ok(cfg=config(tracking={"experiment": "mine"}))))
+    assert verb.main(["sync", study.name, "--store", str(store.path)]) == 0
+    assert len(runs(MlflowLog(store, Tracking(experiment="mine")), study)) == 1
+    assert runs(MlflowLog(store, Tracking()), study) == []
+
+
+def test_deleted_experiment_is_said(store: Store, study: Path) -> None:
+    log = MlflowLog(store, Tracking(experiment="gone"))
+    log._connect().delete_experiment(log._experiment())
+    with pytest.raises(UserError, match="'gone' was deleted"):
+        MlflowLog(store, Tracking(experiment="gone")).begin_study(study)
+
+
+def copy_with_revision(store: Store, study: Path, tmp_path: Path, revision: str) -> Store:
+    MlflowLog(store, Tracking()).begin_study(study)
+    other = Store.open(tmp_path)
+    target = tmp_path / "mlflow.db"
+    target.write_bytes((store.path / "mlflow.db").read_bytes())
+    with sqlite3.connect(target) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = ?", (revision,))
+    connection.close()
+    return other
+
+
+@pytest.mark.parametrize(
+    ("revision", "says"),
+    [
+        ("ffffffffffff", "newer MLflow than the installed"),
+        ("0a8213491aaa", "mlflow db upgrade sqlite:///"),
+    ],
+)
+def test_database_of_another_version(
+    store: Store, study: Path, tmp_path: Path, revision: str, says: str
+) -> None:
+    other = copy_with_revision(store, study, tmp_path, revision)
+    before = (tmp_path / "mlflow.db").read_bytes()
+    with pytest.raises(UserError, match=says) as caught:
+        MlflowLog(other, Tracking()).begin_study(study)
+    assert str(tmp_path / "mlflow.db") in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+    assert (tmp_path / "mlflow.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database at all, " * 100])
+def test_not_a_database(tmp_path: Path, study: Path, content: bytes) -> None:
+    (tmp_path / "mlflow.db").write_bytes(content)
+    with pytest.raises(UserError, match="is not an MLflow database"):
+        MlflowLog(Store.open(tmp_path), Tracking()).begin_study(study)
+
+
+def test_processes_that_begin_at_once_share_one_database(tmp_path: Path) -> None:
+    """A fresh database opened by several processes is where MLflow itself breaks."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "from track_samples import *\n"
+        "from openpi_opt.config import Tracking\n"
+        "from openpi_opt.track.journal import Journal\n"
+        "from openpi_opt.track.mlflow_log import MlflowLog\n"
+        "from openpi_opt.track.store import Store\n"
+        f"store = Store.open({str(tmp_path)!r})\n"
+        "folder = store.study_dir('s')\n"
+        "journal = Journal.open(folder)\n"
+        "log = MlflowLog(store, Tracking())\n"
+        "for _ in range(3): log.deliver(journal.append(record()), folder)\n"
+        "log.sync(folder, Journal.open(folder))\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        assert (out, err) == ("", "")  # none of MLflow's chatter
+    store = Store.open(tmp_path)
+    log = MlflowLog(store, Tracking())
+    found = log._connect().search_runs([log._experiment()], "tags.`openpi_opt.study` = 's'")
+    assert len(found) == 6 + 1
+    assert (
+        len({run.data.tags["mlflow.parentRunId"] for run in found if run.info.run_name != "s"}) == 1
+    )
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_result_artifact_is_the_result(log: MlflowLog, study: Path, tmp_path: Path) -> None:
+    (item,) = keep(study, record(ok(12.5)))
+    run_id = log.deliver(item, study)
+    path = log._connect().download_artifacts(run_id, "result.json", str(tmp_path))
+    assert Ok.model_validate(json.loads(Path(path).read_text())) == item.result
+
+
+def test_importing_and_help_load_no_mlflow() -> None:
+    code = (
+        "import sys, openpi_opt.track.mlflow_log, openpi_opt.track.__main__, openpi_opt.compare\n"
+        "print([m for m in ('mlflow', 'torch', 'optuna', 'sqlalchemy') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+from track_samples import FINGERPRINT, H100, config, failed, ok, record, refused, wrong
+
+from openpi_opt.config import Config
+from openpi_opt.track.fingerprint import fingerprint
+from openpi_opt.track.journal import Record
+from openpi_opt.track.report import groups, rows, table
+
+
+def text(records: list[Record], width: int = 200) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(table(records))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def numbered(*records: Record) -> list[Record]:
+    return [item.model_copy(update={"number": i}) for i, item in enumerate(records)]
+
+
+def sdpa(**more: Any) -> Config:
+    return config(attention={"vision": "sdpa", "prefill": "sdpa", "denoise": "sdpa"}, **more)
+
+
+def test_table_of_a_small_study() -> None:
+    records = numbered(
+        record(ok(20.0), role="baseline"),
+        record(ok(10.0, sdpa()), params={"attention": "sdpa"}),
+        record(refused("attention=aiter needs a GPU [see docs]"), params={"attention": "aiter"}),
+    )
+    lines = [line.rstrip() for line in text(records).splitlines()]
+    assert lines[0] == "pi0_mini on cpu (AMD EPYC), workload seed_b1"
+    assert "operators" in lines[2]
+    assert "kernels" not in lines[2]
+    assert [cell.strip() for cell in lines[2].strip("┃").split("┃")] == [
+        "#",
+        "role",
+        "attention",
+        "outcome",
+        "mean ± std ms",
+        "p50 ms",
+        "operators",
+        "vs. baseline",
+        "reason",
+    ]
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines[4:7]]
+    assert cells[0] == ["0", "baseline", "eager", "ok", *NUMBERS_20, "1.00x", ""]
+    assert cells[1] == ["* 1", "trial", "sdpa", "ok", *NUMBERS_10, "2.00x", ""]
+    assert cells[2][:4] == ["2", "trial", "eager", "unavailable"]
+    assert cells[2][-1] == "attention=aiter needs a GPU [see docs]"
+    assert any("promote confirms it" in line for line in lines)
+
+
+NUMBERS_20 = ["20.000 ± 0.500", "20.000", "321"]
+NUMBERS_10 = ["10.000 ± 0.500", "10.000", "321"]
+
+
+def test_best_is_the_fastest_right_one() -> None:
+    records = numbered(
+        record(wrong()), record(ok(9)), record(ok(8)), record(ok(7), role="confirm"), record(ok(8))
+    )
+    assert [row.best for row in rows(records)] == [False, False, True, False, False]
+    assert not any(row.best for row in rows(numbered(record(wrong()), record(failed()))))
+
+
+def test_contexts_are_compared_apart() -> None:
+    large = {"workload": {"name": "seed_b1", "batch_size": 8}}
+    records = numbered(
+        record(ok(10), role="baseline"),
+        record(ok(100, config(**large))),
+        record(ok(5)),
+        record(ok(50, config(**large)), role="baseline"),
+    )
+    found = {row.record.number: row for row in rows(records)}
+    assert [group.title.split(", ", 1)[1] for group in groups(records)] == [
+        "workload seed_b1",
+        "workload seed_b1, batch 8",
+    ]
+    assert [found[i].vs_baseline for i in range(4)] == [1.0, 0.5, 2.0, 1.0]
+    assert [found[i].best for i in range(4)] == [False, False, True, True]
+    assert text(records).count("┏") == 2
+
+
+def test_contexts_of_one_title_are_told_apart() -> None:
+    records = numbered(record(ok()), record(ok(cfg=config(weights={"seed": 1}))))
+    titles = [group.title for group in groups(records)]
+    assert len(set(titles)) == 2
+    assert all(records[i].result.context_hash in titles[i] for i in range(2))
+
+
+def test_another_fingerprint_is_marked_and_not_compared() -> None:
+    old = {**FINGERPRINT, "triton": "1.0"}
+    records = numbered(
+        record(ok(20.0, fp=old), role="baseline"),
+        record(ok(1.0, fp=old)),
+        record(ok(10.0)),
+    )
+    first, second, third = rows(records)
+    assert (first.stale, second.stale, third.stale) == (True, True, False)
+    assert (first.best, second.best, third.best) == (False, False, True)
+    assert second.vs_baseline == 20.0  # both measured on the old one
+    assert third.vs_baseline is None
+    shown = text(records, width=400)
+    assert "1†" in shown
+    assert "triton: 1.0 ->" in shown
+    assert f"† measured on {records[0].fingerprint_hash}" in shown
+
+
+def test_columns_are_what_varies() -> None:
+    same = numbered(record(ok(), params={"seed": "1"}), record(ok(), params={"seed": "1"}))
+    assert list(rows(same)[0].differs) == ["precision", "attention", "compile", "graph"]
+    swept = numbered(record(ok(), params={"limits.load": "1"}), record(ok(), params={}))
+    assert list(rows(swept)[0].differs) == ["precision", "attention", "compile", "graph"]
+    swept = [*swept, record(ok(), params={"limits.load": "2"}, number=2)]
+    assert [row.differs for row in rows(swept)] == [
+        {"limits.load": "1"},
+        {"limits.load": ""},
+        {"limits.load": "2"},
+    ]
+    both = numbered(
+        record(ok(), params={"attention.vision": "eager"}),
+        record(ok(1, config(attention={"vision": "sdpa"})), params={"attention.vision": "sdpa"}),
+    )
+    assert [row.differs["attention"] for row in rows(both)] == [
+        "eager",
+        "vision=sdpa prefill=eager denoise=eager",
+    ]
+    assert list(rows(both)[0].differs) == ["attention"]
+
+
+def test_device_kernels_and_the_gpu_are_named() -> None:
+    cfg = config(platform={"device": "cuda"})
+    shown = text(numbered(record(ok(cfg=cfg, kind="device_kernels", fp=fingerprint(H100)))))
+    assert "pi0_mini on cuda (NVIDIA H100)" in shown
+    assert "kernels" in shown
+    assert "operators" not in shown
+
+
+def test_mixed_counts_say_what_they_are() -> None:
+    shown = text(numbered(record(ok()), record(ok(kind="device_kernels"))))
+    assert "321 operators" in shown
+
+
+def test_reasons_are_one_short_line() -> None:
+    shown = text(numbered(record(failed("\x1b[31mCUDA error\x1b[0m\n\nsecond\tline " + "x" * 500))))
+    assert "CUDA error second line xxx" in shown
+    assert "\x1b" not in shown
+    assert all(len(row.reason) <= 90 for row in rows([record(failed("y" * 500))]))
+
+
+def test_noise_is_marked() -> None:
+    shown = text(numbered(record(ok(noisy=True))))
+    assert "~ 10.000" in shown
+    assert "~ noisy" in shown
+
+
+def test_nothing_to_show() -> None:
+    assert rows([]) == []
+    assert text([]).strip() == ""

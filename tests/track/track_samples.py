@@ -1,0 +1,144 @@
+"""Results and records for the tests of this folder."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from openpi_opt.config import Config
+from openpi_opt.machine import Gpu, Machine, TorchBuild
+from openpi_opt.result import (
+    Failed,
+    GuardReport,
+    KernelRow,
+    Kernels,
+    Latency,
+    Memory,
+    Ok,
+    Refused,
+    Wrong,
+)
+from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
+from openpi_opt.track.journal import Record, Role
+
+CPU = Machine((), TorchBuild("2.13.0+cpu", None, None), "AMD EPYC", 2, 24_000)
+H100 = Machine(
+    (Gpu(0, "GPU-abc", "NVIDIA H100", "nvidia", "sm90", 81_000, "570.1"),),
+    TorchBuild("2.13.0+cu130", "13.0", None),
+    "Intel Xeon",
+    16,
+    128_000,
+)
+FINGERPRINT = fingerprint(CPU)
+
+
+def config(**overrides: Any) -> Config:
+    raw = {
+        "model": {"name": "pi0_mini"},
+        "platform": {"device": "cpu"},
+        "workload": {"name": "seed_b1"},
+    }
+    return Config.parse({**raw, **overrides})
+
+
+def common(cfg: Config, fp: dict[str, Any] = FINGERPRINT) -> dict[str, Any]:
+    return {
+        "config": cfg.dump(),
+        "config_hash": cfg.hash(),
+        "context_hash": cfg.context_hash(),
+        "fingerprint": fp,
+        "started_at": "2026-01-02T03:04:05.000+00:00",
+        "phase_seconds": {"load": 1.5, "warmup": 0.25},
+    }
+
+
+def latency(mean_ms: float, noisy: bool = False) -> Latency:
+    return Latency(
+        clock="wall",
+        mean_ms=mean_ms,
+        std_ms=0.5,
+        min_ms=mean_ms - 1,
+        p50_ms=mean_ms,
+        p95_ms=mean_ms + 1,
+        p99_ms=mean_ms + 2,
+        ci95_low_ms=mean_ms - 0.25,
+        ci95_high_ms=mean_ms + 0.25,
+        wall_mean_ms=mean_ms,
+        noisy=noisy,
+        iterations=10,
+        samples_ms=[mean_ms] * 10,
+        wall_samples_ms=[mean_ms] * 10,
+    )
+
+
+def guard(passed: bool = True) -> GuardReport:
+    return GuardReport(
+        passed=passed,
+        rel_l2=0.002,
+        max_abs=0.01,
+        cosine=0.9999,
+        plain_rel_l2=0.001,
+        tolerance=0.004,
+        inputs=3,
+    )
+
+
+def kernels(kind: Literal["device_kernels", "operator_calls"] = "operator_calls") -> Kernels:
+    return Kernels(
+        kind=kind,
+        total=321,
+        by_category={"gemm": 300, "attention": 21},
+        category_ms={"gemm": 9.0},
+        stage_ms={"vision": 2.0, "denoise": 7.0},
+    )
+
+
+def ok(
+    mean_ms: float = 10.0,
+    cfg: Config | None = None,
+    kind: Literal["device_kernels", "operator_calls"] = "operator_calls",
+    noisy: bool = False,
+    fp: dict[str, Any] = FINGERPRINT,
+) -> Ok:
+    return Ok(
+        **common(cfg or config(), fp),
+        latency=latency(mean_ms, noisy),
+        throughput_hz=1000 / mean_ms,
+        compile_seconds=3.0,
+        guard=guard(),
+        memory=Memory(peak_mib=900.0, device_peak_mib=None, host_peak_mib=900.0),
+        kernels=kernels(kind),
+        kernel_table=[KernelRow(name="aten::mm", category="gemm", calls=300, total_ms=9.0)],
+    )
+
+
+def wrong(cfg: Config | None = None) -> Wrong:
+    return Wrong(**common(cfg or config()), guard=guard(False), reason="rel_l2 0.2 above 0.004")
+
+
+def refused(reason: str = "aiter is missing", cfg: Config | None = None) -> Refused:
+    return Refused(**common(cfg or config()), outcome="unavailable", reason=reason)
+
+
+def failed(reason: str = "killed by signal 9", cfg: Config | None = None) -> Failed:
+    return Failed(**common(cfg or config()), outcome="crashed", reason=reason, phase="compile")
+
+
+def record(
+    result: Ok | Wrong | Refused | Failed | None = None,
+    role: Role = "trial",
+    study: str = "s",
+    number: int = -1,
+    params: dict[str, str] | None = None,
+    trial_dir: str | None = None,
+) -> Record:
+    result = result or ok()
+    return Record(
+        study=study,
+        number=number,
+        role=role,
+        params=params or {},
+        labels=Config.load(result.config).labels(),
+        result=result,
+        trial_dir=trial_dir,
+        fingerprint_hash=fingerprint_hash(result.fingerprint),
+    )
