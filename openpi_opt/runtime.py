@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openpi_opt.knobs import KNOBS
-from openpi_opt.pi0 import checkpoint, weights
+from openpi_opt.pi0 import weights
 from openpi_opt.pi0.config import MODELS
 from openpi_opt.pi0.workload import Workload
 
@@ -56,6 +56,8 @@ def build_policy(cfg: Config, device: torch.device) -> Pi0Policy:
     )
     policy = weights.build(config, device, steps=cfg.workload.steps)
     if cfg.weights.path is not None:
+        from openpi_opt.pi0 import checkpoint
+
         checkpoint.load(policy, Path(cfg.weights.path))
     else:
         weights.init_random(policy, cfg.weights.seed)

@@ -10,6 +10,7 @@ import os
 import signal
 from argparse import Namespace
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -17,13 +18,18 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from openpi_opt.cli import run
 from openpi_opt.errors import UserError
 from openpi_opt.paths import conf_dir, user_conf_dir
 
+if TYPE_CHECKING:
+    from openpi_opt.config import Config
+
 _OWN_PLUGINS = ("hydra/sweeper", "hydra/launcher")
+# What Hydra composed for one trial, from which files, and the overrides.
+_COMPOSED: list[tuple[DictConfig, Any, list[str]]] = []
 
 
 class UserConf(SearchPathPlugin):
@@ -50,8 +56,9 @@ def main() -> int:
     arguments = get_args_parser().parse_args()
     # Hydra then lets exceptions through instead of printing its own kind of report.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP, and is to stay right
+            signal.signal(number, _interrupt)
     Plugins.instance().register(UserConf)
     if not arguments.help:
         _check(arguments)
@@ -59,23 +66,33 @@ def main() -> int:
 
     with hydra_errors():
         _hydra_main()
-    return 0
+    return _run_single(*_COMPOSED.pop()) if _COMPOSED else 0
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="sweep")
 def _hydra_main(composed: DictConfig) -> None:
-    """One trial, without `-m`."""
+    """Without `-m`: keep what was composed. Run in here, errors would get Hydra's report."""
+    own = HydraConfig.get()
+    overrides = OmegaConf.to_container(own.overrides.task, resolve=False)  # type: ignore[arg-type]
+    assert isinstance(overrides, list)
+    _COMPOSED.append((composed, own.runtime, overrides))
+
+
+def _run_single(composed: DictConfig, runtime: Any, overrides: list[str]) -> int:
+    """One trial."""
     from openpi_opt.compose import trial_config
     from openpi_opt.search.command import run_command_line
     from openpi_opt.search.composing import check_sources, plain
     from openpi_opt.search.space import Space
 
-    own = HydraConfig.get()
-    overrides = list(own.overrides.task)
-    check_sources(own.runtime, overrides)
+    check_sources(runtime, overrides)
     values = plain(composed)
     space = Space.parse(overrides)
-    raise SystemExit(run_command_line(values, space, lambda _: trial_config(values), swept=False))
+
+    def compose(_: list[str]) -> Config:
+        return trial_config(values)
+
+    return run_command_line(overrides, values, space, compose, swept=False)
 
 
 def _check(arguments: Namespace) -> None:
@@ -99,6 +116,12 @@ def _check(arguments: Namespace) -> None:
         override = parse_override(line)
         if override.key_or_group in _OWN_PLUGINS:
             raise UserError(f"{line}: this command brings its own sweeper. Leave it out.")
+        is_group = (conf_dir() / override.key_or_group).is_dir() and not override.is_delete()
+        if is_group and isinstance(override.value(), (int, float, bool, type(None))):
+            raise UserError(
+                f"{line}: {override.key_or_group} is a group and takes the name of an option "
+                "(--help lists them), or group.key=value for a single key."
+            )
         if override.is_sweep_override() and not arguments.multirun:
             raise UserError(
                 f"{line}: several values are a sweep. Add -m to try them all, or give one value; "

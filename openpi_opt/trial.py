@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openpi_opt import result as results
-from openpi_opt.config import Config
+from openpi_opt.config import MIN_WARMUP, Config
 from openpi_opt.errors import RefusedError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine, probe
@@ -144,19 +144,18 @@ def _measure(
     if not report.passed:
         return {"outcome": "wrong", "guard": report, "reason": guard.explain(report)}
     progress.enter("measure")
-    timing = clock.time_calls(
-        prepared.call, inputs, cfg.measure.warmup, cfg.measure.iterations, device
-    )
+    # Warm again, shortly: the guard's copies to the host came in between.
+    timing = clock.time_calls(prepared.call, inputs, MIN_WARMUP, cfg.measure.iterations, device)
     latency = stats.summarise(timing.samples_ms, timing.wall_samples_ms, timing.clock)
     peak = memory.peak(device)
-    kernels, table = None, []
+    kernels, table, notes = None, [], []
     if cfg.profile.kernels:
         progress.enter("profile")
         trace = folder / "trace.json.gz" if cfg.profile.trace else None
         profiled = profile.profile_call(
             prepared.call, inputs[0], device, trace, uncaptured=prepared.uncaptured
         )
-        kernels, table = profiled.kernels, profiled.table
+        kernels, table, notes = profiled.kernels, profiled.table, profiled.notes
     return {
         "outcome": "ok",
         "latency": latency,
@@ -166,6 +165,7 @@ def _measure(
         "memory": peak,
         "kernels": kernels,
         "kernel_table": table,
+        "notes": notes,
     }
 
 

@@ -5,8 +5,6 @@ Hydra imports this in every program that uses it, so it must stay cheap.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from hydra.core.config_store import ConfigStore
 
 from openpi_opt.search import sweeper
@@ -16,13 +14,10 @@ class OpenpiOptSweeper(sweeper.OpenpiOptSweeper):
     """The sweeper of `openpi_opt.search.sweeper`; Hydra instantiates no class from elsewhere."""
 
 
-@dataclass
-class OpenpiOptSweeperConf:
-    """The option `hydra/sweeper: openpi_opt`. Its settings are keys of `conf/sweep.yaml`."""
-
-    _target_: str = "hydra_plugins.openpi_opt_sweeper.OpenpiOptSweeper"
-
-
+# The option `hydra/sweeper: openpi_opt`. Its settings are keys of `conf/sweep.yaml`.
 ConfigStore.instance().store(
-    group="hydra/sweeper", name="openpi_opt", node=OpenpiOptSweeperConf, provider="openpi_opt"
+    group="hydra/sweeper",
+    name="openpi_opt",
+    node={"_target_": "hydra_plugins.openpi_opt_sweeper.OpenpiOptSweeper"},
+    provider="openpi_opt",
 )

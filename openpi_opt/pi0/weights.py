@@ -12,7 +12,7 @@ def build(config, device, steps=10):
 
 G = dict(vq=1.5, vv=1.0, vo=2.0, v1=0.7, v2=1.0, vb=-2, pos=1.0, patch=1.0, lq=1.5, lk=1.5, lv=1.0, lo=2.0, lg=.7, lb=-2, lu=1.0, ld=1.0,
          eq=1.5, ek=1.5, ev=1.0, eo=2.0, eg=.7, eb=-2, eu=1.0, ed=1.0, norm=0.3, out=1.0, state=1.0, action=1.0, time=1.0,
-         text=3.0, vt=1.0, lt=1.0, vbeta=2.7, every=16, act=2.0, st=4.5, const=2.0)
+         text=3.0, vt=2.0, lt=2.0, vbeta=2.7, every=16, act=2.0, st=4.5, const=2.0)
 
 def gen(policy, seed, name):
     h = hashlib.sha256(f"{seed}:{name}".encode()).digest()

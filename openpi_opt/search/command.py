@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,11 @@ from openpi_opt.track.store import DEFAULT_STORE, check_study_name
 
 
 def run_command_line(
-    composed: Mapping[str, Any], space: Space, compose: Compose, swept: bool
+    overrides: Sequence[str],
+    composed: Mapping[str, Any],
+    space: Space,
+    compose: Compose,
+    swept: bool,
 ) -> int:
     """Run the study that was asked for and print what came of it; returns the exit code.
 
@@ -33,10 +37,9 @@ def run_command_line(
     """
     settings = Settings.parse(composed)
     check_not_swept(space)
-    command = sys.argv[1:]
-    name = settings.study or default_study_name(_as_given(space, command))
+    name = default_study_name(overrides) if settings.study is None else settings.study
     check_study_name(name)
-    request = StudyRequest(name, space, settings, probe(), tuple(command), swept)
+    request = StudyRequest(name, space, settings, probe(), tuple(sys.argv[1:]), swept)
     with _display() as display:
         outcome = run_study(request, compose, display)
     print_outcome(outcome, swept)
@@ -63,9 +66,9 @@ def print_outcome(outcome: StudyOutcome, swept: bool) -> None:
 
 def _count(outcome: StudyOutcome) -> str:
     ok = sum(isinstance(record.result, Ok) for record in outcome.points)
-    before = len(outcome.records) - outcome.measured
+    before = len(outcome.records) - outcome.new
     return f"{ok} of {len(outcome.points)} configurations ok" + (
-        f", {outcome.measured} measured now" if before > 0 else ""
+        f", {outcome.new} new" if before > 0 else ""
     )
 
 
@@ -92,12 +95,6 @@ def _print_next(outcome: StudyOutcome, swept: bool) -> None:
         print("  make ui")
     else:
         print(f"  mlflow ui --backend-store-uri {outcome.store.mlflow_uri}")
-
-
-def _as_given(space: Space, command: list[str]) -> list[str]:
-    """The overrides in the order typed: Hydra's flags are not among them."""
-    keys = set(space.dimensions)
-    return [word for word in command if word in space.fixed or word.partition("=")[0] in keys]
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def _plain_value(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
 
 
-def check_sources(runtime: DictConfig, overrides: Sequence[str]) -> None:
+def check_sources(runtime: Any, overrides: Sequence[str]) -> None:
     """Refuse where Hydra would let one file win over what the user sees or says.
 
     Raises:

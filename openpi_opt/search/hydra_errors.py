@@ -11,7 +11,6 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException
@@ -26,8 +25,6 @@ from openpi_opt.config import SECTIONS
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.search.settings import Settings
-
-_OVERRIDE_LATER = "(python -m openpi_opt.sweep --help lists them)"
 
 
 @contextmanager
@@ -46,7 +43,8 @@ def hydra_errors() -> Iterator[None]:
         if not str(error).startswith("Config group override"):
             raise
         raise UserError(
-            f"{error}.\nA group takes the name of one of its options {_OVERRIDE_LATER}."
+            "a group takes the name of one of its options, nothing else "
+            f"(python -m openpi_opt.sweep --help lists them): {error}."
         ) from error
 
 
@@ -93,9 +91,10 @@ def _composition(error: Exception) -> str:
     if merging:
         detail = _one_line(str(error.__cause__ or "")).partition(" full_key")[0]
         return f"{merging[1]} does not fit: {detail or 'wrong type'}."
-    twice = re.search(r"(\S+) appears more than once in the final defaults list", text)
-    if twice:
-        return f"{twice[1]} is chosen twice. Write {twice[1]}=OPTION, without a +."
+    twice = re.search(r"(\S+) appears more than once|Multiple values for ([^.\s]+)", text)
+    if twice and twice.lastindex:
+        name = twice[twice.lastindex]
+        return f"{name} is chosen twice. Write {name}=OPTION, without a +."
     return _one_line(text).partition(" Config search path:")[0]
 
 
@@ -108,6 +107,8 @@ def _unknown_key(key: str, origin: str | None) -> str:
             f"{_near(rest, fields, prefix=f'{head}.')}"
         )
     known = known_keys()
+    if head == "hydra":
+        return f"{where}unknown key {key}; python -m openpi_opt.sweep --hydra-help lists Hydra's."
     return f"{where}unknown group or key {head}; known are {', '.join(known)}.{_near(head, known)}"
 
 
@@ -118,15 +119,13 @@ def _fields(head: str) -> list[str]:
 
 
 def _omegaconf(error: OmegaConfBaseException) -> str:
-    key = error.full_key or "a key"
+    key = error.full_key
     if isinstance(error, MissingMandatoryValue):
         return f"{key} has no value and needs one. Add {key}=VALUE."
+    where = f"{key}: " if key else ""
     if isinstance(error, (InterpolationKeyError, InterpolationResolutionError)):
-        return (
-            f"{key} refers to something that is not there: {_first_line(error)}.\n"
-            "Quote ${...} that is meant as text, or name an existing key."
-        )
-    return f"{key}: {_first_line(error)}."
+        return f"{where}{_first_line(error)}.\nName a key that exists between ${{ and }}."
+    return f"{where}{_first_line(error)}."
 
 
 def _first_line(error: Exception) -> str:
@@ -140,11 +139,3 @@ def _one_line(text: str) -> str:
 def _near(word: str, known: Iterable[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {prefix}{close[0]}?" if close else ""
-
-
-def relative(path: str) -> str:
-    """A path as the user knows it, when it is below the working folder."""
-    try:
-        return str(Path(path).relative_to(Path.cwd()))
-    except ValueError:
-        return path

@@ -66,10 +66,10 @@ def announce(
 ) -> None:
     """Say what is about to be done, and what `auto` turned into."""
     display.note(f"study {request.name} in {store.path}: {plan.text}")
-    where: str = first.platform.device
-    gpus = request.machine.gpus_for(first.platform.device) if where != "auto" else ()
-    if gpus:
-        where += f" ({gpus[first.platform.gpu].name})"
+    device = first.platform.device
+    where: str = device
+    if device != "cpu" and device != "auto":
+        where += f" ({request.machine.gpus_for(device)[first.platform.gpu].name})"
     display.note(f"model {first.model.name} on {where}, workload {first.workload.name}")
 
 

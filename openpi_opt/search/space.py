@@ -142,6 +142,7 @@ def parse_override(line: str) -> Override:
         if "empty choice" in str(error):
             raise _empty(line) from None
         detail = " ".join(str(error).split()).partition(" See https")[0]
+        detail = detail.partition(" expecting ")[0]  # the grammar's tokens help nobody
         raise UserError(
             f"{line!r} is not an override: {_shortened(detail)}.\n"
             "Write group=option, key=value, or key=a,b to sweep (with -m); quote blanks, brackets "
@@ -153,7 +154,7 @@ def parse_override(line: str) -> Override:
 
 
 def _dimension(line: str, override: Override, loader: ConfigLoader | None) -> Dimension:
-    sweep = override.value()
+    sweep: Any = override.value()  # Hydra's annotation leaves Glob out
     if isinstance(sweep, ChoiceSweep):
         _no_tags(line, sweep.tags)
         return Choices(tuple(dict.fromkeys(_text(value) for value in sweep.list)))
@@ -201,7 +202,8 @@ def _range(line: str, sweep: RangeSweep) -> Dimension:
 def _interval(line: str, sweep: IntervalSweep) -> Dimension:
     log = _log(line, sweep.tags)
     low, high = sweep.start, sweep.end
-    assert low is not None and high is not None
+    assert low is not None
+    assert high is not None
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
         raise UserError(f"{line!r} is empty: write interval(LOW,HIGH) with LOW at most HIGH.")
     if log and low <= 0:

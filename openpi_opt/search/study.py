@@ -35,7 +35,7 @@ class StudyOutcome:
     points: list[Record]
     baselines: list[Record]
     ended: str
-    measured: int
+    new: int
 
     @property
     def records(self) -> list[Record]:
@@ -45,7 +45,7 @@ class StudyOutcome:
 
     @property
     def exit_code(self) -> int:
-        """0 when at least one point is ok, whether measured now or earlier."""
+        """0 when at least one point is ok, whether new or earlier."""
         return 0 if any(isinstance(record.result, Ok) for record in self.points) else 1
 
 
@@ -157,7 +157,7 @@ class _Engine:
             points=sorted(found, key=lambda record: record.number),
             baselines=list(self._baselines.values()),
             ended=ended,
-            measured=self.trials.measured,
+            new=self.trials.new,
         )
 
     def _try(self, proposal: Proposal, position: str) -> Config | None:
@@ -202,4 +202,4 @@ class _Engine:
             record = self.ledger.find(self.points.config(params))
         except UserError:
             return None
-        return record and record.result
+        return None if record is None else record.result

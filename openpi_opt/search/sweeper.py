@@ -32,9 +32,10 @@ class OpenpiOptSweeper(Sweeper):
         from openpi_opt.search.composing import SweepCompose, plain
         from openpi_opt.search.space import Space
 
+        assert self.hydra_context is not None
+        assert self.config is not None
         loader = self.hydra_context.config_loader
+        settings = plain(self.config, lenient=True)
         space = Space.parse(arguments, loader)
         compose = SweepCompose(loader, self.config)
-        raise SystemExit(
-            run_command_line(plain(self.config, lenient=True), space, compose, swept=True)
-        )
+        raise SystemExit(run_command_line(arguments, settings, space, compose, swept=True))

@@ -30,7 +30,7 @@ class Trials:
     machine: Machine
     display: Display
     run: Run
-    measured: int = 0
+    new: int = 0
 
     def conduct(
         self,
@@ -54,6 +54,7 @@ class Trials:
                 tell(known.result)
             return known, True
         record = self._measure(cfg, role, params, position)
+        self.new += 1
         if tell is not None:
             tell(record.result)
         self.ledger.deliver(record)
@@ -68,7 +69,6 @@ class Trials:
             folder = self.ledger.study_dir / "trials" / uid[:12]
             self.display.begin(position, label(cfg, role, params))
             result = self._run(cfg, folder)
-            self.measured += 1
         return self.ledger.keep(cfg, result, role, params, uid, folder)
 
     def _run(self, cfg: Config, folder: Path) -> TrialResult:

@@ -100,9 +100,12 @@ def test_source_hash_follows_edits_and_git_only_ones_own(
     before = module.source_hash()
     (copy / "errors.py").write_text("# edited\n")
     assert module.source_hash() != before
-    assert module._git_revision() is None
     git = ["git", "-C", str(copy.parent), "-c", "user.name=t", "-c", "user.email=t@t"]
-    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    assert module._git_revision() is None  # somebody else's repository, further up
+    subprocess.run([*git, "init", "-q", str(copy.parent)], check=True)
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "x"], check=True)
     clean = module._git_revision()

@@ -1,0 +1,236 @@
+"""Reading and writing weights as openpi's PyTorch code and LeRobot store them (safetensors only).
+
+Loading is strict: every tensor of the file must find its place with the right shape and every place
+must be filled, otherwise nothing is changed and the error names the tensors.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from openpi_opt.pi0.policy import Pi0Policy
+
+FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+TIED = "paligemma_with_expert.paligemma.lm_head.weight"
+EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+
+# LeRobot up to 0.3 nested PaliGemma as transformers did before 4.52.
+LEGACY_NAMES = (
+    ("paligemma_with_expert.paligemma.language_model.model.",
+     "paligemma_with_expert.paligemma.model.language_model."),
+    ("paligemma_with_expert.paligemma.language_model.lm_head.",
+     "paligemma_with_expert.paligemma.lm_head."),
+    ("paligemma_with_expert.paligemma.vision_tower.",
+     "paligemma_with_expert.paligemma.model.vision_tower."),
+    ("paligemma_with_expert.paligemma.multi_modal_projector.",
+     "paligemma_with_expert.paligemma.model.multi_modal_projector."),
+)
+# The same files carry the statistics of their data set, which are no part of the policy.
+LEGACY_STATISTICS = re.compile(
+    r"(normalize_inputs|normalize_targets|unnormalize_outputs)\.buffer_\w+\.(mean|std|min|max)"
+)
+PI05_NAMES = re.compile(r"time_mlp_(in|out)\.|.*layernorm\.dense\.|.*\.norm\.dense\.")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded, with the reason and what to do."""
+
+
+class Entry(NamedTuple):
+    """One tensor of a checkpoint file, known from the header only."""
+
+    file: Path
+    stored_name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def load(policy: Pi0Policy, path: str | os.PathLike[str]) -> None:
+    """Fill `policy` from a safetensors file, a sharded index, or a folder with one of them.
+
+    Values are cast to the dtype of the policy's parameters, so load before `precision.cast`.
+    Tensors are copied one by one; the model is never in memory twice. Raises CheckpointError.
+    """
+    path = Path(path)
+    with ExitStack() as stack:
+        handles = {file: stack.enter_context(_open(file)) for file in _files(path)}
+        entries = _resolve(path, handles)
+        targets = policy.state_dict()
+        _check(path, entries, {name: tuple(target.shape) for name, target in targets.items()})
+        for name, entry in entries.items():
+            targets[name].copy_(_read(handles[entry.file], entry))
+
+
+def save(policy: Pi0Policy, path: str | os.PathLike[str]) -> None:
+    """Write the weights to the file `path` under openpi's names, in the dtypes they have.
+
+    The file appears complete or not at all.
+    """
+    path = Path(path)
+    tensors = {name: tensor.contiguous() for name, tensor in policy.state_dict().items()}
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        # The second entry is how safetensors notes that openpi's model ties the two names.
+        save_file(tensors, temporary, metadata={"format": "pt", EMBEDDING: TIED})
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _files(path: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint at `path`."""
+    if path.suffix in PICKLES:
+        raise CheckpointError(
+            f"{path} is a pickle file; loading one can run any code it contains.\n"
+            "Only safetensors are read: convert it with safetensors.torch.save_file."
+        )
+    if path.is_dir():
+        return _files_of_folder(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a .safetensors file or its folder.")
+    if path.name.endswith(".index.json"):
+        return _shards(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path} has the ending {path.suffix!r}; allowed are .safetensors, "
+            f"a {INDEX}, or a folder with {FILE}."
+        )
+    return [path]
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    if (folder / FILE).exists():
+        return [folder / FILE]
+    if (folder / INDEX).exists():
+        return _shards(folder / INDEX)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    hint = f"; {pickles[0]} is a pickle file, which is not read" if pickles else ""
+    raise CheckpointError(f"{folder} holds neither {FILE} nor {INDEX}{hint}.")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that a sharded checkpoint's index names, all beside it."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is no index of a sharded checkpoint ({type(error).__name__}: {error}); "
+            'it must be JSON with a "weight_map" from tensors to files.'
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix in PICKLES:
+            raise CheckpointError(
+                f"{index} names the shard {name!r}; shards must be .safetensors files beside it."
+            )
+    missing = sorted(name for name in names if not (index.parent / name).exists())
+    if missing or not names:
+        raise CheckpointError(
+            f"{index} names {len(names)} shards, of which {len(missing)} are missing"
+            f"{_some(missing)}. Download the checkpoint again."
+        )
+    return [index.parent / name for name in sorted(names)]
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is not a complete safetensors file ({error}).\n"
+            "It may be truncated or a placeholder of a large-file store; download it again."
+        ) from error
+
+
+def _read(handle: Any, entry: Entry) -> torch.Tensor:
+    try:
+        return handle.get_tensor(entry.stored_name)  # type: ignore[no-any-return]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.stored_name} cannot be read ({error})."
+        ) from error
+
+
+def openpi_name(stored: str) -> str | None:
+    """The name that openpi gives to a stored tensor; None for data-set statistics to ignore."""
+    if LEGACY_STATISTICS.fullmatch(stored):
+        return None
+    name = stored.removeprefix("model.")
+    for old, new in LEGACY_NAMES:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _resolve(path: Path, handles: Mapping[Path, Any]) -> dict[str, Entry]:
+    """Every stored tensor by its openpi name, the tied pair under the stored one's name."""
+    entries: dict[str, Entry] = {}
+    for file, handle in handles.items():
+        for stored in handle.keys():  # noqa: SIM118 - a file handle is no mapping
+            name = openpi_name(stored)
+            if name is None:
+                continue
+            if name in entries:
+                raise CheckpointError(
+                    f"{path} holds {name} twice: as {entries[name].stored_name} in "
+                    f"{entries[name].file.name} and as {stored} in {file.name}."
+                )
+            part = handle.get_slice(stored)
+            entries[name] = Entry(file, stored, tuple(part.get_shape()), part.get_dtype())
+    # LeRobot's fine-tuned files may hold both, untied; its forward pass reads the embedding.
+    if EMBEDDING in entries:
+        entries[TIED] = entries.pop(EMBEDDING)
+    return entries
+
+
+def _check(
+    path: Path, entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError unless `entries` fill `shapes` exactly."""
+    if any(PI05_NAMES.match(name) for name in entries):
+        raise CheckpointError(
+            f"{path} is a pi05 checkpoint (it has time_mlp or adaptive norm tensors); "
+            "only pi0 is supported so far."
+        )
+    problems = []
+    if missing := [name for name in shapes if name not in entries]:
+        problems.append(f"{len(missing)} missing{_some(missing)}")
+    if unexpected := [entry.stored_name for name, entry in entries.items() if name not in shapes]:
+        problems.append(f"{len(unexpected)} unexpected{_some(unexpected)}")
+    known = {name: entry for name, entry in entries.items() if name in shapes}
+    if misshapen := [
+        f"{entry.stored_name} {list(entry.shape)} instead of {list(shapes[name])}"
+        for name, entry in known.items()
+        if entry.shape != shapes[name]
+    ]:
+        problems.append(f"{len(misshapen)} of another shape{_some(misshapen)}")
+    if wrong := [
+        f"{entry.stored_name} {entry.dtype}"
+        for entry in known.values()
+        if entry.dtype not in FLOATS
+    ]:
+        problems.append(f"{len(wrong)} of a type that is no float{_some(wrong)}")
+    if problems:
+        raise CheckpointError(f"{path} does not fit the model: " + "; ".join(problems) + ".")
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    """': a, b, c, ...' for a message."""
+    names = list(names)
+    if not names:
+        return ""
+    return ": " + ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
