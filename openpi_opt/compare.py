@@ -15,12 +15,10 @@ from typing import Any
 
 from openpi_opt.cli import run
 from openpi_opt.result import GuardReport, Latency, Ok, Wrong
-from openpi_opt.track.journal import Journal, Record
-from openpi_opt.track.report import Row, rows, table
+from openpi_opt.track.journal import Journal
+from openpi_opt.track.report import Row, print_table, rows
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
-# Wide enough that a table in a pipe or a file is never cut.
-PIPE_WIDTH = 1_000
 _SAMPLES = {"samples_ms", "wall_samples_ms"}
 # Parts that only some outcomes have, with the columns that they always take in CSV.
 _PARTS = {
@@ -53,22 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         _print_csv(plain)
     return 0
-
-
-def print_table(records: Sequence[Record]) -> None:
-    """Print the table on stdout: as wide as the terminal, uncut anywhere else."""
-    from rich.console import Console
-
-    if not records:
-        return
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
-    if console.is_terminal:
-        console.print(table(records))
-        return
-    with console.capture() as capture:
-        console.print(table(records))
-    for line in capture.get().splitlines():
-        print(line.rstrip())
 
 
 def trial(row: Row, study_dir: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def main() -> int:
 def _hydra_main(composed: DictConfig) -> None:
     """Without `-m`: keep what was composed. Run in here, errors would get Hydra's report."""
     own = HydraConfig.get()
-    overrides = OmegaConf.to_container(own.overrides.task, resolve=False)  # type: ignore[arg-type]
+    overrides = OmegaConf.to_container(own.overrides.task, resolve=False)
     assert isinstance(overrides, list)
     _COMPOSED.append((composed, own.runtime, overrides))
 

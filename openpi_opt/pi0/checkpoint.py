@@ -29,14 +29,22 @@ EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.w
 
 # LeRobot up to 0.3 nested PaliGemma as transformers did before 4.52.
 LEGACY_NAMES = (
-    ("paligemma_with_expert.paligemma.language_model.model.",
-     "paligemma_with_expert.paligemma.model.language_model."),
-    ("paligemma_with_expert.paligemma.language_model.lm_head.",
-     "paligemma_with_expert.paligemma.lm_head."),
-    ("paligemma_with_expert.paligemma.vision_tower.",
-     "paligemma_with_expert.paligemma.model.vision_tower."),
-    ("paligemma_with_expert.paligemma.multi_modal_projector.",
-     "paligemma_with_expert.paligemma.model.multi_modal_projector."),
+    (
+        "paligemma_with_expert.paligemma.language_model.model.",
+        "paligemma_with_expert.paligemma.model.language_model.",
+    ),
+    (
+        "paligemma_with_expert.paligemma.language_model.lm_head.",
+        "paligemma_with_expert.paligemma.lm_head.",
+    ),
+    (
+        "paligemma_with_expert.paligemma.vision_tower.",
+        "paligemma_with_expert.paligemma.model.vision_tower.",
+    ),
+    (
+        "paligemma_with_expert.paligemma.multi_modal_projector.",
+        "paligemma_with_expert.paligemma.model.multi_modal_projector.",
+    ),
 )
 # The same files carry the statistics of their data set, which are no part of the policy.
 LEGACY_STATISTICS = re.compile(
@@ -158,7 +166,8 @@ def _open(file: Path) -> Any:
 
 def _read(handle: Any, entry: Entry) -> torch.Tensor:
     try:
-        return handle.get_tensor(entry.stored_name)  # type: ignore[no-any-return]
+        tensor: torch.Tensor = handle.get_tensor(entry.stored_name)
+        return tensor
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{entry.file}: tensor {entry.stored_name} cannot be read ({error})."
@@ -197,9 +206,7 @@ def _resolve(path: Path, handles: Mapping[Path, Any]) -> dict[str, Entry]:
     return entries
 
 
-def _check(
-    path: Path, entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+def _check(path: Path, entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError unless `entries` fill `shapes` exactly."""
     if any(PI05_NAMES.match(name) for name in entries):
         raise CheckpointError(

@@ -11,9 +11,10 @@ import yaml
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
 
-from openpi_opt.compose import trial_config
-from openpi_opt.config import Config
+from openpi_opt.compose import CONTROL_KEYS, trial_config
+from openpi_opt.config import SECTIONS, Config
 from openpi_opt.errors import UserError
+from openpi_opt.knobs import BY_NAME
 from openpi_opt.search.hydra_errors import hydra_errors
 from openpi_opt.search.settings import Settings
 from openpi_opt.search.space import parse_override
@@ -85,11 +86,29 @@ def check_sources(runtime: Any, overrides: Sequence[str]) -> None:
     on_command_line = {group: named[group] for group in choices if group in named}
     for group, found in files.items():
         for path in found[:1]:
+            if group not in SECTIONS and group not in BY_NAME:
+                _check_keys(f"{group}={choices[group]}", path)
             _check_body(f"{group}={choices[group]}", path, on_command_line)
 
 
 def _files(roots: Sequence[Path], group: str, option: str) -> list[Path]:
     return [path for root in roots if (path := root / group / f"{option}.yaml").is_file()]
+
+
+def _check_keys(name: str, path: Path) -> None:
+    """A preset reaches over all groups, so it must say so, and name existing ones."""
+    text = path.read_text(encoding="utf-8")
+    if not _GLOBAL.search(text):
+        raise UserError(
+            f"{name}: {path} lacks the line `# @package _global_` at its top, without which "
+            "nothing in it has an effect. Add it."
+        )
+    known = [*SECTIONS, *BY_NAME, *CONTROL_KEYS, "defaults"]
+    for key in yaml.safe_load(text) or {}:
+        if key not in known:
+            raise UserError(
+                f"{name}: {path} has the unknown key {key!r}; known are {', '.join(known)}."
+            )
 
 
 def _check_body(name: str, path: Path, on_command_line: Mapping[str, str]) -> None:

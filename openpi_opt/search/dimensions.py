@@ -62,10 +62,10 @@ class Choices(Dimension):
         return self.values
 
     def distribution(self) -> BaseDistribution:
-        """Without any order among the values."""
+        """Sorted: Optuna refuses to continue a study with its choices in another order."""
         from optuna.distributions import CategoricalDistribution
 
-        return CategoricalDistribution(self.values)
+        return CategoricalDistribution(sorted(self.values))
 
     def value(self, text: str) -> str:
         """The text itself."""

@@ -13,7 +13,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +150,8 @@ def parse_override(line: str) -> Override:
         ) from None
     if not override.is_delete() and override.value() == "":
         raise _empty(line)
+    if not override.key_or_group:
+        raise UserError(f"{line!r} names no key. Write group=option or key=value.")
     return override
 
 
@@ -191,12 +193,19 @@ def _range(line: str, sweep: RangeSweep) -> Dimension:
             f"{line!r}: a range of floats cannot be logarithmic.\n"
             "Use tag(log,interval(LOW,HIGH)), or write the values out."
         )
-    listed = list(itertools.islice(values, MAX_LISTED + 1))
+    listed = _before_stop(itertools.islice(values, MAX_LISTED + 1), sweep)
     if not listed:
         raise _empty(line)
     if len(listed) > MAX_LISTED:
         raise UserError(f"{line!r} has more than {MAX_LISTED} values. Use interval(LOW,HIGH).")
     return floats(listed)
+
+
+def _before_stop(values: Iterable[float], sweep: RangeSweep) -> list[float]:
+    """Rounding lets 8 * 0.1 fall below a stop of 0.8; what equals the stop is excluded."""
+    assert sweep.stop is not None
+    stop = float(sweep.stop)
+    return [value for value in values if not math.isclose(value, stop, rel_tol=1e-12)]
 
 
 def _interval(line: str, sweep: IntervalSweep) -> Dimension:
@@ -235,6 +244,8 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         plain = _PLAIN_WORD.fullmatch(value) and value.lower() not in _NOT_WORDS
         return value if plain else _quoted(value)
+    if isinstance(value, bool):
+        return str(value).lower()
     return Override._get_value_element_as_str(value)
 
 

@@ -6,10 +6,14 @@ measure, guard) and the fingerprint of machine and software are the same.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
+from rich import box
+from rich.console import Console, JustifyMethod
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +22,10 @@ from openpi_opt.track.fingerprint import differences
 from openpi_opt.track.journal import Record
 from openpi_opt.track.mlflow_content import device, one_line, reason
 
-MAX_REASON = 90
+MAX_REASON = 300
+MIN_FOLDED = 8  # a knob's column may fold its text down to this many characters
+# Wide enough that a table in a pipe or a file is never cut.
+PIPE_WIDTH = 1_000
 STALE_MARK = "†"
 
 
@@ -71,11 +78,29 @@ def groups(records: Iterable[Record]) -> list[Group]:
 
 
 def table(records: Iterable[Record]) -> Table:
-    """A table of all trials, one part for each context."""
+    """A table of all trials, one part for each context, with reasons and footnotes below it."""
     grid = Table.grid()
     for group in groups(records):
         grid.add_row(_table(group))
+        for line in _below(group):
+            grid.add_row(line)
     return grid
+
+
+def print_table(records: Sequence[Record]) -> None:
+    """Print the table on stdout: folded to the terminal, uncut in a pipe or a file.
+
+    On a terminal too narrow for its numbers the lines run over: nothing is left out.
+    """
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    with console.capture() as capture:
+        for group in groups(records):
+            view = _table(group)
+            needed = Measurement.get(console, console.options, view).minimum
+            console.print(view, width=max(console.width, needed), crop=False, no_wrap=True)
+            console.print(*_below(group), sep="\n", overflow="fold")
+    for line in capture.get().splitlines():
+        print(line.rstrip())
 
 
 def _group(records: Sequence[Record], title: str) -> Group:
@@ -170,26 +195,50 @@ def _footnotes(records: Sequence[Record], found: Sequence[Row]) -> list[str]:
 def _table(group: Group) -> Table:
     ok = [row.ok for row in group.rows if row.ok]
     kinds = {result.kernels.kind for result in ok if result.kernels}
-    with_roles = any(row.record.role != "trial" for row in group.rows)
-    with_reasons = any(row.reason for row in group.rows)
-    view = Table(title=Text(group.title), title_justify="left", caption_justify="left")
-    view.caption = Text("\n".join(group.footnotes)) if group.footnotes else None
-    view.add_column("#", justify="right", no_wrap=True)
-    if with_roles:
-        view.add_column("role", no_wrap=True)
-    for key in group.rows[0].differs:
-        view.add_column(Text(key))
-    view.add_column("outcome", no_wrap=True)
-    for name in ("mean ± std ms", "p50 ms", _count_name(kinds), "vs. baseline"):
-        view.add_column(name, justify="right", no_wrap=True)
-    if with_reasons:
-        view.add_column("reason", min_width=20)
-    for row in group.rows:
-        cells = [_number(row), *([row.record.role] if with_roles else []), *row.differs.values()]
-        cells += [row.record.result.outcome, *_numbers(row, kinds)]
-        cells += [row.reason] if with_reasons else []
-        view.add_row(*map(Text, cells), style=_style(row))
+    view = Table(
+        title=Text(group.title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    knobs = list(group.rows[0].differs)
+    heads = ["#", *knobs, "outcome", "mean ± std ms", _count_name(kinds), "vs.\nbaseline"]
+    body = [
+        [_number(row), *row.differs.values(), _outcome(row), *_numbers(row, kinds)]
+        for row in group.rows
+    ]
+    for head, *cells in zip(heads, *body, strict=True):
+        if head in knobs:
+            view.add_column(Text(head), overflow="fold", min_width=MIN_FOLDED)
+        else:
+            width = max(map(len, [*cells, *head.split("\n")]))
+            justify: JustifyMethod = "left" if head == "outcome" else "right"
+            view.add_column(Text(head), justify=justify, no_wrap=True, min_width=width)
+    for row, line in zip(group.rows, body, strict=True):
+        view.add_row(*map(Text, line), style=_style(row))
     return view
+
+
+def _below(group: Group) -> list[Text]:
+    """What stands below a table: reasons, then footnotes."""
+    lines = [*_reasons(group.rows), *group.footnotes]
+    return [Text(line, overflow="fold") for line in lines]
+
+
+def _outcome(row: Row) -> str:
+    role = row.record.role
+    return row.record.result.outcome + ("" if role == "trial" else f" {role}")
+
+
+def _reasons(found: Sequence[Row]) -> list[str]:
+    """Each reason once, with the numbers of the trials that have it."""
+    numbers: dict[tuple[str, str], list[str]] = {}
+    for row in found:
+        if row.reason:
+            key = row.record.result.outcome, row.reason
+            numbers.setdefault(key, []).append(str(row.record.number))
+    return [f"{', '.join(who)} {outcome}: {why}" for (outcome, why), who in numbers.items()]
 
 
 def _count_name(kinds: AbstractSet[str]) -> str:
@@ -201,16 +250,15 @@ def _number(row: Row) -> str:
 
 
 def _numbers(row: Row, kinds: AbstractSet[str]) -> list[str]:
-    """Mean and std, p50, kernels, ratio: empty where the outcome has none."""
+    """Mean and std, kernels, ratio: empty where the outcome has none."""
     if row.ok is None:
-        return ["", "", "", ""]
+        return ["", "", ""]
     latency, kernels = row.ok.latency, row.ok.kernels
     count = str(kernels.total) if kernels else ""
     if len(kinds) > 1 and kernels and kernels.kind == "operator_calls":
         count += " operators"
     return [
         f"{'~ ' if latency.noisy else ''}{latency.mean_ms:.3f} ± {latency.std_ms:.3f}",
-        f"{latency.p50_ms:.3f}",
         count,
         f"{row.vs_baseline:.2f}x" if row.vs_baseline is not None else "",
     ]

@@ -3,8 +3,8 @@
     with mutation.apply(policy, inputs, previous) as mutated:
         wrong = policy.sample_actions(mutated)
 
-`previous` are other inputs of the same workload, for mistakes that remember an earlier call. Leaving
-the context restores the policy. Mutations patch the instance: stages, ops, layers.
+`previous` are other inputs of the same workload, for mistakes that remember an earlier call.
+Leaving the context restores the policy. Mutations patch the instance: stages, ops, layers.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ from torch import Tensor
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.ops import SEE_ALL, Attention, Visibility, eager_attention
 from openpi_opt.pi0.policy import Pi0Policy, PrefixCache
+from openpi_opt.pi0.schedule import time_features
 
 Apply = Callable[[Pi0Policy, Inputs, Inputs], AbstractContextManager[Inputs]]
 
@@ -143,10 +144,6 @@ def last_step_left_out(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> I
 @contextmanager
 def one_step_fewer(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
     """A schedule of one step less that still reaches time 0."""
-    other = Pi0Policy.__new__(Pi0Policy)
-    del other
-    from openpi_opt.pi0.schedule import time_features
-
     steps = policy.steps - 1
     table = time_features(steps, policy.config.expert.width).to(policy.device)
     with replaced_table(policy, table, steps):
@@ -275,17 +272,17 @@ def catalogue(policy: Pi0Policy) -> list[Mutation]:
             on_inputs(lambda inputs: inputs._replace(state=torch.zeros_like(inputs.state))),
         ),
         Mutation(
-            "prompt ignored",
+            "prompt rolled by one",
             on_inputs(lambda inputs: inputs._replace(tokens=inputs.tokens.roll(1, dims=1))),
         ),
     ]
     mutations += [
-        Mutation(f"{tower} layer {index} skipped", skipped_layer(tower, index))
-        for tower, indices in (
-            ("vision", (0, config.vision.depth // 2, config.vision.depth - 1)),
-            # The output of the last language layer is read by nobody.
-            ("language", (0, depth // 2, last - 1)),
-            ("expert", (0, depth // 2, last)),
+        # The last but one language layer is subtle: only the keys of the last one depend on it.
+        Mutation(f"{tower} layer {index} skipped", skipped_layer(tower, index), index in subtle)
+        for tower, indices, subtle in (
+            ("vision", (0, config.vision.depth // 2, config.vision.depth - 1), ()),
+            ("language", (0, depth // 2 - 1, last - 1), (last - 1,)),
+            ("expert", (0, depth // 2, last), ()),
         )
         for index in indices
     ]
@@ -299,7 +296,10 @@ def catalogue(policy: Pi0Policy) -> list[Mutation]:
         Mutation("scale +5%", _attention(scaled(1.05), *everywhere), subtle=True),
         Mutation("scale -5%", _attention(scaled(0.95), *everywhere), subtle=True),
         *(
-            Mutation(f"scale +5% in {stage}", _attention(scaled(1.05), stage), subtle=True)
+            # In the vision tower alone it is near the tolerance of bfloat16 for some seeds.
+            Mutation(
+                f"scale +5% in {stage}", _attention(scaled(1.05), stage), True, stage == "vision"
+            )
             for stage in everywhere
         ),
         Mutation(

@@ -120,7 +120,9 @@ def gemma_layer(
         )
     x = x + affine(state, layer + "self_attn.o_proj", torch.cat(outs, dim=1))
     y = rms_norm(state, layer + "post_attention_layernorm", x)
-    gated = gelu(affine(state, layer + "mlp.gate_proj", y)) * affine(state, layer + "mlp.up_proj", y)
+    gated = gelu(affine(state, layer + "mlp.gate_proj", y)) * affine(
+        state, layer + "mlp.up_proj", y
+    )
     return x + affine(state, layer + "mlp.down_proj", gated), (k, v)
 
 
@@ -128,7 +130,9 @@ def prefix(
     state: State, images: Tensor, cameras: list[bool], tokens: list[int], heads: int, rounded: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every layer for the active cameras and the given prompt tokens."""
-    parts = [image_tokens(state, image, heads) for image, on in zip(images, cameras, strict=True) if on]
+    parts = [
+        image_tokens(state, image, heads) for image, on in zip(images, cameras, strict=True) if on
+    ]
     table = state[PALIGEMMA + "lm_head.weight"]
     parts += [torch.stack([table[token] for token in tokens]) * math.sqrt(table.shape[1])]
     x = torch.cat(parts)

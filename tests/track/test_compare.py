@@ -120,8 +120,8 @@ def test_track_verb_errors(store: str) -> None:
     assert done.stderr.startswith("error: study 'nothing'")
 
 
-@pytest.mark.parametrize("more", [0, 60])
-def test_reader_that_is_gone(store: str, more: int) -> None:
+@pytest.mark.parametrize(("more", "form"), [(0, "csv"), (60, "json")])
+def test_reader_that_is_gone(store: str, more: int, form: str) -> None:
     """Met while printing much, or little at the very end."""
     journal = Journal.open(Path(store) / "studies/first")
     for _ in range(more):
@@ -129,7 +129,10 @@ def test_reader_that_is_gone(store: str, more: int) -> None:
     reader, out = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "openpi_opt.compare", "first", "--store", store]
-    done = subprocess.run([*command, "--format", "json"], stdout=out, stderr=subprocess.PIPE)
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [*command, "--format", form], stdout=out, stderr=subprocess.PIPE, env=buffered
+    )
     os.close(out)
     assert (done.stderr, done.returncode) == (b"", 141)
 

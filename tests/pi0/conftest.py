@@ -1,0 +1,37 @@
+"""A mini policy and the workload that has everything to get wrong: a masked camera, padding."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from openpi_opt.pi0.config import PI0_MINI
+from openpi_opt.pi0.policy import Pi0Policy
+from openpi_opt.pi0.weights import build, init_random
+from openpi_opt.pi0.workload import Workload
+
+
+@pytest.fixture(scope="session")
+def _shared_policy() -> Pi0Policy:
+    policy = build(PI0_MINI, "cpu")
+    init_random(policy, seed=0)
+    return policy
+
+
+@pytest.fixture
+def policy(_shared_policy: Pi0Policy) -> Iterator[Pi0Policy]:
+    """pi0_mini with random weights, float32, a copy for each test."""
+    yield copy.deepcopy(_shared_policy)
+
+
+@pytest.fixture
+def masked_workload() -> Workload:
+    """Third camera masked, 20 of 28 prompt slots valid."""
+    return Workload((True, True, False), 28, 20, horizon=10, steps=10, batch_size=1)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield

@@ -1,0 +1,229 @@
+"""The whole inference: against the transcription, with layouts, in other precisions, compiled."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from openpi_opt.pi0.config import PI0_MINI, RopeFrequencies
+from openpi_opt.pi0.inputs import Inputs, Layout
+from openpi_opt.pi0.ops import Visibility, eager_attention
+from openpi_opt.pi0.policy import Pi0Policy
+from openpi_opt.pi0.precision import cast
+from openpi_opt.pi0.weights import build, init_random
+from openpi_opt.pi0.workload import Workload, make_inputs
+
+from . import transcription
+from .mutations import distance
+
+SEED_B1 = Workload((True, True, False), 20, 20, horizon=10, steps=10, batch_size=1)
+WORKLOADS = {
+    "seed_b1": SEED_B1,
+    "all_cameras_padded_horizon50": Workload((True, True, True), 48, 31, 50, 10, 1),
+    "middle_camera_masked_3_steps": Workload((True, False, True), 9, 1, 4, 3, 1),
+    "first_camera_masked_batch2": Workload((False, True), 6, 4, 1, 2, 2),
+}
+
+
+def transcribed(policy: Pi0Policy, inputs: Inputs) -> Tensor:
+    """The transcription's actions for every observation of a batch."""
+    state = policy.state_dict()
+    rows = [
+        transcription.actions(
+            state,
+            inputs.images[row],
+            inputs.image_mask[row].tolist(),
+            inputs.tokens[row][inputs.token_mask[row]].tolist(),
+            inputs.state[row],
+            inputs.noise[row],
+            steps=policy.steps,
+            vision_heads=policy.config.vision.heads,
+            rounded=policy.config.rope_frequencies == "bfloat16",
+        )
+        for row in range(len(inputs.noise))
+    ]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS.keys())
+@pytest.mark.parametrize("rope", ["bfloat16", "float32"])
+def test_actions_equal_the_transcription(workload: Workload, rope: RopeFrequencies) -> None:
+    config = dataclasses.replace(PI0_MINI, rope_frequencies=rope)
+    policy = build(config, "cpu", steps=workload.steps)
+    init_random(policy, seed=3)
+    inputs = make_inputs(workload, config, seed=4, device="cpu")
+    expected = transcribed(policy, inputs)
+    assert distance(policy.sample_actions(inputs), expected) < 1e-5
+    policy.declare_layout(workload.layout)
+    assert distance(policy.sample_actions(inputs), expected) < 1e-5
+
+
+def test_batch_of_different_masks_equals_the_transcription() -> None:
+    policy = build(PI0_MINI, "cpu", steps=2)
+    init_random(policy, seed=5)
+    inputs = make_inputs(Workload((True, True), 8, 8, 5, 2, 2), PI0_MINI, 6, "cpu")
+    image_mask = torch.tensor([[True, True], [False, True]])
+    # Not a leading run: masked tokens in front and in between.
+    token_mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 1, 1, 1, 0]]).bool()
+    inputs = inputs._replace(image_mask=image_mask, token_mask=token_mask)
+    actions = policy.sample_actions(inputs)
+    assert actions.dtype == torch.float32
+    assert distance(actions, transcribed(policy, inputs)) < 1e-5
+
+
+def test_rope_rounding_changes_the_actions() -> None:
+    """So the parity above tells the two definitions apart."""
+    inputs = make_inputs(SEED_B1, PI0_MINI, 0, "cpu")
+    actions = []
+    for rope in ("bfloat16", "float32"):
+        policy = build(dataclasses.replace(PI0_MINI, rope_frequencies=rope), "cpu")
+        init_random(policy, seed=0)
+        actions.append(policy.sample_actions(inputs))
+    assert distance(actions[0], actions[1]) > 1e-3
+
+
+def layout_of(layout: Layout) -> Workload:
+    return Workload(layout.cameras, layout.prompt_slots, layout.prompt_tokens, 6, 2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout((True, True, False), 12, 7),
+        Layout((True, True), 12, 7),
+        Layout((True, False, True), 5, 5),
+        Layout((True, True), 5, 5),
+    ],
+    ids=["scattered", "leading", "gap", "all_valid"],
+)
+def test_declared_layout_equals_general_masks(
+    policy: Pi0Policy, layout: Layout, dtype: torch.dtype
+) -> None:
+    cast(policy, dtype)
+    inputs = make_inputs(layout_of(layout), PI0_MINI, 7, "cpu")
+    assert Layout.of(inputs.image_mask, inputs.token_mask) == layout
+    general = policy.sample_actions(inputs)
+    policy.declare_layout(layout)
+    assert distance(policy.sample_actions(inputs), general) < (
+        1e-5 if dtype == torch.float32 else 5e-3
+    )
+    policy.declare_layout(None)
+    assert torch.equal(policy.sample_actions(inputs), general)
+
+
+def gathered_attention(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float
+) -> Tensor:
+    """What a backend without masks does: one call for each segment, on the keys it sees."""
+    assert visibility.segments is not None
+    outs, covered = [], 0
+    for start, stop, keys in visibility.segments:
+        assert start == covered
+        covered = stop
+        if isinstance(keys, Tensor):
+            seen = keys
+        else:
+            seen = torch.arange(k.shape[1] if keys is None else keys)
+        all_seen = Visibility(None, None)
+        outs.append(eager_attention(q[:, start:stop], k[:, seen], v[:, seen], all_seen, scale))
+    assert covered == q.shape[1]
+    return torch.cat(outs, dim=1)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout((True, False, True), 12, 7), Layout((True, True), 12, 7), Layout((True,), 5, 5)],
+    ids=["scattered", "leading", "all_valid"],
+)
+def test_segments_say_the_same_as_the_mask(policy: Pi0Policy, layout: Layout) -> None:
+    inputs = make_inputs(layout_of(layout), PI0_MINI, 8, "cpu")
+    policy.declare_layout(layout)
+    masked = policy.sample_actions(inputs)
+    policy.ops.attention_prefill = policy.ops.attention_denoise = gathered_attention
+    assert distance(policy.sample_actions(inputs), masked) < 1e-5
+
+
+def test_layout_of_another_tower_is_refused(policy: Pi0Policy) -> None:
+    with pytest.raises(ValueError, match="64 tokens a camera"):
+        policy.declare_layout(Layout((True,), 4, 4, tokens_per_camera=64))
+
+
+def test_deepcopy_shares_nothing(policy: Pi0Policy) -> None:
+    other = copy.deepcopy(policy)
+    other.ops.gelu = torch.relu
+    assert policy.ops.gelu is not torch.relu
+    assert other.vision.encoder.layers[0].mlp.ops is other.ops
+
+
+def test_float16_and_bfloat16_stay_near_float32(
+    policy: Pi0Policy, masked_workload: Workload
+) -> None:
+    inputs = make_inputs(masked_workload, PI0_MINI, 9, "cpu")
+    exact = policy.sample_actions(inputs)
+    for dtype, limit in ((torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
+        other = copy.deepcopy(policy)
+        cast(other, dtype)
+        assert 0 < distance(other.sample_actions(inputs), exact) < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("declared", [False, True])
+def test_whole_call_compiles_to_one_graph(
+    policy: Pi0Policy, masked_workload: Workload, declared: bool, dtype: torch.dtype
+) -> None:
+    cast(policy, dtype)
+    if declared:
+        policy.declare_layout(masked_workload.layout)
+    inputs = make_inputs(masked_workload, PI0_MINI, 10, "cpu")
+    eager = policy.sample_actions(inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(policy.sample_actions, backend="eager", fullgraph=True, dynamic=False)
+    assert distance(compiled(inputs), eager) < 1e-6
+
+
+def test_stages_compile_once_each_and_can_be_replaced(
+    policy: Pi0Policy, masked_workload: Workload
+) -> None:
+    inputs = make_inputs(masked_workload, PI0_MINI, 11, "cpu")
+    policy.declare_layout(masked_workload.layout)
+    eager = policy.sample_actions(inputs)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    for stage in ("encode_images", "prefill", "denoise_step"):
+        whole = torch.compile(
+            getattr(policy, stage), backend=backend, fullgraph=True, dynamic=False
+        )
+        setattr(policy, stage, whole)
+    assert distance(policy.sample_actions(inputs), eager) < 1e-6
+    policy.sample_actions(make_inputs(masked_workload, PI0_MINI, 12, "cpu"))
+    assert len(graphs) == 3
+
+
+def test_denoise_step_compiles_with_inductor(policy: Pi0Policy) -> None:
+    policy.declare_layout(SEED_B1.layout)
+    inputs = make_inputs(SEED_B1, PI0_MINI, 13, "cpu")
+    eager = policy.sample_actions(inputs)
+    torch._dynamo.reset()
+    policy.denoise_step = torch.compile(policy.denoise_step, fullgraph=True, dynamic=False)
+    assert distance(policy.sample_actions(inputs), eager) < 1e-5
+
+
+def test_profiler_sees_the_three_stages(policy: Pi0Policy) -> None:
+    inputs = make_inputs(SEED_B1, PI0_MINI, 14, "cpu")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        policy.sample_actions(inputs)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    markers = {name: count for name, count in counts.items() if name.startswith("openpi_opt::")}
+    assert markers == {
+        "openpi_opt::vision": 1,
+        "openpi_opt::prefill": 1,
+        "openpi_opt::denoise": 10,
+    }

@@ -1,0 +1,215 @@
+"""The command line in this process: what is refused, and how presets compose."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra.core.plugins import Plugins
+
+from openpi_opt import sweep
+from openpi_opt.errors import UserError
+from openpi_opt.paths import package_dir
+
+HEAD = "# @package _global_\n"
+PRESETS = {
+    "good": HEAD + "defaults:\n- override /attention: sdpa\nprovenance: {study: x}\n",
+    "body": HEAD + "attention: {vision: sdpa, prefill: eager, denoise: sdpa}\n",
+    "above": HEAD + "defaults:\n- body\n- override /compile: default\n",
+    "unknown_key": HEAD + "warp: {x: 1}\n",
+    "unknown_field": HEAD + "attention: {speed: 1}\n",
+    "unknown_knob": HEAD + "defaults:\n- override /warp: x\n",
+    "unknown_option": HEAD + "defaults:\n- override /attention: fast\n",
+    "broken": HEAD + "a: [\n",
+    "no_head": "attention: {vision: sdpa}\n",
+}
+
+
+class CommandLine:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder = folder
+        self._monkeypatch = monkeypatch
+
+    def __call__(self, *words: str) -> int:
+        self._monkeypatch.setattr(sys, "argv", ["sweep", *words])
+        return sweep.main()
+
+    def error(self, *words: str) -> str:
+        with pytest.raises(UserError) as caught:
+            self(*words)
+        message = str(caught.value)
+        assert 1 <= len(message.splitlines()) <= 3, message
+        return message
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """A working folder of its own, and nothing left behind of what `main` sets."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    monkeypatch.setattr(sweep, "_COMPOSED", [])
+    folder = tmp_path / "conf" / "preset"
+    folder.mkdir(parents=True)
+    for name, text in PRESETS.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return CommandLine(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["attention=aitr"], ["attention=aitr", "aiter, eager, sdpa", "mean attention=aiter"]),
+        (["attentoin=sdpa"], ["attentoin", "precision, attention", "mean attention?"]),
+        (["measure.warmpu=3"], ["measure.warmpu", "warmup, iterations", "measure.warmup?"]),
+        (["attention.foo=1"], ["attention.foo", "vision, prefill, denoise"]),
+        (["+foo=1"], ["'foo'", "known are"]),
+        (["hydra.nope=1"], ["hydra.nope", "--hydra-help"]),
+        (["measure.warmup=0"], ["measure.warmup=0", "at least 3"]),
+        (["measure.warmup=abc"], ["measure.warmup", "abc", "integer"]),
+        (["attention.vision=1"], ["attention.vision=1", "'eager', 'sdpa' or 'aiter'"]),
+        (["attention=aiter,sdpa"], ["attention=aiter,sdpa", "-m"]),
+        (["measure.warmup=range(3,5)"], ["-m"]),
+        (["attention="], ["'attention='", "VALUE"]),
+        (["attention=5"], ["attention=5", "option"]),
+        (["attention=null"], ["attention=null", "option"]),
+        (["attention=[sdpa"], ["attention=[sdpa", "not an override"]),
+        (["attention"], ["'attention'", "group=option"]),
+        (["+attention=sdpa"], ["attention is chosen twice"]),
+        (["study=../x"], ["../x", "study name"]),
+        (["study=a/b"], ["a/b", "study name"]),
+        (["n_trials=0"], ["n_trials=0", "at least 1"]),
+        (["sampler=best"], ["sampler=best", "tpe"]),
+        (["weights=checkpoint"], ["weights.path", "weights.path=VALUE"]),
+        (["weights=checkpoint", "weights.path=/nonexistent"], ["/nonexistent", "safetensors"]),
+        (["platform=cuda"], ["platform=cuda", "no CUDA GPU", "platform=cpu"]),
+        (["platform=rocm"], ["platform=rocm", "no ROCM GPU"]),
+        (["workload.seed=${nope}"], ["workload.seed", "nope"]),
+        (["hydra/sweeper=basic"], ["hydra/sweeper", "Leave it out"]),
+        (["--experimental-rerun", "x.pkl"], ["pickle"]),
+        (["-m", "--cfg", "job"], ["--multirun and --cfg"]),
+        (["--config-dir", "/nonexistent"], ["/nonexistent"]),
+        (["--config-name", "nope"], ["nope", "--config-name"]),
+        (["-m", "attention=sdpa,sdqa"], ["attention=sdqa", "mean attention=sdpa"]),
+        (["-m", "attentoin=sdpa,eager"], ["attentoin", "mean attention?"]),
+        (["-m", "measure.warmup=5,0"], ["measure.warmup=0", "at least 3"]),
+        (["-m", "attention=choice()"], ["choice()"]),
+        (["-m", "measure.warmup=range(5,5)"], ["no value"]),
+        (["-m", "attention=glob(z*)"], ["aiter, eager, sdpa"]),
+        (["-m", "attention=glob(*)", "attention=sdpa"], ["more than once"]),
+        (["-m", "study=a,b"], ["study", "cannot itself be swept"]),
+        (["-m", "sampler=grid", "guard.cap=interval(0.01,0.1)"], ["sampler=grid", "tpe"]),
+        (["-m", "workload.batch_size=interval(1,4)"], ["workload.batch_size", "integer"]),
+        (["-m", "platform=cpu,cuda"], ["platform=cuda"]),
+        (["-m", "hydra.verbose=true,false"], ["hydra.verbose"]),
+        (["preset=nope"], ["preset=nope", "body", "good"]),
+        (["preset=unknown_key"], ["preset=unknown_key", "'warp'"]),
+        (["preset=unknown_field"], ["attention.speed", "vision, prefill, denoise"]),
+        (["preset=unknown_knob"], ["unknown_knob", "warp", "precision, attention"]),
+        (["preset=unknown_option"], ["attention=fast", "aiter, eager, sdpa"]),
+        (["preset=broken"], ["broken.yaml", "not YAML"]),
+        (["preset=no_head"], ["no_head.yaml", "@package _global_"]),
+        (["preset=body", "attention=eager"], ["attention=eager", "body.yaml", "attention.KEY"]),
+        (["preset=above", "attention=eager"], ["attention=eager", "body.yaml"]),
+        (["-m", "preset=body", "attention=eager,sdpa"], ["attention=eager", "body.yaml"]),
+    ],
+    ids=" ".join,
+)
+def test_bad_input(
+    command: CommandLine, words: list[str], expected: list[str], capfd: pytest.CaptureFixture
+) -> None:
+    message = command.error(*words)
+    assert [word for word in expected if word not in message] == [], message
+    assert capfd.readouterr() == ("", "")
+    assert sorted(path.name for path in command.folder.iterdir()) == ["conf"]
+
+
+def test_a_store_that_cannot_be_written(command: CommandLine) -> None:
+    (command.folder / "file").write_text("")
+    assert "store=file/store" in command.error("store=file/store")
+    assert "store=file" in command.error("-m", "attention=sdpa", "store=file")
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+def test_a_database_of_a_newer_mlflow_loses_nothing(command: CommandLine) -> None:
+    import sqlite3
+
+    from openpi_opt.config import Tracking
+    from openpi_opt.track.mlflow_log import MlflowLog
+    from openpi_opt.track.store import Store
+
+    store = Store.open("mlruns")
+    store.study_dir("s").mkdir(parents=True)
+    MlflowLog(store, Tracking()).begin_study(store.study_dir("s"))
+    with sqlite3.connect(command.folder / "mlruns" / "mlflow.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = 'fffffffffff0'")
+    database.close()
+    before = (command.folder / "mlruns" / "mlflow.db").read_bytes()
+    assert "MLflow" in command.error("-m", "attention=sdpa", "study=s")
+    assert (command.folder / "mlruns" / "mlflow.db").read_bytes() == before
+
+
+def composed(command: CommandLine, capsys: pytest.CaptureFixture, *words: str) -> str:
+    command(*words, "--cfg", "job", "--package", "attention")
+    return capsys.readouterr().out.replace("# @package attention\n", "")
+
+
+def test_a_preset_of_the_working_folder_composes_and_the_command_line_wins(
+    command: CommandLine, capsys: pytest.CaptureFixture
+) -> None:
+    sdpa, eager = (f"vision: {w}\nprefill: {w}\ndenoise: {w}\n" for w in ("sdpa", "eager"))
+    assert composed(command, capsys, "preset=good") == sdpa
+    assert composed(command, capsys, "preset=good", "attention=eager") == eager
+    mixed = composed(command, capsys, "preset=body", "attention.prefill=aiter")
+    assert mixed == "vision: sdpa\nprefill: aiter\ndenoise: sdpa\n"
+    folder = command.folder / "elsewhere" / "preset"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(PRESETS["good"])
+    away = ["--config-dir", str(folder.parent), "preset=mine"]
+    assert composed(command, capsys, *away) == sdpa
+
+
+def test_an_option_that_is_two_different_files_is_refused(command: CommandLine) -> None:
+    (command.folder / "conf" / "attention").mkdir()
+    (command.folder / "conf" / "attention" / "sdpa.yaml").write_text("vision: aiter\n")
+    assert "two different files" in command.error("attention=sdpa")
+
+
+def test_help_is_fast_and_loads_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['sweep', '--help']\n"
+        "from openpi_opt import sweep\n"
+        "try: sweep.main()\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'mlflow', 'optuna', 'rich', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    env = os.environ | {"PYTHONPATH": str(package_dir().parent)}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 4  # 0.6 s on a free machine
+    for word in ("attention: aiter, eager, sdpa", "n_trials=50", "Examples:", "Exit code:"):
+        assert word in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_working_folder_is_not_added_for_other_programs() -> None:
+    code = (
+        "from hydra.core.plugins import Plugins\n"
+        "from hydra.plugins.search_path_plugin import SearchPathPlugin\n"
+        "from hydra.plugins.sweeper import Sweeper\n"
+        "assert not Plugins.instance().discover(SearchPathPlugin)\n"
+        "names = [p.__module__ for p in Plugins.instance().discover(Sweeper)]\n"
+        "assert 'hydra_plugins.openpi_opt_sweeper' in names, names\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(package_dir().parent)}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], env=env, check=True)
+    assert Plugins.instance() is not None

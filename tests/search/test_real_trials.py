@@ -1,0 +1,148 @@
+"""The sweep as users run it: real processes, the real policy (pi0_mini) on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from openpi_opt.paths import package_dir
+from openpi_opt.result import Failed
+from openpi_opt.track.journal import Journal, Record
+
+SHORT = ["measure.warmup=3", "measure.iterations=10", "profile=none", "platform=cpu", "study=s"]
+FULL_OUTPUT = 200  # columns: nothing is cut at 80
+
+
+class Terminal:
+    """Runs the verb in an empty working folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.env = os.environ | {"PYTHONPATH": str(package_dir().parent)}
+        self.env.pop("MLFLOW_TRACKING_URI", None)
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "openpi_opt.sweep", *words, *SHORT],
+            cwd=self.folder,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *words: str) -> tuple[int, str, str]:
+        process = self.start(*words)
+        out, err = process.communicate(timeout=100)
+        return process.returncode, out, err
+
+    @property
+    def records(self) -> list[Record]:
+        return Journal.read(self.folder / "mlruns" / "studies" / "s").records()
+
+    def trial_pid(self, after: set[int]) -> int:
+        """The process of a trial of this folder that is not in `after`."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            for pid in trials_of(self.folder):
+                if pid not in after:
+                    return pid
+            time.sleep(0.02)
+        raise AssertionError("no trial was started")
+
+
+def trials_of(folder: Path) -> Iterator[int]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if "openpi_opt.trial" in words and any(str(folder) in word for word in words):
+                    yield int(entry.name)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    yield Terminal(tmp_path)
+    assert list(trials_of(tmp_path)) == []
+
+
+def test_a_sweep_and_the_same_again(terminal: Terminal) -> None:
+    code, out, err = terminal.run("-m", "attention=aiter,sdpa")
+    assert code == 0, err
+    outcomes = [(r.role, r.labels["attention"], r.result.outcome) for r in terminal.records]
+    assert outcomes == [
+        ("baseline", "eager", "ok"),
+        ("trial", "aiter", "unavailable"),
+        ("trial", "sdpa", "ok"),
+    ]
+    assert "needs an AMD GPU with ROCm" in out
+    assert "best: trial 2 (attention=sdpa)" in out
+    assert "python -m openpi_opt.promote s --name NAME" in out
+    assert "model pi0_mini on cpu" in err
+    assert [path.name for path in terminal.folder.iterdir()] == ["mlruns"]
+
+    again, out, err = terminal.run("-m", "attention=aiter,sdpa")
+    assert again == 0
+    assert len(terminal.records) == 3
+    assert "0 new" in out
+    assert err.count("known, not run again") == 2
+
+
+def test_killed_hanging_and_greedy_trials_end_as_such_and_the_sweep_goes_on(
+    terminal: Terminal,
+) -> None:
+    sweep = terminal.start(
+        "-m", "weights.seed=0,1,2", "baseline=false", "tracking=none", "limits.load=12"
+    )
+    killed = terminal.trial_pid(set())
+    os.kill(killed, signal.SIGKILL)
+    hanging = terminal.trial_pid({killed})
+    os.kill(hanging, signal.SIGSTOP)
+    out, err = sweep.communicate(timeout=100)
+    assert sweep.returncode == 0, err
+    crashed, timeout, fine = (record.result for record in terminal.records)
+    assert isinstance(crashed, Failed)
+    assert isinstance(timeout, Failed)
+    assert (crashed.outcome, timeout.outcome, fine.outcome) == ("crashed", "timeout", "ok")
+    assert "SIGKILL" in crashed.reason
+    assert "limits.load" in timeout.reason
+    assert "crashed" in out
+    assert max(map(len, out.splitlines())) < FULL_OUTPUT
+
+
+def test_a_trial_that_allocates_too_much_is_oom_and_nothing_ok_is_1(terminal: Terminal) -> None:
+    code, out, _ = terminal.run("workload.batch_size=10000000", "tracking=none")
+    assert code == 1
+    assert terminal.records[0].result.outcome == "oom"
+    assert "no configuration was ok" in out
+    assert "allocate" in out
+    assert "log.txt" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_leaves_no_process_and_can_go_on(
+    terminal: Terminal, number: signal.Signals
+) -> None:
+    sweep = terminal.start("-m", "weights.seed=0,1", "baseline=false", "tracking=none")
+    terminal.trial_pid(set())
+    sweep.send_signal(number)
+    _, err = sweep.communicate(timeout=30)
+    assert sweep.returncode == 130
+    assert "0 finished trial(s) are kept" in err
+    assert "Traceback" not in err
+    wait_for(lambda: not list(trials_of(terminal.folder)))
