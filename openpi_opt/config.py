@@ -109,13 +109,15 @@ class Guard(Section):
 
     A candidate passes when its relative L2 distance is at most `factor` times the distance of the
     plain eager policy in the same precision on the same inputs, but never more than `cap`;
-    `floor` is the least tolerance, for float32, where the plain distance is zero.
+    `floor` is the least tolerance, for float32, where the plain distance is zero. A lossy
+    configuration (fp8) has no plain counterpart: it may be up to `lossy_cap` away.
     """
 
     inputs: int = Field(3, ge=2)
     factor: float = Field(2.0, gt=0)
     floor: float = Field(1e-4, gt=0)
     cap: float = Field(0.05, gt=0)
+    lossy_cap: float = Field(0.10, gt=0)
 
 
 class Limits(Section):
@@ -252,6 +254,10 @@ class Config(BaseModel):
         """The resolved device; an assertion fails before `resolved`."""
         assert self.platform.device != "auto"
         return self.platform.device
+
+    def lossy(self) -> bool:
+        """Whether some knob computes more coarsely than the precision says."""
+        return any(knob.lossy(self) for knob in KNOBS)
 
     def context(self) -> dict[str, Any]:
         """What two configurations must share for their latencies to be compared."""

@@ -13,12 +13,12 @@ from torch import Tensor
 from openpi_opt.knobs import KNOBS
 from openpi_opt.pi0 import weights
 from openpi_opt.pi0.config import MODELS
+from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.workload import Workload
 
 if TYPE_CHECKING:
     from openpi_opt.config import Config
     from openpi_opt.pi0.inputs import Inputs
-    from openpi_opt.pi0.policy import Pi0Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,17 @@ def build_policy(cfg: Config, device: torch.device) -> Pi0Policy:
 
 
 def apply_knobs(policy: Pi0Policy, cfg: Config) -> Prepared:
-    """Configure, transform and wrap, over all knobs in their order."""
+    """Configure, fold, transform and wrap, over all knobs in their order.
+
+    `policy` is as `build_policy` made it. What is folded after a cast would be rounded twice, and
+    differently from a run that had no reason to cast.
+    """
+    if type(policy) is not Pi0Policy or policy.dtype != torch.float32:
+        raise ValueError("knobs are applied to a plain float32 policy, once")
     for knob in KNOBS:
         knob.configure(cfg)
+    for knob in KNOBS:
+        knob.fold(policy, cfg)
     for knob in KNOBS:
         knob.transform(policy, cfg)
     call: Callable[[Inputs], Tensor] = policy.sample_actions

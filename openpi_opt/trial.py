@@ -116,6 +116,11 @@ def _run(
     gpus = machine.gpus_for(cfg.device)
     arch = gpus[0].arch if gpus else machine.cpu
     reference = guard.obtain(policy, inputs, cfg, arch, references)
+    if policy.dtype != torch.float32:
+        # Cast for the reference; the candidate must not depend on whether that was known already.
+        progress.enter("load")
+        del policy
+        policy = runtime.build_policy(cfg, device)
     progress.enter("apply")
     prepared = runtime.apply_knobs(policy, cfg)
     return _measure(prepared, inputs, reference, cfg, progress, folder)
@@ -140,7 +145,7 @@ def _measure(
     progress.enter("warmup")
     clock.warm_up(prepared.call, inputs, cfg.measure.warmup, device)
     progress.enter("guard")
-    report = guard.check(prepared.call, inputs, reference, cfg.guard)
+    report = guard.check(prepared.call, inputs, reference, cfg.guard, cfg.lossy())
     if not report.passed:
         return {"outcome": "wrong", "guard": report, "reason": guard.explain(report)}
     progress.enter("measure")
@@ -148,14 +153,16 @@ def _measure(
     timing = clock.time_calls(prepared.call, inputs, MIN_WARMUP, cfg.measure.iterations, device)
     latency = stats.summarise(timing.samples_ms, timing.wall_samples_ms, timing.clock)
     peak = memory.peak(device)
-    kernels, table, notes = None, [], []
+    kernels, table = None, []
+    notes = [note for knob in KNOBS for note in knob.notes(cfg)]
     if cfg.profile.kernels:
         progress.enter("profile")
         trace = folder / "trace.json.gz" if cfg.profile.trace else None
         profiled = profile.profile_call(
             prepared.call, inputs[0], device, trace, uncaptured=prepared.uncaptured
         )
-        kernels, table, notes = profiled.kernels, profiled.table, profiled.notes
+        kernels, table = profiled.kernels, profiled.table
+        notes += profiled.notes
     return {
         "outcome": "ok",
         "latency": latency,

@@ -12,7 +12,7 @@ Letters: B batch, S queries, T keys, Hq query heads, Hkv key/value heads, D head
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,14 @@ from openpi_opt.pi0.ops import Attention, Segment, Visibility, eager_attention
 Core = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 
 
-def backend(name: str, device: str) -> Attention:
-    """The attention function of an option; `device` decides which of aiter's kernels is meant."""
+def backend(
+    name: str, device: str, stage: str = "prefill", launch: Mapping[str, int] | None = None
+) -> Attention:
+    """The attention function of an option.
+
+    `device` decides which of aiter's kernels is meant, `stage` which of the own Triton kernels;
+    `launch` goes over the launch parameters of the latter.
+    """
     if name == "eager":
         return eager_attention
     if name == "sdpa":
@@ -34,7 +40,12 @@ def backend(name: str, device: str) -> Attention:
         from openpi_opt.kernels import aiter
 
         return segmented(aiter.core(device))
-    raise ValueError(f"attention backend {name!r}; known are eager, sdpa, aiter")
+    if name == "triton":
+        from openpi_opt.kernels import triton_attention, triton_decode
+
+        kernel = triton_decode if stage == "denoise" else triton_attention
+        return kernel.attention(launch)
+    raise ValueError(f"attention backend {name!r}; known are eager, sdpa, aiter, triton")
 
 
 def segmented(core: Core) -> Attention:

@@ -1,13 +1,17 @@
 """Whole-call capture and replay: one CUDA or HIP graph per inference.
 
-Dynamo cannot trace while a stream is being captured, so the exact call is warmed up first and the
-capture runs under a stance that forbids recompilation; that no graph was compiled in between is
-checked as well. A capture that fails raises; there is no way on without the graph.
+Dynamo cannot trace while a stream is being captured: it reads the state of the GPU's random
+generator, which a capture forbids, on NVIDIA and AMD alike (pytorch #131782, #167639). Patching
+that away, as sunxxuns/openpi-1 does, has no effect from torch 2.9.1 on. So the exact call is warmed
+up first, on a side stream, and the capture runs under a stance that forbids recompilation; that no
+graph was compiled in between is checked as well. A capture that fails raises; there is no way on
+without the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -24,8 +28,8 @@ class CaptureError(RuntimeError):
 class CapturedCall:
     """Replay of `call` over static inputs; new inputs are copied in before each replay.
 
-    The graph is captured at the first call. Later inputs must have the same shapes. The returned
-    actions are a copy: the static output is overwritten by the next replay.
+    The graph is captured at the first call. Later inputs must have the same shapes and dtypes. The
+    returned actions are a copy: the static output is overwritten by the next replay.
     """
 
     def __init__(self, call: Callable[[Inputs], Tensor]):
@@ -39,7 +43,7 @@ class CapturedCall:
 
         Raises:
             CaptureError: at the first call, when the capture fails.
-            ValueError: shapes other than those captured.
+            ValueError: shapes or dtypes other than those captured.
         """
         if self._graph is None:
             self._capture(inputs)
@@ -48,6 +52,10 @@ class CapturedCall:
                 raise ValueError(
                     f"{name} has shape {list(new.shape)}, but the graph was captured for "
                     f"{list(static.shape)}. Build the policy for this workload."
+                )
+            if static.dtype != new.dtype:
+                raise ValueError(
+                    f"{name} is {new.dtype}, but the graph was captured with {static.dtype}"
                 )
             static.copy_(new)
         assert self._graph is not None
@@ -63,16 +71,23 @@ class CapturedCall:
                 self._call(self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        compiled = _graphs_compiled()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.compiler.set_stance("fail_on_recompile"), torch.cuda.graph(graph):
+            with nothing_compiled(), torch.cuda.graph(graph):
                 self._output = self._call(self._inputs)
         except RuntimeError as error:
             raise CaptureError(f"graph capture failed: {error}") from error
-        if _graphs_compiled() != compiled:
-            raise CaptureError("something was compiled during graph capture")
         self._graph = graph
+
+
+@contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Nothing is compiled inside, or it raises: RuntimeError by Dynamo, or CaptureError."""
+    compiled = _graphs_compiled()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        yield
+    if _graphs_compiled() != compiled:
+        raise CaptureError("something was compiled during graph capture")
 
 
 def _graphs_compiled() -> int:

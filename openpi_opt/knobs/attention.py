@@ -12,16 +12,53 @@ if TYPE_CHECKING:
     from openpi_opt.machine import Machine
     from openpi_opt.pi0.policy import Pi0Policy
 
-Backend = Literal["eager", "sdpa", "aiter"]
+Backend = Literal["eager", "sdpa", "aiter", "triton"]
 STAGES = ("vision", "prefill", "denoise")
 
 
+class TritonLaunch(Options):
+    """Launch parameters of an own Triton kernel; null takes the kernel's table.
+
+    `blocks` (key blocks of a split) and `fused` (1: the last block adds the splits, 0: a second
+    kernel does) belong to the kernel of the denoising steps; `waves_per_eu` and
+    `matrix_instr_nonkdim` to AMD.
+    """
+
+    block_m: int | None = None
+    block_n: int | None = None
+    blocks: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+    fused: Literal[0, 1] | None = None
+    waves_per_eu: int | None = None
+    matrix_instr_nonkdim: int | None = None
+
+    def given(self) -> dict[str, int]:
+        """The parameters that are not left to the table."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}
+
+    def canonical(self, stage: str, device: str) -> TritonLaunch:
+        """Without what the kernel of `stage` on `device` does not read."""
+        idle = set() if stage == "denoise" else {"blocks", "fused"}
+        if device != "rocm":
+            idle |= {"waves_per_eu", "matrix_instr_nonkdim"}
+        return self.model_copy(update=dict.fromkeys(idle))
+
+
 class AttentionOptions(Options):
-    """One backend per stage."""
+    """One backend per stage, and the launch parameters of the own Triton kernels."""
 
     vision: Backend = "eager"
     prefill: Backend = "eager"
     denoise: Backend = "eager"
+    launch_vision: TritonLaunch = TritonLaunch()
+    launch_prefill: TritonLaunch = TritonLaunch()
+    launch_denoise: TritonLaunch = TritonLaunch()
+
+    def launch(self, stage: str) -> TritonLaunch:
+        """The launch parameters of a stage."""
+        launch: TritonLaunch = getattr(self, f"launch_{stage}")
+        return launch
 
 
 class Attention(Knob[AttentionOptions]):
@@ -29,15 +66,25 @@ class Attention(Knob[AttentionOptions]):
 
     `sdpa` is torch's scaled_dot_product_attention (flash on both vendors); `aiter` is AMD's flash
     attention: the CK kernel behind `torch.ops.aiter.mha_fwd` on ROCm, the same package's Triton
-    kernel elsewhere. Backends that take no mask get the same function by a static split of
-    queries and keys (`openpi_opt.pi0.ops.Visibility.segments`).
+    kernel elsewhere; `triton` are the own kernels for both vendors (`kernels.triton_attention`,
+    and `kernels.triton_decode`, which splits over keys and serves both masks of the suffix in one
+    call: flash attention as in FlashDecoding, Dao-AILab/flash-attention
+    `flash_attn_with_kvcache`). Backends that take no mask get the same function by a static split
+    of queries and keys (`openpi_opt.pi0.ops.Visibility.segments`). Source: sunxxuns/openpi-1 on
+    MI350 (`USE_AITER_ATTENTION`), without the masks that its best configuration drops.
     """
 
     name = "attention"
     options_type = AttentionOptions
 
     def check(self, cfg: Config, machine: Machine) -> Refusal | None:
-        """AMD's aiter needs a GPU, the package, and a 16-bit precision."""
+        """Triton kernels need a GPU; AMD's aiter also the package and a 16-bit precision."""
+        if "triton" in self._backends(cfg) and cfg.platform.device == "cpu":
+            return Refusal(
+                "unavailable",
+                "attention=triton needs a GPU; Triton kernels run on the CPU in interpreter mode "
+                "only, for tests",
+            )
         if "aiter" not in self._backends(cfg):
             return None
         device = cfg.platform.device
@@ -56,6 +103,17 @@ class Attention(Knob[AttentionOptions]):
             )
         return None
 
+    def canonical(self, cfg: Config) -> AttentionOptions:
+        """Without launch parameters that no kernel reads."""
+        options, device = self.of(cfg), cfg.platform.device
+        launches = {
+            f"launch_{stage}": options.launch(stage).canonical(stage, device)
+            if getattr(options, stage) == "triton"
+            else TritonLaunch()
+            for stage in STAGES
+        }
+        return options.model_copy(update=launches)
+
     def environment(self, cfg: Config) -> Mapping[str, str]:
         """Without ROCm only the Triton part of aiter can be imported, and only when told so."""
         if "aiter" in self._backends(cfg) and cfg.platform.device == "cuda":
@@ -73,15 +131,21 @@ class Attention(Knob[AttentionOptions]):
                 Layout(workload.active_cameras, workload.prompt_slots, workload.prompt_tokens)
             )
         for stage in STAGES:
-            function = backends.backend(getattr(options, stage), cfg.platform.device)
+            launch = options.launch(stage).canonical(stage, cfg.platform.device).given()
+            name = getattr(options, stage)
+            function = backends.backend(name, cfg.platform.device, stage, launch)
             setattr(policy.ops, f"attention_{stage}", function)
 
     def label(self, options: AttentionOptions) -> str:
-        """One word when the stages agree."""
+        """One word when the stages agree, and the launch parameters that were given."""
         chosen = {stage: getattr(options, stage) for stage in STAGES}
+        words = [f"{stage}={backend}" for stage, backend in chosen.items()]
         if len(set(chosen.values())) == 1:
-            return str(options.vision)
-        return " ".join(f"{stage}={backend}" for stage, backend in chosen.items())
+            words = [options.vision]
+        for stage in STAGES:
+            given = options.launch(stage).given()
+            words += [f"{stage}.{name}={value}" for name, value in given.items()]
+        return " ".join(words)
 
     def _backends(self, cfg: Config) -> set[str]:
         options = self.of(cfg)

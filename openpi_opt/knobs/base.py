@@ -47,7 +47,7 @@ class Knob(Generic[O]):
     """One dimension of choice. Subclasses override what they need.
 
     `check`, `canonical`, `environment` and `label` run in the controller (no torch); `configure`,
-    `transform` and `wrap` run in the trial, in this order, over all knobs in the order of
+    `fold`, `transform` and `wrap` run in the trial, in this order, over all knobs in the order of
     `openpi_opt.knobs.KNOBS`.
     """
 
@@ -73,12 +73,30 @@ class Knob(Generic[O]):
     def configure(self, cfg: Config) -> None:
         """Process-wide settings of torch, Dynamo and Inductor."""
 
+    def fold(self, policy: Pi0Policy, cfg: Config) -> None:
+        """Algebra on the weights while they are float32 as loaded: each is rounded once, after."""
+
     def transform(self, policy: Pi0Policy, cfg: Config) -> None:
         """Surgery on the loaded policy: cast, fuse, swap an operation."""
 
     def wrap(self, call: Call, cfg: Config) -> Call:
         """Wrap the whole call, for instance with a captured graph."""
         return call
+
+    def lossy(self, cfg: Config) -> bool:
+        """Whether the numbers are deliberately coarser than the precision says (fp8).
+
+        Such a trial is held to `guard.lossy_cap`, and does not compete with lossless ones.
+        """
+        return False
+
+    def notes(self, cfg: Config) -> list[str]:
+        """What the record of a trial must say beside its numbers; asked in the trial, at its end.
+
+        One sentence each: an option that was asked for and that nothing reads, a library that
+        served only part of what was routed to it.
+        """
+        return []
 
     def label(self, options: O) -> str:
         """Short text for tables: differing values only, in the order of the fields."""
@@ -88,6 +106,13 @@ class Knob(Generic[O]):
             if value != type(options).model_fields[key].default
         }
         return " ".join(f"{key}={value}" for key, value in changed.items()) or "default"
+
+
+def switches_label(options: Options) -> str:
+    """Label of options that are switches only: "none", "all", or those that are on."""
+    switches = options.model_dump()
+    on = [name for name, value in switches.items() if value]
+    return "all" if len(on) == len(switches) else "+".join(on) or "none"
 
 
 AnyKnob = Knob[Any]

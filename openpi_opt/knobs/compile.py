@@ -1,10 +1,16 @@
-"""Knob `compile`: torch.compile of the stages."""
+"""Knob `compile`: torch.compile of the stages or of the whole call, and Inductor's options."""
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import shutil
-from typing import TYPE_CHECKING, Literal
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from openpi_opt.knobs.base import Knob, Options, Refusal
 
@@ -14,50 +20,263 @@ if TYPE_CHECKING:
     from openpi_opt.pi0.policy import Pi0Policy
 
 STAGES = ("encode_images", "prefill", "denoise_step")
+CAPTURING = ("reduce_overhead", "max_autotune")
+AUTOTUNING = ("max_autotune", "max_autotune_no_cudagraphs")
+
+# Nothing in torch 2.9 to 2.15 chooses a kernel by these: group_fusion is marked deprecated and read
+# nowhere, benchmark_kernel only adds a benchmark harness to the generated code.
+INERT = ("group_fusion", "benchmark_kernel")
+# Torch's defaults, the same in torch 2.9 to 2.15. Asking for a default is asking for nothing.
+# Not here: layout_optimization and max_autotune_gemm_backends, which depend on the build.
+DEFAULTS: dict[str, bool | int] = {
+    "coordinate_descent_tuning": False,
+    "max_fusion_size": 64,
+    "freezing": False,
+    "memory_planning": False,
+    "aggressive_fusion": False,
+    "combo_kernels": False,
+    "epilogue_fusion": True,
+    "shape_padding": True,
+    "cpp_wrapper": False,
+    "triton.multi_kernel": 0,
+}
+# They tune or combine Triton kernels, of which there are none on a CPU.
+_TRITON_ONLY = ("coordinate_descent_tuning", "triton.multi_kernel")
+_BACKENDS = r"(ATEN|TRITON|CPP|CUTLASS|CK|CKTILE|CUTEDSL)"
+
+BackendList = Annotated[str, Field(pattern=f"^{_BACKENDS}(,{_BACKENDS})*$")]
+
+
+class TritonOptions(Options):
+    """`torch._inductor.config.triton`. multi_kernel: 0 off, 1 chosen at run time, 2 and 3 forced.
+
+    Reported on in the seeds' MI350 set.
+    """
+
+    multi_kernel: Literal[0, 1, 2, 3] | None = None
+
+
+class InductorOptions(Options):
+    """`torch._inductor.config` under its own names; None is torch's default.
+
+    All of these are in the set that the seeds report for MI350 and MI300X, together "-1.6 ms".
+    `coordinate_descent_tuning` also turns products with a side of 1 into pointwise code on a GPU;
+    `freezing` makes constants of the weights; `memory_planning` was reported to cost 10 ms;
+    `combo_kernels` is known for wrong scalars on ROCm (pytorch #168937): the guard decides.
+    `max_autotune_gemm_backends` is read when autotuning only.
+    """
+
+    coordinate_descent_tuning: bool | None = None
+    benchmark_kernel: bool | None = None
+    group_fusion: bool | None = None
+    max_fusion_size: Annotated[int, Field(ge=1)] | None = None
+    freezing: bool | None = None
+    memory_planning: bool | None = None
+    aggressive_fusion: bool | None = None
+    combo_kernels: bool | None = None
+    epilogue_fusion: bool | None = None
+    shape_padding: bool | None = None
+    max_autotune_gemm_backends: BackendList | None = None
+    cpp_wrapper: bool | None = None
+    layout_optimization: bool | None = None
+    triton: TritonOptions = TritonOptions()
+
+    def chosen(self) -> dict[str, Any]:
+        """What was asked for, by the name in Inductor's configuration."""
+        fields = self.model_dump()
+        nested = {f"triton.{key}": value for key, value in fields.pop("triton").items()}
+        return {key: value for key, value in {**fields, **nested}.items() if value is not None}
 
 
 class CompileOptions(Options):
-    """`default` is torch.compile's default mode."""
+    """`mode` is torch.compile's; `scope` what is compiled: each stage, or the whole call.
 
-    mode: Literal["off", "default"] = "off"
+    The whole call unrolls the denoising steps into one graph: more to fuse across, and about
+    `steps` times as long to compile.
+    """
+
+    mode: Literal[
+        "off", "default", "reduce_overhead", "max_autotune", "max_autotune_no_cudagraphs"
+    ] = "off"
+    scope: Literal["stage", "call"] = "stage"
+    inductor: InductorOptions = InductorOptions()
 
 
 class Compile(Knob[CompileOptions]):
-    """Compile each stage (vision, prefill, one denoising step) with Inductor. All vendors.
+    """Compile with Inductor: each stage (vision, prefill, one denoising step), or the whole call.
 
-    One graph per stage: the denoising step is compiled once and called `steps` times, so
-    compilation takes a tenth of what the unrolled call would need. A graph break or a
-    recompilation is an error, not a slower run: `fullgraph=True`, `dynamic=False`.
+    All vendors. Sources: torch.compile's modes; the MI350 and MI300X configurations of
+    sunxxuns/openpi-1 (TORCH_COMPILE_MODE, OPENPI_* Inductor switches), of which `compile=seeds` is
+    the set. Per stage, the denoising step is compiled once and called `steps` times. A graph
+    break, a recompilation between calls, or a capture that Inductor skips is an error, not a
+    slower run: `fullgraph=True`, `dynamic=False` and `openpi_opt.kernels.compiled`.
     """
 
     name = "compile"
     options_type = CompileOptions
 
     def check(self, cfg: Config, machine: Machine) -> Refusal | None:
-        """Inductor needs a host compiler: for C++ on the CPU, for Triton's launchers on a GPU."""
-        if self.of(cfg).mode == "off":
+        """Inductor needs a host compiler, its graph capture a GPU, and each option this torch."""
+        options = self.of(cfg)
+        if options.mode == "off":
             return None
-        names = ["g++", "clang++"] if cfg.platform.device == "cpu" else ["gcc", "clang", "cc"]
-        variable = "CXX" if cfg.platform.device == "cpu" else "CC"
-        candidates = [os.environ[variable]] if variable in os.environ else names
-        if not any(shutil.which(name) for name in candidates):
-            return Refusal(
-                "unavailable",
-                f"compile={self.of(cfg).mode} needs a host compiler and found none of "
-                f"{', '.join(candidates)}; install one or set {variable}",
-            )
-        return None
+        reasons = (
+            _double_capture(cfg, options),
+            _missing_option(options.inductor),
+            _missing_compiler(cfg, options),
+        )
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def canonical(self, cfg: Config) -> CompileOptions:
+        """No options where nothing is compiled; none that restate a default or are not read."""
+        options = self.of(cfg)
+        if options.mode == "off":
+            return CompileOptions()
+        chosen = {
+            key: value
+            for key, value in options.inductor.chosen().items()
+            if _matters(key, value, options.mode, cfg.platform.device)
+        }
+        return options.model_copy(update={"inductor": _nested(chosen)})
 
     def transform(self, policy: Pi0Policy, cfg: Config) -> None:
-        """Replace each stage by its compiled form; compilation happens at the first call."""
-        if self.of(cfg).mode == "off":
+        """Replace each stage, or the call, by its compiled form; the first call compiles it."""
+        options = self.canonical(cfg)
+        if options.mode == "off":
             return
-        import torch
+        from openpi_opt.kernels.compiled import CompiledCall
 
-        for stage in STAGES:
-            compiled = torch.compile(getattr(policy, stage), fullgraph=True, dynamic=False)
-            setattr(policy, stage, compiled)
+        names = STAGES if options.scope == "stage" else ("sample_actions",)
+        settings = _settings(options)
+        for name in names:
+            setattr(policy, name, _compiled(getattr(policy, name), settings))
+        captured = options.mode in CAPTURING
+        call = CompiledCall(policy.sample_actions, len(names), captured)
+        policy.sample_actions = call  # type: ignore[method-assign]
+
+    def notes(self, cfg: Config) -> list[str]:
+        """Name the options that were asked for and that nothing reads."""
+        if self.of(cfg).mode == "off":
+            return []
+        inert = [key for key in self.of(cfg).inductor.chosen() if key in INERT]
+        return [f"Inert, nothing in this torch reads it: compile.inductor.{key}." for key in inert]
 
     def label(self, options: CompileOptions) -> str:
-        """The mode."""
-        return options.mode
+        """The mode, the scope where it is not the default, and the options that were chosen."""
+        if options.mode == "off":
+            return "off"
+        words = [options.mode, *(["call"] if options.scope == "call" else [])]
+        return " ".join([*words, *(f"{k}={v}" for k, v in options.inductor.chosen().items())])
+
+
+def inductor_names(source: str) -> frozenset[str]:
+    """The options in the text of `torch/_inductor/config.py`, those of `triton` with a dot."""
+    body = ast.parse(source).body
+    names = set(_assigned(body))
+    for statement in body:
+        if isinstance(statement, ast.ClassDef) and statement.name == "triton":
+            names |= {f"triton.{name}" for name in _assigned(statement.body)}
+    return frozenset(names)
+
+
+@cache
+def _installed_names() -> frozenset[str]:
+    """Read as text, because importing torch takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    path = Path(spec.origin).parent / "_inductor" / "config.py"
+    return inductor_names(path.read_text(encoding="utf-8"))
+
+
+def _assigned(body: list[ast.stmt]) -> list[str]:
+    targets: list[ast.expr] = []
+    for statement in body:
+        if isinstance(statement, ast.Assign):
+            targets += statement.targets
+        elif isinstance(statement, ast.AnnAssign):
+            targets.append(statement.target)
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _double_capture(cfg: Config, options: CompileOptions) -> Refusal | None:
+    if options.mode not in CAPTURING:
+        return None
+    if cfg.platform.device == "cpu":
+        return Refusal(
+            "unavailable",
+            f"compile={options.mode} captures CUDA or HIP graphs; this trial runs on the CPU. "
+            "Use compile=default or compile=max_autotune_no_cudagraphs",
+        )
+    if cfg.knobs["graph"].mode != "none":  # type: ignore[attr-defined]
+        return Refusal(
+            "invalid",
+            f"compile={options.mode} and graph=manual both capture the call; use graph=none, or "
+            "compile=default or compile=max_autotune_no_cudagraphs",
+        )
+    return None
+
+
+def _missing_option(inductor: InductorOptions) -> Refusal | None:
+    known = _installed_names()
+    missing = [key for key in inductor.chosen() if key not in known and key not in INERT]
+    if not missing:
+        return None
+    names = ", ".join(f"compile.inductor.{key}" for key in missing)
+    return Refusal("unavailable", f"the installed torch has no such Inductor option: {names}")
+
+
+def _missing_compiler(cfg: Config, options: CompileOptions) -> Refusal | None:
+    """C++ for code on the CPU and for the C++ wrapper; C for Triton's launchers on a GPU."""
+    needs_cxx = cfg.platform.device == "cpu" or options.inductor.cpp_wrapper
+    variable, names = ("CXX", ["g++", "clang++"]) if needs_cxx else ("CC", ["gcc", "clang", "cc"])
+    candidates = [os.environ[variable]] if variable in os.environ else names
+    if any(shutil.which(name) for name in candidates):
+        return None
+    return Refusal(
+        "unavailable",
+        f"compile={options.mode} needs a host compiler and found none of "
+        f"{', '.join(candidates)}; install one or set {variable}",
+    )
+
+
+def _matters(key: str, value: object, mode: str, device: str) -> bool:
+    if key in INERT or (device == "cpu" and key in _TRITON_ONLY):
+        return False
+    if key == "max_autotune_gemm_backends":
+        return mode in AUTOTUNING
+    if key == "coordinate_descent_tuning" and mode in AUTOTUNING:
+        return value is not True  # these modes turn it on
+    return key not in DEFAULTS or value != DEFAULTS[key]
+
+
+def _nested(chosen: dict[str, Any]) -> InductorOptions:
+    """The inverse of `InductorOptions.chosen`."""
+    flat = {key: value for key, value in chosen.items() if "." not in key}
+    triton = {key.split(".")[1]: value for key, value in chosen.items() if "." in key}
+    return InductorOptions.model_validate({**flat, "triton": triton})
+
+
+def _settings(options: CompileOptions) -> dict[str, Any]:
+    """Mode and options as one mapping: torch.compile takes one of the two only.
+
+    Raises:
+        RefusedError: this torch lacks an option.
+    """
+    import torch._inductor
+
+    from openpi_opt.errors import RefusedError
+
+    chosen = options.inductor.chosen()
+    known = torch._inductor.list_options()
+    missing = [key for key in chosen if key not in known]
+    if missing:
+        raise RefusedError("unavailable", f"this torch has no Inductor option {', '.join(missing)}")
+    mode = torch._inductor.list_mode_options(options.mode.replace("_", "-"))
+    return {**mode, **chosen}
+
+
+def _compiled(function: Any, settings: dict[str, Any]) -> Any:
+    import torch
+
+    return torch.compile(function, fullgraph=True, dynamic=False, options=settings)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class GraphOptions(Options):
-    """`manual` captures the whole `sample_actions` call, preprocessing of nothing left out."""
+    """`manual` captures the whole `sample_actions` call: vision, prefill and all steps."""
 
     mode: Literal["none", "manual"] = "none"
 
@@ -22,7 +22,8 @@ class Graph(Knob[GraphOptions]):
     """Replay one captured graph per inference: no launch cost per kernel. NVIDIA and AMD.
 
     Reported: 63.1 to 30.1 ms on MI350 (sunxxuns/openpi-1, `OPENPI_MANUAL_CUDAGRAPH`). A capture
-    that fails ends the trial; nothing is timed without the graph that was asked for.
+    that fails ends the trial; nothing is timed without the graph that was asked for. Inductor's
+    own capture is `compile=reduce_overhead`; the two exclude each other. Not run on AMD.
     """
 
     name = "graph"

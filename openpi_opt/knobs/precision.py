@@ -4,35 +4,77 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from openpi_opt.knobs.base import Knob, Options
+from openpi_opt.knobs.base import Knob, Options, Refusal
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from openpi_opt.config import Config
+    from openpi_opt.machine import Machine
     from openpi_opt.pi0.policy import Pi0Policy
+
+_TF32_MIN_SM = 80
+_XF32_ARCHS = ("gfx942",)  # gfx950 has no such matrix instruction any more
 
 
 class PrecisionOptions(Options):
-    """`bfloat16` is openpi's mixed mode: norm weights and the outer projections stay float32."""
+    """`bfloat16` is openpi's mixed mode: norm weights and the outer projections stay float32.
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    `tf32` lets float32 products round their factors to 10 bits of mantissa. In a 16-bit mode that
+    concerns the patch convolution and the projections of state, actions and time.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    tf32: bool = False
 
 
 class Precision(Knob[PrecisionOptions]):
-    """Cast the policy to float32 or to openpi's bfloat16 mode. All vendors.
+    """Cast the policy to float32 or to openpi's mixed 16-bit mode. All vendors.
 
     Source: openpi `to_bfloat16_for_selected_params`; which tensors stay float32 is listed in
-    `openpi_opt.pi0.precision`.
+    `openpi_opt.pi0.precision`. `tf32` is AMD's and NVIDIA's
+    `torch.set_float32_matmul_precision("high")`; on ROCm it needs HIPBLASLT_ALLOW_TF32 and an
+    MI300 (not run on AMD). FP8 is not a precision of the policy but a way to compute products: see
+    knob `blas`.
     """
 
     name = "precision"
     options_type = PrecisionOptions
 
+    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+        """TF32 exists on some GPUs; a CPU multiplies float32 in float32."""
+        if not self.of(cfg).tf32 or cfg.platform.device == "cpu":
+            return None
+        arch = machine.gpus_for(cfg.device)[cfg.platform.gpu].arch
+        if cfg.platform.device == "cuda" and int(arch.removeprefix("sm")) < _TF32_MIN_SM:
+            return Refusal("unavailable", f"precision.tf32 needs sm80 or newer; this GPU is {arch}")
+        if cfg.platform.device == "rocm" and arch not in _XF32_ARCHS:
+            return Refusal(
+                "unavailable",
+                f"precision.tf32 needs one of {', '.join(_XF32_ARCHS)}; this GPU is {arch}",
+            )
+        return None
+
+    def canonical(self, cfg: Config) -> PrecisionOptions:
+        """A CPU has no TF32."""
+        options = self.of(cfg)
+        if options.tf32 and cfg.platform.device == "cpu":
+            return options.model_copy(update={"tf32": False})
+        return options
+
+    def environment(self, cfg: Config) -> Mapping[str, str]:
+        """hipBLASLt uses the reduced format only when told so by this variable, too."""
+        if self.canonical(cfg).tf32 and cfg.platform.device == "rocm":
+            return {"HIPBLASLT_ALLOW_TF32": "1"}
+        return {}
+
     def configure(self, cfg: Config) -> None:
-        """No TF32: a float32 product is a float32 product, on every vendor."""
+        """Without `tf32` a float32 product is a float32 product, on every vendor."""
         import torch
 
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+        tf32 = self.canonical(cfg).tf32
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
 
     def transform(self, policy: Pi0Policy, cfg: Config) -> None:
         """Cast in place."""
@@ -42,6 +84,12 @@ class Precision(Knob[PrecisionOptions]):
 
         precision.cast(policy, getattr(torch, self.of(cfg).dtype))
 
+    def notes(self, cfg: Config) -> list[str]:
+        """Say so when the CPU took the switch's meaning away."""
+        if self.of(cfg).tf32 and not self.canonical(cfg).tf32:
+            return ["precision.tf32 has no effect on a CPU."]
+        return []
+
     def label(self, options: PrecisionOptions) -> str:
         """The format."""
-        return options.dtype
+        return options.dtype + (" tf32" if options.tf32 else "")

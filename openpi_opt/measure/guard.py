@@ -36,6 +36,7 @@ from openpi_opt.pi0.precision import cast
 from openpi_opt.result import GuardReport
 
 Call = Callable[[Inputs], Tensor]
+_TF32 = "+tf32"
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,25 @@ def distance(actual: Tensor, reference: Tensor) -> Distance:
     )
 
 
-def tolerance(guard: Guard, plain_rel_l2: float) -> float:
+def tolerance(guard: Guard, plain_rel_l2: float, lossy: bool = False) -> float:
     """Largest admitted relative L2 distance."""
+    if lossy:
+        return guard.lossy_cap
     return min(max(guard.factor * plain_rel_l2, guard.floor), guard.cap)
 
 
-def check(call: Call, inputs: Sequence[Inputs], reference: Reference, guard: Guard) -> GuardReport:
+def check(
+    call: Call,
+    inputs: Sequence[Inputs],
+    reference: Reference,
+    guard: Guard,
+    lossy: bool = False,
+) -> GuardReport:
     """Run `call` over all inputs, the first one twice, and compare with the reference."""
     order = [*range(len(inputs)), 0]
     found = [distance(call(inputs[i]), reference.actions[i]) for i in order]
     plain = reference.plain_rel_l2
-    limit = tolerance(guard, plain)
+    limit = tolerance(guard, plain, lossy)
     if any(d.rel_l2 is None for d in found):
         worst = Distance(None, None, None)
     else:
@@ -126,18 +135,19 @@ def obtain(
     """The reference for `cfg`, from the store or computed now with `policy`.
 
     `policy` is freshly built in float32 and plain; it is cast to the candidate's precision when
-    the plain actions of that precision are missing. One process computes, others wait for it.
+    the plain actions of that precision are missing (then build another: knobs start from float32).
+    One process computes, others wait for it.
     """
-    dtype = getattr(torch, cfg.knobs["precision"].dtype)  # type: ignore[attr-defined]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_key(cfg, arch)}.safetensors"
-    names = ["float32", str(dtype).removeprefix("torch.")]
+    names = ["float32", _plain_name(cfg)]
     with FileLock(f"{path}.lock"):
         known = load_file(path) if path.exists() else {}
         for name in names:
             if f"{name}/0" not in known:
-                cast(policy, getattr(torch, name))
-                for index, actions in enumerate(_plain_actions(policy, inputs)):
+                cast(policy, getattr(torch, name.removesuffix(_TF32)))
+                tf32 = name.endswith(_TF32)
+                for index, actions in enumerate(_plain_actions(policy, inputs, tf32)):
                     known[f"{name}/{index}"] = actions
                 temporary = path.with_suffix(".tmp")
                 save_file(known, temporary)
@@ -146,17 +156,23 @@ def obtain(
     return Reference(actions=of["float32"], plain=of[names[1]])
 
 
-def _plain_actions(policy: Pi0Policy, inputs: Sequence[Inputs]) -> list[Tensor]:
-    with torch.inference_mode(), _exact_float32():
+def _plain_name(cfg: Config) -> str:
+    """The precision of the plain policy. TF32 decides only where the towers are float32."""
+    options: Any = cfg.canonical().knobs["precision"]
+    return options.dtype + (_TF32 if options.tf32 and options.dtype == "float32" else "")
+
+
+def _plain_actions(policy: Pi0Policy, inputs: Sequence[Inputs], tf32: bool) -> list[Tensor]:
+    with torch.inference_mode(), _float32_products(tf32):
         return [policy.sample_actions(item).cpu().contiguous() for item in inputs]
 
 
 @contextmanager
-def _exact_float32() -> Iterator[None]:
-    """float32 products without TF32, whatever the process has set."""
+def _float32_products(tf32: bool) -> Iterator[None]:
+    """float32 products with or without TF32, whatever the process has set."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ Hkv key/value heads, D head dim.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,27 @@ class KeysValues(NamedTuple):
 
     keys: Tensor
     values: Tensor
+
+    def joined(self, keys: Tensor, values: Tensor) -> "KeysValues":
+        """These, followed by a call's own [B, S, Hkv, D]."""
+        return KeysValues(
+            torch.cat((self.keys, keys), dim=1), torch.cat((self.values, values), dim=1)
+        )
+
+
+class Past(Protocol):
+    """What a layer's tokens see before their own; `KeysValues` is the plain one."""
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, T, Hkv, D], rotated."""
+
+    @property
+    def values(self) -> Tensor:
+        """[B, T, Hkv, D]."""
+
+    def joined(self, keys: Tensor, values: Tensor) -> KeysValues:
+        """All keys and values of a call whose own are [B, S, Hkv, D]."""
 
 
 def rope_frequencies(head_dim: int, rounding: RopeFrequencies) -> Tensor:
@@ -92,16 +113,14 @@ class SelfAttention(nn.Module):
         rope: Rope,
         visibility: Visibility,
         attend: Attention,
-        past: KeysValues | None,
+        past: Past | None,
     ) -> tuple[Tensor, KeysValues]:
         """[B, S, W] -> the same shape, and the keys and values of all T tokens."""
         q, k, v = self.qkv(x)
         q, k = self.ops.rotary(q, *rope), self.ops.rotary(k, *rope)
-        if past is not None:
-            k = torch.cat((past.keys, k), dim=1)
-            v = torch.cat((past.values, v), dim=1)
-        heads = attend(q, k, v, visibility, self.scale)
-        return self.o_proj(heads.flatten(2)), KeysValues(k, v)
+        cache = KeysValues(k, v) if past is None else past.joined(k, v)
+        heads = attend(q, *cache, visibility, self.scale)
+        return self.o_proj(heads.flatten(2)), cache
 
 
 class GatedMlp(nn.Module):
@@ -135,7 +154,7 @@ class GemmaLayer(nn.Module):
         rope: Rope,
         visibility: Visibility,
         attend: Attention,
-        past: KeysValues | None,
+        past: Past | None,
     ) -> tuple[Tensor, KeysValues]:
         """[B, S, W] -> the same shape, and the keys and values of all T tokens."""
         out, cache = self.self_attn(self.input_layernorm(x), rope, visibility, attend, past)
@@ -157,7 +176,7 @@ class GemmaTower(nn.Module):
         rope: Rope,
         visibility: Visibility,
         attend: Attention,
-        past: Sequence[KeysValues] | None = None,
+        past: Sequence[Past] | None = None,
     ) -> tuple[Tensor, list[KeysValues]]:
         """[B, S, W] -> hidden states *before* the final norm, and each layer's keys and values.
 

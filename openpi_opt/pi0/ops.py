@@ -68,19 +68,24 @@ def eager_attention(
     return out.view(batch, heads, queries, width).transpose(1, 2)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Gemma's RMSNorm: x / rms(x) * (1 + weight), in float32, cast once to x's dtype.
 
-    x [..., W], weight [W] float32.
+    x [..., W], weight [W] float32; None means that the gain is 1.
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed * (1.0 + weight.float())).to(x.dtype)
+    if weight is not None:
+        normed = normed * (1.0 + weight.float())
+    return normed.to(x.dtype)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last axis; x [..., W], weight and bias [W], all of one dtype."""
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last axis; x [..., W], weight and bias [W], all of one dtype.
+
+    None for both means that the gain is 1 and the bias 0.
+    """
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -118,8 +123,8 @@ class Ops:
     attention_vision: Attention = eager_attention
     attention_prefill: Attention = eager_attention
     attention_denoise: Attention = eager_attention
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
-    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor] = layer_norm
+    rms_norm: Callable[[Tensor, Tensor | None, float], Tensor] = rms_norm
+    layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor] = layer_norm
     gelu: Callable[[Tensor], Tensor] = gelu
     gelu_mul: Callable[[Tensor, Tensor], Tensor] = gelu_mul
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary

@@ -11,6 +11,7 @@ Letters: B batch, C cameras, L prompt slots, P prefix slots, N kept prefix keys,
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from openpi_opt.pi0.config import Pi0Config
-from openpi_opt.pi0.gemma import GemmaTower, KeysValues, rope_at, rope_frequencies
+from openpi_opt.pi0.gemma import GemmaTower, KeysValues, Past, rope_at, rope_frequencies
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.layers import Linear
 from openpi_opt.pi0.ops import Ops, Segment, Visibility
@@ -30,7 +31,7 @@ from openpi_opt.pi0.siglip import VisionTower
 class PrefixCache(NamedTuple):
     """What the denoising steps need to know of the prefix."""
 
-    layers: list[KeysValues]
+    layers: Sequence[Past]
     """for each layer, rotated keys and values [B, N, Hkv, D]"""
     valid_count: Tensor
     """[B or 1] int64: valid prefix tokens, the position of the state token"""

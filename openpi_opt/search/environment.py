@@ -14,6 +14,7 @@ from pathlib import Path
 
 from openpi_opt.config import Config
 from openpi_opt.knobs import KNOBS
+from openpi_opt.knobs.environment import VARIABLES
 from openpi_opt.machine import Machine
 from openpi_opt.paths import package_dir
 
@@ -53,6 +54,8 @@ CLEARED_NAMES = frozenset(
         "USE_ROCM_AITER_ROPE_BACKEND",
     }
 )
+# Says how many cores this process may have; containers and schedulers set it.
+_KEPT = frozenset({"OMP_NUM_THREADS"})
 # Caches, tools and data: they say where, not what.
 PLACE_SUFFIXES = ("_DIR", "_PATH", "_HOME", "_ROOT")
 _GPU_SELECTION = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -82,7 +85,7 @@ def child_environment(
 
 
 def _changes_a_trial(name: str) -> bool:
-    if name in CLEARED_NAMES:
+    if name in CLEARED_NAMES or (name in VARIABLES and name not in _KEPT):
         return True
     return name.startswith(CLEARED_PREFIXES) and not name.endswith(PLACE_SUFFIXES)
 

@@ -93,5 +93,5 @@ def test_grouped_heads_that_no_backend_takes_are_refused() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="known are eager, sdpa, aiter"):
+    with pytest.raises(ValueError, match="known are eager, sdpa, aiter, triton"):
         backend("flash9", "cpu")

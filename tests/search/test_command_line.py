@@ -65,7 +65,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
     ("words", "expected"),
     [
         (["attention=aitr"], ["attention=aitr", "aiter, eager, sdpa", "mean attention=aiter"]),
-        (["attentoin=sdpa"], ["attentoin", "precision, attention", "mean attention?"]),
+        (["attentoin=sdpa"], ["attentoin", "precision, simplify", "mean attention?"]),
         (["measure.warmpu=3"], ["measure.warmpu", "warmup, iterations", "measure.warmup?"]),
         (["attention.foo=1"], ["attention.foo", "vision, prefill, denoise"]),
         (["+foo=1"], ["'foo'", "known are"]),
@@ -110,7 +110,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
         (["preset=nope"], ["preset=nope", "body", "good"]),
         (["preset=unknown_key"], ["preset=unknown_key", "'warp'"]),
         (["preset=unknown_field"], ["attention.speed", "vision, prefill, denoise"]),
-        (["preset=unknown_knob"], ["unknown_knob", "warp", "precision, attention"]),
+        (["preset=unknown_knob"], ["unknown_knob", "warp", "precision, simplify"]),
         (["preset=unknown_option"], ["attention=fast", "aiter, eager, sdpa"]),
         (["preset=broken"], ["broken.yaml", "not YAML"]),
         (["preset=no_head"], ["no_head.yaml", "@package _global_"]),

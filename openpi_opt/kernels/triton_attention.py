@@ -1,0 +1,198 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Flash attention for the vision tower and the prefix: many queries, any head width, exact masks.
+
+As in `triton_decode`, the rows of the product are (token, head) pairs over one key head, so MQA
+repeats no key. A head width that is no power of two is cut in two tiles, 72 = 64 + 8 padded to 16:
+80 columns of products instead of 128.
+Reference: `openpi_opt.pi0.ops.eager_attention` in float64.
+
+Letters: B batch, S queries, T keys, Hq query heads, Hkv key heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from openpi_opt.kernels.triton_common import (
+    LOG2_E,
+    LOWEST,
+    amd_options,
+    applied,
+    arch,
+    encoded,
+    load_rows,
+    padded,
+    unit_stride,
+)
+from openpi_opt.kernels.triton_visibility import bounds, mask_arguments
+from openpi_opt.pi0.ops import Attention, Visibility
+
+
+class Launch(NamedTuple):
+    """Launch parameters."""
+
+    block_m: int = 64
+    block_n: int = 64
+    num_warps: int = 4
+    num_stages: int = 2
+    waves_per_eu: int = 0
+    matrix_instr_nonkdim: int = 0
+
+
+# By architecture and head width.
+TABLE: dict[tuple[str, int], Launch] = {}
+
+
+@triton.jit
+def _flash(
+    q, k, v, mask, out, keys, rows, group, lead, lead_keys, scale,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+    stride_vh, stride_mb, stride_mq, stride_mk,
+    width: tl.constexpr, kv_heads: tl.constexpr, masked: tl.constexpr, bounded: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr, tail: tl.constexpr,
+    aligned: tl.constexpr, key_blocks: tl.constexpr,
+):  # fmt: skip
+    row_block, pair = tl.program_id(0), tl.program_id(1)
+    batch, kv_head = pair // kv_heads, pair % kv_heads
+    row = row_block * block_m + tl.arange(0, block_m)
+    live = row < rows
+    token, head = row // group, kv_head * group + row % group
+    # Triton knows of arguments only whether 16 divides them; a head stride of 72 would mean
+    # loads of 2 bytes instead of 16.
+    k += tl.multiple_of(batch * stride_kb + kv_head * stride_kh, aligned)
+    v += tl.multiple_of(batch * stride_vb + kv_head * stride_vh, aligned)
+    first: tl.constexpr = block_d if tail > 0 else width
+    place = tl.multiple_of(token * stride_qs + head * stride_qh, aligned)
+    q += tl.multiple_of(batch * stride_qb, aligned)
+    queries = load_rows(q, place, 1, live, first, block_d)
+    acc = tl.zeros((block_m, block_d), tl.float32)
+    if tail > 0:
+        queries_tail = load_rows(q + block_d, place, 1, live, width - block_d,
+                                 tail)  # fmt: skip
+        acc_tail = tl.zeros((block_m, tail), tl.float32)
+    seen = tl.where(token < lead, lead_keys, keys)
+    top = tl.full((block_m,), LOWEST, tl.float32)
+    total = tl.zeros((block_m,), tl.float32)
+    for block in range(key_blocks):
+        key = block * block_n + tl.arange(0, block_n)
+        inside = key < keys
+        tile = load_rows(k, key, stride_ks, inside, first, block_d)
+        logits = tl.dot(queries, tl.trans(tile), input_precision="ieee")
+        if tail > 0:
+            tile = load_rows(k + block_d, key, stride_ks, inside, width - block_d, tail)
+            logits = tl.dot(queries_tail, tl.trans(tile), logits, input_precision="ieee")
+        logits = logits * scale
+        if bounded:
+            visible = key[None, :] < seen[:, None]
+            if masked:
+                place = token[:, None] * stride_mq + key[None, :] * stride_mk
+                allowed = tl.load(
+                    mask + batch * stride_mb + place, mask=visible & live[:, None], other=0
+                )
+                visible = visible & (allowed != 0)
+            logits = tl.where(visible, logits, LOWEST)
+        higher = tl.maximum(top, tl.max(logits, 1))
+        weights = tl.exp2(logits - higher[:, None])
+        if masked:  # only then may a row have seen nothing yet, when LOWEST - LOWEST is 0
+            weights = tl.where(visible, weights, 0.0)
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        top = higher
+        tile = load_rows(v, key, stride_vs, inside, first, block_d)
+        weights = weights.to(tile.dtype)
+        acc = tl.dot(weights, tile, acc * shrink[:, None], input_precision="ieee")
+        if tail > 0:
+            tile = load_rows(v + block_d, key, stride_vs, inside, width - block_d, tail)
+            acc_tail = tl.dot(weights, tile, acc_tail * shrink[:, None], input_precision="ieee")
+    scale_out = 1.0 / tl.where(total > 0, total, 1.0)
+    tokens = rows // group
+    target = out + (((batch * tokens + token) * kv_heads * group + head) * width)[:, None]
+    column = tl.arange(0, block_d)
+    result = (acc * scale_out[:, None]).to(out.dtype.element_ty)
+    tl.store(target + column[None, :], result, mask=live[:, None] & (column < width)[None, :])
+    if tail > 0:
+        column = block_d + tl.arange(0, tail)
+        result = (acc_tail * scale_out[:, None]).to(out.dtype.element_ty)
+        tl.store(target + column[None, :], result, mask=live[:, None] & (column < width)[None, :])
+
+
+def tiles(width: int) -> tuple[int, int]:
+    """Head width -> columns of the main tile and of the tail; 0 when one tile is as good."""
+    whole = padded(width)
+    if whole - width < whole // 4 or whole == 16:
+        return whole, 0
+    main = whole // 2
+    tail = padded(width - main)
+    return (main, tail) if main + tail < whole else (whole, 0)
+
+
+def default_launch(q: Tensor) -> Launch:
+    """The measured parameters of this architecture, or the default."""
+    width, key = q.shape[3], arch(q)
+    if q.dtype == torch.float32:  # no matrix instruction: tiles that fit the registers
+        return Launch(16, 32, 4, 1)
+    if key.startswith("gfx"):
+        fallback = Launch(64, 32, 4, 1, 0, 16) if width > 128 else Launch(128, 32, 4, 1, 0, 16)
+    else:
+        fallback = Launch(128, 64, 8, 2) if width > 128 else Launch(64, 64, 4, 3)
+    return TABLE.get((key, width), fallback)
+
+
+@torch.library.custom_op("openpi_opt::triton_flash_attention", mutates_args=())
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
+    scale: float, launch: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """q [B, S, Hq, D], k and v [B, T, Hkv, D] -> [B, S, Hq, D].
+
+    The first `lead` queries see `lead_keys` keys (at least one), the others `keys`. mask: bool
+    [B, T], or broadcastable to [B, 1, S, T], or None. A query that the mask lets see no
+    key gets zeros. `launch`: see `triton_common.encoded`.
+    """
+    chosen = applied(default_launch(q), launch)
+    batch, tokens, heads, width = q.shape
+    kv_heads, group = k.shape[2], heads // k.shape[2]
+    q, k, v = (unit_stride(t) for t in (q, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    seen, *mask_strides = mask_arguments(mask, batch, tokens, k.shape[1], q)
+    block_d, tail = tiles(width)
+    strides = [s for t in (q, k, v) for s in t.stride()[:3]]
+    bounded = mask is not None or lead > 0 or keys % chosen.block_n != 0
+    _flash[(triton.cdiv(tokens * group, chosen.block_m), batch * kv_heads)](
+        q, k, v, seen, out, keys, tokens * group, group, lead, lead_keys, scale * LOG2_E,
+        *strides, *mask_strides, width=width,
+        kv_heads=kv_heads, masked=mask is not None, bounded=bounded, block_m=chosen.block_m,
+        block_n=chosen.block_n, block_d=block_d, tail=tail,
+        aligned=math.gcd(16, *strides), key_blocks=triton.cdiv(keys, chosen.block_n),
+        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        **amd_options(chosen.waves_per_eu, chosen.matrix_instr_nonkdim),
+    )  # fmt: skip
+    return out
+
+
+@flash_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
+    scale: float, launch: Sequence[int],
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.shape)
+
+
+def attention(overrides: Mapping[str, int] | None = None) -> Attention:
+    """The kernel behind the signature of `eager_attention`; `overrides` replace table entries."""
+    launch = encoded(Launch, overrides)
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
+        seen = bounds(visibility, k.shape[1])
+        return flash_attention(
+            q, k, v, seen.lead, seen.lead_keys, seen.keys, seen.mask, scale, launch
+        )
+
+    return flash

@@ -1,0 +1,146 @@
+# mypy: disable-error-code="no-untyped-def"
+# (the arguments of Triton functions are values of the kernel language, which have no Python type)
+"""What the Triton kernels of this package share.
+
+The kernels run on both vendors: no inline assembly, no CUDA-only feature; AMD's own launch options
+are passed on HIP only, because Triton's CUDA backend refuses options that it does not know. Each
+operator is a `torch.library.custom_op` that mutates nothing, so that torch.compile sees one opaque
+call with known shapes; the launch happens inside, with the real strides.
+
+Inputs are bfloat16, float16 or float32; sums, softmax and norms are float32. Products of float32
+are full float32 ("ieee"), never TF32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A lower bound for logits that stays finite: the difference of two of them is 0, not NaN.
+LOWEST = tl.constexpr(-1.0e30)
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def load_rows(base, index, stride, live, width: tl.constexpr, block: tl.constexpr):
+    """Rows `index` [R] of a matrix of `width` columns -> [R, block].
+
+    Zero where `live` [R] is false and beyond `width`.
+    """
+    columns = tl.arange(0, block)
+    keep = live[:, None]
+    if width != block:
+        keep = keep & (columns < width)[None, :]
+    return tl.load(base + index[:, None] * stride + columns[None, :], mask=keep, other=0.0)
+
+
+@triton.jit
+def gelu_tanh(x):
+    """GELU in its tanh approximation, x float32: 0.5 (1 + tanh u) is the logistic of 2u."""
+    inner = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+    return x / (1.0 + tl.exp(-inner))
+
+
+@triton.jit
+def arrived_last(counter, others: tl.constexpr):
+    """Count this block in; true for the last of 1 + `others`, which also resets the counter.
+
+    The barrier puts every thread's stores before the atomic, whose release and acquire order them
+    before what the last block reads.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == others
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+def amd_options(waves_per_eu: int, matrix_instr_nonkdim: int) -> dict[str, int]:
+    """Launch options that exist on HIP only; 0 leaves the choice to the compiler."""
+    if torch.version.hip is None:
+        return {}
+    options = {"waves_per_eu": waves_per_eu, "matrix_instr_nonkdim": matrix_instr_nonkdim}
+    return {name: value for name, value in options.items() if value}
+
+
+def arch(tensor: Tensor) -> str:
+    """Key of the launch tables: sm90, gfx942, ...; cpu for the interpreter."""
+    return _arch(tensor.device.index or 0) if tensor.is_cuda else "cpu"
+
+
+@cache
+def _arch(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
+COUNTERS = 4096
+
+
+@cache
+def _counters(device: torch.device) -> Tensor:
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+
+def counters(device: torch.device, needed: int) -> Tensor:
+    """Zeros [COUNTERS] int32 that kernels use with `arrived_last` and leave at zero.
+
+    One set per device serves all launches, because kernels of one stream follow one another.
+    Launches on several streams at the same time must use the two-kernel form instead.
+    """
+    if needed > COUNTERS:
+        raise ValueError(f"{needed} counters are needed, there are {COUNTERS}")
+    return _counters(device)
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last axis is contiguous, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[..., W] -> [rows, W] with a contiguous last axis; copies only if it must."""
+    return unit_stride(tensor.reshape(-1, tensor.shape[-1]))
+
+
+def padded(width: int) -> int:
+    """The next power of two, at least 16: the least that a matrix instruction takes."""
+    return max(16, int(triton.next_power_of_2(width)))
+
+
+def elementwise_warps(block: int) -> int:
+    """Warps for a row of `block` elements: 8 elements a thread up to eight warps."""
+    return max(1, min(8, block // 256))
+
+
+L = TypeVar("L", bound=Any)
+
+
+def encoded(kind: type[Any], overrides: Mapping[str, int] | None) -> list[int]:
+    """Launch parameters as an operator takes them: -1 leaves a field of `kind` to the table.
+
+    Raises:
+        ValueError: an override that is no field of `kind`.
+    """
+    overrides = overrides or {}
+    unknown = set(overrides) - set(kind._fields)
+    if unknown:
+        raise ValueError(f"{sorted(unknown)} are not among {', '.join(kind._fields)}")
+    return [overrides.get(field, -1) for field in kind._fields] if overrides else []
+
+
+def applied(table: L, launch: Sequence[int]) -> L:
+    """The table's entry with what `encoded` wrote put over it."""
+    if not launch:
+        return table
+    merged = [own if new == -1 else new for own, new in zip(table, launch, strict=True)]
+    result: L = type(table)(*merged)
+    return result

@@ -1,0 +1,306 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Attention of few queries over many cached keys: split over keys, exact Pi0 masks, one call.
+
+In a denoising step 11 queries of 8 heads see 799 keys of one head. A flash kernel that walks the
+keys has 6 blocks for 132 processors and takes 11 us; cuDNN's takes 25 us, twice, because the state
+token must not see the actions. Here the keys are split over blocks as well (flash decoding): one
+kernel writes partial sums (running maximum m, weight sum l, weighted values), a second one adds
+them in a fixed order. With `fused` the last block of a row does that itself, in the same order.
+
+The rows of the product are (token, head) pairs: heads that share a key head share its tiles, and
+no key is repeated. Cached and new keys may lie in two tensors, so the cache is never copied.
+Reference: `openpi_opt.pi0.ops.eager_attention` in float64.
+
+Letters: B batch, S queries, P cached keys, T all keys, Hq query heads, Hkv key heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from openpi_opt.kernels.triton_common import (
+    LOG2_E,
+    LOWEST,
+    amd_options,
+    applied,
+    arch,
+    arrived_last,
+    counters,
+    encoded,
+    load_rows,
+    padded,
+    unit_stride,
+)
+from openpi_opt.kernels.triton_visibility import bounds, mask_arguments
+from openpi_opt.pi0.ops import Attention, Visibility
+
+
+class Launch(NamedTuple):
+    """Launch parameters; `blocks` key blocks of `block_n` make one split."""
+
+    block_m: int = 16
+    block_n: int = 64
+    blocks: int = 1
+    num_warps: int = 4
+    num_stages: int = 1
+    fused: int = 0
+    waves_per_eu: int = 0
+    matrix_instr_nonkdim: int = 0
+
+
+# By architecture and (S * Hq / Hkv <= 128). Elsewhere the default: 6 row blocks x 13 splits = 78
+# blocks at Pi0's shape. fused is off on AMD, where blocks of one row run on different dies.
+TABLE: dict[tuple[str, bool], Launch] = {}
+
+
+@triton.jit
+def _combine(
+    partial, sums, first, rows_padded, row, live, splits, width: tl.constexpr, block_d: tl.constexpr
+):
+    """Add the partial results of `splits` splits for rows `row` [R], in order of splits."""
+    top = tl.load(sums + (first * rows_padded + row) * 2, mask=live, other=LOWEST)
+    for split in range(splits):
+        place = (first + split) * rows_padded + row
+        top = tl.maximum(top, tl.load(sums + place * 2, mask=live, other=LOWEST))
+    total = tl.zeros_like(top)
+    out = tl.zeros((row.shape[0], block_d), tl.float32)
+    for split in range(splits):
+        place = (first + split) * rows_padded + row
+        weight = tl.exp2(tl.load(sums + place * 2, mask=live, other=LOWEST) - top)
+        total += weight * tl.load(sums + place * 2 + 1, mask=live, other=0.0)
+        out += weight[:, None] * load_rows(partial, place, width, live, width, block_d)
+    return out / tl.where(total > 0, total, 1.0)[:, None]
+
+
+@triton.jit
+def _split(
+    q, past_k, past_v, new_k, new_v, mask, out, partial, sums, counter,
+    past_keys, new_keys, past_splits, rows, rows_padded, group, lead, lead_keys, scale,
+    stride_qb, stride_qs, stride_qh, stride_pkb, stride_pks, stride_pkh,
+    stride_pvb, stride_pvs, stride_pvh, stride_nkb, stride_nks, stride_nkh,
+    stride_nvb, stride_nvs, stride_nvh, stride_mb, stride_mq, stride_mk,
+    width: tl.constexpr, kv_heads: tl.constexpr, masked: tl.constexpr, fused: tl.constexpr,
+    splits: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
+    blocks: tl.constexpr,
+):  # fmt: skip
+    split, row_block, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batch, kv_head = pair // kv_heads, pair % kv_heads
+    row = row_block * block_m + tl.arange(0, block_m)
+    live = row < rows
+    token = row // group
+    head = kv_head * group + row % group
+    place = token * stride_qs + head * stride_qh
+    queries = load_rows(q + batch * stride_qb, place, 1, live, width, block_d)
+    if split < past_splits:
+        k = past_k + batch * stride_pkb + kv_head * stride_pkh
+        v = past_v + batch * stride_pvb + kv_head * stride_pvh
+        stride_k, stride_v = stride_pks, stride_pvs
+        begin, end, offset = split * blocks * block_n, past_keys, 0
+    else:
+        k = new_k + batch * stride_nkb + kv_head * stride_nkh
+        v = new_v + batch * stride_nvb + kv_head * stride_nvh
+        stride_k, stride_v = stride_nks, stride_nvs
+        begin, end, offset = (split - past_splits) * blocks * block_n, new_keys, past_keys
+    # Keys are numbered over cache and new ones together, as in the mask.
+    seen = tl.where(token < lead, lead_keys, past_keys + new_keys) - offset
+    top = tl.full((block_m,), LOWEST, tl.float32)
+    total = tl.zeros((block_m,), tl.float32)
+    acc = tl.zeros((block_m, block_d), tl.float32)
+    for block in range(blocks):
+        key = begin + block * block_n + tl.arange(0, block_n)
+        inside = key < end
+        # Both loads before the first product: one memory latency instead of two.
+        keys = load_rows(k, key, stride_k, inside, width, block_d)
+        values = load_rows(v, key, stride_v, inside, width, block_d)
+        logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        visible = inside[None, :] & (key[None, :] < seen[:, None])
+        if masked:
+            place = token[:, None] * stride_mq + (key + offset)[None, :] * stride_mk
+            allowed = tl.load(
+                mask + batch * stride_mb + place, mask=visible & live[:, None], other=0
+            )
+            visible = visible & (allowed != 0)
+        logits = tl.where(visible, logits, LOWEST)
+        higher = tl.maximum(top, tl.max(logits, 1))
+        weights = tl.where(visible, tl.exp2(logits - higher[:, None]), 0.0)
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+        top = higher
+    place = (pair * splits + split) * rows_padded + row
+    column = tl.arange(0, block_d)
+    keep = live[:, None] & (column < width)[None, :]
+    tl.store(partial + place[:, None] * width + column[None, :], acc, mask=keep)
+    tl.store(sums + place * 2, top, mask=live)
+    tl.store(sums + place * 2 + 1, total, mask=live)
+    if fused and arrived_last(counter + pair * tl.num_programs(1) + row_block, splits - 1):
+        first = pair * splits
+        acc = _combine(partial, sums, first, rows_padded, row, live, splits, width, block_d)
+        tokens = rows // group
+        target = ((batch * tokens + token) * kv_heads * group + head) * width
+        result = acc.to(out.dtype.element_ty)
+        tl.store(out + target[:, None] + column[None, :], result, mask=keep)
+
+
+@triton.jit
+def _add_splits(
+    partial, sums, out, rows, rows_padded, group, splits: tl.constexpr, width: tl.constexpr,
+    kv_heads: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr,
+):  # fmt: skip
+    """One row of one key head: all splits in one tile."""
+    row, pair = tl.program_id(0), tl.program_id(1)
+    split, column = tl.arange(0, block_s), tl.arange(0, block_d)
+    live = split < splits
+    place = (pair * splits + split) * rows_padded + row
+    top = tl.load(sums + place * 2, mask=live, other=LOWEST)
+    weight = tl.exp2(top - tl.max(top, 0))
+    total = tl.sum(weight * tl.load(sums + place * 2 + 1, mask=live, other=0.0), 0)
+    parts = load_rows(partial, place, width, live, width, block_d)
+    result = tl.sum(weight[:, None] * parts, 0) / tl.where(total > 0, total, 1.0)
+    batch, kv_head = pair // kv_heads, pair % kv_heads
+    token, head = row // group, kv_head * group + row % group
+    target = ((batch * (rows // group) + token) * kv_heads * group + head) * width
+    tl.store(out + target + column, result.to(out.dtype.element_ty), mask=column < width)
+
+
+def default_launch(q: Tensor, kv_heads: int) -> Launch:
+    """The measured parameters of this architecture, or the default."""
+    few = q.shape[1] * q.shape[2] // kv_heads <= 128
+    launch = TABLE.get((arch(q), few), Launch() if few else Launch(block_m=32, blocks=2))
+    if q.dtype == torch.float32:  # twice the bytes in a tile, and no matrix instruction
+        launch = launch._replace(block_n=min(launch.block_n, 32), num_stages=1)
+    return launch
+
+
+def _run(
+    q: Tensor, past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor] | None, lead: int,
+    lead_keys: int, past_keys: int, mask: Tensor | None, scale: float, launch: Launch,
+) -> Tensor:  # fmt: skip
+    """Both public operators; `past_keys` keys of `past` are used, and all of `new`."""
+    batch, tokens, heads, width = q.shape
+    kv_heads = past[0].shape[2]
+    group = heads // kv_heads
+    q, k, v = (unit_stride(t) for t in (q, *past))
+    new_k, new_v = (k, v) if new is None else (unit_stride(t) for t in new)
+    new_keys = 0 if new is None else new_k.shape[1]
+    span = launch.block_n * launch.blocks
+    past_splits, rows = triton.cdiv(past_keys, span), tokens * group
+    splits = past_splits + triton.cdiv(new_keys, span)
+    row_blocks = triton.cdiv(rows, launch.block_m)
+    rows_padded, pairs = row_blocks * launch.block_m, batch * kv_heads
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    places = pairs * splits * rows_padded
+    partial = torch.empty(places * width, dtype=torch.float32, device=q.device)
+    sums = torch.empty(places * 2, dtype=torch.float32, device=q.device)
+    counter = counters(q.device, pairs * row_blocks) if launch.fused else sums
+    seen, *mask_strides = mask_arguments(mask, batch, tokens, past_keys + new_keys, q)
+    _split[(splits, row_blocks, pairs)](
+        q, k, v, new_k, new_v, seen, out, partial, sums, counter,
+        past_keys, new_keys, past_splits, rows, rows_padded, group, lead, lead_keys,
+        scale * LOG2_E, *(s for t in (q, k, v, new_k, new_v) for s in t.stride()[:3]),
+        *mask_strides, width=width, kv_heads=kv_heads, masked=mask is not None,
+        fused=bool(launch.fused), splits=splits, block_m=launch.block_m, block_n=launch.block_n,
+        block_d=padded(width), blocks=launch.blocks, num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        **amd_options(launch.waves_per_eu, launch.matrix_instr_nonkdim),
+    )  # fmt: skip
+    if not launch.fused:
+        _add_splits[(rows, pairs)](
+            partial, sums, out, rows, rows_padded, group, splits=splits, width=width,
+            kv_heads=kv_heads, block_s=triton.next_power_of_2(splits),
+            block_d=triton.next_power_of_2(width), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("openpi_opt::triton_decode_attention", mutates_args=())
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
+    scale: float, launch: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """q [B, S, Hq, D], k and v [B, T, Hkv, D] -> [B, S, Hq, D].
+
+    The first `lead` queries see `lead_keys` keys, the others `keys`. mask: bool [B, T], or
+    broadcastable to [B, 1, S, T], or None. A query that sees no key gets
+    zeros. `launch`: see `triton_common.encoded`.
+    """
+    chosen = applied(default_launch(q, k.shape[2]), launch)
+    full = mask if mask is None or keys == k.shape[1] else mask[..., :keys]
+    return _run(q, (k, v), None, lead, lead_keys, keys, full, scale, chosen)
+
+
+@torch.library.custom_op("openpi_opt::triton_decode_attention_cached", mutates_args=())
+def decode_attention_cached(
+    q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, lead: int,
+    lead_keys: int, mask: Tensor | None, scale: float, launch: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """As `decode_attention`, with cached keys [B, P, Hkv, D] and new ones [B, T - P, Hkv, D] apart.
+
+    `lead_keys` and the mask count cached keys first, then new ones.
+    """
+    chosen = applied(default_launch(q, past_k.shape[2]), launch)
+    past, new = (past_k, past_v), (new_k, new_v)
+    return _run(q, past, new, lead, lead_keys, past_k.shape[1], mask, scale, chosen)
+
+
+@decode_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
+    scale: float, launch: Sequence[int],
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.shape)
+
+
+@decode_attention_cached.register_fake
+def _(
+    q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, lead: int,
+    lead_keys: int, mask: Tensor | None, scale: float, launch: Sequence[int],
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.shape)
+
+
+def attention(overrides: Mapping[str, int] | None = None) -> Attention:
+    """The kernel behind the signature of `eager_attention`; `overrides` replace table entries."""
+    launch = encoded(Launch, overrides)
+
+    def decode(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
+        seen = bounds(visibility, k.shape[1])
+        return decode_attention(
+            q, k, v, seen.lead, seen.lead_keys, seen.keys, seen.mask, scale, launch
+        )
+
+    return decode
+
+
+CachedAttention = Callable[
+    [Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Visibility, float], Tensor
+]
+
+
+def cached_attention(overrides: Mapping[str, int] | None = None) -> CachedAttention:
+    """The same without concatenation: (q, cached k and v, new k and v, visibility, scale)."""
+    launch = encoded(Launch, overrides)
+
+    def decode(
+        q: Tensor,
+        past: tuple[Tensor, Tensor],
+        new: tuple[Tensor, Tensor],
+        visibility: Visibility,
+        scale: float,
+    ) -> Tensor:
+        keys = past[0].shape[1] + new[0].shape[1]
+        seen = bounds(visibility, keys)
+        if seen.keys != keys:
+            raise ValueError(f"the last queries must see all {keys} keys, not {seen.keys}")
+        return decode_attention_cached(
+            q, *past, *new, seen.lead, seen.lead_keys, seen.mask, scale, launch
+        )
+
+    return decode

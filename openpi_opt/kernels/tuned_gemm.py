@@ -1,0 +1,234 @@
+"""AMD aiter's tuned matrix products behind an operator that mutates nothing. Not run on AMD.
+
+`aiter.tuned_gemm.gemm_a16w16` looks a product up in a table by (arch, CUs, M, N, K, bias, dtypes,
+preshuffle), trying M and two padded sizes, and runs what the row names: hipBLASLt by solution
+number, assembly, skinny, Triton. Without a row it falls back to torch, with one log line per shape
+and no exception, so the log is read here: all shapes from torch means that nothing was tried.
+
+Two hazards are kept out:
+- aiter rewrites the tables that it is given when their rows collide, and merges several of them
+  into one file in a temporary folder that all processes of the host share. It gets one table, a
+  private copy.
+- Whether a weight is shuffled is a Python attribute on the tensor, lost by `.to`, `nn.Parameter`
+  and `.detach`; without it the shuffled bytes are multiplied as they lie, and no error is raised.
+  The operator takes it as an argument and sets the attribute itself.
+
+Sources: ROCm/aiter `aiter/tuned_gemm.py`, `aiter/jit/core.py`, `aiter/ops/shuffle.py` at e4048607.
+Letters: M rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import re
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from openpi_opt.errors import RefusedError
+from openpi_opt.kernels.fp8 import specialised
+from openpi_opt.pi0.layers import Linear
+
+TABLE_VARIABLE = "AITER_CONFIG_GEMM_BF16"
+_KEY = ("M", "N", "K", "bias", "dtype", "outdtype", "scaleAB", "bpreshuffle")
+_COLUMNS = ("cu_num", *_KEY, "libtype", "solidx", "splitK", "kernelName")
+# aiter's own rule for tables from before the column existed (`update_config_files`).
+_GFX_OF_CUS = {"256": "gfx950", "304": "gfx942", "80": "gfx942"}
+_LOOKUP = re.compile(
+    r"shape is M:(\d+), N:(\d+), K:(\d+).*?"
+    r"(?:is tuned on .*?libtype is (\w+)|not found tuned config.*?using (\w+) solution)",
+    re.DOTALL,
+)
+Shape = tuple[int, int, int]
+
+
+@torch.library.custom_op("openpi_opt::aiter_tuned_gemm", mutates_args=())
+def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None, shuffled: bool) -> Tensor:
+    """x [M, K] @ weight [N, K]^T + bias [N]; `shuffled` says how the bytes of `weight` lie."""
+    from aiter.tuned_gemm import gemm_a16w16
+
+    weight.is_shuffled = shuffled  # type: ignore[attr-defined]
+    out: Tensor = gemm_a16w16(x, weight, bias=bias)
+    return out
+
+
+@_gemm.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, shuffled: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, shuffled: bool = False) -> Tensor:
+    """The contract of `openpi_opt.pi0.ops.linear`: [..., K] -> [..., N]."""
+    out: Tensor = _gemm(x.reshape(-1, x.shape[-1]), weight, bias, shuffled)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+class TunedLinear(Linear):
+    """A linear layer that goes to aiter when the product has at most `max_rows` rows.
+
+    With `shuffled`, a second copy of the weight in the layout of the assembly kernels, products of
+    `shuffled_min_rows` and more read that one. Made by `become`; the parameters stay as they were.
+    """
+
+    shuffled: Tensor | None
+    max_rows: int | None
+    shuffled_min_rows: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        rows = x.numel() // x.shape[-1]
+        if self.max_rows is not None and rows > self.max_rows:
+            return self.ops.linear(x, self.weight, self.bias)
+        if self.shuffled is not None and rows >= self.shuffled_min_rows:
+            return linear(x, self.shuffled, self.bias, True)
+        return linear(x, self.weight, self.bias)
+
+
+def become(
+    plain: Linear, max_rows: int | None, shuffled: Tensor | None, shuffled_min_rows: int
+) -> TunedLinear:
+    """Turn `plain` into a layer that aiter computes, in place."""
+    plain.register_buffer("shuffled", shuffled, persistent=False)
+    plain.__class__ = specialised(TunedLinear, type(plain))
+    assert isinstance(plain, TunedLinear)
+    plain.max_rows, plain.shuffled_min_rows = max_rows, shuffled_min_rows
+    return plain
+
+
+def shuffled_weight(plain: Linear, multiple: int) -> Tensor | None:
+    """The weight in the layout of aiter's assembly kernels, or None where they do not take it.
+
+    They want N and K to be multiples of 64; the fork used 256. Layers with a bias are left out:
+    few kernels take both.
+    """
+    bias: Tensor | None = plain.bias
+    if bias is not None or plain.in_features % multiple or plain.out_features % multiple:
+        return None
+    from aiter.ops.shuffle import shuffle_weight
+
+    out: Tensor = shuffle_weight(plain.weight.data, layout=(16, 16))
+    return out
+
+
+class Lookups(logging.Handler):
+    """Reads aiter's log: which library served which shape, and what it warned of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.library: dict[Shape, str] = {}
+        self.warnings: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take note of one line."""
+        message = record.getMessage()
+        found = _LOOKUP.search(message)
+        if found:
+            m, n, k = (int(found.group(i)) for i in (1, 2, 3))
+            self.library[m, n, k] = found.group(4) or found.group(5)
+        elif record.levelno >= logging.WARNING:
+            self.warnings.append(message.splitlines()[0])
+
+    def by_torch(self) -> list[Shape]:
+        """Shapes that aiter handed back to torch."""
+        return sorted(shape for shape, library in self.library.items() if library == "torch")
+
+    def require_some(self) -> None:
+        """Raise RefusedError when torch computed every product that was routed to aiter."""
+        if len(self.by_torch()) < len(self.library):
+            return
+        shapes = _text(self.by_torch()) or "none was looked up"
+        raise RefusedError(
+            "unavailable",
+            "blas=aiter: no product was served by aiter, its table has no row for them on this "
+            f"GPU and torch computed all (M x N x K): {shapes}. Tune them with aiter's "
+            "gemm_a16w16_tune.py and give the table as blas.aiter.table",
+        )
+
+    def notes(self) -> list[str]:
+        """What to say beside the latency."""
+        lines = [f"aiter: {warning}" for warning in self.warnings]
+        if self.by_torch():
+            served = len(self.library) - len(self.by_torch())
+            lines.append(
+                f"aiter served {served} of {len(self.library)} shapes; torch computed (M x N x K) "
+                f"{_text(self.by_torch())}."
+            )
+        return lines
+
+
+@cache
+def lookups() -> Lookups:
+    """The process's one handler: aiter logs each shape once per process.
+
+    aiter sets the level of its logger at import, and only if it has no handler yet, so it is set
+    here as well.
+    """
+    handler = Lookups()
+    logger = logging.getLogger("aiter")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    return handler
+
+
+def install_table(table: str | None, package: Path) -> Path:
+    """Give aiter a private copy of `table`, or of the one that it ships; before its import.
+
+    Raises:
+        RefusedError: the table is not one of aiter's, or another one is in use in this process.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="openpi_opt_aiter_"))
+    source = Path(table) if table else package / "configs" / "bf16_tuned_gemm.csv"
+    target = folder / "bf16_tuned_gemm.csv"
+    rows = read_table(source)
+    if "aiter.tuned_gemm" in sys.modules:
+        raise RefusedError(
+            "invalid", "aiter reads its table at import: one per process, and one is in use"
+        )
+    with target.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["gfx", *_COLUMNS])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.environ[TABLE_VARIABLE] = str(target)
+    return target
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a table, with the column `gfx` that newer versions of aiter require.
+
+    Raises:
+        RefusedError: columns are missing, the architecture cannot be told, or a row cannot run.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in _COLUMNS if name not in (reader.fieldnames or [])]
+        if missing:
+            raise RefusedError(
+                "invalid", f"{path.name} is no table of aiter's: no column {', '.join(missing)}"
+            )
+        return [_complete(row, path.name, number) for number, row in enumerate(reader, start=2)]
+
+
+def _complete(row: dict[str, str], name: str, number: int) -> dict[str, str]:
+    if "bshuffle" in row["kernelName"].lower() and row["bpreshuffle"].lower() == "false":
+        raise RefusedError(
+            "invalid",
+            f"{name} line {number}: kernel {row['kernelName']} reads shuffled weights, but the row "
+            "says bpreshuffle=False; aiter raises when it is used",
+        )
+    if row.get("gfx"):
+        return row
+    if row["cu_num"] not in _GFX_OF_CUS:
+        raise RefusedError(
+            "invalid", f"{name} line {number}: no gfx, and cu_num={row['cu_num']} does not tell it"
+        )
+    return {**row, "gfx": _GFX_OF_CUS[row["cu_num"]]}
+
+
+def _text(shapes: list[Shape]) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in shapes)

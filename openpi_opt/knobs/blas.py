@@ -1,0 +1,386 @@
+"""Knob `blas`: which library multiplies the matrices of the towers' linear layers.
+
+Apart from `gemm`, which is one own kernel for products of few rows: the two combine, for instance
+FP8 in the vision tower and the prefix with the own kernel in the denoising steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from openpi_opt.errors import RefusedError
+from openpi_opt.knobs.base import Knob, Options, Refusal
+
+if TYPE_CHECKING:
+    import torch
+
+    from openpi_opt.config import Config
+    from openpi_opt.knobs.base import Call
+    from openpi_opt.machine import Machine
+    from openpi_opt.pi0.inputs import Inputs
+    from openpi_opt.pi0.policy import Pi0Policy
+
+Stage = Literal["vision", "prefill", "denoise"]
+STAGES: tuple[Stage, ...] = ("vision", "prefill", "denoise")
+
+# Name here -> device that has it, torch's name for it. hipBLASLt and cuBLASLt are one enumerator.
+LIBRARIES = {
+    "cublas": ("cuda", "cublas"),
+    "cublaslt": ("cuda", "cublaslt"),
+    "rocblas": ("rocm", "cublas"),
+    "hipblaslt": ("rocm", "cublaslt"),
+    "ck": ("rocm", "ck"),
+}
+_FP8_MIN_SM = 89
+_FP8_ARCHS = ("gfx940", "gfx941", "gfx942", "gfx950", "gfx1200", "gfx1201")
+# Other seeds than any workload's: calibrating on the guard's inputs would flatter FP8.
+_CALIBRATION_SEEDS = range(1_000_003, 1_000_007)
+
+
+class AiterOptions(Options):
+    """`max_rows`: larger products stay with torch (None: none do). `table`: a tuned CSV.
+
+    `preshuffle` keeps a second copy of the weights whose widths are multiples of
+    `preshuffle_multiple`, for products of at least `preshuffle_min_rows` rows.
+    """
+
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    table: str | None = None
+    preshuffle: bool = False
+    preshuffle_min_rows: int = Field(128, ge=1)
+    preshuffle_multiple: Literal[64, 128, 256] = 256
+
+
+class TunableOpOptions(Options):
+    """`tune` measures all solutions of rocBLAS and hipBLASLt and writes `file`; `use` reads it.
+
+    `rotating_mib` is a buffer to walk through while tuning, so that caches are as cold as in use.
+    """
+
+    mode: Literal["off", "tune", "use"] = "off"
+    file: str = "tunableop_results.csv"
+    rotating_mib: int = Field(0, ge=0)
+
+
+class Fp8Options(Options):
+    """Stages whose towers compute in FP8; `fast_accum` skips promotions of sums on NVIDIA."""
+
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = STAGES
+    fast_accum: bool = True
+
+
+class BlasOptions(Options):
+    """`backend` computes the linear layers, `library` is torch's own preference among BLAS."""
+
+    backend: Literal["torch", "aiter", "fp8"] = "torch"
+    library: Literal["default", "cublas", "cublaslt", "rocblas", "hipblaslt", "ck"] = "default"
+    aiter: AiterOptions = AiterOptions()
+    tunableop: TunableOpOptions = TunableOpOptions()
+    fp8: Fp8Options = Fp8Options()
+
+
+class Blas(Knob[BlasOptions]):
+    """Matrix products by torch's BLAS, by AMD's tuned GEMMs, or in FP8.
+
+    - `library`, both vendors: `torch.backends.cuda.preferred_blas_library`.
+    - `aiter`, AMD: `aiter.tuned_gemm.gemm_a16w16` with a table of tuned shapes; -1.0 ms reported
+      on MI350 (sunxxuns/openpi-1, USE_AITER_GEMM and OPENPI_ROUTE_*), with weight preshuffle 31.2
+      ms in all (AITER_PRESHUFFLE_WEIGHTS). Not run on AMD.
+    - `tunableop`, AMD: PyTorch's TunableOp, AMD's workload tuning guide. Not run on AMD.
+    - `fp8`, both: `torch._scaled_mm`, static scales per tensor. Lossy. sm89, gfx942 and newer; on
+      the CPU it runs as a reference. Not run on AMD.
+    """
+
+    name = "blas"
+    options_type = BlasOptions
+
+    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+        """Each library belongs to a vendor, FP8 to recent architectures."""
+        options = self.of(cfg)
+        problems = [
+            _library_problem(cfg, options),
+            _tunableop_problem(cfg, options.tunableop),
+            _aiter_problem(cfg, options.aiter, machine) if options.backend == "aiter" else None,
+            _fp8_problem(cfg, machine) if options.backend == "fp8" else None,
+            _nothing_left_for_gemm(cfg, options),
+        ]
+        return next((problem for problem in problems if problem is not None), None)
+
+    def canonical(self, cfg: Config) -> BlasOptions:
+        """Without the settings of backends that are not chosen."""
+        options = self.of(cfg)
+        aiter = options.aiter if options.backend == "aiter" else AiterOptions()
+        if not aiter.preshuffle:
+            aiter = AiterOptions(max_rows=aiter.max_rows, table=aiter.table)
+        fp8 = options.fp8 if options.backend == "fp8" else Fp8Options()
+        ordered = tuple(stage for stage in STAGES if stage in fp8.stages)
+        fast = fp8.fast_accum if cfg.platform.device == "cuda" else True
+        tunable = options.tunableop
+        if tunable.mode == "off":
+            tunable = TunableOpOptions()
+        elif tunable.mode == "use":
+            tunable = TunableOpOptions(mode="use", file=tunable.file)
+        return BlasOptions(
+            backend=options.backend,
+            library=options.library,
+            aiter=aiter,
+            tunableop=tunable,
+            fp8=Fp8Options(stages=ordered, fast_accum=fast),
+        )
+
+    def lossy(self, cfg: Config) -> bool:
+        """FP8 has 3 bits of mantissa."""
+        return self.of(cfg).backend == "fp8"
+
+    def environment(self, cfg: Config) -> Mapping[str, str]:
+        """Let aiter log each lookup: that is how a silent fallback to torch is noticed."""
+        if self.of(cfg).backend == "aiter":
+            return {"AITER_LOG_TUNED_CONFIG": "1", "AITER_LOG_LEVEL": "INFO"}
+        return {}
+
+    def configure(self, cfg: Config) -> None:
+        """Torch's library, TunableOp, and aiter's table, which it reads when it is imported."""
+        options = self.of(cfg)
+        if options.library != "default":
+            _prefer(options.library)
+        if options.tunableop.mode != "off":
+            _start_tunableop(options.tunableop)
+        if options.backend == "aiter":
+            from openpi_opt.kernels import tuned_gemm
+
+            tuned_gemm.install_table(options.aiter.table, _aiter_package())
+            tuned_gemm.lookups()
+
+    def transform(self, policy: Pi0Policy, cfg: Config) -> None:
+        """Replace the linear layers; the parameters stay under their names."""
+        options = self.of(cfg)
+        if options.backend == "aiter":
+            _route_to_aiter(policy, cfg, options.aiter)
+        elif options.backend == "fp8":
+            _to_fp8(policy, cfg, options.fp8)
+
+    def wrap(self, call: Call, cfg: Config) -> Call:
+        """After the first call: did aiter serve anything, and what did TunableOp find?"""
+        options = self.of(cfg)
+        if options.backend == "aiter":
+            from openpi_opt.kernels.tuned_gemm import lookups
+
+            call = _after_first(call, lookups().require_some)
+        if options.tunableop.mode == "tune":
+            call = _after_first(call, _finish_tuning)
+        return call
+
+    def notes(self, cfg: Config) -> list[str]:
+        """The shapes that aiter handed back to torch."""
+        if self.of(cfg).backend != "aiter":
+            return []
+        from openpi_opt.kernels.tuned_gemm import lookups
+
+        return lookups().notes()
+
+    def label(self, options: BlasOptions) -> str:
+        """Backend and library, then what differs from the defaults."""
+        words: list[str] = [options.backend]
+        if options.library != "default":
+            words.append(options.library)
+        for name in ("aiter", "tunableop", "fp8"):
+            group = getattr(options, name)
+            default = type(group)()
+            words += [
+                f"{name}.{key}={value}"
+                for key, value in group.model_dump().items()
+                if value != getattr(default, key)
+            ]
+        return " ".join(words)
+
+
+def _library_problem(cfg: Config, options: BlasOptions) -> Refusal | None:
+    if options.library == "default":
+        return None
+    device = LIBRARIES[options.library][0]
+    if device != cfg.platform.device:
+        return Refusal(
+            "unavailable",
+            f"blas.library={options.library} exists on {device}; this trial runs on "
+            f"{cfg.platform.device}",
+        )
+    variables = cfg.knobs["environment"].variables  # type: ignore[attr-defined]
+    rival = [name for name in variables if name.startswith("TORCH_BLAS_PREFER_")]
+    if rival:
+        return Refusal(
+            "invalid", f"blas.library and environment.variables.{rival[0]} both choose; give one"
+        )
+    return None
+
+
+def _tunableop_problem(cfg: Config, options: TunableOpOptions) -> Refusal | None:
+    if options.mode == "off":
+        return None
+    if cfg.platform.device != "rocm":
+        return Refusal(
+            "unavailable",
+            "blas.tunableop needs ROCm: on NVIDIA torch offers it a single solution, on a CPU none",
+        )
+    if options.mode == "use" and not Path(options.file).is_file():
+        return Refusal(
+            "unavailable",
+            f"blas.tunableop.file={options.file} does not exist; write it with "
+            "blas.tunableop.mode=tune",
+        )
+    return None
+
+
+def _aiter_problem(cfg: Config, options: AiterOptions, machine: Machine) -> Refusal | None:
+    if cfg.platform.device != "rocm":
+        return Refusal("unavailable", "blas=aiter needs an AMD GPU with ROCm")
+    if machine.aiter is None or machine.aiter.kind != "amd":
+        return Refusal(
+            "unavailable", "blas=aiter needs AMD's aiter (amd-aiter, from its source repository)"
+        )
+    if options.table is not None and not Path(options.table).is_file():
+        return Refusal("invalid", f"blas.aiter.table={options.table} does not exist")
+    if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
+        return Refusal("invalid", "blas=aiter multiplies 16-bit matrices; use precision=bfloat16")
+    return None
+
+
+def _nothing_left_for_gemm(cfg: Config, options: BlasOptions) -> Refusal | None:
+    """Layers that are routed here do not reach the kernel of knob `gemm`; some must be left."""
+    if cfg.knobs["gemm"].backend == "torch":  # type: ignore[attr-defined]
+        return None
+    all_fp8 = options.backend == "fp8" and len(set(options.fp8.stages)) == len(STAGES)
+    all_aiter = options.backend == "aiter" and options.aiter.max_rows is None
+    if not (all_fp8 or all_aiter):
+        return None
+    lever = "blas.fp8.stages" if all_fp8 else "blas.aiter.max_rows"
+    return Refusal(
+        "invalid",
+        f"blas={options.backend} takes every linear layer and leaves none to the kernel of gemm; "
+        f"use gemm=torch or restrict {lever}",
+    )
+
+
+def _fp8_problem(cfg: Config, machine: Machine) -> Refusal | None:
+    if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
+        return Refusal("invalid", "blas=fp8 returns 16 bits; use precision=bfloat16")
+    if cfg.platform.device == "cpu":
+        return None
+    arch = machine.gpus_for(cfg.device)[cfg.platform.gpu].arch
+    if cfg.platform.device == "cuda":
+        able, needed = int(arch.removeprefix("sm")) >= _FP8_MIN_SM, f"sm{_FP8_MIN_SM} or newer"
+    else:
+        able, needed = arch in _FP8_ARCHS, f"one of {', '.join(_FP8_ARCHS)}"
+    return None if able else Refusal("unavailable", f"blas=fp8 needs {needed}; this GPU is {arch}")
+
+
+def _prefer(library: str) -> None:
+    import torch
+
+    wanted = LIBRARIES[library][1]
+    try:
+        torch.backends.cuda.preferred_blas_library(wanted)
+    except RuntimeError as error:  # torch was built without it
+        raise RefusedError("unavailable", f"blas.library={library}: {error}") from error
+    # On architectures that a library does not support, torch warns and keeps another one.
+    chosen = torch.backends.cuda.preferred_blas_library()
+    if chosen != torch.backends.cuda._BlasBackends[wanted]:
+        raise RefusedError("unavailable", f"blas.library={library}: torch uses {chosen} instead")
+
+
+def _start_tunableop(options: TunableOpOptions) -> None:
+    """By torch's functions, not variables: a variable would win over switching tuning off."""
+    import torch
+
+    tunable = torch.cuda.tunable
+    tunable.enable(True)
+    tunable.tuning_enable(options.mode == "tune")
+    tunable.set_filename(options.file, insert_device_ordinal=False)
+    if options.mode == "tune":
+        tunable.set_rotating_buffer_size(options.rotating_mib)
+    elif not tunable.read_file(options.file):
+        raise RefusedError(
+            "unavailable",
+            f"TunableOp refused {options.file}: it was written for another GPU, ROCm, BLAS or "
+            "torch version; tune again with blas.tunableop.mode=tune",
+        )
+
+
+def _finish_tuning() -> None:
+    """No tuning while measuring or capturing; an empty result means that nothing was tuned."""
+    import torch
+
+    torch.cuda.tunable.tuning_enable(False)
+    if not torch.cuda.tunable.get_results():
+        raise RefusedError("unavailable", "blas.tunableop: no product went through TunableOp")
+
+
+def _aiter_package() -> Path:
+    from openpi_opt.machine import find_aiter
+
+    found = find_aiter()
+    if found is None:
+        raise RefusedError("unavailable", "blas=aiter: AMD's aiter is not installed")
+    return Path(found.location)
+
+
+def _route_to_aiter(policy: Pi0Policy, cfg: Config, options: AiterOptions) -> None:
+    from openpi_opt.kernels import fp8, tuned_gemm
+
+    # Only layers that run: what a fusion has replaced needs no shuffled copy.
+    with fp8.largest_inputs([policy]) as reached:
+        _calibration_runs(policy, cfg, 1)
+    for plain in reached:
+        shuffled = None
+        if options.preshuffle:
+            shuffled = tuned_gemm.shuffled_weight(plain, options.preshuffle_multiple)
+        tuned_gemm.become(plain, options.max_rows, shuffled, options.preshuffle_min_rows)
+
+
+def _to_fp8(policy: Pi0Policy, cfg: Config, options: Fp8Options) -> None:
+    from openpi_opt.kernels import fp8
+
+    model = policy.paligemma_with_expert.paligemma.model
+    towers: dict[str, list[torch.nn.Module]] = {
+        "vision": [policy.vision, model.multi_modal_projector],
+        "prefill": [policy.language],
+        "denoise": [policy.expert],
+    }
+    chosen = [tower for stage in options.stages for tower in towers[stage]]
+    dtype = fp8.fp8_dtype(fp8.device_arch(policy.device))
+
+    def run() -> None:
+        _calibration_runs(policy, cfg, len(_CALIBRATION_SEEDS))
+
+    if not fp8.convert(chosen, run, dtype, options.fast_accum):
+        raise RefusedError("invalid", "blas=fp8 found no linear layer to replace")
+
+
+def _calibration_runs(policy: Pi0Policy, cfg: Config, count: int) -> None:
+    import torch
+
+    from openpi_opt.pi0.workload import make_inputs
+    from openpi_opt.runtime import workload_of
+
+    with torch.no_grad():
+        for seed in _CALIBRATION_SEEDS[:count]:
+            inputs = make_inputs(workload_of(cfg), policy.config, seed, policy.device)
+            policy.sample_actions(inputs)
+
+
+def _after_first(call: Call, check: Callable[[], None]) -> Call:
+    """`call`, with `check` after its first run."""
+    done = False
+
+    def checked(inputs: Inputs) -> torch.Tensor:
+        nonlocal done
+        actions = call(inputs)
+        if not done:
+            check()
+            done = True
+        return actions
+
+    return checked

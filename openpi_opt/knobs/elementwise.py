@@ -1,0 +1,59 @@
+"""Knob `elementwise`: norms, activations and rotary embedding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from openpi_opt.knobs.base import Knob, Options, Refusal
+
+if TYPE_CHECKING:
+    from openpi_opt.config import Config
+    from openpi_opt.machine import Machine
+    from openpi_opt.pi0.policy import Pi0Policy
+
+
+class ElementwiseOptions(Options):
+    """`torch`: PyTorch's operations, which Inductor fuses; `triton`: own kernels, one launch each.
+
+    Under `compile` the own kernels are opaque to Inductor, which then fuses less around them.
+    """
+
+    backend: Literal["torch", "triton"] = "torch"
+
+
+class Elementwise(Knob[ElementwiseOptions]):
+    """RMSNorm, LayerNorm, GELU, GELU * up and rotary embedding by own Triton kernels. All vendors.
+
+    Sources of the idea: linkedin/Liger-Kernel `ops/rms_norm.py`, `ops/geglu.py`, `ops/rope.py`;
+    AMD's aiter Triton `rmsnorm` and `rope`. Written here: `openpi_opt.kernels.triton_norm`,
+    `triton_activation`, `triton_rotary`.
+    """
+
+    name = "elementwise"
+    options_type = ElementwiseOptions
+
+    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+        """Triton compiles for GPUs only."""
+        if self.of(cfg).backend == "triton" and cfg.platform.device == "cpu":
+            return Refusal(
+                "unavailable",
+                "elementwise=triton needs a GPU; Triton kernels run on the CPU in interpreter "
+                "mode only, for tests",
+            )
+        return None
+
+    def transform(self, policy: Pi0Policy, cfg: Config) -> None:
+        """Put the kernels into the policy's operations."""
+        if self.of(cfg).backend == "torch":
+            return
+        from openpi_opt.kernels import triton_activation, triton_norm, triton_rotary
+
+        policy.ops.rms_norm = triton_norm.rms_norm
+        policy.ops.layer_norm = triton_norm.layer_norm
+        policy.ops.gelu = triton_activation.gelu
+        policy.ops.gelu_mul = triton_activation.gelu_mul
+        policy.ops.rotary = triton_rotary.rotary
+
+    def label(self, options: ElementwiseOptions) -> str:
+        """The backend."""
+        return options.backend

@@ -1,0 +1,78 @@
+"""Knob `simplify`: exact algebra at inference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from openpi_opt.knobs.base import Knob, Options, switches_label
+
+if TYPE_CHECKING:
+    from openpi_opt.config import Config
+    from openpi_opt.pi0.policy import Pi0Policy
+
+_STAGES = ("time_mlp", "state_once", "kv_buffer", "rope_tables")
+_FOR_A_LAYOUT = ("state_once", "kv_buffer", "rope_tables")
+
+
+class SimplifyOptions(Options):
+    """Each switch on its own, in any combination.
+
+    `last_layer`: the last prefix layer yields keys and values only.
+    `fold_norms`: gains (and SigLIP's biases) of norms become part of the next projections.
+    `time_mlp`: time features and the action projection are folded into `action_time_mlp_in`.
+    `state_once`: the state token runs once; the steps then need no mask, H actions see all keys.
+    `kv_buffer`: keys and values of a step are written behind the prefix's, not copied with them.
+    `rope_tables`: rotary tables are computed once, not in every call and step.
+    """
+
+    last_layer: bool = False
+    fold_norms: bool = False
+    time_mlp: bool = False
+    state_once: bool = False
+    kv_buffer: bool = False
+    rope_tables: bool = False
+
+
+class Simplify(Knob[SimplifyOptions]):
+    """Leave out what is not read, fold what is linear, keep what does not change. All vendors.
+
+    All are exact in real arithmetic; `last_layer`, `kv_buffer` and `rope_tables` to the bit where
+    the GEMMs are. Norms are folded in float32, before the cast, so that each weight is still
+    rounded once. The last three are built for the workload's layout, declared here; batches with
+    other masks are refused before they reach the policy.
+
+    Source: Dexmal/realtime-vla on NVIDIA (`convert_from_jax.py` folds Gemma's norms, the time
+    features and the action projection). `last_layer` helps eager runs: with `compile` the unread
+    part goes anyway, as the H200 trace of sunxxuns/openpi-1 shows.
+    """
+
+    name = "simplify"
+    options_type = SimplifyOptions
+
+    def fold(self, policy: Pi0Policy, cfg: Config) -> None:
+        """Fold the norms in float32."""
+        if self.of(cfg).fold_norms:
+            from openpi_opt.surgery.folded import fold_norms
+
+            fold_norms(policy)
+
+    def transform(self, policy: Pi0Policy, cfg: Config) -> None:
+        """Replace the last prefix layer and the stages."""
+        options = self.of(cfg)
+        if options.last_layer:
+            from openpi_opt.surgery.last_layer import keep_keys_values
+
+            keep_keys_values(policy)
+        changes = {name: getattr(options, name) for name in _STAGES}
+        if not any(changes.values()):
+            return
+        from openpi_opt.runtime import workload_of
+        from openpi_opt.surgery.lean import lean
+
+        if any(changes[name] for name in _FOR_A_LAYOUT):
+            policy.declare_layout(workload_of(cfg).layout)
+        lean(policy, horizon=cfg.workload.horizon, **changes)
+
+    def label(self, options: SimplifyOptions) -> str:
+        """The switches that are on."""
+        return switches_label(options)

@@ -1,0 +1,130 @@
+"""Projections of one input computed by one GEMM, with the weights of the original projections.
+
+The fused weight owns the storage and the original parameters become views of its rows, so no
+memory is doubled, files are loaded and saved under the original names, and what is written into an
+original weight acts on the fused one.
+
+Letters: B batch, S tokens, W width, Hq query heads, Hkv key/value heads, D head dim, F MLP width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openpi_opt.pi0 import gemma, siglip
+from openpi_opt.pi0.layers import Linear
+from openpi_opt.pi0.policy import Pi0Policy
+from openpi_opt.surgery.last_layer import KeysValuesLayer
+from openpi_opt.surgery.towers import gemma_layers, vision_layers
+
+
+class FusedLinear(Linear):
+    """Several linear layers of one input, stacked by rows; no part of the state dict."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        first = parts[0]
+        with torch.device("meta"):
+            super().__init__(
+                first.in_features, sum(part.out_features for part in parts), False, first.ops
+            )
+        self.weight = _stack([part.weight for part in parts])
+        if first.bias is not None:
+            self.bias = _stack([part.bias for part in parts])
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """The parts save these weights."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """The parts load these weights."""
+
+
+def _stack(parameters: Sequence[Tensor]) -> nn.Parameter:
+    """[rows, ...] each -> one parameter of all rows, whose slices the given ones become."""
+    stacked = torch.cat([parameter.data for parameter in parameters])
+    rows = stacked.split([len(parameter) for parameter in parameters])
+    for parameter, view in zip(parameters, rows, strict=True):
+        parameter.data = view
+    return nn.Parameter(stacked, requires_grad=False)
+
+
+class FusedAttention(gemma.SelfAttention):
+    """q, k and v of a Gemma layer in one GEMM: [2560, 2048] and [2560, 1024] in the full model."""
+
+    qkv_proj: FusedLinear
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, S, W] -> q [B, S, Hq, D], k and v [B, S, Hkv, D]: strided views of one tensor."""
+        heads = self.qkv_proj(x).view(*x.shape[:-1], -1, self.head_dim)
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
+        return q, k, v
+
+
+class FusedKeysValuesLayer(KeysValuesLayer):
+    """k and v of a layer of which nothing else is computed, in one GEMM."""
+
+    kv_proj: FusedLinear
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, W] -> [B, S, Hkv, D] twice: strided views of one tensor."""
+        heads = self.kv_proj(x).view(*x.shape[:-1], -1, self.self_attn.head_dim)
+        k, v = heads.chunk(2, dim=-2)
+        return k, v
+
+
+class FusedMlp(gemma.GatedMlp):
+    """gate and up in one GEMM: [32768, 2048] and [8192, 1024] in the full model."""
+
+    gate_up_proj: FusedLinear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, W] -> [B, S, W]; `gelu_mul` gets strided halves [B, S, F]."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.ops.gelu_mul(gate, up))
+
+
+class FusedVisionAttention(siglip.SelfAttention):
+    """q, k and v of a SigLIP layer in one GEMM with bias: [3456, 1152] in the full model."""
+
+    qkv_proj: FusedLinear
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, 256, W] -> q, k, v, each [N, 256, Hq, D]: strided views of one tensor."""
+        heads = self.qkv_proj(x).view(*x.shape[:-1], 3, self.heads, self.head_dim)
+        q, k, v = heads.unbind(-3)
+        return q, k, v
+
+
+def fuse_qkv(policy: Pi0Policy) -> None:
+    """One GEMM for q, k and v in every layer of both Gemma towers (row 13)."""
+    for layer in _layers(policy):
+        attention = layer.self_attn
+        if isinstance(layer, KeysValuesLayer):
+            layer.kv_proj = FusedLinear((attention.k_proj, attention.v_proj))
+            layer.__class__ = FusedKeysValuesLayer
+        else:
+            parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+            attention.qkv_proj = FusedLinear(parts)
+            attention.__class__ = FusedAttention
+
+
+def fuse_gate_up(policy: Pi0Policy) -> None:
+    """One GEMM for gate and up in every layer of both Gemma towers (row 13)."""
+    for layer in _layers(policy):
+        if not isinstance(layer, KeysValuesLayer):
+            layer.mlp.gate_up_proj = FusedLinear((layer.mlp.gate_proj, layer.mlp.up_proj))
+            layer.mlp.__class__ = FusedMlp
+
+
+def fuse_vision_qkv(policy: Pi0Policy) -> None:
+    """One GEMM for q, k and v in every SigLIP layer (row 13)."""
+    for layer in vision_layers(policy.vision):
+        attention = layer.self_attn
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        attention.qkv_proj = FusedLinear(parts)
+        attention.__class__ = FusedVisionAttention
+
+
+def _layers(policy: Pi0Policy) -> list[gemma.GemmaLayer]:
+    return gemma_layers(policy.language) + gemma_layers(policy.expert)

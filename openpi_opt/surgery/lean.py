@@ -1,0 +1,279 @@
+"""The policy's stages without the work that a known layout and fixed time steps make needless.
+
+Rows are those of the facts sheet's table of simplifications, named at each field of `Plan`.
+
+Letters: B batch, C cameras, L prompt slots, N valid prefix tokens, H horizon, A action dim, W
+language width, E expert width, D head dim.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from openpi_opt.pi0.gemma import Past, Rope, rope_at
+from openpi_opt.pi0.inputs import Inputs, Layout
+from openpi_opt.pi0.ops import Segment, Visibility
+from openpi_opt.pi0.policy import Pi0Policy, PrefixCache
+from openpi_opt.pi0.schedule import step_size, time_features
+from openpi_opt.surgery.buffer import BufferedKeysValues, with_room
+from openpi_opt.surgery.last_layer import keys_values
+from openpi_opt.surgery.towers import gemma_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is done differently from `Pi0Policy`; every combination is allowed."""
+
+    horizon: int = 0
+    """H of every call; needed by the fields that need a layout"""
+    separate_cameras: bool = False
+    """one vision pass for each camera instead of one for all (row 14, backwards)"""
+    skip_masked: bool = False
+    """encode and prefill valid tokens only (rows 2 to 4); needs a layout"""
+    time_mlp: bool = False
+    """fold the time features and `action_in_proj` into `action_time_mlp_in` (rows 7 and 8)"""
+    state_once: bool = False
+    """run the state token once and keep its keys and values (rows 5 and 6); needs a layout"""
+    kv_buffer: bool = False
+    """write a step's keys and values behind the prefix's in place; needs a layout"""
+    rope_tables: bool = False
+    """keep the rotary tables of prefix and suffix (row 17); needs a layout"""
+
+    @property
+    def fixed_layout(self) -> bool:
+        """Whether the stages are built for one layout and horizon."""
+        return self.skip_masked or self.state_once or self.kv_buffer or self.rope_tables
+
+
+class FixedRope(nn.Module):
+    """The rotary tables of positions [1, S] that never change, stored or computed anew."""
+
+    positions: Tensor
+    frequencies: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, positions: Tensor, policy: Pi0Policy, stored: bool) -> None:
+        super().__init__()
+        self.stored = stored
+        self.dtype = policy.dtype
+        rope = rope_at(positions, policy.frequencies, policy.dtype)
+        for name, value in (
+            ("positions", positions),
+            ("frequencies", policy.frequencies),
+            ("cos", rope.cos),
+            ("sin", rope.sin),
+        ):
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self) -> Rope:
+        """Cosines and sines [1, S, D/2]."""
+        if self.stored:
+            return Rope(self.cos, self.sin)
+        return rope_at(self.positions, self.frequencies, self.dtype)
+
+
+class LeanPolicy(Pi0Policy):
+    """A `Pi0Policy` that follows a `Plan`; `lean` makes one of a policy in place."""
+
+    plan: Plan
+    prefix_rope: FixedRope
+    state_rope: FixedRope
+    suffix_rope: FixedRope
+    suffix_mask: Tensor
+    action_weight: Tensor
+
+    def fill_buffers(self) -> None:
+        """As in `Pi0Policy`, and compute anew what the plan replaces."""
+        super().fill_buffers()
+        self.derive()
+
+    def declare_layout(self, layout: Layout | None) -> None:
+        """As in `Pi0Policy`, and compute anew what follows from the layout."""
+        super().declare_layout(layout)
+        self.derive()
+
+    def derive(self) -> None:
+        """Compute the constants of the plan for the present layout, dtype and weights."""
+        if self.plan.time_mlp:
+            self._fold_time()
+        if not self.plan.fixed_layout:
+            return
+        layout, horizon = self.layout, self.plan.horizon
+        if layout is None or horizon < 1:
+            raise ValueError(
+                f"{self.plan} needs a declared layout and a horizon: batches of one kind, with "
+                "the same masks in every element. Leave these simplifications out for others."
+            )
+        valid, stored = layout.prefix_valid, self.plan.rope_tables
+        positions = torch.arange(valid + 1 + horizon, device=self.device)[None]
+        prefix = positions[:, :valid] if self.plan.skip_masked else self.layout_positions
+        first = valid + 1 if self.plan.state_once else valid
+        self.prefix_rope = FixedRope(prefix, self, stored)
+        self.state_rope = FixedRope(positions[:, valid : valid + 1], self, stored)
+        self.suffix_rope = FixedRope(positions[:, first:], self, stored)
+        mask = (positions[0, valid:, None] > valid) | (positions <= valid)
+        self.register_buffer("suffix_mask", mask[None, None], persistent=False)
+
+    def _fold_time(self) -> None:
+        """Split action_time_mlp_in in two halves: W_a W_in [E, A], and per step W_t phi + biases.
+
+        In float64, rounded once.
+        """
+        into, mlp = self.action_in_proj, self.action_time_mlp_in
+        width = into.out_features
+        action_half, time_half = mlp.weight.double().split(width, dim=1)
+        features = time_features(self.steps, width).to(self.device).double()
+        bias = mlp.bias.double() + action_half @ into.bias.double()
+        weight = action_half @ into.weight.double()
+        self.register_buffer("action_weight", weight.float(), persistent=False)
+        table = features @ time_half.T + bias
+        self.register_buffer("time_table", table.float(), persistent=False)
+
+    def sample_actions(self, inputs: Inputs) -> Tensor:
+        """As in `Pi0Policy`; a state token that is run once belongs to the prefill."""
+        if not self.plan.state_once:
+            return super().sample_actions(inputs)
+        with record_function("openpi_opt::vision"):
+            image_tokens = self.encode_images(inputs.images)
+        with record_function("openpi_opt::prefill"):
+            cache = self.prefill(
+                image_tokens, inputs.tokens, inputs.image_mask, inputs.token_mask, inputs.state
+            )
+        dt = step_size(self.steps)
+        x_t = inputs.noise
+        for features in self.time_table.unbind():
+            with record_function("openpi_opt::denoise"):
+                x_t = x_t + dt * self.denoise_step(x_t, features, inputs.state, cache)
+        return x_t
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """[B, C, 3, 224, 224] -> image tokens [B, C*256, W] of all, or of the active, cameras."""
+        if self.plan.skip_masked:
+            images = self._active(images)
+        if not self.plan.separate_cameras:
+            return super().encode_images(images)
+        encode = super().encode_images
+        return torch.cat([encode(image) for image in images.split(1, dim=1)], dim=1)
+
+    def _active(self, images: Tensor) -> Tensor:
+        """The images of the cameras that the layout says are active; a view where it can be."""
+        assert self.layout is not None
+        cameras = [index for index, active in enumerate(self.layout.cameras) if active]
+        first, last = cameras[0], cameras[-1]
+        if last - first + 1 == len(cameras):
+            return images[:, first : last + 1]
+        return torch.stack([images[:, camera] for camera in cameras], dim=1)
+
+    def prefill(
+        self,
+        image_tokens: Tensor,
+        tokens: Tensor,
+        image_mask: Tensor,
+        token_mask: Tensor,
+        state: Tensor | None = None,
+    ) -> PrefixCache:
+        """As in `Pi0Policy`; with `state_once` the cache holds the state [B, A], too.
+
+        The masks are not read: the layout says what they are.
+        """
+        if not self.plan.fixed_layout:
+            return super().prefill(image_tokens, tokens, image_mask, token_mask)
+        assert self.layout is not None
+        if self.plan.skip_masked:
+            tokens = tokens[:, : self.layout.prompt_tokens]
+        x = torch.cat((image_tokens, self.embed_prompt(tokens)), dim=1)
+        visibility = self.prefix_visibility(self.layout_mask)
+        _, own = self.language(x, self.prefix_rope(), visibility, self.ops.attention_prefill)
+        if not (self.plan.skip_masked or self.layout.all_valid):
+            own = [type(c)(*(t.index_select(1, self.layout_index) for t in c)) for c in own]
+        caches: Sequence[Past] = own
+        if self.plan.kv_buffer:
+            caches = [with_room(cache, self.plan.horizon + 1) for cache in own]
+        if self.plan.state_once:
+            assert state is not None
+            caches = self._with_state(caches, state)
+        return PrefixCache(caches, self.layout_count, None)
+
+    def prefix_visibility(self, mask: Tensor) -> Visibility:
+        """Without masked tokens every query sees every key."""
+        if not self.plan.skip_masked or self.layout is None:
+            return super().prefix_visibility(mask)
+        return Visibility(None, (Segment(0, self.layout.prefix_valid, None),))
+
+    def _with_state(self, caches: Sequence[Past], state: Tensor) -> list[Past]:
+        """Append the state's keys and values to each layer's; its last layer needs no more.
+
+        It sees the prefix and itself, and nothing in it depends on time or actions.
+        """
+        x = self.state_proj(state)[:, None].to(self.dtype)
+        rope, visibility = self.state_rope(), Visibility(None, (Segment(0, 1, None),))
+        *layers, last = gemma_layers(self.expert)
+        joined: list[Past] = []
+        for layer, past in zip(layers, caches[:-1], strict=True):
+            x, cache = layer(x, rope, visibility, self.ops.attention_denoise, past)
+            joined.append(cache)
+        k, v = keys_values(last, last.input_layernorm(x))
+        joined.append(caches[-1].joined(self.ops.rotary(k, *rope), v))
+        buffered = [past for past in caches if isinstance(past, BufferedKeysValues)]
+        return [past._replace(filled=past.filled + 1) for past in buffered] or joined
+
+    def embed_suffix(self, x_t: Tensor, features: Tensor, state: Tensor) -> Tensor:
+        """As in `Pi0Policy`; `features` [E] are a row of `time_table`, whatever that holds."""
+        plan = self.plan
+        if not (plan.time_mlp or plan.state_once):
+            return super().embed_suffix(x_t, features, state)
+        if plan.time_mlp:
+            hidden = F.linear(x_t, self.action_weight, features)
+        else:
+            action = self.action_in_proj(x_t)
+            timed = torch.cat((action, features.expand_as(action)), dim=-1)
+            hidden = self.action_time_mlp_in(timed)
+        mixed = self.action_time_mlp_out(F.silu(hidden))
+        if plan.state_once:
+            return mixed
+        return torch.cat((self.state_proj(state)[:, None], mixed), dim=1)
+
+    def denoise_step(
+        self, x_t: Tensor, features: Tensor, state: Tensor, cache: PrefixCache
+    ) -> Tensor:
+        """As in `Pi0Policy`, with the constants of the layout."""
+        plan = self.plan
+        if not plan.fixed_layout:
+            return super().denoise_step(x_t, features, state, cache)
+        if x_t.shape[1] != plan.horizon:
+            raise ValueError(
+                f"The horizon is {x_t.shape[1]}; this policy was built for {plan.horizon}."
+            )
+        suffix = self.embed_suffix(x_t, features, state).to(self.dtype)
+        visibility = self._suffix_visibility()
+        hidden, _ = self.expert(
+            suffix, self.suffix_rope(), visibility, self.ops.attention_denoise, cache.layers
+        )
+        actions = hidden if plan.state_once else hidden[:, 1:]
+        return self.action_out_proj(self.expert.norm(actions).float())
+
+    def _suffix_visibility(self) -> Visibility:
+        """As `suffix_visibility`; once the state is a key, actions see all there is."""
+        assert self.layout is not None
+        horizon, valid = self.plan.horizon, self.layout.prefix_valid
+        if self.plan.state_once:
+            return Visibility(None, (Segment(0, horizon, None),))
+        segments = (Segment(0, 1, valid + 1), Segment(1, horizon + 1, None))
+        return Visibility(self.suffix_mask, segments)
+
+
+def lean(policy: Pi0Policy, **changes: int | bool) -> None:
+    """Add `changes` to the plan of `policy`, which becomes a `LeanPolicy` in place.
+
+    Raises ValueError when a change needs a layout and none is declared.
+    """
+    plan = policy.plan if isinstance(policy, LeanPolicy) else Plan()
+    policy.__class__ = LeanPolicy
+    assert isinstance(policy, LeanPolicy)
+    policy.plan = dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
+    policy.derive()

@@ -1,0 +1,251 @@
+"""The Triton kernels on a GPU: bfloat16 on the model's shapes, compiled and captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openpi_opt.kernels import (
+    triton_activation,
+    triton_attention,
+    triton_decode,
+    triton_norm,
+    triton_rotary,
+    triton_skinny_gemm,
+)
+from openpi_opt.pi0 import ops
+from openpi_opt.pi0.ops import SEE_ALL, Segment, Visibility
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = 6e-3  # bfloat16 inputs and output: half a unit in the last place is 2e-3
+EPS = 1e-6
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    wide = [t.double().transpose(1, 2) for t in (q, k, v)]
+    out = F.scaled_dot_product_attention(*wide, attn_mask=mask, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+Case = tuple[Callable[..., Any], tuple[Any, ...], Callable[..., Any]]
+
+
+def decode(horizon: int, launch: dict[str, int], cached: bool) -> Case:
+    """The suffix of a denoising step; the mask is what `Pi0Policy.suffix_visibility` says."""
+    tokens, past = horizon + 1, 788
+    q = randn(1, tokens, 8, 256)
+    k, v = randn(2, 1, past + tokens, 1, 256, seed=1)
+    mask = torch.ones(tokens, past + tokens, dtype=torch.bool, device="cuda")
+    mask[0, past + 1 :] = False
+    visibility = Visibility(None, (Segment(0, 1, past + 1), Segment(1, tokens, None)))
+    if not cached:
+        attend = triton_decode.attention(launch)
+
+        def joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q, k, v, visibility, 0.0625)
+
+        return joined, (q, k, v), lambda q, k, v: attended(q, k, v, mask, 0.0625)
+    attend_cached = triton_decode.cached_attention(launch)
+
+    def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        caches = [(k[:, a:b], v[:, a:b]) for a, b in ((0, past), (past, None))]
+        return attend_cached(q, *caches, visibility, 0.0625)
+
+    return apart, (q, k, v), lambda q, k, v: attended(q, k, v, mask, 0.0625)
+
+
+def flash(shape: tuple[int, ...], visible: int | None) -> Case:
+    batch, tokens, heads, kv_heads, width = shape
+    q, scale = randn(batch, tokens, heads, width), width**-0.5
+    k, v = randn(2, batch, tokens, kv_heads, width, seed=1)
+    mask, visibility = None, SEE_ALL
+    if visible is not None:
+        mask = (torch.arange(tokens, device="cuda") < visible)[None, None, None]
+        visibility = Visibility(mask, None)
+    attend = triton_attention.attention()
+    return (
+        lambda q, k, v: attend(q, k, v, visibility, scale),
+        (q, k, v),
+        lambda q, k, v: attended(q, k, v, mask, scale),
+    )
+
+
+def skinny(rows: int, n: int, k: int, launch: dict[str, int], normed: bool) -> Case:
+    x, weight = randn(1, rows, k), randn(n, k, seed=1) * k**-0.5
+    residual, gain = randn(1, rows, n), randn(k, dtype=torch.float32) * 0.1
+    code = triton_skinny_gemm.encoded(triton_skinny_gemm.Launch, launch)
+    norm = (gain, EPS) if normed else (None, None)
+
+    def ours(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        out: Tensor = triton_skinny_gemm.skinny_linear(x, weight, None, residual, *norm, code)
+        return out
+
+    def expected(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        wide = x.double()
+        if normed:
+            wide = wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() * (1 + gain.double())
+        return wide @ weight.double().T + residual.double()
+
+    return ours, (x, weight, residual), expected
+
+
+def gated(rows: int) -> Case:
+    x, weight = randn(1, rows, 1024), randn(8192, 1024, seed=1) / 32
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        out: Tensor = triton_skinny_gemm.skinny_gelu_mul(x, weight, None, EPS, [])
+        return out
+
+    def expected(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.double()
+        wide = wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        gate, up = (wide @ weight.double().T).chunk(2, -1)
+        return F.gelu(gate, approximate="tanh") * up
+
+    return ours, (x, weight), expected
+
+
+def down_and_norm(rows: int) -> Case:
+    x, weight, residual = randn(1, rows, 4096), randn(1024, 4096) / 64, randn(1, rows, 1024)
+
+    def ours(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        out: tuple[Tensor, Tensor] = triton_skinny_gemm.skinny_linear_add_rms_norm(
+            x, weight, residual, None, EPS, []
+        )
+        return out
+
+    def expected(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.double() @ weight.double().T + residual.double()
+        return total, total * (total.square().mean(-1, keepdim=True) + EPS).rsqrt()
+
+    return ours, (x, weight, residual), expected
+
+
+def norms() -> Case:
+    x, residual = randn(1, 788, 2048), randn(1, 788, 2048, seed=1)
+    gain = randn(2048, dtype=torch.float32)
+
+    def expected(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = (x + residual).double()
+        rms = (total.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        return total, total * rms * (1 + gain.double())
+
+    return lambda x, r: triton_norm.add_rms_norm(x, r, gain, EPS), (x, residual), expected
+
+
+def layer_norm() -> Case:
+    x, (weight, bias) = randn(3, 256, 1152), randn(2, 1152)
+    return (
+        lambda x: triton_norm.layer_norm(x, weight, bias, EPS),
+        (x,),
+        lambda x: F.layer_norm(x.double(), (1152,), weight.double(), bias.double(), EPS),
+    )
+
+
+def gelu_mul() -> Case:
+    def expected(x: Tensor) -> Tensor:
+        gate, up = x.double().chunk(2, -1)
+        return F.gelu(gate, approximate="tanh") * up
+
+    return triton_activation.gelu_mul_fused, (randn(1, 788, 32768),), expected
+
+
+def rotary() -> Case:
+    q, k = randn(1, 788, 8, 256), randn(1, 788, 1, 256)
+    angle = randn(1, 788, 128, dtype=torch.float32) * 9
+    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+
+    def expected(q: Tensor, k: Tensor) -> list[Tensor]:
+        return [ops.rotary(t.double(), cos.double(), sin.double()) for t in (q, k)]
+
+    return lambda q, k: triton_rotary.rotary_qk(q, k, cos, sin), (q, k), expected
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "decode": lambda: decode(10, {}, False),
+    "decode, fused": lambda: decode(10, {"fused": 1}, False),
+    "decode, cached": lambda: decode(10, {}, True),
+    "decode, cached, fused": lambda: decode(50, {"fused": 1}, True),
+    "decode, horizon 50": lambda: decode(50, {}, False),
+    "prefill": lambda: flash((1, 788, 8, 1, 256), None),
+    "prefill, masked": lambda: flash((1, 788, 8, 1, 256), 532),
+    "vision": lambda: flash((3, 256, 16, 16, 72), None),
+    "qkv": lambda: skinny(11, 2560, 1024, {}, True),
+    "qkv, 51 rows": lambda: skinny(51, 2560, 1024, {}, True),
+    "o": lambda: skinny(11, 1024, 2048, {}, False),
+    "o, two kernels": lambda: skinny(11, 1024, 2048, {"fused": 0, "split_k": 8}, False),
+    "down": lambda: skinny(11, 1024, 4096, {}, False),
+    "k": lambda: skinny(11, 256, 1024, {}, False),
+    "gate, up": lambda: gated(11),
+    "gate, up, 51 rows": lambda: gated(51),
+    "down and norm": lambda: down_and_norm(11),
+    "add and norm": norms,
+    "layer norm": layer_norm,
+    "gelu_mul": gelu_mul,
+    "rotary": rotary,
+}
+
+
+def listed(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers(name: str) -> None:
+    ours, arguments, expected = CASES[name]()
+    results = listed(ours(*arguments))
+    for actual, wanted in zip(results, listed(expected(*arguments)), strict=True):
+        assert error(actual, wanted) < TOLERANCE
+    for actual, again in zip(results, listed(ours(*arguments)), strict=True):
+        assert torch.equal(actual, again), "two calls differ"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_and_captured(name: str) -> None:
+    """One graph of Dynamo's, then one CUDA graph that follows new inputs."""
+    ours, arguments, expected = CASES[name]()
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, dynamic=False)
+    static = [argument.clone() for argument in arguments]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(3):
+            compiled(*static)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        captured = listed(compiled(*static))
+    for factor in (1.0, -0.5):
+        for argument, source in zip(static, arguments, strict=True):
+            argument.copy_(source * factor)
+        graph.replay()
+        torch.cuda.synchronize()
+        for actual, wanted in zip(captured, listed(expected(*static)), strict=True):
+            assert error(actual, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["decode, fused", "o", "down"])
+def test_the_last_block_adds_the_same_each_time(name: str) -> None:
+    """Which block comes last varies; the order of the sum must not."""
+    ours, arguments, _ = CASES[name]()
+    first = ours(*arguments)
+    for _ in range(500):
+        assert torch.equal(ours(*arguments), first)

@@ -1,0 +1,265 @@
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from machine_samples import A100, CPU, H100, MI300X, MI350, T4, config, machine
+
+from openpi_opt import runtime
+from openpi_opt.config import Config, Guard
+from openpi_opt.errors import RefusedError, UserError
+from openpi_opt.kernels import fp8
+from openpi_opt.knobs import BY_NAME, blas
+from openpi_opt.knobs.blas import LIBRARIES, Blas
+from openpi_opt.machine import Machine
+from openpi_opt.measure import guard
+from openpi_opt.pi0.workload import make_inputs
+
+KNOB = Blas()
+FP8 = {"blas": {"backend": "fp8"}}
+AITER = {"blas": {"backend": "aiter"}}
+
+
+def outcome(raw: dict, on: Machine) -> str | None:
+    refusal = KNOB.check(config(raw, on), on)
+    return refusal and refusal.outcome
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_exists_on_its_vendor_only(library: str) -> None:
+    raw = {"blas": {"library": library}}
+    runs = [m for m in (CPU, H100, MI300X) if outcome(raw, m) is None]
+    assert runs == [{"cuda": H100, "rocm": MI300X}[LIBRARIES[library][0]]]
+
+
+def test_two_ways_to_choose_a_library_contradict() -> None:
+    variables = {"environment": {"variables": {"TORCH_BLAS_PREFER_HIPBLASLT": 1}}}
+    assert outcome({"blas": {"library": "rocblas"}, **variables}, MI300X) == "invalid"
+    assert outcome(variables, MI300X) is None
+
+
+@pytest.mark.parametrize(
+    ("on", "expected"),
+    [
+        (H100, None),
+        (MI300X, None),
+        (MI350, None),
+        (CPU, None),
+        (A100, "unavailable"),
+        (T4, "unavailable"),
+        (machine("gfx90a"), "unavailable"),
+    ],
+)
+def test_fp8_needs_recent_matrix_cores(on: Machine, expected: str | None) -> None:
+    assert outcome(FP8, on) == expected
+    assert outcome({**FP8, "precision": {"dtype": "float32"}}, on) == "invalid"
+
+
+def test_aiter_needs_amd_and_the_package(tmp_path: Path) -> None:
+    assert outcome(AITER, MI300X) is None
+    assert outcome(AITER, machine("gfx942")) == "unavailable"
+    assert outcome(AITER, H100) == "unavailable"
+    assert (
+        outcome({"blas": {"backend": "aiter", "aiter": {"table": "no.csv"}}}, MI300X) == "invalid"
+    )
+    assert outcome({**AITER, "precision": {"dtype": "float32"}}, MI300X) == "invalid"
+
+
+def test_the_own_kernel_must_have_something_left() -> None:
+    gemm = {"gemm": {"backend": "triton_skinny"}}
+    assert outcome({**FP8, **gemm}, H100) == "invalid"
+    some = {"backend": "fp8", "fp8": {"stages": ["vision", "prefill"]}}
+    assert outcome({"blas": some, **gemm}, H100) is None
+    assert outcome({**AITER, **gemm}, MI300X) == "invalid"
+    few = {"backend": "aiter", "aiter": {"max_rows": 11}}
+    assert outcome({"blas": few, **gemm}, MI300X) is None
+
+
+def test_tunableop_needs_rocm_and_what_it_reads(tmp_path: Path) -> None:
+    file = tmp_path / "found.csv"
+    use = {"blas": {"tunableop": {"mode": "use", "file": str(file)}}}
+    assert outcome({"blas": {"tunableop": {"mode": "tune"}}}, H100) == "unavailable"
+    assert outcome({"blas": {"tunableop": {"mode": "tune"}}}, MI300X) is None
+    assert outcome(use, MI300X) == "unavailable"
+    file.touch()
+    assert outcome(use, MI300X) is None
+
+
+@pytest.mark.parametrize(
+    ("raw", "same_as"),
+    [
+        ({"aiter": {"max_rows": 64, "preshuffle": True}, "fp8": {"stages": ["vision"]}}, {}),
+        ({"tunableop": {"file": "x.csv", "rotating_mib": 9}}, {}),
+        (
+            {"backend": "aiter", "aiter": {"preshuffle_min_rows": 1}},
+            {"backend": "aiter"},
+        ),
+        (
+            {"backend": "fp8", "fp8": {"stages": ["denoise", "vision", "prefill"]}},
+            {"backend": "fp8"},
+        ),
+        ({"backend": "fp8", "fp8": {"fast_accum": False}}, {"backend": "fp8"}),
+    ],
+)
+def test_settings_of_what_is_not_chosen_do_not_count(raw: dict, same_as: dict) -> None:
+    assert config({"blas": raw}, MI300X).hash() == config({"blas": same_as}, MI300X).hash()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"backend": "fp8", "fp8": {"stages": ["vision"]}},
+        {"backend": "fp8", "fp8": {"fast_accum": False}},
+        {"library": "cublaslt"},
+    ],
+)
+def test_settings_that_are_read_count(raw: dict) -> None:
+    plain = {"backend": raw.get("backend", "torch")}
+    assert config({"blas": raw}, H100).hash() != config({"blas": plain}, H100).hash()
+
+
+def test_fp8_without_a_stage_is_refused() -> None:
+    with pytest.raises(UserError, match=r"blas\.fp8\.stages"):
+        config({"blas": {"backend": "fp8", "fp8": {"stages": []}}})
+
+
+def test_only_fp8_is_lossy_and_held_to_the_wider_limit() -> None:
+    assert config(FP8, H100).lossy()
+    for raw in ({}, {"compile": {"mode": "default"}}, {"precision": {"dtype": "float16"}}, AITER):
+        assert not config(raw, MI300X).lossy()
+    limits = Guard(factor=2.0, cap=0.05, lossy_cap=0.1)
+    assert guard.tolerance(limits, 0.01) == 0.02
+    assert guard.tolerance(limits, 0.01, lossy=True) == 0.1
+
+
+# --- in the trial --------------------------------------------------------------------------------
+
+
+def fp8_policy(cfg: Config) -> tuple[runtime.Prepared, float]:
+    """The policy with its knobs, and its distance from float32 on an input of its own."""
+    policy = runtime.build_policy(cfg, torch.device("cpu"))
+    inputs = make_inputs(runtime.workload_of(cfg), policy.config, 0, "cpu")
+    with torch.no_grad():
+        expected = policy.sample_actions(inputs)
+    prepared = runtime.apply_knobs(policy, cfg)
+    found = guard.distance(prepared.call(inputs), expected).rel_l2
+    assert found is not None
+    return prepared, found
+
+
+WORKLOAD = {
+    "workload": {"steps": 1, "active_cameras": [True], "prompt_slots": 4, "prompt_tokens": 4}
+}
+
+
+@pytest.fixture(autouse=True)
+def one_calibration_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "_CALIBRATION_SEEDS", range(7, 8))
+
+
+@pytest.mark.parametrize("stage", ["vision", "prefill", "denoise"])
+def test_fp8_replaces_the_layers_of_its_stage_and_stays_close(stage: str) -> None:
+    prepared, distance = fp8_policy(
+        config({**WORKLOAD, "blas": {"backend": "fp8", "fp8": {"stages": [stage]}}})
+    )
+    policy = prepared.policy
+    towers = {"vision": policy.vision, "prefill": policy.language, "denoise": policy.expert}
+    for name, tower in towers.items():
+        kinds = [isinstance(m, fp8.Fp8Linear) for m in tower.modules() if hasattr(m, "in_features")]
+        assert all(kinds) if name == stage else not any(kinds)
+    assert 0.001 < distance < 0.1
+
+
+def test_fp8_reaches_fused_layers_and_the_files_names_stay() -> None:
+    fusion = {"qkv": True, "gate_up": True, "vision_qkv": True}
+    cfg = config({**WORKLOAD, **FP8, "fusion": fusion})
+    names = set(runtime.build_policy(cfg, torch.device("cpu")).state_dict())
+    prepared, distance = fp8_policy(cfg)
+    layer = prepared.policy.language.layers[0]
+    assert isinstance(layer.self_attn.qkv_proj, fp8.Fp8Linear)  # type: ignore[union-attr]
+    assert not isinstance(layer.self_attn.q_proj, fp8.Fp8Linear)  # type: ignore[union-attr]
+    assert set(prepared.policy.state_dict()) == names
+    assert distance < 0.1
+
+
+def test_a_library_that_torch_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch warns and keeps another one where the architecture is not supported."""
+    chosen = torch._C._BlasBackend.Cublas
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", lambda name=None: chosen)
+    blas._prefer("rocblas")
+    with pytest.raises(RefusedError, match="torch uses") as error:
+        blas._prefer("hipblaslt")
+    assert error.value.outcome == "unavailable"
+
+
+class FakeTunable(types.SimpleNamespace):
+    """The functions of `torch.cuda.tunable` that are called, keeping what was set."""
+
+    def __init__(self, readable: bool, results: tuple) -> None:
+        state: dict = {}
+        super().__init__(
+            state=state,
+            enable=lambda value: state.update(enabled=value),
+            tuning_enable=lambda value: state.update(tuning=value),
+            set_filename=lambda name, insert_device_ordinal: state.update(file=name),
+            set_rotating_buffer_size=lambda size: state.update(rotating=size),
+            read_file=lambda name: readable,
+            get_results=lambda: results,
+        )
+
+
+def test_tuning_happens_in_the_first_call_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    tunable = FakeTunable(True, (("GemmTunableOp", "x", "y", 0.1),))
+    monkeypatch.setattr(torch.cuda, "tunable", tunable)
+    cfg = config({"blas": {"tunableop": {"mode": "tune", "rotating_mib": 64}}}, MI300X)
+    KNOB.configure(cfg)
+    assert tunable.state == {
+        "enabled": True,
+        "tuning": True,
+        "file": "tunableop_results.csv",
+        "rotating": 64,
+    }
+    during: list[bool] = []
+    call = KNOB.wrap(lambda inputs: during.append(tunable.state["tuning"]), cfg)  # type: ignore
+    call(None)  # type: ignore[arg-type]
+    call(None)  # type: ignore[arg-type]
+    assert during == [True, False]
+
+
+def test_tuning_that_tuned_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "tunable", FakeTunable(True, ()))
+    cfg = config({"blas": {"tunableop": {"mode": "tune"}}}, MI300X)
+    with pytest.raises(RefusedError, match="no product"):
+        KNOB.wrap(lambda inputs: None, cfg)(None)  # type: ignore
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_file_for_another_gpu_is_refused(readable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tunable = FakeTunable(readable, ())
+    monkeypatch.setattr(torch.cuda, "tunable", tunable)
+    cfg = config({"blas": {"tunableop": {"mode": "use"}}}, MI300X)
+    if readable:
+        KNOB.configure(cfg)
+        assert tunable.state["tuning"] is False
+        return
+    with pytest.raises(RefusedError, match="another GPU"):
+        KNOB.configure(cfg)
+
+
+def test_aiter_that_served_nothing_ends_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    from openpi_opt.kernels import tuned_gemm
+
+    found = tuned_gemm.Lookups()
+    monkeypatch.setattr(tuned_gemm, "lookups", lambda: found)
+    cfg = config(AITER, MI300X)
+    assert KNOB.environment(cfg)["AITER_LOG_TUNED_CONFIG"] == "1"
+    found.library[11, 64, 64] = "torch"
+    with pytest.raises(RefusedError, match="11x64x64"):
+        KNOB.wrap(lambda inputs: None, cfg)(None)  # type: ignore
+    found.library[16, 64, 64] = "asm"
+    KNOB.wrap(lambda inputs: None, cfg)(None)  # type: ignore
+    assert KNOB.notes(cfg)
+
+
+def test_registered() -> None:
+    assert isinstance(BY_NAME["blas"], Blas)

@@ -1,0 +1,222 @@
+import pytest
+import torch
+from machine_samples import CPU, H100, config
+from torch import Tensor
+
+from openpi_opt import runtime
+from openpi_opt.errors import RefusedError
+from openpi_opt.kernels.compiled import CompilationError, CompiledCall
+from openpi_opt.knobs import compile as module
+from openpi_opt.knobs.compile import Compile, CompileOptions, InductorOptions
+from openpi_opt.pi0.inputs import Inputs
+from openpi_opt.pi0.workload import make_inputs
+
+# Importing Inductor makes torch warn about its own code.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+KNOB = Compile()
+NOT_BOOL = {"max_fusion_size", "max_autotune_gemm_backends"}
+INDUCTOR = list(InductorOptions().model_dump())
+
+
+def of(mode: str = "default", scope: str = "stage", **inductor: object) -> dict:
+    return {"compile": {"mode": mode, "scope": scope, "inductor": inductor}}
+
+
+def test_every_option_exists_in_this_torch_under_this_name() -> None:
+    known = torch._inductor.list_options()
+    chosen = InductorOptions(**dict.fromkeys(set(INDUCTOR) - {"triton"} - NOT_BOOL, True))
+    assert set(chosen.chosen()) <= set(known)
+    assert {"max_fusion_size", "max_autotune_gemm_backends", "triton.multi_kernel"} <= set(known)
+
+
+def test_the_table_of_defaults_is_this_torchs() -> None:
+    current = torch._inductor.config.get_config_copy()
+    assert {key: current[key] for key in module.DEFAULTS} == module.DEFAULTS
+
+
+def test_names_are_read_from_the_source_without_importing_it() -> None:
+    source = """
+a: bool = 1
+b = c = 2
+class triton:
+    d = 3
+    def f(): g = 1
+class cpp:
+    e = 1
+"""
+    assert module.inductor_names(source) == {"a", "b", "c", "triton.d"}
+    installed = module._installed_names()
+    assert set(module.DEFAULTS) <= installed
+    assert "group_fusion" in installed
+
+
+def test_an_option_that_this_torch_lacks_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_installed_names", lambda: frozenset({"freezing"}))
+    assert KNOB.check(config(of(freezing=True)), CPU) is None
+    refusal = KNOB.check(config(of(freezing=True, cpp_wrapper=True)), CPU)
+    assert refusal is not None
+    assert refusal.outcome == "unavailable"
+    assert "compile.inductor.cpp_wrapper" in refusal.reason
+    assert "freezing" not in refusal.reason
+
+
+def test_the_trial_asks_torch_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: ["freezing"])
+    with pytest.raises(RefusedError, match="cpp_wrapper") as error:
+        module._settings(CompileOptions(mode="default", inductor={"cpp_wrapper": True}))  # type: ignore[arg-type]
+    assert error.value.outcome == "unavailable"
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce_overhead", "max_autotune"])
+def test_modes_are_torchs_and_options_come_on_top(mode: str) -> None:
+    options = CompileOptions(mode=mode, inductor={"triton": {"multi_kernel": 1}})  # type: ignore[arg-type]
+    expected = torch._inductor.list_mode_options(mode.replace("_", "-"))
+    assert module._settings(options) == {**expected, "triton.multi_kernel": 1}
+
+
+@pytest.mark.parametrize(
+    ("raw", "same_as"),
+    [
+        (of("off", "call", freezing=True), {}),
+        (of(group_fusion=True, benchmark_kernel=True), of()),
+        (of(max_fusion_size=64, shape_padding=True, freezing=False), of()),
+        (of(max_autotune_gemm_backends="ATEN"), of()),
+        (of("max_autotune", coordinate_descent_tuning=True), of("max_autotune")),
+    ],
+)
+def test_what_has_no_effect_does_not_count(raw: dict, same_as: dict) -> None:
+    assert config(raw, H100).hash() == config(same_as, H100).hash()
+
+
+@pytest.mark.parametrize(
+    ("raw", "other"),
+    [
+        (of(freezing=True), of()),
+        (of(max_fusion_size=128), of()),
+        (of("max_autotune", max_autotune_gemm_backends="ATEN"), of("max_autotune")),
+        (of("max_autotune", coordinate_descent_tuning=False), of("max_autotune")),
+        (of(coordinate_descent_tuning=True), of()),
+        (of(triton={"multi_kernel": 1}), of()),
+        (of(scope="call"), of()),
+    ],
+)
+def test_what_has_an_effect_counts(raw: dict, other: dict) -> None:
+    assert config(raw, H100).hash() != config(other, H100).hash()
+
+
+def test_inert_options_are_noted_and_shown() -> None:
+    cfg = config(of(group_fusion=True, freezing=True))
+    (note,) = KNOB.notes(cfg)
+    assert "compile.inductor.group_fusion" in note
+    assert cfg.labels()["compile"] == "default group_fusion=True freezing=True"
+    assert KNOB.notes(config(of("off", group_fusion=True))) == []
+
+
+@pytest.mark.parametrize("mode", ["reduce_overhead", "max_autotune"])
+def test_two_captures_contradict_and_a_cpu_has_none(mode: str) -> None:
+    both = KNOB.check(config({**of(mode), "graph": {"mode": "manual"}}, H100), H100)
+    assert both is not None
+    assert both.outcome == "invalid"
+    on_cpu = KNOB.check(config(of(mode)), CPU)
+    assert on_cpu is not None
+    assert on_cpu.outcome == "unavailable"
+    assert KNOB.check(config(of(mode), H100), H100) is None
+
+
+def test_the_cpp_wrapper_needs_a_cpp_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "which", lambda name: name if name == "gcc" else None)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    assert KNOB.check(config(of(), H100), H100) is None
+    assert KNOB.check(config(of(cpp_wrapper=True), H100), H100) is not None
+
+
+# --- what happens at the calls -------------------------------------------------------------------
+
+
+def inputs(batch: int = 1) -> Inputs:
+    return Inputs(*(torch.ones(batch, 2) for _ in Inputs._fields))
+
+
+def compiled(function: object) -> object:
+    return torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def test_a_recompilation_between_calls_is_an_error() -> None:
+    part = compiled(lambda x: x * 2)
+    call = CompiledCall(lambda i: part(i.noise), parts=1)  # type: ignore[operator]
+    assert call(inputs()).shape == (1, 2)
+    assert call(inputs()).shape == (1, 2)
+    with pytest.raises(RuntimeError, match="recompile"):
+        call(inputs(batch=2))
+
+
+def test_a_recompilation_within_the_first_call_is_an_error() -> None:
+    """As when each denoising step had a shape of its own: ten graphs instead of one."""
+    part = compiled(lambda x: x * 2)
+
+    def grows(i: Inputs) -> Tensor:
+        return part(torch.cat([part(i.noise), i.noise]))  # type: ignore[operator,no-any-return]
+
+    with pytest.raises(CompilationError, match="2 graphs were compiled for 1"):
+        CompiledCall(grows, parts=1)(inputs())
+
+
+def test_a_second_policy_in_the_process_may_compile() -> None:
+    for scale in (2, 3):
+        part = compiled(lambda x, scale=scale: x * scale)
+        call = CompiledCall(lambda i, part=part: part(i.noise), parts=1)
+        for _ in range(2):
+            assert float(call(inputs())[0, 0]) == scale
+
+
+def test_a_capture_that_inductor_skips_is_an_error() -> None:
+    def skipping(i: Inputs) -> Tensor:
+        torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] += 1
+        return i.noise
+
+    with pytest.raises(CompilationError, match="did not capture"):
+        CompiledCall(skipping, parts=1, captured=True)(inputs())
+    CompiledCall(skipping, parts=1)(inputs())
+
+
+def test_captured_actions_are_a_copy() -> None:
+    static = torch.zeros(1, 2)
+    call = CompiledCall(lambda i: static.copy_(i.noise), parts=1, captured=True)
+    first = call(inputs())
+    call(inputs()._replace(noise=torch.full((1, 2), 7.0)))
+    assert float(first[0, 0]) == 1.0
+
+
+@pytest.mark.parametrize("scope", ["stage", "call"])
+def test_the_small_model_compiles_and_computes_the_same(scope: str) -> None:
+    sdpa = dict.fromkeys(("vision", "prefill", "denoise"), "sdpa")
+    cfg = config(
+        {
+            "precision": {"dtype": "float32"},
+            "workload": {"steps": 2, "active_cameras": [True]},
+            "attention": sdpa,
+            **of(scope=scope, freezing=True, max_fusion_size=128),
+        }
+    )
+    policy = runtime.build_policy(cfg, torch.device("cpu"))
+    first, second = (
+        make_inputs(runtime.workload_of(cfg), policy.config, seed, "cpu") for seed in (0, 1)
+    )
+    with torch.no_grad():
+        expected = policy.sample_actions(second)
+    prepared = runtime.apply_knobs(policy, cfg)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    prepared.call(first)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    assert graphs == {"stage": 3, "call": 1}[scope]
+    torch.testing.assert_close(prepared.call(second), expected, rtol=1e-3, atol=1e-4)
+    assert not list(torch._dynamo.utils.counters["graph_break"])
+    with pytest.raises(RuntimeError, match="recompile"):
+        prepared.call(Inputs(*(tensor.repeat_interleave(2, 0) for tensor in second)))

@@ -1,0 +1,220 @@
+"""What holds for every knob and every option, run over the registry and the folders of `conf/`."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+from collections.abc import Collection, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mini_policies import (
+    CPU,
+    MASKED,
+    config,
+    options,
+    plain_actions,
+    plain_policy,
+    prepare,
+    sample_inputs,
+)
+
+from openpi_opt.compose import compose
+from openpi_opt.config import Config
+from openpi_opt.knobs import BY_NAME, KNOBS
+from openpi_opt.knobs.base import Refusal
+from openpi_opt.measure import guard
+from openpi_opt.pi0 import checkpoint
+
+OPTIONS = {knob.name: options(knob.name) for knob in KNOBS}
+CASES = [(knob, option) for knob, found in OPTIONS.items() for option in found]
+FULL = {"active_cameras": [True], "prompt_slots": 4, "prompt_tokens": 4}
+
+# Options that change the values of the state dict (never its names or shapes), and why. What is
+# saved is the same function all the same.
+VALUES_CHANGE = {
+    ("precision", "bfloat16"): "rounds the weights",
+    ("precision", "float16"): "rounds the weights",
+    ("simplify", "all"): "folds the gains of norms into the next weights",
+}
+# Options that are not run here though `check` allows them on a CPU, and why.
+NOT_RUN = {
+    ("blas", "tunableop_tune"): "writes a file, and tunes nothing on a CPU",
+    ("blas", "tunableop_use"): "needs a file that was tuned before",
+}
+# Options left out of the pairs, and the one that stands for them there.
+SAME_TRACE = {
+    ("compile", option): "default; they differ in how Inductor generates code, not in the trace"
+    for option in OPTIONS["compile"]
+    if option not in ("off", "default")
+}
+SAME_TRACE |= {
+    ("environment", option): "stock; variables act in a process of its own"
+    for option in OPTIONS["environment"]
+    if option != "stock"
+}
+# The pairs are run in float32.
+NOT_FLOAT32 = {("precision", "bfloat16"), ("precision", "float16")}
+
+
+def chosen(*cases: tuple[str, str], workload: dict[str, Any] | None = None, **base: Any) -> Config:
+    return config(workload, **{**base, **{knob: OPTIONS[knob][option] for knob, option in cases}})
+
+
+def refusal(cfg: Config) -> Refusal | None:
+    found = (knob.check(cfg, CPU) for knob in KNOBS)
+    return next((reason for reason in found if reason is not None), None)
+
+
+# In which precision each option runs here; the options of `precision` bring their own.
+RUNS = [
+    (knob, option, dtype)
+    for knob, option in CASES
+    for dtype in (["float32"] if knob == "precision" else ["float32", "bfloat16"])
+    if (knob, option) not in NOT_RUN
+    and refusal(chosen((knob, option), precision={"dtype": dtype})) is None
+]
+FLOAT32 = [(knob, option) for knob, option, dtype in RUNS if dtype == "float32"]
+
+
+def covering() -> list[tuple[tuple[str, str], ...]]:
+    """Few combinations, in which every allowed pair of options of two knobs occurs."""
+    pairs = {pair for pair in map(frozenset, itertools.combinations(PAIRED, 2)) if _allowed(pair)}
+    rows = []
+    while pairs:
+        row = sorted(min(pairs, key=sorted))
+        for knob in [knob for knob in OPTIONS if knob not in dict(row)]:
+            candidates = [case for case in PAIRED if case[0] == knob and _allowed({*row, case})]
+            if candidates:
+                row.append(max(candidates, key=lambda case: _gain(row, case, pairs)))
+        rows.append(tuple(sorted(row)))
+        pairs = {pair for pair in pairs if not pair <= set(row)}
+    return rows
+
+
+PAIRED = [case for case in FLOAT32 if case not in SAME_TRACE and case not in NOT_FLOAT32]
+
+
+def _allowed(cases: Collection[tuple[str, str]]) -> bool:
+    """One option of each knob, and nothing that contradicts another."""
+    return len(dict(cases)) == len(cases) and refusal(chosen(*cases)) is None
+
+
+def _gain(
+    row: list[tuple[str, str]], case: tuple[str, str], pairs: set[frozenset[tuple[str, str]]]
+) -> int:
+    return sum(frozenset((other, case)) in pairs for other in row)
+
+
+@pytest.fixture(autouse=True)
+def _process_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile traces but generates no code, and what knobs configure is undone."""
+    compile_ = torch.compile
+
+    def traced(function: Any, **settings: Any) -> Any:
+        return compile_(function, fullgraph=True, dynamic=settings["dynamic"], backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+@cache
+def reference(dtype: str) -> guard.Reference:
+    cfg = config()
+    inputs = [sample_inputs(cfg, seed) for seed in (0, 1)]
+    return guard.Reference(
+        actions=[plain_actions(cfg, item) for item in inputs],
+        plain=[plain_actions(cfg, item, dtype) for item in inputs],
+    )
+
+
+def judged(call: Any, cfg: Config) -> guard.GuardReport:
+    """The guard's verdict: in float32 its limit is 1e-4, else twice the plain policy's distance."""
+    inputs = [sample_inputs(cfg, seed) for seed in (0, 1)]
+    known = reference(cfg.knobs["precision"].dtype)  # type: ignore[attr-defined]
+    return guard.check(call, inputs, known, cfg.guard, cfg.lossy())
+
+
+def test_the_tables_of_exceptions_name_existing_options() -> None:
+    exceptions = {*VALUES_CHANGE, *NOT_RUN, *SAME_TRACE, *NOT_FLOAT32}
+    assert exceptions <= set(CASES)
+
+
+@pytest.mark.parametrize("knob", BY_NAME)
+def test_defaults_are_an_option_and_the_one_that_the_sweep_starts_with(knob: str) -> None:
+    default = BY_NAME[knob].options_type()
+    assert default in [BY_NAME[knob].options_type(**values) for values in OPTIONS[knob].values()]
+    assert compose([]).knobs[knob] == default
+
+
+@pytest.mark.parametrize("knob", BY_NAME)
+def test_docstring_names_a_vendor_and_a_source(knob: str) -> None:
+    text = inspect.getdoc(type(BY_NAME[knob])) or ""
+    assert re.search(r"\b(NVIDIA|AMD|[Aa]ll vendors|[Bb]oth vendors)\b", text)
+    assert re.search(r"\b([Ss]ources?|[Rr]eported|guide)\b", text)
+
+
+@pytest.mark.parametrize(("knob", "option"), CASES)
+def test_check_says_nothing_or_why(knob: str, option: str) -> None:
+    found = BY_NAME[knob].check(chosen((knob, option)), CPU)
+    assert found is None or (found.outcome in ("unavailable", "invalid") and found.reason)
+
+
+@pytest.mark.parametrize("workload", [MASKED, FULL], ids=["masked", "full"])
+@pytest.mark.parametrize(("knob", "option"), CASES)
+def test_canonical_form_is_stable(knob: str, option: str, workload: dict[str, Any]) -> None:
+    cfg = chosen((knob, option), workload=workload)
+    canonical = cfg.canonical()
+    assert canonical.canonical() == canonical
+    assert canonical.hash() == cfg.hash()
+
+
+@pytest.mark.parametrize(("knob", "option", "dtype"), RUNS)
+def test_right_numbers_and_the_same_again(knob: str, option: str, dtype: str) -> None:
+    cfg = chosen((knob, option), precision={"dtype": dtype})
+    prepared, inputs = prepare(cfg), sample_inputs(cfg)
+    report = judged(prepared.call, cfg)
+    assert report.passed, guard.explain(report)
+    first = prepared.call(inputs)
+    assert torch.equal(first, prepared.call(inputs))
+    assert torch.equal(first, prepare(cfg).call(inputs))
+
+
+@pytest.mark.parametrize(("knob", "option", "dtype"), RUNS)
+def test_weights_are_saved_under_the_original_names(
+    knob: str, option: str, dtype: str, tmp_path: Path
+) -> None:
+    base: Any = {"precision": {"dtype": dtype}}
+    cfg = chosen((knob, option), **base)
+    original, changed = prepare(config(**base)).policy.state_dict(), prepare(cfg).policy
+    found = changed.state_dict()
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in original.items()}
+    same = all(torch.equal(found[name], original[name]) for name in original)
+    assert same == ((knob, option) not in VALUES_CHANGE)
+    checkpoint.save(changed, tmp_path / "model.safetensors")
+    loaded = plain_policy(cfg)
+    checkpoint.load(loaded, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        report = judged(loaded.sample_actions, cfg)
+    assert report.passed, guard.explain(report)
+
+
+@pytest.mark.parametrize("row", covering(), ids=lambda row: " ".join(f"{k}={o}" for k, o in row))
+def test_every_pair_of_options_in_some_combination(row: tuple[tuple[str, str], ...]) -> None:
+    cfg = chosen(*row)
+    report = judged(prepare(cfg).call, cfg)
+    assert report.passed, guard.explain(report)
+
+
+def test_the_combinations_trace_every_option() -> None:
+    rows = covering()
+    traced = {case for row in rows if ("compile", "default") in row for case in row}
+    assert traced == set(PAIRED) - {("compile", "off")}

@@ -1,0 +1,123 @@
+import re
+
+import pytest
+import yaml
+from machine_samples import CPU, H100, MI300X, config
+
+from openpi_opt.errors import UserError
+from openpi_opt.knobs.environment import REFUSED, VARIABLES, Environment
+from openpi_opt.machine import Machine
+from openpi_opt.paths import conf_dir
+from openpi_opt.search.environment import child_environment, cleared_names
+
+KNOB = Environment()
+
+
+def of(**variables: object) -> dict:
+    return {"environment": {"variables": variables}}
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_every_entry_says_what_it_is_and_has_a_valid_pattern(name: str) -> None:
+    entry = VARIABLES[name]
+    assert entry.meaning
+    assert entry.source
+    assert not re.fullmatch(entry.values, "")
+    assert not any(name == bad.rstrip("*") or name in REFUSED for bad in REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HIP_FORCE_DEV_KERNARG", 1),
+        ("GPU_MAX_HW_QUEUES", "2"),
+        ("PYTORCH_ALLOC_CONF", "expandable_segments:True,max_split_size_mb:128"),
+        ("MIOPEN_FIND_MODE", "HYBRID"),
+        ("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8"),
+        ("OMP_NUM_THREADS", 16),
+    ],
+)
+def test_admitted_values(name: str, value: object) -> None:
+    assert config(of(**{name: value})).knobs["environment"].variables == {name: str(value)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("HIP_FORCE_DEV_KERNAG", "1", ["unknown variable", "Did you mean HIP_FORCE_DEV_KERNARG"]),
+        ("LD_PRELOAD", "x.so", ["unknown variable LD_PRELOAD", "known are"]),
+        ("HIP_FORCE_DEV_KERNARG", "yes", ["'yes'", "0|1"]),
+        ("GPU_MAX_HW_QUEUES", 0, ["'0'"]),
+        ("HIP_LAUNCH_BLOCKING", 1, ["refused", "serialises"]),
+        ("CUDA_LAUNCH_BLOCKING", 1, ["refused", "serialises"]),
+        ("AMD_LOG_LEVEL", 3, ["refused", "logs"]),
+        ("PYTORCH_TUNABLEOP_ENABLED", 1, ["blas.tunableop"]),
+        ("TORCHINDUCTOR_FREEZING", 1, ["compile.inductor"]),
+        ("HIP_FORCE_DEV_KERNARG", True, ["string"]),
+    ],
+)
+def test_refusals_say_why(name: str, value: object, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        config(of(**{name: value}))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "serving"),
+    [
+        ("HIP_FORCE_DEV_KERNARG", 1, [MI300X]),
+        ("CUDA_MODULE_LOADING", "EAGER", [H100]),
+        ("DISABLE_ADDMM_CUDA_LT", 1, [H100, MI300X]),
+        ("OMP_NUM_THREADS", 2, [CPU, H100, MI300X]),
+    ],
+)
+def test_the_vendor_decides(name: str, value: object, serving: list[Machine]) -> None:
+    for machine in (CPU, H100, MI300X):
+        refusal = KNOB.check(config(of(**{name: value}), machine), machine)
+        assert (refusal is None) == (machine in serving)
+        if refusal:
+            assert refusal.outcome == "unavailable"
+            assert name in refusal.reason
+
+
+def test_two_spellings_of_one_setting_are_invalid() -> None:
+    value = "expandable_segments:True"
+    cfg = config(of(PYTORCH_ALLOC_CONF=value, PYTORCH_CUDA_ALLOC_CONF=value), H100)
+    refusal = KNOB.check(cfg, H100)
+    assert refusal is not None
+    assert refusal.outcome == "invalid"
+
+
+def test_inert_variables_are_recorded_and_have_no_effect() -> None:
+    cfg = config(of(HIP_CACHE_ENABLED=1, TORCH_ROCM_USE_HIPBLASLT=0), MI300X)
+    assert cfg.knobs["environment"].variables
+    assert KNOB.environment(cfg) == {}
+    assert cfg.hash() == config({}, MI300X).hash()
+    assert len(KNOB.notes(cfg)) == 2
+    live = config(of(HIP_FORCE_DEV_KERNARG=1), MI300X)
+    assert live.hash() != config({}, MI300X).hash()
+    assert KNOB.notes(live) == []
+
+
+def test_order_does_not_matter() -> None:
+    one = of(GPU_MAX_HW_QUEUES=2, HIP_FORCE_DEV_KERNARG=1)
+    other = of(HIP_FORCE_DEV_KERNARG=1, GPU_MAX_HW_QUEUES=2)
+    assert config(one, MI300X).hash() == config(other, MI300X).hash()
+
+
+@pytest.mark.parametrize("file", sorted((conf_dir() / "environment").glob("*.yaml")), ids=str)
+def test_every_named_set_runs_somewhere(file: object) -> None:
+    raw = {"environment": yaml.safe_load(file.read_text())}  # type: ignore[attr-defined]
+    machines = [m for m in (CPU, H100, MI300X) if KNOB.check(config(raw, m), m) is None]
+    assert machines
+
+
+def test_the_trial_gets_the_options_and_not_the_shell() -> None:
+    shell = {"HSA_NO_SCRATCH_RECLAIM": "0", "HSA_ENABLE_SDMA": "0", "HOME": "/home/x"}
+    cfg = config(of(HSA_NO_SCRATCH_RECLAIM=1), MI300X)
+    assert cleared_names(shell) == ["HSA_ENABLE_SDMA", "HSA_NO_SCRATCH_RECLAIM"]
+    child = child_environment(cfg, MI300X, shell)
+    assert child["HSA_NO_SCRATCH_RECLAIM"] == "1"
+    assert "HSA_ENABLE_SDMA" not in child
+    assert child["HOME"] == "/home/x"

@@ -1,0 +1,140 @@
+"""Capture and replay with a fake CUDA: what of `kernels/capture.py` needs no GPU to go wrong."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from machine_samples import CPU, H100, MI300X, config
+from torch import Tensor
+
+from openpi_opt.kernels.capture import CapturedCall, CaptureError, nothing_compiled
+from openpi_opt.knobs.graph import Graph
+from openpi_opt.pi0.inputs import Inputs
+
+KNOB = Graph()
+MANUAL = {"graph": {"mode": "manual"}}
+
+
+class FakeStream:
+    def wait_stream(self, other: object) -> None:
+        pass
+
+
+class FakeGraph:
+    """Replays the call that was made while it was captured, into the same output."""
+
+    captured: Callable[[], None]
+
+    def replay(self) -> None:
+        self.captured()
+
+
+@pytest.fixture(autouse=True)
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+
+
+def inputs(value: float = 1.0) -> Inputs:
+    return Inputs(*(torch.full((1, 2), value) for _ in Inputs._fields))
+
+
+def captured(function: Callable[[Inputs], Tensor]) -> CapturedCall:
+    """A call whose fake graph recomputes into the static output."""
+    call = CapturedCall(function)
+
+    def replay() -> None:
+        call._output.copy_(function(call._inputs))
+
+    FakeGraph.captured = staticmethod(replay)  # type: ignore[assignment]
+    return call
+
+
+def test_a_graph_needs_a_gpu() -> None:
+    refusal = KNOB.check(config(MANUAL), CPU)
+    assert refusal is not None
+    assert refusal.outcome == "unavailable"
+    for machine in (H100, MI300X):
+        assert KNOB.check(config(MANUAL, machine), machine) is None
+
+
+def test_replay_reads_new_inputs_and_returns_a_copy() -> None:
+    call = captured(lambda i: i.noise * 2)
+    first, second = call(inputs(1.0)), call(inputs(5.0))
+    assert float(first[0, 0]) == 2.0
+    assert float(second[0, 0]) == 10.0
+
+
+def test_the_callers_inputs_are_not_the_static_ones() -> None:
+    call = captured(lambda i: i.noise * 2)
+    mine = inputs(1.0)
+    call(mine)
+    call(inputs(5.0))
+    assert float(mine.noise[0, 0]) == 1.0
+
+
+def test_warm_up_is_the_exact_call_at_least_three_times() -> None:
+    seen: list[int] = []
+
+    def count(i: Inputs) -> Tensor:
+        seen.append(id(i.noise))
+        return i.noise * 2
+
+    call = CapturedCall(count)
+    FakeGraph.captured = staticmethod(lambda: None)  # type: ignore[assignment]
+    call(inputs())
+    assert len(seen) >= 4
+    assert len(set(seen)) == 1
+
+
+def test_other_shapes_or_dtypes_are_refused() -> None:
+    call = captured(lambda i: i.noise * 2)
+    call(inputs())
+    with pytest.raises(ValueError, match="noise has shape"):
+        call(inputs()._replace(noise=torch.ones(1, 3)))
+    with pytest.raises(ValueError, match=r"noise is torch\.float64"):
+        call(inputs()._replace(noise=torch.ones(1, 2).double()))
+
+
+def test_compiling_during_the_capture_is_an_error() -> None:
+    part = torch.compile(lambda x: x * 2, dynamic=False, backend="eager")
+    calls = 0
+
+    def late(i: Inputs) -> Tensor:
+        """Takes another shape in the capture than in the warm-up."""
+        nonlocal calls
+        calls += 1
+        return part(i.noise if calls <= 3 else i.noise[:, :1])
+
+    with pytest.raises(CaptureError, match="graph capture failed"):
+        captured(late)(inputs())
+
+
+def test_what_was_compiled_before_may_run_inside() -> None:
+    part = torch.compile(lambda x: x * 2, dynamic=False, backend="eager")
+    part(torch.ones(2))
+    with nothing_compiled():
+        part(torch.ones(2))
+
+
+def test_a_compilation_that_dynamo_lets_pass_is_noticed() -> None:
+    with pytest.raises(CaptureError, match="compiled"), nothing_compiled():
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] += 1
+
+
+def test_a_failed_capture_leaves_nothing_to_replay() -> None:
+    def failing(i: Inputs) -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    call = captured(failing)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not permitted"):
+            call(inputs())

@@ -1,0 +1,77 @@
+import sys
+import types
+
+import pytest
+import torch
+from machine_samples import A100, CPU, H100, MI300X, MI350, T4, config
+
+from openpi_opt import runtime
+from openpi_opt.knobs.precision import Precision
+from openpi_opt.machine import Machine
+from openpi_opt.measure import guard
+
+KNOB = Precision()
+TF32 = {"precision": {"dtype": "float32", "tf32": True}}
+
+
+@pytest.mark.parametrize("machine", [A100, H100, MI300X, CPU])
+def test_tf32_runs(machine: Machine) -> None:
+    assert KNOB.check(config(TF32, machine), machine) is None
+
+
+@pytest.mark.parametrize("machine", [T4, MI350])
+def test_tf32_is_unavailable_without_the_instruction(machine: Machine) -> None:
+    refusal = KNOB.check(config(TF32, machine), machine)
+    assert refusal is not None
+    assert refusal.outcome == "unavailable"
+    assert machine.gpus[0].arch in refusal.reason
+
+
+def test_tf32_means_nothing_on_a_cpu_and_something_on_a_gpu() -> None:
+    plain = {"precision": {"dtype": "float32"}}
+    assert config(TF32).hash() == config(plain).hash()
+    assert KNOB.notes(config(TF32))
+    assert config(TF32, H100).hash() != config(plain, H100).hash()
+    assert not KNOB.notes(config(TF32, H100))
+
+
+def test_only_amd_needs_a_variable() -> None:
+    assert KNOB.environment(config(TF32, MI300X)) == {"HIPBLASLT_ALLOW_TF32": "1"}
+    assert KNOB.environment(config(TF32, H100)) == {}
+    assert KNOB.environment(config({}, MI300X)) == {}
+
+
+@pytest.mark.parametrize(("raw", "precision"), [(TF32, "high"), ({}, "highest")])
+def test_configure_sets_both_switches(
+    raw: dict, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    cudnn = types.SimpleNamespace(allow_tf32=None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+    KNOB.configure(config(raw, H100))
+    assert seen == [precision]
+    assert cudnn.allow_tf32 is (precision == "high")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_towers_have_the_dtype_that_was_asked_for(dtype: str) -> None:
+    cfg = config({"precision": {"dtype": dtype}})
+    policy = runtime.build_policy(cfg, torch.device("cpu"))
+    KNOB.transform(policy, cfg)
+    assert policy.dtype == getattr(torch, dtype)
+    assert policy.language.layers[0].mlp.up_proj.weight.dtype == policy.dtype
+    assert policy.action_in_proj.weight.dtype == torch.float32
+
+
+def test_the_guard_measures_the_plain_policy_with_tf32_where_it_decides() -> None:
+    """In float32 the plain distance is 0 without TF32, and every TF32 candidate would be wrong."""
+    assert guard._plain_name(config(TF32, H100)) == "float32+tf32"
+    assert guard._plain_name(config(TF32, CPU)) == "float32"
+    mixed = {"precision": {"dtype": "bfloat16", "tf32": True}}
+    assert guard._plain_name(config(mixed, H100)) == "bfloat16"
+
+
+def test_the_module_needs_no_torch() -> None:
+    module = sys.modules[Precision.__module__]
+    assert not hasattr(module, "torch")

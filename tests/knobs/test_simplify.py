@@ -1,0 +1,236 @@
+"""Knob `simplify`: the same function with less work."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mini_policies import (
+    CPU,
+    MASKED,
+    config,
+    plain_actions,
+    plain_policy,
+    prepare,
+    relative,
+    sample_inputs,
+)
+from torch import Tensor, nn
+
+from openpi_opt import runtime
+from openpi_opt.knobs.simplify import SimplifyOptions
+from openpi_opt.pi0 import gemma
+from openpi_opt.pi0.ops import Visibility
+from openpi_opt.pi0.precision import cast
+from openpi_opt.surgery import lean as lean_module
+from openpi_opt.surgery.folded import fold_norms
+from openpi_opt.surgery.lean import LeanPolicy, lean
+from openpi_opt.trial import Progress, run
+
+SWITCHES = tuple(SimplifyOptions.model_fields)
+ALL = dict.fromkeys(SWITCHES, True)
+FUSED = {"qkv": True, "gate_up": True, "vision_qkv": True}
+SDPA = dict.fromkeys(("vision", "prefill", "denoise"), "sdpa")
+FULL = {"active_cameras": [True], "prompt_slots": 4, "prompt_tokens": 4}
+VISION = ({}, {"cameras": "separate"}, {"skip_masked": True})
+OTHERS = tuple(itertools.product(({}, FUSED), VISION, ({}, SDPA)))
+
+
+@pytest.mark.parametrize(
+    "workload", [{**MASKED, "batch_size": 2}, FULL], ids=["masked, padded, batch 2", "full"]
+)
+@pytest.mark.parametrize("switch", [*SWITCHES, "all"])
+def test_same_actions_with_every_other_knob(switch: str, workload: dict[str, Any]) -> None:
+    simplify = ALL if switch == "all" else {switch: True}
+    inputs = sample_inputs(config(workload))
+    plain = plain_actions(config(workload), inputs)
+    for fusion, vision, attention in OTHERS:
+        cfg = config(workload, simplify=simplify, fusion=fusion, vision=vision, attention=attention)
+        assert relative(prepare(cfg).call(inputs), plain) < 1e-5, (fusion, vision, attention)
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(SWITCHES, 2)), ids="+".join)
+def test_same_actions_of_two_switches(pair: tuple[str, str]) -> None:
+    cfg = config(simplify=dict.fromkeys(pair, True))
+    inputs = sample_inputs(cfg)
+    assert relative(prepare(cfg).call(inputs), plain_actions(cfg, inputs)) < 1e-5
+
+
+def test_the_last_layer_computes_keys_and_values_only() -> None:
+    cfg = config(simplify={"last_layer": True})
+    prepared = prepare(cfg)
+    last = prepared.policy.language.layers[-1]
+    ran: list[str] = []
+    for name, module in last.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    assert torch.equal(prepared.call(sample_inputs(cfg)), plain_actions(cfg, sample_inputs(cfg)))
+    assert ran == ["input_layernorm", "self_attn.k_proj", "self_attn.v_proj", ""]
+
+
+def test_folded_norms_are_neutral_and_their_gains_not_read(monkeypatch: Any) -> None:
+    cfg = config(simplify={"fold_norms": True})
+    prepared = prepare(cfg)
+    policy = prepared.policy
+    for name, parameter in policy.named_parameters():
+        if "layernorm" in name or "layer_norm" in name or name.endswith("expert.model.norm.weight"):
+            neutral = float(name.endswith(".weight") and "vision" in name)
+            assert bool((parameter == neutral).all()), name
+    gains = []
+    for name in ("rms_norm", "layer_norm"):
+        plain = getattr(policy.ops, name)
+        setattr(policy.ops, name, lambda x, *a, plain=plain: gains.append(a[0]) or plain(x, *a))
+    prepared.call(sample_inputs(cfg))
+    assert len(gains) == 2 * 4 + 1 + 2 * 4 + 2 * (2 * 4 + 1)
+    assert gains == [None] * len(gains)
+
+
+def test_norms_are_folded_before_the_cast() -> None:
+    folded = prepare(config(precision={"dtype": "bfloat16"}, simplify={"fold_norms": True})).policy
+    plain = plain_policy(config())
+    layer = plain.expert.layers[2]
+    exact = layer.self_attn.v_proj.weight * (1.0 + layer.input_layernorm.weight)
+    assert torch.equal(folded.expert.layers[2].self_attn.v_proj.weight, exact.bfloat16())
+    cast(plain, torch.bfloat16)
+    with pytest.raises(ValueError, match="folded in float32"):
+        fold_norms(plain)
+
+
+def test_knobs_want_a_plain_float32_policy() -> None:
+    cfg = config(precision={"dtype": "bfloat16"})
+    policy = plain_policy(cfg)
+    cast(policy, torch.bfloat16)
+    with pytest.raises(ValueError, match="plain float32 policy"):
+        runtime.apply_knobs(policy, cfg)
+
+
+def test_numbers_do_not_depend_on_whether_the_reference_was_known(tmp_path: Path) -> None:
+    raw = config(precision={"dtype": "bfloat16"}, simplify=ALL, fusion=FUSED).dump()
+    raw["measure"] = {"warmup": 3, "iterations": 10}
+    raw["profile"] = {"kernels": False, "trace": False}
+    cfg = type(config()).load(raw)
+    results = [run(cfg, CPU, Progress(None), tmp_path, tmp_path) for _ in range(2)]
+    assert [result.outcome for result in results] == ["ok", "ok"], results
+    computed, known = (result.guard for result in results)  # type: ignore[union-attr]
+    assert computed == known
+    assert computed.rel_l2 > 0.0
+
+
+def test_time_and_action_projections_are_folded() -> None:
+    cfg = config(simplify={"time_mlp": True})
+    prepared = prepare(cfg)
+    policy = prepared.policy
+    for module in (policy.action_in_proj, policy.action_time_mlp_in):
+        module.register_forward_hook(_never)
+    prepared.call(sample_inputs(cfg))
+    policy.fill_buffers()
+    inputs = sample_inputs(cfg)
+    assert relative(prepared.call(inputs), plain_actions(cfg, inputs)) < 1e-5
+
+
+def _never(module: nn.Module, *_: Any) -> None:
+    raise AssertionError(f"{module} was called")
+
+
+@pytest.mark.parametrize("switches", [("state_once",), ("state_once", "kv_buffer")])
+def test_with_the_state_among_the_keys_actions_see_all(switches: tuple[str, ...]) -> None:
+    cfg = config(simplify=dict.fromkeys(switches, True))
+    prepared = prepare(cfg)
+    states: list[int] = []
+    prepared.policy.state_proj.register_forward_hook(lambda *_: states.append(1))
+    seen = _calls_of_denoise_attention(prepared, cfg)
+    valid, horizon, depth = 256 + 4, 3, 4
+    once = (1, valid + 1, True, ((0, 1, None),))
+    step = (horizon, valid + 1 + horizon, True, ((0, horizon, None),))
+    assert seen == [once] * (depth - 1) + [step] * depth * 2
+    assert len(states) == 1
+
+
+def _calls_of_denoise_attention(prepared: runtime.Prepared, cfg: Any) -> list[tuple[Any, ...]]:
+    attend, seen = prepared.policy.ops.attention_denoise, []
+
+    def spied(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
+        seen.append((q.shape[1], k.shape[1], visibility.mask is None, visibility.segments))
+        return attend(q, k, v, visibility, scale)
+
+    prepared.policy.ops.attention_denoise = spied
+    prepared.call(sample_inputs(cfg))
+    return seen
+
+
+def test_a_step_writes_behind_the_prefix_in_place() -> None:
+    cfg = config({**MASKED, "batch_size": 2}, simplify={"kv_buffer": True})
+    prepared = prepare(cfg)
+    attend, addresses = prepared.policy.ops.attention_denoise, []
+
+    def spied(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        addresses.append((k.data_ptr(), v.data_ptr(), k.untyped_storage().nbytes()))
+        return attend(q, k, v, *rest)
+
+    prepared.policy.ops.attention_denoise = spied
+    prepared.call(sample_inputs(cfg))
+    assert addresses[:4] == addresses[4:]
+    assert len(set(addresses)) == 4
+    assert addresses[0][2] == 2 * (260 + 4) * 32 * 4
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 4])
+def test_the_buffer_is_for_one_horizon(horizon: int) -> None:
+    cfg = config(simplify={"kv_buffer": True})
+    inputs = sample_inputs(config({**MASKED, "horizon": horizon}))
+    with pytest.raises(ValueError, match=f"horizon is {horizon}; this policy was built for 3"):
+        prepare(cfg).call(inputs)
+
+
+def test_nothing_is_left_over_from_another_call() -> None:
+    cfg = config(simplify=ALL)
+    prepared = prepare(cfg)
+    first, second = sample_inputs(cfg, seed=0), sample_inputs(cfg, seed=1)
+    alone = prepare(cfg).call(second)
+    prepared.call(first)
+    assert torch.equal(prepared.call(second), alone)
+
+
+@pytest.mark.parametrize("state_once", [False, True])
+def test_rotary_tables_are_not_computed_in_a_call(
+    state_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(simplify={"rope_tables": True, "state_once": state_once})
+    prepared, inputs = prepare(cfg), sample_inputs(cfg)
+    expected = prepared.call(inputs)
+    monkeypatch.setattr(lean_module, "rope_at", _never)
+    monkeypatch.setattr("openpi_opt.pi0.policy.rope_at", _never)
+    assert torch.equal(prepared.call(inputs), expected)
+
+
+def test_rotary_tables_have_the_dtype_of_the_activations() -> None:
+    cfg = config(precision={"dtype": "bfloat16"}, simplify={"rope_tables": True})
+    policy = prepare(cfg).policy
+    assert isinstance(policy, LeanPolicy)
+    stored = policy.suffix_rope()
+    computed = gemma.rope_at(policy.suffix_rope.positions, policy.frequencies, torch.bfloat16)
+    assert policy.suffix_rope.positions.tolist() == [[260, 261, 262, 263]]
+    assert torch.equal(stored.cos, computed.cos)
+    assert torch.equal(stored.sin, computed.sin)
+
+
+@pytest.mark.parametrize("switch", ["state_once", "kv_buffer", "rope_tables"])
+def test_a_layout_is_needed(switch: str) -> None:
+    with pytest.raises(ValueError, match="needs a declared layout"):
+        lean(plain_policy(config()), horizon=3, **{switch: True})
+
+
+def test_compiled_stages_write_the_buffer_too() -> None:
+    cfg = config(simplify=ALL)
+    prepared, inputs = prepare(cfg), sample_inputs(cfg)
+    expected = prepared.call(inputs)
+    torch._dynamo.reset()
+    for stage in ("encode_images", "prefill", "denoise_step"):
+        compiled = torch.compile(
+            getattr(prepared.policy, stage), fullgraph=True, dynamic=False, backend="aot_eager"
+        )
+        setattr(prepared.policy, stage, compiled)
+    for _ in range(2):
+        assert relative(prepared.call(inputs), expected) < 1e-6

@@ -1,0 +1,128 @@
+"""Knob `vision`: cameras batched or one by one, masked tokens encoded or left out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from mini_policies import (
+    MASKED,
+    config,
+    plain_actions,
+    plain_policy,
+    prepare,
+    relative,
+    sample_inputs,
+)
+from torch import Tensor
+
+from openpi_opt.knobs import BY_NAME
+from openpi_opt.knobs.vision import VisionOptions
+from openpi_opt.pi0.ops import Visibility
+from openpi_opt.surgery.lean import lean
+
+SKIP = {"skip_masked": True}
+GAP = {"active_cameras": [True, False, True], "prompt_slots": 5, "prompt_tokens": 3}
+FULL = {"active_cameras": [True, True], "prompt_slots": 4, "prompt_tokens": 4}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("vision", [{"cameras": "separate"}, SKIP, {"cameras": "separate", **SKIP}])
+@pytest.mark.parametrize("workload", [MASKED, GAP, FULL], ids=["leading", "gap", "full"])
+def test_same_actions(workload: dict[str, Any], vision: dict[str, Any], attention: str) -> None:
+    stages = dict.fromkeys(("vision", "prefill", "denoise"), attention)
+    cfg = config({**workload, "batch_size": 2}, vision=vision, attention=stages)
+    inputs = sample_inputs(cfg)
+    assert relative(prepare(cfg).call(inputs), plain_actions(cfg, inputs)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("vision", "passes"),
+    [
+        ({}, [3]),
+        ({"cameras": "separate"}, [1, 1, 1]),
+        (SKIP, [2]),
+        ({"cameras": "separate", **SKIP}, [1, 1]),
+    ],
+)
+def test_passes_of_the_tower(vision: dict[str, Any], passes: list[int]) -> None:
+    cfg = config(GAP, vision=vision)
+    prepared = prepare(cfg)
+    images: list[int] = []
+    prepared.policy.vision.register_forward_pre_hook(lambda _, args: images.append(len(args[0])))
+    prepared.call(sample_inputs(cfg))
+    assert images == passes
+
+
+def test_skipping_leaves_a_prefix_of_valid_tokens_without_a_mask() -> None:
+    cfg = config(GAP, vision=SKIP)
+    prepared = prepare(cfg)
+    attend, seen = prepared.policy.ops.attention_prefill, set()
+
+    def spied(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
+        seen.add((q.shape[1], k.shape[1], visibility.mask is None, visibility.segments))
+        return attend(q, k, v, visibility, scale)
+
+    prepared.policy.ops.attention_prefill = spied
+    prepared.call(sample_inputs(cfg))
+    assert seen == {(515, 515, True, ((0, 515, None),))}
+
+
+def test_nothing_of_what_is_skipped_is_read() -> None:
+    cfg = config(MASKED, vision=SKIP)
+    prepared, inputs = prepare(cfg), sample_inputs(cfg)
+    images, tokens = inputs.images.clone(), inputs.tokens.clone()
+    images[:, 0] = torch.nan
+    tokens[:, 4:] = 10**9
+    assert torch.equal(
+        prepared.call(inputs._replace(images=images, tokens=tokens)), prepared.call(inputs)
+    )
+
+
+def test_the_layout_is_declared_for_whoever_checks_the_masks() -> None:
+    policy = prepare(config(MASKED, vision=SKIP)).policy
+    assert policy.layout is not None
+    assert (policy.layout.cameras, policy.layout.prompt_slots) == ((False, True), 6)
+
+
+def test_skipping_needs_a_layout() -> None:
+    with pytest.raises(ValueError, match="needs a declared layout"):
+        lean(plain_policy(config()), horizon=3, skip_masked=True)
+    policy = prepare(config(MASKED, vision=SKIP)).policy
+    with pytest.raises(ValueError, match="needs a declared layout"):
+        policy.declare_layout(None)
+
+
+def test_the_layout_can_be_declared_anew() -> None:
+    cfg = config(GAP, vision=SKIP)
+    prepared, inputs = prepare(config(MASKED, vision=SKIP)), sample_inputs(cfg)
+    prepared.policy.declare_layout(dataclasses.replace(prepare(cfg).policy.layout))
+    assert relative(prepared.call(inputs), plain_actions(cfg, inputs)) < 1e-5
+
+
+def test_another_horizon_is_refused() -> None:
+    cfg = config(MASKED, vision=SKIP)
+    inputs = sample_inputs(cfg)
+    with pytest.raises(ValueError, match="horizon is 1; this policy was built for 3"):
+        prepare(cfg).call(inputs._replace(noise=inputs.noise[:, :1]))
+
+
+@pytest.mark.parametrize(
+    ("workload", "asked", "canonical"),
+    [
+        (FULL, SKIP, {}),
+        (MASKED, SKIP, SKIP),
+        ({**FULL, "prompt_tokens": 3}, SKIP, SKIP),
+        (GAP, {"cameras": "separate", **SKIP}, {"cameras": "separate", **SKIP}),
+        (MASKED, {"cameras": "separate", **SKIP}, SKIP),
+        (MASKED, {"cameras": "separate"}, {"cameras": "separate"}),
+        ({**FULL, "active_cameras": [True]}, {"cameras": "separate"}, {}),
+    ],
+)
+def test_canonical_form(
+    workload: dict[str, Any], asked: dict[str, Any], canonical: dict[str, Any]
+) -> None:
+    found = BY_NAME["vision"].canonical(config(workload, vision=asked))
+    assert found == VisionOptions(**canonical)
