@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
+import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -56,6 +59,10 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        if self.fd is not None:
+            threading.Thread(target=_end_with_parent, args=(self.fd,), daemon=True).start()
+
     def enter(self, phase: str) -> None:
         """End the current phase and begin another."""
         self.leave()
@@ -71,6 +78,14 @@ class Progress:
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._since
         self._since = now
+
+
+def _end_with_parent(fd: int) -> None:
+    """End this process group when the controller that reads `fd` is gone, however it went."""
+    poll = select.poll()
+    poll.register(fd, select.POLLERR)
+    poll.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def run(

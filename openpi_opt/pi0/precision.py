@@ -18,7 +18,6 @@ KEPT_FLOAT32 = (
     "vision_model.embeddings.",
     "input_layernorm",
     "post_attention_layernorm",
-    "model.norm",
 )
 
 

@@ -15,7 +15,6 @@ from openpi_opt.pi0.ops import (
     rms_norm,
     rotary,
 )
-
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.workload import Workload, make_inputs
 
@@ -79,9 +78,10 @@ def test_rms_norm_rounds_once_after_the_gain(dtype: torch.dtype) -> None:
     exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight.double())
     out = rms_norm(x, weight, 1e-6)
     assert out.dtype == dtype
-    assert float((out.double() - exact.to(dtype).double()).abs().max()) <= (
-        torch.finfo(dtype).eps * float(exact.abs().max())
-    )
+    # float32 has more than the last rounding.
+    roundings = 4 if dtype == torch.float32 else 1
+    error = (out.double() - exact.to(dtype).double()).abs() / exact.abs()
+    assert float(error.max()) <= roundings * torch.finfo(dtype).eps
 
 
 def test_rotary_is_a_rotation_of_halves() -> None:

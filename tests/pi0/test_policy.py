@@ -209,12 +209,13 @@ def test_stages_compile_once_each_and_can_be_replaced(
 
 # Inductor imports torch modules that still use torch.jit.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
-def test_denoise_step_compiles_with_inductor(policy: Pi0Policy) -> None:
+@pytest.mark.parametrize("stage", ["encode_images", "denoise_step"])
+def test_stage_compiles_with_inductor(policy: Pi0Policy, stage: str) -> None:
     policy.declare_layout(SEED_B1.layout)
     inputs = make_inputs(SEED_B1, PI0_MINI, 13, "cpu")
     eager = policy.sample_actions(inputs)
     torch._dynamo.reset()
-    policy.denoise_step = torch.compile(policy.denoise_step, fullgraph=True, dynamic=False)
+    setattr(policy, stage, torch.compile(getattr(policy, stage), fullgraph=True, dynamic=False))
     assert distance(policy.sample_actions(inputs), eager) < 1e-5
 
 
