@@ -18,6 +18,7 @@ KEPT_FLOAT32 = (
     "vision_model.embeddings.",
     "input_layernorm",
     "post_attention_layernorm",
+    "model.norm",
 )
 
 
