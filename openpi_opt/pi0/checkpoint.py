@@ -79,7 +79,7 @@ def load(policy: Pi0Policy, path: str | os.PathLike[str]) -> None:
         targets = policy.state_dict()
         _check(path, entries, {name: tuple(target.shape) for name, target in targets.items()})
         for name, entry in entries.items():
-            targets[name].add_(_read(handles[entry.file], entry))
+            targets[name].copy_(_read(handles[entry.file], entry))
 
 
 def save(policy: Pi0Policy, path: str | os.PathLike[str]) -> None:
