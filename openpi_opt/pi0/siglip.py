@@ -122,4 +122,4 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         """[N, 3, 224, 224] float32 -> [N, 256, W] of `dtype`, the dtype of the layers."""
-        return self.encoder(self.embeddings(images).to(dtype))
+        return self.post_layernorm(self.encoder(self.embeddings(images).to(dtype)))
