@@ -31,6 +31,9 @@ _KERNEL = "kernel"
 _COPIES = ("gpu_memcpy", "gpu_memset")
 _RUNTIME = ("cuda_runtime", "cuda_driver")  # kineto files HIP's runtime under these names too
 _LAUNCH = re.compile(r"^(?:cu|cuda|hip)\w*Launch(?!HostFunc)")
+# `Memcpy DtoD (Device -> Device)` of a stream, and the kernel that a CUDA graph makes of it.
+_DEVICE_COPY = re.compile(r"Memcpy DtoD|memcpy\d+_post$")
+_COPY = "device copy"
 _OPERATOR = re.compile(r"^(?!profiler::)[A-Za-z_]\w*::\w")
 _COMPILED_ON_CPU = "CompiledFxGraph"
 
@@ -135,7 +138,8 @@ def stage_by_sequence(
     result out. Those that the uncaptured call made in the same place keep their stage; the
     others are `OUTSIDE`.
     """
-    names = [name for name, _ in reference]
+    names = [_canonical(name) for name, _ in reference]
+    replayed = [_canonical(name) for name in replayed]
     first, last = _core(names, copies)
     begin, end = _core(replayed, copies)
     if first == last or names[first:last] != list(replayed[begin:end]):
@@ -150,9 +154,14 @@ def stage_by_sequence(
     return stages
 
 
+def _canonical(name: str) -> str:
+    """One name for all device copies: a graph runs small copy nodes as kernels `memcpy32_post`."""
+    return _COPY if _DEVICE_COPY.match(name) else name
+
+
 def _core(names: Sequence[str], copies: frozenset[str]) -> tuple[int, int]:
     """The bounds of `names` without the copies and fills at its two ends."""
-    inner = [i for i, name in enumerate(names) if name not in copies]
+    inner = [i for i, name in enumerate(names) if name != _COPY and name not in copies]
     return (inner[0], inner[-1] + 1) if inner else (0, 0)
 
 
