@@ -33,7 +33,8 @@ _RUNTIME = ("cuda_runtime", "cuda_driver")  # kineto files HIP's runtime under t
 _LAUNCH = re.compile(r"^(?:cu|cuda|hip)\w*Launch(?!HostFunc)")
 # `Memcpy DtoD (Device -> Device)` of a stream, and the kernel that a CUDA graph makes of it.
 _DEVICE_COPY = re.compile(r"Memcpy DtoD|memcpy\d+_post$")
-_COPY = "device copy"
+# `Memset (Device)` of a stream is `Memset (Unknown)` in a graph.
+_COPY, _FILL = "device copy", "device fill"
 _OPERATOR = re.compile(r"^(?!profiler::)[A-Za-z_]\w*::\w")
 _COMPILED_ON_CPU = "CompiledFxGraph"
 
@@ -155,13 +156,16 @@ def stage_by_sequence(
 
 
 def _canonical(name: str) -> str:
-    """One name for all device copies: a graph runs small copy nodes as kernels `memcpy32_post`."""
-    return _COPY if _DEVICE_COPY.match(name) else name
+    """One name for a copy, one for a fill, however stream and graph call them."""
+    if _DEVICE_COPY.match(name):
+        return _COPY
+    return _FILL if name.startswith("Memset (") else name
 
 
 def _core(names: Sequence[str], copies: frozenset[str]) -> tuple[int, int]:
     """The bounds of `names` without the copies and fills at its two ends."""
-    inner = [i for i, name in enumerate(names) if name != _COPY and name not in copies]
+    outer = copies | {_COPY, _FILL}
+    inner = [i for i, name in enumerate(names) if name not in outer]
     return (inner[0], inner[-1] + 1) if inner else (0, 0)
 
 
