@@ -310,8 +310,9 @@ def _explain(name: str, kind: type[BaseModel], item: Any) -> str:
             f"measure.iterations={item['input']}: at least {MIN_ITERATIONS} iterations are needed "
             "for a mean and a spread. Leave it out for the default of 30."
         )
+    message = item["msg"].removeprefix("Value error, ")
     given = "" if item["type"] == "value_error" else f"={item['input']!r}"
-    return f"{path}{given}: {item['msg']}."
+    return f"{path}{given}: {message}."
 
 
 def _near(word: str, known: Iterable[str]) -> str:

@@ -82,7 +82,7 @@ def load_policy(
 
 
 def _require_environment(cfg: Config) -> None:
-    wanted = runtime.environment_of(cfg)
+    wanted = {k: v for knob in KNOBS for k, v in knob.environment(cfg).items()}
     missing = {k: v for k, v in wanted.items() if os.environ.get(k) != v}
     if missing:
         text = " ".join(f"{name}={value}" for name, value in missing.items())

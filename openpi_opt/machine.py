@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -86,7 +86,10 @@ class Machine:
 def probe() -> Machine:
     """Look at this machine. Never imports torch, never creates a GPU context."""
     visible = _visible_only(_nvidia_gpus(), "CUDA_VISIBLE_DEVICES")
-    visible += _visible_only(amd_gpus(_KFD_NODES), "HIP_VISIBLE_DEVICES")
+    # ROCr hides GPUs from HIP, which counts what is left from 0 again.
+    shown = _visible_only(amd_gpus(_KFD_NODES), "ROCR_VISIBLE_DEVICES")
+    renumbered = tuple(replace(gpu, index=index) for index, gpu in enumerate(shown))
+    visible += _visible_only(renumbered, "HIP_VISIBLE_DEVICES")
     memory_kib = re.search(r"MemTotal:\s+(\d+)", _read(Path("/proc/meminfo")))
     cpu = re.search(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
     return Machine(
@@ -132,7 +135,7 @@ def amd_gpus(nodes: Path) -> tuple[Gpu, ...]:
         found.append(
             Gpu(
                 index=len(found),
-                uuid=f"{int(properties.get('unique_id', 0)):016x}",
+                uuid=f"GPU-{int(properties.get('unique_id', 0)):016x}",
                 name=_read(render / "product_name").strip() or f"AMD {arch}",
                 vendor="amd",
                 arch=arch,

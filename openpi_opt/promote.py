@@ -180,7 +180,8 @@ def _record_of(journal: Journal, cfg: Config) -> Record | None:
     """The study's record of a configuration: the trial, or failing that its last confirmation."""
     same = [r for r in journal.records() if r.result.config_hash == cfg.hash()]
     trials = [r for r in same if r.role != "confirm"]
-    return (trials or same or [None])[-1]
+    found = trials or same
+    return found[-1] if found else None
 
 
 def _provenance(

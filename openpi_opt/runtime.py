@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openpi_opt.knobs import KNOBS
-from openpi_opt.pi0 import weights
+from openpi_opt.pi0 import checkpoint, weights
 from openpi_opt.pi0.config import MODELS
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.workload import Workload
@@ -56,8 +56,6 @@ def build_policy(cfg: Config, device: torch.device) -> Pi0Policy:
     )
     policy = weights.build(config, device, steps=cfg.workload.steps)
     if cfg.weights.path is not None:
-        from openpi_opt.pi0 import checkpoint
-
         checkpoint.load(policy, Path(cfg.weights.path))
     else:
         weights.init_random(policy, cfg.weights.seed)
@@ -85,13 +83,3 @@ def apply_knobs(policy: Pi0Policy, cfg: Config) -> Prepared:
     # Not inference_mode: its tensors have other dispatch keys than those a caller brings, and
     # compiled stages would be compiled once more for each mixture of the two.
     return Prepared(policy, torch.no_grad()(call), torch.no_grad()(uncaptured))
-
-
-def environment_of(cfg: Config) -> dict[str, str]:
-    """Variables that the knobs need in the process before torch is imported."""
-    merged: dict[str, str] = {}
-    for knob in KNOBS:
-        for name, value in knob.environment(cfg).items():
-            if merged.setdefault(name, value) != value:
-                raise ValueError(f"two knobs set {name}: {merged[name]!r} and {value!r}")
-    return merged

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
-from argparse import Namespace
+import sys
+from argparse import ArgumentParser, Namespace
+from contextlib import ExitStack
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from openpi_opt.cli import run
 from openpi_opt.errors import UserError
 from openpi_opt.paths import conf_dir, user_conf_dir
+from openpi_opt.preset import config_root
 
 if TYPE_CHECKING:
     from openpi_opt.config import Config
@@ -33,14 +37,18 @@ _COMPOSED: list[tuple[DictConfig, Any, list[str]]] = []
 
 
 class UserConf(SearchPathPlugin):
-    """Adds `conf/` of the working folder, where `promote` writes presets.
+    """Adds `conf/` of the working folder, where `promote` writes presets, and `--preset-dir`.
 
     Registered by `main` and not found by discovery: other Hydra programs of this environment are
     not to be changed.
     """
 
+    preset_root: Path | None = None
+
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Put it behind the project's own folder."""
+        """Put them behind the project's own folder."""
+        if self.preset_root is not None:
+            search_path.append("--preset-dir", f"file://{self.preset_root}")
         folder = user_conf_dir()
         if folder.is_dir() and not (conf_dir().is_dir() and folder.samefile(conf_dir())):
             search_path.append("working folder", f"file://{folder}")
@@ -53,6 +61,23 @@ def main() -> int:
         UserError: bad input.
         SystemExit: the same codes, when Hydra is between.
     """
+    with ExitStack() as stack:
+        folder = _take_preset_dir()
+        if folder is not None:
+            UserConf.preset_root = stack.enter_context(config_root(folder))
+        return _main()
+
+
+def _take_preset_dir() -> Path | None:
+    """Take `--preset-dir DIR` off the command line; Hydra's parser knows its own options only."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset-dir", type=Path)
+    own, sys.argv[1:] = parser.parse_known_args()
+    folder: Path | None = own.preset_dir
+    return folder
+
+
+def _main() -> int:
     arguments = get_args_parser().parse_args()
     # Hydra then lets exceptions through instead of printing its own kind of report.
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -1,7 +1,7 @@
 """Run one configuration in this process and write its result: `python -m openpi_opt.trial`.
 
-The sweep starts one such process per trial. Started by hand it does the same: it puts the
-environment that the knobs need in place (by executing itself again) before torch is imported.
+The sweep starts one such process per trial. Started by hand it first executes itself again in the
+environment that the sweep would give it, because variables must be there before torch is imported.
 """
 
 from __future__ import annotations
@@ -9,19 +9,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
+import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from openpi_opt import cli
 from openpi_opt import result as results
 from openpi_opt.config import MIN_WARMUP, Config
 from openpi_opt.errors import RefusedError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine, probe
+from openpi_opt.search.environment import child_environment
 
 if TYPE_CHECKING:
     from openpi_opt.measure.guard import Reference
@@ -34,10 +39,11 @@ Result = results.Ok | results.Wrong | results.Refused | results.Failed
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, run, write the result. Exit code 0 whatever the outcome is."""
     arguments = _parser().parse_args(argv)
-    cfg = Config.load(json.loads(arguments.config.read_text(encoding="utf-8")))
-    _ensure_environment(cfg)
+    text = arguments.resolved or arguments.config.read_text(encoding="utf-8")
+    cfg = Config.load(json.loads(text))
     machine = probe()
-    cfg = cfg.resolved(machine)
+    if not arguments.in_place:
+        _execute_in_place(cfg.resolved(machine), machine)
     progress = Progress(arguments.progress_fd)
     outcome = run(cfg, machine, progress, arguments.references, arguments.result.parent)
     results.write(arguments.result, outcome)
@@ -52,6 +58,10 @@ class Progress:
     phase: str = "start"
     seconds: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if self.fd is not None:
+            threading.Thread(target=_end_with_parent, args=(self.fd,), daemon=True).start()
 
     def enter(self, phase: str) -> None:
         """End the current phase and begin another."""
@@ -68,6 +78,14 @@ class Progress:
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._since
         self._since = now
+
+
+def _end_with_parent(fd: int) -> None:
+    """End this process group when the controller that reads `fd` is gone, however it went."""
+    poll = select.poll()
+    poll.register(fd, select.POLLERR)
+    poll.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def run(
@@ -192,13 +210,11 @@ def _failure(error: Exception, phase: str) -> dict[str, Any]:
     }
 
 
-def _ensure_environment(cfg: Config) -> None:
-    """Execute this command again when a variable that a knob needs is not in place yet."""
-    wanted = {k: v for knob in KNOBS for k, v in knob.environment(cfg).items()}
-    missing = {name: value for name, value in wanted.items() if os.environ.get(name) != value}
-    if missing:
-        argv = [sys.executable, "-m", "openpi_opt.trial", *sys.argv[1:]]
-        os.execve(sys.executable, argv, {**os.environ, **missing})
+def _execute_in_place(cfg: Config, machine: Machine) -> NoReturn:
+    """Become the same command in the environment of a trial, with `auto` resolved."""
+    argv = [sys.executable, "-m", "openpi_opt.trial", "--in-place", *sys.argv[1:]]
+    argv += ["--resolved", json.dumps(cfg.dump())]
+    os.execve(sys.executable, argv, child_environment(cfg, machine))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -217,8 +233,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--progress-fd", type=int, help="file descriptor for phases (default: stderr)"
     )
+    parser.add_argument("--in-place", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--resolved", help=argparse.SUPPRESS)
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -44,7 +44,9 @@ def test_bounds_are_those_of_the_paired_t_test(base: list[float], factor: float,
 
 def test_a_drift_that_meets_both_alike_does_not_hide_a_gain() -> None:
     drift = [10.0, 12.0, 15.0, 19.0, 24.0, 30.0]
-    result = gain(drift, [value * factor for value, factor in zip(drift, [0.9, 0.91] * 3)], 0.01)
+    result = gain(
+        drift, [value * factor for value, factor in zip(drift, [0.9, 0.91] * 3, strict=True)], 0.01
+    )
     assert result.verdict == "faster"
     assert 0.08 < result.low < result.mean < 0.11
 

@@ -35,7 +35,7 @@ def test_amd_gpus_are_read_from_the_kernel(tmp_path: Path) -> None:
     gpus = machine.amd_gpus(tmp_path)
     assert [g.arch for g in gpus] == ["gfx942", "gfx950"]
     assert [g.index for g in gpus] == [0, 1]
-    assert gpus[0].uuid == "00000000000000ff"
+    assert gpus[0].uuid == "GPU-00000000000000ff"
     assert gpus[0].memory_mib == 192 * 1024
 
 
@@ -50,6 +50,17 @@ def test_visible_devices_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [g.index for g in chosen(gpus, "CUDA_VISIBLE_DEVICES")] == [2, 0]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert chosen(gpus, "CUDA_VISIBLE_DEVICES") == ()
+
+
+def test_hip_counts_what_rocr_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        properties = {"simd_count": 1, "gfx_target_version": 90402, "unique_id": number}
+        kfd_node(tmp_path, number, properties)
+    monkeypatch.setattr(machine, "_KFD_NODES", tmp_path)
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "GPU-0000000000000003,1")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
+    found = [gpu for gpu in machine.probe().gpus if gpu.vendor == "amd"]
+    assert [(gpu.index, gpu.uuid[-1]) for gpu in found] == [(1, "1")]
 
 
 @pytest.mark.parametrize(("is_amd", "kind"), [(True, "amd"), (False, "unrelated")])

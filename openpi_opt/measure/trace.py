@@ -31,6 +31,10 @@ _KERNEL = "kernel"
 _COPIES = ("gpu_memcpy", "gpu_memset")
 _RUNTIME = ("cuda_runtime", "cuda_driver")  # kineto files HIP's runtime under these names too
 _LAUNCH = re.compile(r"^(?:cu|cuda|hip)\w*Launch(?!HostFunc)")
+# `Memcpy DtoD (Device -> Device)` of a stream, and the kernel that a CUDA graph makes of it.
+_DEVICE_COPY = re.compile(r"Memcpy DtoD|memcpy\d+_post$")
+# `Memset (Device)` of a stream is `Memset (Unknown)` in a graph.
+_COPY, _FILL = "device copy", "device fill"
 _OPERATOR = re.compile(r"^(?!profiler::)[A-Za-z_]\w*::\w")
 _COMPILED_ON_CPU = "CompiledFxGraph"
 
@@ -135,7 +139,8 @@ def stage_by_sequence(
     result out. Those that the uncaptured call made in the same place keep their stage; the
     others are `OUTSIDE`.
     """
-    names = [name for name, _ in reference]
+    names = [_canonical(name) for name, _ in reference]
+    replayed = [_canonical(name) for name in replayed]
     first, last = _core(names, copies)
     begin, end = _core(replayed, copies)
     if first == last or names[first:last] != list(replayed[begin:end]):
@@ -150,9 +155,17 @@ def stage_by_sequence(
     return stages
 
 
+def _canonical(name: str) -> str:
+    """One name for a copy, one for a fill, however stream and graph call them."""
+    if _DEVICE_COPY.match(name):
+        return _COPY
+    return _FILL if name.startswith("Memset (") else name
+
+
 def _core(names: Sequence[str], copies: frozenset[str]) -> tuple[int, int]:
     """The bounds of `names` without the copies and fills at its two ends."""
-    inner = [i for i, name in enumerate(names) if name not in copies]
+    outer = copies | {_COPY, _FILL}
+    inner = [i for i, name in enumerate(names) if name not in outer]
     return (inner[0], inner[-1] + 1) if inner else (0, 0)
 
 

@@ -54,17 +54,21 @@ def eager_attention(
 
     q [B, S, Hq, D], k and v [B, T, Hkv, D] of one dtype -> [B, S, Hq, D] of the same dtype.
     Logits are rounded to the activations' dtype before and after scaling, the softmax is float32.
-    Query heads that share a key head become extra rows of one product: no key is copied.
+    Query heads that share a key head become extra rows of one product: no key is repeated.
     """
     batch, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
-    rows = q.transpose(1, 2).reshape(batch, kv_heads, -1, width)
-    logits = (rows @ k.permute(0, 2, 3, 1)) * scale
+    # Three dimensions on purpose: Inductor (2.13) takes the same code in four for an attention
+    # pattern that it then rewrites with wrong shapes.
+    rows = q.transpose(1, 2).reshape(batch * kv_heads, -1, width)
+    k = k.permute(0, 2, 3, 1).reshape(batch * kv_heads, width, keys)
+    v = v.transpose(1, 2).reshape(batch * kv_heads, keys, width)
+    logits = torch.bmm(rows, k) * scale
     logits = logits.view(batch, heads, queries, keys).float()
     if visibility.mask is not None:
         logits = logits.masked_fill(~visibility.mask, NOT_ALLOWED)
     weights = torch.softmax(logits, dim=-1).to(q.dtype)
-    out = weights.view(batch, kv_heads, -1, keys) @ v.transpose(1, 2)
+    out = torch.bmm(weights.view(batch * kv_heads, -1, keys), v)
     return out.view(batch, heads, queries, width).transpose(1, 2)
 
 
@@ -117,7 +121,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Ops:
     """The replaceable operations; signatures and contracts are those of the defaults above.
 
-    The four small float32 projections outside the towers do not go through `linear`.
+    The five float32 projections of state, actions and time do not go through `linear`.
     """
 
     attention_vision: Attention = eager_attention

@@ -19,7 +19,7 @@ from openpi_opt.search.settings import Settings, check_not_swept, default_study_
 from openpi_opt.search.space import Space
 from openpi_opt.search.study import StudyOutcome, run_study
 from openpi_opt.track.mlflow_content import reason
-from openpi_opt.track.report import rows
+from openpi_opt.track.report import Row, rows
 from openpi_opt.track.store import DEFAULT_STORE, check_study_name
 
 
@@ -50,18 +50,24 @@ def print_outcome(outcome: StudyOutcome, swept: bool) -> None:
     """The table, the best of each context, and what to type next."""
     print(f"study {outcome.name}: {_count(outcome)}; {outcome.ended}")
     print_table(outcome.records)
-    for row in rows(outcome.records):
-        if row.best and row.ok is not None:
-            latency = row.ok.latency
-            gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
-            what = " ".join(f"{key}={text}" for key, text in row.differs.items())
-            print(
-                f"best: trial {row.record.number} ({what}), "
-                f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms{gain}"
-            )
+    best = [row for row in rows(outcome.records) if row.best]
+    for row in best:
+        print(_best_line(row))
     if outcome.exit_code:
         _print_reasons(outcome)
-    _print_next(outcome, swept)
+    faster = any(row.record.role != "baseline" for row in best)
+    _print_next(outcome, promotable=swept and faster)
+
+
+def _best_line(row: Row) -> str:
+    assert row.ok is not None
+    latency = row.ok.latency
+    what = " ".join(f"{key}={text}" for key, text in row.differs.items())
+    line = f"trial {row.record.number} ({what}), {latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms"
+    if row.record.role == "baseline":
+        return f"best: the baseline, {line}; nothing that was tried is faster"
+    gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
+    return f"best: {line}{gain}"
 
 
 def _count(outcome: StudyOutcome) -> str:
@@ -81,7 +87,7 @@ def _print_reasons(outcome: StudyOutcome) -> None:
             print(f"    log: {outcome.store.study_dir(outcome.name) / record.trial_dir}/log.txt")
 
 
-def _print_next(outcome: StudyOutcome, swept: bool) -> None:
+def _print_next(outcome: StudyOutcome, promotable: bool) -> None:
     store = (
         ""
         if outcome.store.path == Path(DEFAULT_STORE).absolute()
@@ -89,7 +95,7 @@ def _print_next(outcome: StudyOutcome, swept: bool) -> None:
     )
     print("next:")
     print(f"  python -m openpi_opt.compare {outcome.name}{store}")
-    if outcome.exit_code == 0 and swept:
+    if promotable:
         print(f"  python -m openpi_opt.promote {outcome.name}{store} --name NAME")
     if conf_dir() == Path.cwd() / "conf" and not store:
         print("  make ui")

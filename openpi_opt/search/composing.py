@@ -130,6 +130,8 @@ def _with_parents(path: Path) -> Iterator[Path]:
     yield path
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     for entry in (document or {}).get("defaults") or []:
+        if not isinstance(entry, str):  # `override /group: option` names no file of this folder
+            continue
         other = path.with_name(f"{entry}.yaml")
-        if isinstance(entry, str) and other != path and other.is_file():
+        if other != path and other.is_file():
             yield from _with_parents(other)

@@ -71,7 +71,7 @@ class Live:
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        self._console: Console = Console(stderr=True, highlight=False)
+        self._console: Console = Console(stderr=True, highlight=False, emoji=False)
         self._progress: Progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),

@@ -48,7 +48,7 @@ def run_trial(
     config, result, log = folder / "config.json", folder / "result.json", folder / "log.txt"
     result.unlink(missing_ok=True)
     results.write_atomic(config, json.dumps(cfg.dump(), indent=1))
-    argv = [sys.executable, "-m", "openpi_opt.trial", "--config", str(config)]
+    argv = [sys.executable, "-m", "openpi_opt.trial", "--in-place", "--config", str(config)]
     argv += ["--result", str(result), "--references", str(store_references.resolve())]
     env = child_environment(cfg, machine or probe())
     started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")

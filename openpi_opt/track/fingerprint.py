@@ -21,6 +21,20 @@ from openpi_opt.paths import package_dir
 # ROCm and nightly builds of torch bring Triton under names of their own.
 _TRITON_NAMES = ("triton", "pytorch-triton-rocm", "pytorch-triton", "triton-rocm")
 _GIT_TIMEOUT_S = 5
+_NOT_IN_A_TRIAL = frozenset(
+    {
+        "track",
+        "search",
+        "cli.py",
+        "compare.py",
+        "compose.py",
+        "deploy.py",
+        "observation.py",
+        "preset.py",
+        "promote.py",
+        "sweep.py",
+    }
+)
 
 
 def fingerprint(machine: Machine, platform: Platform | None = None) -> dict[str, Any]:
@@ -94,10 +108,17 @@ def package_version() -> str:
 
 
 def source_hash() -> str:
-    """SHA-256, 12 hexadecimal digits, over the package's Python files and their paths."""
+    """SHA-256, 12 hexadecimal digits, over the Python files that run in a trial, with their paths.
+
+    What only proposes, records or shows (`_NOT_IN_A_TRIAL`) changes no number: an edit there must
+    not make a study measure everything anew.
+    """
     root = package_dir()
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
+        part = file.relative_to(root).parts[0]
+        if part in _NOT_IN_A_TRIAL and file.name != "environment.py":  # search/environment.py
+            continue
         content = file.read_bytes()
         digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode())
         digest.update(content)

@@ -17,6 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from openpi_opt.config import Config
 from openpi_opt.result import Ok
 from openpi_opt.track.fingerprint import differences
 from openpi_opt.track.journal import Record
@@ -105,10 +106,13 @@ def print_table(records: Sequence[Record]) -> None:
 
 def _group(records: Sequence[Record], title: str) -> Group:
     newest = records[-1].fingerprint_hash
+    # A plain trial that somebody asked for will do where no baseline was measured.
+    plain = [r for r in records if r.role == "trial" and isinstance(r.result, Ok) and _is_plain(r)]
+    measured = [r for r in records if r.role == "baseline"]
     baselines = {
         record.fingerprint_hash: record.result.latency.mean_ms
-        for record in records
-        if record.role == "baseline" and isinstance(record.result, Ok)
+        for record in [*plain, *measured]
+        if isinstance(record.result, Ok)
     }
     best = _best(records, newest)
     columns = _varying(records)
@@ -124,6 +128,10 @@ def _group(records: Sequence[Record], title: str) -> Group:
         for record in records
     ]
     return Group(title, found, _footnotes(records, found))
+
+
+def _is_plain(record: Record) -> bool:
+    return Config.load(record.result.config).is_baseline()
 
 
 def _best(records: Sequence[Record], newest: str) -> Record | None:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from openpi_opt.errors import RefusedError
 from openpi_opt.kernels import aiter
-from openpi_opt.pi0.ops import eager_attention
-from openpi_opt.pi0.ops import Visibility
+from openpi_opt.pi0.ops import Visibility, eager_attention
 
 OLD = (
     "mha_fwd(Tensor(a0!) q, Tensor(a1!) k, Tensor(a2!) v, float dropout_p, float softmax_scale, "

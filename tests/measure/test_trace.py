@@ -329,6 +329,17 @@ def test_a_copy_inside_must_agree() -> None:
     assert stage_by_sequence(reference, ["a", "b"], COPIES) is None
 
 
+def test_a_graph_runs_small_copies_as_kernels() -> None:
+    """Seen on an H100: other names for copies and fills in the replay than on the stream."""
+    reference = [("a", "vision"), (MEMCPY, "prefill"), ("Memset (Device)", "p"), ("b", "denoise")]
+    replayed = [MEMCPY, "a", "memcpy32_post", "Memset (Unknown)", "b", MEMCPY]
+    assert stage_by_sequence(reference, replayed, COPIES) == [
+        "other", "vision", "prefill", "p", "denoise", "other",
+    ]  # fmt: skip
+    exchanged = [MEMCPY, "a", "Memset (Unknown)", "memcpy32_post", "b", MEMCPY]
+    assert stage_by_sequence(reference, exchanged, COPIES) is None
+
+
 def test_copies_at_the_border_of_the_call_itself_keep_their_stage() -> None:
     copy_in, clear = sorted(COPIES)
     reference = [(clear, "vision"), ("a", "vision"), ("b", "denoise"), (clear, "denoise")]

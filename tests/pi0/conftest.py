@@ -20,9 +20,9 @@ def _shared_policy() -> Pi0Policy:
 
 
 @pytest.fixture
-def policy(_shared_policy: Pi0Policy) -> Iterator[Pi0Policy]:
+def policy(_shared_policy: Pi0Policy) -> Pi0Policy:
     """pi0_mini with random weights, float32, a copy for each test."""
-    yield copy.deepcopy(_shared_policy)
+    return copy.deepcopy(_shared_policy)
 
 
 @pytest.fixture

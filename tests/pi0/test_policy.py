@@ -47,9 +47,10 @@ def transcribed(policy: Pi0Policy, inputs: Inputs) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS.keys())
+@pytest.mark.parametrize("name", WORKLOADS)
 @pytest.mark.parametrize("rope", ["bfloat16", "float32"])
-def test_actions_equal_the_transcription(workload: Workload, rope: RopeFrequencies) -> None:
+def test_actions_equal_the_transcription(name: str, rope: RopeFrequencies) -> None:
+    workload = WORKLOADS[name]
     config = dataclasses.replace(PI0_MINI, rope_frequencies=rope)
     policy = build(config, "cpu", steps=workload.steps)
     init_random(policy, seed=3)
@@ -169,8 +170,7 @@ def test_float16_and_bfloat16_stay_near_float32(
         assert 0 < distance(other.sample_actions(inputs), exact) < limit
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("declared", [False, True])
+@pytest.mark.parametrize(("declared", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_whole_call_compiles_to_one_graph(
     policy: Pi0Policy, masked_workload: Workload, declared: bool, dtype: torch.dtype
 ) -> None:
@@ -207,23 +207,24 @@ def test_stages_compile_once_each_and_can_be_replaced(
     assert len(graphs) == 3
 
 
-def test_denoise_step_compiles_with_inductor(policy: Pi0Policy) -> None:
+# Inductor imports torch modules that still use torch.jit.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("stage", ["encode_images", "denoise_step"])
+def test_stage_compiles_with_inductor(policy: Pi0Policy, stage: str) -> None:
     policy.declare_layout(SEED_B1.layout)
     inputs = make_inputs(SEED_B1, PI0_MINI, 13, "cpu")
     eager = policy.sample_actions(inputs)
     torch._dynamo.reset()
-    policy.denoise_step = torch.compile(policy.denoise_step, fullgraph=True, dynamic=False)
+    setattr(policy, stage, torch.compile(getattr(policy, stage), fullgraph=True, dynamic=False))
     assert distance(policy.sample_actions(inputs), eager) < 1e-5
 
 
-def test_profiler_sees_the_three_stages(policy: Pi0Policy) -> None:
-    inputs = make_inputs(SEED_B1, PI0_MINI, 14, "cpu")
+def test_profiler_sees_the_three_stages() -> None:
+    policy = build(PI0_MINI, "cpu", steps=2)
+    init_random(policy, seed=0)
+    inputs = make_inputs(dataclasses.replace(SEED_B1, steps=2), PI0_MINI, 14, "cpu")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         policy.sample_actions(inputs)
-    counts = {event.key: event.count for event in profile.key_averages()}
-    markers = {name: count for name, count in counts.items() if name.startswith("openpi_opt::")}
-    assert markers == {
-        "openpi_opt::vision": 1,
-        "openpi_opt::prefill": 1,
-        "openpi_opt::denoise": 10,
-    }
+    names = [event.name for event in profile.events()]
+    markers = [name.removeprefix("openpi_opt::") for name in names if "openpi_opt::" in name]
+    assert markers == ["vision", "prefill", "denoise", "denoise"]

@@ -1,7 +1,7 @@
 """Pi0 inference written a second time: slowly, in float64, straight from the formulas.
 
-It reads a state dict by name, one observation, one head and one query at a time, and shares nothing
-with the code under test. Masked prefix tokens are left out instead of masked.
+It reads a state dict by name, one observation and one head at a time, and shares nothing with the
+code under test. Masked prefix tokens are left out instead of masked.
 
 Letters: C cameras, L prompt slots, N valid prefix tokens, H horizon, A action dim, W width.
 """
@@ -42,11 +42,13 @@ def rms_norm(state: State, name: str, x: Tensor) -> Tensor:
     return x / torch.sqrt((x**2).mean(-1, keepdim=True) + EPS) * (1.0 + state[name + ".weight"])
 
 
-def softmax_average(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """One head vector [D] over keys [T, D] and values [T, D]."""
-    logits = keys @ query / math.sqrt(len(query))
-    weights = torch.exp(logits - logits.max())
-    return (weights / weights.sum()) @ values
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: list[int]) -> Tensor:
+    """One head: queries [S, D], keys and values [T, D]; query i sees the first visible[i] keys."""
+    logits = q @ k.T / math.sqrt(q.shape[1])
+    for row, n in zip(logits, visible, strict=True):
+        row[n:] = -math.inf
+    weights = torch.exp(logits - logits.max(dim=1, keepdim=True).values)
+    return (weights / weights.sum(dim=1, keepdim=True)) @ v
 
 
 def count(state: State, prefix: str) -> int:
@@ -71,11 +73,7 @@ def image_tokens(state: State, image: Tensor, heads: int) -> Tensor:
         outs = []
         for head in range(heads):
             columns = slice(head * size, (head + 1) * size)
-            outs.append(
-                torch.stack(
-                    [softmax_average(row, k[:, columns], v[:, columns]) for row in q[:, columns]]
-                )
-            )
+            outs.append(attend(q[:, columns], k[:, columns], v[:, columns], [len(x)] * len(x)))
         x = x + affine(state, layer + "self_attn.out_proj", torch.cat(outs, dim=1))
         y = layer_norm(state, layer + "layer_norm2", x)
         x = x + affine(state, layer + "mlp.fc2", gelu(affine(state, layer + "mlp.fc1", y)))
@@ -113,11 +111,7 @@ def gemma_layer(
     outs = []
     for head in range(q.shape[1] // size):
         rows = rotate(q[:, head * size : (head + 1) * size], positions, rounded)
-        outs.append(
-            torch.stack(
-                [softmax_average(row, k[:n], v[:n]) for row, n in zip(rows, visible, strict=True)]
-            )
-        )
+        outs.append(attend(rows, k, v, visible))
     x = x + affine(state, layer + "self_attn.o_proj", torch.cat(outs, dim=1))
     y = rms_norm(state, layer + "post_attention_layernorm", x)
     gated = gelu(affine(state, layer + "mlp.gate_proj", y)) * affine(

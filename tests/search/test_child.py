@@ -167,6 +167,14 @@ def test_a_grandchild_that_keeps_the_pipe_does_not_hold_up_the_end(scripts: Scri
     assert time.monotonic() - began < 10
 
 
+def test_what_was_said_just_before_the_end_counts(scripts: Scripts) -> None:
+    def busy(phase: str) -> None:
+        time.sleep(1)
+
+    ended = scripts.run("phase('load'); time.sleep(0.3); phase('measure')", on_phase=busy)
+    assert ended.phase == "measure"
+
+
 def test_garbage_on_the_pipe_is_no_phase(scripts: Scripts) -> None:
     body = """
     os.write(int(sys.argv[-1]), b"\\xff\\x00" * 200000 + b"\\n")

@@ -235,6 +235,8 @@ def test_float_ranges_keep_every_value_and_find_it_again(
         value = dimension.value(text)
         assert distribution._contains(distribution.to_internal_repr(value))
         assert dimension.text(value) == text
+        if isinstance(dimension, EvenFloats):  # Optuna's point may be a last digit off
+            assert dimension.text(value - 1e-12) == dimension.text(value + 1e-12) == text
 
 
 @given(low=st.floats(1e-6, 1e3), width=st.floats(1e-6, 1e3), log=st.booleans())

@@ -376,8 +376,12 @@ def test_the_start_says_study_store_and_what_auto_became(sweep: Sweeps) -> None:
 
 
 def test_another_machine_measures_anew(sweep: Sweeps, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep("attention=sdpa", baseline=False)
-    monkeypatch.setattr("openpi_opt.search.ledger.fingerprint_hash", lambda seen: "0" * 12)
-    outcome, run = sweep("attention=sdpa", baseline=False)
+    here, _ = sweep("attention=sdpa", baseline=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("openpi_opt.search.ledger.fingerprint_hash", lambda seen: "0" * 12)
+        there, run = sweep("attention=sdpa", baseline=False)
     assert len(run.ran) == 1
-    assert len(outcome.points) == 1
+    assert len(there.points) == 1
+    back, run = sweep("attention=sdpa", baseline=False)
+    assert run.ran == []
+    assert back.points == here.points != there.points

@@ -98,6 +98,8 @@ def test_source_hash_follows_edits_and_git_only_ones_own(
     shutil.copytree(package_dir(), copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(module, "package_dir", lambda: copy)
     before = module.source_hash()
+    (copy / "track" / "report.py").write_text("# edited\n")  # shows numbers, makes none
+    assert module.source_hash() == before
     (copy / "errors.py").write_text("# edited\n")
     assert module.source_hash() != before
     git = ["git", "-C", str(copy.parent), "-c", "user.name=t", "-c", "user.email=t@t"]

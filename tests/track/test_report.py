@@ -146,7 +146,7 @@ def test_another_fingerprint_is_marked_and_not_compared() -> None:
     assert (first.stale, second.stale, third.stale) == (True, True, False)
     assert (first.best, second.best, third.best) == (False, False, True)
     assert second.vs_baseline == 20.0  # both measured on the old one
-    assert third.vs_baseline is None
+    assert third.vs_baseline == 1.0  # itself: plain, and not the old baseline's 2x
     shown = text(records, width=400)
     assert "1†" in shown
     assert "triton: 1.0 ->" in shown

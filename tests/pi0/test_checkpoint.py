@@ -1,0 +1,255 @@
+"""Checkpoints: names there and back, both families, and everything that is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from openpi_opt.pi0 import checkpoint
+from openpi_opt.pi0.checkpoint import CheckpointError, load, save
+from openpi_opt.pi0.config import GemmaConfig, Pi0Config, VisionConfig
+from openpi_opt.pi0.policy import Pi0Policy
+from openpi_opt.pi0.weights import build, init_random
+
+TINY = Pi0Config(
+    name="tiny",
+    vision=VisionConfig(width=24, depth=1, heads=2, mlp_width=20, image_size=28),
+    language=GemmaConfig(width=32, depth=1, heads=2, kv_heads=1, head_dim=16, mlp_width=24),
+    expert=GemmaConfig(width=24, depth=1, heads=2, kv_heads=1, head_dim=16, mlp_width=24),
+    vocab_size=10,
+)
+NORM = "paligemma_with_expert.gemma_expert.model.norm.weight"
+W = "paligemma_with_expert."
+
+
+def filled(seed: int = 0) -> Pi0Policy:
+    policy = build(TINY, "cpu")
+    init_random(policy, seed)
+    return policy
+
+
+def assert_same(policy: Pi0Policy, tensors: dict[str, Tensor]) -> None:
+    state = policy.state_dict()
+    assert state.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(state[name], tensor), name
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in filled().state_dict().items()}
+
+
+def test_saved_files_have_openpis_names_and_load_again(tmp_path: Path) -> None:
+    policy = filled()
+    save(policy, tmp_path / "model.safetensors")
+    assert_same(policy, load_file(tmp_path / "model.safetensors"))
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata()[checkpoint.EMBEDDING] == checkpoint.TIED
+    for path in (tmp_path, tmp_path / "model.safetensors", str(tmp_path)):
+        other = filled(seed=1)
+        load(other, path)
+        assert_same(other, policy.state_dict())
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_saving_keeps_the_old_file_when_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"old")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        save(filled(), path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_values_take_the_dtype_of_the_policy(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    stored = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    stored[NORM] = tensors[NORM].double()
+    save_file(stored, tmp_path / "model.safetensors")
+    policy = filled(seed=1)
+    load(policy, tmp_path)
+    assert_same(policy, {name: tensor.float() for name, tensor in stored.items()})
+
+
+def test_lerobot_files_have_a_prefix_and_their_embedding_wins(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    stored = {"model." + name: tensor for name, tensor in tensors.items()}
+    stored["model." + checkpoint.EMBEDDING] = tensors[checkpoint.TIED] + 1
+    save_file(stored, tmp_path / "model.safetensors")
+    policy = filled(seed=1)
+    load(policy, tmp_path)
+    assert_same(policy, tensors | {checkpoint.TIED: tensors[checkpoint.TIED] + 1})
+
+
+def legacy(name: str) -> str:
+    """The names that LeRobot 0.3 gave, by the nesting of its modules."""
+    name = name.replace(W + "paligemma.lm_head.", W + "paligemma.language_model.lm_head.")
+    name = name.replace("paligemma.model.language_model.", "paligemma.language_model.model.")
+    name = name.replace("paligemma.model.vision_tower.", "paligemma.vision_tower.")
+    return "model." + name.replace("paligemma.model.multi_modal", "paligemma.multi_modal")
+
+
+def test_legacy_lerobot_files_load_without_their_statistics(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    stored = {legacy(name): tensor for name, tensor in tensors.items()}
+    stored["normalize_inputs.buffer_observation_state.mean"] = torch.zeros(7)
+    stored["normalize_targets.buffer_action.std"] = torch.zeros(7)
+    stored["unnormalize_outputs.buffer_action.mean"] = torch.zeros(7)
+    save_file(stored, tmp_path / "model.safetensors")
+    policy = filled(seed=1)
+    load(policy, tmp_path)
+    assert_same(policy, tensors)
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    names = sorted(tensors)
+    weight_map = {name: f"model-{index % 3}.safetensors" for index, name in enumerate(names)}
+    for shard in set(weight_map.values()):
+        part = {name: tensors[name] for name in names if weight_map[name] == shard}
+        save_file(part, folder / shard)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_sharded_checkpoints_load(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    write_shards(tmp_path, tensors)
+    for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        policy = filled(seed=1)
+        load(policy, path)
+        assert_same(policy, tensors)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    write_shards(tmp_path, tensors)
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"1 are missing: model-1\.safetensors"):
+        load(filled(), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}'])
+def test_a_broken_index_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        load(filled(), tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "model.bin"])
+def test_an_index_may_not_point_elsewhere(tmp_path: Path, shard: str) -> None:
+    index = {"weight_map": {NORM: shard}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="beside it"):
+        load(filled(), tmp_path)
+
+
+Change = Callable[[dict[str, Tensor]], None]
+
+
+def renamed(tensors: dict[str, Tensor]) -> None:
+    tensors["surprise"] = tensors.pop(NORM)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(NORM), rf"1 missing: {NORM}\."),
+        (lambda tensors: tensors.update(surprise=torch.zeros(2)), "1 unexpected: surprise"),
+        (renamed, rf"1 missing: {NORM}; 1 unexpected: surprise"),
+        (
+            lambda tensors: tensors.update({NORM: torch.zeros(25)}),
+            rf"1 of another shape: {NORM} \[25\] instead of \[24\]",
+        ),
+        (
+            lambda tensors: tensors.update({NORM: torch.zeros(24, dtype=torch.int32)}),
+            rf"no float: {NORM} I32",
+        ),
+        (
+            lambda tensors: tensors.update({"model." + NORM: torch.zeros(24)}),
+            rf"holds {NORM} twice",
+        ),
+        (lambda tensors: tensors.update({"time_mlp_in.weight": torch.zeros(2, 2)}), "pi05"),
+        (
+            lambda tensors: tensors.update(
+                {"model." + NORM.replace("weight", "dense.weight"): torch.zeros(2, 2)}
+            ),
+            "pi05",
+        ),
+        (lambda tensors: tensors.clear(), r"\d+ missing: .*, .*, .*, \.\.\."),
+    ],
+)
+def test_misfits_are_named_and_change_nothing(
+    tmp_path: Path, tensors: dict[str, Tensor], change: Change, message: str
+) -> None:
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    policy = filled(seed=1)
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(policy, tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+    assert_same(policy, before)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".pkl", ".ckpt"])
+def test_pickles_are_refused_with_the_reason(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"pytorch_model{suffix}"
+    torch.save({}, path)
+    with pytest.raises(CheckpointError, match="can run any code"):
+        load(filled(), path)
+    with pytest.raises(CheckpointError, match=f"pytorch_model{suffix} is a pickle"):
+        load(filled(), tmp_path)
+
+
+def test_other_paths_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights.npz").touch()
+    with pytest.raises(CheckpointError, match=r"'\.npz'; allowed are \.safetensors"):
+        load(filled(), tmp_path / "weights.npz")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load(filled(), tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds neither"):
+        load(filled(), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def stored_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("stored") / "model.safetensors"
+    save(filled(), path)
+    return path.read_bytes()
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_truncation_is_reported(
+    tmp_path: Path, stored_bytes: bytes, data: st.DataObject
+) -> None:
+    length = data.draw(st.integers(0, len(stored_bytes) - 1))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(stored_bytes[:length])
+    with pytest.raises(CheckpointError, match="not a complete safetensors file") as caught:
+        load(filled(), path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_placeholder_of_a_file_store_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match="placeholder"):
+        load(filled(), path)

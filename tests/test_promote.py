@@ -1,0 +1,134 @@
+"""The way from a sweep to a preset that is used, with real processes and the small model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from openpi_opt.config import Config
+from openpi_opt.errors import UserError
+from openpi_opt.promote import finalists
+from openpi_opt.result import Latency, Ok, Refused, TrialResult
+from openpi_opt.track.journal import Record
+
+QUICK = [
+    "model=pi0_mini",
+    "platform=cpu",
+    "workload.steps=2",
+    "workload.horizon=4",
+    "measure.warmup=3",
+    "measure.iterations=10",
+]
+SDPA = {"vision": "sdpa", "prefill": "sdpa", "denoise": "sdpa"}
+
+
+def verb(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"openpi_opt.{name}", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def record(raw: dict, mean_ms: float | None, role: str = "trial") -> Record:
+    cfg = Config.parse({"model": {"name": "pi0_mini"}, "platform": {"device": "cpu"}, **raw})
+    common = {
+        "config": cfg.dump(),
+        "config_hash": cfg.hash(),
+        "context_hash": cfg.context_hash(),
+        "started_at": "2026-01-01T00:00:00+00:00",
+    }
+    result: TrialResult
+    if mean_ms is None:
+        result = Refused(outcome="unavailable", reason="no GPU", **common)  # type: ignore[arg-type]
+    else:
+        latency = Latency.model_construct(mean_ms=mean_ms)
+        result = Ok.model_construct(outcome="ok", latency=latency, **common)  # type: ignore[arg-type]
+    return Record.model_construct(
+        study="s", number=0, role=role, result=result, fingerprint_hash="f", params={}, labels={}
+    )
+
+
+def test_finalists_are_the_fastest_different_right_ones() -> None:
+    one = {"attention": {"vision": "sdpa"}}
+    two = {"attention": {"prefill": "sdpa"}}
+    records = [
+        record({}, 5.0, "baseline"),
+        record({"attention": SDPA}, 4.0),
+        record(one, 3.0),
+        record(one, 3.5),
+        record(two, 1.0, "confirm"),
+        record({"graph": {"mode": "manual"}}, None),
+    ]
+    chosen = finalists(records, 2)
+    assert [c.knobs["attention"].model_dump() for c in chosen] == [
+        {"vision": "sdpa", "prefill": "eager", "denoise": "eager"},
+        SDPA,
+    ]
+
+
+def test_a_study_without_an_ok_trial_is_refused() -> None:
+    with pytest.raises(UserError, match="no trial with outcome ok"):
+        finalists([record({}, None)], 3)
+
+
+def test_different_contexts_are_not_compared() -> None:
+    records = [record({}, 5.0), record({"workload": {"batch_size": 2}}, 1.0)]
+    with pytest.raises(UserError, match="cannot be compared"):
+        finalists(records, 3)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with a finished study `s` in mlruns/."""
+    folder = tmp_path_factory.mktemp("user")
+    done = verb("sweep", "-m", "attention=sdpa", "study=s", *QUICK, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_promote_writes_a_preset_that_sweep_and_code_use(swept: Path) -> None:
+    done = verb("promote", "s", "--name", "mine", "--rounds", "3", cwd=swept)
+    assert done.returncode == 0, done.stderr
+    path = swept / "conf" / "preset" / "mine.yaml"
+    document = yaml.safe_load(path.read_text())
+    provenance = document["provenance"]
+    assert provenance["study"] == "s"
+    assert provenance["processes"] == 3
+    assert provenance["ci95_ms"][0] <= provenance["mean_ms"] <= provenance["ci95_ms"][1]
+    assert provenance["mlflow_run_id"]
+    assert provenance["model"]["name"] == "pi0_mini"
+    assert "winner" in done.stdout
+    again = verb("promote", "s", "--name", "mine", cwd=swept)
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+    used = verb("sweep", "preset=mine", "study=used", *QUICK, cwd=swept)
+    assert used.returncode == 0, used.stderr
+    listing = verb("compare", "used", "--format", "json", cwd=swept)
+    (trial,) = json.loads(listing.stdout)
+    assert trial["outcome"] == "ok"
+    journal = (swept / "mlruns" / "studies" / "s" / "journal.jsonl").read_text().splitlines()
+    roles = [json.loads(line)["role"] for line in journal]
+    assert roles.count("confirm") == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere", "--name", "x"], "nowhere"),
+        (["s", "--name", "../x"], "preset name"),
+        (["s", "--name", "x", "--store", "absent"], "absent"),
+    ],
+)
+def test_bad_requests_end_with_two_and_no_traceback(
+    swept: Path, arguments: list[str], words: str
+) -> None:
+    done = verb("promote", *arguments, cwd=swept)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 3
