@@ -19,6 +19,7 @@ import yaml
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import KNOBS
+from openpi_opt.knobs.base import AnyKnob, Options
 from openpi_opt.paths import conf_dir, user_conf_dir
 from openpi_opt.result import write_atomic
 
@@ -78,10 +79,10 @@ def render(cfg: Config, provenance: dict[str, Any]) -> str:
     defaults: list[Any] = []
     body: dict[str, Any] = {}
     for knob in KNOBS:
-        values = cfg.canonical().knobs[knob.name].model_dump(mode="json")
-        option = _option_of(knob.name, values)
+        chosen = cfg.canonical().knobs[knob.name]
+        option = _option_of(knob, chosen)
         if option is None:
-            body[knob.name] = values
+            body[knob.name] = chosen.model_dump(mode="json")
         else:
             defaults.append({f"override /{knob.name}": option})
     document = {"defaults": defaults, **body, "provenance": provenance}
@@ -91,9 +92,10 @@ def render(cfg: Config, provenance: dict[str, Any]) -> str:
     return head + yaml.safe_dump(document, sort_keys=False, width=100, allow_unicode=True)
 
 
-def _option_of(group: str, values: dict[str, Any]) -> str | None:
-    """The option file of a group that holds exactly `values`."""
-    for file in sorted((conf_dir() / group).glob("*.yaml")):
-        if yaml.safe_load(file.read_text(encoding="utf-8")) == values:
+def _option_of(knob: AnyKnob, chosen: Options) -> str | None:
+    """The option file of a knob that says exactly `chosen`; keys it leaves out are defaults."""
+    for file in sorted((conf_dir() / knob.name).glob("*.yaml")):
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        if knob.options_type.model_validate(values) == chosen:
             return file.stem
     return None

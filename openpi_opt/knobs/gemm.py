@@ -25,7 +25,7 @@ class Gemm(Knob[GemmOptions]):
     """Linear layers of few rows by a kernel that streams the weights. NVIDIA and AMD.
 
     In the denoising steps 11 rows meet 5 to 16 MB of weights a layer, which cuBLAS reads at a
-    third of the memory's rate on an H100. Written here: `openpi_opt.kernels.triton_skinny_gemm`;
+    third of the memory's rate on an H100. Source: `openpi_opt.kernels.triton_skinny_gemm`;
     the same observation made realtime-vla write its decoder in Triton.
     """
 
