@@ -192,6 +192,7 @@ def _record(
         with profile(
             activities=activities,
             schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
+            acc_events=True,  # one cycle only; without it torch warns that cycles are cleared
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(trace)),
         ) as profiler:
             for _ in range(2):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from openpi_opt.pi0.gemma import Past, Rope, rope_at
+from openpi_opt.pi0.gemma import KeysValues, Past, Rope, rope_at
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.ops import Segment, Visibility
 from openpi_opt.pi0.policy import Pi0Policy, PrefixCache
@@ -190,7 +190,11 @@ class LeanPolicy(Pi0Policy):
         visibility = self.prefix_visibility(self.layout_mask)
         _, own = self.language(x, self.prefix_rope(), visibility, self.ops.attention_prefill)
         if not (self.plan.skip_masked or self.layout.all_valid):
-            own = [type(c)(*(t.index_select(1, self.layout_index) for t in c)) for c in own]
+            index = self.layout_index
+            own = [
+                KeysValues(c.keys.index_select(1, index), c.values.index_select(1, index))
+                for c in own
+            ]
         caches: Sequence[Past] = own
         if self.plan.kv_buffer:
             caches = [with_room(cache, self.plan.horizon + 1) for cache in own]
@@ -219,8 +223,9 @@ class LeanPolicy(Pi0Policy):
             joined.append(cache)
         k, v = keys_values(last, last.input_layernorm(x))
         joined.append(caches[-1].joined(self.ops.rotary(k, *rope), v))
+        # Not `_replace`: Dynamo of torch 2.11 cannot return what that makes.
         buffered = [past for past in caches if isinstance(past, BufferedKeysValues)]
-        return [past._replace(filled=past.filled + 1) for past in buffered] or joined
+        return [BufferedKeysValues(p.keys, p.values, p.filled + 1) for p in buffered] or joined
 
     def embed_suffix(self, x_t: Tensor, features: Tensor, state: Tensor) -> Tensor:
         """As in `Pi0Policy`; `features` [E] are a row of `time_table`, whatever that holds."""
