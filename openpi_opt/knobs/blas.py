@@ -269,7 +269,7 @@ def _fp8_problem(cfg: Config, machine: Machine) -> Refusal | None:
         return Refusal("invalid", "blas=fp8 returns 16 bits; use precision=bfloat16")
     if cfg.platform.device == "cpu":
         return None
-    arch = machine.gpus_for(cfg.device)[cfg.platform.gpu].arch
+    arch = machine.gpu(cfg.device, cfg.platform.gpu).arch
     if cfg.platform.device == "cuda":
         able, needed = int(arch.removeprefix("sm")) >= _FP8_MIN_SM, f"sm{_FP8_MIN_SM} or newer"
     else:

@@ -45,7 +45,7 @@ class Precision(Knob[PrecisionOptions]):
         """TF32 exists on some GPUs; a CPU multiplies float32 in float32."""
         if not self.of(cfg).tf32 or cfg.platform.device == "cpu":
             return None
-        arch = machine.gpus_for(cfg.device)[cfg.platform.gpu].arch
+        arch = machine.gpu(cfg.device, cfg.platform.gpu).arch
         if cfg.platform.device == "cuda" and int(arch.removeprefix("sm")) < _TF32_MIN_SM:
             return Refusal("unavailable", f"precision.tf32 needs sm80 or newer; this GPU is {arch}")
         if cfg.platform.device == "rocm" and arch not in _XF32_ARCHS:
