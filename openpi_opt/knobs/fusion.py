@@ -1,13 +1,14 @@
-"""Knob `fusion`: projections of one input in one GEMM."""
+"""Knob `fusion`: projections of one input in one GEMM, and whole layers of the action expert."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from openpi_opt.knobs.base import Knob, Options, switches_label
+from openpi_opt.knobs.base import Knob, Options, Refusal
 
 if TYPE_CHECKING:
     from openpi_opt.config import Config
+    from openpi_opt.machine import Machine
     from openpi_opt.pi0.policy import Pi0Policy
 
 
@@ -15,12 +16,17 @@ class FusionOptions(Options):
     """Each switch on its own; the shapes are those of the full model, [out, in].
 
     `qkv`: Gemma towers, [2560, 2048] and [2560, 1024]. `gate_up`: Gemma towers, [32768, 2048] and
-    [8192, 1024]. `vision_qkv`: SigLIP, [3456, 1152] with bias.
+    [8192, 1024]. `vision_qkv`: SigLIP, [3456, 1152] with bias. `expert_layer`: a layer of the
+    action expert is seven launches of own kernels; it needs the first two.
     """
 
     qkv: bool = False
     gate_up: bool = False
     vision_qkv: bool = False
+    expert_layer: bool = False
+
+
+_PROJECTIONS = ("qkv", "gate_up", "vision_qkv")
 
 
 class Fusion(Knob[FusionOptions]):
@@ -29,10 +35,31 @@ class Fusion(Knob[FusionOptions]):
     Exact, only the tiling of the sums changes. Weights are loaded and saved under their original
     names: these are views of the fused weight. Source: sunxxuns/openpi-1 on MI350 and H200
     (`USE_FUSED_PROJECTIONS`, `OPENPI_FUSE_SIGLIP_QKV`).
+
+    `expert_layer` (NVIDIA and AMD, not run on AMD) also takes norms, GELU and residuals into the
+    GEMMs of the action expert, and its attention reads the prefix's cache in place. Only roundings
+    differ. It is made of the kernels of `attention.denoise=triton` and `gemm=triton_skinny`, with
+    their launch parameters and row limit, and these must be chosen, so that no other choice is
+    overruled. `elementwise` and `blas` go on to act outside of these layers. Source: Dexmal/
+    realtime-vla, whose decoder is such a chain of Triton kernels; `openpi_opt.surgery.expert`.
     """
 
     name = "fusion"
     options_type = FusionOptions
+
+    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+        """The fused expert layer needs a GPU, and its parts among the other options."""
+        options = self.of(cfg)
+        if not options.expert_layer:
+            return None
+        if cfg.platform.device == "cpu":
+            return Refusal(
+                "unavailable",
+                "fusion.expert_layer needs a GPU; Triton kernels run on the CPU in interpreter "
+                "mode only, for tests",
+            )
+        problem = _contradiction(cfg, options)
+        return None if problem is None else Refusal("invalid", f"fusion.expert_layer {problem}")
 
     def transform(self, policy: Pi0Policy, cfg: Config) -> None:
         """Fuse the weights as cast by `precision`, which comes before."""
@@ -45,7 +72,44 @@ class Fusion(Knob[FusionOptions]):
             fused.fuse_gate_up(policy)
         if options.vision_qkv:
             fused.fuse_vision_qkv(policy)
+        if options.expert_layer:
+            from openpi_opt.surgery.expert import fuse_expert_layers
+
+            launch = cfg.knobs["attention"].launch("denoise")  # type: ignore[attr-defined]
+            fuse_expert_layers(policy, launch.canonical("denoise", cfg.platform.device).given())
 
     def label(self, options: FusionOptions) -> str:
-        """The switches that are on."""
-        return switches_label(options)
+        """The switches that are on; `all` are the three of projections."""
+        on = [name for name in _PROJECTIONS if getattr(options, name)]
+        words = ["all"] if len(on) == len(_PROJECTIONS) else on
+        return "+".join([*words, *(["expert_layer"] if options.expert_layer else [])]) or "none"
+
+
+def _contradiction(cfg: Config, options: FusionOptions) -> str | None:
+    """What among the options keeps the expert's layers from being fused, or None."""
+    attention, gemm, blas, precision, simplify = (
+        cfg.knobs[name] for name in ("attention", "gemm", "blas", "precision", "simplify")
+    )
+    if not (options.qkv and options.gate_up):
+        return "needs fusion.qkv and fusion.gate_up"
+    if precision.dtype == "float32":  # type: ignore[attr-defined]
+        return "is made for 16-bit weights; precision=float32 contradicts it"
+    if attention.denoise != "triton":  # type: ignore[attr-defined]
+        return (
+            "computes the expert's attention by the own Triton kernel; use attention.denoise=triton"
+        )
+    if gemm.backend != "triton_skinny":  # type: ignore[attr-defined]
+        return "computes the expert's products by the own Triton kernel; use gemm=triton_skinny"
+    if blas.backend == "aiter":  # type: ignore[attr-defined]
+        return "leaves none of the expert's products to aiter; use another blas"
+    if blas.backend == "fp8" and "denoise" in blas.fp8.stages:  # type: ignore[attr-defined]
+        return "leaves none of the expert's products to FP8; take denoise out of blas.fp8.stages"
+    state = 0 if simplify.state_once else 1  # type: ignore[attr-defined]
+    rows = cfg.workload.batch_size * (cfg.workload.horizon + state)
+    limit = gemm.max_rows  # type: ignore[attr-defined]
+    if rows > limit:
+        return (
+            f"is for at most {limit} rows (gemm.max_rows), and this workload has {rows}: batch "
+            f"size {cfg.workload.batch_size}, {cfg.workload.horizon + state} tokens"
+        )
+    return None

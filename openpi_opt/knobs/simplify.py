@@ -22,6 +22,7 @@ class SimplifyOptions(Options):
     `time_mlp`: time features and the action projection are folded into `action_time_mlp_in`.
     `state_once`: the state token runs once; the steps then need no mask, H actions see all keys.
     `kv_buffer`: keys and values of a step are written behind the prefix's, not copied with them.
+    With `fusion.expert_layer` no step does either, and the switch has no effect.
     `rope_tables`: rotary tables are computed once, not in every call and step.
     """
 
@@ -49,6 +50,12 @@ class Simplify(Knob[SimplifyOptions]):
     name = "simplify"
     options_type = SimplifyOptions
 
+    def canonical(self, cfg: Config) -> SimplifyOptions:
+        """A fused expert layer reads a step's keys and values where they are: no buffer."""
+        options = self.of(cfg)
+        fused = cfg.knobs["fusion"].expert_layer  # type: ignore[attr-defined]
+        return options.model_copy(update={"kv_buffer": options.kv_buffer and not fused})
+
     def fold(self, policy: Pi0Policy, cfg: Config) -> None:
         """Fold the norms in float32."""
         if self.of(cfg).fold_norms:
@@ -58,7 +65,7 @@ class Simplify(Knob[SimplifyOptions]):
 
     def transform(self, policy: Pi0Policy, cfg: Config) -> None:
         """Replace the last prefix layer and the stages."""
-        options = self.of(cfg)
+        options = self.canonical(cfg)
         if options.last_layer:
             from openpi_opt.surgery.last_layer import keep_keys_values
 
@@ -72,6 +79,12 @@ class Simplify(Knob[SimplifyOptions]):
         if any(changes[name] for name in _FOR_A_LAYOUT):
             policy.declare_layout(workload_of(cfg).layout)
         lean(policy, horizon=cfg.workload.horizon, **changes)
+
+    def notes(self, cfg: Config) -> list[str]:
+        """Say so when another option took the switch's meaning away."""
+        if self.of(cfg).kv_buffer and not self.canonical(cfg).kv_buffer:
+            return ["simplify.kv_buffer has no effect with fusion.expert_layer."]
+        return []
 
     def label(self, options: SimplifyOptions) -> str:
         """The switches that are on."""

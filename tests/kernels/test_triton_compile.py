@@ -7,6 +7,7 @@ no limits offline, so registers and shared memory are compared here.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,13 @@ from openpi_opt.kernels import (
     triton_rotary,
     triton_skinny_gemm,
 )
-from openpi_opt.pi0.ops import SEE_ALL, Segment, Visibility
+from openpi_opt.pi0 import weights
+from openpi_opt.pi0.config import PI0, PI0_MINI
+from openpi_opt.pi0.gemma import KeysValues, Rope
+from openpi_opt.pi0.ops import SEE_ALL, Segment, Visibility, eager_attention
+from openpi_opt.pi0.precision import cast
+from openpi_opt.surgery.expert import fuse_expert_layers
+from openpi_opt.surgery.fused import fuse_gate_up, fuse_qkv
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8"}
 TARGETS = {
@@ -136,6 +143,21 @@ def skinny_51() -> None:
     triton_skinny_gemm.skinny_gelu_mul(x, empty(8192, 1024), None, None, [])
 
 
+def expert_layer() -> None:
+    """A layer of the full model's expert with gains: the state token alone, 11 and 51 rows."""
+    small = dataclasses.replace(PI0_MINI.language, depth=1, heads=8, head_dim=256)
+    expert = dataclasses.replace(PI0.expert, depth=1)
+    policy = weights.build(dataclasses.replace(PI0_MINI, language=small, expert=expert), "cpu")
+    cast(policy, torch.bfloat16)
+    fuse_qkv(policy)
+    fuse_gate_up(policy)
+    fuse_expert_layers(policy)
+    past, table = KeysValues(empty(1, 788, 1, 256), empty(1, 788, 1, 256)), empty(1, 51, 128)
+    for rows in (1, 11, 51):
+        rope = Rope(table[:, :rows], table[:, :rows])
+        policy.expert(empty(1, rows, 1024), rope, STATE, eager_attention, [past])
+
+
 def elementwise() -> None:
     x, gain = empty(1, 788, 2048), empty(2048, dtype=torch.float32)
     triton_norm.add_rms_norm(x, x, gain, EPS)
@@ -145,7 +167,7 @@ def elementwise() -> None:
     triton_rotary.rotary_qk(empty(1, 788, 8, 256), empty(1, 788, 1, 256), table, table)
 
 
-CALLS = [decode, decode_cached, prefill, vision, skinny, skinny_51, elementwise]
+CALLS = [decode, decode_cached, prefill, vision, skinny, skinny_51, expert_layer, elementwise]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)

@@ -1,15 +1,18 @@
-"""Run `triton_interpreted.py` where Triton interprets: decided once, when Triton is imported."""
+"""Run `*_interpreted.py` where Triton interprets: decided once, when Triton is imported."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_kernels_in_interpreter_mode() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "tests/kernels/triton_interpreted.py"]
+@pytest.mark.parametrize("file", ["triton_interpreted.py", "expert_layer_interpreted.py"])
+def test_in_interpreter_mode(file: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", f"tests/kernels/{file}"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command += ["-p", "no:cacheprovider"]
     run = subprocess.run(

@@ -1,0 +1,196 @@
+"""The fused expert layer on a GPU: full width in bfloat16, and whole policies as they are run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from openpi_opt import runtime
+from openpi_opt.config import Config
+from openpi_opt.knobs import KNOBS
+from openpi_opt.machine import probe
+from openpi_opt.measure.guard import distance
+from openpi_opt.measure.profile import profile_call
+from openpi_opt.pi0 import weights
+from openpi_opt.pi0.config import PI0, PI0_MINI
+from openpi_opt.pi0.gemma import GemmaLayer, KeysValues, Rope, rope_at
+from openpi_opt.pi0.ops import Segment, Visibility, eager_attention
+from openpi_opt.pi0.precision import cast
+from openpi_opt.pi0.workload import make_inputs
+from openpi_opt.surgery import fused
+from openpi_opt.surgery.expert import FusedExpertLayer, fuse_expert_layers
+from openpi_opt.surgery.folded import fold_norms
+from openpi_opt.surgery.towers import gemma_layers
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+
+MACHINE = probe()
+STORED = 788
+# One layer of the action expert at its full width, behind a prefix that is small but for its keys.
+ONE_LAYER = dataclasses.replace(
+    PI0_MINI,
+    language=dataclasses.replace(PI0_MINI.language, depth=1, heads=8, head_dim=256),
+    expert=dataclasses.replace(PI0.expert, depth=1),
+)
+# Rows of the call, and whether the first is the state token; folded norms.
+CASES = {
+    "state token": (11, True, False),
+    "state run once": (10, False, True),
+    "state token, horizon 50": (51, True, True),
+    "the state alone": (1, False, False),
+}
+
+
+def one_layer(folded: bool) -> tuple[GemmaLayer, FusedExpertLayer, Tensor]:
+    """The same bfloat16 weights twice, plain in float64 and fused; the rotary frequencies."""
+    policy = weights.build(ONE_LAYER, "cuda")
+    weights.init_random(policy, seed=0)
+    if folded:
+        fold_norms(policy)
+    cast(policy, torch.bfloat16)
+    plain = copy.deepcopy(policy.expert).double()
+    fused.fuse_qkv(policy)
+    fused.fuse_gate_up(policy)
+    fuse_expert_layers(policy)
+    layer = gemma_layers(policy.expert)[0]
+    assert isinstance(layer, FusedExpertLayer)
+    return gemma_layers(plain)[0], layer, policy.frequencies
+
+
+def arguments(
+    rows: int, state: bool, frequencies: Tensor
+) -> tuple[tuple[Tensor, ...], Rope, Visibility]:
+    """Tokens and what is stored, [1, S, W] and twice [1, N, 1, D]; rotary tables; who sees what."""
+    generator = torch.Generator("cuda").manual_seed(rows)
+    shapes = [(1, rows, PI0.expert.width), *[(1, STORED, 1, PI0.expert.head_dim)] * 2]
+    given = [torch.randn(*shape, generator=generator, device="cuda") for shape in shapes]
+    positions = torch.arange(STORED, STORED + rows, device="cuda")[None]
+    mask = torch.ones(1, 1, rows, STORED + rows, dtype=torch.bool, device="cuda")
+    segments: tuple[Segment, ...] = (Segment(0, rows, None),)
+    if state:
+        mask[:, :, 0, STORED + 1 :] = False
+        segments = (Segment(0, 1, STORED + 1), Segment(1, rows, None))
+    rope = rope_at(positions, frequencies, torch.bfloat16)
+    return tuple(t.bfloat16() for t in given), rope, Visibility(mask, segments)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def calls(name: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Callable[..., Tensor]]:
+    """The fused layer, its tensors, and the plain layer in float64."""
+    rows, state, folded = CASES[name]
+    plain, layer, frequencies = one_layer(folded)
+    given, rope, visibility = arguments(rows, state, frequencies)
+
+    def ours(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return layer(x, rope, visibility, eager_attention, KeysValues(k, v))[0]
+
+    def expected(*given: Tensor) -> Tensor:
+        x, k, v = (tensor.double() for tensor in given)
+        tables = Rope(rope.cos.double(), rope.sin.double())
+        return plain(x, tables, visibility, eager_attention, KeysValues(k, v))[0]
+
+    return ours, given, expected
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_compiled_and_captured(name: str) -> None:
+    """As it is, in one graph of Dynamo's, and in a CUDA graph that follows new inputs."""
+    ours, given, expected = calls(name)
+    with torch.no_grad():
+        out = ours(*given)
+        assert relative(out, expected(*given)) < 1e-2
+        # What the layer adds, without the residual that hides mistakes in it.
+        added = expected(*given) - given[0].double()
+        assert float((out.double() - given[0].double() - added).norm() / added.norm()) < 2e-2
+        assert torch.equal(out, ours(*given))
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, dynamic=False)
+    static = [tensor.clone() for tensor in given]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(3):
+            compiled(*static)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        captured = compiled(*static)
+    for factor in (1.0, -0.5):
+        for tensor, source in zip(static, given, strict=True):
+            tensor.copy_(source * factor)
+        graph.replay()
+        torch.cuda.synchronize()
+        with torch.no_grad():
+            assert relative(captured, expected(*static)) < 1e-2
+
+
+def test_launches_of_a_layer_in_a_step() -> None:
+    """Seven; on AMD a second kernel adds the splits of the two products that have any."""
+    _, layer, frequencies = one_layer(folded=False)
+    (x, k, v), rope, visibility = arguments(11, True, frequencies)
+
+    def step(x: Tensor) -> None:
+        with torch.no_grad():
+            layer.step(x, rope, visibility, KeysValues(k, v))
+
+    for _ in range(3):
+        step(x)
+    device: Any
+    device, most = ("rocm", 9) if torch.version.hip else ("cuda", 7)
+    assert len(profile_call(step, x, device).launches) <= most
+
+
+KNOBS_OF_IT = {
+    "fusion": dict.fromkeys(("qkv", "gate_up", "vision_qkv", "expert_layer"), True),
+    "attention": {"vision": "sdpa", "prefill": "sdpa", "denoise": "triton"},
+    "gemm": {"backend": "triton_skinny"},
+}
+ONCE = {"state_once": True, "last_layer": True, "rope_tables": True}
+SIMPLIFY = {
+    "none": {},
+    "once": ONCE,
+    "buffer": {"kv_buffer": True},
+    "all": {**ONCE, "fold_norms": True, "time_mlp": True, "kv_buffer": True},
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "captured": {"graph": {"mode": "manual"}},
+    "compiled": {"compile": {"mode": "default"}},
+    "compiled, captured": {"compile": {"mode": "default"}, "graph": {"mode": "manual"}},
+}
+
+
+@pytest.mark.parametrize("simplify", SIMPLIFY)
+@pytest.mark.parametrize("run", RUNS)
+def test_policies_follow_new_inputs(run: str, simplify: str) -> None:
+    raw = {
+        "model": {"name": "pi0_mini"},
+        "simplify": SIMPLIFY[simplify],
+        **KNOBS_OF_IT,
+        **RUNS[run],
+    }
+    cfg = Config.parse(raw).resolved(MACHINE)
+    assert [knob.check(cfg, MACHINE) for knob in KNOBS] == [None] * len(KNOBS)
+    policy = runtime.build_policy(cfg, torch.device("cuda"))
+    inputs = [make_inputs(runtime.workload_of(cfg), policy.config, s, "cuda") for s in range(3)]
+    with torch.no_grad():
+        expected = [policy.sample_actions(item).cpu() for item in inputs]
+    call = runtime.apply_knobs(policy, cfg).call
+    for item, wanted in zip(inputs, expected, strict=True):
+        found = distance(call(item), wanted).rel_l2
+        assert found is not None
+        assert found < 1e-2

@@ -1,0 +1,222 @@
+"""The fused expert layer in interpreter mode, against the plain one, alone and in whole policies.
+
+Not collected by name: `test_triton_interpreter.py` runs it in a process with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from openpi_opt import runtime
+from openpi_opt.config import Config
+from openpi_opt.pi0 import weights
+from openpi_opt.pi0.config import PI0_MINI
+from openpi_opt.pi0.gemma import KeysValues, Past, Rope, rope_at
+from openpi_opt.pi0.inputs import Inputs
+from openpi_opt.pi0.ops import Segment, Visibility, eager_attention
+from openpi_opt.pi0.policy import Pi0Policy
+from openpi_opt.pi0.precision import cast
+from openpi_opt.pi0.workload import make_inputs
+from openpi_opt.surgery import fused
+from openpi_opt.surgery.buffer import with_room
+from openpi_opt.surgery.expert import FusedExpertLayer, FusedExpertTower, fuse_expert_layers
+from openpi_opt.surgery.folded import fold_norms
+from openpi_opt.surgery.towers import gemma_layers
+
+HALF, FULL = torch.float16, torch.float32
+TOLERANCE = {HALF: 1.5e-3, FULL: 2e-6}
+STORED, ROWS = 21, 5  # keys before the call, tokens of the call
+ALL = Visibility(None, (Segment(0, ROWS, None),))
+
+
+def mini(dtype: torch.dtype, folded: bool = False) -> tuple[Pi0Policy, Pi0Policy]:
+    """The same weights twice: plain, in float64 but rounded to `dtype`, and with fused layers."""
+    policy = weights.build(PI0_MINI, "cpu", steps=2)
+    weights.init_random(policy, seed=0)
+    if folded:
+        fold_norms(policy)
+    cast(policy, dtype)
+    plain = copy.deepcopy(policy)
+    plain.expert.double()
+    fused.fuse_qkv(policy)
+    fused.fuse_gate_up(policy)
+    fuse_expert_layers(policy, {"block_n": 16})
+    return plain, policy
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def state_token(segments: bool) -> Visibility:
+    """The first token sees what is stored and itself."""
+    mask = torch.ones(1, 1, ROWS, STORED + ROWS, dtype=torch.bool)
+    mask[:, :, 0, STORED + 1 :] = False
+    parts = (Segment(0, 1, STORED + 1), Segment(1, ROWS, None))
+    return Visibility(mask, parts if segments else None)
+
+
+def holes() -> Visibility:
+    """A mask of keys in each element of the batch, and no layout."""
+    mask = torch.ones(2, 1, ROWS, STORED + ROWS, dtype=torch.bool)
+    mask[0, ..., 3:9] = mask[1, ..., 15:STORED] = mask[:, :, 0, STORED + 1 :] = False
+    return Visibility(mask, None)
+
+
+VISIBILITIES: dict[str, Callable[[], Visibility]] = {
+    "state token": lambda: state_token(True),
+    "state token by mask": lambda: state_token(False),
+    "holes": holes,
+    "state run once": lambda: ALL,
+}
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative L2 error, the larger one of the whole and of a quarter of the worst row's."""
+    assert actual.shape == expected.shape
+    rows = (actual.double() - expected.double()).flatten(0, -2).norm(dim=-1)
+    sizes = expected.double().flatten(0, -2).norm(dim=-1)
+    return max(float(rows.norm() / sizes.norm()), float((rows / sizes).max()) / 4)
+
+
+def tokens(
+    policy: Pi0Policy, dtype: torch.dtype, batch: int = 2
+) -> tuple[Tensor, Rope, KeysValues]:
+    """The input of a layer, its rotary tables, and what is stored, in `dtype`."""
+    positions = torch.arange(STORED, STORED + ROWS)[None]
+    x = randn(batch, ROWS, PI0_MINI.expert.width).to(dtype)
+    stored = randn(2, batch, STORED, 1, PI0_MINI.expert.head_dim, seed=1).to(dtype)
+    return x, rope_at(positions, policy.frequencies, dtype), KeysValues(*stored)
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.double() for tensor in tensors]
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+@pytest.mark.parametrize("name", VISIBILITIES)
+def test_a_layer_is_the_plain_one(name: str, dtype: torch.dtype, folded: bool) -> None:
+    plain, policy = mini(dtype, folded)
+    x, rope, past = tokens(policy, dtype)
+    visibility = VISIBILITIES[name]()
+    for theirs, mine in zip(gemma_layers(plain.expert), gemma_layers(policy.expert), strict=True):
+        assert isinstance(mine, FusedExpertLayer)
+        given = Rope(*wide(*rope)), visibility, eager_attention, KeysValues(*wide(*past))
+        expected, expected_cache = theirs(x.double(), *given)
+        out, cache = mine(x, rope, visibility, eager_attention, past)
+        assert out.dtype == dtype
+        assert error(out, expected) < TOLERANCE[dtype]
+        for actual, wanted in zip(cache, expected_cache, strict=True):
+            assert error(actual, wanted) < TOLERANCE[dtype]
+
+
+def test_one_row_as_the_state_token_alone_has_it() -> None:
+    plain, policy = mini(FULL)
+    x, rope, past = tokens(policy, FULL)
+    x, rope = x[:, :1], Rope(*(table[:, :1] for table in rope))
+    given = rope, Visibility(None, (Segment(0, 1, None),)), eager_attention
+    expected, _ = gemma_layers(plain.expert.float())[0](x, *given, past)
+    out, cache = gemma_layers(policy.expert)[0](x, *given, past)
+    assert error(out, expected) < TOLERANCE[FULL]
+    assert cache.keys.shape[1] == STORED + 1
+
+
+def test_without_anything_stored() -> None:
+    plain, policy = mini(FULL)
+    x, rope, _ = tokens(policy, FULL)
+    expected, _ = gemma_layers(plain.expert.float())[0](x, rope, ALL, eager_attention, None)
+    out, cache = gemma_layers(policy.expert)[0](x, rope, ALL, eager_attention, None)
+    assert error(out, expected) < TOLERANCE[FULL]
+    assert cache.keys.shape[1] == ROWS
+
+
+def test_a_buffer_is_read_as_far_as_filled_and_written_by_the_layer_only() -> None:
+    _, policy = mini(FULL)
+    x, rope, past = tokens(policy, FULL)
+    layer = gemma_layers(policy.expert)[0]
+    expected, joined = layer(x, rope, ALL, eager_attention, past)
+    buffer = with_room(past, ROWS + 2)
+    for part in (buffer.keys, buffer.values):
+        part[:, STORED:] = torch.nan
+    pasts: list[Past] = [buffer] * PI0_MINI.expert.depth
+    hidden, own = policy.expert(x, rope, ALL, eager_attention, pasts)
+    assert bool(hidden.isfinite().all())
+    assert bool(buffer.keys[:, STORED:].isnan().all())
+    assert own[0].keys.shape[1] == ROWS
+    out, cache = layer(x, rope, ALL, eager_attention, buffer)
+    assert torch.equal(out, expected)
+    for actual, wanted in zip(cache, joined, strict=True):
+        assert torch.equal(actual, wanted)
+    assert torch.equal(buffer.keys[:, STORED : STORED + ROWS], own[0].keys)
+
+
+def test_what_is_not_fused_is_refused() -> None:
+    policy = weights.build(PI0_MINI, "cpu", steps=2)
+    fused.fuse_qkv(policy)
+    with pytest.raises(ValueError, match="fuse_gate_up"):
+        fuse_expert_layers(policy)
+
+
+KNOBS = {
+    "fusion": dict.fromkeys(("qkv", "gate_up", "vision_qkv", "expert_layer"), True),
+    "attention": {"denoise": "triton", "launch_denoise": {"block_n": 32}},
+    "gemm": {"backend": "triton_skinny"},
+}
+ONCE = {"state_once": True, "last_layer": True}
+REST = {"fold_norms": True, "time_mlp": True, "kv_buffer": True, "rope_tables": True}
+
+
+def configuration(dtype: str, simplify: dict[str, bool], **knobs: Any) -> Config:
+    workload = {"active_cameras": [False, True], "prompt_slots": 6, "prompt_tokens": 4}
+    return Config.parse(
+        {
+            "model": {"name": "pi0_mini"},
+            "platform": {"device": "cpu"},
+            "workload": {**workload, "horizon": 3, "steps": 2, "batch_size": 1},
+            "precision": {"dtype": dtype},
+            "simplify": simplify,
+            **knobs,
+        }
+    )
+
+
+def answers(cfg: Config) -> tuple[Pi0Policy, Callable[[Inputs], Tensor], Inputs]:
+    policy = runtime.build_policy(cfg, torch.device("cpu"))
+    inputs = make_inputs(runtime.workload_of(cfg), policy.config, 0, "cpu")
+    return policy, runtime.apply_knobs(policy, cfg).call, inputs
+
+
+CASES: dict[str, tuple[str, dict[str, bool], bool]] = {
+    "plain, compiled": ("float32", {}, True),
+    "state once": ("float32", ONCE, False),
+    "the rest": ("float32", REST, False),
+    "all, compiled": ("float32", {**ONCE, **REST}, True),
+    "all, float16": ("float16", {**ONCE, **REST}, False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_policy_of_such_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`check` refuses float32 and the CPU; here they tell mistakes from rounding."""
+    dtype, simplify, compiled = CASES[name]
+    compile_ = torch.compile
+
+    def traced(function: Any, **settings: Any) -> Any:
+        return compile_(function, fullgraph=True, dynamic=False, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    _, plain, inputs = answers(configuration("float32", {}))
+    mode = {"mode": "default" if compiled else "off"}
+    policy, call, _ = answers(configuration(dtype, simplify, **KNOBS, compile=mode))
+    assert isinstance(policy.expert, FusedExpertTower)
+    out = call(inputs)
+    assert error(out, plain(inputs)) < {"float32": 1e-5, "float16": 3e-3}[dtype]
+    assert torch.equal(out, call(inputs))
