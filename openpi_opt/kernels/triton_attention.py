@@ -96,9 +96,9 @@ def _flash(
         if bounded:
             visible = key[None, :] < seen[:, None]
             if masked:
-                place = token[:, None] * stride_mq + key[None, :] * stride_mk
+                cell = token[:, None] * stride_mq + key[None, :] * stride_mk
                 allowed = tl.load(
-                    mask + batch * stride_mb + place, mask=visible & live[:, None], other=0
+                    mask + batch * stride_mb + cell, mask=visible & live[:, None], other=0
                 )
                 visible = visible & (allowed != 0)
             logits = tl.where(visible, logits, LOWEST)
