@@ -105,9 +105,9 @@ def test_reference_is_computed_once_and_for_every_precision(
     computed: list[torch.dtype] = []
     original = guard._plain_actions
 
-    def counting(policy: Pi0Policy, inputs: list[Inputs]) -> list[Tensor]:
+    def counting(policy: Pi0Policy, inputs: list[Inputs], tf32: bool) -> list[Tensor]:
         computed.append(policy.dtype)
-        return original(policy, inputs)
+        return original(policy, inputs, tf32)
 
     monkeypatch.setattr(guard, "_plain_actions", counting)
     for precision in ("bfloat16", "float32", "bfloat16"):

@@ -7,6 +7,7 @@ from openpi_opt import preset
 from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
+from openpi_opt.paths import conf_dir
 
 PROVENANCE = {"study": "s", "model": {"name": "pi0_mini", "rope_frequencies": "float32"}}
 
@@ -65,3 +66,12 @@ def test_presets_are_plain_data(tmp_path: Path) -> None:
     document = yaml.safe_load((tmp_path / "p.yaml").read_text())
     assert document["provenance"]["study"] == "s"
     assert {"override /compile": "off"} in document["defaults"]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((conf_dir() / "preset").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_the_presets_that_come_along_compose(file: Path) -> None:
+    cfg = compose(["platform=cuda"], preset=file.stem)
+    assert not cfg.is_baseline()
+    assert cfg.model.name == yaml.safe_load(file.read_text())["provenance"]["model"]["name"]

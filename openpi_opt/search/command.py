@@ -62,7 +62,7 @@ def print_outcome(outcome: StudyOutcome, swept: bool) -> None:
 def _best_line(row: Row) -> str:
     assert row.ok is not None
     latency = row.ok.latency
-    what = " ".join(f"{key}={text}" for key, text in row.differs.items())
+    what = " ".join(f"{key}={text}" for key, text in row.differs.items()) or "baseline"
     line = f"trial {row.record.number} ({what}), {latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms"
     if row.record.role == "baseline":
         return f"best: the baseline, {line}; nothing that was tried is faster"

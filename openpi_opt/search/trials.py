@@ -102,5 +102,6 @@ def label(cfg: Config, role: Role, params: dict[str, str]) -> str:
     """What tells a trial apart on the screen."""
     if role == "baseline":
         return "baseline"
-    shown = params or cfg.labels()
-    return " ".join(f"{key}={text}" for key, text in shown.items())
+    plain = cfg.baseline().labels()
+    shown = params or {k: text for k, text in cfg.labels().items() if text != plain[k]}
+    return " ".join(f"{key}={text}" for key, text in shown.items()) or "baseline"

@@ -152,7 +152,10 @@ def _ratio(record: Record, baseline_ms: float | None) -> float | None:
 
 
 def _varying(records: Sequence[Record]) -> list[str]:
-    """Knobs, then swept keys that no varying knob's label covers; every knob when none varies."""
+    """Knobs, then swept keys that no varying knob's label covers.
+
+    When none varies, the knobs that differ from the baseline's; none of them for the baseline.
+    """
     knobs = list(dict.fromkeys(key for record in records for key in record.labels))
     swept = list(dict.fromkeys(key for record in records for key in record.params))
     varying = [key for key in knobs if len({r.labels.get(key) for r in records}) > 1]
@@ -164,7 +167,8 @@ def _varying(records: Sequence[Record]) -> list[str]:
         and key not in knobs
         and len({r.params[key] for r in records if key in r.params}) > 1
     ]
-    return varying or knobs
+    plain = Config.parse({}).labels()
+    return varying or [key for key in knobs if records[0].labels[key] != plain.get(key)]
 
 
 def _value(record: Record, key: str) -> str:
