@@ -27,6 +27,7 @@ from openpi_opt.errors import RefusedError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine, probe
 from openpi_opt.search.environment import child_environment
+from openpi_opt.track.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from openpi_opt.measure.guard import Reference
@@ -96,6 +97,7 @@ def run(
         "config": cfg.dump(),
         "config_hash": cfg.hash(),
         "context_hash": cfg.context_hash(),
+        "fingerprint": fingerprint(machine, cfg.platform),
         "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     try:

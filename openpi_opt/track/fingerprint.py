@@ -131,6 +131,8 @@ def _gpu(machine: Machine, platform: Platform | None) -> Gpu | None:
     if platform is not None and platform.device != "auto":
         device, index = platform.device, platform.gpu
     gpus = machine.gpus_for(device)
+    if len(gpus) == 1:  # in a trial, which sees its own only
+        return gpus[0]
     return gpus[index] if index < len(gpus) else None
 
 
