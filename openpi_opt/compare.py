@@ -16,7 +16,7 @@ from typing import Any
 from openpi_opt.cli import run
 from openpi_opt.result import GuardReport, Latency, Ok, Wrong
 from openpi_opt.track.journal import Journal
-from openpi_opt.track.report import Row, print_table, rows
+from openpi_opt.track.report import Row, lossy, print_table, rows
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
 _SAMPLES = {"samples_ms", "wall_samples_ms"}
@@ -65,6 +65,7 @@ def trial(row: Row, study_dir: Path) -> dict[str, Any]:
         "labels": record.labels,
         "outcome": result.outcome,
         "reason": None if isinstance(result, Ok) else result.reason,
+        "lossy": lossy(record),
         "best": row.best,
         "vs_baseline": row.vs_baseline,
         "latency": ok and ok.latency.model_dump(exclude=_SAMPLES),

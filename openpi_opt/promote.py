@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = Store.open(arguments.store, create=False)
     study_dir = store.find_study(arguments.study)
     journal = Journal.open(study_dir)
-    candidates = finalists(journal.records(), arguments.finalists)
+    candidates = finalists(journal.records(), arguments.finalists, arguments.allow_lossy)
     runner = _Runner(store, study_dir, journal, arguments.mlflow)
     baseline, confirmed = runner.confirm(candidates, arguments.rounds)
     winner = confirm.choose(baseline, confirmed, ALPHA / max(1, len(confirmed)))
@@ -57,8 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def finalists(records: Sequence[Record], count: int) -> list[Config]:
+def finalists(records: Sequence[Record], count: int, allow_lossy: bool = False) -> list[Config]:
     """The fastest different configurations of a study that are right, without the baseline.
+
+    Lossy ones (FP8) do not compete with the others unless `allow_lossy`.
 
     An empty list means that only the baseline itself was `ok`.
 
@@ -81,7 +83,7 @@ def finalists(records: Sequence[Record], count: int) -> list[Config]:
     distinct: dict[str, Config] = {}
     for record in ok:
         cfg = Config.load(record.result.config)
-        if not cfg.is_baseline():
+        if not cfg.is_baseline() and (allow_lossy or not cfg.lossy()):
             distinct.setdefault(cfg.hash(), cfg)
     return list(distinct.values())[:count] or [Config.load(ok[0].result.config).baseline()]
 
@@ -281,6 +283,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least(3),
         default=5,
         help="processes per configuration, at least 3 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--allow-lossy", action="store_true", help="let lossy configurations (FP8) compete"
     )
     parser.add_argument(
         "--no-mlflow", dest="mlflow", action="store_false", help="do not log to MLflow"

@@ -72,6 +72,13 @@ def test_finalists_are_the_fastest_different_right_ones() -> None:
     ]
 
 
+def test_lossy_configurations_compete_only_when_asked() -> None:
+    records = [record({}, 5.0), record({"attention": SDPA}, 4.0)]
+    records.append(record({"blas": {"backend": "fp8"}}, 1.0))
+    assert [cfg.lossy() for cfg in finalists(records, 3)] == [False]
+    assert [cfg.lossy() for cfg in finalists(records, 3, allow_lossy=True)] == [True, False]
+
+
 def test_a_study_without_an_ok_trial_is_refused() -> None:
     with pytest.raises(UserError, match="no trial with outcome ok"):
         finalists([record({}, None)], 3)

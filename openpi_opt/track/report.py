@@ -130,6 +130,14 @@ def _group(records: Sequence[Record], title: str) -> Group:
     return Group(title, found, _footnotes(records, found))
 
 
+def lossy(record: Record) -> bool:
+    """Whether the trial computes in a format that loses accuracy beyond rounding, as FP8 does.
+
+    Such a trial has a wider limit of its own in the guard, so it never is the best one.
+    """
+    return Config.load(record.result.config).lossy()
+
+
 def _is_plain(record: Record) -> bool:
     return Config.load(record.result.config).is_baseline()
 
@@ -141,6 +149,7 @@ def _best(records: Sequence[Record], newest: str) -> Record | None:
         if isinstance(record.result, Ok)
         and record.role != "confirm"
         and record.fingerprint_hash == newest
+        and not lossy(record)
     ]
     return min(candidates, key=lambda item: item[:2])[2] if candidates else None
 
@@ -192,6 +201,8 @@ def _footnotes(records: Sequence[Record], found: Sequence[Row]) -> list[str]:
         notes.append("* lowest mean of one process; python -m openpi_opt.promote confirms it")
     if any(row.ok and row.ok.latency.noisy for row in found):
         notes.append("~ noisy: std above 10% of the mean")
+    if any(lossy(row.record) for row in found):
+        notes.append("lossy: computes in FP8, under a wider limit of the guard; never marked best")
     newest = records[-1]
     for old in {r.fingerprint_hash: r for r in records}.values():
         if old.fingerprint_hash != newest.fingerprint_hash:
@@ -240,7 +251,8 @@ def _below(group: Group) -> list[Text]:
 
 def _outcome(row: Row) -> str:
     role = row.record.role
-    return row.record.result.outcome + ("" if role == "trial" else f" {role}")
+    words = [row.record.result.outcome, *(["lossy"] if lossy(row.record) else [])]
+    return " ".join(words if role == "trial" else [*words, role])
 
 
 def _reasons(found: Sequence[Row]) -> list[str]:

@@ -209,3 +209,12 @@ def test_noise_is_marked() -> None:
 def test_nothing_to_show() -> None:
     assert rows([]) == []
     assert text([]).strip() == ""
+
+
+def test_a_lossy_trial_is_marked_and_never_best() -> None:
+    fp8 = config(blas={"backend": "fp8"})
+    records = numbered(record(ok(10.0)), record(ok(1.0, cfg=fp8)))
+    assert [row.best for row in rows(records)] == [True, False]
+    shown = text(records, width=300)
+    assert "ok lossy" in shown
+    assert "wider limit" in shown
