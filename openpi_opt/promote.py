@@ -14,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 from openpi_opt import cli, preset
-from openpi_opt.config import Config, Tracking
+from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine, probe
 from openpi_opt.paths import user_conf_dir
@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     study_dir = store.find_study(arguments.study)
     journal = Journal.open(study_dir)
     candidates = finalists(journal.records(), arguments.finalists, arguments.allow_lossy)
-    runner = _Runner(store, study_dir, journal, arguments.mlflow)
+    tracking = candidates[0].tracking  # as the study was run
+    log = MlflowLog(store, tracking) if arguments.mlflow and tracking.mlflow else None
+    runner = _Runner(store, study_dir, journal, log)
     baseline, confirmed = runner.confirm(candidates, arguments.rounds)
     winner = confirm.choose(baseline, confirmed, ALPHA / max(1, len(confirmed)))
     _print_table(baseline, confirmed, winner)
@@ -91,10 +93,9 @@ def finalists(records: Sequence[Record], count: int, allow_lossy: bool = False) 
 class _Runner:
     """Runs confirmations and records each before anything else is done with it."""
 
-    def __init__(self, store: Store, study_dir: Path, journal: Journal, mlflow: bool):
-        self.store, self.study_dir, self.journal = store, study_dir, journal
+    def __init__(self, store: Store, study_dir: Path, journal: Journal, log: MlflowLog | None):
+        self.store, self.study_dir, self.journal, self.log = store, study_dir, journal, log
         self.machine: Machine = probe()
-        self.log = MlflowLog(store, Tracking()) if mlflow else None
 
     def confirm(
         self, candidates: Sequence[Config], rounds: int
