@@ -291,9 +291,11 @@ def decode(horizon: int, cached: bool, most: int) -> Case:
             return lambda q, k, v: triton_decode.decode_attention(
                 q, k, v, 1, past + 1, past + tokens, None, 0.0625, code
             )
-        return lambda q, k, v: triton_decode.decode_attention_cached(
-            q, k[:, :past], v[:, :past], k[:, past:], v[:, past:], 1, past + 1, None, 0.0625, code
-        )
+        table = randn(2, 1, tokens, 128, seed=7)
+        return lambda q, k, v: triton_decode.decode_attention_rotary(
+            q, k[:, :past], v[:, :past], k[:, past:], v[:, past:], table[0], table[1], 1, past + 1,
+            None, 0.0625, code, [],
+        )  # fmt: skip
 
     def rival(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What the knob's sdpa does: one call for each segment."""

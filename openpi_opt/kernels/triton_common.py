@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -59,6 +59,102 @@ def arrived_last(counter, others: tl.constexpr):
     if last:
         tl.store(counter, 0)
     return last
+
+
+@triton.jit
+def prefetch_rows(base, row, stride, begin, span: tl.constexpr, size: tl.constexpr):
+    """Ask for columns [begin, begin + span) of the rows in L2, `size` bytes an instruction.
+
+    For what no earlier kernel of the stream writes (weights), or only to have it near: nothing is
+    read here, so nothing stale can be. 128 bytes is the line prefetch, more the bulk one (sm90).
+    """
+    width: tl.constexpr = size * 8 // base.dtype.element_ty.primitive_bitwidth
+    column = begin + tl.arange(0, span // width) * width
+    place = (base + row[:, None] * stride + column[None, :]).to(tl.int64)
+    if size == 128:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [place], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [place, size],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def prefetch_share(base, program, size: tl.constexpr, piece: tl.constexpr, pieces: tl.constexpr):
+    """Ask for this program's `pieces` pieces of `piece` bytes of a tensor of `size` bytes in L2.
+
+    Pieces beyond the end ask for the last one again.
+    """
+    begin = (program * pieces + tl.arange(0, pieces)) * piece
+    place = base.to(tl.int64) + tl.minimum(begin, size - piece)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [place, piece],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+class Share(NamedTuple):
+    """Arguments of `prefetch_share` for each of `programs` programs; no pieces: nothing."""
+
+    tensor: Tensor
+    size: int
+    piece: int
+    pieces: int
+
+
+def share(ahead: Tensor | None, piece: int, programs: int, unused: Tensor) -> Share:
+    """Who asks for what of `ahead`, a contiguous tensor that a later kernel reads.
+
+    Nothing where `piece` is 0 (elsewhere than on sm90) or the tensor has a hole or an odd size.
+    """
+    if ahead is None or not piece or not ahead.is_contiguous():
+        return Share(unused, 0, 16, 0)
+    size = ahead.numel() * ahead.element_size()
+    if size % 16 or ahead.data_ptr() % 16 or size < piece:
+        return Share(unused, 0, 16, 0)
+    return Share(
+        ahead, size, piece, int(triton.next_power_of_2(triton.cdiv(size, piece * programs)))
+    )
+
+
+@triton.jit
+def follow(dependent: tl.constexpr):
+    """Wait for the kernels before this one, and let the next one start its blocks.
+
+    Programmatic dependent launch (sm90; CUDA programming guide): with `dependent` the launch does
+    not wait for its predecessor, so what comes before this line runs beside it, and must touch
+    nothing that it writes. 1 lets the successor in after the wait, 2 before. Every block passes
+    here before it reads or writes anything of others, so that waiting for a predecessor is waiting
+    for all before it.
+    """
+    if dependent == 2:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+    if dependent:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+    if dependent == 1:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+
+
+def dependent_options(dependent: int) -> dict[str, bool]:
+    """The launch option of `follow`; none where it is off, so that HIP never sees it."""
+    return {"launch_pdl": True} if dependent else {}
+
+
+def can_follow(name: str) -> bool:
+    """Whether the architecture has programmatic dependent launch: NVIDIA from sm90 on."""
+    return name.startswith("sm") and int(name.removeprefix("sm")) >= 90
 
 
 def amd_options(waves_per_eu: int, matrix_instr_nonkdim: int) -> dict[str, int]:

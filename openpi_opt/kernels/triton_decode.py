@@ -31,18 +31,28 @@ from openpi_opt.kernels.triton_common import (
     applied,
     arch,
     arrived_last,
+    can_follow,
     counters,
+    dependent_options,
     encoded,
+    follow,
     load_rows,
     padded,
+    prefetch_rows,
+    prefetch_share,
+    share,
     unit_stride,
 )
 from openpi_opt.kernels.triton_visibility import bounds, mask_arguments
+from openpi_opt.pi0.gemma import Rope
 from openpi_opt.pi0.ops import Attention, Visibility
 
 
 class Launch(NamedTuple):
-    """Launch parameters; `blocks` key blocks of `block_n` make one split."""
+    """Launch parameters; `blocks` key blocks of `block_n` make one split.
+
+    `dependent` and `ahead`: see `triton_skinny_gemm.Launch`.
+    """
 
     block_m: int = 16
     block_n: int = 64
@@ -50,6 +60,8 @@ class Launch(NamedTuple):
     num_warps: int = 4
     num_stages: int = 1
     fused: int = 0
+    dependent: int = 0
+    ahead: int = 0
     waves_per_eu: int = 0
     matrix_instr_nonkdim: int = 0
 
@@ -57,9 +69,10 @@ class Launch(NamedTuple):
 # By architecture and (S * Hq / Hkv <= 128). Elsewhere the default: 6 row blocks x 13 splits = 78
 # blocks at Pi0's shape. fused is off on AMD, where blocks of one row run on different dies.
 TABLE: dict[tuple[str, bool], Launch] = {
-    # H100, us of this kernel and of torch's SDPA in the two calls that the state token needs.
-    ("sm90", True): Launch(block_m=16, block_n=64, blocks=1, num_warps=4, fused=0),  # 7.5, 54.0
-    ("sm90", False): Launch(block_m=64, block_n=64, blocks=1, num_warps=4, fused=0),  # 10.7, 54.3
+    # H100, us of this kernel and of torch's SDPA in the two calls that the state token needs; the
+    # warps of the first by benchmarks/expert.py.
+    ("sm90", True): Launch(16, 64, 1, 8, dependent=1, ahead=1024),  # 7.5, 54.0
+    ("sm90", False): Launch(64, 64, 1, 4, dependent=1, ahead=1024),  # 10.7, 54.3
 }
 
 
@@ -83,16 +96,29 @@ def _combine(
 
 
 @triton.jit
+def _turned(a, b, cos, sin, token, stride, live, half: tl.constexpr, block: tl.constexpr):
+    """Both halves [R, block] of rows rotated by their tokens' angles, rounded once."""
+    c = load_rows(cos, token, stride, live, half, block).to(tl.float32)
+    s = load_rows(sin, token, stride, live, half, block).to(tl.float32)
+    x, y = a.to(tl.float32), b.to(tl.float32)
+    return (x * c - y * s).to(a.dtype), (y * c + x * s).to(a.dtype)
+
+
+@triton.jit
 def _split(
-    q, past_k, past_v, new_k, new_v, mask, out, partial, sums, counter,
+    q, past_k, past_v, new_k, new_v, cos, sin, mask, out, partial, sums, counter, later, last,
     past_keys, new_keys, past_splits, rows, rows_padded, group, lead, lead_keys, scale,
     stride_qb, stride_qs, stride_qh, stride_pkb, stride_pks, stride_pkh,
     stride_pvb, stride_pvs, stride_pvh, stride_nkb, stride_nks, stride_nkh,
-    stride_nvb, stride_nvs, stride_nvh, stride_mb, stride_mq, stride_mk,
-    width: tl.constexpr, kv_heads: tl.constexpr, masked: tl.constexpr, fused: tl.constexpr,
-    splits: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
+    stride_nvb, stride_nvs, stride_nvh, stride_mb, stride_mq, stride_mk, stride_tb, stride_ts,
+    width: tl.constexpr, kv_heads: tl.constexpr, masked: tl.constexpr, rotating: tl.constexpr,
+    fused: tl.constexpr, dependent: tl.constexpr, prefetch: tl.constexpr,
+    later_size: tl.constexpr, later_pieces: tl.constexpr, last_size: tl.constexpr,
+    last_pieces: tl.constexpr, piece: tl.constexpr, splits: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, block_h: tl.constexpr, block_d: tl.constexpr,
     blocks: tl.constexpr,
 ):  # fmt: skip
+    half: tl.constexpr = width // 2
     split, row_block, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, kv_head = pair // kv_heads, pair % kv_heads
     row = row_block * block_m + tl.arange(0, block_m)
@@ -100,7 +126,26 @@ def _split(
     token = row // group
     head = kv_head * group + row % group
     place = token * stride_qs + head * stride_qh
-    queries = load_rows(q + batch * stride_qb, place, 1, live, width, block_d)
+    if prefetch and (split < past_splits) & (row_block == 0):
+        ahead = split * blocks * block_n + tl.arange(0, blocks * block_n)
+        ahead = tl.minimum(ahead, past_keys - 1)
+        prefetch_rows(past_k + batch * stride_pkb + kv_head * stride_pkh, ahead, stride_pks, 0,
+                      width, prefetch)  # fmt: skip
+        prefetch_rows(past_v + batch * stride_pvb + kv_head * stride_pvh, ahead, stride_pvs, 0,
+                      width, prefetch)  # fmt: skip
+    program = split + splits * (row_block + tl.num_programs(1) * pair)
+    if later_pieces:
+        prefetch_share(later, program, later_size, piece, later_pieces)
+    if last_pieces:
+        prefetch_share(last, program, last_size, piece, last_pieces)
+    follow(dependent)
+    # Heads in halves: the rotary embedding turns one against the other.
+    left = load_rows(q + batch * stride_qb, place, 1, live, half, block_h)
+    right = load_rows(q + batch * stride_qb + half, place, 1, live, half, block_h)
+    if rotating:
+        table = batch * stride_tb
+        left, right = _turned(left, right, cos + table, sin + table, token, stride_ts, live, half,
+                              block_h)  # fmt: skip
     if split < past_splits:
         k = past_k + batch * stride_pkb + kv_head * stride_pkh
         v = past_v + batch * stride_pvb + kv_head * stride_pvh
@@ -120,9 +165,15 @@ def _split(
         key = begin + block * block_n + tl.arange(0, block_n)
         inside = key < end
         # Both loads before the first product: one memory latency instead of two.
-        keys = load_rows(k, key, stride_k, inside, width, block_d)
+        keys = load_rows(k, key, stride_k, inside, half, block_h)
+        others = load_rows(k + half, key, stride_k, inside, half, block_h)
         values = load_rows(v, key, stride_v, inside, width, block_d)
-        logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        if rotating and split >= past_splits:
+            table = batch * stride_tb
+            keys, others = _turned(keys, others, cos + table, sin + table, key, stride_ts, inside,
+                                   half, block_h)  # fmt: skip
+        logits = tl.dot(left, tl.trans(keys), input_precision="ieee")
+        logits = tl.dot(right, tl.trans(others), logits, input_precision="ieee") * scale
         visible = inside[None, :] & (key[None, :] < seen[:, None])
         if masked:
             place = token[:, None] * stride_mq + (key + offset)[None, :] * stride_mk
@@ -156,9 +207,10 @@ def _split(
 @triton.jit
 def _add_splits(
     partial, sums, out, rows, rows_padded, group, splits: tl.constexpr, width: tl.constexpr,
-    kv_heads: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr,
+    kv_heads: tl.constexpr, dependent: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     """One row of one key head: all splits in one tile."""
+    follow(dependent)
     row, pair = tl.program_id(0), tl.program_id(1)
     split, column = tl.arange(0, block_s), tl.arange(0, block_d)
     live = split < splits
@@ -177,7 +229,10 @@ def _add_splits(
 def default_launch(q: Tensor, kv_heads: int) -> Launch:
     """The measured parameters of this architecture, or the default."""
     few = q.shape[1] * q.shape[2] // kv_heads <= 128
-    launch = TABLE.get((arch(q), few), Launch() if few else Launch(block_m=32, blocks=2))
+    name = arch(q)
+    rule = Launch() if few else Launch(block_m=32, blocks=2)
+    beside = {"dependent": 1, "ahead": 1024} if can_follow(name) else {}
+    launch = TABLE.get((name, few), rule._replace(**beside))
     if q.dtype == torch.float32:  # twice the bytes in a tile, and no matrix instruction
         launch = launch._replace(block_n=min(launch.block_n, 32), num_stages=1)
     return launch
@@ -186,8 +241,13 @@ def default_launch(q: Tensor, kv_heads: int) -> Launch:
 def _run(
     q: Tensor, past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor] | None, lead: int,
     lead_keys: int, past_keys: int, mask: Tensor | None, scale: float, launch: Launch,
+    rope: tuple[Tensor, Tensor] | None = None, ahead: Sequence[Tensor] = (),
 ) -> Tensor:  # fmt: skip
-    """Both public operators; `past_keys` keys of `past` are used, and all of `new`."""
+    """Both public operators; `past_keys` keys of `past` are used, and all of `new`.
+
+    With `rope` queries and new keys are rotated on the way, by cosines and sines [B or 1, S, D/2].
+    `ahead`: up to two weights of the kernels after this one, fetched into the cache.
+    """
     batch, tokens, heads, width = q.shape
     kv_heads = past[0].shape[2]
     group = heads // kv_heads
@@ -204,24 +264,41 @@ def _run(
     partial = torch.empty(places * width, dtype=torch.float32, device=q.device)
     sums = torch.empty(places * 2, dtype=torch.float32, device=q.device)
     counter = counters(q.device, pairs * row_blocks) if launch.fused else sums
+    cos, sin = (q, q) if rope is None else (t.contiguous() for t in rope)
+    turns = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)) if rope else (0, 0)
     seen, *mask_strides = mask_arguments(mask, batch, tokens, past_keys + new_keys, q)
+    wanted = (*ahead, None, None)[:2]
+    programs = splits * row_blocks * pairs
+    later, last = (share(tensor, launch.ahead, programs, out) for tensor in wanted)
     _split[(splits, row_blocks, pairs)](
-        q, k, v, new_k, new_v, seen, out, partial, sums, counter,
+        q, k, v, new_k, new_v, cos, sin, seen, out, partial, sums, counter, later.tensor,
+        last.tensor,
         past_keys, new_keys, past_splits, rows, rows_padded, group, lead, lead_keys,
         scale * LOG2_E, *(s for t in (q, k, v, new_k, new_v) for s in t.stride()[:3]),
-        *mask_strides, width=width, kv_heads=kv_heads, masked=mask is not None,
-        fused=bool(launch.fused), splits=splits, block_m=launch.block_m, block_n=launch.block_n,
-        block_d=padded(width), blocks=launch.blocks, num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        *mask_strides, *turns, width=width, kv_heads=kv_heads, masked=mask is not None,
+        rotating=rope is not None, fused=bool(launch.fused), dependent=launch.dependent,
+        prefetch=_prefetch(k, v, launch), later_size=later.size, later_pieces=later.pieces,
+        last_size=last.size, last_pieces=last.pieces, piece=launch.ahead or 16, splits=splits,
+        block_m=launch.block_m,
+        block_n=launch.block_n, block_h=padded(width // 2), block_d=padded(width),
+        blocks=launch.blocks, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        **dependent_options(launch.dependent),
         **amd_options(launch.waves_per_eu, launch.matrix_instr_nonkdim),
     )  # fmt: skip
     if not launch.fused:
         _add_splits[(rows, pairs)](
             partial, sums, out, rows, rows_padded, group, splits=splits, width=width,
             kv_heads=kv_heads, block_s=triton.next_power_of_2(splits),
-            block_d=triton.next_power_of_2(width), num_warps=4,
+            block_d=triton.next_power_of_2(width), dependent=launch.dependent, num_warps=4,
+            **dependent_options(launch.dependent),
         )  # fmt: skip
     return out
+
+
+def _prefetch(k: Tensor, v: Tensor, launch: Launch) -> int:
+    """Bytes that one instruction prefetches of the cached keys and values; 0 for none."""
+    whole = k.shape[-1] * k.element_size() % 128 == 0 and k.shape[-1].bit_count() == 1
+    return 128 if launch.dependent and whole and k.shape[1] > 0 else 0
 
 
 @torch.library.custom_op("openpi_opt::triton_decode_attention", mutates_args=())
@@ -240,32 +317,38 @@ def decode_attention(
     return _run(q, (k, v), None, lead, lead_keys, keys, full, scale, chosen)
 
 
-@torch.library.custom_op("openpi_opt::triton_decode_attention_cached", mutates_args=())
-def decode_attention_cached(
-    q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, lead: int,
-    lead_keys: int, mask: Tensor | None, scale: float, launch: Sequence[int],
+@torch.library.custom_op("openpi_opt::triton_decode_attention_rotary", mutates_args=())
+def decode_attention_rotary(
+    q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, cos: Tensor,
+    sin: Tensor, lead: int, lead_keys: int, mask: Tensor | None, scale: float,
+    launch: Sequence[int], ahead: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
     """As `decode_attention`, with cached keys [B, P, Hkv, D] and new ones [B, T - P, Hkv, D] apart.
 
-    `lead_keys` and the mask count cached keys first, then new ones.
+    q and the new keys come before their rotary embedding (cos and sin [B or 1, S, D/2]) and are
+    rotated on the way, rounded as by `triton_rotary`; cached keys are rotated already. `lead_keys`
+    and the mask count cached keys first, then new ones. `ahead`: at most two weights that the next
+    kernels read, fetched into the cache.
     """
     chosen = applied(default_launch(q, past_k.shape[2]), launch)
     past, new = (past_k, past_v), (new_k, new_v)
-    return _run(q, past, new, lead, lead_keys, past_k.shape[1], mask, scale, chosen)
+    keys = past_k.shape[1]
+    return _run(q, past, new, lead, lead_keys, keys, mask, scale, chosen, (cos, sin), ahead)
+
+
+@decode_attention_rotary.register_fake
+def _(
+    q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, cos: Tensor,
+    sin: Tensor, lead: int, lead_keys: int, mask: Tensor | None, scale: float,
+    launch: Sequence[int], ahead: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.shape)
 
 
 @decode_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
     scale: float, launch: Sequence[int],
-) -> Tensor:  # fmt: skip
-    return q.new_empty(q.shape)
-
-
-@decode_attention_cached.register_fake
-def _(
-    q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, lead: int,
-    lead_keys: int, mask: Tensor | None, scale: float, launch: Sequence[int],
 ) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape)
 
@@ -284,27 +367,41 @@ def attention(overrides: Mapping[str, int] | None = None) -> Attention:
 
 
 CachedAttention = Callable[
-    [Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Visibility, float], Tensor
+    [
+        Tensor,
+        tuple[Tensor, Tensor],
+        tuple[Tensor, Tensor],
+        Rope,
+        Visibility,
+        float,
+        Sequence[Tensor],
+    ],
+    Tensor,
 ]
 
 
 def cached_attention(overrides: Mapping[str, int] | None = None) -> CachedAttention:
-    """The same without concatenation: (q, cached k and v, new k and v, visibility, scale)."""
+    """The same without concatenation, and with the rotary embedding of q and of the new keys.
+
+    Arguments: q, cached k and v, new k and v, rope, visibility, scale, weights of the next kernels.
+    """
     launch = encoded(Launch, overrides)
 
     def decode(
         q: Tensor,
         past: tuple[Tensor, Tensor],
         new: tuple[Tensor, Tensor],
+        rope: Rope,
         visibility: Visibility,
         scale: float,
+        ahead: Sequence[Tensor] = (),
     ) -> Tensor:
         keys = past[0].shape[1] + new[0].shape[1]
         seen = bounds(visibility, keys)
         if seen.keys != keys:
             raise ValueError(f"the last queries must see all {keys} keys, not {seen.keys}")
-        return decode_attention_cached(
-            q, *past, *new, seen.lead, seen.lead_keys, seen.mask, scale, launch
+        return decode_attention_rotary(
+            q, *past, *new, *rope, seen.lead, seen.lead_keys, seen.mask, scale, launch, list(ahead)
         )
 
     return decode

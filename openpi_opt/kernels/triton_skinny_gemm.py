@@ -31,11 +31,17 @@ from openpi_opt.kernels.triton_common import (
     arch,
     arrived_last,
     as_rows,
+    can_follow,
     counters,
+    dependent_options,
     elementwise_warps,
     encoded,
+    follow,
     gelu_tanh,
     padded,
+    prefetch_rows,
+    prefetch_share,
+    share,
     unit_stride,
 )
 from openpi_opt.pi0 import ops
@@ -47,7 +53,12 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Launch(NamedTuple):
-    """Launch parameters; `fused` adds the splits in the same kernel."""
+    """Launch parameters; `fused` adds the splits in the same kernel.
+
+    `dependent` (see `triton_common.follow`) starts the kernel beside its predecessor, where it asks
+    for its weights in L2, `prefetch` bytes an instruction, before it waits; `ahead` is the same for
+    the weights of a later kernel, which come from memory while this one has little to load.
+    """
 
     block_n: int
     block_k: int
@@ -55,6 +66,9 @@ class Launch(NamedTuple):
     num_warps: int = 4
     num_stages: int = 4
     fused: int = 1
+    dependent: int = 0
+    prefetch: int = 0
+    ahead: int = 0
     waves_per_eu: int = 0
     matrix_instr_nonkdim: int = 0
 
@@ -62,16 +76,18 @@ class Launch(NamedTuple):
 # By architecture, rows padded to 16, 32 or 64, N, K, and what else the kernel does: `gated` (with
 # or without norm) and `normed` need the whole sum over K in one block.
 TABLE: dict[tuple[str, int, int, int, Kind], Launch] = {
-    # H100, us of this kernel and of cuBLAS (of its product alone for "gated" and "normed").
-    ("sm90", 16, 2560, 1024, "plain"): Launch(32, 256, 1, 2, 4),  # 4.7, 5.1
-    ("sm90", 16, 1024, 4096, "plain"): Launch(32, 256, 4, 2, 4),  # 6.3, 8.9
-    ("sm90", 16, 4096, 1024, "gated"): Launch(32, 128, 1, 2, 4),  # 9.8, 8.2
-    ("sm90", 16, 2560, 1024, "normed"): Launch(32, 256, 1, 2, 4),  # 7.5, 7.8
-    ("sm90", 16, 2048, 1024, "plain"): Launch(32, 256, 1, 2, 4),  # 4.6, 4.9
-    ("sm90", 16, 256, 1024, "plain"): Launch(16, 256, 4, 4, 3),  # 3.3, 4.3
-    ("sm90", 16, 4096, 1024, "plain"): Launch(32, 512, 1, 4, 3),  # 5.7, 5.7
-    ("sm90", 64, 2560, 1024, "plain"): Launch(32, 256, 1, 4, 3),  # 5.5, 5.1
-    ("sm90", 64, 4096, 1024, "gated"): Launch(32, 64, 1, 4, 5),  # 9.4, 8.4
+    # H100, by benchmarks/expert.py: the chain of one denoising step's 18 layers.
+    ("sm90", 16, 2560, 1024, "normed"): Launch(32, 512, 1, 2, 4, 1, 1, 512, 1024),
+    ("sm90", 16, 1024, 2048, "plain"): Launch(32, 128, 2, 4, 4, 1, 1, 512, 1024),
+    ("sm90", 16, 4096, 1024, "gated"): Launch(32, 256, 1, 2, 4, 1, 1, 512, 1024),
+    ("sm90", 16, 1024, 4096, "plain"): Launch(32, 256, 4, 2, 3, 1, 1, 512, 1024),
+    # By benchmarks/kernels.py, single kernels; us of this one and of cuBLAS.
+    ("sm90", 16, 2560, 1024, "plain"): Launch(32, 256, 1, 2, 4, 1, 1),  # 4.7, 5.1
+    ("sm90", 16, 2048, 1024, "plain"): Launch(32, 256, 1, 2, 4, 1, 1),  # 4.6, 4.9
+    ("sm90", 16, 256, 1024, "plain"): Launch(16, 256, 4, 4, 3, 1, 1),  # 3.3, 4.3
+    ("sm90", 16, 4096, 1024, "plain"): Launch(32, 512, 1, 4, 3, 1, 1),  # 5.7, 5.7
+    ("sm90", 64, 2560, 1024, "plain"): Launch(32, 256, 1, 4, 3, 1, 1),  # 5.5, 5.1
+    ("sm90", 64, 4096, 1024, "gated"): Launch(32, 64, 1, 4, 5, 1, 1),  # 9.4, 8.4 (its product)
 }
 
 
@@ -101,20 +117,31 @@ def _finish(acc, bias, residual, out, row, column, m, n, stride_residual,
 
 @triton.jit
 def _linear(
-    x, weight, bias, residual, gain, out, partial, counter, m, eps,
+    x, weight, bias, residual, gain, out, partial, counter, later, m, eps,
     stride_x, stride_weight, stride_residual,
     n: tl.constexpr, k: tl.constexpr, span: tl.constexpr, even: tl.constexpr,
     gated: tl.constexpr, normed: tl.constexpr, has_gain: tl.constexpr, has_bias: tl.constexpr,
     has_residual: tl.constexpr, split_k: tl.constexpr, direct: tl.constexpr,
-    fused: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+    fused: tl.constexpr, dependent: tl.constexpr, prefetch: tl.constexpr,
+    later_size: tl.constexpr, later_piece: tl.constexpr, later_pieces: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
     split, column_block = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, block_m)
     column = column_block * block_n + tl.arange(0, block_n)
+    if prefetch:
+        prefetch_rows(weight, column, stride_weight, split * span, span, prefetch)
+        if gated:
+            second = weight + n * stride_weight
+            prefetch_rows(second, column, stride_weight, split * span, span, prefetch)
+    if later_pieces:
+        program = column_block * split_k + split
+        prefetch_share(later, program, later_size, later_piece, later_pieces)
+    follow(dependent)
     live = (row < m)[:, None]
     acc = tl.zeros((block_m, block_n), tl.float32)
     up = tl.zeros((block_m, block_n), tl.float32)
-    squares = tl.zeros((block_m,), tl.float32)
+    squares = tl.zeros((block_m, block_m), tl.float32)
     for offset in range(0, span, block_k):
         begin = split * span + offset
         w = _weights(weight, column, begin, stride_weight, n, k, block_k, even)
@@ -122,11 +149,10 @@ def _linear(
         keep = live if even else live & (inner < k)[None, :]
         a = tl.load(x + row[:, None] * stride_x + inner[None, :], mask=keep, other=0.0)
         if normed:
-            wide = a.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
+            squares = tl.dot(a, tl.trans(a), squares, input_precision="ieee")
             if has_gain:
                 factor = tl.load(gain + inner, mask=inner < k, other=0.0).to(tl.float32)
-                a = (wide * (1.0 + factor)[None, :]).to(a.dtype)
+                a = (a.to(tl.float32) * (1.0 + factor)[None, :]).to(a.dtype)
         acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
         if gated:
             w = _weights(
@@ -134,7 +160,10 @@ def _linear(
             )
             up = tl.dot(a, tl.trans(w), up, input_precision="ieee")
     if normed:
-        scale = tl.rsqrt(squares / k + eps)[:, None]
+        # The diagonal of x x^T: summing squares in registers took 2.8 us more on an H100, since
+        # x then had to leave shared memory by another way than for the product.
+        own = tl.where(row[:, None] == row[None, :], squares, 0.0)
+        scale = tl.rsqrt(tl.sum(own, 1) / k + eps)[:, None]
         acc = acc * scale
         up = up * scale
     if gated:
@@ -158,9 +187,11 @@ def _linear(
 def _add_splits(
     partial, bias, residual, gain, out, normed_out, m, eps, stride_residual,
     n: tl.constexpr, split_k: tl.constexpr, has_bias: tl.constexpr, has_residual: tl.constexpr,
-    normed: tl.constexpr, has_gain: tl.constexpr, block_m: tl.constexpr, block: tl.constexpr,
+    normed: tl.constexpr, has_gain: tl.constexpr, dependent: tl.constexpr,
+    block_m: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One row of the sum over splits, with bias and residual; with `normed` also its RMSNorm."""
+    follow(dependent)
     row = tl.program_id(0)
     column = tl.program_id(1) * block + tl.arange(0, block)
     keep = column < n
@@ -194,20 +225,26 @@ def default_launch(x: Tensor, n: int, k: int, kind: Kind) -> Launch:
     found = TABLE.get((name, rows, n, k, kind))
     if found is not None and x.element_size() == 2:  # the table is that of 16-bit types
         return found
+    beside = {"dependent": 1, "ahead": 1024} if can_follow(name) else {}
+    return _by_rule(x, n, k, kind, name)._replace(**beside)
+
+
+def _by_rule(x: Tensor, n: int, k: int, kind: Kind, name: str) -> Launch:
     amd = name.startswith("gfx")
     block_k = min(64 if x.dtype == torch.float32 else 128, padded(k))
     split_k, columns = 1, triton.cdiv(n, 32)
     while kind == "plain" and split_k * columns < 128 and k // (2 * split_k) >= 2 * block_k:
         split_k *= 2
     if amd:  # blocks of one column run on different dies: add the splits in a second kernel
-        return Launch(32, block_k, split_k, 4, 2, 0, 0, 16)
+        return Launch(32, block_k, split_k, 4, 2, fused=0, matrix_instr_nonkdim=16)
     return Launch(32, block_k, split_k, 4, 3 if kind == "gated" or x.dtype == torch.float32 else 4)
 
 
 class _Product(NamedTuple):
     """The tensors of one call; x as rows [M, K], residual as rows [M, N].
 
-    With `eps` x is normed first, by `gain` [K] or by a gain of 1.
+    With `eps` x is normed first, by `gain` [K] or by a gain of 1. `ahead` is not read: it is a
+    weight of a later kernel, to have in the cache by then.
     """
 
     x: Tensor
@@ -217,6 +254,7 @@ class _Product(NamedTuple):
     gain: Tensor | None = None
     eps: float | None = None
     gated: bool = False
+    ahead: Tensor | None = None
 
     @property
     def features(self) -> int:
@@ -252,17 +290,36 @@ def _multiply(p: _Product, launch: Launch, out: Tensor, partial: Tensor | None) 
     fused = partial is not None and bool(launch.fused)
     weight = unit_stride(p.weight)
     bias, residual, gain = (out if t is None else t for t in (p.bias, p.residual, p.gain))
+    even = n % launch.block_n == 0 and k == span * launch.split_k
+    prefetch = launch.prefetch if _prefetchable(weight, span, even, launch) else 0
+    later = share(p.ahead, launch.ahead, launch.split_k * columns, out)
     _linear[(launch.split_k, columns)](
         p.x, weight, bias, residual, gain, out, out if partial is None else partial,
-        counters(out.device, columns) if fused else out, m, p.eps or 0.0, p.x.stride(0),
+        counters(out.device, columns) if fused else out, later.tensor, m, p.eps or 0.0,
+        p.x.stride(0),
         weight.stride(0), residual.stride(0), n=n, k=k, span=span,
-        even=n % launch.block_n == 0 and k == span * launch.split_k, gated=p.gated,
+        even=even, gated=p.gated,
         normed=p.eps is not None, has_gain=p.gain is not None, has_bias=p.bias is not None,
         has_residual=p.residual is not None, split_k=launch.split_k, direct=partial is None,
-        fused=fused, block_m=padded(m), block_n=launch.block_n, block_k=launch.block_k,
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
+        fused=fused, dependent=launch.dependent, prefetch=prefetch, later_size=later.size,
+        later_piece=later.piece, later_pieces=later.pieces, block_m=padded(m),
+        block_n=launch.block_n, block_k=launch.block_k, num_warps=launch.num_warps,
+        num_stages=launch.num_stages, **dependent_options(launch.dependent),
         **amd_options(launch.waves_per_eu, launch.matrix_instr_nonkdim),
     )  # fmt: skip
+
+
+def _prefetchable(weight: Tensor, span: int, even: bool, launch: Launch) -> bool:
+    """Whether a block's part of the weight is whole pieces of `prefetch` bytes, a power of two."""
+    size = weight.element_size()
+    return (
+        bool(launch.dependent and launch.prefetch)
+        and even
+        and span * size % launch.prefetch == 0
+        and (span * size // launch.prefetch).bit_count() == 1
+        and weight.stride(0) * size % 16 == 0
+        and weight.data_ptr() % 16 == 0
+    )
 
 
 def _sum(
@@ -278,8 +335,8 @@ def _sum(
         out if normed is None else normed, m, eps, residual.stride(0), n=n,
         split_k=launch.split_k, has_bias=p.bias is not None,
         has_residual=p.residual is not None, normed=normed is not None,
-        has_gain=gain is not None, block_m=padded(m), block=block,
-        num_warps=elementwise_warps(block),
+        has_gain=gain is not None, dependent=launch.dependent, block_m=padded(m), block=block,
+        num_warps=elementwise_warps(block), **dependent_options(launch.dependent),
     )  # fmt: skip
 
 
@@ -296,24 +353,26 @@ def _run(p: _Product, shape: torch.Size, overrides: Sequence[int]) -> Tensor:
 @torch.library.custom_op("openpi_opt::triton_skinny_linear", mutates_args=())
 def skinny_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gain: Tensor | None,
-    eps: float | None, launch: Sequence[int],
+    eps: float | None, launch: Sequence[int], ahead: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """norm(x) [..., K] @ weight [N, K]^T + bias [N] + residual [..., N] -> [..., N].
 
     With `eps`, norm is Gemma's RMSNorm by `gain` [K] (None: a gain of 1); without, x is taken as
     it is. Sums are float32 up to the one rounding at the end. `launch`: see
-    `triton_common.encoded`.
+    `triton_common.encoded`. `ahead`: a weight that a later kernel reads, fetched into the cache.
     """
     added = None if residual is None else as_rows(residual)
-    return _run(_Product(as_rows(x), weight, bias, added, gain, eps), x.shape, launch)
+    product = _Product(as_rows(x), weight, bias, added, gain, eps, ahead=ahead)
+    return _run(product, x.shape, launch)
 
 
 @torch.library.custom_op("openpi_opt::triton_skinny_gelu_mul", mutates_args=())
 def skinny_gelu_mul(
-    x: Tensor, gate_up: Tensor, gain: Tensor | None, eps: float | None, launch: Sequence[int]
-) -> Tensor:
+    x: Tensor, gate_up: Tensor, gain: Tensor | None, eps: float | None, launch: Sequence[int],
+    ahead: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """gelu_tanh(gate) * up -> [..., N], where [gate | up] = norm(x) @ gate_up [2 N, K]^T."""
-    product = _Product(as_rows(x), gate_up, gain=gain, eps=eps, gated=True)
+    product = _Product(as_rows(x), gate_up, gain=gain, eps=eps, gated=True, ahead=ahead)
     return _run(product, x.shape, launch)
 
 
@@ -343,15 +402,16 @@ def skinny_linear_add_rms_norm(
 @skinny_linear.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gain: Tensor | None,
-    eps: float | None, launch: Sequence[int],
+    eps: float | None, launch: Sequence[int], ahead: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @skinny_gelu_mul.register_fake
 def _(
-    x: Tensor, gate_up: Tensor, gain: Tensor | None, eps: float | None, launch: Sequence[int]
-) -> Tensor:
+    x: Tensor, gate_up: Tensor, gain: Tensor | None, eps: float | None, launch: Sequence[int],
+    ahead: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], gate_up.shape[0] // 2)
 
 

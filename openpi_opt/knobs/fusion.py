@@ -17,7 +17,7 @@ class FusionOptions(Options):
 
     `qkv`: Gemma towers, [2560, 2048] and [2560, 1024]. `gate_up`: Gemma towers, [32768, 2048] and
     [8192, 1024]. `vision_qkv`: SigLIP, [3456, 1152] with bias. `expert_layer`: a layer of the
-    action expert is seven launches of own kernels; it needs the first two.
+    action expert is six launches of own kernels; it needs the first two.
     """
 
     qkv: bool = False

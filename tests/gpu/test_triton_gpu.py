@@ -19,6 +19,7 @@ from openpi_opt.kernels import (
     triton_skinny_gemm,
 )
 from openpi_opt.pi0 import ops
+from openpi_opt.pi0.gemma import Rope
 from openpi_opt.pi0.ops import SEE_ALL, Segment, Visibility
 
 pytestmark = pytest.mark.gpu
@@ -63,11 +64,18 @@ def decode(horizon: int, launch: dict[str, int], cached: bool) -> Case:
         return joined, (q, k, v), lambda q, k, v: attended(q, k, v, mask, 0.0625)
     attend_cached = triton_decode.cached_attention(launch)
 
+    angles = randn(1, tokens, 128, seed=2, dtype=torch.float32)
+    rope = Rope(angles.cos().bfloat16(), angles.sin().bfloat16())
+
     def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         caches = [(k[:, a:b], v[:, a:b]) for a, b in ((0, past), (past, None))]
-        return attend_cached(q, *caches, visibility, 0.0625)
+        return attend_cached(q, *caches, rope, visibility, 0.0625)
 
-    return apart, (q, k, v), lambda q, k, v: attended(q, k, v, mask, 0.0625)
+    def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        turned = torch.cat((k[:, :past], ops.rotary(k[:, past:], *rope)), dim=1)
+        return attended(ops.rotary(q, *rope), turned, v, mask, 0.0625)
+
+    return apart, (q, k, v), expected
 
 
 def flash(shape: tuple[int, ...], visible: int | None) -> Case:

@@ -146,15 +146,15 @@ def test_a_buffer_is_read_as_far_as_filled_and_written_by_the_layer_only() -> No
     for part in (buffer.keys, buffer.values):
         part[:, STORED:] = torch.nan
     pasts: list[Past] = [buffer] * PI0_MINI.expert.depth
-    hidden, own = policy.expert(x, rope, ALL, eager_attention, pasts)
+    hidden, none = policy.expert(x, rope, ALL, eager_attention, pasts)
     assert bool(hidden.isfinite().all())
     assert bool(buffer.keys[:, STORED:].isnan().all())
-    assert own[0].keys.shape[1] == ROWS
+    assert none == []
     out, cache = layer(x, rope, ALL, eager_attention, buffer)
     assert torch.equal(out, expected)
     for actual, wanted in zip(cache, joined, strict=True):
         assert torch.equal(actual, wanted)
-    assert torch.equal(buffer.keys[:, STORED : STORED + ROWS], own[0].keys)
+    assert torch.equal(buffer.keys[:, STORED : STORED + ROWS], joined.keys[:, STORED:])
 
 
 def test_what_is_not_fused_is_refused() -> None:

@@ -115,7 +115,9 @@ def decode() -> None:
 
 def decode_cached() -> None:
     q, past, new = empty(1, 51, 8, 256), empty(1, 788, 1, 256), empty(1, 51, 1, 256)
-    triton_decode.cached_attention({"fused": 1})(q, (past, past), (new, new), SEE_ALL, 0.0625)
+    rope = Rope(empty(1, 51, 128), empty(1, 51, 128))
+    attend = triton_decode.cached_attention({"fused": 1})
+    attend(q, (past, past), (new, new), rope, SEE_ALL, 0.0625)
 
 
 def prefill() -> None:

@@ -22,6 +22,7 @@ from openpi_opt.kernels import (
     triton_skinny_gemm,
 )
 from openpi_opt.pi0 import ops
+from openpi_opt.pi0.gemma import Rope
 from openpi_opt.pi0.ops import Segment, Visibility
 
 HALF, FULL = torch.float16, torch.float32
@@ -164,8 +165,11 @@ def test_cached_and_new_keys_apart(past: int, masked: bool, fused: int) -> None:
     segments = None if masked else (Segment(0, 1, past + 1), Segment(1, 11, None))
     attend = triton_decode.cached_attention({"block_n": 16, "blocks": 2, "fused": fused})
     caches = [(k[:, a:b], v[:, a:b]) for a, b in ((0, past), (past, None))]
-    out = attend(q, *caches, Visibility(mask if masked else None, segments), 0.2)
-    close(out, attended(q, k, v, mask, 0.2))
+    angles = randn(2, 11, 12, seed=9)
+    rope = Rope(angles.cos(), angles.sin())
+    out = attend(q, *caches, rope, Visibility(mask if masked else None, segments), 0.2)
+    turned = torch.cat((k[:, :past], ops.rotary(k[:, past:], *rope)), dim=1)
+    close(out, attended(ops.rotary(q, *rope), turned, v, mask, 0.2))
 
 
 def test_fused_and_separate_addition_of_splits_agree_and_repeat() -> None:
