@@ -130,17 +130,16 @@ def start(rows: int) -> None:
 
 
 PREFETCH = [(0, 0), (1, 0), (1, 128), (1, 512), (1, 1024), (2, 0), (2, 512)]
-AHEAD = (0, 256, 512, 1024, 2048, 4096, 16384)
 
 
 def variants(name: str, launch: Any) -> Iterator[Any]:
     """Launches that differ from `launch` in one choice."""
     if name == "attention":
         axes = {"block_m": (16, 32, 64), "block_n": (16, 32, 64, 128), "num_warps": (2, 4, 8),
-                "fused": (0, 1), "dependent": (0, 1, 2), "ahead": AHEAD}  # fmt: skip
+                "fused": (0, 1), "dependent": (0, 1, 2)}  # fmt: skip
     else:
         axes = {"block_n": (16, 32, 64), "block_k": (64, 128, 256, 512),
-                "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5), "ahead": AHEAD}  # fmt: skip
+                "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5)}  # fmt: skip
         if name in ("out", "down"):
             axes["split_k"] = (1, 2, 4, 8)
         for dependent, prefetch in PREFETCH:
@@ -221,16 +220,15 @@ def tune(rows: int, deadline: float, say: Callable[[str], None]) -> dict[str, An
         return TABLES[places[name][0]][places[name][1]]
 
     for dependent, prefetch in PREFETCH:
-        for piece in AHEAD if dependent == 1 else (0,):
-            changes = {
-                name: now(name)._replace(dependent=dependent, ahead=piece)
-                if name == "attention"
-                else now(name)._replace(dependent=dependent, prefetch=prefetch, ahead=piece)
-                for name in places
-            }
-            what = f"dependent={dependent} prefetch={prefetch} ahead={piece}"
-            attempt(changes, f"all: {what}")
-            say(f"   ({record[-1].get('us', 0):.1f} with {what})")
+        changes = {
+            name: now(name)._replace(dependent=dependent)
+            if name == "attention"
+            else now(name)._replace(dependent=dependent, prefetch=prefetch)
+            for name in places
+        }
+        what = f"dependent={dependent} prefetch={prefetch}"
+        attempt(changes, f"all: {what}")
+        say(f"   ({record[-1].get('us', 0):.1f} with {what})")
     improved = True
     while improved and time.monotonic() < deadline:
         improved = False

@@ -294,7 +294,7 @@ def decode(horizon: int, cached: bool, most: int) -> Case:
         table = randn(2, 1, tokens, 128, seed=7)
         return lambda q, k, v: triton_decode.decode_attention_rotary(
             q, k[:, :past], v[:, :past], k[:, past:], v[:, past:], table[0], table[1], 1, past + 1,
-            None, 0.0625, code, [],
+            None, 0.0625, code,
         )  # fmt: skip
 
     def rival(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -81,44 +81,6 @@ def prefetch_rows(base, row, stride, begin, span: tl.constexpr, size: tl.constex
             "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [place, size],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
-
-
-@triton.jit
-def prefetch_share(base, program, size: tl.constexpr, piece: tl.constexpr, pieces: tl.constexpr):
-    """Ask for this program's `pieces` pieces of `piece` bytes of a tensor of `size` bytes in L2.
-
-    Pieces beyond the end ask for the last one again.
-    """
-    begin = (program * pieces + tl.arange(0, pieces)) * piece
-    place = base.to(tl.int64) + tl.minimum(begin, size - piece)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [place, piece],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-class Share(NamedTuple):
-    """Arguments of `prefetch_share` for each of `programs` programs; no pieces: nothing."""
-
-    tensor: Tensor
-    size: int
-    piece: int
-    pieces: int
-
-
-def share(ahead: Tensor | None, piece: int, programs: int, unused: Tensor) -> Share:
-    """Who asks for what of `ahead`, a contiguous tensor that a later kernel reads.
-
-    Nothing where `piece` is 0 (elsewhere than on sm90) or the tensor has a hole or an odd size.
-    """
-    if ahead is None or not piece or not ahead.is_contiguous():
-        return Share(unused, 0, 16, 0)
-    size = ahead.numel() * ahead.element_size()
-    if size % 16 or ahead.data_ptr() % 16 or size < piece:
-        return Share(unused, 0, 16, 0)
-    return Share(
-        ahead, size, piece, int(triton.next_power_of_2(triton.cdiv(size, piece * programs)))
-    )
 
 
 @triton.jit

@@ -39,8 +39,6 @@ from openpi_opt.kernels.triton_common import (
     load_rows,
     padded,
     prefetch_rows,
-    prefetch_share,
-    share,
     unit_stride,
 )
 from openpi_opt.kernels.triton_visibility import bounds, mask_arguments
@@ -51,7 +49,7 @@ from openpi_opt.pi0.ops import Attention, Visibility
 class Launch(NamedTuple):
     """Launch parameters; `blocks` key blocks of `block_n` make one split.
 
-    `dependent` and `ahead`: see `triton_skinny_gemm.Launch`.
+    `dependent`: see `triton_common.follow`.
     """
 
     block_m: int = 16
@@ -61,7 +59,6 @@ class Launch(NamedTuple):
     num_stages: int = 1
     fused: int = 0
     dependent: int = 0
-    ahead: int = 0
     waves_per_eu: int = 0
     matrix_instr_nonkdim: int = 0
 
@@ -71,8 +68,8 @@ class Launch(NamedTuple):
 TABLE: dict[tuple[str, bool], Launch] = {
     # H100, us of this kernel and of torch's SDPA in the two calls that the state token needs; the
     # warps of the first by benchmarks/expert.py.
-    ("sm90", True): Launch(16, 64, 1, 8, dependent=1, ahead=1024),  # 7.5, 54.0
-    ("sm90", False): Launch(64, 64, 1, 4, dependent=1, ahead=1024),  # 10.7, 54.3
+    ("sm90", True): Launch(16, 64, 1, 8, dependent=1),  # 7.5, 54.0
+    ("sm90", False): Launch(64, 64, 1, 4, dependent=1),  # 10.7, 54.3
 }
 
 
@@ -106,15 +103,13 @@ def _turned(a, b, cos, sin, token, stride, live, half: tl.constexpr, block: tl.c
 
 @triton.jit
 def _split(
-    q, past_k, past_v, new_k, new_v, cos, sin, mask, out, partial, sums, counter, later, last,
+    q, past_k, past_v, new_k, new_v, cos, sin, mask, out, partial, sums, counter,
     past_keys, new_keys, past_splits, rows, rows_padded, group, lead, lead_keys, scale,
     stride_qb, stride_qs, stride_qh, stride_pkb, stride_pks, stride_pkh,
     stride_pvb, stride_pvs, stride_pvh, stride_nkb, stride_nks, stride_nkh,
     stride_nvb, stride_nvs, stride_nvh, stride_mb, stride_mq, stride_mk, stride_tb, stride_ts,
     width: tl.constexpr, kv_heads: tl.constexpr, masked: tl.constexpr, rotating: tl.constexpr,
-    fused: tl.constexpr, dependent: tl.constexpr, prefetch: tl.constexpr,
-    later_size: tl.constexpr, later_pieces: tl.constexpr, last_size: tl.constexpr,
-    last_pieces: tl.constexpr, piece: tl.constexpr, splits: tl.constexpr,
+    fused: tl.constexpr, dependent: tl.constexpr, prefetch: tl.constexpr, splits: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_h: tl.constexpr, block_d: tl.constexpr,
     blocks: tl.constexpr,
 ):  # fmt: skip
@@ -133,11 +128,6 @@ def _split(
                       width, prefetch)  # fmt: skip
         prefetch_rows(past_v + batch * stride_pvb + kv_head * stride_pvh, ahead, stride_pvs, 0,
                       width, prefetch)  # fmt: skip
-    program = split + splits * (row_block + tl.num_programs(1) * pair)
-    if later_pieces:
-        prefetch_share(later, program, later_size, piece, later_pieces)
-    if last_pieces:
-        prefetch_share(last, program, last_size, piece, last_pieces)
     follow(dependent)
     # Heads in halves: the rotary embedding turns one against the other.
     left = load_rows(q + batch * stride_qb, place, 1, live, half, block_h)
@@ -231,7 +221,7 @@ def default_launch(q: Tensor, kv_heads: int) -> Launch:
     few = q.shape[1] * q.shape[2] // kv_heads <= 128
     name = arch(q)
     rule = Launch() if few else Launch(block_m=32, blocks=2)
-    beside = {"dependent": 1, "ahead": 1024} if can_follow(name) else {}
+    beside = {"dependent": 1} if can_follow(name) else {}
     launch = TABLE.get((name, few), rule._replace(**beside))
     if q.dtype == torch.float32:  # twice the bytes in a tile, and no matrix instruction
         launch = launch._replace(block_n=min(launch.block_n, 32), num_stages=1)
@@ -241,12 +231,11 @@ def default_launch(q: Tensor, kv_heads: int) -> Launch:
 def _run(
     q: Tensor, past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor] | None, lead: int,
     lead_keys: int, past_keys: int, mask: Tensor | None, scale: float, launch: Launch,
-    rope: tuple[Tensor, Tensor] | None = None, ahead: Sequence[Tensor] = (),
+    rope: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Both public operators; `past_keys` keys of `past` are used, and all of `new`.
 
     With `rope` queries and new keys are rotated on the way, by cosines and sines [B or 1, S, D/2].
-    `ahead`: up to two weights of the kernels after this one, fetched into the cache.
     """
     batch, tokens, heads, width = q.shape
     kv_heads = past[0].shape[2]
@@ -267,19 +256,13 @@ def _run(
     cos, sin = (q, q) if rope is None else (t.contiguous() for t in rope)
     turns = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)) if rope else (0, 0)
     seen, *mask_strides = mask_arguments(mask, batch, tokens, past_keys + new_keys, q)
-    wanted = (*ahead, None, None)[:2]
-    programs = splits * row_blocks * pairs
-    later, last = (share(tensor, launch.ahead, programs, out) for tensor in wanted)
     _split[(splits, row_blocks, pairs)](
-        q, k, v, new_k, new_v, cos, sin, seen, out, partial, sums, counter, later.tensor,
-        last.tensor,
+        q, k, v, new_k, new_v, cos, sin, seen, out, partial, sums, counter,
         past_keys, new_keys, past_splits, rows, rows_padded, group, lead, lead_keys,
         scale * LOG2_E, *(s for t in (q, k, v, new_k, new_v) for s in t.stride()[:3]),
         *mask_strides, *turns, width=width, kv_heads=kv_heads, masked=mask is not None,
         rotating=rope is not None, fused=bool(launch.fused), dependent=launch.dependent,
-        prefetch=_prefetch(k, v, launch), later_size=later.size, later_pieces=later.pieces,
-        last_size=last.size, last_pieces=last.pieces, piece=launch.ahead or 16, splits=splits,
-        block_m=launch.block_m,
+        prefetch=_prefetch(k, v, launch), splits=splits, block_m=launch.block_m,
         block_n=launch.block_n, block_h=padded(width // 2), block_d=padded(width),
         blocks=launch.blocks, num_warps=launch.num_warps, num_stages=launch.num_stages,
         **dependent_options(launch.dependent),
@@ -321,26 +304,25 @@ def decode_attention(
 def decode_attention_rotary(
     q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, cos: Tensor,
     sin: Tensor, lead: int, lead_keys: int, mask: Tensor | None, scale: float,
-    launch: Sequence[int], ahead: Sequence[Tensor],
+    launch: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """As `decode_attention`, with cached keys [B, P, Hkv, D] and new ones [B, T - P, Hkv, D] apart.
 
     q and the new keys come before their rotary embedding (cos and sin [B or 1, S, D/2]) and are
     rotated on the way, rounded as by `triton_rotary`; cached keys are rotated already. `lead_keys`
-    and the mask count cached keys first, then new ones. `ahead`: at most two weights that the next
-    kernels read, fetched into the cache.
+    and the mask count cached keys first, then new ones.
     """
     chosen = applied(default_launch(q, past_k.shape[2]), launch)
     past, new = (past_k, past_v), (new_k, new_v)
     keys = past_k.shape[1]
-    return _run(q, past, new, lead, lead_keys, keys, mask, scale, chosen, (cos, sin), ahead)
+    return _run(q, past, new, lead, lead_keys, keys, mask, scale, chosen, (cos, sin))
 
 
 @decode_attention_rotary.register_fake
 def _(
     q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, cos: Tensor,
     sin: Tensor, lead: int, lead_keys: int, mask: Tensor | None, scale: float,
-    launch: Sequence[int], ahead: Sequence[Tensor],
+    launch: Sequence[int],
 ) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape)
 
@@ -367,23 +349,14 @@ def attention(overrides: Mapping[str, int] | None = None) -> Attention:
 
 
 CachedAttention = Callable[
-    [
-        Tensor,
-        tuple[Tensor, Tensor],
-        tuple[Tensor, Tensor],
-        Rope,
-        Visibility,
-        float,
-        Sequence[Tensor],
-    ],
-    Tensor,
+    [Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Rope, Visibility, float], Tensor
 ]
 
 
 def cached_attention(overrides: Mapping[str, int] | None = None) -> CachedAttention:
     """The same without concatenation, and with the rotary embedding of q and of the new keys.
 
-    Arguments: q, cached k and v, new k and v, rope, visibility, scale, weights of the next kernels.
+    Arguments: q, cached k and v, new k and v, rope, visibility, scale.
     """
     launch = encoded(Launch, overrides)
 
@@ -394,14 +367,13 @@ def cached_attention(overrides: Mapping[str, int] | None = None) -> CachedAttent
         rope: Rope,
         visibility: Visibility,
         scale: float,
-        ahead: Sequence[Tensor] = (),
     ) -> Tensor:
         keys = past[0].shape[1] + new[0].shape[1]
         seen = bounds(visibility, keys)
         if seen.keys != keys:
             raise ValueError(f"the last queries must see all {keys} keys, not {seen.keys}")
         return decode_attention_rotary(
-            q, *past, *new, *rope, seen.lead, seen.lead_keys, seen.mask, scale, launch, list(ahead)
+            q, *past, *new, *rope, seen.lead, seen.lead_keys, seen.mask, scale, launch
         )
 
     return decode

@@ -40,8 +40,6 @@ from openpi_opt.kernels.triton_common import (
     gelu_tanh,
     padded,
     prefetch_rows,
-    prefetch_share,
-    share,
     unit_stride,
 )
 from openpi_opt.pi0 import ops
@@ -56,8 +54,7 @@ class Launch(NamedTuple):
     """Launch parameters; `fused` adds the splits in the same kernel.
 
     `dependent` (see `triton_common.follow`) starts the kernel beside its predecessor, where it asks
-    for its weights in L2, `prefetch` bytes an instruction, before it waits; `ahead` is the same for
-    the weights of a later kernel, which come from memory while this one has little to load.
+    for its weights in L2, `prefetch` bytes an instruction, before it waits.
     """
 
     block_n: int
@@ -68,7 +65,6 @@ class Launch(NamedTuple):
     fused: int = 1
     dependent: int = 0
     prefetch: int = 0
-    ahead: int = 0
     waves_per_eu: int = 0
     matrix_instr_nonkdim: int = 0
 
@@ -77,10 +73,10 @@ class Launch(NamedTuple):
 # or without norm) and `normed` need the whole sum over K in one block.
 TABLE: dict[tuple[str, int, int, int, Kind], Launch] = {
     # H100, by benchmarks/expert.py: the chain of one denoising step's 18 layers.
-    ("sm90", 16, 2560, 1024, "normed"): Launch(32, 512, 1, 2, 4, 1, 1, 512, 1024),
-    ("sm90", 16, 1024, 2048, "plain"): Launch(32, 128, 2, 4, 4, 1, 1, 512, 1024),
-    ("sm90", 16, 4096, 1024, "gated"): Launch(32, 256, 1, 2, 4, 1, 1, 512, 1024),
-    ("sm90", 16, 1024, 4096, "plain"): Launch(32, 256, 4, 2, 3, 1, 1, 512, 1024),
+    ("sm90", 16, 2560, 1024, "normed"): Launch(32, 512, 1, 2, 4, 1, 1, 512),
+    ("sm90", 16, 1024, 2048, "plain"): Launch(32, 128, 2, 4, 4, 1, 1, 512),
+    ("sm90", 16, 4096, 1024, "gated"): Launch(32, 256, 1, 2, 4, 1, 1, 512),
+    ("sm90", 16, 1024, 4096, "plain"): Launch(32, 256, 4, 2, 3, 1, 1, 512),
     # By benchmarks/kernels.py, single kernels; us of this one and of cuBLAS.
     ("sm90", 16, 2560, 1024, "plain"): Launch(32, 256, 1, 2, 4, 1, 1),  # 4.7, 5.1
     ("sm90", 16, 2048, 1024, "plain"): Launch(32, 256, 1, 2, 4, 1, 1),  # 4.6, 4.9
@@ -117,13 +113,12 @@ def _finish(acc, bias, residual, out, row, column, m, n, stride_residual,
 
 @triton.jit
 def _linear(
-    x, weight, bias, residual, gain, out, partial, counter, later, m, eps,
+    x, weight, bias, residual, gain, out, partial, counter, m, eps,
     stride_x, stride_weight, stride_residual,
     n: tl.constexpr, k: tl.constexpr, span: tl.constexpr, even: tl.constexpr,
     gated: tl.constexpr, normed: tl.constexpr, has_gain: tl.constexpr, has_bias: tl.constexpr,
     has_residual: tl.constexpr, split_k: tl.constexpr, direct: tl.constexpr,
     fused: tl.constexpr, dependent: tl.constexpr, prefetch: tl.constexpr,
-    later_size: tl.constexpr, later_piece: tl.constexpr, later_pieces: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
     split, column_block = tl.program_id(0), tl.program_id(1)
@@ -134,9 +129,6 @@ def _linear(
         if gated:
             second = weight + n * stride_weight
             prefetch_rows(second, column, stride_weight, split * span, span, prefetch)
-    if later_pieces:
-        program = column_block * split_k + split
-        prefetch_share(later, program, later_size, later_piece, later_pieces)
     follow(dependent)
     live = (row < m)[:, None]
     acc = tl.zeros((block_m, block_n), tl.float32)
@@ -225,7 +217,7 @@ def default_launch(x: Tensor, n: int, k: int, kind: Kind) -> Launch:
     found = TABLE.get((name, rows, n, k, kind))
     if found is not None and x.element_size() == 2:  # the table is that of 16-bit types
         return found
-    beside = {"dependent": 1, "ahead": 1024} if can_follow(name) else {}
+    beside = {"dependent": 1, "prefetch": 512} if can_follow(name) else {}
     return _by_rule(x, n, k, kind, name)._replace(**beside)
 
 
@@ -243,8 +235,7 @@ def _by_rule(x: Tensor, n: int, k: int, kind: Kind, name: str) -> Launch:
 class _Product(NamedTuple):
     """The tensors of one call; x as rows [M, K], residual as rows [M, N].
 
-    With `eps` x is normed first, by `gain` [K] or by a gain of 1. `ahead` is not read: it is a
-    weight of a later kernel, to have in the cache by then.
+    With `eps` x is normed first, by `gain` [K] or by a gain of 1.
     """
 
     x: Tensor
@@ -254,7 +245,6 @@ class _Product(NamedTuple):
     gain: Tensor | None = None
     eps: float | None = None
     gated: bool = False
-    ahead: Tensor | None = None
 
     @property
     def features(self) -> int:
@@ -292,17 +282,15 @@ def _multiply(p: _Product, launch: Launch, out: Tensor, partial: Tensor | None) 
     bias, residual, gain = (out if t is None else t for t in (p.bias, p.residual, p.gain))
     even = n % launch.block_n == 0 and k == span * launch.split_k
     prefetch = launch.prefetch if _prefetchable(weight, span, even, launch) else 0
-    later = share(p.ahead, launch.ahead, launch.split_k * columns, out)
     _linear[(launch.split_k, columns)](
         p.x, weight, bias, residual, gain, out, out if partial is None else partial,
-        counters(out.device, columns) if fused else out, later.tensor, m, p.eps or 0.0,
+        counters(out.device, columns) if fused else out, m, p.eps or 0.0,
         p.x.stride(0),
         weight.stride(0), residual.stride(0), n=n, k=k, span=span,
         even=even, gated=p.gated,
         normed=p.eps is not None, has_gain=p.gain is not None, has_bias=p.bias is not None,
         has_residual=p.residual is not None, split_k=launch.split_k, direct=partial is None,
-        fused=fused, dependent=launch.dependent, prefetch=prefetch, later_size=later.size,
-        later_piece=later.piece, later_pieces=later.pieces, block_m=padded(m),
+        fused=fused, dependent=launch.dependent, prefetch=prefetch, block_m=padded(m),
         block_n=launch.block_n, block_k=launch.block_k, num_warps=launch.num_warps,
         num_stages=launch.num_stages, **dependent_options(launch.dependent),
         **amd_options(launch.waves_per_eu, launch.matrix_instr_nonkdim),
@@ -353,26 +341,25 @@ def _run(p: _Product, shape: torch.Size, overrides: Sequence[int]) -> Tensor:
 @torch.library.custom_op("openpi_opt::triton_skinny_linear", mutates_args=())
 def skinny_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gain: Tensor | None,
-    eps: float | None, launch: Sequence[int], ahead: Tensor | None = None,
+    eps: float | None, launch: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """norm(x) [..., K] @ weight [N, K]^T + bias [N] + residual [..., N] -> [..., N].
 
     With `eps`, norm is Gemma's RMSNorm by `gain` [K] (None: a gain of 1); without, x is taken as
     it is. Sums are float32 up to the one rounding at the end. `launch`: see
-    `triton_common.encoded`. `ahead`: a weight that a later kernel reads, fetched into the cache.
+    `triton_common.encoded`.
     """
     added = None if residual is None else as_rows(residual)
-    product = _Product(as_rows(x), weight, bias, added, gain, eps, ahead=ahead)
+    product = _Product(as_rows(x), weight, bias, added, gain, eps)
     return _run(product, x.shape, launch)
 
 
 @torch.library.custom_op("openpi_opt::triton_skinny_gelu_mul", mutates_args=())
 def skinny_gelu_mul(
     x: Tensor, gate_up: Tensor, gain: Tensor | None, eps: float | None, launch: Sequence[int],
-    ahead: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """gelu_tanh(gate) * up -> [..., N], where [gate | up] = norm(x) @ gate_up [2 N, K]^T."""
-    product = _Product(as_rows(x), gate_up, gain=gain, eps=eps, gated=True, ahead=ahead)
+    product = _Product(as_rows(x), gate_up, gain=gain, eps=eps, gated=True)
     return _run(product, x.shape, launch)
 
 
@@ -402,7 +389,7 @@ def skinny_linear_add_rms_norm(
 @skinny_linear.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gain: Tensor | None,
-    eps: float | None, launch: Sequence[int], ahead: Tensor | None = None,
+    eps: float | None, launch: Sequence[int],
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -410,7 +397,6 @@ def _(
 @skinny_gelu_mul.register_fake
 def _(
     x: Tensor, gate_up: Tensor, gain: Tensor | None, eps: float | None, launch: Sequence[int],
-    ahead: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], gate_up.shape[0] // 2)
 

@@ -38,6 +38,7 @@ DEFAULTS: dict[str, bool | int] = {
     "epilogue_fusion": True,
     "shape_padding": True,
     "cpp_wrapper": False,
+    "comprehensive_padding": True,
     "triton.multi_kernel": 0,
 }
 # They tune or combine Triton kernels, of which there are none on a CPU.
@@ -63,7 +64,8 @@ class InductorOptions(Options):
     `coordinate_descent_tuning` also turns products with a side of 1 into pointwise code on a GPU;
     `freezing` makes constants of the weights; `memory_planning` was reported to cost 10 ms;
     `combo_kernels` is known for wrong scalars on ROCm (pytorch #168937): the guard decides.
-    `max_autotune_gemm_backends` is read when autotuning only.
+    `max_autotune_gemm_backends` is read when autotuning only. `comprehensive_padding` (not in that
+    set) pads rows to 128 bytes, after which torch's addmm copies a bias instead of fusing it.
     """
 
     coordinate_descent_tuning: bool | None = None
@@ -79,6 +81,7 @@ class InductorOptions(Options):
     max_autotune_gemm_backends: BackendList | None = None
     cpp_wrapper: bool | None = None
     layout_optimization: bool | None = None
+    comprehensive_padding: bool | None = None
     triton: TritonOptions = TritonOptions()
 
     def chosen(self) -> dict[str, Any]:

@@ -16,13 +16,15 @@ class FusionOptions(Options):
     """Each switch on its own; the shapes are those of the full model, [out, in].
 
     `qkv`: Gemma towers, [2560, 2048] and [2560, 1024]. `gate_up`: Gemma towers, [32768, 2048] and
-    [8192, 1024]. `vision_qkv`: SigLIP, [3456, 1152] with bias. `expert_layer`: a layer of the
-    action expert is six launches of own kernels; it needs the first two.
+    [8192, 1024]. `vision_qkv`: SigLIP, [3456, 1152] with bias. `vision_mlp`: SigLIP's GELU in the
+    GEMM before it. `expert_layer`: a layer of the action expert is six launches of own kernels; it
+    needs the first two.
     """
 
     qkv: bool = False
     gate_up: bool = False
     vision_qkv: bool = False
+    vision_mlp: bool = False
     expert_layer: bool = False
 
 
@@ -35,6 +37,9 @@ class Fusion(Knob[FusionOptions]):
     Exact, only the tiling of the sums changes. Weights are loaded and saved under their original
     names: these are views of the fused weight. Source: sunxxuns/openpi-1 on MI350 and H200
     (`USE_FUSED_PROJECTIONS`, `OPENPI_FUSE_SIGLIP_QKV`).
+
+    `vision_mlp` leaves bias and GELU to the epilogue of cuBLASLt or hipBLASLt (not run on AMD):
+    one rounding less, and no pass over [768, 4304] afterwards. On a CPU it is the plain formula.
 
     `expert_layer` (NVIDIA and AMD, not run on AMD) also takes norms, GELU and residuals into the
     GEMMs of the action expert, and its attention reads the prefix's cache in place. Only roundings
@@ -50,6 +55,8 @@ class Fusion(Knob[FusionOptions]):
     def check(self, cfg: Config, machine: Machine) -> Refusal | None:
         """The fused expert layer needs a GPU, and its parts among the other options."""
         options = self.of(cfg)
+        if options.vision_mlp and (problem := _vision_mlp_contradiction(cfg)):
+            return Refusal("invalid", f"fusion.vision_mlp {problem}")
         if not options.expert_layer:
             return None
         if cfg.platform.device == "cpu":
@@ -72,6 +79,8 @@ class Fusion(Knob[FusionOptions]):
             fused.fuse_gate_up(policy)
         if options.vision_qkv:
             fused.fuse_vision_qkv(policy)
+        if options.vision_mlp:
+            fused.fuse_vision_mlp(policy)
         if options.expert_layer:
             from openpi_opt.surgery.expert import fuse_expert_layers
 
@@ -82,7 +91,18 @@ class Fusion(Knob[FusionOptions]):
         """The switches that are on; `all` are the three of projections."""
         on = [name for name in _PROJECTIONS if getattr(options, name)]
         words = ["all"] if len(on) == len(_PROJECTIONS) else on
-        return "+".join([*words, *(["expert_layer"] if options.expert_layer else [])]) or "none"
+        more = [name for name in ("vision_mlp", "expert_layer") if getattr(options, name)]
+        return "+".join([*words, *more]) or "none"
+
+
+def _vision_mlp_contradiction(cfg: Config) -> str | None:
+    """Who else wants to compute SigLIP's first MLP product, or None."""
+    blas = cfg.knobs["blas"]
+    if blas.backend == "aiter":  # type: ignore[attr-defined]
+        return "leaves no product of SigLIP's fc1 to aiter; use another blas"
+    if blas.backend == "fp8" and "vision" in blas.fp8.stages:  # type: ignore[attr-defined]
+        return "leaves no product of SigLIP's fc1 to FP8; take vision out of blas.fp8.stages"
+    return None
 
 
 def _contradiction(cfg: Config, options: FusionOptions) -> str | None:

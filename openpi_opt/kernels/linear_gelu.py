@@ -1,0 +1,38 @@
+"""A linear layer and the GELU after it in one GEMM of torch's BLAS.
+
+cuBLASLt and hipBLASLt (not run on AMD) have an epilogue that adds the bias and applies GELU in its
+tanh form to the float32 sums, before they are rounded; torch reaches it by `_addmm_activation`.
+That operator means another GELU on the CPU (erf), and Inductor takes it apart again, so it stands
+behind an operator of our own. Reference: `linear_gelu_reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openpi_opt.pi0 import ops
+
+
+@torch.library.custom_op("openpi_opt::linear_gelu", mutates_args=())
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu_tanh(x [..., K] @ weight [N, K]^T + bias [N]) -> [..., N] of x's dtype."""
+    return linear_gelu_reference(x, weight, bias)
+
+
+@linear_gelu.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+@linear_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`linear_gelu` in plain PyTorch."""
+    return ops.gelu(F.linear(x, weight, bias))
