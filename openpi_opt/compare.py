@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt.cli import run
-from openpi_opt.result import GuardReport, Latency, Ok, Wrong
+from openpi_opt.result import Compilation, GuardReport, Latency, Ok, Wrong
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.report import Row, lossy, print_table, rows
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
-_SAMPLES = {"samples_ms", "wall_samples_ms"}
+_SAMPLES = {name for name in Latency.model_fields if name.endswith("samples_ms")}
 # Parts that only some outcomes have, with the columns that they always take in CSV.
 _PARTS = {
     "latency": [name for name in Latency.model_fields if name not in _SAMPLES],
-    "kernels": ["kind", "total"],
+    "kernels": ["kind", "total", "busy_ms", "idle_ms"],
+    "compilation": [name for name in Compilation.model_fields if name != "graph_breaks"],
     "guard": list(GuardReport.model_fields),
 }
 
@@ -73,6 +74,11 @@ def trial(row: Row, study_dir: Path) -> dict[str, Any]:
         "compile_seconds": ok and ok.compile_seconds,
         "peak_mib": ok and ok.memory.peak_mib,
         "kernels": ok and ok.kernels and ok.kernels.model_dump(),
+        "launch_overhead_ms": ok and ok.launch_overhead_ms,
+        "compilation": ok and ok.compilation and ok.compilation.model_dump(),
+        "gpu": ok and ok.gpu and ok.gpu.model_dump(),
+        "checks": ok and [check.model_dump() for check in ok.checks],
+        "flags": ok and ok.flags(),
         "guard": result.guard.model_dump() if isinstance(result, Ok | Wrong) else None,
         "model": result.config.get("model", {}).get("name"),
         "workload": result.config.get("workload", {}).get("name"),
@@ -86,11 +92,17 @@ def trial(row: Row, study_dir: Path) -> dict[str, Any]:
 
 
 def _print_csv(plain: Sequence[dict[str, Any]]) -> None:
-    """Nested keys become columns joined with dots; a part that a trial lacks is left empty."""
+    """Nested keys become columns joined with dots; a part that a trial lacks is left empty.
+
+    Texts of a list are joined with semicolons.
+    """
     parts = {key: dict.fromkeys(fields) for key, fields in _PARTS.items()}
     flat = [
-        _flat({**trial, **{k: trial[k] or part for k, part in parts.items()}}) for trial in plain
+        _flat({**trial, "checks": None, **{k: trial[k] or part for k, part in parts.items()}})
+        for trial in plain
     ]
+    for line in flat:
+        del line["checks"]  # a table of their own; `flags` says what matters
     columns = list(dict.fromkeys(key for line in flat for key in line))
     writer = csv.DictWriter(sys.stdout, columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -103,7 +115,7 @@ def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             found |= _flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
+            found[f"{prefix}{key}"] = "; ".join(value) if isinstance(value, list) else value
     return found
 
 

@@ -91,10 +91,29 @@ class Platform(Section):
 
 
 class Measure(Section):
-    """How latency is sampled. The minima are the field's rule: fewer says nothing."""
+    """How latency is sampled. The minima are the field's rule: fewer says nothing.
+
+    Calls are planned until the 95% interval of their mean and of their median is within `rel_ci`
+    of it (half-width), then so many, and a margin, are measured anew and reported
+    (`measure/planning.py`). At least `iterations` and at most `max_iterations` are reported;
+    planning and measuring together are laid out for `max_seconds`. `rel_ci` null measures exactly
+    `iterations`.
+    """
 
     warmup: int = Field(5, ge=MIN_WARMUP)
     iterations: int = Field(30, ge=MIN_ITERATIONS)
+    rel_ci: float | None = Field(0.005, gt=0, le=0.5)
+    max_seconds: float = Field(20, gt=0, allow_inf_nan=False)
+    max_iterations: int = Field(10_000, ge=MIN_ITERATIONS, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _room_for_the_least(self) -> Measure:
+        if self.rel_ci is not None and self.max_iterations < self.iterations:
+            raise ValueError(
+                f"max_iterations={self.max_iterations} is below iterations={self.iterations}, "
+                "the least that are measured"
+            )
+        return self
 
 
 class Profile(Section):
@@ -215,9 +234,11 @@ class Config(BaseModel):
         """Replace `auto` by what this machine has.
 
         Raises:
-            UserError: a device that this machine or the installed torch lacks, or a checkpoint
-                that is missing, truncated or a pickle.
+            UserError: a device that this machine or the installed torch lacks, a checkpoint that is
+                missing, truncated or a pickle, or more time to measure than the phase may take.
         """
+        # Not in `parse`, by which documents are read whose defaults were others.
+        _check_time(self.measure, self.limits)
         device = _resolve_device(self.platform, machine)
         weights = self.weights
         if weights.path is not None:
@@ -318,6 +339,15 @@ def _explain(name: str, kind: type[BaseModel], item: Any) -> str:
 def _near(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def _check_time(measure: Measure, limits: Limits) -> None:
+    if measure.rel_ci is not None and measure.max_seconds >= limits.measure:
+        raise UserError(
+            f"measure.max_seconds={measure.max_seconds:g} is not below "
+            f"limits.measure={limits.measure:g}: the trial would be ended while it measures. "
+            "Lower the first or raise the second."
+        )
 
 
 def _resolve_device(platform: Platform, machine: Machine) -> Device:

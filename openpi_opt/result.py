@@ -12,11 +12,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from openpi_opt.samples import Samples
+
 Outcome = Literal["ok", "wrong", "unavailable", "invalid", "oom", "timeout", "crashed", "error"]
 Phase = Literal[
     "start", "load", "reference", "apply", "compile", "warmup", "guard", "measure", "profile"
 ]
-SCHEMA_VERSION = 1
+# Format 2 packs the samples and adds what says how sure a latency is. Format 1 is read: what it
+# lacks has the value None or is empty.
+SCHEMA_VERSION = 2
 
 
 class _Part(BaseModel):
@@ -27,8 +31,20 @@ class Latency(_Part):
     """Latency of one whole `sample_actions` call in milliseconds, over `samples_ms`.
 
     `clock` says what was read: device events on a GPU, the wall clock on a CPU. The wall clock is
-    kept beside device events. `ci95_*` bound the mean (Student's t over the iterations of this
-    process; the spread between processes is not in it). `noisy`: std above 10% of the mean.
+    kept beside device events. The intervals hold for this process; the spread between processes is
+    not in them. `noisy`: std above 10% of the mean.
+
+    - `ci95_*` bound the mean (Student's t over `effective_samples`, which is less than
+      `iterations` where neighbours are alike), `p50_*_ms` the median (order statistics).
+    - `rel_ci` is the relative half-width of the wider of the two; `asked_rel_ci` what was asked
+      for, None for a fixed number of iterations.
+    - `ended` says why there are not more iterations: the interval was expected to be narrow enough
+      after so many (`interval`), or the time (`seconds`) or number allowed (`iterations`) was.
+    - `planning_samples_ms` are the calls by which the number of iterations was chosen. No figure
+      contains them: a number of iterations chosen by the samples that it reports biases the mean.
+    - `looks` says what the run does beside scattering: "drifting up 3.0% over the run".
+    - `upload_ms` is the mean time in which an observation reaches the GPU, measured before each
+      call and in no other figure; None on a CPU.
     """
 
     clock: Literal["device_events", "wall"]
@@ -40,11 +56,77 @@ class Latency(_Part):
     p99_ms: float
     ci95_low_ms: float
     ci95_high_ms: float
+    p50_low_ms: float | None = None
+    p50_high_ms: float | None = None
+    rel_ci: float | None = None
+    asked_rel_ci: float | None = None
+    effective_samples: float | None = None
+    ended: Literal["interval", "seconds", "iterations"] | None = None
+    looks: list[str] = Field(default_factory=list)
     wall_mean_ms: float
+    upload_ms: float | None = None
     noisy: bool
     iterations: int
-    samples_ms: list[float]
-    wall_samples_ms: list[float]
+    samples_ms: Samples
+    wall_samples_ms: Samples
+    upload_samples_ms: Samples = Field(default_factory=list)
+    planning_samples_ms: Samples = Field(default_factory=list)
+
+
+class Check(_Part):
+    """One rule of measuring, and whether this trial kept it.
+
+    `ok` and `flag` speak for themselves; `unknown` says in `detail` what could not be read.
+    """
+
+    name: str
+    status: Literal["ok", "flag", "unknown"]
+    detail: str
+
+
+class GpuState(_Part):
+    """What the driver says of the trial's GPU at one moment, while it is busy with the call.
+
+    `throttle_reasons` are the driver's names of what holds the clock down now. `other_processes`
+    counts processes on the GPU that are not this one. `not_read` names what has no value here,
+    with the reason.
+    """
+
+    sm_clock_mhz: float | None = None
+    max_sm_clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+    power_limit_w: float | None = None
+    default_power_limit_w: float | None = None
+    throttle_reasons: list[str] | None = None
+    other_processes: int | None = None
+    not_read: list[str] = Field(default_factory=list)
+
+
+class Gpu(_Part):
+    """State of the GPU right before and right after the timed iterations.
+
+    `throttled_ms` is the driver's count, between the two, of the time in which thermal or power
+    limits held the clock down; None where it does not count.
+    """
+
+    before: GpuState
+    after: GpuState
+    throttled_ms: dict[str, float] | None = None
+
+
+class Compilation(_Part):
+    """What torch.compile did in this process.
+
+    `graphs` compiled in all, `recompilations` those of code compiled before, `graph_breaks` by
+    reason, `late` graphs compiled after the warm-up, that is among the samples.
+    """
+
+    graphs: int
+    recompilations: int
+    graph_breaks: dict[str, int]
+    late: int
 
 
 class Kernels(_Part):
@@ -52,14 +134,24 @@ class Kernels(_Part):
 
     On a GPU `kind` is `device_kernels`; on a CPU there are none, and operator calls are counted
     under their own name. `category_ms` and `stage_ms` are sums of device (or operator) time under
-    the profiler, which is slower than the timed run.
+    the profiler, which is slower than the timed run. `by_stage` counts per stage.
+
+    `counted_on` is `uncaptured` where the replay of a graph hides its kernels (ROCm): then they
+    are those of the same call without its graph. `busy_ms` is the time in which at least one
+    kernel ran, `idle_ms` the time between the first and the last one in which none did, under the
+    profiler; both None on a CPU, `idle_ms` also for `uncaptured`, whose gaps are not the replay's.
     """
 
     kind: Literal["device_kernels", "operator_calls"]
     total: int
     by_category: dict[str, int]
+    by_stage: dict[str, int] = Field(default_factory=dict)
     category_ms: dict[str, float]
     stage_ms: dict[str, float]
+    counted_on: Literal["call", "uncaptured"] = "call"
+    busy_ms: float | None = None
+    idle_ms: float | None = None
+    longest_gap_ms: float | None = None
 
 
 class KernelRow(_Part):
@@ -95,7 +187,7 @@ class Memory(_Part):
 
 
 class _Common(_Part):
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     config: dict[str, Any]
     config_hash: str
     context_hash: str
@@ -106,7 +198,11 @@ class _Common(_Part):
 
 
 class Ok(_Common):
-    """The actions are right and the latency was measured."""
+    """The actions are right and the latency was measured.
+
+    `launch_overhead_ms` is the wall time of a call without the time in which the GPU was busy
+    (`kernels.busy_ms`): what launching, waiting and gaps cost. None on a CPU and without a profile.
+    """
 
     outcome: Literal["ok"] = "ok"
     latency: Latency
@@ -116,6 +212,14 @@ class Ok(_Common):
     memory: Memory
     kernels: Kernels | None
     kernel_table: list[KernelRow] = Field(default_factory=list)
+    launch_overhead_ms: float | None = None
+    compilation: Compilation | None = None
+    gpu: Gpu | None = None
+    checks: list[Check] = Field(default_factory=list)
+
+    def flags(self) -> list[str]:
+        """What a reader must know before believing the latency, one text for each flagged check."""
+        return [f"{check.name}: {check.detail}" for check in self.checks if check.status == "flag"]
 
 
 class Wrong(_Common):

@@ -7,6 +7,7 @@ environment that the sweep would give it, because variables must be there before
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import select
@@ -18,7 +19,7 @@ import traceback
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from openpi_opt import cli
 from openpi_opt import result as results
@@ -26,10 +27,11 @@ from openpi_opt.config import MIN_WARMUP, Config
 from openpi_opt.errors import RefusedError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine, probe
-from openpi_opt.search.environment import child_environment
+from openpi_opt.search.environment import child_environment, cleared_names, knob_variables
 from openpi_opt.track.fingerprint import fingerprint
 
 if TYPE_CHECKING:
+    from openpi_opt.measure.gpu_state import Monitor
     from openpi_opt.measure.guard import Reference
     from openpi_opt.pi0.inputs import Inputs
     from openpi_opt.runtime import Prepared
@@ -119,10 +121,31 @@ def _run(
         if refusal is not None:
             raise RefusedError(refusal.outcome, refusal.reason)
     progress.enter("load")
+    from openpi_opt.measure import audit, gpu_state
+
+    checks = audit.audit(cfg, machine, os.environ, knob_variables(cfg), cleared_names())
+    gpus = machine.gpus_for(cfg.device)
+    with contextlib.ExitStack() as stack:
+        # Before torch makes a context: processes that are there now are not this one.
+        monitor = stack.enter_context(gpu_state.monitor(gpus[0])) if gpus else None
+        outcome = _run_checked(cfg, machine, progress, references, folder, monitor)
+    if outcome["outcome"] == "ok":
+        outcome["checks"] += [*checks, audit.inductor(cfg)]
+    return outcome
+
+
+def _run_checked(
+    cfg: Config,
+    machine: Machine,
+    progress: Progress,
+    references: Path,
+    folder: Path,
+    monitor: Monitor | None,
+) -> dict[str, Any]:
     import torch
 
     from openpi_opt import runtime
-    from openpi_opt.measure import guard
+    from openpi_opt.measure import clock, compilation, guard
     from openpi_opt.pi0.workload import make_inputs
 
     device = runtime.torch_device(cfg)
@@ -131,7 +154,8 @@ def _run(
     policy = runtime.build_policy(cfg, device)
     workload = runtime.workload_of(cfg)
     seeds = range(cfg.workload.seed, cfg.workload.seed + cfg.guard.inputs)
-    inputs = [make_inputs(workload, policy.config, seed, device) for seed in seeds]
+    observations = [make_inputs(workload, policy.config, seed, "cpu") for seed in seeds]
+    inputs = [clock.upload(observation, device) for observation in observations]
     progress.enter("reference")
     gpus = machine.gpus_for(cfg.device)
     arch = gpus[0].arch if gpus else machine.cpu
@@ -142,19 +166,23 @@ def _run(
         del policy
         policy = runtime.build_policy(cfg, device)
     progress.enter("apply")
+    if cfg.canonical().knobs["compile"] != cfg.baseline().knobs["compile"]:
+        compilation.observe()
     prepared = runtime.apply_knobs(policy, cfg)
-    return _measure(prepared, inputs, reference, cfg, progress, folder)
+    return _measure(prepared, observations, inputs, reference, cfg, progress, folder, monitor)
 
 
 def _measure(
     prepared: Prepared,
+    observations: list[Inputs],
     inputs: list[Inputs],
     reference: Reference,
     cfg: Config,
     progress: Progress,
     folder: Path,
+    monitor: Monitor | None,
 ) -> dict[str, Any]:
-    from openpi_opt.measure import clock, guard, memory, profile, stats
+    from openpi_opt.measure import checks, clock, compilation, guard, memory, profile
 
     device = cfg.device
     progress.enter("compile")
@@ -169,11 +197,12 @@ def _measure(
     if not report.passed:
         return {"outcome": "wrong", "guard": report, "reason": guard.explain(report)}
     progress.enter("measure")
-    # Warm again, shortly: the guard's copies to the host came in between.
-    timing = clock.time_calls(prepared.call, inputs, MIN_WARMUP, cfg.measure.iterations, device)
-    latency = stats.summarise(timing.samples_ms, timing.wall_samples_ms, timing.clock)
+    compiled = compilation.graphs()
+    timed = _timed(prepared, observations, inputs[0], cfg, monitor)
+    latency = timed.latency
+    compiled_in_all = compilation.found(late=compilation.graphs() - compiled)
     peak = memory.peak(device)
-    kernels, table = None, []
+    kernels, table, overhead_ms = None, [], None
     notes = [note for knob in KNOBS for note in knob.notes(cfg)]
     if cfg.profile.kernels:
         progress.enter("profile")
@@ -183,6 +212,8 @@ def _measure(
         )
         kernels, table = profiled.kernels, profiled.table
         notes += profiled.notes
+        if kernels.busy_ms is not None:
+            overhead_ms = latency.wall_mean_ms - kernels.busy_ms
     return {
         "outcome": "ok",
         "latency": latency,
@@ -193,7 +224,78 @@ def _measure(
         "kernels": kernels,
         "kernel_table": table,
         "notes": notes,
+        "launch_overhead_ms": overhead_ms,
+        "compilation": compiled_in_all,
+        "gpu": timed.gpu,
+        "checks": [
+            *checks.of_latency(latency, cfg.measure.warmup, len(observations)),
+            *checks.of_start(first_call_seconds, compiled_in_all),
+            *timed.checks,
+        ],
     }
+
+
+class _Timed(NamedTuple):
+    latency: results.Latency
+    gpu: results.Gpu | None
+    checks: list[results.Check]
+
+
+def _timed(
+    prepared: Prepared,
+    observations: list[Inputs],
+    inputs: Inputs,
+    cfg: Config,
+    monitor: Monitor | None,
+) -> _Timed:
+    """Plan, then time; what the GPU's driver says is read right before and right after."""
+    from openpi_opt import runtime
+    from openpi_opt.measure import checks, clock, gpu_state, planning, stats
+
+    target = runtime.torch_device(cfg)
+
+    def block(iterations: int) -> clock.Timing:
+        # Warm again, shortly: copies to the host, planning or a reading came in between.
+        return clock.time_calls(
+            prepared.call,
+            observations,
+            lambda observation: clock.upload(observation, target),
+            MIN_WARMUP,
+            iterations,
+            cfg.device,
+        )
+
+    def under_load() -> results.GpuState | None:
+        if monitor is None:
+            return None
+        prepared.call(inputs)  # not waited for: the driver is asked while it runs
+        state = monitor.read()
+        clock.synchronise(cfg.device)
+        return state
+
+    plan = planning.plan(block, cfg.measure)
+    before = under_load()
+    throttled = None if monitor is None else monitor.throttled_ms()
+    wait = checks.HostWait()
+    started = time.monotonic()
+    timing = block(plan.iterations)
+    seconds = time.monotonic() - started
+    found = [wait.check(seconds)]
+    throttled_after = None if monitor is None else monitor.throttled_ms()
+    after = under_load()
+    latency = stats.summarise(
+        timing.samples_ms,
+        timing.wall_samples_ms,
+        timing.clock,
+        upload_samples_ms=timing.upload_samples_ms,
+        planning_samples_ms=plan.samples_ms,
+        asked_rel_ci=cfg.measure.rel_ci,
+        ended=plan.ended,
+    )
+    gpu = gpu_state.between(before, after, throttled, throttled_after)
+    if gpu is not None:
+        found += checks.of_gpu(gpu, seconds * 1e3)
+    return _Timed(latency, gpu, found)
 
 
 def _failure(error: Exception, phase: str) -> dict[str, Any]:

@@ -50,6 +50,12 @@ def test_dump_and_load_round_trip() -> None:
         ({"attention": {"vision": "flash9"}}, ["attention.vision='flash9'", "'eager'", "'aiter'"]),
         ({"measure": {"warmup": 0}}, ["measure.warmup=0", "at least 3"]),
         ({"measure": {"iterations": 9}}, ["measure.iterations=9", "at least 10"]),
+        ({"measure": {"rel_ci": 0}}, ["measure.rel_ci=0", "greater than 0"]),
+        ({"measure": {"max_seconds": -1}}, ["measure.max_seconds=-1", "greater than 0"]),
+        (
+            {"measure": {"iterations": 50, "max_iterations": 40}},
+            ["measure", "max_iterations=40", "iterations=50"],
+        ),
         ({"workload": {"batch_size": "many"}}, ["workload.batch_size='many'", "integer"]),
         ({"workload": {"prompt_tokens": 21}}, ["prompt_tokens=21", "prompt_slots=20"]),
         ({"workload": {"active_cameras": [False]}}, ["active_cameras"]),
@@ -82,6 +88,13 @@ def test_auto_takes_the_full_model_only_where_it_fits() -> None:
 def test_a_gpu_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(UserError, match=f"platform={device}"):
         Config.parse({"platform": {"device": device}}).resolved(CPU)
+
+
+def test_more_time_to_measure_than_the_phase_may_take_is_refused() -> None:
+    cfg = Config.parse({"measure": {"max_seconds": 30}, "limits": {"measure": 20}})
+    with pytest.raises(UserError, match=r"measure\.max_seconds=30 .* limits\.measure=20"):
+        cfg.resolved(CPU)
+    Config.parse({"measure": {"rel_ci": None}, "limits": {"measure": 20}}).resolved(CPU)
 
 
 def test_gpu_number_out_of_range() -> None:

@@ -23,6 +23,7 @@ QUICK = [
     "workload.horizon=4",
     "measure.warmup=3",
     "measure.iterations=10",
+    "measure.rel_ci=null",
 ]
 SDPA = {"vision": "sdpa", "prefill": "sdpa", "denoise": "sdpa"}
 

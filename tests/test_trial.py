@@ -7,16 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from openpi_opt.config import Config
+from openpi_opt.result import Ok, parse
 
 SMALL = {
     "model": {"name": "pi0_mini"},
     "platform": {"device": "cpu"},
     "workload": {"steps": 2, "horizon": 4},
-    "measure": {"warmup": 3, "iterations": 10},
+    "measure": {"warmup": 3, "iterations": 10, "rel_ci": None},
 }
+
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
 def run(folder: Path, raw: dict) -> dict:
@@ -43,7 +48,10 @@ def test_a_right_trial_says_how_fast_and_how_sure(tmp_path: Path) -> None:
     latency = document["latency"]
     assert latency["clock"] == "wall"
     assert document["fingerprint"]["torch"]["version"]
-    assert latency["iterations"] == len(latency["samples_ms"]) == 10
+    assert latency["iterations"] == latency["samples_ms"]["count"] == 10
+    assert document["schema_version"] == 2
+    flagged = {check["name"] for check in document["checks"]}
+    assert {"warmup", "first_run", "spread", "compile_time", "environment"} <= flagged
     assert latency["min_ms"] <= latency["p50_ms"] <= latency["p95_ms"]
     assert document["kernels"]["kind"] == "operator_calls"
     assert document["guard"]["rel_l2"] < 1e-6
@@ -67,3 +75,29 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_tensor(tmp_pa
     document = run(tmp_path, {"weights": {"kind": "checkpoint", "path": str(path)}})
     assert document["outcome"] == "error"
     assert "state_proj.weight" in document["reason"] + document["log_tail"]
+
+
+def test_as_many_calls_as_the_interval_needs_within_the_time(tmp_path: Path) -> None:
+    document = run(tmp_path, {"measure": {"rel_ci": 0.5, "iterations": 10, "max_seconds": 2}})
+    result = parse(json.dumps(document))
+    assert isinstance(result, Ok)
+    latency = result.latency
+    assert latency.rel_ci is not None
+    assert latency.p50_low_ms is not None
+    assert latency.p50_low_ms <= latency.p50_ms
+    assert latency.ended in ("interval", "seconds")
+    assert len(latency.planning_samples_ms) >= 10
+    assert len(latency.samples_ms) == latency.iterations >= 10
+    checks = {check.name: check for check in result.checks}
+    assert checks["interval"].status == ("ok" if latency.rel_ci <= 0.55 else "flag")
+    assert "±50.00% asked" in checks["interval"].detail
+    assert checks["inputs"].detail.startswith("3 observations")
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/results/*.json")), ids=str)
+def test_recorded_results_of_format_1_can_be_read(path: Path) -> None:
+    result = parse(path.read_bytes())
+    assert isinstance(result, Ok)
+    assert result.schema_version in (1, 2)
+    assert parse(result.model_dump_json()) == result
+    assert result.latency.mean_ms == pytest.approx(float(np.mean(result.latency.samples_ms)))

@@ -2,6 +2,10 @@
 
 A robot waits for the action before it moves, so each iteration is a separate request: the device
 is idle when it starts and is waited for when it ends. Nothing is pipelined over iterations.
+
+Each request has an observation of its own, which is copied to the device right before it, into
+memory that no call has read yet: what the caches hold then is what they hold in use. The copy is
+timed by itself.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -18,6 +22,7 @@ import torch
 from openpi_opt.config import MIN_ITERATIONS, MIN_WARMUP
 from openpi_opt.machine import Device
 from openpi_opt.measure.stats import Clock
+from openpi_opt.pi0.inputs import Inputs
 
 T = TypeVar("T")
 
@@ -27,35 +32,47 @@ class Timing:
     """Latency of each iteration in milliseconds, in the order in which they ran.
 
     `clock` says what `samples_ms` were read from. On a CPU both lists are the same readings.
+    `upload_samples_ms` is the wall time of the copy before each call, empty on a CPU. `seconds` is
+    what all iterations took together, copies and waiting included.
     """
 
     samples_ms: list[float]
     wall_samples_ms: list[float]
     clock: Clock
+    upload_samples_ms: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def upload(observation: Inputs, device: torch.device) -> Inputs:
+    """A copy of a host's observation in fresh memory of `device`, the way `load_policy` does it."""
+    return Inputs(*(tensor.to(device, copy=True) for tensor in observation))
 
 
 def time_calls(
     call: Callable[[T], object],
-    inputs: Sequence[T],
+    observations: Sequence[T],
+    upload: Callable[[T], T],
     warmup: int,
     iterations: int,
     device: Device,
 ) -> Timing:
-    """Time `iterations` calls after `warmup` untimed ones; call i gets `inputs[i % len(inputs)]`.
+    """Time `iterations` calls after `warmup` untimed ones.
 
-    The garbage collector is off in between. What the call returns is freed after its time was
-    taken.
+    Call i gets `upload(observations[i % len(observations)])`: a fresh copy, made and waited for
+    before the call's clocks start. The garbage collector is off in between. What the call returns,
+    and its copy, are freed after its time was taken.
 
     Raises:
-        ValueError: no inputs, or fewer calls than `MIN_WARMUP` or `MIN_ITERATIONS`.
+        ValueError: no observations, or fewer calls than `MIN_WARMUP` or `MIN_ITERATIONS`.
     """
     if iterations < MIN_ITERATIONS:
         raise ValueError(f"iterations={iterations}: at least {MIN_ITERATIONS} are needed")
-    warm_up(call, inputs, warmup, device)
+    warm_up(lambda observation: call(upload(observation)), observations, warmup, device)
+    begin = _time_on_cpu if device == "cpu" else _time_on_gpu
     with _no_garbage_collection():
-        if device == "cpu":
-            return _time_on_cpu(call, inputs, iterations)
-        return _time_on_gpu(call, inputs, iterations)
+        start_ns = time.monotonic_ns()
+        timing = begin(call, observations, upload, iterations)
+        return replace(timing, seconds=(time.monotonic_ns() - start_ns) / 1e9)
 
 
 def warm_up(
@@ -88,34 +105,50 @@ def synchronise(device: Device) -> None:
         torch.cuda.synchronize()
 
 
-def _time_on_cpu(call: Callable[[T], object], inputs: Sequence[T], iterations: int) -> Timing:
+def _time_on_cpu(
+    call: Callable[[T], object],
+    observations: Sequence[T],
+    upload: Callable[[T], T],
+    iterations: int,
+) -> Timing:
     elapsed_ns = [0] * iterations
     for i in range(iterations):
-        chosen = inputs[i % len(inputs)]
+        inputs = upload(observations[i % len(observations)])
         start_ns = time.perf_counter_ns()
-        actions = call(chosen)
+        actions = call(inputs)
         elapsed_ns[i] = time.perf_counter_ns() - start_ns
-        del actions  # only now: freeing a tensor takes time that is not the call's
+        del actions, inputs  # only now: freeing a tensor takes time that is not the call's
     samples_ms = [value / 1e6 for value in elapsed_ns]
     return Timing(samples_ms, list(samples_ms), "wall")
 
 
-def _time_on_gpu(call: Callable[[T], object], inputs: Sequence[T], iterations: int) -> Timing:
+def _time_on_gpu(
+    call: Callable[[T], object],
+    observations: Sequence[T],
+    upload: Callable[[T], T],
+    iterations: int,
+) -> Timing:
     starts = _ready_events(iterations)
     ends = _ready_events(iterations)
     wall_ns = [0] * iterations
+    upload_ns = [0] * iterations
     for i in range(iterations):
-        chosen = inputs[i % len(inputs)]
+        observation = observations[i % len(observations)]
         torch.cuda.synchronize()
         start_ns = time.perf_counter_ns()
+        inputs = upload(observation)
+        torch.cuda.synchronize()
+        upload_ns[i] = time.perf_counter_ns() - start_ns
+        start_ns = time.perf_counter_ns()
         starts[i].record()
-        actions = call(chosen)
+        actions = call(inputs)
         ends[i].record()
         torch.cuda.synchronize()
         wall_ns[i] = time.perf_counter_ns() - start_ns
-        del actions
+        del actions, inputs
     samples_ms = [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
-    return Timing(samples_ms, [value / 1e6 for value in wall_ns], "device_events")
+    wall_ms, upload_ms = ([value / 1e6 for value in each] for each in (wall_ns, upload_ns))
+    return Timing(samples_ms, wall_ms, "device_events", upload_ms)
 
 
 def _ready_events(count: int) -> list[torch.cuda.Event]:

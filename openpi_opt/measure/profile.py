@@ -31,6 +31,8 @@ from openpi_opt.measure.trace import (
     list_kernels,
     list_operators,
     lost_launches,
+    occupation,
+    replays_graph,
     stage_by_sequence,
 )
 from openpi_opt.result import KernelRow, Kernels
@@ -41,6 +43,13 @@ _NO_MARKERS = "No stages: no marker was recorded; graph replay and torch.compile
 _GENERATED_LOOPS = (
     "Loops that Inductor generated are not operator calls: neither counts nor times of operators "
     "include them."
+)
+_COUNTED_WITHOUT_GRAPH = (
+    "Kernels were counted on the same call without its graph: here the replay hides them."
+)
+_HIDDEN_REPLAY = (
+    "Counts may be too low: on ROCm the replay of a graph can hide its kernels, and Inductor's own "
+    "capture cannot be left out to compare."
 )
 
 
@@ -70,17 +79,47 @@ def profile_call(
     It runs twice under the profiler, whose own start-up falls into the first run; only the second
     is recorded. A replayed graph has no markers: with `uncaptured`, the same call without its
     graph is profiled too, and its stages are taken over if it launched the same kernels in the
-    same order. `trace_path` receives the Chrome trace, gzipped.
+    same order. On ROCm the profiler may not show the kernels of a replay: then counts and times
+    are those of `uncaptured`, and a note says so. `trace_path` receives the Chrome trace of the
+    call itself, gzipped.
 
     Raises:
         ProfileError: no kernel or operator call was recorded.
     """
     events = _record(call, inputs, device, trace_path)
+    if device == "rocm" and replays_graph(events):
+        without = None if uncaptured is None else _record(uncaptured, inputs, device, None)
+        return profile_of_replay_on_rocm(events, without)
     found = profile_of(events, device)
     if found.kernels.stage_ms or uncaptured is None:
         return found
     reference = profile_of(_record(uncaptured, inputs, device, None), device)
     return with_stages_of(found, reference)
+
+
+def profile_of_replay_on_rocm(
+    events: Sequence[TraceEvent], without_graph: Sequence[TraceEvent] | None
+) -> Profile:
+    """The profile of a call on ROCm that replays a graph, whose kernels its trace may lack.
+
+    `without_graph` is the trace of the same call without its graph: what it shows and the replay
+    does not, the replay hides.
+
+    Raises:
+        ProfileError: there is nothing to count them on, or it recorded nothing.
+    """
+    if without_graph is None or replays_graph(without_graph):
+        # Inductor's own capture: the call without it cannot be had in this process.
+        found = profile_of(events, "rocm")
+        return replace(found, notes=[*found.notes, _HIDDEN_REPLAY])
+    reference = profile_of(without_graph, "rocm")
+    if len(list_kernels(events)) >= reference.kernels.total:
+        return with_stages_of(profile_of(events, "rocm"), reference)
+    kernels = reference.kernels.model_copy(
+        # The gaps of a call without its graph say nothing of the replay's.
+        update={"counted_on": "uncaptured", "idle_ms": None, "longest_gap_ms": None}
+    )
+    return replace(reference, kernels=kernels, notes=[*reference.notes, _COUNTED_WITHOUT_GRAPH])
 
 
 def profile_of(events: Sequence[TraceEvent], device: Device) -> Profile:
@@ -100,24 +139,32 @@ def kernels_of(launches: Sequence[Launch], device: Device) -> Kernels:
     """Count launches and sum their time in milliseconds, per category and per stage.
 
     Each category is named, also with 0. The stages are either complete, so that they sum to the
-    same time as the categories, or `stage_ms` is empty: one launch of unknown stage suffices.
+    same as the categories, or `by_stage` and `stage_ms` are empty: one launch of unknown stage
+    suffices. On a GPU `busy_ms` and `idle_ms` are there, see `trace.occupation`.
     """
     count = Counter(dict.fromkeys(CATEGORIES, 0))
     category_us: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
+    stages: Counter[str] = Counter()
     stage_us: defaultdict[str, float] = defaultdict(float)
     for launch in launches:
         category = categorise(launch.name)
         count[category] += 1
         category_us[category] += launch.duration_us
         if launch.stage is not None:
+            stages[launch.stage] += 1
             stage_us[launch.stage] += launch.duration_us
     known = all(launch.stage is not None for launch in launches)
+    spent = None if device == "cpu" else occupation(launches)
     return Kernels(
         kind="operator_calls" if device == "cpu" else "device_kernels",
         total=len(launches),
         by_category={str(category): number for category, number in count.items()},
+        by_stage=dict(stages) if known else {},
         category_ms={name: value / 1e3 for name, value in category_us.items()},
         stage_ms={name: value / 1e3 for name, value in stage_us.items()} if known else {},
+        busy_ms=spent and spent.busy_us / 1e3,
+        idle_ms=spent and spent.idle_us / 1e3,
+        longest_gap_ms=spent and spent.longest_gap_us / 1e3,
     )
 
 

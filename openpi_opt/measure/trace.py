@@ -37,6 +37,7 @@ _DEVICE_COPY = re.compile(r"Memcpy DtoD|memcpy\d+_post$")
 _COPY, _FILL = "device copy", "device fill"
 _OPERATOR = re.compile(r"^(?!profiler::)[A-Za-z_]\w*::\w")
 _COMPILED_ON_CPU = "CompiledFxGraph"
+_GRAPH_LAUNCH = re.compile(r"^(?:cu|cuda|hip)GraphLaunch")
 
 
 class ProfileError(RuntimeError):
@@ -122,6 +123,36 @@ def lost_launches(events: Sequence[TraceEvent], launches: Iterable[Launch]) -> i
         for event in _complete(events, _RUNTIME)
         if _LAUNCH.match(event["name"])
     )
+
+
+def replays_graph(events: Sequence[TraceEvent]) -> bool:
+    """Whether the host launched a captured graph."""
+    return any(_GRAPH_LAUNCH.match(event["name"]) for event in _complete(events, _RUNTIME))
+
+
+@dataclass(frozen=True)
+class Occupation:
+    """How a device spent the time from the start of its first launch to the end of its last."""
+
+    busy_us: float
+    idle_us: float
+    longest_gap_us: float
+
+
+def occupation(launches: Iterable[Launch]) -> Occupation:
+    """Time in which at least one launch ran, and in which none did, over all streams.
+
+    Launches that overlap count once, so `busy_us` may be less than the sum of their durations.
+    """
+    spans = sorted((launch.start_us, launch.start_us + launch.duration_us) for launch in launches)
+    busy = idle = longest = 0.0
+    until = spans[0][0] if spans else 0.0
+    for start, end in spans:
+        gap = max(0.0, start - until)
+        idle, longest = idle + gap, max(longest, gap)
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return Occupation(busy, idle, longest)
 
 
 def has_generated_loops(events: Sequence[TraceEvent]) -> bool:

@@ -124,8 +124,9 @@ def summary(position: str, label: str, record: Record, known: bool) -> str:
     parts = [position, label, result.outcome]
     if isinstance(result, Ok):
         parts.append(f"{result.latency.mean_ms:.3f} ± {result.latency.std_ms:.3f} ms")
-        if result.latency.noisy:
-            parts.append("(noisy)")
+        flagged = [check.name for check in result.checks if check.status == "flag"]
+        if flagged or result.latency.noisy:
+            parts.append(f"(flagged: {', '.join(flagged or ['spread'])})")
     else:
         parts.append(f"({result.reason.splitlines()[0]})")
     parts.append("(known, not run again)" if known else "")

@@ -77,7 +77,7 @@ def child_environment(
     """
     source = os.environ if environ is None else environ
     env = {name: value for name, value in source.items() if not _changes_a_trial(name)}
-    env.update(_knob_variables(cfg))
+    env.update(knob_variables(cfg))
     env.update(_gpu_selection(cfg, machine, env))
     env["PYTHONUNBUFFERED"] = "1"
     if cfg.device == "cpu":
@@ -94,7 +94,12 @@ def _changes_a_trial(name: str) -> bool:
     return name.startswith(CLEARED_PREFIXES) and not name.endswith(PLACE_SUFFIXES)
 
 
-def _knob_variables(cfg: Config) -> dict[str, str]:
+def knob_variables(cfg: Config) -> dict[str, str]:
+    """What the knobs of `cfg` set.
+
+    Raises:
+        ValueError: two knobs want one variable to have different values.
+    """
     merged: dict[str, str] = {}
     for knob in KNOBS:
         for name, value in knob.environment(cfg).items():

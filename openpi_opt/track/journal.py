@@ -21,6 +21,7 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from openpi_opt import result as results
 from openpi_opt.errors import UserError
 from openpi_opt.result import TrialResult, write_atomic
 from openpi_opt.track.fingerprint import package_version
@@ -279,15 +280,15 @@ def _unreadable(text: bytes, where: str) -> UserError:
         document = None
     if isinstance(document, dict):
         result = document.get("result")
-        parts = [document, result if isinstance(result, dict) else {}]
-        versions = [part.get("schema_version") for part in parts]
-        newest = max((v for v in versions if isinstance(v, int)), default=0)
-        if newest > SCHEMA_VERSION:
-            return UserError(
-                f"{where}: format {newest} was written by a newer openpi_opt; this one "
-                f"({package_version()}) reads format {SCHEMA_VERSION}.\n"
-                "Update openpi_opt, or use another study."
-            )
+        parts = [(document, SCHEMA_VERSION), (result, results.SCHEMA_VERSION)]
+        for part, known in parts:
+            version = part.get("schema_version") if isinstance(part, dict) else None
+            if isinstance(version, int) and version > known:
+                return UserError(
+                    f"{where}: format {version} was written by a newer openpi_opt; this one "
+                    f"({package_version()}) reads format {known}.\n"
+                    "Update openpi_opt, or use another study."
+                )
     return UserError(
         f"{where} is damaged: it is not what this project writes there. Nothing was changed.\n"
         "Restore it from a backup, or move it into a file of another name, then try again."

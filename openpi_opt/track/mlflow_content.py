@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from openpi_opt.result import Kernels, Ok, Wrong
+from openpi_opt.result import Gpu, Kernels, Ok, Wrong
 from openpi_opt.track.journal import Record
 
 MAX_PARAM = 6_000  # MLflow's limits; longer values it would cut with a warning
@@ -65,6 +65,7 @@ def tags(record: Record) -> dict[str, str]:
         "overrides": " ".join(f"{key}={value}" for key, value in record.params.items()),
         "trial_dir": record.trial_dir or "",
         "noisy": str(result.latency.noisy).lower() if isinstance(result, Ok) else "",
+        "flags": one_line("; ".join(result.flags()), MAX_REASON) if isinstance(result, Ok) else "",
         "reason": one_line(reason(record), MAX_REASON),
     }
     return {f"openpi_opt.{key}": value[:MAX_TAG] for key, value in found.items() if value}
@@ -132,15 +133,42 @@ def _ok_metrics(result: Ok) -> dict[str, float]:
             "p99_ms",
             "ci95_low_ms",
             "ci95_high_ms",
+            "p50_low_ms",
+            "p50_high_ms",
+            "rel_ci",
+            "effective_samples",
+            "iterations",
             "wall_mean_ms",
-        }
+            "upload_ms",
+        },
+        exclude_none=True,
     )
     found = {f"latency/{name}": value for name, value in latency.items()}
+    if result.checks:  # documents of format 1 have none
+        found["checks/flagged"] = len(result.flags())
     found["throughput/hz"] = result.throughput_hz
     found["compile/seconds"] = result.compile_seconds
     found["memory/peak_mib"] = result.memory.peak_mib
     if result.kernels is not None:
         found |= _kernel_metrics(result.kernels)
+    if result.launch_overhead_ms is not None:
+        found["launch/overhead_ms"] = result.launch_overhead_ms
+    if result.compilation is not None:
+        counts = result.compilation
+        found["compile/graphs"] = counts.graphs
+        found["compile/recompilations"] = counts.recompilations
+        found["compile/graph_breaks"] = sum(counts.graph_breaks.values())
+    if result.gpu is not None:
+        found |= _gpu_metrics(result.gpu)
+    return found
+
+
+def _gpu_metrics(gpu: Gpu) -> dict[str, float]:
+    """The state after the timed calls: the warmest that it was."""
+    state = gpu.after.model_dump(exclude={"throttle_reasons", "not_read"}, exclude_none=True)
+    found = {f"gpu/{name}": value for name, value in state.items()}
+    for cause, value in (gpu.throttled_ms or {}).items():
+        found[f"gpu/throttled_{cause}_ms"] = value
     return found
 
 
@@ -151,6 +179,13 @@ def _kernel_metrics(kernels: Kernels) -> dict[str, float]:
     found |= {f"{prefix}/{name}": count for name, count in kernels.by_category.items()}
     found |= {f"category/{name}_ms": value for name, value in kernels.category_ms.items()}
     found |= {f"stage/{name}_ms": value for name, value in kernels.stage_ms.items()}
+    found |= {f"stage/{name}_{prefix}": count for name, count in kernels.by_stage.items()}
+    spent = {
+        "busy": kernels.busy_ms,
+        "idle": kernels.idle_ms,
+        "longest_gap": kernels.longest_gap_ms,
+    }
+    found |= {f"gpu/{name}_ms": value for name, value in spent.items() if value is not None}
     return found
 
 

@@ -244,8 +244,8 @@ def _table(group: Group) -> Table:
 
 
 def _below(group: Group) -> list[Text]:
-    """What stands below a table: reasons, then footnotes."""
-    lines = [*_reasons(group.rows), *group.footnotes]
+    """What stands below a table: reasons, flags, then footnotes."""
+    lines = [*_reasons(group.rows), *_flags(group.rows), *group.footnotes]
     return [Text(line, overflow="fold") for line in lines]
 
 
@@ -263,6 +263,19 @@ def _reasons(found: Sequence[Row]) -> list[str]:
             key = row.record.result.outcome, row.reason
             numbers.setdefault(key, []).append(str(row.record.number))
     return [f"{', '.join(who)} {outcome}: {why}" for (outcome, why), who in numbers.items()]
+
+
+def _flags(found: Sequence[Row]) -> list[str]:
+    """A line for each check that flagged a trial, with the trials; `~` shows the spread already."""
+    flagged: dict[str, list[str]] = {}
+    for row in found:
+        for check in row.ok.checks if row.ok else []:
+            if check.status == "flag" and check.name != "spread":
+                said = f"{row.record.number} ({check.detail})"
+                flagged.setdefault(check.name, []).append(said)
+    return [
+        one_line(f"flagged {name}: {', '.join(who)}", MAX_REASON) for name, who in flagged.items()
+    ]
 
 
 def _count_name(kinds: AbstractSet[str]) -> str:

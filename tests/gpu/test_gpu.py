@@ -125,3 +125,11 @@ def test_trial_of_the_small_model_is_ok(attention_name: str, workload: str, tmp_
     assert result.kernels.kind == "device_kernels"
     assert result.kernels.total > 100
     assert sum(result.kernels.by_category.values()) == result.kernels.total
+    assert result.kernels.busy_ms is not None
+    assert result.launch_overhead_ms == result.latency.wall_mean_ms - result.kernels.busy_ms
+    assert result.latency.upload_ms is not None
+    assert result.latency.upload_ms > 0
+    assert result.gpu is not None
+    assert {"gpu_clock", "gpu_throttle", "gpu_power_limit", "gpu_shared"} <= {
+        check.name for check in result.checks
+    }

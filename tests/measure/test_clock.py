@@ -7,7 +7,12 @@ import torch
 
 from openpi_opt.config import MIN_ITERATIONS, MIN_WARMUP
 from openpi_opt.measure import clock
-from openpi_opt.measure.clock import time_calls, warm_up
+from openpi_opt.measure.clock import time_calls, upload, warm_up
+from openpi_opt.pi0.inputs import Inputs
+
+
+def same(value: object) -> object:
+    return value
 
 
 class FakeGpu:
@@ -23,6 +28,11 @@ class FakeGpu:
 
     def synchronize(self) -> None:
         self.log.append("synchronize")
+
+    def upload(self, value: int) -> int:
+        self.log.append(f"upload {value}")
+        self.device_ms += 1.0
+        return value + 10
 
     def call(self, value: int) -> int:
         self.log.append(f"call {value}")
@@ -74,7 +84,7 @@ def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("ticks")
 def test_cpu_samples_are_readings_around_each_call() -> None:
-    timing = time_calls(lambda _: None, [0], warmup=3, iterations=10, device="cpu")
+    timing = time_calls(lambda _: None, [0], same, warmup=3, iterations=10, device="cpu")
 
     # Six readings belong to the warm-up; iteration i is between readings 6 + 2i and 7 + 2i.
     assert timing.samples_ms == [7.0 + 2 * i for i in range(10)]
@@ -84,37 +94,70 @@ def test_cpu_samples_are_readings_around_each_call() -> None:
 
 
 def test_cpu_samples_are_milliseconds_of_real_time() -> None:
-    timing = time_calls(lambda _: time.sleep(0.002), [0], warmup=3, iterations=10, device="cpu")
+    timing = time_calls(lambda _: time.sleep(0.002), [0], same, 3, 10, "cpu")
     assert all(2.0 <= sample < 200.0 for sample in timing.samples_ms)
 
 
 def test_iterations_cycle_through_the_inputs() -> None:
     seen: list[str] = []
-    time_calls(seen.append, ["a", "b", "c"], warmup=4, iterations=11, device="cpu")
-    assert "".join(seen) == "abca" + "abcabcabcab"
+    time_calls(seen.append, ["a", "b", "c"], str.upper, warmup=4, iterations=11, device="cpu")
+    assert "".join(seen) == "ABCA" + "ABCABCABCAB"
 
 
 @pytest.mark.usefixtures("ticks")
-def test_gpu_order_of_synchronisation_and_events(gpu: FakeGpu) -> None:
-    timing = time_calls(gpu.call, [0, 1], warmup=3, iterations=10, device="cuda")
+def test_gpu_order_of_copies_synchronisation_and_events(gpu: FakeGpu) -> None:
+    timing = time_calls(gpu.call, [0, 1], gpu.upload, warmup=3, iterations=10, device="cuda")
 
-    warm = [entry for i in range(3) for entry in (f"call {i % 2}", "synchronize")]
-    assert gpu.log[:6] == warm
+    calls = [(f"upload {i % 2}", f"call {10 + i % 2}") for i in range(10)]
+    warm = [entry for pair in calls[:3] for entry in (*pair, "synchronize")]
+    assert gpu.log[:9] == warm
     created = ["create"] * 10 + ["synchronize"]
-    assert gpu.log[6:-50] == created * 2
-    iterations = gpu.log[-50:]
-    for i in range(10):
-        assert iterations[5 * i : 5 * i + 5] == [
+    assert gpu.log[9:-70] == created * 2
+    iterations = gpu.log[-70:]
+    for i, (copied, called) in enumerate(calls):
+        assert iterations[7 * i : 7 * i + 7] == [
+            "synchronize",
+            copied,
             "synchronize",
             "record",
-            f"call {i % 2}",
+            called,
             "record",
             "synchronize",
         ]
     assert gpu.created == 20
-    assert timing.samples_ms == [3.0] * 10
-    assert timing.wall_samples_ms == [7.0 + 2 * i for i in range(10)]
+    assert timing.samples_ms == [3.0] * 10  # without the copy, which takes the device 1 ms
+    # Six readings belong to the warm-up; an iteration reads twice around the copy, then twice
+    # around the call.
+    assert timing.upload_samples_ms == [7.0 + 4 * i for i in range(10)]
+    assert timing.wall_samples_ms == [9.0 + 4 * i for i in range(10)]
     assert timing.clock == "device_events"
+
+
+def test_each_call_gets_a_copy_of_its_own() -> None:
+    host = Inputs(*(torch.rand(3) for _ in Inputs._fields))
+    before = [tensor.clone() for tensor in host]
+    seen: set[int] = set()
+
+    def call(inputs: Inputs) -> None:
+        for tensor, original in zip(inputs, before, strict=True):
+            assert torch.equal(tensor, original)
+            assert all(tensor.data_ptr() != held.data_ptr() for held in host)
+            seen.add(id(tensor))
+            tensor.zero_()
+
+    cpu = torch.device("cpu")
+    time_calls(call, [host], lambda observation: upload(observation, cpu), 3, 10, "cpu")
+    assert len(seen) >= len(Inputs._fields)
+
+
+def test_seconds_are_those_of_copies_and_calls() -> None:
+    def slow(value: int) -> int:
+        time.sleep(0.003)
+        return value
+
+    timing = time_calls(lambda _: time.sleep(0.002), [0], slow, 3, 10, "cpu")
+    assert timing.seconds >= 0.05
+    assert timing.upload_samples_ms == []
 
 
 class Freed:
@@ -141,7 +184,7 @@ def test_result_is_freed_outside_the_timed_region(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(clock.time, "perf_counter_ns", counted)
     freed_after: list[int] = []
-    time_calls(lambda _: Freed(freed_after), [0], warmup=3, iterations=10, device="cpu")
+    time_calls(lambda _: Freed(freed_after), [0], same, warmup=3, iterations=10, device="cpu")
     assert freed_after[3:] == [1] * 10
 
 
@@ -160,9 +203,9 @@ def test_garbage_collector_is_off_inside_and_restored(enabled: bool, fails: bool
     try:
         if fails:
             with pytest.raises(RuntimeError, match="broken call"):
-                time_calls(call, [0], warmup=3, iterations=10, device="cpu")
+                time_calls(call, [0], same, warmup=3, iterations=10, device="cpu")
         else:
-            time_calls(call, [0], warmup=3, iterations=10, device="cpu")
+            time_calls(call, [0], same, warmup=3, iterations=10, device="cpu")
         assert gc.isenabled() is enabled
     finally:
         (gc.enable if before else gc.disable)()
@@ -185,15 +228,18 @@ def test_warm_up_returns_its_times() -> None:
 def test_refuses_too_few(warmup: int, iterations: int, inputs: list[int], message: str) -> None:
     calls: list[int] = []
     with pytest.raises(ValueError, match=message):
-        time_calls(calls.append, inputs, warmup, iterations, "cpu")
+        time_calls(calls.append, inputs, same, warmup, iterations, "cpu")
     assert not calls
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_device_events_and_wall_clock_agree_on_a_gpu() -> None:
-    matrix = torch.randn(4096, 4096, device="cuda")
-    timing = time_calls(lambda x: x @ x, [matrix, matrix.clone()], 3, 10, "cuda")
+    matrix = torch.randn(4096, 4096)
+    timing = time_calls(
+        lambda x: x @ x, [matrix, matrix.clone()], lambda x: x.to("cuda", copy=True), 3, 10, "cuda"
+    )
     assert timing.clock == "device_events"
+    assert all(value > 0.1 for value in timing.upload_samples_ms)  # 64 MiB at under 640 GB/s
     for sample, wall in zip(timing.samples_ms, timing.wall_samples_ms, strict=True):
         assert 0 < sample <= wall

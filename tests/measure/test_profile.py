@@ -63,6 +63,8 @@ def test_operator_calls_of_one_inference_on_a_cpu(small: Callable) -> None:
     counts = {name: count for name, count in kernels.by_category.items() if count}
     assert counts == {"gemm": 1 + STEPS, "activation": 1, "norm": 1, "elementwise": STEPS + 1}
     assert set(kernels.stage_ms) == {"vision", "prefill", "denoise", "other"}
+    assert kernels.by_stage == {"vision": 2, "prefill": 1, "denoise": 2 * STEPS, "other": 1}
+    assert kernels.busy_ms is kernels.idle_ms is None
     total_ms = sum(row.total_ms for row in found.table)
     assert 0 < total_ms < 1000
     assert sum(kernels.stage_ms.values()) == pytest.approx(total_ms)
@@ -125,3 +127,9 @@ def test_a_replay_has_the_kernels_and_stages_of_the_call(small: Callable) -> Non
     assert inner == [launch.name for launch in eager.launches if not launch.is_copy]
     assert replayed.kernels.total == eager.kernels.total + 2
     assert set(replayed.kernels.stage_ms) == set(eager.kernels.stage_ms)
+    for found in (eager.kernels, replayed.kernels):
+        assert sum(found.by_stage.values()) == found.total
+        assert found.busy_ms is not None
+        assert found.idle_ms is not None
+        assert 0 < found.busy_ms <= sum(found.category_ms.values()) + 1e-6
+        assert found.idle_ms >= 0

@@ -6,11 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openpi_opt.measure.profile import kernels_of, profile_of, table_of, with_stages_of
+from openpi_opt.measure.profile import (
+    kernels_of,
+    profile_of,
+    profile_of_replay_on_rocm,
+    table_of,
+    with_stages_of,
+)
 from openpi_opt.measure.trace import (
+    Launch,
+    Occupation,
     ProfileError,
     list_kernels,
     list_operators,
+    occupation,
     stage_by_sequence,
 )
 
@@ -116,6 +125,78 @@ def test_totals_of_an_uncaptured_call() -> None:
         sum(found.kernels.category_ms.values())
     )
     assert found.notes == []
+
+
+def test_counts_per_stage_sum_to_the_total() -> None:
+    found = profile_of(EAGER, "cuda").kernels
+    assert found.by_stage == {"vision": 1, "prefill": 2, "denoise": 2, "other": 1}
+    assert sum(found.by_stage.values()) == found.total
+    assert profile_of(REPLAY, "cuda").kernels.by_stage == {}
+
+
+def test_idle_time_is_what_no_kernel_covers() -> None:
+    kernels = profile_of(EAGER, "cuda").kernels
+    # 150-190, 200-220, 230-235, 250-253, 260-264, 310-320
+    assert kernels.busy_ms == pytest.approx(0.082)
+    assert kernels.idle_ms == pytest.approx(0.088)
+    assert kernels.longest_gap_ms == pytest.approx(0.046)
+    assert kernels.counted_on == "call"
+
+
+def spans(*pairs: tuple[float, float]) -> list[Launch]:
+    return [Launch("k", start, duration, None) for start, duration in pairs]
+
+
+@pytest.mark.parametrize(
+    ("launches", "expected"),
+    [
+        (spans((5, 10)), (10, 0, 0)),
+        (spans((0, 10), (2, 3)), (10, 0, 0)),  # inside, on another stream
+        (spans((0, 10), (5, 10)), (15, 0, 0)),
+        (spans((0, 10), (10, 5), (20, 1)), (16, 5, 5)),
+        (spans((20, 1), (0, 4), (6, 4)), (9, 12, 10)),
+        ([], (0, 0, 0)),
+    ],
+)
+def test_occupation_over_all_streams(launches: list[Launch], expected: tuple) -> None:
+    assert occupation(launches) == Occupation(*expected)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9)), min_size=1, max_size=12))
+def test_occupation_against_counting_each_microsecond(pairs: list[tuple[int, int]]) -> None:
+    covered = {at for start, duration in pairs for at in range(start, start + duration)}
+    first, last = min(s for s, _ in pairs), max(s + d for s, d in pairs)
+    found = occupation(spans(*pairs))
+    assert found.busy_us == len(covered)
+    assert found.busy_us + found.idle_us == last - first
+
+
+def test_on_rocm_a_replay_that_hides_its_kernels_is_counted_without_its_graph() -> None:
+    hidden = [runtime("hipGraphLaunch", 20.0, 2), copy(25.0, 1.0, 1), copy(112.0, 1.0, 3)]
+    found = profile_of_replay_on_rocm(hidden, EAGER)
+    eager = profile_of(EAGER, "rocm")
+    assert found.kernels.counted_on == "uncaptured"
+    assert found.kernels.by_category == eager.kernels.by_category
+    assert found.kernels.by_stage == eager.kernels.by_stage
+    assert found.kernels.busy_ms == eager.kernels.busy_ms
+    assert found.kernels.idle_ms is None
+    assert "without its graph" in found.notes[-1]
+    alone = [runtime("hipGraphLaunch", 20.0, 2)]
+    assert profile_of_replay_on_rocm(alone, EAGER).kernels == found.kernels
+
+
+def test_on_rocm_a_replay_that_shows_its_kernels_counts_itself() -> None:
+    found = profile_of_replay_on_rocm(REPLAY, EAGER)
+    assert found.kernels.counted_on == "call"
+    assert found.kernels.total == 8
+    assert found.kernels.idle_ms is not None
+    assert found.kernels.stage_ms != {}
+
+
+@pytest.mark.parametrize("without", [None, REPLAY])
+def test_on_rocm_a_capture_that_cannot_be_left_out_is_said(without: Any) -> None:
+    found = profile_of_replay_on_rocm(REPLAY, without)
+    assert "may be too low" in found.notes[-1]
 
 
 def test_table_has_the_longest_first() -> None:

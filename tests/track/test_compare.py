@@ -57,7 +57,12 @@ def test_json(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert fast["best"] is True
     assert fast["vs_baseline"] == 2.0
     assert fast["latency"]["mean_ms"] == 10.0
-    assert "samples_ms" not in fast["latency"]
+    assert not [name for name in fast["latency"] if name.endswith("samples_ms")]
+    assert fast["latency"]["upload_ms"] == 0.25
+    assert fast["flags"] == ["gpu_clock: 1200 of 1980 MHz before"]
+    assert [check["status"] for check in fast["checks"]] == ["ok", "flag", "unknown"]
+    assert fast["compilation"]["graph_breaks"] == {"print": 2}
+    assert crashed["checks"] is None
     assert fast["kernels"]["total"] == 321
     assert fast["trial_dir"] == f"{store}/studies/first/trials/2"
     assert fast["params"] == {"attention.vision": "sdpa"}
@@ -71,6 +76,9 @@ def test_csv(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 4
     assert lines[2]["latency.mean_ms"] == "10.0"
     assert lines[2]["labels.attention"] == "vision=sdpa prefill=eager denoise=eager"
+    assert lines[2]["flags"] == "gpu_clock: 1200 of 1980 MHz before"
+    assert lines[2]["latency.upload_ms"] == "0.25"
+    assert "checks" not in lines[2]
     assert lines[0]["latency.mean_ms"] == lines[3]["latency.mean_ms"] == ""
     assert lines[3]["guard.rel_l2"] == "0.002"
     assert lines[0]["reason"] == 'exit, code "1"\nand more'

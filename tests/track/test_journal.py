@@ -159,7 +159,8 @@ def test_newer_format(tmp_path: Path, where: str) -> None:
     journal.append(record())
     path = tmp_path / "study.json" if where == "header" else journal.path
     document = json.loads(path.read_text())
-    (document["result"] if where == "result" else document)["schema_version"] = 2
+    part = document["result"] if where == "result" else document
+    part["schema_version"] += 1
     path.write_text(json.dumps(document) + "\n")
     with pytest.raises(UserError, match="newer openpi_opt"):
         Journal.open(tmp_path)

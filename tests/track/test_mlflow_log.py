@@ -21,6 +21,7 @@ from openpi_opt.result import Ok
 from openpi_opt.track import __main__ as verb
 from openpi_opt.track import mlflow_log
 from openpi_opt.track.journal import Journal, Record
+from openpi_opt.track.mlflow_content import metrics
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import Store
 
@@ -70,6 +71,16 @@ def artifacts(log: MlflowLog, run_id: str) -> set[str]:
     return {item.path for item in log._connect().list_artifacts(run_id)}
 
 
+def test_what_only_a_gpu_has() -> None:
+    found = metrics(record(ok(10.0, kind="device_kernels")))
+    assert found["launch/overhead_ms"] == 1.0
+    assert (found["gpu/busy_ms"], found["gpu/idle_ms"]) == (9.0, 0.5)
+    assert (found["gpu/sm_clock_mhz"], found["gpu/throttled_thermal_ms"]) == (1200, 0)
+    assert found["stage/vision_kernels"] == 100
+    on_cpu = metrics(record(ok(10.0)))
+    assert not [name for name in on_cpu if name.startswith(("gpu/", "launch/"))]
+
+
 def test_ok_trial_has_the_designs_names(log: MlflowLog, study: Path) -> None:
     trial = study / "trials" / "0"
     trial.mkdir(parents=True)
@@ -92,6 +103,13 @@ def test_ok_trial_has_the_designs_names(log: MlflowLog, study: Path) -> None:
         "latency/ci95_low_ms": 9.75,
         "latency/ci95_high_ms": 10.25,
         "latency/wall_mean_ms": 10.0,
+        "latency/p50_low_ms": 9.5,
+        "latency/p50_high_ms": 10.5,
+        "latency/rel_ci": 0.05,
+        "latency/effective_samples": 8.5,
+        "latency/iterations": 10.0,
+        "latency/upload_ms": 0.25,
+        "checks/flagged": 1.0,
         "throughput/hz": 100.0,
         "operators/total": 321.0,
         "operators/gemm": 300.0,
@@ -99,7 +117,12 @@ def test_ok_trial_has_the_designs_names(log: MlflowLog, study: Path) -> None:
         "category/gemm_ms": 9.0,
         "stage/vision_ms": 2.0,
         "stage/denoise_ms": 7.0,
+        "stage/vision_operators": 100.0,
+        "stage/denoise_operators": 221.0,
         "compile/seconds": 3.0,
+        "compile/graphs": 3.0,
+        "compile/recompilations": 0.0,
+        "compile/graph_breaks": 2.0,
         "memory/peak_mib": 900.0,
         "guard/rel_l2": 0.002,
         "guard/max_abs": 0.01,
@@ -114,6 +137,7 @@ def test_ok_trial_has_the_designs_names(log: MlflowLog, study: Path) -> None:
     assert run.data.params["weights.kind"] == "random"
     tags = run.data.tags
     assert tags["openpi_opt.outcome"] == "ok"
+    assert tags["openpi_opt.flags"] == "gpu_clock: 1200 of 1980 MHz before"
     assert tags["openpi_opt.config_hash"] == item.result.config_hash
     assert tags["openpi_opt.context_hash"] == item.result.context_hash
     assert tags["openpi_opt.fingerprint_hash"] == item.fingerprint_hash

@@ -54,7 +54,8 @@ def test_table_of_a_small_study() -> None:
     assert cells[5] == ["* 1", "sdpa", "ok", "10.000 ± 0.500", "321", "2.00x"]
     assert cells[6] == ["2", "aiter", "unavailable"]
     assert lines[7] == "2 unavailable: attention=aiter needs a GPU [see docs]"
-    assert "promote confirms it" in lines[8]
+    assert lines[8].startswith("flagged gpu_clock: 0 (")
+    assert "promote confirms it" in lines[9]
 
 
 @pytest.mark.parametrize("width", [40, 80])
@@ -198,6 +199,12 @@ def test_reasons_are_one_short_line() -> None:
     assert "CUDA error second line xxx" in shown
     assert "\x1b" not in shown
     assert all(len(row.reason) <= 300 for row in rows([record(failed("y" * 500))]))
+
+
+def test_flags_stand_below_the_table() -> None:
+    shown = text(numbered(record(ok()), record(ok())))
+    said = "1200 of 1980 MHz before"
+    assert f"flagged gpu_clock: 0 ({said}), 1 ({said})" in shown
 
 
 def test_noise_is_marked() -> None:

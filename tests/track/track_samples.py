@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from openpi_opt.config import Config
-from openpi_opt.machine import Gpu, Machine, TorchBuild
+from openpi_opt.machine import Gpu as MachineGpu
+from openpi_opt.machine import Machine, TorchBuild
 from openpi_opt.result import (
+    Check,
+    Compilation,
     Failed,
+    Gpu,
+    GpuState,
     GuardReport,
     KernelRow,
     Kernels,
@@ -22,7 +27,7 @@ from openpi_opt.track.journal import Record, Role
 
 CPU = Machine((), TorchBuild("2.13.0+cpu", None, None), "AMD EPYC", 2, 24_000)
 H100 = Machine(
-    (Gpu(0, "GPU-abc", "NVIDIA H100", "nvidia", "sm90", 81_000, "570.1"),),
+    (MachineGpu(0, "GPU-abc", "NVIDIA H100", "nvidia", "sm90", 81_000, "570.1"),),
     TorchBuild("2.13.0+cu130", "13.0", None),
     "Intel Xeon",
     16,
@@ -67,6 +72,15 @@ def latency(mean_ms: float, noisy: bool = False) -> Latency:
         iterations=10,
         samples_ms=[mean_ms] * 10,
         wall_samples_ms=[mean_ms] * 10,
+        p50_low_ms=mean_ms - 0.5,
+        p50_high_ms=mean_ms + 0.5,
+        rel_ci=0.05,
+        asked_rel_ci=0.005,
+        effective_samples=8.5,
+        ended="seconds",
+        upload_ms=0.25,
+        upload_samples_ms=[0.25] * 10,
+        planning_samples_ms=[mean_ms] * 10,
     )
 
 
@@ -87,9 +101,23 @@ def kernels(kind: Literal["device_kernels", "operator_calls"] = "operator_calls"
         kind=kind,
         total=321,
         by_category={"gemm": 300, "attention": 21},
+        by_stage={"vision": 100, "denoise": 221},
         category_ms={"gemm": 9.0},
         stage_ms={"vision": 2.0, "denoise": 7.0},
+        **({} if kind == "operator_calls" else {"busy_ms": 9.0, "idle_ms": 0.5}),
     )
+
+
+def gpu_readings() -> Gpu:
+    state = GpuState(sm_clock_mhz=1200, max_sm_clock_mhz=1980, temperature_c=60, other_processes=0)
+    return Gpu(before=state, after=state, throttled_ms={"thermal": 0.0})
+
+
+CHECKS = [
+    Check(name="warmup", status="ok", detail="5 untimed calls, 3 needed"),
+    Check(name="gpu_clock", status="flag", detail="1200 of 1980 MHz before"),
+    Check(name="gpu_throttle", status="unknown", detail="not read: NVML: Not Supported"),
+]
 
 
 def ok(
@@ -107,6 +135,10 @@ def ok(
         guard=guard(),
         memory=Memory(peak_mib=900.0, device_peak_mib=None, host_peak_mib=900.0),
         kernels=kernels(kind),
+        launch_overhead_ms=None if kind == "operator_calls" else 1.0,
+        compilation=Compilation(graphs=3, recompilations=0, graph_breaks={"print": 2}, late=0),
+        gpu=None if kind == "operator_calls" else gpu_readings(),
+        checks=CHECKS,
         kernel_table=[KernelRow(name="aten::mm", category="gemm", calls=300, total_ms=9.0)],
     )
 

@@ -1,0 +1,264 @@
+"""Reading the driver. Where there is no GPU, a module of the library's shape stands in for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+from typing import Any
+
+import pynvml
+import pytest
+
+from openpi_opt.machine import Gpu, probe
+from openpi_opt.measure.gpu_state import AmdSmi, Monitor, NotReadError, Nvml, between, monitor
+from openpi_opt.result import GpuState
+
+H100 = Gpu(0, "GPU-abc", "NVIDIA H100", "nvidia", "sm90", 81_000, "570.1")
+MI300 = Gpu(0, "GPU-00000000000000ff", "MI300X", "amd", "gfx942", 196_000, "6.12")
+
+
+class FakeNvml:
+    """The functions of `pynvml` that are used, with its constants and its error."""
+
+    NVMLError = pynvml.NVMLError
+
+    def __init__(self, refuse: set[str] | None = None) -> None:
+        self.refuse = refuse or set()
+        self.pids = [4001]
+        self.reasons = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonGpuIdle
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("nvmlDevice"):
+            return getattr(pynvml, name)
+        assert hasattr(pynvml, name), f"pynvml has no {name}"
+
+        def call(*arguments: Any) -> Any:
+            if name in self.refuse:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+            return self.values()[name](*arguments)
+
+        return call
+
+    def values(self) -> dict[str, Any]:
+        clocks = {pynvml.NVML_CLOCK_SM: 1755, pynvml.NVML_CLOCK_MEM: 2619}
+        return {
+            "nvmlDeviceGetHandleByUUID": lambda uuid: f"handle of {uuid}",
+            "nvmlDeviceGetClockInfo": lambda _, kind: clocks[kind],
+            "nvmlDeviceGetMaxClockInfo": lambda _, kind: 1980,
+            "nvmlDeviceGetTemperature": lambda _, sensor: 61,
+            "nvmlDeviceGetPowerUsage": lambda _: 652_300,
+            "nvmlDeviceGetEnforcedPowerLimit": lambda _: 650_000,
+            "nvmlDeviceGetPowerManagementDefaultLimit": lambda _: 700_000,
+            "nvmlDeviceGetCurrentClocksEventReasons": lambda _: self.reasons,
+            "nvmlDeviceGetComputeRunningProcesses": lambda _: [
+                types.SimpleNamespace(pid=pid) for pid in self.pids
+            ],
+            "nvmlDeviceGetViolationStatus": lambda _, policy: types.SimpleNamespace(
+                violationTime=2_500_000 * (policy + 1)
+            ),
+        }
+
+
+def test_everything_nvml_says() -> None:
+    nvml = FakeNvml()
+    watching = Monitor(Nvml(nvml, "GPU-abc"))
+    nvml.pids.append(os.getpid())
+    assert watching.read() == GpuState(
+        sm_clock_mhz=1755,
+        max_sm_clock_mhz=1980,
+        memory_clock_mhz=2619,
+        temperature_c=61,
+        power_w=652.3,
+        power_limit_w=650,
+        default_power_limit_w=700,
+        throttle_reasons=["sw_power_cap"],
+        other_processes=1,
+        not_read=[],
+    )
+    assert watching.throttled_ms() == {
+        "thermal": 2.5 * (pynvml.NVML_PERF_POLICY_THERMAL + 1),
+        "power": 2.5 * (pynvml.NVML_PERF_POLICY_POWER + 1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        ("nvmlDeviceGetPowerUsage", "power_w"),
+        ("nvmlDeviceGetCurrentClocksEventReasons", "throttle_reasons"),
+        ("nvmlDeviceGetComputeRunningProcesses", "other_processes"),
+    ],
+)
+def test_what_nvml_refuses_is_named_and_the_rest_is_read(function: str, name: str) -> None:
+    state = Monitor(Nvml(FakeNvml({function}), "GPU-abc")).read()
+    assert getattr(state, name) is None
+    assert state.not_read == [f"{name}: NVML: Not Supported"]
+    assert state.sm_clock_mhz == 1755
+
+
+def test_no_counter_of_throttled_time() -> None:
+    nvml = FakeNvml({"nvmlDeviceGetViolationStatus"})
+    assert Monitor(Nvml(nvml, "GPU-abc")).throttled_ms() is None
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "others"),
+    [
+        ([], [], 0),
+        ([], ["own"], 0),
+        ([], ["own", 7], 1),
+        ([7], ["own", 7], 1),
+        # In a container the driver has numbers of its own: ours is the one that came.
+        ([], [9001], 0),
+        ([], [9001, 9002], 1),
+        ([7], [7, 9001], 1),
+        ([7], [7], 1),
+        ([7], [9001], 0),
+    ],
+)
+def test_our_own_process_is_not_another_one(before: list, now: list, others: int) -> None:
+    nvml = FakeNvml()
+    nvml.pids = before
+    watching = Monitor(Nvml(nvml, "GPU-abc"))
+    nvml.pids = [os.getpid() if pid == "own" else pid for pid in now]
+    assert watching.read().other_processes == others
+
+
+def test_a_driver_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    with monitor(H100) as watching:
+        state = watching.read()
+        assert watching.throttled_ms() is None
+    assert state.model_dump(exclude={"not_read"}, exclude_none=True) == {}
+    assert len(state.not_read) == 9
+    assert state.not_read[0] == "sm_clock_mhz: NVML: Driver Not Loaded"
+
+
+class FakeAmdSmi(types.ModuleType):
+    """The functions of ROCm's `amdsmi` that are used, with what its interface documents."""
+
+    class AmdSmiException(Exception):  # noqa: N818, amdsmi's name
+        pass
+
+    AmdSmiClkType = types.SimpleNamespace(GFX="gfx", MEM="mem")
+    AmdSmiTemperatureType = types.SimpleNamespace(HOTSPOT="hotspot")
+    AmdSmiTemperatureMetric = types.SimpleNamespace(CURRENT="current")
+
+    def __init__(self) -> None:
+        super().__init__("amdsmi")
+        self.log: list[str] = []
+        self.socket_power: Any = 540
+
+    def amdsmi_init(self) -> None:
+        self.log.append("init")
+
+    def amdsmi_shut_down(self) -> None:
+        self.log.append("shut down")
+
+    def amdsmi_get_processor_handles(self) -> list[int]:
+        return [0, 1]
+
+    def amdsmi_get_gpu_asic_info(self, handle: int) -> dict[str, Any]:
+        return {"asic_serial": ["N/A", "0x00000000000000FF"][handle]}
+
+    def amdsmi_get_clock_info(self, handle: int, kind: str) -> dict[str, Any]:
+        assert handle == 1
+        return {"gfx": {"clk": 2100, "max_clk": 2100}, "mem": {"clk": 1300, "max_clk": 1300}}[kind]
+
+    def amdsmi_get_temp_metric(self, handle: int, sensor: str, metric: str) -> int:
+        return 55
+
+    def amdsmi_get_power_info(self, handle: int) -> dict[str, Any]:
+        return {"current_socket_power": self.socket_power, "average_socket_power": 530}
+
+    def amdsmi_get_power_cap_info(self, handle: int) -> dict[str, Any]:
+        return {"power_cap": 750_000_000, "default_power_cap": 750_000_000}
+
+    def amdsmi_get_violation_status(self, handle: int) -> dict[str, Any]:
+        return {"active_ppt_pwr": True, "active_socket_thrm": False, "active_hbm_thrm": "N/A"}
+
+    def amdsmi_get_gpu_process_list(self, handle: int) -> list[dict[str, Any]]:
+        return [{"pid": os.getpid(), "name": "python"}, {"pid": 7, "name": "other"}]
+
+
+def test_everything_amdsmi_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = FakeAmdSmi()
+    monkeypatch.setitem(sys.modules, "amdsmi", smi)
+    with monitor(MI300) as watching:
+        state = watching.read()
+        assert watching.throttled_ms() is None
+    assert state == GpuState(
+        sm_clock_mhz=2100,
+        max_sm_clock_mhz=2100,
+        memory_clock_mhz=1300,
+        temperature_c=55,
+        power_w=540,
+        power_limit_w=750,
+        default_power_limit_w=750,
+        throttle_reasons=["power_cap"],
+        other_processes=1,
+    )
+    assert smi.log == ["init", "shut down"]
+
+
+def test_an_older_amdsmi_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = FakeAmdSmi()
+    smi.socket_power = "N/A"
+    monkeypatch.delattr(FakeAmdSmi, "amdsmi_get_violation_status")
+    state = Monitor(AmdSmi(smi, MI300.uuid)).read()
+    assert state.power_w == 530
+    assert state.not_read == ["throttle_reasons: this amdsmi has no amdsmi_get_violation_status"]
+
+
+def test_a_gpu_that_amdsmi_does_not_show() -> None:
+    with pytest.raises(NotReadError, match="no GPU with the serial number 0xabc"):
+        AmdSmi(FakeAmdSmi(), "GPU-0000000000000abc")
+
+
+def test_amdsmi_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "amdsmi", None)
+    with monitor(MI300) as watching:
+        state = watching.read()
+    assert state.sm_clock_mhz is None
+    assert "amdsmi, which comes with ROCm, cannot be imported" in state.not_read[0]
+
+
+def test_throttled_time_is_the_difference() -> None:
+    state = GpuState()
+    found = between(state, state, {"thermal": 10.0, "power": 5.0}, {"thermal": 12.5, "power": 5.0})
+    assert found is not None
+    assert found.throttled_ms == {"thermal": 2.5, "power": 0.0}
+    assert between(None, None, None, None) is None
+    half = between(state, state, None, {"thermal": 1.0})
+    assert half is not None
+    assert half.throttled_ms is None
+
+
+def test_importing_makes_no_gpu_context() -> None:
+    code = "import sys, openpi_opt.measure.gpu_state; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.gpu
+def test_a_real_gpu() -> None:
+    torch = pytest.importorskip("torch")
+    gpus = probe().gpus
+    if not gpus or not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    with monitor(gpus[0]) as watching:
+        matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        for _ in range(200):
+            matrix = torch.nn.functional.normalize(matrix @ matrix)
+        state = watching.read()
+        torch.cuda.synchronize()
+    assert state.sm_clock_mhz is not None
+    assert state.max_sm_clock_mhz is not None
+    assert 0 < state.sm_clock_mhz <= state.max_sm_clock_mhz
+    assert state.temperature_c is None or 10 < state.temperature_c < 110
+    assert state.power_w is None or 20 < state.power_w < 2000
+    assert state.other_processes == 0
