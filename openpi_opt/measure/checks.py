@@ -52,7 +52,7 @@ def of_latency(latency: Latency, warmup: int, observations: int) -> list[Check]:
             f"±{latency.rel_ci:.2%} after {count} iterations, ±{latency.asked_rel_ci:.2%} asked"
         )
         if not narrow and latency.ended != "interval":
-            detail += f" (measure.max_{latency.ended} was reached)"
+            detail += f", measure.max_{latency.ended} reached"
         checks.append(_check("interval", narrow, detail))
     inefficiency = count / (latency.effective_samples or count)
     samples = np.asarray(latency.samples_ms)
