@@ -271,7 +271,7 @@ def _flags(found: Sequence[Row]) -> list[str]:
     for row in found:
         for check in row.ok.checks if row.ok else []:
             if check.status == "flag" and check.name != "spread":
-                said = f"{row.record.number} ({check.detail})"
+                said = f"{row.record.number} ({check.detail.removeprefix(f'{check.name}: ')})"
                 flagged.setdefault(check.name, []).append(said)
     return [
         one_line(f"flagged {name}: {', '.join(who)}", MAX_REASON) for name, who in flagged.items()
