@@ -1,5 +1,6 @@
 import base64
 import json
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -82,3 +83,14 @@ BOMB = base64.b64encode(zlib.compress(bytes(50_000_000))).decode()
 def test_damage_is_a_validation_error(value: Any) -> None:
     with pytest.raises(ValidationError):
         Document.model_validate_json(json.dumps({"values": value}))
+
+
+def test_a_small_text_cannot_fill_the_memory() -> None:
+    document = json.dumps({"values": damaged(data=BOMB)})
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValidationError):
+            Document.model_validate_json(document)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
