@@ -25,10 +25,13 @@ _NOT_IN_A_TRIAL = frozenset(
     {
         "track",
         "search",
+        "analysis",
+        "analyze.py",
         "cli.py",
         "compare.py",
         "compose.py",
         "deploy.py",
+        "doctor.py",
         "observation.py",
         "preset.py",
         "promote.py",
