@@ -141,6 +141,8 @@ def _counted(
     found: Sequence[tuple[int, int, int]], attention: NDArray[np.int64], rows: int
 ) -> list[Run]:
     """Runs with their layers: an attention call between two runs belongs to the nearer one."""
+    if not found:
+        return []
     before, after = [0] * len(found), [0] * len(found)
     borders = [(0, 0, 0), *found, (rows, rows, 0)]
 
@@ -159,9 +161,11 @@ def _counted(
     runs = []
     for i, (begin, end, period) in enumerate(found):
         in_a_layer = int(np.count_nonzero(inside[i] < begin + period))
+        whole = end - (end - begin) % period
+        if inside[i][-1] >= whole:  # the last layer ends early: what is not read is not computed
+            whole = int(inside[i][-1]) + 1
         odd = round(after[i] / in_a_layer)  # layers behind the run that differ
-        following = borders[i + 2][0]
-        whole = min(end - (end - begin) % period + odd * period, max(following, end))
+        whole = min(whole + odd * period, max(borders[i + 2][0], end))
         layers = round((len(inside[i]) + before[i] + after[i]) / in_a_layer)
         runs.append(Run(begin, end, period, whole, layers))
     return runs
