@@ -27,6 +27,7 @@ _NOT_IN_A_TRIAL = frozenset(
         "search",
         "analysis",
         "analyze.py",
+        "audit.py",
         "cli.py",
         "compare.py",
         "compose.py",
