@@ -123,7 +123,6 @@ def find_runs(timeline: Timeline) -> list[Run]:
     """All passes through towers, in order; those of the same kernels have the same `tower`."""
     symbols = np.array([_SYMBOL[categorise(name)] for name in timeline.names], dtype=np.int8)
     sequence = symbols[timeline.name] if len(timeline) else np.array([], dtype=np.int8)
-    attention = np.flatnonzero(sequence == _SYMBOL["attention"])
     covered = np.zeros(len(sequence), dtype=bool)
     found: list[tuple[int, int, int]] = []
     for period in range(SHORTEST, min(LONGEST, len(sequence) // MIN_REPEATS) + 1):
@@ -134,15 +133,14 @@ def find_runs(timeline: Timeline) -> list[Run]:
             if not known and {_SYMBOL["gemm"], _SYMBOL["attention"]} <= word:
                 found.append((begin, end, period))
                 covered[begin:end] = True
-    return _towers(timeline, _counted(sorted(found), attention, len(sequence)))
+    return _towers(timeline, _counted(sorted(found), sequence))
 
 
-def _counted(
-    found: Sequence[tuple[int, int, int]], attention: NDArray[np.int64], rows: int
-) -> list[Run]:
+def _counted(found: Sequence[tuple[int, int, int]], sequence: NDArray[np.int8]) -> list[Run]:
     """Runs with their layers: an attention call between two runs belongs to the nearer one."""
     if not found:
         return []
+    rows, attention = len(sequence), np.flatnonzero(sequence == _SYMBOL["attention"])
     before, after = [0] * len(found), [0] * len(found)
     borders = [(0, 0, 0), *found, (rows, rows, 0)]
 
@@ -161,14 +159,30 @@ def _counted(
     runs = []
     for i, (begin, end, period) in enumerate(found):
         in_a_layer = int(np.count_nonzero(inside[i] < begin + period))
-        whole = end - (end - begin) % period
-        if inside[i][-1] >= whole:  # the last layer ends early: what is not read is not computed
-            whole = int(inside[i][-1]) + 1
+        whole = _last_layer_ends(sequence, begin, end, period, int(inside[i][-1]))
         odd = round(after[i] / in_a_layer)  # layers behind the run that differ
         whole = min(whole + odd * period, max(borders[i + 2][0], end))
         layers = round((len(inside[i]) + before[i] + after[i]) / in_a_layer)
         runs.append(Run(begin, end, period, whole, layers))
     return runs
+
+
+def _last_layer_ends(
+    sequence: NDArray[np.int8], begin: int, end: int, period: int, last_call: int
+) -> int:
+    """Where the layer of the run's last attention call ends, at most `end`.
+
+    A layer begins with the norm before attention, wherever the repetition happens to begin. Where
+    norms are several plain kernels it is taken to begin where the repetition does.
+    """
+    first_call = begin + int(np.argmax(sequence[begin:end] == _SYMBOL["attention"]))
+    layer = sequence[first_call : first_call + period]  # from one call to the next
+    norms = np.flatnonzero(layer == _SYMBOL["norm"])
+    if len(norms) and first_call + period <= end:
+        return min(last_call + int(norms[-1]), end)
+    whole = end - (end - begin) % period
+    # The last layer may end early: what is not read is not computed.
+    return max(whole, last_call + 1)
 
 
 def _repeats(sequence: NDArray[np.int8], period: int) -> list[tuple[int, int]]:

@@ -134,7 +134,7 @@ def scene(
     }[kind]
     patches = [("triton_poi_fused_cat_convolution_0", 4.0), ("Im2d2Col_v2", 28.0)]
     layer = vision_layer()
-    first = [layer[0], ("triton_poi_fused_cat_6", 3.0), *layer[1:]] if odd_first else layer
+    first = [*layer[:5], ("triton_poi_fused_cat_6", 3.0), *layer[5:]] if odd_first else layer
     tower = [*first, *layer * 26, layer[0], ("Cijk_Alik_Bljk_BBS_BH_MT64x96x64", 14.0)]
     made.add("vision", [*patches, *tower] * cameras)
     masks = [("triton_poi_fused_cat_embedding_mul_7", 4.0), ("triton_red_fused_cumsum_8", 4.0)]
