@@ -156,6 +156,8 @@ def amd_gpus(nodes: Path) -> tuple[Gpu, ...]:
 
 
 def _nvidia_gpus() -> tuple[Gpu, ...]:
+    if importlib.util.find_spec("pynvml") is None:  # nothing but Python here: `doctor` says so
+        return ()
     import pynvml
 
     try:

@@ -211,7 +211,7 @@ def _summary(launches: list[Launch], device: Device, notes: list[str]) -> Profil
 
 def _notes_on_gpu(events: Sequence[TraceEvent], launches: Sequence[Launch]) -> list[str]:
     notes = []
-    lost = lost_launches(events, launches)
+    lost = lost_launches(events)
     if lost:
         notes.append(f"Counts are too low: {lost} launches have no kernel in the trace.")
     unknown = sum(launch.stage is None for launch in launches)

@@ -37,6 +37,7 @@ CLEARED_PREFIXES = (
 )
 CLEARED_NAMES = frozenset(
     {
+        "AMD_LOG_LEVEL",
         "CUBLAS_WORKSPACE_CONFIG",
         "CUDA_LAUNCH_BLOCKING",
         "CUDA_MODULE_LOADING",

@@ -1,152 +1,92 @@
 """Every Triton kernel, with the launch parameters it ships with, compiled for GPUs that are absent.
 
-The public functions run on CPU tensors of the model's shapes while Triton's launch is replaced by a
-compilation for the target: what is compiled is what would have been launched there. Triton checks
-no limits offline, so registers and shared memory are compared here.
+`openpi_opt.kernels.shipped` lists the calls; what is compiled is what would have been launched.
+Triton checks no limits offline, so registers and shared memory are compared here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from openpi_opt.kernels import (
-    triton_activation,
-    triton_attention,
-    triton_decode,
-    triton_norm,
-    triton_rotary,
-    triton_skinny_gemm,
+from openpi_opt.errors import UserError
+from openpi_opt.kernels.__main__ import main
+from openpi_opt.kernels.offline import (
+    ARCHS,
+    amd_occupancy,
+    noted_launches,
+    nvidia_occupancy,
+    resources,
+    variants,
 )
+from openpi_opt.kernels.shipped import CASES, MODULES, expert_layer
 from openpi_opt.pi0 import weights
 from openpi_opt.pi0.config import PI0, PI0_MINI
 from openpi_opt.pi0.gemma import KeysValues, Rope
-from openpi_opt.pi0.ops import SEE_ALL, Segment, Visibility, eager_attention
+from openpi_opt.pi0.ops import Segment, Visibility, eager_attention
 from openpi_opt.pi0.precision import cast
 from openpi_opt.surgery.expert import fuse_expert_layers
 from openpi_opt.surgery.fused import fuse_gate_up, fuse_qkv
 
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8"}
-TARGETS = {
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-    "gfx950": GPUTarget("hip", "gfx950", 64),
-    "sm90": GPUTarget("cuda", 90, 32),
-}
-# Bytes of LDS or shared memory that one block may have.
-SHARED = {"gfx942": 65536, "gfx950": 163840, "sm90": 232448}
-EPS = 1e-6
-STATE = Visibility(None, (Segment(0, 1, 789), Segment(1, 11, None)))
 
-
-@dataclass
-class Compiler:
-    """Stands in for launches: compiles for `target` and keeps what came out, by kernel name."""
-
-    target: str
-    compiled: list[tuple[str, Any]]
-
-    def launch(
-        self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any
-    ) -> None:
-        names = [parameter.name for parameter in kernel.params]
-        values = dict(zip(names, args, strict=False)) | {
-            k: v for k, v in kwargs.items() if k in names
-        }
-        options = {k: v for k, v in kwargs.items() if k not in names}
-        signature, constants, attributes = {}, {}, {}
-        for index, parameter in enumerate(kernel.params):
-            value = values[parameter.name]
-            kind = _kind(value, parameter.is_constexpr)
-            signature[parameter.name] = kind
-            if kind == "constexpr":
-                constants[parameter.name] = value
-            elif isinstance(value, Tensor) or (kind == "i32" and value % 16 == 0):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        source = ASTSource(kernel, signature, constants, attributes)
-        result = triton.compile(source, target=TARGETS[self.target], options=options)
-        self.compiled.append((kernel.__name__, result))
-
-
-def _kind(value: Any, constexpr: bool) -> str:
-    if constexpr or (type(value) is int and value == 1):
-        return "constexpr"
-    if isinstance(value, Tensor):
-        return TYPES[value.dtype]
-    return "fp32" if isinstance(value, float) else "i32"
-
-
-@pytest.fixture(params=TARGETS)
-def compiler(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Compiler]:
-    name = request.param
-    stand_in = Compiler(name, [])
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.version, "hip", "7.0" if name.startswith("gfx") else None)
-    for module in (triton_attention, triton_decode, triton_skinny_gemm):
-        monkeypatch.setattr(module, "arch", lambda tensor: name)
-    monkeypatch.setattr(
-        JITFunction, "run", lambda kernel, *args, **kw: stand_in.launch(kernel, *args, **kw)
-    )
-    yield stand_in
-    assert stand_in.compiled
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(*shape, dtype=dtype)
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("call", CASES, ids=lambda call: call.__name__)
+@pytest.mark.parametrize("name", ARCHS)
+def test_shipped_parameters_fit_the_machine(name: str, call: Callable[[], None]) -> None:
+    arch = ARCHS[name]
+    noted = variants(call, arch, MODULES)
+    assert noted
+    for variant in noted:
+        found = resources(variant.compile(arch), arch)
+        assert found.fits, variant.key
+        assert 0 < found.registers <= 512, variant.key
+        assert found.occupancy.waves >= 1, variant.key
+        if arch.vendor == "amd":
+            assert found.spilled == found.scratch_bytes == 0, variant.key
 
 
-def decode() -> None:
-    q, k, v = empty(1, 11, 8, 256), empty(1, 799, 1, 256), empty(1, 799, 1, 256)
-    triton_decode.attention()(q, k, v, STATE, 0.0625)
+@pytest.mark.parametrize("name", ARCHS)
+def test_every_launched_kernel_has_a_case(name: str) -> None:
+    noted = {v.kernel for call in CASES for v in variants(call, ARCHS[name], MODULES)}
+    for module in MODULES:
+        source = inspect.getsource(module)
+        for symbol, kernel in vars(module).items():
+            launched = isinstance(kernel, JITFunction) and re.search(rf"\b{symbol}\[", source)
+            if launched:
+                assert kernel in noted, f"{module.__name__}.{symbol} is in no case"
 
 
-def decode_cached() -> None:
-    q, past, new = empty(1, 51, 8, 256), empty(1, 788, 1, 256), empty(1, 51, 1, 256)
-    rope = Rope(empty(1, 51, 128), empty(1, 51, 128))
-    attend = triton_decode.cached_attention({"fused": 1})
-    attend(q, (past, past), (new, new), rope, SEE_ALL, 0.0625)
+def test_modules_are_all_that_launch() -> None:
+    folder = Path(inspect.getfile(MODULES[0])).parent
+    launching = {
+        file.stem
+        for file in folder.glob("*.py")
+        if re.search(r"^@triton\.jit", file.read_text(), re.M)
+        and re.search(r"^    _\w+\[", file.read_text(), re.M)
+    }
+    assert launching == {module.__name__.rpartition(".")[2] for module in MODULES}
 
 
-def prefill() -> None:
-    q, k = empty(1, 788, 8, 256), empty(1, 788, 1, 256)
-    triton_attention.attention()(q, k, k, SEE_ALL, 0.0625)
-
-
-def vision() -> None:
-    q = empty(3, 256, 16, 72)
-    triton_attention.attention()(q, q, q, SEE_ALL, 0.118)
-
-
-def skinny() -> None:
-    x, wide, tall = empty(1, 11, 1024), empty(1, 11, 2048), empty(1, 11, 4096)
-    gain = empty(1024, dtype=torch.float32)
-    triton_skinny_gemm.skinny_linear(x, empty(2560, 1024), None, None, gain, EPS, [])
-    triton_skinny_gemm.skinny_linear(wide, empty(1024, 2048), None, x, None, None, [])
-    triton_skinny_gemm.skinny_gelu_mul(x, empty(8192, 1024), None, EPS, [])
-    triton_skinny_gemm.skinny_linear_add_rms_norm(tall, empty(1024, 4096), x, None, EPS, [])
-
-
-def skinny_51() -> None:
-    x = empty(1, 51, 1024)
-    triton_skinny_gemm.skinny_linear(x, empty(2560, 1024), None, None, None, None, [])
-    triton_skinny_gemm.skinny_gelu_mul(x, empty(8192, 1024), None, None, [])
-
-
-def expert_layer() -> None:
-    """A layer of the full model's expert with gains: the state token alone, 11 and 51 rows."""
+@pytest.mark.parametrize("name", ARCHS)
+def test_the_expert_layer_launches_what_its_case_does(name: str) -> None:
+    """The case writes out the launches of `FusedExpertLayer`; here the layer itself runs."""
+    state = Visibility(None, (Segment(0, 1, 789), Segment(1, 11, None)))
     small = dataclasses.replace(PI0_MINI.language, depth=1, heads=8, head_dim=256)
     expert = dataclasses.replace(PI0.expert, depth=1)
     policy = weights.build(dataclasses.replace(PI0_MINI, language=small, expert=expert), "cpu")
@@ -155,35 +95,110 @@ def expert_layer() -> None:
     fuse_gate_up(policy)
     fuse_expert_layers(policy)
     past, table = KeysValues(empty(1, 788, 1, 256), empty(1, 788, 1, 256)), empty(1, 51, 128)
-    for rows in (1, 11, 51):
-        rope = Rope(table[:, :rows], table[:, :rows])
-        policy.expert(empty(1, rows, 1024), rope, STATE, eager_attention, [past])
+    arch = ARCHS[name]
+    with noted_launches(arch, MODULES) as noted:
+        for rows in (1, 11, 51):
+            rope = Rope(table[:, :rows], table[:, :rows])
+            policy.expert(empty(1, rows, 1024), rope, state, eager_attention, [past])
+    with noted_launches(arch, MODULES) as listed:
+        expert_layer()
+    assert [variant.key for variant in noted] == [variant.key for variant in listed]
 
 
-def elementwise() -> None:
-    x, gain = empty(1, 788, 2048), empty(2048, dtype=torch.float32)
-    triton_norm.add_rms_norm(x, x, gain, EPS)
-    triton_norm.layer_norm(empty(3, 256, 1152), empty(1152), empty(1152), EPS)
-    triton_activation.gelu_mul_fused(empty(1, 788, 32768))
-    table = empty(1, 788, 128)
-    triton_rotary.rotary_qk(empty(1, 788, 8, 256), empty(1, 788, 1, 256), table, table)
+def empty(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16)
 
 
-CALLS = [decode, decode_cached, prefill, vision, skinny, skinny_51, expert_layer, elementwise]
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "waves", "limit"),
+    [
+        # The guide's example: 170 registers are rounded up to 176, which leaves two waves.
+        ("gfx942", 170, 0, 4, 2, "registers"),
+        ("gfx942", 168, 0, 4, 3, "registers"),
+        ("gfx942", 64, 0, 4, 8, "none"),
+        ("gfx942", 65, 0, 4, 7, "registers"),
+        ("gfx942", 512, 0, 4, 1, "registers"),
+        # Three waves by registers are twelve per unit: one workgroup of eight.
+        ("gfx942", 168, 0, 8, 2, "registers"),
+        ("gfx942", 100, 64 * 1024, 4, 1, "LDS"),
+        ("gfx942", 80, 32 * 1024, 8, 4, "LDS"),  # by registers three workgroups, by LDS two
+        ("gfx950", 100, 64 * 1024, 4, 2, "LDS"),
+        ("gfx950", 96, 32 * 1024, 4, 5, "registers"),
+        ("gfx942", 10, 0, 1, 8, "none"),
+        ("gfx942", 10, 65 * 1024, 4, 0, "LDS"),
+    ],
+)  # fmt: skip
+def test_occupancy_on_amd_by_hand(
+    arch: str, registers: int, shared: int, warps: int, waves: float, limit: str
+) -> None:
+    found = amd_occupancy(registers, shared, warps, ARCHS[arch])
+    assert (found.waves, found.limit) == (waves, limit)
 
 
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
-def test_shipped_parameters_fit_the_machine(call: Callable[[], None], compiler: Compiler) -> None:
-    call()
-    for name, kernel in compiler.compiled:
-        assert kernel.metadata.shared <= SHARED[compiler.target], name
-        if compiler.target.startswith("gfx"):
-            text = kernel.asm["amdgcn"]
-            assert _number("vgpr_spill_count", text) == 0, name
-            assert _number("private_segment_fixed_size", text) == 0, name
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "waves", "limit"),
+    [
+        (32, 0, 4, 64, "none"),
+        (255, 0, 4, 8, "registers"),  # 8192 registers a warp, eight warps, two blocks
+        (255, 0, 8, 8, "registers"),
+        (128, 0, 4, 16, "registers"),
+        (40, 0, 8, 48, "registers"),  # 51 warps fit, 48 in groups of four: six blocks of eight
+        (32, 100 * 1024, 4, 8, "shared memory"),  # 101 KiB twice in 228
+        (32, 113 * 1024, 4, 8, "shared memory"),
+        (32, 114 * 1024, 4, 4, "shared memory"),
+        (16, 0, 1, 32, "blocks"),
+    ],
+)
+def test_occupancy_on_hopper_by_hand(
+    registers: int, shared: int, warps: int, waves: float, limit: str
+) -> None:
+    found = nvidia_occupancy(registers, shared, warps, ARCHS["sm90"])
+    assert (found.waves, found.limit) == (waves, limit)
 
 
-def _number(field: str, text: str) -> int:
-    found = re.search(rf"\.{field}:\s*(\d+)", text)
-    assert found, field
-    return int(found[1])
+def test_the_verb_prints_a_row_per_variant(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from openpi_opt.kernels import shipped
+
+    monkeypatch.setattr(shipped, "CASES", (shipped.vision, shipped.vision))
+    assert main(["--arch", "gfx942,gfx942", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["kernels"]
+    assert (row["kernel"], row["arch"]) == ("attention._flash", "gfx942")
+    assert row["cases"] == ["vision", "vision"]
+    assert row["occupancy"]["waves"] >= 1
+    assert main(["--arch", "gfx942, sm90"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in lines if line and line[0] in ARCHS] == [
+        ["gfx942", "attention._flash"], ["sm90", "attention._flash"],
+    ]  # fmt: skip
+
+
+def test_a_kernel_that_does_not_fit_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from openpi_opt.kernels import offline, shipped
+
+    small = dataclasses.replace(ARCHS["gfx942"], shared_block_bytes=1024)
+    monkeypatch.setattr(shipped, "CASES", (shipped.vision,))
+    monkeypatch.setitem(offline.ARCHS, "gfx942", small)
+    assert main(["--arch", "gfx942"]) == 1
+    assert "too much" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["gfx1100", "", ",", "sm90,H100"])
+def test_unknown_architectures_are_named(given: str) -> None:
+    with pytest.raises(UserError, match="known are gfx942, gfx950, sm90"):
+        main(["--arch", given])
+
+
+def test_without_triton_it_says_so() -> None:
+    code = (
+        "import importlib.util as u; real = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'triton' else real(name, *rest)\n"
+        "from openpi_opt.cli import run; from openpi_opt.kernels.__main__ import main\n"
+        "run(lambda: main([]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: triton not installed")

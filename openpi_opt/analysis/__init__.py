@@ -1,0 +1,1 @@
+"""Reading traces that were recorded elsewhere: stages, categories, gaps."""

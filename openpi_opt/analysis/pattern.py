@@ -1,0 +1,315 @@
+"""Stages of an inference from the repeating pattern of its kernels, where no marker tells them.
+
+A replayed graph has no markers, and rocprof records none. What is left is the order: each tower of
+the policy is a stack of equal layers, so the sequence of kernel categories repeats. A *run* is such
+a repetition, one pass through a tower: 27 layers of vision (once for all cameras, or once for each
+of them), 18 of the prefix, and 18 of the expert in each denoising step. Runs of the same kernels
+are one tower; the tower that is passed most often is the expert, ten equal passes after the one
+through the prefix, and what comes before that is vision.
+
+Categories are compared and not names, because a compiler fuses the same work under several names.
+A run's borders are exact to the few kernels by which the first and the last layer differ from the
+others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openpi_opt.measure.categories import CATEGORIES, categorise
+from openpi_opt.measure.trace import OUTSIDE, Timeline
+from openpi_opt.pi0.config import PI0
+
+VISION, PREFILL, DENOISE = "vision", "prefill", "denoise"
+STAGES = [VISION, PREFILL, DENOISE, OUTSIDE]
+STEPS = 10
+
+MIN_REPEATS = 4
+"""Layers that make a run. The smallest policy here has four."""
+SHORTEST, LONGEST = 4, 200
+"""Kernels of a layer: own kernels need seven, plain PyTorch some sixty."""
+SAME_NAMES = 0.5
+"""Share of kernel names that two passes through one tower have in common at least."""
+SAME_TIME = 1.7
+"""The times of two passes through one tower differ at most by this factor."""
+
+
+_SYMBOL = {category: number for number, category in enumerate(CATEGORIES)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass through a tower: rows [begin, end) repeat with `period`.
+
+    `whole` is where the last complete layer ends; what repeats after it only begins like a layer.
+    `layers` counts those too that differ from the others, at either border.
+    """
+
+    begin: int
+    end: int
+    period: int
+    whole: int
+    layers: int
+    tower: int = -1
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Rows [begin, end) of one inference; an end of it may be missing in the trace.
+
+    `vision_layers` and so on are what is visible: layers of each pass.
+    """
+
+    begin: int
+    end: int
+    vision: list[Run]
+    prefill: list[Run]
+    denoise: list[Run]
+
+    def describe(self) -> str:
+        """The layers of each pass in words."""
+        parts = [
+            f"{name} {_layers(runs)}"
+            for name, runs in (
+                (VISION, self.vision), (PREFILL, self.prefill), (DENOISE, self.denoise)
+            )
+        ]  # fmt: skip
+        return ", ".join(parts)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all layers and steps of the full model are visible."""
+        return (
+            bool(self.vision)
+            and all(run.layers == PI0.vision.depth for run in self.vision)
+            and len(self.prefill) >= 1
+            and self.prefill[0].layers in (PI0.language.depth - 1, PI0.language.depth)
+            and len(self.denoise) == STEPS
+            and all(run.layers == PI0.expert.depth for run in self.denoise)
+        )
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The stage of each row (index into `STAGES`, -1 unknown) and the inferences found."""
+
+    stage: NDArray[np.int64]
+    inferences: list[Inference]
+
+
+def find_pattern(timeline: Timeline) -> Pattern | None:
+    """The stages of a timeline of kernels, or None where nothing repeats like a policy."""
+    runs = find_runs(timeline)
+    counts = Counter(run.tower for run in runs)
+    if not counts or max(counts.values()) < 2:
+        return None
+    # Of two towers that are passed equally often the expert is the later one.
+    last = {run.tower: i for i, run in enumerate(runs)}
+    expert = max(counts, key=lambda tower: (counts[tower], last[tower]))
+    inferences = _inferences(timeline, runs, expert)
+    stage = np.full(len(timeline), STAGES.index(OUTSIDE))
+    for inference in inferences:
+        _mark(timeline, stage, inference)
+    return Pattern(stage, inferences)
+
+
+def find_runs(timeline: Timeline) -> list[Run]:
+    """All passes through towers, in order; those of the same kernels have the same `tower`."""
+    symbols = np.array([_SYMBOL[categorise(name)] for name in timeline.names], dtype=np.int8)
+    sequence = symbols[timeline.name] if len(timeline) else np.array([], dtype=np.int8)
+    covered = np.zeros(len(sequence), dtype=bool)
+    found: list[tuple[int, int, int]] = []
+    for period in range(SHORTEST, min(LONGEST, len(sequence) // MIN_REPEATS) + 1):
+        for begin, end in _repeats(sequence, period):
+            word = set(sequence[begin : begin + period].tolist())
+            # A multiple of a period repeats where the period does; neighbours share a few rows.
+            known = 2 * np.count_nonzero(covered[begin:end]) > end - begin
+            if not known and {_SYMBOL["gemm"], _SYMBOL["attention"]} <= word:
+                found.append((begin, end, period))
+                covered[begin:end] = True
+    return _towers(timeline, _counted(sorted(found), sequence))
+
+
+def _counted(found: Sequence[tuple[int, int, int]], sequence: NDArray[np.int8]) -> list[Run]:
+    """Runs with their layers: an attention call between two runs belongs to the nearer one."""
+    if not found:
+        return []
+    rows, attention = len(sequence), np.flatnonzero(sequence == _SYMBOL["attention"])
+    before, after = [0] * len(found), [0] * len(found)
+    borders = [(0, 0, 0), *found, (rows, rows, 0)]
+
+    def calls(begin: int, end: int) -> NDArray[np.int64]:
+        return attention[slice(*np.searchsorted(attention, (begin, end)))]
+
+    inside = [calls(begin, end) for begin, end, _ in found]
+    for i, ((_, left, _), (right, _, _)) in enumerate(pairwise(borders)):
+        for call in calls(left, right):
+            to_left = call - inside[i - 1][-1] if i > 0 else rows
+            to_right = inside[i][0] - call if i < len(found) else rows
+            if to_left <= to_right:
+                after[i - 1] += 1
+            else:
+                before[i] += 1
+    runs = []
+    for i, (begin, end, period) in enumerate(found):
+        in_a_layer = int(np.count_nonzero(inside[i] < begin + period))
+        whole = _last_layer_ends(sequence, begin, end, period, int(inside[i][-1]))
+        odd = round(after[i] / in_a_layer)  # layers behind the run that differ
+        whole = min(whole + odd * period, max(borders[i + 2][0], end))
+        layers = round((len(inside[i]) + before[i] + after[i]) / in_a_layer)
+        runs.append(Run(begin, end, period, whole, layers))
+    return runs
+
+
+def _last_layer_ends(
+    sequence: NDArray[np.int8], begin: int, end: int, period: int, last_call: int
+) -> int:
+    """Where the layer of the run's last attention call ends, at most `end`.
+
+    A layer begins with the norm before attention, wherever the repetition happens to begin. Where
+    norms are several plain kernels it is taken to begin where the repetition does.
+    """
+    first_call = begin + int(np.argmax(sequence[begin:end] == _SYMBOL["attention"]))
+    layer = sequence[first_call : first_call + period]  # from one call to the next
+    norms = np.flatnonzero(layer == _SYMBOL["norm"])
+    if len(norms) and first_call + period <= end:
+        return min(last_call + int(norms[-1]), end)
+    whole = end - (end - begin) % period
+    # The last layer may end early: what is not read is not computed.
+    return max(whole, last_call + 1)
+
+
+def _repeats(sequence: NDArray[np.int8], period: int) -> list[tuple[int, int]]:
+    """Bounds of the longest stretches in which each row equals the one `period` later."""
+    equal = np.r_[False, sequence[:-period] == sequence[period:], False]
+    edges = np.flatnonzero(equal[1:] != equal[:-1])
+    begin, end = edges[::2], edges[1::2]
+    long = end - begin >= (MIN_REPEATS - 1) * period
+    return [(int(b), int(e) + period) for b, e in zip(begin[long], end[long], strict=True)]
+
+
+def _towers(timeline: Timeline, runs: Sequence[Run]) -> list[Run]:
+    """Number the towers: runs of the same period, mostly the same names, about the same time."""
+    known: list[tuple[int, set[int], float]] = []
+    numbered = []
+    for run in runs:
+        complete = (run.end - run.begin) // run.period
+        rows = slice(run.begin, run.begin + complete * run.period)
+        names = set(timeline.name[rows].tolist())
+        time = float(timeline.duration_us[rows].sum()) / complete
+        tower = len(known)
+        for number, (period, others, other_time) in enumerate(known):
+            alike = len(names & others) >= SAME_NAMES * len(names | others)
+            near = max(time, other_time) <= SAME_TIME * min(time, other_time)
+            if period == run.period and alike and near:
+                tower = number
+        if tower == len(known):
+            known.append((run.period, names, time))
+        numbered.append(replace(run, tower=tower))
+    return numbered
+
+
+def _inferences(timeline: Timeline, runs: Sequence[Run], expert: int) -> list[Inference]:
+    """Cut the runs after each series of denoising steps."""
+    parts: list[tuple[list[Run], list[Run]]] = []
+    before: list[Run] = []
+    for is_expert, group in groupby(runs, key=lambda run: run.tower == expert):
+        if is_expert:
+            parts.append((before, list(group)))
+            before = []
+        else:
+            before = list(group)
+    if before:
+        parts.append((before, []))
+    cuts = [0]
+    for (_, steps), (following, later_steps) in pairwise(parts):
+        begin = (following or later_steps)[0].begin
+        cuts.append(_widest_gap(timeline, steps[-1].whole, begin))
+    cuts.append(len(timeline))
+    return [
+        _inference(timeline, begin, end, before, steps)
+        for begin, end, (before, steps) in zip(cuts, cuts[1:], parts, strict=False)
+    ]
+
+
+def _inference(
+    timeline: Timeline, begin: int, end: int, before: list[Run], steps: list[Run]
+) -> Inference:
+    """Vision is the first tower, the prefix what follows; the state token alone belongs to it."""
+    vision = [run for run in before if run.tower == before[0].tower]
+    prefill = before[len(vision) :]
+    if not prefill and vision and vision[0].layers <= PI0.expert.depth:
+        vision, prefill = [], vision  # the trace begins in the prefill
+    if len(steps) == STEPS + 1 and _is_apart(timeline, steps):
+        prefill, steps = [*prefill, steps[0]], steps[1:]
+    return Inference(begin, end, vision, prefill, steps)
+
+
+def _is_apart(timeline: Timeline, steps: Sequence[Run]) -> bool:
+    """Whether other kernels follow the first pass than all later ones: it is no step."""
+    between = [
+        [categorise(timeline.names[i]) for i in timeline.name[run.whole : following.begin]]
+        for run, following in pairwise(steps)
+    ]
+    return between[0] != between[1] and between[1:] == between[1:2] * (len(between) - 1)
+
+
+def _widest_gap(timeline: Timeline, begin: int, end: int) -> int:
+    """The row in [begin, end] before which the device rested longest."""
+    if end - begin < 2:
+        return end
+    start = timeline.start_us[begin:end]
+    rest = start[1:] - (start[:-1] + timeline.duration_us[begin : end - 1])
+    return begin + 1 + int(np.argmax(rest))
+
+
+def _mark(timeline: Timeline, stage: NDArray[np.int64], inference: Inference) -> None:
+    """Write the stages of one inference; what no stage claims stays outside."""
+    begin, end = inference.begin, inference.end
+    if inference.vision:
+        # The last norm and the projection of the image tokens, up to its product.
+        limit = inference.prefill[0].begin if inference.prefill else end
+        after = _through_product(timeline, inference.vision[-1].whole, limit)
+        stage[begin:after] = STAGES.index(VISION)
+        begin = after
+    if inference.prefill:
+        run = inference.prefill[-1]
+        after = _before_product(timeline, run.whole, max(run.whole, run.end))
+        stage[begin:after] = STAGES.index(PREFILL)
+        begin = after
+    if inference.denoise:
+        stage[begin:end] = STAGES.index(DENOISE)
+
+
+def _before_product(timeline: Timeline, begin: int, end: int) -> int:
+    """The first matrix product in [begin, end), or `end`."""
+    for row in range(begin, end):
+        if categorise(timeline.names[timeline.name[row]]) == "gemm":
+            return row
+    return end
+
+
+def _through_product(timeline: Timeline, begin: int, end: int) -> int:
+    """Behind the first matrix product in [begin, end) and its parts (split K); else `begin`."""
+    row = _before_product(timeline, begin, end)
+    if row == end:
+        return begin
+    while row < end and categorise(timeline.names[timeline.name[row]]) == "gemm":
+        row += 1
+    return row
+
+
+def _layers(runs: Sequence[Run]) -> str:
+    """`27 layers`, or `10 x 18 layers`."""
+    if not runs:
+        return "not visible"
+    counts = Counter(run.layers for run in runs)
+    return " + ".join(
+        f"{n} x {layers} layers" if n > 1 else f"{layers} layers" for layers, n in counts.items()
+    )

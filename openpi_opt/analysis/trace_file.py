@@ -1,0 +1,178 @@
+"""Reading the events of a Chrome trace file one by one, gzipped or not.
+
+The standard library's decoder, given one value at a time from a buffer that slides over the file:
+what is held is one event, whatever the size of the file. The streaming parsers that were looked at
+hold a string or a path of any length, so that a small file of nested brackets took all memory;
+here the size of an event and, by the decoder, its depth are bounded.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from openpi_opt.measure.trace import ProfileError, Recording
+
+MAX_FILE_MIB = 1024
+"""Text of a trace that is read, unpacked: what is kept of it grows with its events."""
+MAX_VALUE_MIB = 16
+"""One event, or one entry beside the events: kineto's largest have some ten KiB."""
+
+_CHUNK = 2**20
+_GZIP_MAGIC = b"\x1f\x8b"
+_SPACE = " \t\n\r"
+_EVENTS = "traceEvents"
+
+
+def read_trace(path: Path) -> Recording:
+    """Everything that counts in a trace file.
+
+    Raises:
+        ProfileError: it cannot be read, is not JSON to its end, is no Chrome trace, is larger than
+            `MAX_FILE_MIB`, or has a damaged event.
+    """
+    try:
+        with _opened(path) as file:
+            return Recording.of(_events(_Text(file)))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ProfileError(f"damaged or truncated gzip: {error}") from error
+    except OSError as error:
+        raise ProfileError(error.strerror or str(error)) from error
+
+
+def _opened(path: Path) -> IO[bytes] | gzip.GzipFile:
+    """By content and not by name: a trace is often renamed after it was packed or unpacked."""
+    with path.open("rb") as file:
+        packed = file.read(2) == _GZIP_MAGIC
+    return gzip.open(path, "rb") if packed else path.open("rb")
+
+
+def _events(text: _Text) -> Iterator[Any]:
+    """The events of `{..., "traceEvents": [...], ...}` or of a bare list."""
+    first = text.peek()
+    if first == "[":
+        yield from text.items()
+    elif first == "{":
+        found = False
+        for key in text.entries():
+            if key == _EVENTS and text.peek() == "[":
+                found = True
+                yield from text.items()
+            elif key == _EVENTS:
+                raise ProfileError(f'"{_EVENTS}" is not a list')
+            else:
+                text.value()
+        if not found:
+            raise ProfileError(f'no Chrome trace: there is no "{_EVENTS}" in it')
+    elif not first:
+        raise ProfileError("the file is empty")
+    else:
+        raise ProfileError(f"no JSON: it begins with {text.shown()}")
+    if text.peek():
+        raise ProfileError(f"there is something after the end of the trace: {text.shown()}")
+
+
+class _Text:
+    """A file as text, decoded into JSON values from a position that only moves forward."""
+
+    def __init__(self, file: IO[bytes] | gzip.GzipFile) -> None:
+        self._file = file
+        # Names of kernels may hold anything; what is no UTF-8 in them must not lose the trace.
+        self._characters = codecs.getincrementaldecoder("utf-8-sig")("replace")
+        self._decoder = json.JSONDecoder()
+        self._buffer = ""
+        self._at = 0
+        self._read = 0
+        self._ended = False
+
+    def peek(self) -> str:
+        """The next character that is no space, or "" at the end."""
+        while True:
+            while self._at < len(self._buffer) and self._buffer[self._at] in _SPACE:
+                self._at += 1
+            if self._at < len(self._buffer) or self._ended:
+                return self._buffer[self._at : self._at + 1]
+            self._fill()
+
+    def items(self) -> Iterator[Any]:
+        """The values of the list that begins here."""
+        yield from self._sequence("[", "]", self.value)
+
+    def entries(self) -> Iterator[str]:
+        """The keys of the object that begins here; the caller takes each value before going on."""
+        yield from self._sequence("{", "}", self._key)
+
+    def value(self) -> Any:
+        """The value that begins here."""
+        if not self.peek():
+            raise ProfileError("truncated: it ends in the middle")
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, self._at)
+            except RecursionError as error:
+                raise ProfileError("values are nested too deeply") from error
+            except ValueError as error:  # broken, or cut by the end of the buffer
+                self._more(error)
+                continue
+            if end == len(self._buffer) and not self._ended:  # a number may go on
+                self._fill()
+                continue
+            self._at = end
+            return value
+
+    def shown(self) -> str:
+        """A few characters from here, for a message."""
+        return repr(self._buffer[self._at : self._at + 20])
+
+    def _sequence(self, opening: str, closing: str, element: Any) -> Iterator[Any]:
+        self._expect(opening)
+        if self.peek() == closing:
+            self._at += 1
+            return
+        while True:
+            yield element()
+            if self.peek() == closing:
+                self._at += 1
+                return
+            self._expect(",")
+
+    def _key(self) -> str:
+        key = self.value()
+        if not isinstance(key, str):
+            raise ProfileError(f"no JSON: a key is {key!r}")
+        self._expect(":")
+        return key
+
+    def _expect(self, character: str) -> None:
+        found = self.peek()
+        if not found:
+            raise ProfileError("truncated: it ends in the middle")
+        if found != character:
+            raise ProfileError(f"no JSON: {character!r} was expected at {self.shown()}")
+        self._at += 1
+
+    def _more(self, error: ValueError) -> None:
+        """Read on, as much again as is held: a value of n characters is tried log n times."""
+        held = len(self._buffer) - self._at
+        if self._ended:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise ProfileError(f"truncated, or no JSON, at {self.shown()}: {reason}") from error
+        if held > MAX_VALUE_MIB * 2**20:
+            raise ProfileError(
+                f"no JSON at {self.shown()}, or one value of more than {MAX_VALUE_MIB} MiB"
+            ) from error
+        self._fill(max(_CHUNK, held))
+
+    def _fill(self, size: int = _CHUNK) -> None:
+        data = self._file.read(size)
+        self._read += len(data)
+        self._ended = not data
+        if self._read > MAX_FILE_MIB * 2**20:
+            raise ProfileError(f"more than {MAX_FILE_MIB} MiB of text; record a shorter time")
+        self._buffer = self._buffer[self._at :] + self._characters.decode(data, final=not data)
+        self._at = 0

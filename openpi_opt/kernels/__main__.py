@@ -1,0 +1,163 @@
+"""What the Triton kernels take of a GPU, without one: `python -m openpi_opt.kernels --arch LIST`.
+
+Compiles each kernel for each architecture with the parameters it ships with and prints registers,
+shared memory (LDS), spills and the occupancy that follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from openpi_opt.cli import run
+from openpi_opt.errors import UserError
+
+if TYPE_CHECKING:
+    from openpi_opt.kernels.offline import Arch
+
+DEFAULT = "gfx942,gfx950,sm90"
+PROBLEM = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table on stdout; 1 when a kernel takes more than the GPU has, else 0.
+
+    Raises:
+        UserError: an unknown architecture, or an installation that cannot compile for it.
+    """
+    arguments = _parser().parse_args(argv)
+    missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} not installed: the kernels cannot be compiled\n"
+            "make test or make sweep installs both; Triton has wheels for Linux"
+        )
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise UserError("TRITON_INTERPRET is set: nothing is compiled then; unset it")
+    rows = table(_architectures(arguments.arch))
+    if arguments.json:
+        print(json.dumps({"kernels": rows}, indent=1))
+    else:
+        _print(rows)
+    return PROBLEM if any(not row["fits"] for row in rows) else 0
+
+
+def table(archs: Sequence[Arch]) -> list[dict[str, Any]]:
+    """A row per kernel, variant and architecture, as plain data."""
+    from openpi_opt.kernels.offline import resources, variants
+    from openpi_opt.kernels.shipped import CASES, MODULES
+
+    rows = []
+    for arch in archs:
+        print(f"compiling for {arch.name}", file=sys.stderr)
+        compiled: dict[str, dict[str, Any]] = {}
+        for case in CASES:
+            for variant in variants(case, arch, MODULES):
+                if variant.key in compiled:
+                    compiled[variant.key]["cases"].append(case.__name__)
+                    continue
+                found = resources(variant.compile(arch), arch)
+                compiled[variant.key] = {
+                    "arch": arch.name,
+                    "kernel": variant.name,
+                    "cases": [case.__name__],
+                    "constants": {k: str(v) for k, v in variant.constants.items()},
+                    "options": dict(variant.options),
+                    **asdict(found),
+                }
+        rows += sorted(compiled.values(), key=lambda row: row["kernel"])
+    return rows
+
+
+def _architectures(names: str) -> list[Arch]:
+    from triton.backends import backends
+
+    from openpi_opt.kernels.offline import ARCHS
+
+    wanted = list(dict.fromkeys(part.strip() for part in names.split(",") if part.strip()))
+    unknown = [name for name in wanted if name not in ARCHS]
+    if unknown or not wanted:
+        raise UserError(
+            f"--arch {names}: {', '.join(unknown) or 'nothing'} is not known; known are "
+            f"{', '.join(ARCHS)}, separated by commas"
+        )
+    archs = [ARCHS[name] for name in wanted]
+    lacking = {arch.vendor for arch in archs} - set(backends)
+    if lacking:
+        raise UserError(
+            f"--arch {names}: this build of Triton has no compiler for {', '.join(sorted(lacking))}"
+            f", only for {', '.join(sorted(backends))}"
+        )
+    return archs
+
+
+def _print(rows: Sequence[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False)
+    table = Table(box=box.SIMPLE_HEAD)
+    heads = (
+        "arch", "kernel", "variant", "warps", "registers", "spilled", "shared KiB",
+        "waves", "limit",
+    )  # fmt: skip
+    for head in heads:
+        is_text = head in ("arch", "kernel", "variant", "limit")
+        table.add_column(head, justify="left" if is_text else "right", no_wrap=head != "variant")
+    for row, differs in zip(rows, _differences(rows), strict=True):
+        occupancy = row["occupancy"]
+        shared = f"{row['shared_bytes'] / 1024:.1f}"
+        table.add_row(
+            row["arch"], row["kernel"], differs, str(row["warps"]), str(row["registers"]),
+            str(row["spilled"]), shared if row["fits"] else f"{shared} too much",
+            f"{occupancy['waves']:g} of {occupancy['most']}", occupancy["limit"],
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        "waves: per SIMD on AMD, warps per multiprocessor on NVIDIA; limit: what keeps more from "
+        "fitting; nothing was run"
+    )
+
+
+def _differences(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What tells a row from the others of its kernel and architecture."""
+    texts = []
+    for row in rows:
+        others = [
+            r["constants"]
+            for r in rows
+            if r["kernel"] == row["kernel"] and r["arch"] == row["arch"]
+        ]
+        names = [
+            name
+            for name in sorted({name for constants in others for name in constants})
+            if len({constants.get(name) for constants in others}) > 1
+        ]
+        own = {name: row["constants"][name] for name in names if name in row["constants"]}
+        shown = [n if v == "True" else f"{n}={v}" for n, v in own.items() if v != "False"]
+        texts.append(" ".join(shown))
+    return texts
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m openpi_opt.kernels",
+        description="Registers, shared memory, spills and occupancy of each own Triton kernel, "
+        "compiled for GPUs that need not be here. Exit code 1 when one takes more than there is.",
+    )
+    parser.add_argument(
+        "--arch", default=DEFAULT, metavar="LIST", help=f"separated by commas (default: {DEFAULT})"
+    )
+    parser.add_argument("--json", action="store_true", help="everything, as one JSON document")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,125 @@
+"""Each own Triton kernel as the policy calls it: shapes of the full model, shipped parameters.
+
+`CASES` are what `python -m openpi_opt.kernels` compiles and what the tests keep compiling; a new
+kernel, or a new way to call one, gets its case here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from openpi_opt.kernels import (
+    triton_activation,
+    triton_attention,
+    triton_decode,
+    triton_norm,
+    triton_rotary,
+    triton_skinny_gemm,
+)
+from openpi_opt.pi0.config import PI0
+from openpi_opt.pi0.gemma import EPS, Rope
+from openpi_opt.pi0.ops import SEE_ALL, Segment, Visibility
+
+MODULES = (
+    triton_activation,
+    triton_attention,
+    triton_decode,
+    triton_norm,
+    triton_rotary,
+    triton_skinny_gemm,
+)
+
+_HEADS, _HEAD_DIM = PI0.expert.heads, PI0.expert.head_dim
+_WIDTH, _MLP, _QKV = PI0.expert.width, PI0.expert.mlp_width, (PI0.expert.heads + 2) * _HEAD_DIM
+_PREFIX = 788  # three cameras and twenty tokens of the prompt
+# The state token sees the prefix and itself, actions see all.
+_STATE = Visibility(None, (Segment(0, 1, _PREFIX + 1), Segment(1, 11, None)))
+
+
+def decode() -> None:
+    """Attention of a denoising step over joined keys."""
+    q, k, v = _empty(1, 11, 8, 256), _empty(1, 799, 1, 256), _empty(1, 799, 1, 256)
+    triton_decode.attention()(q, k, v, _STATE, 0.0625)
+
+
+def decode_cached() -> None:
+    """The same over the prefix's keys and the step's own, in one launch; openpi's 51 rows."""
+    q, past, new = _empty(1, 51, 8, 256), _empty(1, _PREFIX, 1, 256), _empty(1, 51, 1, 256)
+    rope = Rope(_empty(1, 51, 128), _empty(1, 51, 128))
+    attend = triton_decode.cached_attention({"fused": 1})
+    attend(q, (past, past), (new, new), rope, SEE_ALL, 0.0625)
+
+
+def prefill() -> None:
+    """Attention of the prefix."""
+    q, k = _empty(1, _PREFIX, 8, 256), _empty(1, _PREFIX, 1, 256)
+    triton_attention.attention()(q, k, k, SEE_ALL, 0.0625)
+
+
+def vision() -> None:
+    """Attention of three cameras."""
+    q = _empty(3, 256, 16, 72)
+    triton_attention.attention()(q, q, q, SEE_ALL, 0.118)
+
+
+def skinny() -> None:
+    """Products of a denoising step's 11 rows."""
+    x, wide, tall = _empty(1, 11, _WIDTH), _empty(1, 11, 2048), _empty(1, 11, _MLP)
+    gain = _empty(_WIDTH, dtype=torch.float32)
+    linear = triton_skinny_gemm.skinny_linear
+    linear(x, _empty(_QKV, _WIDTH), None, None, gain, EPS, [])
+    linear(wide, _empty(_WIDTH, 2048), None, x, None, None, [])
+    triton_skinny_gemm.skinny_gelu_mul(x, _empty(2 * _MLP, _WIDTH), None, EPS, [])
+    triton_skinny_gemm.skinny_linear_add_rms_norm(tall, _empty(_WIDTH, _MLP), x, None, EPS, [])
+
+
+def skinny_51() -> None:
+    """The same for 51 rows."""
+    x = _empty(1, 51, _WIDTH)
+    triton_skinny_gemm.skinny_linear(x, _empty(_QKV, _WIDTH), None, None, None, None, [])
+    triton_skinny_gemm.skinny_gelu_mul(x, _empty(2 * _MLP, _WIDTH), None, None, [])
+
+
+def expert_layer() -> None:
+    """The launches of a fused expert layer: the state token alone, 11 and 51 rows."""
+    gain = _empty(_WIDTH, dtype=torch.float32)
+    linear, attend = triton_skinny_gemm.skinny_linear, triton_decode.cached_attention(None)
+    past = (_empty(1, _PREFIX, 1, _HEAD_DIM), _empty(1, _PREFIX, 1, _HEAD_DIM))
+    table = _empty(1, 51, _HEAD_DIM // 2)
+    for rows in (1, 11, 51):
+        x, rope = _empty(1, rows, _WIDTH), Rope(table[:, :rows], table[:, :rows])
+        qkv = linear(x, _empty(_QKV, _WIDTH), None, None, gain, EPS, [])
+        q, k, v = qkv.view(1, rows, -1, _HEAD_DIM).split((_HEADS, 1, 1), dim=-2)
+        seen = attend(q, past, (k, v), rope, _STATE, _HEAD_DIM**-0.5)
+        x = linear(seen.flatten(2), _empty(_WIDTH, _HEADS * _HEAD_DIM), None, x, None, None, [])
+        hidden = triton_skinny_gemm.skinny_gelu_mul(x, _empty(2 * _MLP, _WIDTH), gain, EPS, [])
+        linear(hidden, _empty(_WIDTH, _MLP), None, x, None, None, [])
+
+
+def elementwise() -> None:
+    """Norms, activation and rotary embedding of the prefix and of vision."""
+    x, gain = _empty(1, _PREFIX, 2048), _empty(2048, dtype=torch.float32)
+    triton_norm.add_rms_norm(x, x, gain, EPS)
+    triton_norm.layer_norm(_empty(3, 256, 1152), _empty(1152), _empty(1152), EPS)
+    triton_activation.gelu_mul_fused(_empty(1, _PREFIX, 32768))
+    table = _empty(1, _PREFIX, 128)
+    triton_rotary.rotary_qk(_empty(1, _PREFIX, 8, 256), _empty(1, _PREFIX, 1, 256), table, table)
+
+
+CASES: tuple[Callable[[], None], ...] = (
+    decode,
+    decode_cached,
+    prefill,
+    vision,
+    skinny,
+    skinny_51,
+    expert_layer,
+    elementwise,
+)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype)

@@ -1,0 +1,390 @@
+"""The findings on made-up machines, and the command on this one with and without its packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from openpi_opt import audit, doctor
+from openpi_opt.audit import HAZARDS, REQUIRED, Finding, Host
+from openpi_opt.knobs.environment import REFUSED
+from openpi_opt.machine import AiterPackage, Gpu, Machine, TorchBuild
+from openpi_opt.paths import package_dir
+from openpi_opt.search.environment import cleared_names
+
+ROOT = Path(__file__).parent.parent
+H100 = Gpu(0, "GPU-abc", "NVIDIA H100", "nvidia", "sm90", 81_559, "570.1")
+MI300X = Gpu(0, "GPU-00ff", "MI300X", "amd", "gfx942", 196_608, "6.12")
+CUDA = TorchBuild("2.13.0+cu130", "13.0", None)
+ROCM = TorchBuild("2.13.0+rocm7.2", None, "7.2.53211")
+
+
+def machine(
+    *gpus: Gpu, torch: TorchBuild | None = None, aiter: AiterPackage | None = None
+) -> Machine:
+    made = Machine(gpus, torch, "AMD EPYC", 2, 24_000)
+    made.__dict__["aiter"] = aiter  # a cached property: what the import path has does not count
+    return made
+
+
+def host(
+    root: Path,
+    made: Machine,
+    environ: Mapping[str, str] | None = None,
+    nvml: ModuleType | None = None,
+) -> Host:
+    return Host(made, environ or {}, root, nvml)
+
+
+def write(path: Path, text: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def found(where: Host, name: str) -> list[Finding]:
+    return [finding for finding in audit.audit(where) if finding.name == name]
+
+
+def only(where: Host, name: str) -> Finding:
+    (finding,) = found(where, name)
+    assert bool(finding.mend) == (finding.status != "ok")
+    return finding
+
+
+def test_every_finding_that_is_not_ok_has_a_mend(tmp_path: Path) -> None:
+    made = machine(MI300X, H100)
+    environ = {name.rstrip("*"): "1" for name, _, _ in HAZARDS}
+    for finding in audit.audit(host(tmp_path, made, environ)):
+        assert bool(finding.mend) == (finding.status != "ok"), finding
+        assert finding.what
+
+
+# --- machine and drivers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "status"), [("1", "warning"), ("0", "ok"), ("2", "warning")])
+def test_numa_balancing(value: str, status: str, tmp_path: Path) -> None:
+    write(tmp_path / "proc/sys/kernel/numa_balancing", value + "\n")
+    finding = only(host(tmp_path, machine()), "NUMA balancing")
+    assert finding.status == status
+
+
+def test_a_kernel_without_numa_balancing_is_not_mentioned(tmp_path: Path) -> None:
+    assert not found(host(tmp_path, machine()), "NUMA balancing")
+
+
+def test_governor(tmp_path: Path) -> None:
+    for cpu, name in (("cpu0", "performance"), ("cpu1", "powersave")):
+        write(tmp_path / f"sys/devices/system/cpu/{cpu}/cpufreq/scaling_governor", name)
+    finding = only(host(tmp_path, machine()), "CPU governor")
+    assert (finding.status, "powersave" in finding.what) == ("warning", True)
+
+
+def pci(root: Path, vendor: str, kind: str = "0x030200") -> None:
+    write(root / "sys/bus/pci/devices/0000:01:00.0/vendor", vendor)
+    write(root / "sys/bus/pci/devices/0000:01:00.0/class", kind)
+
+
+def test_a_gpu_without_its_driver_is_a_problem(tmp_path: Path) -> None:
+    pci(tmp_path, "0x10de")
+    finding = only(host(tmp_path, machine(), nvml=fake_nvml()), "nvidia")
+    assert (finding.status, "driver" in finding.what) == ("problem", True)
+    without = only(host(tmp_path, machine()), "nvidia")
+    assert "nvidia-ml-py" in without.what
+    pci(tmp_path, "0x1002", "0x120000")
+    assert only(host(tmp_path, machine()), "amdgpu").status == "problem"
+    pci(tmp_path, "0x1002", "0x020000")  # a network card
+    assert not found(host(tmp_path, machine()), "amdgpu")
+
+
+def test_a_hidden_gpu_is_not_a_broken_one(tmp_path: Path) -> None:
+    pci(tmp_path, "0x10de")
+    hidden = host(tmp_path, machine(), {"CUDA_VISIBLE_DEVICES": ""})
+    assert not found(hidden, "nvidia")
+    assert "CUDA_VISIBLE_DEVICES" in only(hidden, "gpu").what
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may open anything")
+def test_kfd_must_be_open_to_the_user(tmp_path: Path) -> None:
+    write(tmp_path / "dev/kfd").chmod(0o000)
+    assert only(host(tmp_path, machine(MI300X)), "amdgpu").status == "problem"
+
+
+def test_a_profiler_that_loses_kernels(tmp_path: Path) -> None:
+    old = TorchBuild("2.9.0+rocm6.4", None, "6.4.43482")
+    assert only(host(tmp_path, machine(MI300X, torch=old)), "roctracer").status == "warning"
+    assert not found(host(tmp_path, machine(MI300X, torch=ROCM)), "roctracer")
+
+
+@dataclass
+class FakeNvml(ModuleType):
+    """What the driver of one H100 answers."""
+
+    limit_w: float = 700
+    pids: tuple[int, ...] = ()
+    silent: bool = False
+    asked: list[str] = field(default_factory=list)
+
+    class NVMLError(Exception):
+        pass
+
+    def __post_init__(self) -> None:
+        super().__init__("pynvml")
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        self.asked.append(uuid)
+        return uuid
+
+    def nvmlDeviceGetPowerManagementLimit(self, handle: str) -> float:  # noqa: N802
+        if self.silent:
+            raise self.NVMLError("Not Supported")
+        return self.limit_w * 1e3
+
+    def nvmlDeviceGetPowerManagementDefaultLimit(self, handle: str) -> float:  # noqa: N802
+        return 700e3
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:  # noqa: N802
+        if self.silent:
+            raise self.NVMLError("Insufficient Permissions")
+        return [SimpleNamespace(pid=pid) for pid in self.pids]
+
+
+def fake_nvml(**answers: object) -> FakeNvml:
+    return FakeNvml(**answers)  # type: ignore[arg-type]
+
+
+def test_power_and_processes_of_nvidia(tmp_path: Path) -> None:
+    made = machine(H100, torch=CUDA)
+    quiet = host(tmp_path, made, nvml=fake_nvml(pids=(os.getpid(),)))
+    assert only(quiet, "power cap").status == "ok"
+    assert only(quiet, "other processes").status == "ok"
+    busy = host(tmp_path, made, nvml=fake_nvml(limit_w=500, pids=(7, 8)))
+    assert "500 W of 700 W" in only(busy, "power cap").what
+    assert "nvidia-smi -i 0 -pl 700" in only(busy, "power cap").mend
+    assert "2 (processes 7, 8)" in only(busy, "other processes").what
+    silent = host(tmp_path, made, nvml=fake_nvml(silent=True))
+    assert not found(silent, "power cap") + found(silent, "other processes")
+
+
+def test_power_and_processes_of_amd(tmp_path: Path) -> None:
+    device = tmp_path / "sys/class/drm/renderD128/device"
+    write(device / "vendor", "0x1002\n")
+    write(device / "hwmon/hwmon3/power1_cap", "650000000\n")
+    write(device / "hwmon/hwmon3/power1_cap_default", "750000000\n")
+    write(tmp_path / "sys/class/kfd/kfd/proc/4321/pasid", "1")
+    where = host(tmp_path, machine(MI300X, torch=ROCM))
+    assert "renderD128: 650 W of 750 W" in only(where, "power cap").what
+    assert "process 4321" in only(where, "other processes").what
+    write(device / "hwmon/hwmon3/power1_cap", "750000000\n")
+    assert only(where, "power cap").status == "ok"
+
+
+# --- packages -------------------------------------------------------------------------------------
+
+
+def test_what_is_required_is_what_the_package_declares() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S)
+    assert block
+    declared = dict(re.findall(r'"([\w-]+)>=([\d.]+)', block[1]))
+    assert {name: least for name, _, least in REQUIRED} == declared
+    python = re.search(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', text)
+    assert python
+    assert ((3, int(python[1])), (3, int(python[2]))) == audit.PYTHONS
+
+
+def test_an_old_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = (("numpy", "numpy", "999"), ("nowhere", "nowhere_to_be_found", "1"))
+    monkeypatch.setattr(audit, "REQUIRED", listed)
+    where = host(tmp_path, machine())
+    assert "older than 999" in only(where, "numpy").what
+    assert only(where, "nowhere").what == "not installed"
+    assert only(where, "nowhere").status == "problem"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "torch", "status"),
+    [
+        (H100, CUDA, "ok"),
+        (MI300X, ROCM, "ok"),
+        (H100, TorchBuild("2.13.0+cpu", None, None), "problem"),
+        (MI300X, CUDA, "problem"),
+        (H100, ROCM, "problem"),
+    ],
+)
+def test_torch_must_be_built_for_the_gpu(
+    gpu: Gpu, torch: TorchBuild, status: str, tmp_path: Path
+) -> None:
+    where = host(tmp_path, machine(gpu, torch=torch), nvml=fake_nvml())
+    assert only(where, "torch build").status == status
+
+
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert only(host(tmp_path, machine(MI300X, torch=ROCM)), "C compiler").status == "problem"
+    assert only(host(tmp_path, machine()), "C compiler").status == "warning"
+
+
+UNRELATED = AiterPackage("unrelated", "0.13.20191203", "/x/aiter")
+
+
+def test_the_wrong_aiter(tmp_path: Path) -> None:
+    amd = only(host(tmp_path, machine(MI300X, torch=ROCM, aiter=UNRELATED)), "aiter")
+    assert amd.status == "problem"
+    assert "pip uninstall aiter" in amd.mend
+    where = host(tmp_path, machine(H100, torch=CUDA, aiter=UNRELATED), nvml=fake_nvml())
+    assert only(where, "aiter").status == "warning"
+    assert not found(host(tmp_path, machine(H100, torch=CUDA), nvml=fake_nvml()), "aiter")
+    assert only(host(tmp_path, machine(MI300X, torch=ROCM)), "aiter").status == "warning"
+
+
+NEW, OLD = "gfx,cu_num,M,N,K\n", "cu_num,M,N,K\n"
+TABLE = "aiter tuned GEMM table"
+
+
+def aiter_host(root: Path, environ: Mapping[str, str] | None = None) -> Host:
+    package = AiterPackage("amd", "0.1.20", str(root / "aiter"))
+    return host(root, machine(MI300X, torch=ROCM, aiter=package), environ)
+
+
+def test_a_table_without_rows_for_this_gpu(tmp_path: Path) -> None:
+    file = write(tmp_path / "aiter/configs/bf16_tuned_gemm.csv", NEW)
+    assert "empty" in only(aiter_host(tmp_path), TABLE).what
+    file.write_text(NEW + "gfx950,256,11,2560,1024\n")
+    finding = only(aiter_host(tmp_path), TABLE)
+    assert finding.status == "warning"
+    assert "no rows for gfx942 (1 for gfx950)" in finding.what
+    write(
+        tmp_path / "aiter/configs/model_configs/pi_bf16_tuned_gemm.csv",
+        OLD + "304,11,2560,1024\n80,11,2560,1024\n",
+    )
+    assert only(aiter_host(tmp_path), TABLE).what == "2 rows for gfx942"
+
+
+def test_the_table_that_the_environment_names(tmp_path: Path) -> None:
+    write(tmp_path / "aiter/configs/bf16_tuned_gemm.csv", NEW + "gfx942,304,11,2560,1024\n")
+    mine = write(tmp_path / "mine.csv", OLD + "304,11,2560,1024\n")
+    named = aiter_host(tmp_path, {"AITER_CONFIG_GEMM_BF16": str(mine)})
+    finding = only(named, TABLE)
+    assert (finding.status, "no column gfx" in finding.what) == ("problem", True)
+    missing = aiter_host(tmp_path, {"AITER_CONFIG_GEMM_BF16": str(tmp_path / "none.csv")})
+    assert only(missing, TABLE).status == "problem"
+    mine.write_bytes(b"gfx\n\xff\xfe\n")
+    assert only(named, TABLE).status == "problem"
+
+
+# --- environment ----------------------------------------------------------------------------------
+
+
+def test_conflicting_variables(tmp_path: Path) -> None:
+    environ = {
+        "TORCHINDUCTOR_MAX_AUTOTUNE": "1",
+        "TORCHINDUCTOR_MAX_AUTOTUNE_POINTWISE": "1",
+        "HIP_LAUNCH_BLOCKING": "1",
+        "CUDA_LAUNCH_BLOCKING": "0",
+        "AMD_LOG_LEVEL": "",
+        "PYTORCH_ALLOC_CONF": "a:b",
+        "PYTORCH_CUDA_ALLOC_CONF": "a:c",
+        "HIP_VISIBLE_DEVICES": "1",
+        "CUDA_VISIBLE_DEVICES": "1",
+    }
+    where = host(tmp_path, machine(), environ)
+    named = {f.name for f in audit.audit(where) if f.area == "environment"}
+    assert named == {
+        "TORCHINDUCTOR_MAX_AUTOTUNE",
+        "TORCHINDUCTOR_MAX_AUTOTUNE_POINTWISE",
+        "HIP_LAUNCH_BLOCKING",
+        "PYTORCH_ALLOC_CONF, PYTORCH_CUDA_ALLOC_CONF",
+    }
+    assert only(host(tmp_path, machine()), "variables").status == "ok"
+
+
+def test_a_sweep_really_clears_them() -> None:
+    """The finding says so."""
+    names = [name.rstrip("*") for name, _, _ in HAZARDS]
+    assert cleared_names(dict.fromkeys(names, "1")) == sorted(names)
+
+
+def test_what_the_environment_knob_refuses_is_looked_for() -> None:
+    slow = {n for n in REFUSED if n.endswith(("_BLOCKING", "_KERNEL", "_COPY"))}
+    assert slow <= {name for name, _, _ in HAZARDS}
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_a_problem_is_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    where = host(tmp_path, machine(MI300X, torch=CUDA))
+    monkeypatch.setattr(doctor, "this_host", lambda: where)
+    assert doctor.main(["--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["problems"] >= 1
+    assert document["problems"] == sum(f["status"] == "problem" for f in document["findings"])
+    assert doctor.main([]) == 1
+    text = capsys.readouterr().out
+    assert "problem  torch build" in text
+    assert text.splitlines()[-1].startswith(f"{document['problems']} problem")
+
+
+def test_a_gpu_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    def probe() -> Machine:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+
+    monkeypatch.setattr(audit.machines, "probe", probe)
+    finding = only(audit.this_host(), "NVML")
+    assert (finding.status, "lost" in finding.what) == ("problem", True)
+
+
+def command(*arguments: str, path: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"PYTHONPATH": str(path), "PATH": os.environ["PATH"]}
+    return subprocess.run(
+        [sys.executable, *arguments, "-m", "openpi_opt.doctor", "--json"],
+        capture_output=True, text=True, env=environment, cwd=path, timeout=60,
+    )  # fmt: skip
+
+
+def test_with_nothing_but_python(tmp_path: Path) -> None:
+    """-S: no site-packages at all, as in a Python that was just unpacked."""
+    shutil.copytree(
+        package_dir(), tmp_path / "openpi_opt", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    done = command("-S", path=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == ""
+    findings = {f["name"]: f for f in json.loads(done.stdout)["findings"]}
+    for name, _, _ in REQUIRED:
+        if name in findings:  # triton is for some platforms only
+            assert findings[name]["what"] == "not installed"
+            assert findings[name]["mend"]
+    assert findings["torch"]["status"] == "problem"
+    assert findings["python"]["status"] == "ok"
+
+
+def test_here_no_heavy_package_is_imported() -> None:
+    code = (
+        "import sys; from openpi_opt.doctor import main; main([]); "
+        "heavy = {'torch', 'pydantic', 'numpy', 'rich', 'mlflow'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "problem" in done.stdout.splitlines()[-1]
