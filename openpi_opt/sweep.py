@@ -61,6 +61,15 @@ def main() -> int:
         UserError: bad input.
         SystemExit: the same codes, when Hydra is between.
     """
+    from openpi_opt import experiment
+
+    if experiment.is_asked_for(sys.argv[1:]):
+        return experiment.run(sys.argv[1:], _sweep)
+    return _sweep()
+
+
+def _sweep() -> int:
+    """The command line without experiments."""
     with ExitStack() as stack:
         folder = _take_preset_dir()
         if folder is not None:

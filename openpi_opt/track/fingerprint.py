@@ -29,6 +29,7 @@ _NOT_IN_A_TRIAL = frozenset(
         "compare.py",
         "compose.py",
         "deploy.py",
+        "experiment.py",
         "observation.py",
         "preset.py",
         "promote.py",
