@@ -180,6 +180,8 @@ def _own_words(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     for word in words:
         key, _, text = word.partition("=")
         if key in _OWN_KEYS:
+            if not text:
+                raise UserError(f"{word!r} gives {key} no value. Write {key}=VALUE.")
             own[key] = text
         else:
             rest.append(word)
@@ -247,7 +249,7 @@ def _x(row: Row, experiment: Experiment) -> Any:
 
 def _series(found: Sequence[Row], experiment: Experiment, command: Sequence[str]) -> dict[str, str]:
     """By uid: the swept keys besides x, or what the whole study was given, or the baseline."""
-    ignored = {experiment.x, *_NO_KNOBS}
+    ignored = {experiment.x, *_NO_KNOBS, *_OWN_KEYS}
     typed = [
         word
         for word in command

@@ -146,7 +146,8 @@ def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
 
 
 def _figure(title: str, panels: Sequence[Panel]) -> tuple[Figure, list[Axes]]:
-    if not panels or not all(series.points for panel in panels for series in panel.series):
+    drawn = [bool(panel.series) and all(s.points for s in panel.series) for panel in panels]
+    if not panels or not all(drawn):
         raise ValueError("nothing to draw: each panel needs series, each series points")
     from matplotlib.figure import Figure
 
