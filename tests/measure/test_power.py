@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -40,21 +41,40 @@ def zone(folder: Path, number: str, name: str, microjoules: int) -> Path:
     return path
 
 
+class Clock:
+    """Time that passes only when somebody sleeps: loads of the machine cannot disturb a test."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 class Steps:
     """A counter of a machine that draws `WATT` all the time, told in steps of 20 ms."""
 
+    def __init__(self, clock: Any = time) -> None:
+        self.clock = clock
+
     def __call__(self) -> float:
-        return WATT * (time.monotonic() // 0.02) * 0.02
+        return WATT * (self.clock.monotonic() // 0.02) * 0.02
 
 
-def test_a_counter_in_steps_is_read_at_its_steps() -> None:
-    meter = power.CounterMeter("nvml_counter", Steps())
-    for seconds in (0.11, 0.155):
+def test_a_counter_in_steps_is_read_at_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read at any moment instead, it would be up to 5 J off; polling allows for 0.5 ms twice."""
+    clock = Clock()
+    monkeypatch.setattr(power, "time", clock)
+    meter = power.CounterMeter("nvml_counter", Steps(clock))
+    for seconds in (0.11, 0.119, 0.155):
+        clock.sleep(0.0137)
         meter.start()
-        time.sleep(seconds)
+        clock.sleep(seconds)
         joule, took = meter.stop(WATT)
-        assert took >= seconds
-        assert joule == pytest.approx(WATT * took, rel=0.03)
+        assert took == pytest.approx(seconds)
+        assert joule == pytest.approx(WATT * seconds, abs=WATT * 0.001)
 
 
 def test_samples_are_integrated_over_uneven_gaps() -> None:
