@@ -135,11 +135,6 @@ class Experiment(BaseModel):
         return found
 
 
-def is_asked_for(words: Sequence[str]) -> bool:
-    """Whether a sweep's command line names an experiment."""
-    return any(word.startswith("experiment=") for word in words)
-
-
 def run(words: Sequence[str], sweep: Callable[[], int]) -> int:
     """Run the experiment of a sweep's command line by `sweep`, and write its report.
 

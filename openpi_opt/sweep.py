@@ -61,9 +61,9 @@ def main() -> int:
         UserError: bad input.
         SystemExit: the same codes, when Hydra is between.
     """
-    from openpi_opt import experiment
+    if any(word.startswith("experiment=") for word in sys.argv[1:]):
+        from openpi_opt import experiment  # tables and plots: not for every start
 
-    if experiment.is_asked_for(sys.argv[1:]):
         return experiment.run(sys.argv[1:], _sweep)
     return _sweep()
 
