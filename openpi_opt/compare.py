@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt.cli import run
-from openpi_opt.result import Compilation, GuardReport, Latency, Ok, Wrong
+from openpi_opt.result import Compilation, Energy, GuardReport, Latency, Ok, Roofline, Wrong
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.report import Row, lossy, print_table, rows
 from openpi_opt.track.store import DEFAULT_STORE, Store
@@ -25,6 +25,8 @@ _PARTS = {
     "latency": [name for name in Latency.model_fields if name not in _SAMPLES],
     "kernels": ["kind", "total", "busy_ms", "idle_ms"],
     "compilation": [name for name in Compilation.model_fields if name != "graph_breaks"],
+    "roofline": ["floor_ms", "fraction", "ceilings"],
+    "energy": list(Energy.model_fields),
     "guard": list(GuardReport.model_fields),
 }
 
@@ -79,6 +81,8 @@ def trial(row: Row, study_dir: Path) -> dict[str, Any]:
         "gpu": ok and ok.gpu and ok.gpu.model_dump(),
         "checks": ok and [check.model_dump() for check in ok.checks],
         "flags": ok and ok.flags(),
+        "roofline": ok and ok.roofline and _roofline(ok.roofline),
+        "energy": ok and ok.energy and ok.energy.model_dump(),
         "guard": result.guard.model_dump() if isinstance(result, Ok | Wrong) else None,
         "model": result.config.get("model", {}).get("name"),
         "workload": result.config.get("workload", {}).get("name"),
@@ -88,6 +92,19 @@ def trial(row: Row, study_dir: Path) -> dict[str, Any]:
         "other_fingerprint": row.stale,
         "created_at": record.created_at,
         "trial_dir": str(study_dir / record.trial_dir) if record.trial_dir else None,
+    }
+
+
+def _roofline(roofline: Roofline) -> dict[str, Any]:
+    """Floor and fraction of the call and of each stage, and where the ceilings come from."""
+    return {
+        "floor_ms": roofline.floor_ms,
+        "fraction": roofline.fraction,
+        "ceilings": roofline.ceilings and roofline.ceilings.source,
+        "stages": {
+            name: stage.model_dump(include={"floor_ms", "bound", "measured_ms", "fraction"})
+            for name, stage in roofline.stages.items()
+        },
     }
 
 

@@ -117,10 +117,18 @@ class Measure(Section):
 
 
 class Profile(Section):
-    """What is looked at after the timed iterations; never during them."""
+    """What is looked at after the timed iterations; never during them.
+
+    `energy`: over `energy_seconds` of calls; auto: where the machine tells it, true: refuse the
+    trial where it does not. `roofline`: against ceilings that were measured once on this machine,
+    or the vendor's.
+    """
 
     kernels: bool = True
     trace: bool = False
+    energy: bool | Literal["auto"] = "auto"
+    energy_seconds: float = Field(3.0, ge=2, allow_inf_nan=False)
+    roofline: Literal["measured", "datasheet", "none"] = "measured"
 
 
 class Guard(Section):
@@ -149,6 +157,8 @@ class Limits(Section):
     guard: float = Field(300, gt=0)
     measure: float = Field(900, gt=0)
     profile: float = Field(300, gt=0)
+    energy: float = Field(300, gt=0)
+    ceilings: float = Field(300, gt=0)
 
 
 class Tracking(Section):

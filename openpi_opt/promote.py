@@ -124,7 +124,11 @@ class _Runner:
 
     def _run(self, cfg: Config, number: int) -> TrialResult:
         quick = cfg.model_copy(
-            update={"profile": cfg.profile.model_copy(update={"kernels": False, "trace": False})}
+            update={
+                "profile": cfg.profile.model_copy(
+                    update={"kernels": False, "trace": False, "energy": False}
+                )
+            }
         )
         uid = uuid4().hex
         folder = self.study_dir / "confirm" / uid

@@ -16,7 +16,17 @@ from openpi_opt.samples import Samples
 
 Outcome = Literal["ok", "wrong", "unavailable", "invalid", "oom", "timeout", "crashed", "error"]
 Phase = Literal[
-    "start", "load", "reference", "apply", "compile", "warmup", "guard", "measure", "profile"
+    "start",
+    "load",
+    "reference",
+    "apply",
+    "compile",
+    "warmup",
+    "guard",
+    "measure",
+    "profile",
+    "energy",
+    "ceilings",
 ]
 # Format 2 packs the samples and adds what says how sure a latency is. Format 1 is read: what it
 # lacks has the value None or is empty.
@@ -186,6 +196,67 @@ class Memory(_Part):
     host_peak_mib: float
 
 
+class Ceilings(_Part):
+    """What a machine can do at most: 1e9 bytes and 1e12 operations a second, by number format.
+
+    `measured` by a copy, a sum and products of matrices on the machine itself, or the vendor's
+    figures of the `datasheet`, which no program reaches. `cache_mib` is the last-level cache.
+    """
+
+    source: Literal["measured", "datasheet"]
+    device: str
+    bandwidth_gb_s: float = Field(gt=0, allow_inf_nan=False)
+    tflops: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    cache_mib: float = Field(ge=0, allow_inf_nan=False)
+
+
+class StageRoofline(_Part):
+    """Work of one stage in one call, and its floor; see `openpi_opt.measure.roofline`.
+
+    `measured_ms` is the stage's busy time under the profiler, `fraction` the floor divided by it.
+    """
+
+    operations: dict[str, float]
+    bytes: float
+    floor_ms: float | None
+    bound: Literal["memory", "compute"] | None
+    measured_ms: float | None
+    fraction: float | None
+
+
+class Roofline(_Part):
+    """How near the call is to the machine's limit: `fraction` is floor divided by mean latency.
+
+    Without `ceilings` only work is known; the reason is among the notes.
+    """
+
+    ceilings: Ceilings | None
+    stages: dict[str, StageRoofline]
+    floor_ms: float | None
+    fraction: float | None
+
+
+class Energy(_Part):
+    """Energy over `calls` calls in a row, measured apart from the latency.
+
+    `joule` is that of one call, `inferences_per_joule` counts observations (batch size divided by
+    `joule`), `watt` is the mean power of the run, `hz_per_watt` the observations per second of the
+    latency's run for each of these watts. `idle_watt` was read with the policy loaded and nothing
+    running. `limit_watt` is the power limit, and `hz_per_limit_watt` sets the rate against it.
+    """
+
+    method: Literal["nvml_counter", "nvml_samples", "amdsmi_counter", "hwmon_samples", "rapl"]
+    seconds: float = Field(gt=0)
+    calls: int = Field(ge=1)
+    joule: float = Field(gt=0, allow_inf_nan=False)
+    inferences_per_joule: float
+    watt: float = Field(gt=0)
+    hz_per_watt: float
+    idle_watt: float | None
+    limit_watt: float | None
+    hz_per_limit_watt: float | None
+
+
 class _Common(_Part):
     schema_version: Literal[1, 2] = 2
     config: dict[str, Any]
@@ -216,6 +287,8 @@ class Ok(_Common):
     compilation: Compilation | None = None
     gpu: Gpu | None = None
     checks: list[Check] = Field(default_factory=list)
+    roofline: Roofline | None = None
+    energy: Energy | None = None
 
     def flags(self) -> list[str]:
         """What a reader must know before believing the latency, one text for each flagged check."""

@@ -61,6 +61,15 @@ def main() -> int:
         UserError: bad input.
         SystemExit: the same codes, when Hydra is between.
     """
+    if any(word.startswith("experiment=") for word in sys.argv[1:]):
+        from openpi_opt import experiment  # tables and plots: not for every start
+
+        return experiment.run(sys.argv[1:], _sweep)
+    return _sweep()
+
+
+def _sweep() -> int:
+    """The command line without experiments."""
     with ExitStack() as stack:
         folder = _take_preset_dir()
         if folder is not None:

@@ -27,6 +27,7 @@ from openpi_opt.config import MIN_WARMUP, Config
 from openpi_opt.errors import RefusedError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine, probe
+from openpi_opt.measure import power
 from openpi_opt.search.environment import child_environment, cleared_names, knob_variables
 from openpi_opt.track.fingerprint import fingerprint
 
@@ -120,6 +121,7 @@ def _run(
         refusal = knob.check(cfg, machine)
         if refusal is not None:
             raise RefusedError(refusal.outcome, refusal.reason)
+    power.require(cfg, machine)
     progress.enter("load")
     from openpi_opt.measure import audit, gpu_state
 
@@ -169,7 +171,10 @@ def _run_checked(
     if cfg.canonical().knobs["compile"] != cfg.baseline().knobs["compile"]:
         compilation.observe()
     prepared = runtime.apply_knobs(policy, cfg)
-    return _measure(prepared, observations, inputs, reference, cfg, progress, folder, monitor)
+    found = _measure(prepared, observations, inputs, reference, cfg, progress, folder, monitor)
+    if found["outcome"] == "ok":
+        _explain(found, prepared, inputs, cfg, machine, progress, references.with_name("ceilings"))
+    return found
 
 
 def _measure(
@@ -296,6 +301,38 @@ def _timed(
     if gpu is not None:
         found += checks.of_gpu(gpu, seconds * 1e3)
     return _Timed(latency, gpu, found)
+
+
+def _explain(
+    found: dict[str, Any],
+    prepared: Prepared,
+    inputs: list[Inputs],
+    cfg: Config,
+    machine: Machine,
+    progress: Progress,
+    ceilings_folder: Path,
+) -> None:
+    """Add energy and roofline to what was measured; nothing here can disturb the latency."""
+    from openpi_opt.measure import ceilings, roofline
+
+    if cfg.profile.energy:
+        energy, notes = power.measure(
+            prepared.call, inputs, cfg, machine, found["throughput_hz"], progress.enter
+        )
+        found["energy"] = energy
+        found["notes"] += notes
+    if cfg.profile.roofline != "none":
+        # A trial sees its own GPU only, so the baseline's is number 0.
+        own = cfg.platform.model_copy(update={"gpu": 0})
+        env = child_environment(cfg.baseline().model_copy(update={"platform": own}), machine)
+        limits, notes = ceilings.obtain(
+            cfg, machine, ceilings_folder, env, lambda: progress.enter("ceilings")
+        )
+        kernels = found["kernels"]
+        found["roofline"], remarks = roofline.roofline(
+            cfg, limits, found["latency"].mean_ms, kernels.stage_ms if kernels else None
+        )
+        found["notes"] += [*notes, *remarks]
 
 
 def _failure(error: Exception, phase: str) -> dict[str, Any]:

@@ -55,7 +55,18 @@ def test_a_right_trial_says_how_fast_and_how_sure(tmp_path: Path) -> None:
     assert latency["min_ms"] <= latency["p50_ms"] <= latency["p95_ms"]
     assert document["kernels"]["kind"] == "operator_calls"
     assert document["guard"]["rel_l2"] < 1e-6
-    assert {"load", "reference", "compile", "guard", "measure"} <= set(document["phase_seconds"])
+    phases = {"load", "reference", "compile", "guard", "measure", "profile", "ceilings"}
+    assert phases <= set(document["phase_seconds"])
+    roofline = document["roofline"]
+    assert roofline["ceilings"]["source"] == "measured"
+    assert roofline["fraction"] == roofline["floor_ms"] / latency["mean_ms"]
+    assert set(roofline["stages"]) == {"vision", "prefill", "denoise"}
+    assert all(stage["fraction"] > 0 for stage in roofline["stages"].values())
+    assert list((tmp_path / "ceilings").glob("*.json"))
+    if document["energy"] is None:
+        assert any(note.startswith("No energy: ") for note in document["notes"])
+    else:
+        assert document["energy"]["seconds"] >= 2
 
 
 @pytest.mark.parametrize("raw", [{"attention": {"vision": "aiter"}}, {"graph": {"mode": "manual"}}])

@@ -33,6 +33,7 @@ _NOT_IN_A_TRIAL = frozenset(
         "compose.py",
         "deploy.py",
         "doctor.py",
+        "experiment.py",
         "observation.py",
         "preset.py",
         "promote.py",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from openpi_opt.result import Gpu, Kernels, Ok, Wrong
+from openpi_opt.result import Gpu, Kernels, Ok, Roofline, Wrong
 from openpi_opt.track.journal import Record
 
 MAX_PARAM = 6_000  # MLflow's limits; longer values it would cut with a warning
@@ -160,6 +160,11 @@ def _ok_metrics(result: Ok) -> dict[str, float]:
         found["compile/graph_breaks"] = sum(counts.graph_breaks.values())
     if result.gpu is not None:
         found |= _gpu_metrics(result.gpu)
+    if result.roofline is not None:
+        found |= _roofline_metrics(result.roofline)
+    if result.energy is not None:
+        energy = result.energy.model_dump(exclude={"method"})
+        found |= {f"energy/{name}": value for name, value in energy.items() if value is not None}
     return found
 
 
@@ -170,6 +175,14 @@ def _gpu_metrics(gpu: Gpu) -> dict[str, float]:
     for cause, value in (gpu.throttled_ms or {}).items():
         found[f"gpu/throttled_{cause}_ms"] = value
     return found
+
+
+def _roofline_metrics(roofline: Roofline) -> dict[str, float]:
+    """Floors and fractions that are known."""
+    found = {"fraction": roofline.fraction, "floor_ms": roofline.floor_ms}
+    for name, stage in roofline.stages.items():
+        found |= {f"{name}_fraction": stage.fraction, f"{name}_floor_ms": stage.floor_ms}
+    return {f"roofline/{key}": value for key, value in found.items() if value is not None}
 
 
 def _kernel_metrics(kernels: Kernels) -> dict[str, float]:

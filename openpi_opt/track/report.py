@@ -28,6 +28,7 @@ MIN_FOLDED = 8  # a knob's column may fold its text down to this many characters
 # Wide enough that a table in a pipe or a file is never cut.
 PIPE_WIDTH = 1_000
 STALE_MARK = "†"
+DATASHEET_MARK = "‡"
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,8 @@ def _footnotes(records: Sequence[Record], found: Sequence[Row]) -> list[str]:
         notes.append("* lowest mean of one process; python -m openpi_opt.promote confirms it")
     if any(row.ok and row.ok.latency.noisy for row in found):
         notes.append("~ noisy: std above 10% of the mean")
+    if any(_of_limit(row).endswith(DATASHEET_MARK) for row in found):
+        notes.append(f"{DATASHEET_MARK} of the datasheet's limit; this machine's was not measured")
     if any(lossy(row.record) for row in found):
         notes.append("lossy: computes in FP8, under a wider limit of the guard; never marked best")
     newest = records[-1]
@@ -227,9 +230,17 @@ def _table(group: Group) -> Table:
     )
     knobs = list(group.rows[0].differs)
     heads = ["#", *knobs, "outcome", "mean ± std ms", _count_name(kinds), "vs.\nbaseline"]
+    limits = [_of_limit(row) for row in group.rows]
+    heads += ["of\nlimit"] if any(limits) else []
     body = [
-        [_number(row), *row.differs.values(), _outcome(row), *_numbers(row, kinds)]
-        for row in group.rows
+        [
+            _number(row),
+            *row.differs.values(),
+            _outcome(row),
+            *_numbers(row, kinds),
+            *([limit] if any(limits) else []),
+        ]
+        for row, limit in zip(group.rows, limits, strict=True)
     ]
     for head, *cells in zip(heads, *body, strict=True):
         if head in knobs:
@@ -299,6 +310,15 @@ def _numbers(row: Row, kinds: AbstractSet[str]) -> list[str]:
         count,
         f"{row.vs_baseline:.2f}x" if row.vs_baseline is not None else "",
     ]
+
+
+def _of_limit(row: Row) -> str:
+    """Share of the machine's limit that the call reaches: its floor divided by its mean."""
+    roofline = row.ok.roofline if row.ok else None
+    if roofline is None or roofline.fraction is None or roofline.ceilings is None:
+        return ""
+    mark = DATASHEET_MARK if roofline.ceilings.source == "datasheet" else ""
+    return f"{roofline.fraction:.1%}{mark}"
 
 
 def _style(row: Row) -> str:

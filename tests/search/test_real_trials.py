@@ -147,3 +147,14 @@ def test_an_interrupted_sweep_leaves_no_process_and_can_go_on(
     assert "0 finished trial(s) are kept" in err
     assert "Traceback" not in err
     wait_for(lambda: not list(trials_of(terminal.folder)))
+
+
+def test_an_experiment_ends_with_its_table_and_plot(terminal: Terminal) -> None:
+    code, out, err = terminal.run(
+        "experiment=batch_scaling", "out=report", "workload.batch_size=1,2", "tracking=none"
+    )
+    assert code == 0, err
+    assert [r.result.config["workload"]["batch_size"] for r in terminal.records] == [1, 2]
+    assert "# Batch scaling: pi0_mini on cpu" in out
+    names = {path.name for path in (terminal.folder / "report").iterdir()}
+    assert names == {f"batch_scaling.{kind}" for kind in ("md", "json", "png", "svg")}

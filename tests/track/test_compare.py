@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from track_samples import config, failed, ok, record, wrong
+from track_samples import ENERGY, config, failed, ok, record, roofline, wrong
 
 from openpi_opt.cli import run
 from openpi_opt.compare import main
@@ -168,3 +168,24 @@ def test_defects_keep_their_traceback() -> None:
 
     with pytest.raises(KeyError):
         run(verb_main)
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_roofline_and_energy(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    journal = Journal.open(Store.open(tmp_path).study_dir("s"))
+    more = {"roofline": roofline("datasheet"), "energy": ENERGY}
+    journal.append(record(ok(10.0)))
+    journal.append(record(ok(10.0).model_copy(update=more)))
+    assert main(["s", "--store", str(tmp_path), "--format", kind]) == 0
+    out = capsys.readouterr().out
+    if kind == "json":
+        plain, full = json.loads(out)
+        assert (plain["roofline"], plain["energy"]) == (None, None)
+        assert full["energy"]["joule"] == 5.0
+        assert full["roofline"]["fraction"] == 0.4
+        assert full["roofline"]["ceilings"] == "datasheet"
+        assert full["roofline"]["stages"]["vision"]["fraction"] == 0.25
+    else:
+        plain, full = csv.DictReader(io.StringIO(out))
+        assert (plain["roofline.fraction"], plain["energy.joule"]) == ("", "")
+        assert (full["roofline.fraction"], full["energy.joule"]) == ("0.4", "5.0")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from track_samples import FINGERPRINT, H100, config, failed, ok, record, refused, wrong
+from track_samples import FINGERPRINT, H100, config, failed, ok, record, refused, roofline, wrong
 
 from openpi_opt.config import Config
 from openpi_opt.track.fingerprint import fingerprint
@@ -225,3 +225,14 @@ def test_a_lossy_trial_is_marked_and_never_best() -> None:
     shown = text(records, width=300)
     assert "ok lossy" in shown
     assert "wider limit" in shown
+
+
+def test_the_share_of_the_limit_has_a_column_once_it_is_known() -> None:
+    known = ok(10.0).model_copy(update={"roofline": roofline()})
+    sheet = ok(10.0, sdpa()).model_copy(update={"roofline": roofline("datasheet")})
+    records = numbered(record(ok(20.0), role="baseline"), record(known), record(sheet))
+    lines = [line.rstrip() for line in text(records).splitlines()]
+    assert [line.endswith("limit") for line in lines[:3]] == [False, False, True]
+    assert [re.split("  +", line)[-1] for line in lines[4:7]] == ["1.00x", "40.0%", "40.0%‡"]
+    assert any(line.startswith("‡ of the datasheet's limit") for line in lines)
+    assert "limit" not in text(records[:1])

@@ -8,8 +8,10 @@ from openpi_opt.config import Config
 from openpi_opt.machine import Gpu as MachineGpu
 from openpi_opt.machine import Machine, TorchBuild
 from openpi_opt.result import (
+    Ceilings,
     Check,
     Compilation,
+    Energy,
     Failed,
     Gpu,
     GpuState,
@@ -20,6 +22,8 @@ from openpi_opt.result import (
     Memory,
     Ok,
     Refused,
+    Roofline,
+    StageRoofline,
     Wrong,
 )
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
@@ -34,6 +38,18 @@ H100 = Machine(
     128_000,
 )
 FINGERPRINT = fingerprint(CPU)
+ENERGY = Energy(
+    method="nvml_counter",
+    seconds=3.0,
+    calls=100,
+    joule=5.0,
+    inferences_per_joule=0.8,
+    watt=500.0,
+    hz_per_watt=0.25,
+    idle_watt=90.0,
+    limit_watt=700.0,
+    hz_per_limit_watt=0.2,
+)
 
 
 def config(**overrides: Any) -> Config:
@@ -141,6 +157,26 @@ def ok(
         checks=CHECKS,
         kernel_table=[KernelRow(name="aten::mm", category="gemm", calls=300, total_ms=9.0)],
     )
+
+
+def roofline(source: Literal["measured", "datasheet"] = "measured") -> Roofline:
+    """Floors of 1 and 3 ms in a call of 10 ms; nothing is known of the prefill's time."""
+
+    def stage(floor_ms: float, measured_ms: float | None) -> StageRoofline:
+        return StageRoofline(
+            operations={"bfloat16": 1e9},
+            bytes=1e6,
+            floor_ms=floor_ms,
+            bound="compute",
+            measured_ms=measured_ms,
+            fraction=measured_ms and floor_ms / measured_ms,
+        )
+
+    ceilings = Ceilings(
+        source=source, device="x", bandwidth_gb_s=10, tflops={"bfloat16": 1}, cache_mib=32
+    )
+    stages = {"vision": stage(1.0, 4.0), "prefill": stage(3.0, None)}
+    return Roofline(ceilings=ceilings, stages=stages, floor_ms=4.0, fraction=0.4)
 
 
 def wrong(cfg: Config | None = None) -> Wrong:

@@ -1,0 +1,398 @@
+"""Experiments: a sweep that is written in `conf/experiment/`, and the report at its end.
+
+`python -m openpi_opt.sweep experiment=NAME out=FOLDER [group=option key=value ...]` runs one, and
+`python -m openpi_opt.experiment NAME STUDY --out FOLDER` writes the report of one again. A report
+is a table in Markdown and JSON and a plot in PNG and SVG, all called NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from openpi_opt import cli
+from openpi_opt.config import SECTIONS
+from openpi_opt.errors import UserError
+from openpi_opt.paths import conf_dir
+from openpi_opt.result import Energy, Ok, write_atomic
+from openpi_opt.search.settings import Settings, default_study_name
+from openpi_opt.search.space import parse_override
+from openpi_opt.track import plots
+from openpi_opt.track.journal import Journal, utc_now
+from openpi_opt.track.mlflow_content import device
+from openpi_opt.track.report import Row, rows
+from openpi_opt.track.store import DEFAULT_STORE, Store
+
+# Keys of an experiment's command line that the sweep does not have.
+_OWN_KEYS = ("experiment", "out")
+# What says how to search and to measure does not tell configurations apart.
+_NO_KNOBS = {*Settings.model_fields, *SECTIONS} - {"model", "weights", "workload"}
+
+
+class Column(BaseModel):
+    """A figure of an ok trial: what it is called, how it is shown, and its interval if known."""
+
+    model_config = ConfigDict(frozen=True)
+
+    title: str
+    value: Callable[[Ok], Any]
+    text: str = "{:.3f}"
+    interval: Callable[[Ok], tuple[float, float]] | None = None
+    log: bool = False
+
+
+def _batch(ok: Ok) -> float:
+    return float(ok.config["workload"]["batch_size"])
+
+
+def _energy(name: str) -> Callable[[Ok], Any]:
+    assert name in Energy.model_fields
+    return lambda ok: ok.energy and getattr(ok.energy, name)
+
+
+def _rates(ok: Ok) -> tuple[float, float]:
+    """A rate's interval is the latency's, turned round."""
+    latency, per_call = ok.latency, 1e3 * _batch(ok)
+    return per_call / latency.ci95_high_ms, per_call / latency.ci95_low_ms
+
+
+def _interval_ms(ok: Ok) -> tuple[float, float]:
+    return ok.latency.ci95_low_ms, ok.latency.ci95_high_ms
+
+
+def _percent_of_limit(ok: Ok) -> float | None:
+    fraction = ok.roofline.fraction if ok.roofline else None
+    return None if fraction is None else 100 * fraction
+
+
+COLUMNS = {
+    "mean_ms": Column(
+        title="latency, ms",
+        value=lambda ok: ok.latency.mean_ms,
+        interval=_interval_ms,
+        log=True,
+    ),
+    "ci95_ms": Column(
+        title="95% interval, ms", value=_interval_ms, text="{0[0]:.3f} to {0[1]:.3f}"
+    ),
+    "samples_per_s": Column(
+        title="samples/s", value=lambda ok: ok.throughput_hz, text="{:.2f}", interval=_rates
+    ),
+    "ms_per_sample": Column(
+        title="ms per sample", value=lambda ok: ok.latency.mean_ms / _batch(ok)
+    ),
+    "roofline": Column(title="% of roofline", value=_percent_of_limit, text="{:.1f}"),
+    "peak_mib": Column(
+        title="peak memory, MiB", value=lambda ok: ok.memory.peak_mib, text="{:.0f}"
+    ),
+    "joule": Column(title="J per call", value=_energy("joule")),
+    "watt": Column(title="mean W", value=_energy("watt"), text="{:.1f}"),
+    "idle_watt": Column(title="idle W", value=_energy("idle_watt"), text="{:.1f}"),
+    "samples_per_joule": Column(title="samples/J", value=_energy("inferences_per_joule")),
+    "hz_per_watt": Column(title="Hz per W", value=_energy("hz_per_watt"), text="{:.4f}"),
+    "hz_per_limit_watt": Column(
+        title="Hz per W of the power limit", value=_energy("hz_per_limit_watt"), text="{:.4f}"
+    ),
+}
+
+
+class Experiment(BaseModel):
+    """One file of `conf/experiment/`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    overrides: tuple[str, ...]
+    x: str
+    x_label: str
+    columns: tuple[str, ...] = Field(min_length=1)
+    plot: Literal["lines", "bars"]
+    panels: tuple[str, ...] = Field(min_length=1)
+
+    @staticmethod
+    def load(name: str) -> Experiment:
+        """Read `conf/experiment/NAME.yaml`.
+
+        Raises:
+            UserError: no such experiment; says which there are.
+        """
+        folder = conf_dir() / "experiment"
+        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        if name not in known:
+            raise UserError(f"experiment={name}: unknown. Use one of {', '.join(known)}.")
+        found = Experiment.model_validate(
+            yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+        )
+        unknown = {*found.columns, *found.panels} - set(COLUMNS)
+        assert not unknown, f"{name}: no such column {unknown}"
+        return found
+
+
+def run(words: Sequence[str], sweep: Callable[[], int]) -> int:
+    """Run the experiment of a sweep's command line by `sweep`, and write its report.
+
+    The report goes to `out=FOLDER`, or to the study's folder. Returns the sweep's exit code.
+
+    Raises:
+        UserError: unknown experiment, or a wrong override.
+    """
+    own, rest = _own_words(words)
+    name = own["experiment"]
+    experiment = Experiment.load(name)
+    given = [word for word in rest if not word.startswith("-") and "=" in word]
+    keys = {parse_override(word).key_or_group for word in given}
+    added = [line for line in experiment.overrides if line.partition("=")[0] not in keys]
+    study = _value(given, "study") or _study_name(name, given)
+    store = _value(given, "store") or DEFAULT_STORE
+    if "study" not in keys:
+        added.append(f"study='{study}'")
+    flags = [] if {"-m", "--multirun"} & set(rest) else ["-m"]
+    sys.argv[1:] = [*flags, *rest, *added]
+    code = _code(sweep)
+    known = Path(store).is_dir() and study in Store.open(store, create=False).studies()
+    if known:
+        study_dir = Store.open(store, create=False).find_study(study)
+        write_report(name, study_dir, Path(own.get("out") or study_dir / "report"))
+    return code
+
+
+def _study_name(name: str, given: Sequence[str]) -> str:
+    """The day, the experiment, and a hash of what the command line says: the same, the same."""
+    day, *_, digest = default_study_name([f"experiment={name}", *given]).split("-")
+    return f"{day}-{name}-{digest}"
+
+
+def _own_words(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    own: dict[str, str] = {}
+    rest = []
+    for word in words:
+        key, _, text = word.partition("=")
+        if key in _OWN_KEYS:
+            if not text:
+                raise UserError(f"{word!r} gives {key} no value. Write {key}=VALUE.")
+            own[key] = text
+        else:
+            rest.append(word)
+    return own, rest
+
+
+def _value(given: Sequence[str], key: str) -> str | None:
+    found = [parse_override(word).value() for word in given if word.startswith(f"{key}=")]
+    return str(found[-1]) if found else None
+
+
+def _code(sweep: Callable[[], int]) -> int:
+    try:
+        return sweep()
+    except SystemExit as end:  # Hydra's sweepers end the program
+        return end.code if isinstance(end.code, int) else 1
+
+
+def write_report(name: str, study_dir: Path, folder: Path) -> list[Path]:
+    """Write table and plot of a study, print the table; returns the files.
+
+    Trials of an older machine or software (another fingerprint), and confirmations, are left out.
+
+    Raises:
+        UserError: the study holds no trial, or the folder cannot be written.
+    """
+    experiment = Experiment.load(name)
+    journal = Journal.read(study_dir)
+    found = [r for r in rows(journal.records()) if not r.stale and r.record.role != "confirm"]
+    if not found:
+        raise UserError(f"study {study_dir.name} has no finished trial, so there is no report.")
+    series = _series(found, experiment, journal.header.command if journal.header else [])
+    found.sort(key=lambda row: (series[row.record.uid], _x(row, experiment)))
+    table = [_entry(row, series[row.record.uid], experiment) for row in found]
+    text = _markdown(experiment, study_dir.name, found, table)
+    document = _document(name, experiment, study_dir.name, found, table)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / f"{name}.md", folder / f"{name}.json"]
+        write_atomic(files[0], text)
+        write_atomic(files[1], json.dumps(document, indent=1, allow_nan=False) + "\n")
+        panels = _panels(experiment, found, series)
+        if panels:
+            draw = plots.lines if experiment.plot == "lines" else plots.bars
+            files += plots.save(draw(_heading(experiment, found), panels), folder, name)
+    except OSError as error:
+        raise UserError(
+            f"out={folder}: cannot write there ({error.strerror or error}).\n"
+            f"The study is kept: python -m openpi_opt.experiment {name} {study_dir.name} --out "
+            "FOLDER writes the report elsewhere."
+        ) from error
+    print(text)
+    for file in files:
+        print(f"wrote {file}", file=sys.stderr)
+    return files
+
+
+def _x(row: Row, experiment: Experiment) -> Any:
+    """The value on the x axis, from the configuration that ran."""
+    value: Any = row.record.result.config
+    for part in experiment.x.split("."):
+        value = value[part]
+    return value
+
+
+def _series(found: Sequence[Row], experiment: Experiment, command: Sequence[str]) -> dict[str, str]:
+    """By uid: the swept keys besides x, or what the whole study was given, or the baseline."""
+    ignored = {experiment.x, *_NO_KNOBS, *_OWN_KEYS}
+    typed = [
+        word
+        for word in command
+        if "=" in word
+        and not word.startswith("-")
+        and word.partition("=")[0] not in ignored
+        and word.split("=")[0].split(".")[0] not in ignored
+        and word not in experiment.overrides
+    ]
+    names = {}
+    for row in found:
+        record = row.record
+        swept = [f"{key}={text}" for key, text in record.params.items() if key != experiment.x]
+        plain = record.role == "baseline" or not (swept or typed)
+        names[record.uid] = "baseline" if plain else " ".join(swept or typed)
+    return names
+
+
+def _entry(row: Row, series: str, experiment: Experiment) -> dict[str, Any]:
+    """One line of the table as plain data; figures are None where the outcome has none."""
+    figures = {key: COLUMNS[key].value(row.ok) if row.ok else None for key in experiment.columns}
+    return {
+        "configuration": series,
+        experiment.x: _x(row, experiment),
+        "outcome": row.record.result.outcome,
+        **figures,
+        "noisy": row.ok.latency.noisy if row.ok else None,
+        "notes": row.record.result.notes,
+        "reason": row.reason or None,
+        "number": row.record.number,
+    }
+
+
+def _markdown(
+    experiment: Experiment, study: str, found: Sequence[Row], table: Sequence[dict[str, Any]]
+) -> str:
+    heads = ["configuration", experiment.x.split(".")[-1]]
+    heads += [COLUMNS[key].title for key in experiment.columns]
+    lines = [f"# {_heading(experiment, found)}", "", f"Study `{study}`.", ""]
+    lines += [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    for entry in table:
+        cells = [entry["configuration"], str(entry[experiment.x])]
+        cells += [_cell(entry, key) for key in experiment.columns]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    remarks: dict[str, list[str]] = {}
+    for entry in table:
+        for text in [*([entry["reason"]] if entry["reason"] else []), *entry["notes"]]:
+            remarks.setdefault(text, []).append(str(entry["number"]))
+    lines += ["", *(f"- {text} (trial {', '.join(who)})" for text, who in remarks.items())]
+    if any(entry["noisy"] for entry in table):
+        lines.append("- ~ noisy: standard deviation above 10% of the mean")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cell(entry: dict[str, Any], key: str) -> str:
+    value = entry[key]
+    if entry["outcome"] != "ok":
+        return str(entry["outcome"])
+    mark = "~ " if entry["noisy"] and key == "mean_ms" else ""
+    return mark + COLUMNS[key].text.format(value) if value is not None else "not measured"
+
+
+def _document(
+    name: str,
+    experiment: Experiment,
+    study: str,
+    found: Sequence[Row],
+    table: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    first = found[0].record.result
+    newest = max(found, key=lambda row: row.record.number).record
+    ceilings = next((r.ok.roofline.ceilings for r in found if r.ok and r.ok.roofline), None)
+    return {
+        "experiment": name,
+        "title": experiment.title,
+        "study": study,
+        "written_at": utc_now(),
+        "model": first.config["model"]["name"],
+        "workload": first.config["workload"],
+        "device": device(first.config, newest.result.fingerprint),
+        "fingerprint": newest.result.fingerprint,
+        "ceilings": ceilings and ceilings.model_dump(),
+        "rows": list(table),
+    }
+
+
+def _heading(experiment: Experiment, found: Sequence[Row]) -> str:
+    result = max(found, key=lambda row: row.record.number).record.result
+    workload = result.config["workload"]["name"]
+    where = device(result.config, result.fingerprint)
+    return f"{experiment.title}: {result.config['model']['name']} on {where}, workload {workload}"
+
+
+def _panels(
+    experiment: Experiment, found: Sequence[Row], series: dict[str, str]
+) -> list[plots.Panel]:
+    """One for each figure that at least one trial has."""
+    panels = []
+    for key in experiment.panels:
+        column = COLUMNS[key]
+        points: dict[str, list[plots.Point]] = {}
+        for row in found:
+            value = column.value(row.ok) if row.ok else None
+            if value is None:
+                continue
+            assert row.ok is not None
+            low, high = column.interval(row.ok) if column.interval else (None, None)
+            x = _x(row, experiment)
+            x = x if experiment.plot == "lines" else str(x)
+            points.setdefault(series[row.record.uid], []).append(plots.Point(x, value, low, high))
+        if points:
+            panels.append(
+                plots.Panel(
+                    title=column.title,
+                    series=[plots.Series(name, each) for name, each in points.items()],
+                    x_label=experiment.x_label,
+                    log_x=experiment.plot == "lines",
+                    log_y=experiment.plot == "lines" and column.log,
+                )
+            )
+    return panels
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report of a study once more.
+
+    Raises:
+        UserError: an unknown experiment, study or store.
+    """
+    arguments = _parser().parse_args(argv)
+    Experiment.load(arguments.name)
+    study_dir = Store.open(arguments.store, create=False).find_study(arguments.study)
+    write_report(arguments.name, study_dir, arguments.out or study_dir / "report")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m openpi_opt.experiment",
+        description="Write table and plot of an experiment's study again. The experiment itself is "
+        "run by `python -m openpi_opt.sweep experiment=NAME out=FOLDER`.",
+    )
+    parser.add_argument("name", metavar="NAME", help="batch_scaling or perf_per_watt")
+    parser.add_argument("study", metavar="STUDY", help="name of the study")
+    parser.add_argument("--store", default=DEFAULT_STORE, metavar="DIR", help="default: mlruns")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the study's report/")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,178 @@
+"""Plots for reports: lines and bars with intervals, each figure as PNG and SVG.
+
+Matplotlib is imported when a figure is drawn: verbs start fast without it. Figures are made
+without pyplot, so nothing here needs a display or leaves state behind.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours: told apart by colour-blind readers, too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+FORMATS = ("png", "svg")
+_PANEL_INCHES = (5.2, 3.9)
+_LONG_LABEL = 12
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value at `x` (a number for lines, a name for bars), with its interval if there is one."""
+
+    x: float | str
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points that belong together, under one name in the legend."""
+
+    label: str
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes. Logarithmic x axes are labelled with the values that occur."""
+
+    title: str
+    series: Sequence[Series]
+    x_label: str = ""
+    y_label: str = ""
+    log_x: bool = False
+    log_y: bool = False
+
+
+def lines(title: str, panels: Sequence[Panel]) -> Figure:
+    """Panels side by side, each series a line through its points, intervals as error bars.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    figure, every = _figure(title, panels)
+    for panel, axes in zip(panels, every, strict=True):
+        for number, series in enumerate(panel.series):
+            xs = [float(point.x) for point in series.points]
+            axes.errorbar(
+                xs,
+                [point.y for point in series.points],
+                yerr=_errors(series.points),
+                label=series.label,
+                color=COLOURS[number % len(COLOURS)],
+                marker=MARKERS[number % len(MARKERS)],
+                capsize=3,
+                linewidth=1.5,
+                markersize=5,
+            )
+        if panel.log_x:
+            axes.set_xscale("log", base=2)
+            ticks = sorted({float(p.x) for series in panel.series for p in series.points})
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+        if panel.log_y:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        _legend(axes, panel)
+    return figure
+
+
+def bars(title: str, panels: Sequence[Panel]) -> Figure:
+    """Panels side by side, one group of bars for each x, one bar of it for each series.
+
+    The value stands above its bar, intervals as error bars.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    figure, every = _figure(title, panels)
+    for panel, axes in zip(panels, every, strict=True):
+        names = list(dict.fromkeys(str(p.x) for series in panel.series for p in series.points))
+        width = 0.8 / len(panel.series)
+        for number, series in enumerate(panel.series):
+            shift = (number - (len(panel.series) - 1) / 2) * width
+            drawn = axes.bar(
+                [names.index(str(point.x)) + shift for point in series.points],
+                [point.y for point in series.points],
+                width * 0.92,
+                yerr=_errors(series.points),
+                capsize=3,
+                label=series.label,
+                color=COLOURS[number % len(COLOURS)],
+            )
+            texts = [f"{point.y:.3g}" for point in series.points]
+            axes.bar_label(drawn, texts, padding=2, fontsize=7)
+        long = max(map(len, names)) > _LONG_LABEL
+        axes.set_xticks(
+            range(len(names)), names, rotation=30 if long else 0, ha="right" if long else "center"
+        )
+        axes.margins(y=0.12)
+        if panel.log_y:
+            axes.set_yscale("log")
+        _legend(axes, panel)
+    return figure
+
+
+def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
+    """Write `stem.png` and `stem.svg`, each whole or not at all; the same figure, the same bytes.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    import matplotlib
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for kind in FORMATS:
+        path = folder / f"{stem}.{kind}"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with matplotlib.rc_context({"svg.hashsalt": stem}):
+            metadata = {"Date": None} if kind == "svg" else {"Software": None}
+            figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+        os.replace(temporary, path)
+        written.append(path)
+    return written
+
+
+def _figure(title: str, panels: Sequence[Panel]) -> tuple[Figure, list[Axes]]:
+    drawn = [bool(panel.series) and all(s.points for s in panel.series) for panel in panels]
+    if not panels or not all(drawn):
+        raise ValueError("nothing to draw: each panel needs series, each series points")
+    from matplotlib.figure import Figure
+
+    width, height = _PANEL_INCHES
+    figure = Figure(figsize=(width * len(panels), height), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    every = list(figure.subplots(1, len(panels), squeeze=False)[0])
+    for panel, axes in zip(panels, every, strict=True):
+        axes.set_title(panel.title, fontsize=10)
+        axes.set_xlabel(panel.x_label)
+        axes.set_ylabel(panel.y_label)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    return figure, every
+
+
+def _errors(points: Sequence[Point]) -> tuple[list[float], list[float]] | None:
+    """Distances below and above, 0 where a point has no interval; None when none has one."""
+    if all(point.low is None and point.high is None for point in points):
+        return None
+    below = [max(0.0, p.y - p.low) if p.low is not None else 0.0 for p in points]
+    above = [max(0.0, p.high - p.y) if p.high is not None else 0.0 for p in points]
+    return below, above
+
+
+def _legend(axes: Axes, panel: Panel) -> None:
+    if len(panel.series) > 1:
+        axes.legend(fontsize=8)

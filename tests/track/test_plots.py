@@ -1,0 +1,53 @@
+"""Figures as files: whole, the same for the same data, with the values and intervals given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openpi_opt.track import plots
+from openpi_opt.track.plots import Panel, Point, Series
+
+LINES = Panel(
+    "latency",
+    [
+        Series("a", [Point(1, 10.0, 9.0, 12.0), Point(2, 15.0), Point(64, 100.0, 99.0, 101.0)]),
+        Series("b", [Point(1, 8.0, 7.0, 9.0)]),
+    ],
+    x_label="batch",
+    log_x=True,
+    log_y=True,
+)
+BARS = Panel("energy", [Series("a", [Point("1", 2.0), Point("4", 5.0, 4.0, 6.0)])])
+
+
+def test_lines_and_bars_are_written_whole_and_the_same_again(tmp_path: Path) -> None:
+    for stem, figure in (("lines", plots.lines), ("bars", plots.bars)):
+        panel = LINES if stem == "lines" else BARS
+        files = plots.save(figure("t", [panel, panel]), tmp_path / "new", stem)
+        assert [file.name for file in files] == [f"{stem}.png", f"{stem}.svg"]
+        first = [file.read_bytes() for file in files]
+        assert first[0].startswith(b"\x89PNG")
+        assert first[1].rstrip().endswith(b"</svg>")
+        plots.save(figure("t", [panel, panel]), tmp_path / "new", stem)
+        assert [file.read_bytes() for file in files] == first
+    assert len(list((tmp_path / "new").iterdir())) == 4  # nothing temporary is left
+
+
+def test_intervals_are_drawn_from_low_to_high_and_only_where_given() -> None:
+    (axes,) = plots.lines("t", [LINES]).axes
+    (segments, _) = (bar.get_children()[-1].get_segments() for bar in axes.containers)
+    ends = [segment[:, 1].tolist() for segment in segments]
+    assert np.allclose(ends, [[9, 12], [15, 15], [99, 101]])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2", "64"]
+    (axes,) = plots.bars("t", [BARS]).axes
+    assert [bar.get_height() for bar in axes.patches] == [2.0, 5.0]
+    assert [text.get_text() for text in axes.texts] == ["2", "5"]
+
+
+def test_nothing_to_draw_is_an_error() -> None:
+    for panels in ([], [Panel("x", [])], [Panel("x", [Series("a", [])])]):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            plots.bars("t", panels)
