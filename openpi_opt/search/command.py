@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt.compare import print_table
+from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.paths import conf_dir
 from openpi_opt.result import Ok
 from openpi_opt.search.display import Display, Lines, Live
+from openpi_opt.search.dry_run import print_dry_run
 from openpi_opt.search.plan import StudyRequest
-from openpi_opt.search.points import Compose
+from openpi_opt.search.points import Compose, Points
+from openpi_opt.search.prepare import prepare, require_some
 from openpi_opt.search.settings import Settings, check_not_swept, default_study_name
 from openpi_opt.search.space import Space
 from openpi_opt.search.study import StudyOutcome, run_study
@@ -37,9 +40,20 @@ def run_command_line(
     """
     settings = Settings.parse(composed)
     check_not_swept(space)
+    if not (swept or settings.space.is_empty()):
+        raise UserError("a space is a sweep. Add -m to try its combinations.")
     name = default_study_name(overrides) if settings.study is None else settings.study
     check_study_name(name)
-    request = StudyRequest(name, space, settings, probe(), tuple(sys.argv[1:]), swept)
+    machine, allow_lossy = probe(), settings.objective.allow_lossy
+    if space.sensible_only or settings.dry_run is not None:
+        Points(space, compose, machine).check()
+        space, found = prepare(space, compose, machine, allow_lossy)
+        if settings.dry_run is None:
+            require_some(space, found)
+    request = StudyRequest(name, space, settings, machine, tuple(sys.argv[1:]), swept)
+    if settings.dry_run is not None:
+        points = Points(space, compose, machine, allow_lossy)
+        return print_dry_run(request, points, found, settings.dry_run)
     with _display() as display:
         outcome = run_study(request, compose, display)
     print_outcome(outcome, swept)
