@@ -22,7 +22,7 @@ from openpi_opt.search.settings import Settings, check_not_swept, default_study_
 from openpi_opt.search.space import Space
 from openpi_opt.search.study import StudyOutcome, run_study
 from openpi_opt.track.mlflow_content import reason
-from openpi_opt.track.report import Row, rows
+from openpi_opt.track.report import Row, lossy, rows
 from openpi_opt.track.store import DEFAULT_STORE, check_study_name
 
 
@@ -56,28 +56,33 @@ def run_command_line(
         return print_dry_run(request, points, found, settings.dry_run)
     with _display() as display:
         outcome = run_study(request, compose, display)
-    print_outcome(outcome, swept)
+    print_outcome(outcome, swept, allow_lossy)
     return outcome.exit_code
 
 
-def print_outcome(outcome: StudyOutcome, swept: bool) -> None:
-    """The table, the best of each context, and what to type next."""
+def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False) -> None:
+    """The table, the best of each context, and what to type next.
+
+    With `allow_lossy`, lossy trials compete for the best.
+    """
     print(f"study {outcome.name}: {_count(outcome)}; {outcome.ended}")
-    print_table(outcome.records)
-    best = [row for row in rows(outcome.records) if row.best]
+    print_table(outcome.records, allow_lossy)
+    best = [row for row in rows(outcome.records, allow_lossy) if row.best]
     for row in best:
         print(_best_line(row))
     if outcome.exit_code:
         _print_reasons(outcome)
     faster = any(row.record.role != "baseline" for row in best)
-    _print_next(outcome, promotable=swept and faster)
+    _print_next(outcome, swept and faster, " --allow-lossy" if allow_lossy else "")
 
 
 def _best_line(row: Row) -> str:
     assert row.ok is not None
     latency = row.ok.latency
     what = " ".join(f"{key}={text}" for key, text in row.differs.items()) or "baseline"
-    line = f"trial {row.record.number} ({what}), {latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms"
+    marked = ", lossy" if lossy(row.record) else ""
+    figures = f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms"
+    line = f"trial {row.record.number} ({what}{marked}), {figures}"
     if row.record.role == "baseline":
         return f"best: the baseline, {line}; nothing that was tried is faster"
     gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
@@ -101,16 +106,16 @@ def _print_reasons(outcome: StudyOutcome) -> None:
             print(f"    log: {outcome.store.study_dir(outcome.name) / record.trial_dir}/log.txt")
 
 
-def _print_next(outcome: StudyOutcome, promotable: bool) -> None:
+def _print_next(outcome: StudyOutcome, promotable: bool, flag: str) -> None:
     store = (
         ""
         if outcome.store.path == Path(DEFAULT_STORE).absolute()
         else (f" --store {outcome.store.path}")
     )
     print("next:")
-    print(f"  python -m openpi_opt.compare {outcome.name}{store}")
+    print(f"  python -m openpi_opt.compare {outcome.name}{store}{flag}")
     if promotable:
-        print(f"  python -m openpi_opt.promote {outcome.name}{store} --name NAME")
+        print(f"  python -m openpi_opt.promote {outcome.name}{store}{flag} --name NAME")
     if conf_dir() == Path.cwd() / "conf" and not store:
         print("  make ui")
     else:

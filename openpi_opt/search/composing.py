@@ -15,7 +15,7 @@ from openpi_opt.compose import CONTROL_KEYS, trial_config
 from openpi_opt.config import SECTIONS, Config
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import BY_NAME
-from openpi_opt.search.assemble import Assembler, Base
+from openpi_opt.search.assemble import Assembler, Composed
 from openpi_opt.search.hydra_errors import hydra_errors
 from openpi_opt.search.settings import Settings
 from openpi_opt.search.space import parse_override
@@ -29,7 +29,7 @@ class SweepCompose:
     def __init__(self, loader: ConfigLoader, master: DictConfig):
         self._loader = loader
         self._master = master
-        self._assemble = Assembler(self._base)
+        self._assemble = Assembler(self.by_hydra)
 
     def __call__(self, overrides: list[str]) -> Config:
         """The configuration for these overrides.
@@ -38,34 +38,28 @@ class SweepCompose:
             UserError: unknown group, option or key; a value that no schema admits.
         """
         assembled = self._assemble(overrides)
-        return self.by_hydra(overrides) if assembled is None else assembled
+        return self.by_hydra(overrides).config if assembled is None else assembled
 
-    def by_hydra(self, overrides: list[str]) -> Config:
-        """The same, all of it by Hydra.
+    def by_hydra(self, overrides: list[str]) -> Composed:
+        """All of it by Hydra.
 
         Raises:
             UserError: as for a call.
         """
-        return trial_config(plain(self._load(overrides)))
-
-    def _load(self, overrides: list[str]) -> DictConfig:
         with hydra_errors():
             composed = self._loader.load_sweep_config(self._master, overrides)
-        check_sources(composed.hydra.runtime, overrides)
-        return composed
-
-    def _base(self, overrides: list[str]) -> Base:
-        composed = self._load(overrides)
-        values, runtime = plain(composed), composed.hydra.runtime
-        choices = _choices(runtime)
-        roots = _roots(runtime)
+        runtime = composed.hydra.runtime
+        check_sources(runtime, overrides)
+        values, choices, roots = plain(composed), _choices(runtime), _roots(runtime)
         written = {
             key
             for group, option in choices.items()
             for path in _files(roots, group, option)[:1]
             for key in _global_keys(path)
         }
-        return Base(trial_config(values), values, choices, written, tuple(roots))
+        return Composed(
+            trial_config(values), values, choices, written, tuple(roots), _is_linked(composed)
+        )
 
 
 def plain(composed: DictConfig, lenient: bool = False) -> dict[str, Any]:
@@ -81,6 +75,13 @@ def plain(composed: DictConfig, lenient: bool = False) -> dict[str, Any]:
         names = [name for name in names if name in Settings.model_fields]
     with hydra_errors():
         return {name: _plain_value(composed[name]) for name in names}
+
+
+def _is_linked(composed: DictConfig) -> bool:
+    """Whether a value of the composed sections is an interpolation."""
+    raw = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(raw, dict)
+    return "${" in repr({key: value for key, value in raw.items() if key != "hydra"})
 
 
 def _plain_value(value: Any) -> Any:

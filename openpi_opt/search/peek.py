@@ -124,8 +124,15 @@ class _Watched:
     Whatever is no plain reading of a field (a method, a comparison, a text) needs all of them.
     """
 
+    __slots__ = ("_example", "_knob", "_knobs", "_path")
+
     def __init__(self, knobs: _Knobs, knob: str, path: tuple[str, ...], example: Options):
-        self.__dict__.update(_knobs=knobs, _knob=knob, _path=path, _example=example)
+        self._knobs, self._knob, self._path, self._example = knobs, knob, path, example
+
+    @property  # type: ignore[misc]
+    def __dict__(self) -> dict[str, Any]:
+        """What pydantic compares."""
+        return dict(self._whole().__dict__)
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from openpi_opt.search.sensible import LeftOut, NotSensibleError
 from openpi_opt.search.space import Space
 
 SAMPLE = 2_000
+SAMPLE_SECONDS = 2.0
 # A dimension with more values than this is not looked through for its default.
 _MAX_LOOKED_THROUGH = 64
 
@@ -124,7 +126,10 @@ def _sample(
     chosen = random.Random(0)
     reasons: dict[LeftOut, int] = {}
     hashes: list[str] = []
-    for _ in range(SAMPLE):
+    end = time.monotonic() + SAMPLE_SECONDS
+    drawn = 0
+    while drawn < SAMPLE and time.monotonic() < end:
+        drawn += 1
         params = {key: _any_text(d, chosen) for key, d in space.dimensions.items()}
         try:
             hashes.append(points.config(params).hash())
@@ -133,7 +138,7 @@ def _sample(
         except UserError as error:
             reason = LeftOut("invalid", str(error))
             reasons[reason] = reasons.get(reason, 0) + 1
-    return Sample(SAMPLE, len(hashes), len(set(hashes)), reasons, why)
+    return Sample(drawn, len(hashes), len(set(hashes)), reasons, why)
 
 
 def _any_text(dimension: Dimension, chosen: random.Random) -> str:

@@ -186,11 +186,20 @@ def _glob(line: str, group: str, sweep: Glob, loader: ConfigLoader | None) -> Ch
     options: Sequence[Any] = loader.get_group_options(group, ObjectType.CONFIG) if loader else []
     options = sorted(options) or key_values(group)
     names = {_text(option): option for option in options}
-    matching = [names[name] for name in names if name in sweep.filter([*names])]
+    include, exclude = ([_word(word) for word in part] for part in (sweep.include, sweep.exclude))
+    words = Glob(include=include, exclude=exclude)
+    matching = [names[name] for name in words.filter([*names])]
     if not matching:
         known = f"{group} has the options {', '.join(names)}" if names else "no such group or key"
         raise UserError(f"{line!r} matches nothing: {known}.\nUse glob(*) for all of a group.")
     return Choices(tuple(_text(option) for option in matching))
+
+
+def _word(pattern: Any) -> str:
+    """A pattern of `glob`, which may be read as a number or be quoted."""
+    if isinstance(pattern, QuotedString):
+        return pattern.text
+    return pattern if isinstance(pattern, str) else _text(pattern)
 
 
 def _range(line: str, sweep: RangeSweep) -> Dimension:

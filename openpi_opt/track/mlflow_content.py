@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from openpi_opt.config import Config
 from openpi_opt.result import Kernels, Ok, Wrong
 from openpi_opt.track.journal import Record
 
@@ -65,6 +66,7 @@ def tags(record: Record) -> dict[str, str]:
         "overrides": " ".join(f"{key}={value}" for key, value in record.params.items()),
         "trial_dir": record.trial_dir or "",
         "noisy": str(result.latency.noisy).lower() if isinstance(result, Ok) else "",
+        "lossy": "true" if Config.load(result.config).lossy() else "",
         "reason": one_line(reason(record), MAX_REASON),
     }
     return {f"openpi_opt.{key}": value[:MAX_TAG] for key, value in found.items() if value}
