@@ -67,7 +67,8 @@ def main() -> int:
         if own.preset_dir is not None:
             UserConf.preset_root = stack.enter_context(config_root(own.preset_dir))
         if own.dry_run:
-            sys.argv.append(f"dry_run={own.limit or DRY_RUN_LIMIT}")
+            limit = DRY_RUN_LIMIT if own.limit is None else own.limit
+            sys.argv.append(f"dry_run={limit}")
         elif own.limit is not None:
             raise UserError("--limit says how many configurations --dry-run lists. Add --dry-run.")
         return _main()

@@ -110,7 +110,7 @@ def _counts(found: Count | Sample) -> Iterator[str]:
 def _print_reasons(found: Count | Sample) -> None:
     if not found.left_out:
         return
-    print("left out, by the first reason:")
+    print("not sensible, by the first reason:")
     ordered = sorted(found.left_out.items(), key=lambda item: (-item[1], item[0]))
     width = len(f"{ordered[0][1]:,}")
     for reason, number in ordered:

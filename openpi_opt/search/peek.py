@@ -129,8 +129,8 @@ class _Watched:
     def __init__(self, knobs: _Knobs, knob: str, path: tuple[str, ...], example: Options):
         self._knobs, self._knob, self._path, self._example = knobs, knob, path, example
 
-    @property  # type: ignore[misc]
-    def __dict__(self) -> dict[str, Any]:
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
         """What pydantic compares."""
         return dict(self._whole().__dict__)
 
