@@ -59,7 +59,8 @@ def make_plan(request: StudyRequest) -> Plan:
             "sampler=grid: an interval has no end of values, so not every combination can be "
             "tried.\nUse range(LOW,HIGH,STEP) or a list of values, or sampler=tpe."
         )
-    if asked == "grid" or (asked == "auto" and count is not None and count <= limit):
+    few = count is not None and (count <= limit or request.space.has_steps())
+    if asked == "grid" or (asked == "auto" and few):
         every = count is not None and count <= limit
         some = "every one in order" if every else f"the first {limit} in order, by n_trials"
         return Plan(True, "grid", f"{known}, {some} (sampler {asked})")

@@ -99,6 +99,10 @@ class Space:
         finite = [count for count in counts if count is not None]
         return math.prod(finite) if len(finite) == len(counts) else None
 
+    def has_steps(self) -> bool:
+        """Whether points are listed by name: their order then means something."""
+        return any(isinstance(dimension, Bundles) for dimension in self.dimensions.values())
+
     def all(self) -> Iterator[dict[str, str]]:
         """Every point in the order written, the last key changing fastest.
 

@@ -90,6 +90,14 @@ def test_a_space_with_few_sensible_points_is_enumerated(lines: CommandLines) -> 
     assert make_plan(StudyRequest("s", space, Settings(), H100)).enumerated
 
 
+def test_steps_are_taken_in_order_even_when_there_are_more_than_n_trials(
+    lines: CommandLines, tmp_path: Path
+) -> None:
+    outcome, _, _ = run(lines, tmp_path, "space=ladder", fake=FakeRun(simple), n_trials=3)
+    steps = [record.params["step"] for record in outcome.points]
+    assert steps == ["1_baseline", "2_graph", "3_cached_keys"]
+
+
 def by_blas(cfg: Config) -> TrialResult:
     return ok(cfg, 5.0 if cfg.lossy() else 10.0 + cfg.weights.seed)
 
