@@ -145,6 +145,16 @@ def test_full_sweeps_every_knob_and_every_option_there_is(lines: CommandLines) -
             assert len(space.dimensions[key].texts()) == len(key_values(key)), key
 
 
+def test_full_sweeps_every_switch_of_a_knob_whose_options_it_does_not_sweep(
+    lines: CommandLines,
+) -> None:
+    space, _ = lines("space=full")
+    for knob in KNOBS:
+        if knob.name not in space.dimensions:
+            keys = {f"{knob.name}.{field}" for field in knob.options_type.model_fields}
+            assert {key for key in keys if key_values(key)} <= set(space.dimensions)
+
+
 def test_the_ladder_has_the_seven_steps_of_the_seeds(lines: CommandLines) -> None:
     space, compose = lines("space=ladder", "platform=cuda")
     configs = [Points(space, compose, MACHINES["h100"]).config(params) for params in space.all()]
