@@ -46,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not records:
         print(f"note: study {arguments.study} has no finished trial yet", file=sys.stderr)
     if arguments.format == "table":
-        print_table(records)
+        print_table(records, arguments.allow_lossy)
         return 0
-    plain = [trial(row, study_dir) for row in sorted(rows(records), key=lambda r: r.record.number)]
+    found = sorted(rows(records, arguments.allow_lossy), key=lambda row: row.record.number)
+    plain = [trial(row, study_dir) for row in found]
     if arguments.format == "json":
         print(json.dumps(plain, indent=1, allow_nan=False))
     else:
@@ -147,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--format", choices=("table", "json", "csv"), default="table", help="default: table"
+    )
+    parser.add_argument(
+        "--allow-lossy", action="store_true", help="let lossy configurations (FP8) be the best"
     )
     return parser
 

@@ -19,7 +19,19 @@ from openpi_opt.paths import conf_dir, user_conf_dir
 from openpi_opt.preset import check_name, config_root
 
 # Keys of conf/sweep.yaml that steer the sweep and are no part of a trial's configuration.
-CONTROL_KEYS = ("study", "store", "n_trials", "sampler", "seed", "baseline", "provenance", "hydra")
+CONTROL_KEYS = (
+    "study",
+    "store",
+    "n_trials",
+    "sampler",
+    "seed",
+    "baseline",
+    "objective",
+    "dry_run",
+    "space",
+    "provenance",
+    "hydra",
+)
 
 
 def trial_config(composed: Mapping[str, Any]) -> Config:

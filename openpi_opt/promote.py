@@ -254,7 +254,8 @@ def _print_table(
 def _short(cfg: Config) -> str:
     plain = cfg.baseline().labels()
     changed = {k: v for k, v in cfg.labels().items() if v != plain[k]}
-    return " ".join(f"{k}={v}" for k, v in changed.items()) or "baseline"
+    shown = " ".join(f"{k}={v}" for k, v in changed.items()) or "baseline"
+    return f"{shown} (lossy)" if cfg.lossy() else shown
 
 
 def _usage(name: str, folder: Path | None) -> str:
@@ -290,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
         help="processes per configuration, at least 3 (default: %(default)s)",
     )
     parser.add_argument(
-        "--allow-lossy", action="store_true", help="let lossy configurations (FP8) compete"
+        "--allow-lossy", action="store_true", help="let lossy configurations (FP8) be the best"
     )
     parser.add_argument(
         "--no-mlflow", dest="mlflow", action="store_false", help="do not log to MLflow"

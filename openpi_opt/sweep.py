@@ -31,6 +31,7 @@ from openpi_opt.preset import config_root
 if TYPE_CHECKING:
     from openpi_opt.config import Config
 
+DRY_RUN_LIMIT = 50
 _OWN_PLUGINS = ("hydra/sweeper", "hydra/launcher")
 # What Hydra composed for one trial, from which files, and the overrides.
 _COMPOSED: list[tuple[DictConfig, Any, list[str]]] = []
@@ -71,19 +72,28 @@ def main() -> int:
 def _sweep() -> int:
     """The command line without experiments."""
     with ExitStack() as stack:
-        folder = _take_preset_dir()
-        if folder is not None:
-            UserConf.preset_root = stack.enter_context(config_root(folder))
+        own = _take_own_flags()
+        if own.preset_dir is not None:
+            UserConf.preset_root = stack.enter_context(config_root(own.preset_dir))
+        if own.dry_run:
+            limit = DRY_RUN_LIMIT if own.limit is None else own.limit
+            sys.argv.append(f"dry_run={limit}")
+        elif own.limit is not None:
+            raise UserError("--limit says how many configurations --dry-run lists. Add --dry-run.")
         return _main()
 
 
-def _take_preset_dir() -> Path | None:
-    """Take `--preset-dir DIR` off the command line; Hydra's parser knows its own options only."""
+def _take_own_flags() -> Namespace:
+    """Take our own flags off the command line; Hydra's parser knows its own options only.
+
+    `--dry-run` becomes the key `dry_run`, which the sweeper sees.
+    """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset-dir", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--limit", type=int)
     own, sys.argv[1:] = parser.parse_known_args()
-    folder: Path | None = own.preset_dir
-    return folder
+    return own
 
 
 def _main() -> int:
@@ -95,6 +105,9 @@ def _main() -> int:
             signal.signal(number, _interrupt)
     Plugins.instance().register(UserConf)
     if not arguments.help:
+        if _is_run(arguments) and _names_space(arguments.overrides):
+            sys.argv.append("--multirun")
+            arguments.multirun = True
         _check(arguments)
     from openpi_opt.search.hydra_errors import hydra_errors
 
@@ -127,6 +140,20 @@ def _run_single(composed: DictConfig, runtime: Any, overrides: list[str]) -> int
         return trial_config(values)
 
     return run_command_line(overrides, values, space, compose, swept=False)
+
+
+def _is_run(arguments: Namespace) -> bool:
+    """Whether one trial is asked for, by no other of Hydra's verbs."""
+    verbs = ("multirun", "cfg", "info", "shell_completion", "hydra_help")
+    return not any(getattr(arguments, verb) for verb in verbs)
+
+
+def _names_space(overrides: list[str]) -> bool:
+    """Whether a named space is chosen: it sweeps, so it needs no -m."""
+    from openpi_opt.search.space import parse_override
+
+    read = [parse_override(line) for line in overrides]
+    return any(o.key_or_group == "space" and o.value() not in ("none", None) for o in read)
 
 
 def _check(arguments: Namespace) -> None:

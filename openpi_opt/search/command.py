@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt.compare import print_table
+from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.paths import conf_dir
 from openpi_opt.result import Ok
 from openpi_opt.search.display import Display, Lines, Live
+from openpi_opt.search.dry_run import print_dry_run
 from openpi_opt.search.plan import StudyRequest
-from openpi_opt.search.points import Compose
+from openpi_opt.search.points import Compose, Points
+from openpi_opt.search.prepare import prepare, require_some
 from openpi_opt.search.settings import Settings, check_not_swept, default_study_name
 from openpi_opt.search.space import Space
 from openpi_opt.search.study import StudyOutcome, run_study
 from openpi_opt.track.mlflow_content import reason
-from openpi_opt.track.report import Row, rows
+from openpi_opt.track.report import Row, lossy, rows
 from openpi_opt.track.store import DEFAULT_STORE, check_study_name
 
 
@@ -37,33 +40,49 @@ def run_command_line(
     """
     settings = Settings.parse(composed)
     check_not_swept(space)
+    if not (swept or settings.space.is_empty()):
+        raise UserError("a space is a sweep. Add -m to try its combinations.")
     name = default_study_name(overrides) if settings.study is None else settings.study
     check_study_name(name)
-    request = StudyRequest(name, space, settings, probe(), tuple(sys.argv[1:]), swept)
+    machine, allow_lossy = probe(), settings.objective.allow_lossy
+    if space.sensible_only or settings.dry_run is not None:
+        Points(space, compose, machine).check()
+        space, found = prepare(space, compose, machine, allow_lossy)
+        if settings.dry_run is None:
+            require_some(space, found)
+    request = StudyRequest(name, space, settings, machine, tuple(sys.argv[1:]), swept)
+    if settings.dry_run is not None:
+        points = Points(space, compose, machine, allow_lossy)
+        return print_dry_run(request, points, found, settings.dry_run)
     with _display() as display:
         outcome = run_study(request, compose, display)
-    print_outcome(outcome, swept)
+    print_outcome(outcome, swept, allow_lossy)
     return outcome.exit_code
 
 
-def print_outcome(outcome: StudyOutcome, swept: bool) -> None:
-    """The table, the best of each context, and what to type next."""
+def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False) -> None:
+    """The table, the best of each context, and what to type next.
+
+    With `allow_lossy`, lossy trials compete for the best.
+    """
     print(f"study {outcome.name}: {_count(outcome)}; {outcome.ended}")
-    print_table(outcome.records)
-    best = [row for row in rows(outcome.records) if row.best]
+    print_table(outcome.records, allow_lossy)
+    best = [row for row in rows(outcome.records, allow_lossy) if row.best]
     for row in best:
         print(_best_line(row))
     if outcome.exit_code:
         _print_reasons(outcome)
     faster = any(row.record.role != "baseline" for row in best)
-    _print_next(outcome, promotable=swept and faster)
+    _print_next(outcome, swept and faster, " --allow-lossy" if allow_lossy else "")
 
 
 def _best_line(row: Row) -> str:
     assert row.ok is not None
     latency = row.ok.latency
     what = " ".join(f"{key}={text}" for key, text in row.differs.items()) or "baseline"
-    line = f"trial {row.record.number} ({what}), {latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms"
+    marked = ", lossy" if lossy(row.record) else ""
+    figures = f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms"
+    line = f"trial {row.record.number} ({what}{marked}), {figures}"
     if row.record.role == "baseline":
         return f"best: the baseline, {line}; nothing that was tried is faster"
     gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
@@ -87,16 +106,16 @@ def _print_reasons(outcome: StudyOutcome) -> None:
             print(f"    log: {outcome.store.study_dir(outcome.name) / record.trial_dir}/log.txt")
 
 
-def _print_next(outcome: StudyOutcome, promotable: bool) -> None:
+def _print_next(outcome: StudyOutcome, promotable: bool, flag: str) -> None:
     store = (
         ""
         if outcome.store.path == Path(DEFAULT_STORE).absolute()
         else (f" --store {outcome.store.path}")
     )
     print("next:")
-    print(f"  python -m openpi_opt.compare {outcome.name}{store}")
+    print(f"  python -m openpi_opt.compare {outcome.name}{store}{flag}")
     if promotable:
-        print(f"  python -m openpi_opt.promote {outcome.name}{store} --name NAME")
+        print(f"  python -m openpi_opt.promote {outcome.name}{store}{flag} --name NAME")
     if conf_dir() == Path.cwd() / "conf" and not store:
         print("  make ui")
     else:

@@ -15,6 +15,7 @@ from openpi_opt.compose import CONTROL_KEYS, trial_config
 from openpi_opt.config import SECTIONS, Config
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import BY_NAME
+from openpi_opt.search.assemble import Assembler, Composed
 from openpi_opt.search.hydra_errors import hydra_errors
 from openpi_opt.search.settings import Settings
 from openpi_opt.search.space import parse_override
@@ -23,11 +24,12 @@ _GLOBAL = re.compile(r"^#\s*@package\s+_global_\s*$", re.MULTILINE)
 
 
 class SweepCompose:
-    """Composes one point of a sweep through Hydra's config loader."""
+    """Composes one point of a sweep through Hydra's config loader, or as that would do."""
 
     def __init__(self, loader: ConfigLoader, master: DictConfig):
         self._loader = loader
         self._master = master
+        self._assemble = Assembler(self.by_hydra)
 
     def __call__(self, overrides: list[str]) -> Config:
         """The configuration for these overrides.
@@ -35,10 +37,29 @@ class SweepCompose:
         Raises:
             UserError: unknown group, option or key; a value that no schema admits.
         """
+        assembled = self._assemble(overrides)
+        return self.by_hydra(overrides).config if assembled is None else assembled
+
+    def by_hydra(self, overrides: list[str]) -> Composed:
+        """All of it by Hydra.
+
+        Raises:
+            UserError: as for a call.
+        """
         with hydra_errors():
             composed = self._loader.load_sweep_config(self._master, overrides)
-        check_sources(composed.hydra.runtime, overrides)
-        return trial_config(plain(composed))
+        runtime = composed.hydra.runtime
+        check_sources(runtime, overrides)
+        values, choices, roots = plain(composed), _choices(runtime), _roots(runtime)
+        written = {
+            key
+            for group, option in choices.items()
+            for path in _files(roots, group, option)[:1]
+            for key in _global_keys(path)
+        }
+        return Composed(
+            trial_config(values), values, choices, written, tuple(roots), _is_linked(composed)
+        )
 
 
 def plain(composed: DictConfig, lenient: bool = False) -> dict[str, Any]:
@@ -56,6 +77,13 @@ def plain(composed: DictConfig, lenient: bool = False) -> dict[str, Any]:
         return {name: _plain_value(composed[name]) for name in names}
 
 
+def _is_linked(composed: DictConfig) -> bool:
+    """Whether a value of the composed sections is an interpolation."""
+    raw = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(raw, dict)
+    return "${" in repr({key: value for key, value in raw.items() if key != "hydra"})
+
+
 def _plain_value(value: Any) -> Any:
     if not OmegaConf.is_config(value):
         return value
@@ -69,12 +97,7 @@ def check_sources(runtime: Any, overrides: Sequence[str]) -> None:
         UserError: two different files are the same option, or the body of a preset would win over
             a group that the command line chooses.
     """
-    roots = [Path(s.path) for s in runtime.config_sources if s.schema == "file"]
-    choices = {
-        str(group): str(option)
-        for group, option in runtime.choices.items()
-        if option is not None and not str(group).startswith("hydra")
-    }
+    roots, choices = _roots(runtime), _choices(runtime)
     files = {group: _files(roots, group, option) for group, option in choices.items()}
     for group, found in files.items():
         if len({path.read_bytes() for path in found}) > 1:
@@ -86,9 +109,21 @@ def check_sources(runtime: Any, overrides: Sequence[str]) -> None:
     on_command_line = {group: named[group] for group in choices if group in named}
     for group, found in files.items():
         for path in found[:1]:
-            if group not in SECTIONS and group not in BY_NAME:
+            if group not in SECTIONS and group not in BY_NAME and group != "space":
                 _check_keys(f"{group}={choices[group]}", path)
             _check_body(f"{group}={choices[group]}", path, on_command_line)
+
+
+def _roots(runtime: Any) -> list[Path]:
+    return [Path(s.path) for s in runtime.config_sources if s.schema == "file"]
+
+
+def _choices(runtime: Any) -> dict[str, str]:
+    return {
+        str(group): str(option)
+        for group, option in runtime.choices.items()
+        if option is not None and not str(group).startswith("hydra")
+    }
 
 
 def _files(roots: Sequence[Path], group: str, option: str) -> list[Path]:
@@ -114,15 +149,24 @@ def _check_keys(name: str, path: Path) -> None:
 def _check_body(name: str, path: Path, on_command_line: Mapping[str, str]) -> None:
     """A global body is merged after the groups, so its keys would silently win."""
     for part in _with_parents(path):
-        text = part.read_text(encoding="utf-8")
-        body = yaml.safe_load(text) if _GLOBAL.search(text) else None
-        for key in body if isinstance(body, dict) else ():
+        for key in _body_keys(part):
             if key in on_command_line:
                 raise UserError(
                     f"{on_command_line[key]} cannot replace what {name} says: {part} sets keys of "
                     f"{key} one by one.\nName the keys ({key}.KEY=VALUE) instead of the option, "
                     "or take them out of the file."
                 )
+
+
+def _global_keys(path: Path) -> set[str]:
+    return {key for part in _with_parents(path) for key in _body_keys(part)}
+
+
+def _body_keys(path: Path) -> list[str]:
+    """The keys that a file sets in other groups."""
+    text = path.read_text(encoding="utf-8")
+    body = yaml.safe_load(text) if _GLOBAL.search(text) else None
+    return list(body) if isinstance(body, dict) else []
 
 
 def _with_parents(path: Path) -> Iterator[Path]:

@@ -11,7 +11,7 @@ import decimal
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -46,6 +46,10 @@ class Dimension(ABC):
     def text(self, value: str | int | float) -> str:
         """The text for a value that Optuna sampled."""
 
+    def overrides(self, key: str, text: str) -> list[str]:
+        """What a value is on the command line."""
+        return [f"{key}={text}"]
+
 
 @dataclass(frozen=True)
 class Choices(Dimension):
@@ -74,6 +78,30 @@ class Choices(Dimension):
     def text(self, value: str | int | float) -> str:
         """The value itself."""
         return str(value)
+
+    def only(self, texts: Sequence[str]) -> Choices:
+        """The same with these of its values, in this order."""
+        return Choices(tuple(texts))
+
+
+@dataclass(frozen=True)
+class Bundles(Choices):
+    """Names that each stand for several overrides: the steps of a named space."""
+
+    contents: tuple[tuple[str, ...], ...] = ()
+
+    @staticmethod
+    def of(bundles: Mapping[str, Sequence[str]]) -> Bundles:
+        """One value for each name, in this order."""
+        return Bundles(tuple(bundles), tuple(tuple(lines) for lines in bundles.values()))
+
+    def overrides(self, key: str, text: str) -> list[str]:
+        """The overrides that the name stands for."""
+        return list(self.contents[self.values.index(text)])
+
+    def only(self, texts: Sequence[str]) -> Bundles:
+        """The same with these of its names, in this order."""
+        return Bundles.of({text: self.overrides("", text) for text in texts})
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Optuna's side of a study: what was tried, what to try next.
 
 Ask and tell on a database. An outcome without a latency is told PRUNED: TPE learns from that and
-stays away, while it learns nothing from FAIL. FAIL is for what was never finished.
+stays away, while it learns nothing from FAIL. FAIL is for what was never finished. A lossy trial
+violates a constraint unless lossy ones may win, so that no sampler is drawn to where it was fast.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.result import Ok, TrialResult
 from openpi_opt.search.space import Space
@@ -38,15 +40,18 @@ class Proposal:
 class Optimizer:
     """One search space of one study. Make it with `open`."""
 
-    def __init__(self, study: optuna.Study, space: Space):
+    def __init__(self, study: optuna.Study, space: Space, allow_lossy: bool = False):
         self._study = study
+        self._allow_lossy = allow_lossy
         self._space = space
         self._asked: dict[int | None, optuna.Trial] = {}
         self.tried: set[str] = set()  # configuration hashes
         self.points: set[tuple[str, ...]] = set()
 
     @staticmethod
-    def open(store: Store, name: str, space: Space, sampler: str, seed: int) -> Optimizer:
+    def open(
+        store: Store, name: str, space: Space, sampler: str, seed: int, allow_lossy: bool = False
+    ) -> Optimizer:
         """Create or continue the study `name`.
 
         A continued study seeds its sampler anew, or random proposals would begin again with the
@@ -67,7 +72,7 @@ class Optimizer:
             study = optuna.create_study(
                 storage=storage, study_name=name, direction="minimize", load_if_exists=True
             )
-            optimizer = Optimizer(study, space)
+            optimizer = Optimizer(study, space, allow_lossy)
             count = optimizer._load()
             study.sampler = _sampler(sampler, (seed + count) % 2**32)
         return optimizer
@@ -112,6 +117,8 @@ class Optimizer:
             else:
                 trial = self._asked.pop(proposal.number)
                 trial.set_user_attr(HASH_ATTRIBUTE, result.config_hash)
+                for key, violation in self._constraints(result).items():
+                    trial.set_constraint(key, violation)
                 self._study.tell(trial, value, state=state)
         self._remember(proposal.params, result.config_hash)
 
@@ -147,8 +154,15 @@ class Optimizer:
             value=value,
             state=state,
             user_attrs={HASH_ATTRIBUTE: result.config_hash},
+            constraints=self._constraints(result),
         )
         self._study.add_trial(trial)
+
+    def _constraints(self, result: TrialResult) -> dict[str, float]:
+        """Above 0 is violated."""
+        if self._allow_lossy:
+            return {}
+        return {"lossy": 1.0 if Config.load(result.config).lossy() else -1.0}
 
     def _load(self) -> int:
         trials = self._study.get_trials(deepcopy=False)

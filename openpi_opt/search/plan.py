@@ -14,6 +14,9 @@ from openpi_opt.search.settings import Settings, identity
 from openpi_opt.search.space import Space
 from openpi_opt.track.store import Store
 
+# A space with few sensible points among more than this many is not walked through for them.
+MAX_WALK = 20_000
+
 
 @dataclass(frozen=True)
 class StudyRequest:
@@ -43,16 +46,21 @@ def make_plan(request: StudyRequest) -> Plan:
         UserError: every combination was asked for and there is no end of them.
     """
     asked, limit = request.settings.sampler, request.settings.n_trials
-    count = request.space.combinations()
-    if not request.swept or count == 1:
+    raw = request.space.combinations()
+    if not request.swept or raw == 1:
         return Plan(True, "grid", "1 configuration")
-    known = "a space without end" if count is None else f"{count} combinations"
+    known = "a space without end" if raw is None else f"{raw:,} combinations"
+    count = raw
+    if request.space.count is not None and raw is not None:
+        known = f"{request.space.count:,} sensible and different configurations"
+        count = request.space.count if raw <= MAX_WALK else raw
     if asked == "grid" and count is None:
         raise UserError(
             "sampler=grid: an interval has no end of values, so not every combination can be "
             "tried.\nUse range(LOW,HIGH,STEP) or a list of values, or sampler=tpe."
         )
-    if asked == "grid" or (asked == "auto" and count is not None and count <= limit):
+    few = count is not None and (count <= limit or request.space.has_steps())
+    if asked == "grid" or (asked == "auto" and few):
         every = count is not None and count <= limit
         some = "every one in order" if every else f"the first {limit} in order, by n_trials"
         return Plan(True, "grid", f"{known}, {some} (sampler {asked})")

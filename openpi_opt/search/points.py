@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
+from openpi_opt.search.sensible import NotSensibleError, left_out
 from openpi_opt.search.space import Space
 
 Compose = Callable[[list[str]], Config]
@@ -15,20 +16,34 @@ _CHECKED_VALUES = 64
 
 
 class Points:
-    """Composes every point once."""
+    """Composes every point once.
 
-    def __init__(self, space: Space, compose: Compose, machine: Machine):
+    Of a space that is `sensible_only`, points that a knob refuses are none, and lossy ones only
+    with `allow_lossy`.
+    """
+
+    def __init__(self, space: Space, compose: Compose, machine: Machine, allow_lossy: bool = False):
         self._space = space
         self._compose = compose
         self._machine = machine
+        self._allow_lossy = allow_lossy
         self._made: dict[tuple[str, ...], Config | UserError] = {}
 
     def config(self, params: dict[str, str]) -> Config:
         """The configuration of a point, with `auto` resolved.
 
         Raises:
-            UserError: the point is none, for instance because its values contradict each other.
+            UserError: the point is none, for instance because its values contradict each other;
+                NotSensibleError where only a knob says so.
         """
+        cfg = self._composed(params)
+        if self._space.sensible_only:
+            reason = left_out(cfg, self._machine, self._allow_lossy)
+            if reason is not None:
+                raise NotSensibleError(reason)
+        return cfg
+
+    def _composed(self, params: dict[str, str]) -> Config:
         key = tuple(params.values())
         if key not in self._made:
             try:
@@ -61,12 +76,12 @@ class Points:
 
     def _either(self, first: dict[str, str], last: dict[str, str], value: dict[str, str]) -> Config:
         try:
-            return self.config({**first, **value})
+            return self._composed({**first, **value})
         except UserError as error:
             if first == last:
                 raise
             try:
-                return self.config({**last, **value})
+                return self._composed({**last, **value})
             except UserError:
                 raise error from None
 

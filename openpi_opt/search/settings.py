@@ -11,12 +11,23 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from openpi_opt.errors import UserError
+from openpi_opt.search.named import NamedSpace
 from openpi_opt.search.space import Space, parse_override
 
 SamplerName = Literal["auto", "grid", "tpe", "random", "gp"]
 # Where a study is kept and what is looked at afterwards change no result.
 _NOT_IDENTITY = ("tracking", "limits", "profile", "hydra")
+# These settings say what is tried and what wins, so they are part of a study's identity.
+_DECIDING = ("space", "objective")
 _LONGEST_TEXT = 60
+
+
+class Objective(BaseModel):
+    """What counts as better. Lossy configurations (FP8) win only when asked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    allow_lossy: bool = False
 
 
 class Settings(BaseModel):
@@ -30,6 +41,9 @@ class Settings(BaseModel):
     sampler: SamplerName = "auto"
     seed: int = Field(0, ge=0, lt=2**32)
     baseline: bool = True
+    objective: Objective = Objective()
+    space: NamedSpace = NamedSpace()
+    dry_run: int | None = Field(None, ge=1)
 
     @field_validator("study", "store", mode="before")
     @classmethod
@@ -52,7 +66,7 @@ class Settings(BaseModel):
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    name = str(first["loc"][0])
+    name = ".".join(map(str, first["loc"]))
     if name == "sampler":
         return f"sampler={first['input']}: unknown. Use one of {', '.join(get_args(SamplerName))}."
     if name == "n_trials" and first["type"] == "greater_than_equal":
@@ -76,7 +90,7 @@ def check_not_swept(space: Space) -> None:
 
 def identity(overrides: Sequence[str]) -> list[str]:
     """The overrides that decide what is measured, in the order written."""
-    ignored = {*Settings.model_fields, *_NOT_IDENTITY}
+    ignored = {*Settings.model_fields, *_NOT_IDENTITY} - {*_DECIDING}
     return [line for line in overrides if _head(line) not in ignored]
 
 

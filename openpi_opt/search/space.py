@@ -14,7 +14,8 @@ import math
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.object_type import ObjectType
@@ -32,12 +33,14 @@ from hydra.errors import HydraException
 from openpi_opt.errors import UserError
 from openpi_opt.search.dimensions import (
     MAX_LISTED,
+    Bundles,
     Choices,
     Dimension,
     Integers,
     Interval,
     floats,
 )
+from openpi_opt.search.schema_keys import key_values
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
@@ -49,11 +52,20 @@ _NOT_WORDS = ("null", "true", "false", "inf", "nan")  # what the grammar reads a
 
 @dataclass(frozen=True)
 class Space:
-    """Swept keys with their values, and the overrides that all trials share."""
+    """Swept keys with their values, and the overrides that all trials share.
+
+    `sensible_only`: of the combinations, those that a knob refuses are passed over, not recorded as
+    trials: nobody asked for them one by one. `start`: points that a sampler begins with, by name;
+    keys that they leave out stand at the first value. `count`: how many combinations are sensible
+    and different, where that is known.
+    """
 
     dimensions: dict[str, Dimension]
     fixed: tuple[str, ...] = ()
     orders: dict[str, int] | None = None
+    sensible_only: bool = False
+    start: dict[str, dict[str, str]] = field(default_factory=dict)
+    count: int | None = None
 
     @staticmethod
     def parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> Space:
@@ -87,6 +99,10 @@ class Space:
         finite = [count for count in counts if count is not None]
         return math.prod(finite) if len(finite) == len(counts) else None
 
+    def has_steps(self) -> bool:
+        """Whether points are listed by name: their order then means something."""
+        return any(isinstance(dimension, Bundles) for dimension in self.dimensions.values())
+
     def all(self) -> Iterator[dict[str, str]]:
         """Every point in the order written, the last key changing fastest.
 
@@ -101,7 +117,8 @@ class Space:
 
     def overrides(self, params: Mapping[str, str]) -> list[str]:
         """The overrides of one point."""
-        return [*self.fixed, *(f"{key}={text}" for key, text in params.items())]
+        swept = (self.dimensions[key].overrides(key, text) for key, text in params.items())
+        return [*self.fixed, *itertools.chain.from_iterable(swept)]
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """For Optuna. Imports it."""
@@ -130,8 +147,9 @@ class Space:
         return texts
 
 
+@lru_cache(maxsize=4096)
 def parse_override(line: str) -> Override:
-    """Read one override.
+    """Read one override; the grammar takes a millisecond, so each is read once.
 
     Raises:
         UserError: it does not follow Hydra's grammar, or has nothing behind `=`.
@@ -169,12 +187,23 @@ def _dimension(line: str, override: Override, loader: ConfigLoader | None) -> Di
 
 
 def _glob(line: str, group: str, sweep: Glob, loader: ConfigLoader | None) -> Choices:
-    options = loader.get_group_options(group, ObjectType.CONFIG) if loader else []
-    matching = sweep.filter(sorted(options))
+    options: Sequence[Any] = loader.get_group_options(group, ObjectType.CONFIG) if loader else []
+    options = sorted(options) or key_values(group)
+    names = {_text(option): option for option in options}
+    include, exclude = ([_word(word) for word in part] for part in (sweep.include, sweep.exclude))
+    words = Glob(include=include, exclude=exclude)
+    matching = [names[name] for name in words.filter([*names])]
     if not matching:
-        known = f"{group} has the options {', '.join(options)}" if options else "no such group"
+        known = f"{group} has the options {', '.join(names)}" if names else "no such group or key"
         raise UserError(f"{line!r} matches nothing: {known}.\nUse glob(*) for all of a group.")
     return Choices(tuple(_text(option) for option in matching))
+
+
+def _word(pattern: Any) -> str:
+    """A pattern of `glob`, which may be read as a number or be quoted."""
+    if isinstance(pattern, QuotedString):
+        return pattern.text
+    return pattern if isinstance(pattern, str) else _text(pattern)
 
 
 def _range(line: str, sweep: RangeSweep) -> Dimension:
@@ -264,6 +293,8 @@ def _empty(line: str) -> UserError:
 
 
 def _unordered(dimension: Dimension) -> Any:
+    if isinstance(dimension, Bundles):
+        return sorted(zip(dimension.values, dimension.contents, strict=True))
     if isinstance(dimension, Choices):
         return sorted(dimension.values)
     if isinstance(dimension, Integers):

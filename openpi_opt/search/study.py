@@ -6,6 +6,7 @@ it is given, and a configuration a result through `run`.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from openpi_opt.config import Config
@@ -18,12 +19,15 @@ from openpi_opt.search.optimizer import Optimizer, Proposal
 from openpi_opt.search.plan import Plan, StudyRequest, announce, make_plan, space_hash
 from openpi_opt.search.points import Compose, Points
 from openpi_opt.search.process import run_trial
+from openpi_opt.search.sensible import LeftOut, NotSensibleError
 from openpi_opt.search.trials import Run, Trials, label
 from openpi_opt.track.journal import Record
 from openpi_opt.track.store import Store
 
 # A sampler that proposes this many known points on end has no new one to propose.
 MAX_REPEATS = 50
+# The same for combinations of a named space that are passed over: there may be many of them.
+MAX_PASSED_OVER = 2_000
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ def run_study(
             recorded before is kept.
         KeyboardInterrupt: the running trial was ended, the finished ones are kept.
     """
-    points = Points(request.space, compose, request.machine)
+    allow_lossy = request.settings.objective.allow_lossy
+    points = Points(request.space, compose, request.machine, allow_lossy)
     first = points.check()
     plan = make_plan(request)
     store = Store.open(request.settings.store)
@@ -73,6 +78,7 @@ def run_study(
         engine = _Engine(request, points, ledger, optimizer, trials, display)
         engine.settle()
         ended = engine.enumerate() if plan.enumerated else engine.sample()
+        engine.note_passed_over()
         return engine.outcome(store, ended)
     except KeyboardInterrupt:
         display.note(
@@ -86,7 +92,10 @@ def run_study(
 
 def _optimizer(request: StudyRequest, store: Store, plan: Plan, machine_hash: str) -> Optimizer:
     name = f"{request.name}#{space_hash(request.space, machine_hash)}"
-    return Optimizer.open(store, name, request.space, plan.sampler, request.settings.seed)
+    settings = request.settings
+    return Optimizer.open(
+        store, name, request.space, plan.sampler, settings.seed, settings.objective.allow_lossy
+    )
 
 
 @dataclass
@@ -98,6 +107,7 @@ class _Engine:
     trials: Trials
     display: Display
     _refused: list[UserError] = field(default_factory=list)
+    _passed_over: Counter[LeftOut] = field(default_factory=Counter)
     _baselines: dict[str, Record] = field(default_factory=dict)
 
     def settle(self) -> None:
@@ -126,15 +136,33 @@ class _Engine:
     def sample(self) -> str:
         """What the sampler proposes, up to `n_trials` different configurations."""
         limit, count = self.request.settings.n_trials, self.request.space.combinations()
-        repeats = 0
+        repeats = passed_over = 0
+        starts = list(self.request.space.start.values())
         while (done := len(self.optimizer.tried)) < limit:
             if count is not None and len(self.optimizer.points) >= count:
                 return "every combination is tried"
-            if repeats >= MAX_REPEATS:
-                return f"the last {repeats} proposals held nothing new: the space seems exhausted"
-            self._try(self.optimizer.ask(), f"[{done + 1}/{limit}]")
-            repeats = 0 if len(self.optimizer.tried) > done else repeats + 1
+            if self.request.space.count is not None and done >= self.request.space.count:
+                return "every sensible combination is tried"
+            if repeats >= MAX_REPEATS or passed_over >= MAX_PASSED_OVER:
+                return (
+                    f"the last {repeats + passed_over} proposals held nothing new: the space "
+                    "seems exhausted"
+                )
+            before = self._passed_over.total()
+            proposal = Proposal(starts.pop(0)) if starts else self.optimizer.ask()
+            self._try(proposal, f"[{done + 1}/{limit}]")
+            if len(self.optimizer.tried) > done:
+                repeats = passed_over = 0
+            elif self._passed_over.total() > before:
+                passed_over += 1
+            else:
+                repeats += 1
         return f"n_trials={limit} reached"
+
+    def note_passed_over(self) -> None:
+        """Say what of a named space was never started, and why."""
+        for reason, number in self._passed_over.most_common():
+            self.display.note(f"passed over {number}, {reason.kind}: {reason.reason}")
 
     def outcome(self, store: Store, ended: str) -> StudyOutcome:
         """All that is known of the points of this space, also from earlier runs.
@@ -193,6 +221,10 @@ class _Engine:
     def _leave_out(self, proposal: Proposal, position: str, error: UserError) -> None:
         """A combination whose values contradict each other: said, learned from, not counted."""
         self._refused.append(error)
+        if isinstance(error, NotSensibleError):
+            self._passed_over[error.left_out] += 1
+            self.optimizer.give_up(proposal, learn=True)
+            return
         shown = " ".join(f"{key}={text}" for key, text in proposal.params.items())
         self.display.note(f"{position} {shown} left out: {error}")
         self.optimizer.give_up(proposal, learn=True)

@@ -30,12 +30,12 @@ class OpenpiOptSweeper(Sweeper):
         """
         from openpi_opt.search.command import run_command_line
         from openpi_opt.search.composing import SweepCompose, plain
-        from openpi_opt.search.space import Space
+        from openpi_opt.search.settings import Settings
 
         assert self.hydra_context is not None
         assert self.config is not None
         loader = self.hydra_context.config_loader
         settings = plain(self.config, lenient=True)
-        space = Space.parse(arguments, loader)
+        space = Settings.parse(settings).space.join(arguments, loader)
         compose = SweepCompose(loader, self.config)
         raise SystemExit(run_command_line(arguments, settings, space, compose, swept=True))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from openpi_opt.config import Config
 from openpi_opt.result import Gpu, Kernels, Ok, Roofline, Wrong
 from openpi_opt.track.journal import Record
 
@@ -66,6 +67,7 @@ def tags(record: Record) -> dict[str, str]:
         "trial_dir": record.trial_dir or "",
         "noisy": str(result.latency.noisy).lower() if isinstance(result, Ok) else "",
         "flags": one_line("; ".join(result.flags()), MAX_REASON) if isinstance(result, Ok) else "",
+        "lossy": "true" if Config.load(result.config).lossy() else "",
         "reason": one_line(reason(record), MAX_REASON),
     }
     return {f"openpi_opt.{key}": value[:MAX_TAG] for key, value in found.items() if value}

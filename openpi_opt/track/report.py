@@ -36,8 +36,9 @@ class Row:
     """One trial as a table shows it.
 
     `differs` holds what varies within the trial's context; `stale` marks a fingerprint other than
-    the newest of its context; `best` is the fastest ok trial of the context, never a stale one and
-    never a confirmation; `vs_baseline` is the baseline's mean divided by this one's.
+    the newest of its context; `best` is the fastest ok trial of the context, never a stale one,
+    a confirmation, or a lossy one unless allowed; `vs_baseline` is the baseline's mean divided by
+    this one's.
     """
 
     record: Record
@@ -62,19 +63,26 @@ class Group:
     footnotes: list[str] = field(default_factory=list)
 
 
-def rows(records: Iterable[Record]) -> list[Row]:
+def rows(records: Iterable[Record], allow_lossy: bool = False) -> list[Row]:
     """All rows, grouped by context, in the order of the numbers within."""
-    return [row for group in groups(records) for row in group.rows]
+    return [row for group in groups(records, allow_lossy) for row in group.rows]
 
 
-def groups(records: Iterable[Record]) -> list[Group]:
-    """One group for each context, in the order of their first trial."""
+def groups(records: Iterable[Record], allow_lossy: bool = False) -> list[Group]:
+    """One group for each context, in the order of their first trial.
+
+    With `allow_lossy`, lossy trials compete for the best.
+    """
     contexts: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.number):
         contexts.setdefault(record.result.context_hash, []).append(record)
     titles = [_title(members[-1]) for members in contexts.values()]
     return [
-        _group(members, title if titles.count(title) == 1 else f"{title} (context {context})")
+        _group(
+            members,
+            title if titles.count(title) == 1 else f"{title} (context {context})",
+            allow_lossy,
+        )
         for (context, members), title in zip(contexts.items(), titles, strict=True)
     ]
 
@@ -89,14 +97,14 @@ def table(records: Iterable[Record]) -> Table:
     return grid
 
 
-def print_table(records: Sequence[Record]) -> None:
+def print_table(records: Sequence[Record], allow_lossy: bool = False) -> None:
     """Print the table on stdout: folded to the terminal, uncut in a pipe or a file.
 
     On a terminal too narrow for its numbers the lines run over: nothing is left out.
     """
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     with console.capture() as capture:
-        for group in groups(records):
+        for group in groups(records, allow_lossy):
             view = _table(group)
             needed = Measurement.get(console, console.options, view).minimum
             console.print(view, width=max(console.width, needed), crop=False, no_wrap=True)
@@ -105,7 +113,7 @@ def print_table(records: Sequence[Record]) -> None:
         print(line.rstrip())
 
 
-def _group(records: Sequence[Record], title: str) -> Group:
+def _group(records: Sequence[Record], title: str, allow_lossy: bool) -> Group:
     newest = records[-1].fingerprint_hash
     # A plain trial that somebody asked for will do where no baseline was measured.
     plain = [r for r in records if r.role == "trial" and isinstance(r.result, Ok) and _is_plain(r)]
@@ -115,7 +123,7 @@ def _group(records: Sequence[Record], title: str) -> Group:
         for record in [*plain, *measured]
         if isinstance(record.result, Ok)
     }
-    best = _best(records, newest)
+    best = _best(records, newest, allow_lossy)
     columns = _varying(records)
     found = [
         Row(
@@ -128,13 +136,13 @@ def _group(records: Sequence[Record], title: str) -> Group:
         )
         for record in records
     ]
-    return Group(title, found, _footnotes(records, found))
+    return Group(title, found, _footnotes(records, found, allow_lossy))
 
 
 def lossy(record: Record) -> bool:
     """Whether the trial computes in a format that loses accuracy beyond rounding, as FP8 does.
 
-    Such a trial has a wider limit of its own in the guard, so it never is the best one.
+    Such a trial has a wider limit of its own in the guard, so it is not the best one unless asked.
     """
     return Config.load(record.result.config).lossy()
 
@@ -143,14 +151,14 @@ def _is_plain(record: Record) -> bool:
     return Config.load(record.result.config).is_baseline()
 
 
-def _best(records: Sequence[Record], newest: str) -> Record | None:
+def _best(records: Sequence[Record], newest: str, allow_lossy: bool) -> Record | None:
     candidates = [
         (record.result.latency.mean_ms, record.number, record)
         for record in records
         if isinstance(record.result, Ok)
         and record.role != "confirm"
         and record.fingerprint_hash == newest
-        and not lossy(record)
+        and (allow_lossy or not lossy(record))
     ]
     return min(candidates, key=lambda item: item[:2])[2] if candidates else None
 
@@ -196,7 +204,7 @@ def _title(record: Record) -> str:
     )
 
 
-def _footnotes(records: Sequence[Record], found: Sequence[Row]) -> list[str]:
+def _footnotes(records: Sequence[Record], found: Sequence[Row], allow_lossy: bool) -> list[str]:
     notes = []
     if any(row.best for row in found):
         notes.append("* lowest mean of one process; python -m openpi_opt.promote confirms it")
@@ -205,7 +213,8 @@ def _footnotes(records: Sequence[Record], found: Sequence[Row]) -> list[str]:
     if any(_of_limit(row).endswith(DATASHEET_MARK) for row in found):
         notes.append(f"{DATASHEET_MARK} of the datasheet's limit; this machine's was not measured")
     if any(lossy(row.record) for row in found):
-        notes.append("lossy: computes in FP8, under a wider limit of the guard; never marked best")
+        compete = "competes, as allowed" if allow_lossy else "never best unless allowed"
+        notes.append(f"lossy: computes in FP8, under a wider limit of the guard; {compete}")
     newest = records[-1]
     for old in {r.fingerprint_hash: r for r in records}.values():
         if old.fingerprint_hash != newest.fingerprint_hash:

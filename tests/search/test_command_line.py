@@ -107,6 +107,16 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
         (["-m", "workload.batch_size=interval(1,4)"], ["workload.batch_size", "integer"]),
         (["-m", "platform=cpu,cuda"], ["platform=cuda"]),
         (["-m", "hydra.verbose=true,false"], ["hydra.verbose"]),
+        (["space=nope"], ["space=nope", "attention, compile, full, ladder, none"]),
+        (["-m", "space=full,ladder"], ["space", "cannot itself be swept"]),
+        (["space=attention", "graph=manual"], ["no combination", "needs a", "--dry-run"]),
+        (["space=attention", "attention=sdpq"], ["attention=sdpq", "mean attention=sdpa"]),
+        (["objective.allow_lossy=maybe"], ["objective.allow_lossy=maybe"]),
+        (["objective.alow_lossy=true"], ["objective"]),
+        (["-m", "objective.allow_lossy=true,false"], ["objective", "cannot itself be swept"]),
+        (["--limit", "3", "attention=sdpa"], ["--limit", "--dry-run"]),
+        (["--dry-run", "--limit", "0"], ["dry_run=0"]),
+        (["--dry-run", "attention=aitr"], ["attention=aitr", "mean attention=aiter"]),
         (["preset=nope"], ["preset=nope", "body", "good"]),
         (["preset=unknown_key"], ["preset=unknown_key", "'warp'"]),
         (["preset=unknown_field"], ["attention.speed", "vision, prefill, denoise"]),
@@ -172,6 +182,25 @@ def test_a_preset_of_the_working_folder_composes_and_the_command_line_wins(
     (folder / "mine.yaml").write_text(PRESETS["good"])
     away = ["--config-dir", str(folder.parent), "preset=mine"]
     assert composed(command, capsys, *away) == sdpa
+
+
+def test_a_space_of_the_working_folder_and_no_need_of_m(
+    command: CommandLine, capsys: pytest.CaptureFixture
+) -> None:
+    (command.folder / "conf" / "space").mkdir()
+    (command.folder / "conf" / "space" / "mine.yaml").write_text(
+        "sweep: ['attention=eager,sdpa', 'simplify=none,all']\n"
+    )
+    with pytest.raises(SystemExit) as end:
+        command("--dry-run", "space=mine", "simplify=none")
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert "2 as written, 2 sensible, 2 different" in shown
+    assert "attention=eager" in shown
+    (command.folder / "conf" / "space" / "odd.yaml").write_text("swep: ['attention=eager,sdpa']\n")
+    assert "swep" in command.error("space=odd")
+    (command.folder / "conf" / "space" / "bad.yaml").write_text("sweep: ['attention=eager,']\n")
+    assert "attention=eager," in command.error("space=bad")
 
 
 def test_an_option_that_is_two_different_files_is_refused(command: CommandLine) -> None:

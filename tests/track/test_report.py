@@ -222,6 +222,8 @@ def test_a_lossy_trial_is_marked_and_never_best() -> None:
     fp8 = config(blas={"backend": "fp8"})
     records = numbered(record(ok(10.0)), record(ok(1.0, cfg=fp8)))
     assert [row.best for row in rows(records)] == [True, False]
+    allowed = rows(records, allow_lossy=True)
+    assert [row.best for row in allowed] == [False, True]
     shown = text(records, width=300)
     assert "ok lossy" in shown
     assert "wider limit" in shown

@@ -1,0 +1,127 @@
+"""A point put together section by section is the one that Hydra composes, or is left to it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from space_samples import CommandLines, command_lines
+
+from openpi_opt.config import Config
+from openpi_opt.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def lines() -> CommandLines:
+    return command_lines()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["space=full"],
+        ["space=ladder"],
+        ["preset=h100", "attention=glob(*)", "simplify.kv_buffer=true,false"],
+        ["preset=mi350_runbook,h200_seeds", "graph=none,manual", "compile.scope=stage,call"],
+        ["workload=glob(*)", "workload.batch_size=range(1,4)", "measure.iterations=30"],
+        ["+environment.variables.OMP_NUM_THREADS=1,2", "environment=stock,seeds"],
+        ["guard.cap=interval(0.1,0.2)", "weights.seed=1,2", "study=a", "n_trials=3"],
+    ],
+    ids=" ".join,
+)
+def test_equal_to_hydra(lines: CommandLines, words: list[str]) -> None:
+    space, compose = lines(*words)
+    chosen = random.Random(3)
+    for _ in range(4):
+        point = {key: chosen.choice(d.texts()) for key, d in space.dimensions.items()}
+        overrides = space.overrides(point)
+        assembled = compose._assemble(overrides)
+        assert assembled is not None
+        assert assembled == compose.by_hydra(overrides).config
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["attention=nope"],
+        ["attention.nope=1"],
+        ["+attention.vision=sdpa"],
+        ["attention.vision=nope"],
+        ["attention={vision: sdpa}"],
+        ["attention.vision=${attention.denoise}"],
+        ["attention.vision=${compile.mode}"],
+        ["attention.vision=???"],
+        ["attention.launch_vision.blocks=1"],
+        ["attention=triton", "attention.launch_vision.blocks=1"],
+        ["attention=triton", "attention=sdpa"],
+        ["workload.active_cameras=[true,true,true]"],
+        ["workload.active_cameras.0=false"],
+        ["workload.active_cameras=null"],
+        ["weights=checkpoint"],
+        ["weights.path=/x", "weights=checkpoint"],
+        ["++attention.vision=sdpa"],
+        ["~attention"],
+        ["~attention.vision"],
+        ["compile.inductor=5"],
+        ["compile.inductor={freezing: true}"],
+        ["blas.fp8.stages=[vision]", "blas=fp8"],
+        ["attention@here=sdpa"],
+        ["preset=nope"],
+        ["preset=h100", "simplify=all"],
+        ["preset=h100", "simplify.kv_buffer=true", "attention=sdpa"],
+    ],
+    ids=" ".join,
+)
+def test_equal_to_hydra_in_what_is_refused_and_in_what_is_odd(
+    lines: CommandLines, overrides: list[str]
+) -> None:
+    _, compose = lines()
+    rest = ["graph=manual", "compile=default", "compile.scope=call"]
+    words = [*overrides, *rest]
+    expected = outcome(lambda: compose.by_hydra(words).config)
+    assert [outcome(lambda: compose(words)) for _ in range(2)] == [expected] * 2
+
+
+def outcome(call: Callable[[], Config]) -> Config | str:
+    """The configuration, or the words of the refusal."""
+    try:
+        return call()
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["precision=linked", "graph=none"],
+        ["precision=linked", "graph=manual"],
+        ["precision=elsewhere", "graph=none"],
+        ["precision=elsewhere"],
+        ["precision=derived", "graph=manual"],
+        ["precision=derived", "precision.dtype=float16"],
+        ["precision=plain", "graph=manual"],
+    ],
+    ids=" ".join,
+)
+def test_options_with_a_life_of_their_own(tmp_path: Path, overrides: list[str]) -> None:
+    files = {
+        "sweep": "defaults:\n- _self_\n- precision: plain\n- graph: none\n",
+        "precision/plain": "dtype: bfloat16\ntf32: false\n",
+        "precision/linked": "dtype: ${by_mode:${graph.mode}}\ntf32: false\n",
+        "precision/elsewhere": "# @package _global_\nattention: {vision: sdpa}\n",
+        "precision/derived": "defaults:\n- plain\ntf32: true\n",
+        "graph/none": "mode: none\n",
+        "graph/manual": "mode: manual\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    OmegaConf.register_new_resolver(
+        "by_mode", lambda mode: {"none": "float32", "manual": "float16"}[mode], replace=True
+    )
+    _, compose = command_lines(tmp_path)()
+    assert compose(["graph=none"]).knobs["precision"].dtype == "bfloat16"
+    assert compose(overrides) == compose.by_hydra(overrides).config
