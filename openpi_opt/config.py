@@ -115,7 +115,7 @@ class Guard(Section):
 
     inputs: int = Field(3, ge=2)
     factor: float = Field(2.0, gt=0)
-    floor: float = Field(1e-4, gt=0)
+    floor: float = Field(1e-5, gt=0)
     cap: float = Field(0.05, gt=0)
     lossy_cap: float = Field(0.10, gt=0)
 
