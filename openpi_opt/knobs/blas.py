@@ -6,6 +6,7 @@ FP8 in the vision tower and the prefix with the own kernel in the denoising step
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,6 +15,7 @@ from pydantic import Field
 
 from openpi_opt.errors import RefusedError
 from openpi_opt.knobs.base import Knob, Options, Refusal
+from openpi_opt.paths import content_of
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +59,8 @@ class AiterOptions(Options):
 
 class TunableOpOptions(Options):
     """`tune` measures all solutions of rocBLAS and hipBLASLt and writes `file`; `use` reads it.
+
+    What `file` already holds, `tune` keeps and adds to.
 
     `rotating_mib` is a buffer to walk through while tuning, so that caches are as cold as in use.
     """
@@ -132,6 +136,16 @@ class Blas(Knob[BlasOptions]):
             fp8=Fp8Options(stages=ordered, fast_accum=fast),
         )
 
+    def files(self, cfg: Config) -> Mapping[str, str]:
+        """Aiter's table of tuned shapes, and the TunableOp results that are used."""
+        options = self.canonical(cfg)
+        found = {}
+        if options.aiter.table is not None:
+            found["aiter.table"] = options.aiter.table
+        if options.tunableop.mode == "use":
+            found["tunableop.file"] = options.tunableop.file
+        return found
+
     def lossy(self, cfg: Config) -> bool:
         """FP8 has 3 bits of mantissa."""
         return self.of(cfg).backend == "fp8"
@@ -175,12 +189,13 @@ class Blas(Knob[BlasOptions]):
         return call
 
     def notes(self, cfg: Config) -> list[str]:
-        """The shapes that aiter handed back to torch."""
+        """What the files that were read hold, and the shapes that aiter handed back to torch."""
+        notes = [f"blas.{key}: {content_of(path)}" for key, path in self.files(cfg).items()]
         if self.of(cfg).backend != "aiter":
-            return []
+            return notes
         from openpi_opt.kernels.tuned_gemm import lookups
 
-        return lookups().notes()
+        return notes + lookups().notes()
 
     def label(self, options: BlasOptions) -> str:
         """Backend and library, then what differs from the defaults."""
@@ -225,12 +240,18 @@ def _tunableop_problem(cfg: Config, options: TunableOpOptions) -> Refusal | None
             "unavailable",
             "blas.tunableop needs ROCm: on NVIDIA torch offers it a single solution, on a CPU none",
         )
-    if options.mode == "use" and not Path(options.file).is_file():
-        return Refusal(
-            "unavailable",
-            f"blas.tunableop.file={options.file} does not exist; write it with "
-            "blas.tunableop.mode=tune",
-        )
+    if options.mode == "use":
+        how = "write it with blas.tunableop.mode=tune"
+        return _file_problem("blas.tunableop.file", options.file, how)
+    return None
+
+
+def _file_problem(key: str, path: str, advice: str) -> Refusal | None:
+    """Why a file of the user's cannot be read, or None."""
+    if not Path(path).is_file():
+        return Refusal("invalid", f"{key}={path} does not exist; {advice}")
+    if not os.access(path, os.R_OK):
+        return Refusal("invalid", f"{key}={path} cannot be read; {advice}")
     return None
 
 
@@ -241,8 +262,11 @@ def _aiter_problem(cfg: Config, options: AiterOptions, machine: Machine) -> Refu
         return Refusal(
             "unavailable", "blas=aiter needs AMD's aiter (amd-aiter, from its source repository)"
         )
-    if options.table is not None and not Path(options.table).is_file():
-        return Refusal("invalid", f"blas.aiter.table={options.table} does not exist")
+    if options.table is not None:
+        how = "aiter's gemm_a16w16_tune.py writes such a table; leave it out for aiter's own"
+        problem = _file_problem("blas.aiter.table", options.table, how)
+        if problem is not None:
+            return problem
     if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
         return Refusal("invalid", "blas=aiter multiplies 16-bit matrices; use precision=bfloat16")
     return None

@@ -1,4 +1,6 @@
+import hashlib
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,7 +82,7 @@ def test_tunableop_needs_rocm_and_what_it_reads(tmp_path: Path) -> None:
     use = {"blas": {"tunableop": {"mode": "use", "file": str(file)}}}
     assert outcome({"blas": {"tunableop": {"mode": "tune"}}}, H100) == "unavailable"
     assert outcome({"blas": {"tunableop": {"mode": "tune"}}}, MI300X) is None
-    assert outcome(use, MI300X) == "unavailable"
+    assert outcome(use, MI300X) == "invalid"
     file.touch()
     assert outcome(use, MI300X) is None
 
@@ -116,6 +118,50 @@ def test_settings_of_what_is_not_chosen_do_not_count(raw: dict, same_as: dict) -
 def test_settings_that_are_read_count(raw: dict) -> None:
     plain = {"backend": raw.get("backend", "torch")}
     assert config({"blas": raw}, H100).hash() != config({"blas": plain}, H100).hash()
+
+
+def with_table(path: Path) -> dict:
+    return {"blas": {"backend": "aiter", "aiter": {"table": str(path)}}}
+
+
+def with_results(path: Path) -> dict:
+    return {"blas": {"tunableop": {"mode": "use", "file": str(path)}}}
+
+
+@pytest.mark.parametrize("raw", [with_table, with_results])
+def test_a_file_of_the_users_counts_by_its_content(raw: Callable, tmp_path: Path) -> None:
+    one, other = tmp_path / "one.csv", tmp_path / "other.csv"
+    one.write_text("a,b\n1,2\n")
+    other.write_text("a,b\n1,2\n")
+    first = config(raw(one), MI300X).hash()
+    assert config(raw(other), MI300X).hash() == first
+    one.write_text("a,b\n1,3\n")
+    assert config(raw(one), MI300X).hash() != first
+    assert config({}, MI300X).hash() != first
+    # Loaded again from its record, as a trial does, it is the same configuration.
+    assert Config.load(config(raw(other), MI300X).dump()).hash() == first
+    (note,) = [n for n in KNOB.notes(config(raw(other), MI300X)) if "sha256" in n]
+    assert hashlib.sha256(b"a,b\n1,2\n").hexdigest() in note
+
+
+@pytest.mark.parametrize("raw", [with_table, with_results])
+def test_a_file_that_is_not_there_is_invalid(raw: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "missing.csv"
+    refusal = KNOB.check(config(raw(path), MI300X), MI300X)
+    assert refusal is not None
+    assert refusal.outcome == "invalid"
+    assert str(path) in refusal.reason
+    before = config(raw(path), MI300X).hash()
+    path.write_text("now it is")
+    assert config(raw(path), MI300X).hash() != before
+
+
+def test_a_file_that_is_not_read_does_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    tune = {"blas": {"tunableop": {"mode": "tune", "file": str(path)}}}
+    before = config(tune, MI300X).hash()
+    path.write_text("what tuning writes")
+    assert config(tune, MI300X).hash() == before
 
 
 def test_fp8_without_a_stage_is_refused() -> None:
