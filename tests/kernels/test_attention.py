@@ -95,7 +95,7 @@ def test_grouped_heads_that_no_backend_takes_are_refused() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="known are eager, sdpa, flash, cudnn, .*, triton"):
+    with pytest.raises(ValueError, match=r"known are eager, sdpa, flash, cudnn, .*, triton"):
         backend("flash9", "cpu")
 
 

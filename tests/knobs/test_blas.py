@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from machine_samples import A100, CPU, H100, MI300X, MI350, T4, config, machine
+from machine_samples import A100, AMD_AITER, CPU, H100, MI300X, MI350, T4, config, machine
 
 from openpi_opt import runtime
 from openpi_opt.config import Config, Guard
@@ -20,6 +20,9 @@ from openpi_opt.pi0.workload import make_inputs
 KNOB = Blas()
 FP8 = {"blas": {"backend": "fp8"}}
 AITER = {"blas": {"backend": "aiter"}}
+WORKLOAD = {
+    "workload": {"steps": 1, "active_cameras": [True], "prompt_slots": 4, "prompt_tokens": 4}
+}
 
 
 def outcome(raw: dict, on: Machine) -> str | None:
@@ -55,6 +58,39 @@ def test_two_ways_to_choose_a_library_contradict() -> None:
 def test_fp8_needs_recent_matrix_cores(on: Machine, expected: str | None) -> None:
     assert outcome(FP8, on) == expected
     assert outcome({**FP8, "precision": {"dtype": "float32"}}, on) == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("on", "expected"),
+    [
+        (MI300X, None),
+        (MI350, None),
+        (machine("gfx1200", AMD_AITER), "unavailable"),
+        (machine("gfx942"), "unavailable"),
+        (H100, "unavailable"),
+        (CPU, "unavailable"),
+    ],
+)
+def test_aiters_fp8_needs_amd_and_the_package(on: Machine, expected: str | None) -> None:
+    raw = {"blas": {"backend": "fp8", "fp8": {"gemm": "aiter"}}}
+    assert outcome(raw, on) == expected
+    cfg = config(raw, on)
+    assert cfg.lossy()
+    assert cfg.hash() != config(FP8, on).hash()
+    assert KNOB.environment(cfg)["AITER_LOG_TUNED_CONFIG"] == "1"
+    idle = {"blas": {"fp8": {"gemm": "aiter"}}}
+    assert config(idle, on).hash() == config({}, on).hash()
+    assert KNOB.environment(config(idle, on)) == {}
+
+
+@pytest.mark.parametrize("raw", [AITER, {"blas": {"backend": "fp8", "fp8": {"gemm": "aiter"}}}])
+def test_an_aiter_that_cannot_be_imported_is_unavailable(
+    raw: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = runtime.build_policy(config(WORKLOAD), torch.device("cpu"))
+    with pytest.raises(RefusedError, match="importing AMD's aiter failed") as error:
+        KNOB.transform(policy, config({**WORKLOAD, **raw}, MI300X))
+    assert error.value.outcome == "unavailable"
 
 
 def test_aiter_needs_amd_and_the_package(tmp_path: Path) -> None:
@@ -191,11 +227,6 @@ def fp8_policy(cfg: Config) -> tuple[runtime.Prepared, float]:
     found = guard.distance(prepared.call(inputs), expected).rel_l2
     assert found is not None
     return prepared, found
-
-
-WORKLOAD = {
-    "workload": {"steps": 1, "active_cameras": [True], "prompt_slots": 4, "prompt_tokens": 4}
-}
 
 
 @pytest.fixture(autouse=True)
