@@ -64,12 +64,13 @@ class TunableOpOptions(Options):
 
     What `file` already holds, `tune` keeps and adds to.
 
-    `rotating_mib` is a buffer to walk through while tuning, so that caches are as cold as in use.
+    `rotating_mib` is a buffer to walk through while tuning, so that caches are as cold as in use;
+    null is torch's default, the size of the L2 cache, 0 none.
     """
 
     mode: Literal["off", "tune", "use"] = "off"
     file: str = "tunableop_results.csv"
-    rotating_mib: int = Field(0, ge=0)
+    rotating_mib: Annotated[int, Field(ge=0)] | None = None
 
 
 class Fp8Options(Options):
@@ -348,7 +349,8 @@ def _start_tunableop(options: TunableOpOptions) -> None:
     tunable.tuning_enable(options.mode == "tune")
     tunable.set_filename(options.file, insert_device_ordinal=False)
     if options.mode == "tune":
-        tunable.set_rotating_buffer_size(options.rotating_mib)
+        if options.rotating_mib is not None:
+            tunable.set_rotating_buffer_size(options.rotating_mib)
     elif not tunable.read_file(options.file):
         raise RefusedError(
             "unavailable",
