@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +20,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.knobs.base import Options
 from openpi_opt.machine import Device, Machine
+from openpi_opt.paths import content_of
 
 MIN_WARMUP = 3
 MIN_ITERATIONS = 10
@@ -142,7 +144,7 @@ class Guard(Section):
 
     inputs: int = Field(3, ge=2)
     factor: float = Field(2.0, gt=0)
-    floor: float = Field(1e-4, gt=0)
+    floor: float = Field(1e-5, gt=0)
     cap: float = Field(0.05, gt=0)
     lossy_cap: float = Field(0.10, gt=0)
 
@@ -301,9 +303,18 @@ class Config(BaseModel):
         return _digest(self.context())
 
     def hash(self) -> str:
-        """Hash of the canonical knobs and the context, 12 hexadecimal digits."""
+        """Hash of the canonical knobs and the context, 12 hexadecimal digits.
+
+        Files that knobs read count by their content, at whatever path they lie.
+        """
         canonical = self.canonical()
-        return _digest({"knobs": canonical.dump()["knobs"], **canonical.context()})
+        knobs = canonical.dump()["knobs"]
+        for knob in KNOBS:
+            for option, path in knob.files(canonical).items():
+                *groups, key = option.split(".")
+                owner = reduce(lambda found, group: found[group], groups, knobs[knob.name])
+                owner[key] = content_of(path)
+        return _digest({"knobs": knobs, **canonical.context()})
 
     def labels(self) -> dict[str, str]:
         """Short text of each knob, for tables and MLflow params."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -21,3 +22,11 @@ def user_conf_dir() -> Path:
 def package_dir() -> Path:
     """Folder of the installed `openpi_opt` package."""
     return _PACKAGE
+
+
+def content_of(path: str) -> str:
+    """What a file holds, as "sha256:..."; of one that cannot be read only where it should be."""
+    try:
+        return f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
+    except OSError:
+        return f"unreadable:{path}"

@@ -50,7 +50,7 @@ def test_what_is_not_finite_has_no_distance(bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plain", "expected"), [(0.0, 1e-4), (0.004, 0.008), (0.2, 0.05), (1e-5, 1e-4)]
+    ("plain", "expected"), [(0.0, 1e-5), (0.004, 0.008), (0.2, 0.05), (1e-6, 1e-5)]
 )
 def test_tolerance_follows_the_plain_distance_between_floor_and_cap(
     plain: float, expected: float

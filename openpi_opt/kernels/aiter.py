@@ -14,6 +14,7 @@ Sources: ROCm/aiter `aiter/ops/mha.py`, `aiter/ops/triton/attention/mha.py` at e
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -95,15 +96,23 @@ def _sink_size() -> list[Any]:
 
 
 def _import_for(device: str) -> None:
+    # aiter.ops.mha defines torch.ops.aiter.mha_fwd.
+    part = "aiter.ops.mha" if device == "rocm" else "aiter.ops.triton.attention.mha"
+    import_part(part, "attention=aiter")
+
+
+def import_part(module: str, option: str) -> None:
+    """Import a module of AMD's aiter that `option` needs.
+
+    Raises:
+        RefusedError: it cannot be imported here.
+    """
     try:
-        if device == "rocm":
-            import aiter.ops.mha  # defines torch.ops.aiter.mha_fwd
-        else:
-            import aiter.ops.triton.attention.mha  # noqa: F401
+        importlib.import_module(module)
     except Exception as error:
         # aiter raises RuntimeError, AssertionError, KeyError and others when it does not find its
         # platform; whichever it is, the backend that was asked for is not to be had.
         raise RefusedError(
             "unavailable",
-            f"attention=aiter: importing AMD's aiter failed: {type(error).__name__}: {error}",
+            f"{option}: importing AMD's aiter failed: {type(error).__name__}: {error}",
         ) from error

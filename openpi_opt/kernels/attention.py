@@ -12,16 +12,30 @@ Letters: B batch, S queries, T keys, Hq query heads, Hkv key/value heads, D head
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from openpi_opt.errors import RefusedError
 from openpi_opt.pi0.ops import Attention, Segment, Visibility, eager_attention
 
 # q [B, S, Hq, D], k and v [B, T, Hkv, D], scale, mask -> [B, S, Hq, D]
 Core = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+
+# One of torch's backends alone. `sdpa` leaves the choice to torch, which falls back without a word.
+SDPA_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_NO_KERNEL = ("No available kernel", "No viable backend")
+# What torch also says: of the backends that were not asked for, and before each reason.
+_NO_REASON = ("runtime disabled", "not used because")
 
 
 def backend(
@@ -36,6 +50,8 @@ def backend(
         return eager_attention
     if name == "sdpa":
         return segmented(sdpa)
+    if name in SDPA_BACKENDS:
+        return segmented(sdpa_by(name))
     if name == "aiter":
         from openpi_opt.kernels import aiter
 
@@ -45,7 +61,8 @@ def backend(
 
         kernel = triton_decode if stage == "denoise" else triton_attention
         return kernel.attention(launch)
-    raise ValueError(f"attention backend {name!r}; known are eager, sdpa, aiter, triton")
+    known = ", ".join(("eager", "sdpa", *SDPA_BACKENDS, "aiter", "triton"))
+    raise ValueError(f"attention backend {name!r}; known are {known}")
 
 
 def segmented(core: Core) -> Attention:
@@ -88,3 +105,50 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> 
     rows = q.reshape(batch, 1, queries * heads, width)
     out = F.scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
     return out.view(batch, queries, heads, width)
+
+
+def sdpa_by(name: str) -> Core:
+    """`sdpa` by one of torch's backends (`SDPA_BACKENDS`) and no other.
+
+    The flash kernels take no mask; where a mask would reach them, ValueError is raised.
+    """
+    chosen = SDPA_BACKENDS[name]
+
+    def core(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        if name == "flash" and mask is not None:
+            raise ValueError(
+                "flash attention takes no mask; declare the layout of the workload "
+                "(policy.declare_layout) so that masked keys are left out instead"
+            )
+        with sdpa_kernel(chosen):
+            return sdpa(q, k, v, scale, mask)
+
+    return core
+
+
+def require_sdpa(
+    name: str, stage: str, q: tuple[int, int, int, int], k: tuple[int, int, int, int], like: Tensor
+) -> None:
+    """Run a backend of torch once, on zeros q [B, S, Hq, D] and k [B, T, Hkv, D].
+
+    dtype and device are those of `like`. What torch lets a backend take depends on widths, dtype,
+    GPU and build, and only torch knows it.
+
+    Raises:
+        RefusedError: torch has no kernel of this backend for this call, with torch's reasons.
+    """
+    keys = like.new_zeros(k)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            sdpa_by(name)(like.new_zeros(q), keys, keys, 1.0, None)
+        except RuntimeError as error:
+            if not str(error).startswith(_NO_KERNEL):
+                raise
+            reasons = [str(warning.message).partition(" (Triggered")[0] for warning in said]
+            about = [r for r in reasons if not any(word in r for word in _NO_REASON)]
+            raise RefusedError(
+                "unavailable",
+                f"attention.{stage}={name}: torch has no such kernel for queries {list(q)} on keys "
+                f"{list(k)} in {like.dtype}: {' '.join(about) or error}",
+            ) from error

@@ -3,7 +3,10 @@
 Weights are quantised once. The scale of the activations is the largest absolute value seen in
 calibration runs on seeded inputs, so nothing is reduced over a tensor at inference, and a captured
 graph holds constants only. Products are `torch._scaled_mm`: cuBLASLt on NVIDIA (sm89 and newer),
-hipBLASLt on AMD (not run on AMD), a reference implementation on the CPU.
+hipBLASLt on AMD (not run on AMD), a reference implementation on the CPU. Or, on AMD, aiter's
+`gemm_a8w8` (not run on AMD): Composable Kernel with a scale per row and per column, here the same
+for all. Its tuned table chooses a kernel, without a row a rule does; torch is never fallen back to.
+Source: ROCm/aiter `aiter/ops/gemm_op_a8w8.py`, `csrc/ck_gemm_a8w8/gemm_a8w8.cu` at e4048607.
 
 The format depends on the architecture: e4m3fn (largest value 448) on NVIDIA and gfx950, e4m3fnuz
 (largest 240) on gfx942; bytes of one read as the other are numerically wrong.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +101,80 @@ def become(
     return linear
 
 
+@torch.library.custom_op("openpi_opt::aiter_gemm_a8w8", mutates_args=())
+def _gemm_a8w8(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """FP8 x [M, K] and weight [N, K], scales [M, 1] and [N, 1] float32 -> [M, N] of `dtype`.
+
+    An operator of its own, because aiter's says that it mutates every tensor, weights too.
+    """
+    from aiter.ops.gemm_op_a8w8 import gemm_a8w8
+
+    out: Tensor = gemm_a8w8(x, weight, x_scale, weight_scale, bias, dtype)
+    return out
+
+
+@_gemm_a8w8.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+
+
+class AiterFp8Linear(Fp8Linear):
+    """As `Fp8Linear`, by aiter's kernel, which reads one scale for each row and column."""
+
+    input_scales: Tensor
+    weight_scales: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] of x's dtype."""
+        rows = quantise(x.reshape(-1, self.in_features), self.input_scale, self.weight_fp8.dtype)
+        if len(rows) > len(self.input_scales):  # the kernel would read past their end
+            raise ValueError(
+                f"{len(rows)} rows, and scales for {len(self.input_scales)}: the most seen in "
+                "calibration"
+            )
+        scales = self.input_scales[: len(rows)]
+        out: Tensor = _gemm_a8w8(
+            rows, self.weight_fp8, scales, self.weight_scales, self.bias, x.dtype
+        )
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+def become_aiter(linear: Linear, seen: Seen, dtype: torch.dtype) -> AiterFp8Linear:
+    """As `become`, with aiter's kernel for at most `seen.rows` rows."""
+    base = type(linear)
+    plain = become(linear, seen.largest, dtype)
+    for name, scale, count in (
+        ("input_scales", plain.input_scale, seen.rows),
+        ("weight_scales", plain.weight_scale, linear.out_features),
+    ):
+        linear.register_buffer(name, scale.expand(count, 1).contiguous(), persistent=False)
+    linear.__class__ = specialised(AiterFp8Linear, base)
+    assert isinstance(linear, AiterFp8Linear)
+    return linear
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What calibration saw of a layer's inputs: largest absolute value [], most rows of a call."""
+
+    largest: Tensor
+    rows: int
+
+
 def specialised(kind: type[Linear], base: type[Linear]) -> type[Linear]:
     """`kind` on top of `base`: computes like the one, loads and saves like the other.
 
@@ -110,38 +188,49 @@ def specialised(kind: type[Linear], base: type[Linear]) -> type[Linear]:
 
 
 def convert(
-    towers: Iterable[nn.Module], run: Callable[[], None], dtype: torch.dtype, fast_accum: bool
+    towers: Iterable[nn.Module],
+    run: Callable[[], None],
+    dtype: torch.dtype,
+    fast_accum: bool,
+    aiter: bool = False,
 ) -> int:
     """Turn the linear layers below `towers` into FP8 ones, calibrated by `run`; how many.
 
     A layer that `run` never reaches, or whose widths are no multiples of 16, stays as it is.
     """
-    with largest_inputs(towers) as largest:
+    with seen_inputs(towers) as seen:
         run()
     fitting = {
-        linear: value
-        for linear, value in largest.items()
+        linear: inputs
+        for linear, inputs in seen.items()
         if linear.in_features % MULTIPLE == 0 and linear.out_features % MULTIPLE == 0
     }
-    for linear, value in fitting.items():
-        become(linear, value, dtype, fast_accum)
+    for linear, inputs in fitting.items():
+        if aiter:
+            become_aiter(linear, inputs, dtype)
+        else:
+            become(linear, inputs.largest, dtype, fast_accum)
     return len(fitting)
 
 
 @contextmanager
-def largest_inputs(towers: Iterable[nn.Module]) -> Iterator[dict[Linear, Tensor]]:
-    """Largest absolute input [] of each linear layer that runs inside, over all of its calls."""
-    largest: dict[Linear, Tensor] = {}
+def seen_inputs(towers: Iterable[nn.Module]) -> Iterator[dict[Linear, Seen]]:
+    """The inputs of each linear layer that runs inside, over all of its calls."""
+    seen: dict[Linear, Seen] = {}
 
     def observe(linear: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         assert isinstance(linear, Linear)
-        found = arguments[0].detach().abs().amax().float()
-        largest[linear] = torch.maximum(largest[linear], found) if linear in largest else found
+        x = arguments[0].detach()
+        largest, rows = x.abs().amax().float(), x.numel() // x.shape[-1]
+        if linear in seen:
+            largest = torch.maximum(seen[linear].largest, largest)
+            rows = max(seen[linear].rows, rows)
+        seen[linear] = Seen(largest, rows)
 
     linears = [m for tower in towers for m in tower.modules() if isinstance(m, Linear)]
     handles = [linear.register_forward_pre_hook(observe) for linear in linears]
     try:
-        yield largest
+        yield seen
     finally:
         for handle in handles:
             handle.remove()

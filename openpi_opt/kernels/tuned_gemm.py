@@ -45,6 +45,11 @@ _LOOKUP = re.compile(
     r"(?:is tuned on .*?libtype is (\w+)|not found tuned config.*?using (\w+) solution)",
     re.DOTALL,
 )
+# The same of `gemm_a8w8`, whose lines name the weight's dtype.
+_FP8_LOOKUP = re.compile(
+    r"shape (?:is )?M:(\d+), N:(\d+), K:(\d+),? q_dtype_w:.*?(is tuned|not found tuned config)",
+    re.DOTALL,
+)
 Shape = tuple[int, int, int]
 
 
@@ -122,13 +127,17 @@ class Lookups(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.INFO)
         self.library: dict[Shape, str] = {}
+        self.fp8_by_rule: dict[Shape, bool] = {}
         self.warnings: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take note of one line."""
         message = record.getMessage()
-        found = _LOOKUP.search(message)
-        if found:
+        found, in_fp8 = _LOOKUP.search(message), _FP8_LOOKUP.search(message)
+        if in_fp8:
+            m, n, k = (int(in_fp8.group(i)) for i in (1, 2, 3))
+            self.fp8_by_rule[m, n, k] = in_fp8.group(4) != "is tuned"
+        elif found:
             m, n, k = (int(found.group(i)) for i in (1, 2, 3))
             self.library[m, n, k] = found.group(4) or found.group(5)
         elif record.levelno >= logging.WARNING:
@@ -158,6 +167,12 @@ class Lookups(logging.Handler):
             lines.append(
                 f"aiter served {served} of {len(self.library)} shapes; torch computed (M x N x K) "
                 f"{_text(self.by_torch())}."
+            )
+        by_rule = sorted(shape for shape, untuned in self.fp8_by_rule.items() if untuned)
+        if by_rule:
+            lines.append(
+                f"aiter has no tuned FP8 kernel for {len(by_rule)} of {len(self.fp8_by_rule)} "
+                f"shapes and chose by its rule (M x N x K): {_text(by_rule)}."
             )
         return lines
 

@@ -12,8 +12,16 @@ if TYPE_CHECKING:
     from openpi_opt.machine import Machine
     from openpi_opt.pi0.policy import Pi0Policy
 
-Backend = Literal["eager", "sdpa", "aiter", "triton"]
+Backend = Literal["eager", "sdpa", "flash", "cudnn", "efficient", "math", "aiter", "triton"]
 STAGES = ("vision", "prefill", "denoise")
+# Single backends of torch's scaled_dot_product_attention, and the devices that can have them.
+SDPA_DEVICES = {
+    "flash": ("cpu", "cuda", "rocm"),
+    "cudnn": ("cuda",),
+    "efficient": ("cuda", "rocm"),
+    "math": ("cpu", "cuda", "rocm"),
+}
+_SIXTEEN_BITS = ("flash", "cudnn")  # on a GPU
 
 
 class TritonLaunch(Options):
@@ -64,7 +72,9 @@ class AttentionOptions(Options):
 class Attention(Knob[AttentionOptions]):
     """Attention backend per stage, always with exact masks.
 
-    `sdpa` is torch's scaled_dot_product_attention (flash on both vendors); `aiter` is AMD's flash
+    `sdpa` is torch's scaled_dot_product_attention, torch choosing; `flash`, `cudnn`, `efficient`
+    and `math` are single backends of it (`torch.nn.attention.SDPBackend`): flash attention on both
+    vendors, cuDNN on NVIDIA, and a backend that cannot do a stage refuses; `aiter` is AMD's flash
     attention: the CK kernel behind `torch.ops.aiter.mha_fwd` on ROCm, the same package's Triton
     kernel elsewhere; `triton` are the own kernels for both vendors (`kernels.triton_attention`,
     and `kernels.triton_decode`, which splits over keys and serves both masks of the suffix in one
@@ -79,6 +89,10 @@ class Attention(Knob[AttentionOptions]):
 
     def check(self, cfg: Config, machine: Machine) -> Refusal | None:
         """Triton kernels need a GPU; AMD's aiter also the package and a 16-bit precision."""
+        for name, devices in SDPA_DEVICES.items():
+            problem = _sdpa_problem(name, devices, cfg) if name in self._backends(cfg) else None
+            if problem is not None:
+                return problem
         if "triton" in self._backends(cfg) and cfg.platform.device == "cpu":
             return Refusal(
                 "unavailable",
@@ -133,6 +147,8 @@ class Attention(Knob[AttentionOptions]):
         for stage in STAGES:
             launch = options.launch(stage).canonical(stage, cfg.platform.device).given()
             name = getattr(options, stage)
+            if name in SDPA_DEVICES:
+                _require(policy, cfg, stage, name)
             function = backends.backend(name, cfg.platform.device, stage, launch)
             setattr(policy.ops, f"attention_{stage}", function)
 
@@ -150,6 +166,40 @@ class Attention(Knob[AttentionOptions]):
     def _backends(self, cfg: Config) -> set[str]:
         options = self.of(cfg)
         return {options.vision, options.prefill, options.denoise}
+
+
+def _sdpa_problem(name: str, devices: tuple[str, ...], cfg: Config) -> Refusal | None:
+    device = cfg.platform.device
+    if device not in devices:
+        where = " or ".join(devices)
+        return Refusal(
+            "unavailable", f"attention={name} is a backend of torch on {where}, not on {device}"
+        )
+    float32 = cfg.knobs["precision"].dtype == "float32"  # type: ignore[attr-defined]
+    if name in _SIXTEEN_BITS and device != "cpu" and float32:
+        return Refusal(
+            "invalid", f"attention={name} computes in 16 bits; precision=float32 contradicts it"
+        )
+    return None
+
+
+def _require(policy: Pi0Policy, cfg: Config, stage: str, name: str) -> None:
+    """Let torch say whether it has the kernel for the calls of a stage."""
+    from openpi_opt.kernels.attention import require_sdpa
+
+    workload, layout = cfg.workload, policy.layout
+    assert layout is not None
+    vision, gemma = policy.config.vision, policy.config.language
+    batch, heads, kv_heads, width = workload.batch_size, gemma.heads, gemma.kv_heads, gemma.head_dim
+    keys = {"prefill": layout.prefix_valid, "denoise": layout.prefix_valid + 1 + workload.horizon}
+    rows = {"prefill": [layout.prefix_slots], "denoise": [1, workload.horizon]}  # 1: the state
+    if stage == "vision":
+        heads = kv_heads = vision.heads
+        width = vision.head_dim
+    like = policy.time_table.new_empty(0, dtype=policy.dtype)
+    for queries in rows.get(stage, [vision.tokens]):
+        q = (batch, queries, heads, width)
+        require_sdpa(name, stage, q, (batch, keys.get(stage, vision.tokens), kv_heads, width), like)
 
 
 def _missing_aiter(machine: Machine) -> str | None:

@@ -83,6 +83,14 @@ class Knob(Generic[O]):
         """Wrap the whole call, for instance with a captured graph."""
         return call
 
+    def files(self, cfg: Config) -> Mapping[str, str]:
+        """Files of the user's that the trial reads: option (dotted, below the knob) -> its path.
+
+        Their content, not their place, is part of the configuration: `Config.hash` puts it in the
+        place of the path. `check` refuses a file that is not there.
+        """
+        return {}
+
     def lossy(self, cfg: Config) -> bool:
         """Whether the numbers are deliberately coarser than the precision says (fp8).
 

@@ -6,6 +6,7 @@ FP8 in the vision tower and the prefix with the own kernel in the denoising step
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,6 +15,7 @@ from pydantic import Field
 
 from openpi_opt.errors import RefusedError
 from openpi_opt.knobs.base import Knob, Options, Refusal
+from openpi_opt.paths import content_of
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,8 @@ LIBRARIES = {
     "ck": ("rocm", "ck"),
 }
 _FP8_MIN_SM = 89
+# aiter names no FP8 format for gfx940 and gfx941, and has no such CK kernels for others.
+_AITER_FP8_ARCHS = ("gfx942", "gfx950")
 _FP8_ARCHS = ("gfx940", "gfx941", "gfx942", "gfx950", "gfx1200", "gfx1201")
 # Other seeds than any workload's: calibrating on the guard's inputs would flatter FP8.
 _CALIBRATION_SEEDS = range(1_000_003, 1_000_007)
@@ -58,18 +62,25 @@ class AiterOptions(Options):
 class TunableOpOptions(Options):
     """`tune` measures all solutions of rocBLAS and hipBLASLt and writes `file`; `use` reads it.
 
-    `rotating_mib` is a buffer to walk through while tuning, so that caches are as cold as in use.
+    What `file` already holds, `tune` keeps and adds to.
+
+    `rotating_mib` is a buffer to walk through while tuning, so that caches are as cold as in use;
+    null is torch's default, the size of the L2 cache, 0 none.
     """
 
     mode: Literal["off", "tune", "use"] = "off"
     file: str = "tunableop_results.csv"
-    rotating_mib: int = Field(0, ge=0)
+    rotating_mib: Annotated[int, Field(ge=0)] | None = None
 
 
 class Fp8Options(Options):
-    """Stages whose towers compute in FP8; `fast_accum` skips promotions of sums on NVIDIA."""
+    """Stages whose towers compute in FP8, and the kernel: `torch._scaled_mm` or aiter's on AMD.
+
+    `fast_accum` skips promotions of sums on NVIDIA.
+    """
 
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = STAGES
+    gemm: Literal["torch", "aiter"] = "torch"
     fast_accum: bool = True
 
 
@@ -91,8 +102,9 @@ class Blas(Knob[BlasOptions]):
       on MI350 (sunxxuns/openpi-1, USE_AITER_GEMM and OPENPI_ROUTE_*), with weight preshuffle 31.2
       ms in all (AITER_PRESHUFFLE_WEIGHTS). Not run on AMD.
     - `tunableop`, AMD: PyTorch's TunableOp, AMD's workload tuning guide. Not run on AMD.
-    - `fp8`, both: `torch._scaled_mm`, static scales per tensor. Lossy. sm89, gfx942 and newer; on
-      the CPU it runs as a reference. Not run on AMD.
+    - `fp8`, both: `torch._scaled_mm`, or on AMD aiter's `gemm_a8w8` (`fp8.gemm`; 1.57x reported for
+      single products in sunxxuns/openpi-1); static scales per tensor. Lossy. sm89, gfx942 and
+      newer; on the CPU it runs as a reference. Not run on AMD.
     """
 
     name = "blas"
@@ -105,7 +117,7 @@ class Blas(Knob[BlasOptions]):
             _library_problem(cfg, options),
             _tunableop_problem(cfg, options.tunableop),
             _aiter_problem(cfg, options.aiter, machine) if options.backend == "aiter" else None,
-            _fp8_problem(cfg, machine) if options.backend == "fp8" else None,
+            _fp8_problem(cfg, options.fp8, machine) if options.backend == "fp8" else None,
             _nothing_left_for_gemm(cfg, options),
         ]
         return next((problem for problem in problems if problem is not None), None)
@@ -129,8 +141,18 @@ class Blas(Knob[BlasOptions]):
             library=options.library,
             aiter=aiter,
             tunableop=tunable,
-            fp8=Fp8Options(stages=ordered, fast_accum=fast),
+            fp8=Fp8Options(stages=ordered, gemm=fp8.gemm, fast_accum=fast),
         )
+
+    def files(self, cfg: Config) -> Mapping[str, str]:
+        """Aiter's table of tuned shapes, and the TunableOp results that are used."""
+        options = self.canonical(cfg)
+        found = {}
+        if options.aiter.table is not None:
+            found["aiter.table"] = options.aiter.table
+        if options.tunableop.mode == "use":
+            found["tunableop.file"] = options.tunableop.file
+        return found
 
     def lossy(self, cfg: Config) -> bool:
         """FP8 has 3 bits of mantissa."""
@@ -138,9 +160,13 @@ class Blas(Knob[BlasOptions]):
 
     def environment(self, cfg: Config) -> Mapping[str, str]:
         """Let aiter log each lookup: that is how a silent fallback to torch is noticed."""
-        if self.of(cfg).backend == "aiter":
+        if self._uses_aiter(cfg):
             return {"AITER_LOG_TUNED_CONFIG": "1", "AITER_LOG_LEVEL": "INFO"}
         return {}
+
+    def _uses_aiter(self, cfg: Config) -> bool:
+        options = self.canonical(cfg)
+        return "aiter" in (options.backend, options.fp8.gemm)
 
     def configure(self, cfg: Config) -> None:
         """Torch's library, TunableOp, and aiter's table, which it reads when it is imported."""
@@ -149,10 +175,11 @@ class Blas(Knob[BlasOptions]):
             _prefer(options.library)
         if options.tunableop.mode != "off":
             _start_tunableop(options.tunableop)
-        if options.backend == "aiter":
+        if self._uses_aiter(cfg):
             from openpi_opt.kernels import tuned_gemm
 
-            tuned_gemm.install_table(options.aiter.table, _aiter_package())
+            if options.backend == "aiter":
+                tuned_gemm.install_table(options.aiter.table, _aiter_package())
             tuned_gemm.lookups()
 
     def transform(self, policy: Pi0Policy, cfg: Config) -> None:
@@ -175,12 +202,13 @@ class Blas(Knob[BlasOptions]):
         return call
 
     def notes(self, cfg: Config) -> list[str]:
-        """The shapes that aiter handed back to torch."""
-        if self.of(cfg).backend != "aiter":
-            return []
+        """What the files that were read hold, and the shapes that aiter handed back to torch."""
+        notes = [f"blas.{key}: {content_of(path)}" for key, path in self.files(cfg).items()]
+        if not self._uses_aiter(cfg):
+            return notes
         from openpi_opt.kernels.tuned_gemm import lookups
 
-        return lookups().notes()
+        return notes + lookups().notes()
 
     def label(self, options: BlasOptions) -> str:
         """Backend and library, then what differs from the defaults."""
@@ -225,26 +253,42 @@ def _tunableop_problem(cfg: Config, options: TunableOpOptions) -> Refusal | None
             "unavailable",
             "blas.tunableop needs ROCm: on NVIDIA torch offers it a single solution, on a CPU none",
         )
-    if options.mode == "use" and not Path(options.file).is_file():
-        return Refusal(
-            "unavailable",
-            f"blas.tunableop.file={options.file} does not exist; write it with "
-            "blas.tunableop.mode=tune",
-        )
+    if options.mode == "use":
+        how = "write it with blas.tunableop.mode=tune"
+        return _file_problem("blas.tunableop.file", options.file, how)
+    return None
+
+
+def _file_problem(key: str, path: str, advice: str) -> Refusal | None:
+    """Why a file of the user's cannot be read, or None."""
+    if not Path(path).is_file():
+        return Refusal("invalid", f"{key}={path} does not exist; {advice}")
+    if not os.access(path, os.R_OK):
+        return Refusal("invalid", f"{key}={path} cannot be read; {advice}")
     return None
 
 
 def _aiter_problem(cfg: Config, options: AiterOptions, machine: Machine) -> Refusal | None:
-    if cfg.platform.device != "rocm":
-        return Refusal("unavailable", "blas=aiter needs an AMD GPU with ROCm")
-    if machine.aiter is None or machine.aiter.kind != "amd":
-        return Refusal(
-            "unavailable", "blas=aiter needs AMD's aiter (amd-aiter, from its source repository)"
-        )
-    if options.table is not None and not Path(options.table).is_file():
-        return Refusal("invalid", f"blas.aiter.table={options.table} does not exist")
+    missing = _aiter_missing("blas=aiter", cfg, machine)
+    if missing is not None:
+        return missing
+    if options.table is not None:
+        how = "aiter's gemm_a16w16_tune.py writes such a table; leave it out for aiter's own"
+        problem = _file_problem("blas.aiter.table", options.table, how)
+        if problem is not None:
+            return problem
     if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
         return Refusal("invalid", "blas=aiter multiplies 16-bit matrices; use precision=bfloat16")
+    return None
+
+
+def _aiter_missing(option: str, cfg: Config, machine: Machine) -> Refusal | None:
+    if cfg.platform.device != "rocm":
+        return Refusal("unavailable", f"{option} needs an AMD GPU with ROCm")
+    if machine.aiter is None or machine.aiter.kind != "amd":
+        return Refusal(
+            "unavailable", f"{option} needs AMD's aiter (amd-aiter, from its source repository)"
+        )
     return None
 
 
@@ -264,16 +308,21 @@ def _nothing_left_for_gemm(cfg: Config, options: BlasOptions) -> Refusal | None:
     )
 
 
-def _fp8_problem(cfg: Config, machine: Machine) -> Refusal | None:
+def _fp8_problem(cfg: Config, options: Fp8Options, machine: Machine) -> Refusal | None:
     if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
         return Refusal("invalid", "blas=fp8 returns 16 bits; use precision=bfloat16")
+    if options.gemm == "aiter":
+        missing = _aiter_missing("blas.fp8.gemm=aiter", cfg, machine)
+        if missing is not None:
+            return missing
     if cfg.platform.device == "cpu":
         return None
     arch = machine.gpu(cfg.device, cfg.platform.gpu).arch
     if cfg.platform.device == "cuda":
         able, needed = int(arch.removeprefix("sm")) >= _FP8_MIN_SM, f"sm{_FP8_MIN_SM} or newer"
     else:
-        able, needed = arch in _FP8_ARCHS, f"one of {', '.join(_FP8_ARCHS)}"
+        archs = _AITER_FP8_ARCHS if options.gemm == "aiter" else _FP8_ARCHS
+        able, needed = arch in archs, f"one of {', '.join(archs)}"
     return None if able else Refusal("unavailable", f"blas=fp8 needs {needed}; this GPU is {arch}")
 
 
@@ -300,7 +349,8 @@ def _start_tunableop(options: TunableOpOptions) -> None:
     tunable.tuning_enable(options.mode == "tune")
     tunable.set_filename(options.file, insert_device_ordinal=False)
     if options.mode == "tune":
-        tunable.set_rotating_buffer_size(options.rotating_mib)
+        if options.rotating_mib is not None:
+            tunable.set_rotating_buffer_size(options.rotating_mib)
     elif not tunable.read_file(options.file):
         raise RefusedError(
             "unavailable",
@@ -329,9 +379,11 @@ def _aiter_package() -> Path:
 
 def _route_to_aiter(policy: Pi0Policy, cfg: Config, options: AiterOptions) -> None:
     from openpi_opt.kernels import fp8, tuned_gemm
+    from openpi_opt.kernels.aiter import import_part
 
+    import_part("aiter.tuned_gemm", "blas=aiter")
     # Only layers that run: what a fusion has replaced needs no shuffled copy.
-    with fp8.largest_inputs([policy]) as reached:
+    with fp8.seen_inputs([policy]) as reached:
         _calibration_runs(policy, cfg, 1)
     for plain in reached:
         shuffled = None
@@ -342,6 +394,7 @@ def _route_to_aiter(policy: Pi0Policy, cfg: Config, options: AiterOptions) -> No
 
 def _to_fp8(policy: Pi0Policy, cfg: Config, options: Fp8Options) -> None:
     from openpi_opt.kernels import fp8
+    from openpi_opt.kernels.aiter import import_part
 
     model = policy.paligemma_with_expert.paligemma.model
     towers: dict[str, list[torch.nn.Module]] = {
@@ -355,7 +408,10 @@ def _to_fp8(policy: Pi0Policy, cfg: Config, options: Fp8Options) -> None:
     def run() -> None:
         _calibration_runs(policy, cfg, len(_CALIBRATION_SEEDS))
 
-    if not fp8.convert(chosen, run, dtype, options.fast_accum):
+    aiter = options.gemm == "aiter"
+    if aiter:
+        import_part("aiter.ops.gemm_op_a8w8", "blas.fp8.gemm=aiter")
+    if not fp8.convert(chosen, run, dtype, options.fast_accum, aiter):
         raise RefusedError("invalid", "blas=fp8 found no linear layer to replace")
 
 

@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 class ElementwiseOptions(Options):
     """`torch`: PyTorch's operations, which Inductor fuses; `triton`: own kernels, one launch each.
 
-    Under `compile` the own kernels are opaque to Inductor, which then fuses less around them.
+    `aiter`: AMD's RMSNorm and GELU * up; the rest stays torch's. Under `compile` kernels are opaque
+    to Inductor, which then fuses less around them.
     """
 
-    backend: Literal["torch", "triton"] = "torch"
+    backend: Literal["torch", "triton", "aiter"] = "torch"
 
 
 class Elementwise(Knob[ElementwiseOptions]):
     """RMSNorm, LayerNorm, GELU, GELU * up and rotary embedding by own Triton kernels. All vendors.
+
+    Or, on AMD, RMSNorm and GELU * up by aiter (`openpi_opt.kernels.aiter_elementwise`; not run on
+    AMD; sunxxuns/openpi-1, USE_OPTIMIZED_OPS).
 
     Sources of the idea: linkedin/Liger-Kernel `ops/rms_norm.py`, `ops/geglu.py`, `ops/rope.py`;
     AMD's aiter Triton `rmsnorm` and `rope`. Written here: `openpi_opt.kernels.triton_norm`,
@@ -33,7 +37,9 @@ class Elementwise(Knob[ElementwiseOptions]):
     options_type = ElementwiseOptions
 
     def check(self, cfg: Config, machine: Machine) -> Refusal | None:
-        """Triton compiles for GPUs only."""
+        """Triton compiles for GPUs only, aiter for AMD's and 16 bits."""
+        if self.of(cfg).backend == "aiter":
+            return _aiter_problem(cfg, machine)
         if self.of(cfg).backend == "triton" and cfg.platform.device == "cpu":
             return Refusal(
                 "unavailable",
@@ -46,6 +52,15 @@ class Elementwise(Knob[ElementwiseOptions]):
         """Put the kernels into the policy's operations."""
         if self.of(cfg).backend == "torch":
             return
+        if self.of(cfg).backend == "aiter":
+            from openpi_opt.kernels import aiter_elementwise
+            from openpi_opt.kernels.aiter import import_part
+
+            for part in ("aiter.ops.rmsnorm", "aiter.ops.activation"):
+                import_part(part, "elementwise=aiter")
+            policy.ops.rms_norm = aiter_elementwise.rms_norm
+            policy.ops.gelu_mul = aiter_elementwise.gelu_mul
+            return
         from openpi_opt.kernels import triton_activation, triton_norm, triton_rotary
 
         policy.ops.rms_norm = triton_norm.rms_norm
@@ -57,3 +72,16 @@ class Elementwise(Knob[ElementwiseOptions]):
     def label(self, options: ElementwiseOptions) -> str:
         """The backend."""
         return options.backend
+
+
+def _aiter_problem(cfg: Config, machine: Machine) -> Refusal | None:
+    if cfg.platform.device != "rocm":
+        return Refusal("unavailable", "elementwise=aiter needs an AMD GPU with ROCm")
+    if machine.aiter is None or machine.aiter.kind != "amd":
+        return Refusal(
+            "unavailable",
+            "elementwise=aiter needs AMD's aiter (amd-aiter, from its source repository)",
+        )
+    if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
+        return Refusal("invalid", "elementwise=aiter is for 16 bits; use precision=bfloat16")
+    return None

@@ -23,6 +23,12 @@ AMD_GUIDE = "AMD workload tuning guide for MI300X"
 FORK = "sunxxuns/openpi-1"
 ROCM, TORCH, TRITON = "ROCm documentation", "PyTorch documentation", "Triton source"
 CUDA = "CUDA documentation"
+_ONE_GPU = "an inference on one GPU runs no collective"
+# One setting under several names.
+_SPELLINGS = (
+    ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
+    ("DISABLE_ADDMM_CUDA_LT", "DISABLE_ADDMM_HIP_LT"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Variable:
     """One admitted variable. `values` is a regular expression for the whole value.
 
     `inert` says why nothing reads it: such a variable is kept in the record and has no effect.
+    So is one with `tuning` unless blas.tunableop.mode=tune: nothing else reads it.
     """
 
     vendor: Vendor
@@ -37,11 +44,16 @@ class Variable:
     meaning: str
     source: str
     inert: str | None = None
+    tuning: bool = False
 
 
 def _allocator(source: str) -> Variable:
     pair = r"[a-z_0-9]+:[A-Za-z0-9_.\[\]>:-]+"
     return Variable("gpu", f"{pair}(,{pair})*", "caching allocator, key:value pairs", source)
+
+
+def _tuning(values: str, meaning: str) -> Variable:
+    return Variable("amd", values, f"TunableOp: {meaning}", AMD_GUIDE, tuning=True)
 
 
 # Effects were reported for MI300X and MI350 unless a source says otherwise. Not run on AMD.
@@ -68,6 +80,22 @@ VARIABLES: dict[str, Variable] = {
     "DISABLE_ADDMM_CUDA_LT": Variable(
         "gpu", FLAG, "no Lt library for products with a bias (also on ROCm)", FORK
     ),
+    "DISABLE_ADDMM_HIP_LT": Variable(
+        "amd", FLAG, "the same under the name of older ROCm builds; torch 2.12 has it not", FORK
+    ),
+    "ROCBLAS_USE_HIPBLASLT": Variable(
+        "amd", FLAG, "rocBLAS hands products to hipBLASLt (1) or keeps them (0)", ROCM
+    ),
+    "PYTORCH_TUNABLEOP_MAX_TUNING_DURATION_MS": _tuning(r"\d+", "ms for a solution, 30 if unset"),
+    "PYTORCH_TUNABLEOP_MAX_TUNING_ITERATIONS": _tuning(r"\d+", "runs of one, 100 if unset"),
+    "PYTORCH_TUNABLEOP_MAX_WARMUP_DURATION_MS": _tuning(r"\d+", "ms before it counts, 0 if unset"),
+    "PYTORCH_TUNABLEOP_MAX_WARMUP_ITERATIONS": _tuning(r"\d+", "runs before it counts, 0 if unset"),
+    "PYTORCH_TUNABLEOP_ICACHE_FLUSH_ENABLED": _tuning(FLAG, "cold instruction cache, 1 if unset"),
+    "PYTORCH_TUNABLEOP_NUMERICAL_CHECK": _tuning(
+        r"[01]|[\d.e-]+_[\d.e-]+", "drop wrong solutions: 1, or atol_rtol in newer torch"
+    ),
+    "PYTORCH_TUNABLEOP_ROCBLAS_ENABLED": _tuning(FLAG, "try rocBLAS, 1 if unset"),
+    "PYTORCH_TUNABLEOP_HIPBLASLT_ENABLED": _tuning(FLAG, "try hipBLASLt, 1 if unset"),
     "MIOPEN_FIND_MODE": Variable(
         "amd",
         "[1-7]|NORMAL|FAST|HYBRID|DYNAMIC_HYBRID|TRUST_VERIFY",
@@ -125,6 +153,22 @@ VARIABLES: dict[str, Variable] = {
         FORK,
         inert="read by the fork's own code only; graph=manual captures",
     ),
+    "OPTIMIZE_EPILOGUE": Variable(
+        "amd",
+        FLAG,
+        "Triton stores results without a detour through LDS",
+        AMD_GUIDE,
+        inert="Triton 3.6 and newer do not read it and always do so",
+    ),
+    "USE_ROCM_AITER_ROPE_BACKEND": Variable(
+        "amd", FLAG, "aiter's rotary embedding", FORK, inert="nothing in aiter or torch reads it"
+    ),
+    "NCCL_MIN_NCHANNELS": Variable(
+        "amd", r"[1-9]\d*", "channels of a collective", AMD_GUIDE, inert=_ONE_GPU
+    ),
+    "TORCH_NCCL_HIGH_PRIORITY": Variable(
+        "gpu", FLAG, "collectives on a stream of high priority", AMD_GUIDE, inert=_ONE_GPU
+    ),
 }
 
 _SLOW = "serialises launches for debugging; nothing that it times is worth knowing"
@@ -140,6 +184,8 @@ REFUSED: dict[str, str] = {
     "AMD_LOG_LEVEL": _LOGS,
     "TORCH_LOGS": _LOGS,
     "TORCH_COMPILE_DEBUG": _LOGS,
+    "TORCHDYNAMO_VERBOSE": _LOGS,
+    "PYTORCH_TUNABLEOP_VERBOSE": _LOGS,
     "MLIR_ENABLE_DUMP": _LOGS,
     "AMDGCN_ENABLE_DUMP": _LOGS,
     "PYTORCH_NO_CUDA_MEMORY_CACHING": _CHECKS,
@@ -153,6 +199,7 @@ REFUSED: dict[str, str] = {
     "TORCHINDUCTOR_*": _OTHER_KNOB.format("compile.inductor"),
     "CUDA_VISIBLE_DEVICES": _OTHER_KNOB.format("platform.gpu"),
     "HIP_VISIBLE_DEVICES": _OTHER_KNOB.format("platform.gpu"),
+    "ROCR_VISIBLE_DEVICES": _OTHER_KNOB.format("platform.gpu"),
     "HIPBLASLT_ALLOW_TF32": _OTHER_KNOB.format("precision.tf32"),
     "NVIDIA_TF32_OVERRIDE": _OTHER_KNOB.format("precision.tf32"),
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": _OTHER_KNOB.format("precision.tf32"),
@@ -203,14 +250,15 @@ class Environment(Knob[EnvironmentOptions]):
             return Refusal(
                 "unavailable", f"this trial runs on {device}, which does not read {what}"
             )
-        spellings = [n for n in self.of(cfg).variables if n.endswith("_ALLOC_CONF")]
-        if len(spellings) > 1:
-            return Refusal("invalid", f"{' and '.join(spellings)} are the same setting; give one")
+        for names in _SPELLINGS:
+            given = [name for name in names if name in self.of(cfg).variables]
+            if len(given) > 1:
+                return Refusal("invalid", f"{' and '.join(given)} are the same setting; give one")
         return None
 
     def canonical(self, cfg: Config) -> EnvironmentOptions:
         """Without the variables that nothing reads."""
-        live = {n: v for n, v in self.of(cfg).variables.items() if VARIABLES[n].inert is None}
+        live = {n: v for n, v in self.of(cfg).variables.items() if _why_inert(n, cfg) is None}
         return EnvironmentOptions(variables=live)
 
     def environment(self, cfg: Config) -> Mapping[str, str]:
@@ -219,12 +267,19 @@ class Environment(Knob[EnvironmentOptions]):
 
     def notes(self, cfg: Config) -> list[str]:
         """Name the variables that nothing reads."""
-        inert = [name for name in self.of(cfg).variables if VARIABLES[name].inert is not None]
-        return [f"Inert: {name}: {VARIABLES[name].inert}." for name in inert]
+        reasons = {name: _why_inert(name, cfg) for name in self.of(cfg).variables}
+        return [f"Inert: {name}: {reason}." for name, reason in reasons.items() if reason]
 
     def label(self, options: EnvironmentOptions) -> str:
         """All variables, or `stock`."""
         return " ".join(f"{name}={value}" for name, value in options.variables.items()) or "stock"
+
+
+def _why_inert(name: str, cfg: Config) -> str | None:
+    """Why nothing reads a variable under `cfg`, or None."""
+    if VARIABLES[name].tuning and cfg.knobs["blas"].tunableop.mode != "tune":  # type: ignore[attr-defined]
+        return "it is read while tuning only, blas.tunableop.mode=tune"
+    return VARIABLES[name].inert
 
 
 def _serves(vendor: Vendor, device: str) -> bool:
@@ -238,7 +293,7 @@ def _serves(vendor: Vendor, device: str) -> bool:
 
 
 def _problem(name: str, value: str) -> str | None:
-    for pattern, reason in REFUSED.items():
+    for pattern, reason in REFUSED.items() if name not in VARIABLES else ():
         if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
             return f"{name} is refused: it {reason}"
     if name not in VARIABLES:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
-from openpi_opt.kernels.attention import backend, sdpa, segmented
+from openpi_opt.errors import RefusedError
+from openpi_opt.kernels.attention import backend, require_sdpa, sdpa, sdpa_by, segmented
 from openpi_opt.pi0.ops import Segment, Visibility
 
 # B, S, T, Hq, Hkv, D; awkward sizes on purpose
@@ -51,7 +53,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("masked", ["none", "keys", "queries"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "math"])
 def test_backend_against_reference(
     name: str, shape: tuple[int, ...], masked: str, dtype: torch.dtype
 ) -> None:
@@ -93,5 +95,59 @@ def test_grouped_heads_that_no_backend_takes_are_refused() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="known are eager, sdpa, aiter, triton"):
+    with pytest.raises(ValueError, match=r"known are eager, sdpa, flash, cudnn, .*, triton"):
         backend("flash9", "cpu")
+
+
+OPERATORS = {
+    "flash": "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "math": "aten::_scaled_dot_product_attention_math",
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_chosen_backend_of_torch_runs_and_no_other(name: str, shape: tuple[int, ...]) -> None:
+    q, k, v = tensors(shape, torch.float32)
+    with torch.profiler.profile() as profile:
+        out = sdpa_by(name)(q, k, v, 0.3, None)
+    ran = {event.key for event in profile.key_averages()}
+    assert OPERATORS[name] in ran
+    assert not ran & (set(OPERATORS.values()) - {OPERATORS[name]})
+    assert relative(out, reference(q, k, v, None, 0.3)) < 2e-6
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_compiled_it_is_still_the_chosen_one(name: str) -> None:
+    """The choice is made while tracing, so it must be in force there."""
+    q, k, v = tensors(SHAPES[0], torch.float32)
+    seen: list[str] = []
+
+    def kept(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    backend_of = aot_autograd(fw_compiler=kept)
+    with torch.no_grad():
+        torch.compile(sdpa_by(name), fullgraph=True, dynamic=False, backend=backend_of)(
+            q, k, v, 0.3, None
+        )
+    fused = [target for target in seen if "flash_attention" in target]
+    assert len(fused) == (name == "flash")
+    assert not [target for target in seen if "scaled_dot_product_attention." in target]
+
+
+def test_flash_refuses_a_mask_instead_of_dropping_it() -> None:
+    q, k, v = tensors(SHAPES[0], torch.float32)
+    with pytest.raises(ValueError, match="takes no mask"):
+        backend("flash", "cpu")(q, k, v, Visibility(random_mask(SHAPES[0], False), None), 0.3)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "efficient"])
+def test_a_backend_without_a_kernel_is_unavailable(name: str) -> None:
+    like = torch.empty(0)
+    with pytest.raises(RefusedError, match=f"attention.prefill={name}") as error:
+        require_sdpa(name, "prefill", (1, 3, 2, 8), (1, 5, 1, 8), like)
+    assert error.value.outcome == "unavailable"
+    require_sdpa("flash", "prefill", (1, 3, 2, 8), (1, 5, 1, 8), like)

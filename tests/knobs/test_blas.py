@@ -1,9 +1,11 @@
+import hashlib
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from machine_samples import A100, CPU, H100, MI300X, MI350, T4, config, machine
+from machine_samples import A100, AMD_AITER, CPU, H100, MI300X, MI350, T4, config, machine
 
 from openpi_opt import runtime
 from openpi_opt.config import Config, Guard
@@ -18,6 +20,9 @@ from openpi_opt.pi0.workload import make_inputs
 KNOB = Blas()
 FP8 = {"blas": {"backend": "fp8"}}
 AITER = {"blas": {"backend": "aiter"}}
+WORKLOAD = {
+    "workload": {"steps": 1, "active_cameras": [True], "prompt_slots": 4, "prompt_tokens": 4}
+}
 
 
 def outcome(raw: dict, on: Machine) -> str | None:
@@ -55,6 +60,39 @@ def test_fp8_needs_recent_matrix_cores(on: Machine, expected: str | None) -> Non
     assert outcome({**FP8, "precision": {"dtype": "float32"}}, on) == "invalid"
 
 
+@pytest.mark.parametrize(
+    ("on", "expected"),
+    [
+        (MI300X, None),
+        (MI350, None),
+        (machine("gfx1200", AMD_AITER), "unavailable"),
+        (machine("gfx942"), "unavailable"),
+        (H100, "unavailable"),
+        (CPU, "unavailable"),
+    ],
+)
+def test_aiters_fp8_needs_amd_and_the_package(on: Machine, expected: str | None) -> None:
+    raw = {"blas": {"backend": "fp8", "fp8": {"gemm": "aiter"}}}
+    assert outcome(raw, on) == expected
+    cfg = config(raw, on)
+    assert cfg.lossy()
+    assert cfg.hash() != config(FP8, on).hash()
+    assert KNOB.environment(cfg)["AITER_LOG_TUNED_CONFIG"] == "1"
+    idle = {"blas": {"fp8": {"gemm": "aiter"}}}
+    assert config(idle, on).hash() == config({}, on).hash()
+    assert KNOB.environment(config(idle, on)) == {}
+
+
+@pytest.mark.parametrize("raw", [AITER, {"blas": {"backend": "fp8", "fp8": {"gemm": "aiter"}}}])
+def test_an_aiter_that_cannot_be_imported_is_unavailable(
+    raw: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = runtime.build_policy(config(WORKLOAD), torch.device("cpu"))
+    with pytest.raises(RefusedError, match="importing AMD's aiter failed") as error:
+        KNOB.transform(policy, config({**WORKLOAD, **raw}, MI300X))
+    assert error.value.outcome == "unavailable"
+
+
 def test_aiter_needs_amd_and_the_package(tmp_path: Path) -> None:
     assert outcome(AITER, MI300X) is None
     assert outcome(AITER, machine("gfx942")) == "unavailable"
@@ -80,7 +118,7 @@ def test_tunableop_needs_rocm_and_what_it_reads(tmp_path: Path) -> None:
     use = {"blas": {"tunableop": {"mode": "use", "file": str(file)}}}
     assert outcome({"blas": {"tunableop": {"mode": "tune"}}}, H100) == "unavailable"
     assert outcome({"blas": {"tunableop": {"mode": "tune"}}}, MI300X) is None
-    assert outcome(use, MI300X) == "unavailable"
+    assert outcome(use, MI300X) == "invalid"
     file.touch()
     assert outcome(use, MI300X) is None
 
@@ -118,6 +156,50 @@ def test_settings_that_are_read_count(raw: dict) -> None:
     assert config({"blas": raw}, H100).hash() != config({"blas": plain}, H100).hash()
 
 
+def with_table(path: Path) -> dict:
+    return {"blas": {"backend": "aiter", "aiter": {"table": str(path)}}}
+
+
+def with_results(path: Path) -> dict:
+    return {"blas": {"tunableop": {"mode": "use", "file": str(path)}}}
+
+
+@pytest.mark.parametrize("raw", [with_table, with_results])
+def test_a_file_of_the_users_counts_by_its_content(raw: Callable, tmp_path: Path) -> None:
+    one, other = tmp_path / "one.csv", tmp_path / "other.csv"
+    one.write_text("a,b\n1,2\n")
+    other.write_text("a,b\n1,2\n")
+    first = config(raw(one), MI300X).hash()
+    assert config(raw(other), MI300X).hash() == first
+    one.write_text("a,b\n1,3\n")
+    assert config(raw(one), MI300X).hash() != first
+    assert config({}, MI300X).hash() != first
+    # Loaded again from its record, as a trial does, it is the same configuration.
+    assert Config.load(config(raw(other), MI300X).dump()).hash() == first
+    (note,) = [n for n in KNOB.notes(config(raw(other), MI300X)) if "sha256" in n]
+    assert hashlib.sha256(b"a,b\n1,2\n").hexdigest() in note
+
+
+@pytest.mark.parametrize("raw", [with_table, with_results])
+def test_a_file_that_is_not_there_is_invalid(raw: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "missing.csv"
+    refusal = KNOB.check(config(raw(path), MI300X), MI300X)
+    assert refusal is not None
+    assert refusal.outcome == "invalid"
+    assert str(path) in refusal.reason
+    before = config(raw(path), MI300X).hash()
+    path.write_text("now it is")
+    assert config(raw(path), MI300X).hash() != before
+
+
+def test_a_file_that_is_not_read_does_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    tune = {"blas": {"tunableop": {"mode": "tune", "file": str(path)}}}
+    before = config(tune, MI300X).hash()
+    path.write_text("what tuning writes")
+    assert config(tune, MI300X).hash() == before
+
+
 def test_fp8_without_a_stage_is_refused() -> None:
     with pytest.raises(UserError, match=r"blas\.fp8\.stages"):
         config({"blas": {"backend": "fp8", "fp8": {"stages": []}}})
@@ -145,11 +227,6 @@ def fp8_policy(cfg: Config) -> tuple[runtime.Prepared, float]:
     found = guard.distance(prepared.call(inputs), expected).rel_l2
     assert found is not None
     return prepared, found
-
-
-WORKLOAD = {
-    "workload": {"steps": 1, "active_cameras": [True], "prompt_slots": 4, "prompt_tokens": 4}
-}
 
 
 @pytest.fixture(autouse=True)

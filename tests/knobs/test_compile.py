@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from machine_samples import CPU, H100, config
@@ -33,6 +36,16 @@ def test_every_option_exists_in_this_torch_under_this_name() -> None:
 def test_the_table_of_defaults_is_this_torchs() -> None:
     current = torch._inductor.config.get_config_copy()
     assert {key: current[key] for key in module.DEFAULTS} == module.DEFAULTS
+
+
+def test_inert_options_have_no_reader_in_this_torch_and_the_others_have() -> None:
+    """benchmark_kernel has readers: they write a benchmark beside the code and choose nothing."""
+    folder = Path(torch._inductor.__file__).parent
+    read = "".join(f.read_text() for f in folder.rglob("*.py") if f != folder / "config.py")
+    options = set(re.findall(r"config(?:\.triton)?\.(\w+)", read))
+    named = {*INDUCTOR, "multi_kernel"} - {"triton"}
+    assert named - options == {"group_fusion"}
+    assert set(module.INERT) == {"group_fusion", "benchmark_kernel"}
 
 
 def test_names_are_read_from_the_source_without_importing_it() -> None:

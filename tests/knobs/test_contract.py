@@ -137,7 +137,7 @@ def reference(dtype: str) -> guard.Reference:
 
 
 def judged(call: Any, cfg: Config) -> guard.GuardReport:
-    """The guard's verdict: in float32 its limit is 1e-4, else twice the plain policy's distance."""
+    """The guard's verdict: in float32 its limit is 1e-5, else twice the plain policy's distance."""
     inputs = [sample_inputs(cfg, seed) for seed in (0, 1)]
     known = reference(cfg.knobs["precision"].dtype)  # type: ignore[attr-defined]
     return guard.check(call, inputs, known, cfg.guard, cfg.lossy())

@@ -35,6 +35,7 @@ def test_every_entry_says_what_it_is_and_has_a_valid_pattern(name: str) -> None:
         ("MIOPEN_FIND_MODE", "HYBRID"),
         ("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8"),
         ("OMP_NUM_THREADS", 16),
+        ("PYTORCH_TUNABLEOP_NUMERICAL_CHECK", "1e-5_1e-3"),
     ],
 )
 def test_admitted_values(name: str, value: object) -> None:
@@ -81,12 +82,18 @@ def test_the_vendor_decides(name: str, value: object, serving: list[Machine]) ->
             assert name in refusal.reason
 
 
-def test_two_spellings_of_one_setting_are_invalid() -> None:
-    value = "expandable_segments:True"
-    cfg = config(of(PYTORCH_ALLOC_CONF=value, PYTORCH_CUDA_ALLOC_CONF=value), H100)
-    refusal = KNOB.check(cfg, H100)
+@pytest.mark.parametrize(
+    ("names", "value"),
+    [
+        (("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True"),
+        (("DISABLE_ADDMM_CUDA_LT", "DISABLE_ADDMM_HIP_LT"), "1"),
+    ],
+)
+def test_two_spellings_of_one_setting_are_invalid(names: tuple[str, ...], value: str) -> None:
+    refusal = KNOB.check(config(of(**dict.fromkeys(names, value)), MI300X), MI300X)
     assert refusal is not None
     assert refusal.outcome == "invalid"
+    assert all(name in refusal.reason for name in names)
 
 
 def test_inert_variables_are_recorded_and_have_no_effect() -> None:
@@ -98,6 +105,31 @@ def test_inert_variables_are_recorded_and_have_no_effect() -> None:
     live = config(of(HIP_FORCE_DEV_KERNARG=1), MI300X)
     assert live.hash() != config({}, MI300X).hash()
     assert KNOB.notes(live) == []
+
+
+def test_how_tunableop_tunes_matters_while_it_tunes() -> None:
+    how = of(PYTORCH_TUNABLEOP_MAX_TUNING_DURATION_MS=100)
+    assert config(how, MI300X).hash() == config({}, MI300X).hash()
+    assert KNOB.environment(config(how, MI300X)) == {}
+    (note,) = KNOB.notes(config(how, MI300X))
+    assert "blas.tunableop.mode=tune" in note
+    tune = {"blas": {"tunableop": {"mode": "tune"}}}
+    both = config({**how, **tune}, MI300X)
+    assert KNOB.environment(both) == {"PYTORCH_TUNABLEOP_MAX_TUNING_DURATION_MS": "100"}
+    assert both.hash() != config(tune, MI300X).hash()
+    assert child_environment(both, MI300X, {"PYTORCH_TUNABLEOP_TUNING": "1"}).keys() >= {
+        "PYTORCH_TUNABLEOP_MAX_TUNING_DURATION_MS"
+    }
+
+
+def test_the_named_sets_that_the_field_speaks_of_exist() -> None:
+    found = {file.stem for file in (conf_dir() / "environment").glob("*.yaml")}
+    assert {"stock", "rocm_recommended", "tunableop", "hipblaslt", "miopen_find"} <= found
+
+
+def test_every_variable_of_the_table_is_kept_out_of_a_trials_environment() -> None:
+    kept = set(VARIABLES) - set(cleared_names(dict.fromkeys(VARIABLES, "1")))
+    assert kept == {"OMP_NUM_THREADS"}  # says how many cores this process may have
 
 
 def test_order_does_not_matter() -> None:

@@ -1,1 +1,1 @@
-"""Tests of the policy, and the mutations other tests reuse."""
+"""Tests of the policy."""

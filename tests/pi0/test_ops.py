@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.mutations import distance
 from openpi_opt.pi0.ops import (
     NOT_ALLOWED,
     Ops,
@@ -17,8 +18,6 @@ from openpi_opt.pi0.ops import (
 )
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.workload import Workload, make_inputs
-
-from .mutations import distance
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

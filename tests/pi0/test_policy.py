@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.mutations import distance
 from openpi_opt.pi0.config import PI0_MINI, RopeFrequencies
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.ops import Visibility, eager_attention
@@ -16,7 +17,6 @@ from openpi_opt.pi0.weights import build, init_random
 from openpi_opt.pi0.workload import Workload, make_inputs
 
 from . import transcription
-from .mutations import distance
 
 SEED_B1 = Workload((True, True, False), 20, 20, horizon=10, steps=10, batch_size=1)
 WORKLOADS = {

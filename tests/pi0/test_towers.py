@@ -6,12 +6,11 @@ from torch import Tensor, nn
 from transformers import GemmaConfig as HfGemmaConfig
 from transformers import GemmaModel, SiglipVisionConfig, SiglipVisionModel
 
+from benchmarks.mutations import distance
 from openpi_opt.pi0.config import PI0, GemmaConfig, VisionConfig
 from openpi_opt.pi0.gemma import GemmaTower, rope_at, rope_frequencies
 from openpi_opt.pi0.ops import SEE_ALL, Ops, Visibility, eager_attention
 from openpi_opt.pi0.siglip import VisionTower
-
-from .mutations import distance
 
 TOLERANCE = 1e-5
 

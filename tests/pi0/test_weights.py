@@ -13,8 +13,6 @@ from openpi_opt.pi0.schedule import time_features, times
 from openpi_opt.pi0.weights import build, init_random
 from openpi_opt.pi0.workload import Workload, make_inputs
 
-from .mutations import catalogue, distance
-
 W = "paligemma_with_expert."
 V = W + "paligemma.model.vision_tower.vision_model."
 M = W + "paligemma.model.language_model."
@@ -153,34 +151,3 @@ def test_activations_stay_of_order_one(policy: Pi0Policy, masked_workload: Workl
             module.register_forward_hook(record(name))
     policy.sample_actions(make_inputs(masked_workload, policy.config, 0, "cpu"))
     assert {name: size for name, size in sizes.items() if not 0.3 < size < 4.0} == {}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_mutation_shows(
-    policy: Pi0Policy, masked_workload: Workload, dtype: torch.dtype
-) -> None:
-    """Mistakes move the actions far more than rounding does.
-
-    The tolerance of bfloat16 is twice what rounding alone moves the actions by; mistakes reach 3
-    times that, subtle ones 1.5 times. In float32 they reach 1 %, the erf GELU 0.05 %.
-    """
-    inputs = make_inputs(masked_workload, policy.config, 100, "cpu")
-    previous = make_inputs(masked_workload, policy.config, 200, "cpu")
-    reference = policy.sample_actions(inputs)
-    cast(policy, dtype)
-    own = distance(policy.sample_actions(inputs), reference)
-    assert own < 0.01
-    tolerance = 2.0 * own
-    missed = {}
-    for mutation in catalogue(policy):
-        with mutation.apply(policy, inputs, previous) as mutated:
-            moved = distance(policy.sample_actions(mutated), reference)
-        if dtype == torch.float32:
-            limit = 5e-4 if mutation.name == "erf GELU" else 1e-2
-        else:
-            limit = tolerance * (1.5 if mutation.subtle else 3.0)
-        if moved < limit and not (mutation.float32_only and dtype != torch.float32):
-            missed[mutation.name] = (moved, limit)
-    assert missed == {}
-    # Every mutation restored the policy.
-    assert distance(policy.sample_actions(inputs), reference) == own

@@ -1,10 +1,10 @@
 """Wrong policies: each mutation is one mistake that an optimisation could make.
 
-    with mutation.apply(policy, inputs, previous) as mutated:
-        wrong = policy.sample_actions(mutated)
+    call = mutation.candidate(policy, previous)
+    guard.check(call, inputs, reference, ...)
 
 `previous` are other inputs of the same workload, for mistakes that remember an earlier call.
-Leaving the context restores the policy. Mutations patch the instance: stages, ops, layers.
+Mutations patch the instance (stages, ops, layers) for the time of a call and restore it.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,8 +20,12 @@ from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.ops import SEE_ALL, Attention, Visibility, eager_attention
 from openpi_opt.pi0.policy import Pi0Policy, PrefixCache
 from openpi_opt.pi0.schedule import time_features
+from openpi_opt.pi0.workload import Workload
 
 Apply = Callable[[Pi0Policy, Inputs, Inputs], AbstractContextManager[Inputs]]
+
+# Everything that can be got wrong: the third camera is masked, 20 of 28 prompt slots are valid.
+WORKLOAD = Workload((True, True, False), 28, 20, horizon=10, steps=10, batch_size=1)
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,15 @@ class Mutation:
     apply: Apply
     subtle: bool = False
     float32_only: bool = False
+
+    def candidate(self, policy: Pi0Policy, previous: Inputs) -> Callable[[Inputs], Tensor]:
+        """The mistaken policy, as the guard calls a candidate: inputs -> actions [B, H, A]."""
+
+        def call(inputs: Inputs) -> Tensor:
+            with self.apply(policy, inputs, previous) as mutated:
+                return policy.sample_actions(mutated)
+
+        return call
 
 
 @contextmanager
@@ -50,6 +63,8 @@ def replaced(owner: object, **values: Any) -> Iterator[None]:
 
 
 def on_ops(**values: Any) -> Apply:
+    """Replace operations of the policy."""
+
     @contextmanager
     def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
         with replaced(policy.ops, **values):
@@ -59,6 +74,8 @@ def on_ops(**values: Any) -> Apply:
 
 
 def on_inputs(change: Callable[[Inputs], Inputs]) -> Apply:
+    """Give the policy other inputs."""
+
     @contextmanager
     def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
         yield change(inputs)
@@ -67,6 +84,8 @@ def on_inputs(change: Callable[[Inputs], Inputs]) -> Apply:
 
 
 def on_cache(change: Callable[[PrefixCache], PrefixCache]) -> Apply:
+    """Change what the prefill hands to the denoising steps."""
+
     @contextmanager
     def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
         prefill = policy.prefill
@@ -76,14 +95,27 @@ def on_cache(change: Callable[[PrefixCache], PrefixCache]) -> Apply:
     return apply
 
 
-def on_actions(change: Callable[[Pi0Policy, Inputs, Tensor], Tensor]) -> Apply:
+def on_actions(change: Callable[[Tensor], Tensor]) -> Apply:
+    """Change the actions [B, H, A]."""
+
     @contextmanager
     def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
         sample = policy.sample_actions
-        with replaced(policy, sample_actions=lambda given: change(policy, previous, sample(given))):
+        with replaced(policy, sample_actions=lambda given: change(sample(given))):
             yield inputs
 
     return apply
+
+
+def replayed(which: int) -> Callable[[Tensor], Tensor]:
+    """Actions of an earlier call: 0 the first one's, -2 the last one's. The first call is right."""
+    kept: list[Tensor] = []
+
+    def change(actions: Tensor) -> Tensor:
+        kept.append(actions)
+        return kept[max(which, -len(kept))]
+
+    return change
 
 
 def skipped_layer(tower: str, index: int) -> Apply:
@@ -131,12 +163,14 @@ def stale_layer(index: int) -> Apply:
 
 @contextmanager
 def time_reversed(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+    """The time features of the steps in the opposite order."""
     with replaced_table(policy, policy.time_table.flip(0), policy.steps):
         yield inputs
 
 
 @contextmanager
 def last_step_left_out(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+    """The integration ends one step before time 0."""
     with replaced_table(policy, policy.time_table[:-1], policy.steps):
         yield inputs
 
@@ -152,6 +186,7 @@ def one_step_fewer(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Itera
 
 @contextmanager
 def replaced_table(policy: Pi0Policy, table: Tensor, steps: int) -> Iterator[None]:
+    """Other time features [steps, E], and another step size."""
     table_before, steps_before = policy.time_table, policy.steps
     policy.time_table, policy.steps = table, steps
     try:
@@ -161,6 +196,7 @@ def replaced_table(policy: Pi0Policy, table: Tensor, steps: int) -> Iterator[Non
 
 
 def unmasked(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
+    """Every query sees every key."""
     return eager_attention(q, k, v, SEE_ALL, scale)
 
 
@@ -181,6 +217,8 @@ def without_state_key(
 
 
 def scaled(factor: float) -> Attention:
+    """Logits scaled by `factor` too much."""
+
     def attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
         return eager_attention(q, k, v, visibility, factor * scale)
 
@@ -202,20 +240,25 @@ def rotary_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rms_norm_without_one(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The gain read as w instead of 1 + w."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed * weight.float()).to(x.dtype)
 
 
 def all_tokens(inputs: Inputs) -> Inputs:
+    """Padding counts as prompt."""
     return inputs._replace(token_mask=torch.ones_like(inputs.token_mask))
 
 
 def all_cameras(inputs: Inputs) -> Inputs:
+    """Masked cameras count as active."""
     return inputs._replace(image_mask=torch.ones_like(inputs.image_mask))
 
 
 def without_camera(index: int) -> Callable[[Inputs], Inputs]:
+    """An active camera counts as masked."""
+
     def change(inputs: Inputs) -> Inputs:
         mask = inputs.image_mask.clone()
         mask[:, index] = False
@@ -224,8 +267,8 @@ def without_camera(index: int) -> Callable[[Inputs], Inputs]:
     return change
 
 
-def visible(start: int, stop: int | None) -> Callable[[PrefixCache], PrefixCache]:
-    """Masked prefix keys [start, stop) become visible to the suffix; positions stay."""
+def visible(start: int, stop: int) -> Callable[[PrefixCache], PrefixCache]:
+    """Prefix keys [start, stop) become visible to the suffix; positions stay."""
 
     def change(cache: PrefixCache) -> PrefixCache:
         assert cache.mask is not None
@@ -240,13 +283,16 @@ def _attention(function: Attention, *stages: str) -> Apply:
     return on_ops(**{f"attention_{stage}": function for stage in stages})
 
 
-def catalogue(policy: Pi0Policy) -> list[Mutation]:
-    """All mutations, for a policy without declared layout and inputs with a masked last camera.
+def catalogue(policy: Pi0Policy, workload: Workload = WORKLOAD) -> list[Mutation]:
+    """All mutations, each with a state of its own, for a policy without declared layout.
 
-    Layers are skipped at the first, middle and last place that can matter.
+    `workload` has a masked last camera and padding after its prompt. Layers are skipped at the
+    first, middle and last place that can matter.
     """
     config = policy.config
     depth, last = config.language.depth, config.language.depth - 1
+    prompt = len(workload.active_cameras) * config.vision.tokens
+    masked, slots = prompt - config.vision.tokens, prompt + workload.prompt_slots
     mutations = [
         Mutation("mask dropped", _attention(unmasked, "prefill", "denoise")),
         Mutation("mask dropped in prefill", _attention(unmasked, "prefill")),
@@ -254,7 +300,9 @@ def catalogue(policy: Pi0Policy) -> list[Mutation]:
         Mutation("is_causal misuse", _attention(causal, "denoise")),
         Mutation("is_causal in prefill", _attention(causal, "prefill")),
         Mutation("masked camera attended", on_inputs(all_cameras)),
-        Mutation("padding tokens attended", on_inputs(all_tokens)),
+        Mutation("masked camera attended in denoise", on_cache(visible(masked, prompt))),
+        Mutation("padding attended", on_inputs(all_tokens)),
+        Mutation("padding attended in denoise", on_cache(visible(prompt, slots))),
         Mutation("camera 0 skipped", on_inputs(without_camera(0))),
         Mutation("camera 1 skipped", on_inputs(without_camera(1))),
         Mutation(
@@ -308,14 +356,10 @@ def catalogue(policy: Pi0Policy) -> list[Mutation]:
             subtle=True,
             float32_only=True,
         ),
-        Mutation("NaN", on_actions(lambda policy, previous, actions: actions * torch.nan)),
-        Mutation("zeros", on_actions(lambda policy, previous, actions: torch.zeros_like(actions))),
-        Mutation(
-            "last call's output",
-            on_actions(
-                lambda policy, previous, actions: type(policy).sample_actions(policy, previous)
-            ),
-        ),
+        Mutation("NaN", on_actions(lambda actions: actions * torch.nan)),
+        Mutation("zeros", on_actions(torch.zeros_like)),
+        Mutation("first call's output again", on_actions(replayed(0))),
+        Mutation("last call's output again", on_actions(replayed(-2))),
     ]
     return mutations
 
