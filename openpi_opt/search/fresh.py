@@ -22,12 +22,13 @@ from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
 from openpi_opt.result import Ok, TrialResult
 from openpi_opt.search.process import run_trial
-from openpi_opt.search.trials import Run, refused
+from openpi_opt.search.trials import refused
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import Store
 
+Run = Callable[[Config, Path, Path, Callable[[str], None], Machine], TrialResult]
 # A throttled process is discarded and repeated, so often at most, after a pause that doubles.
 MAX_THROTTLED = 3
 COOLING_S = 15.0
@@ -170,8 +171,12 @@ class FreshRuns:
 
 
 def throttled(result: TrialResult) -> bool:
-    """Whether the process ran at a lowered clock, for results that say so."""
-    return bool(getattr(result, "throttled", False))
+    """Whether the SM clock was under 75% of its peak, nvbench's rule to discard a sample.
+
+    Read from the check `gpu_clock` of results that have checks.
+    """
+    checks = getattr(result, "checks", ())
+    return any(check.name == "gpu_clock" and check.status == "flag" for check in checks)
 
 
 def _span(record: Record) -> float:

@@ -46,11 +46,15 @@ class Schedule(BaseModel):
     promise: Promise | None
 
 
-class Bench(Protocol):
-    """Who measures, and who remembers the schedule."""
+class Measurer(Protocol):
+    """Who measures."""
 
     def measure(self, key: str, stage: Stage, number: int) -> float | None:
         """Mean latency in ms of one fresh process, the `number`-th of its stage; None: not ok."""
+
+
+class Bench(Measurer, Protocol):
+    """Who measures, and who remembers the schedule."""
 
     def seconds(self, key: str) -> float:
         """What one process of this configuration takes, as far as is known."""
@@ -130,7 +134,7 @@ def draw_rounds(keys: Sequence[str], count: int, seed: int) -> list[list[str]]:
 
 
 def measure_rounds(
-    bench: Bench, rounds: Sequence[Sequence[str]], needed: str
+    bench: Measurer, rounds: Sequence[Sequence[str]], needed: str
 ) -> tuple[dict[str, list[float]], list[str]]:
     """The means of every configuration by round, and who was dropped.
 

@@ -37,6 +37,7 @@ _NOT_IN_A_TRIAL = frozenset(
         "preset.py",
         "promote.py",
         "sweep.py",
+        "target.py",
     }
 )
 
