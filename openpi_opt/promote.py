@@ -12,7 +12,7 @@ import math
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from openpi_opt.paths import user_conf_dir
 from openpi_opt.result import Ok, write_atomic
 from openpi_opt.search import promise, promotion
 from openpi_opt.search.confirm import Confirmed, Subject, changed_knobs
+from openpi_opt.search.contenders import Contender, contenders, short
 from openpi_opt.search.fresh import FreshRuns
 from openpi_opt.search.promotion import Judged, Schedule, Stage, Wanted
 from openpi_opt.track.journal import Journal, Record
@@ -68,51 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A configuration of the study with its newest measurement there."""
-
-    config: Config
-    number: int
-    mean_ms: float
-    fingerprint_hash: str
-
-
-def contenders(records: Sequence[Record], allow_lossy: bool = False) -> list[Contender]:
-    """The different configurations of a study that are right, fastest first, without the baseline.
-
-    Lossy ones (FP8) do not compete with the others unless `allow_lossy`. When only the baseline
-    itself was `ok`, it is the only element.
-
-    Raises:
-        UserError: no trial is `ok`, or the trials belong to different contexts.
-    """
-    ok = [(r, r.result) for r in records if isinstance(r.result, Ok) and r.role != "confirm"]
-    if not ok:
-        raise UserError(
-            "this study has no trial with outcome ok, so there is nothing to promote. "
-            "`python -m openpi_opt.compare STUDY` shows the reasons."
-        )
-    contexts = {result.context_hash for _, result in ok}
-    if len(contexts) > 1:
-        raise UserError(
-            f"this study holds {len(contexts)} different models, workloads or platforms, whose "
-            "latencies cannot be compared. Sweep one of them in a study of its own."
-        )
-    newest: dict[str, Contender] = {}
-    for record, result in ok:
-        cfg = Config.load(result.config)
-        if not cfg.is_baseline() and (allow_lossy or not cfg.lossy()):
-            newest[cfg.hash()] = Contender(
-                cfg, record.number, result.latency.mean_ms, record.fingerprint_hash
-            )
-    record, result = ok[0]
-    plain = Config.load(result.config).baseline()
-    return sorted(newest.values(), key=lambda c: c.mean_ms) or [
-        Contender(plain, record.number, result.latency.mean_ms, record.fingerprint_hash)
-    ]
-
-
 def confirm(
     runs: FreshRuns, candidates: Sequence[Contender], wanted: Wanted, again: bool = False
 ) -> tuple[ProcessBench, Judged]:
@@ -147,7 +103,8 @@ def confirm(
         ) from None
     except promise.TooShortError as error:
         raise UserError(
-            f"--minutes {(wanted.limit_s or 0) / 60:g} is too short to show even a gain of half: "
+            f"--minutes {(wanted.limit_s or 0) / 60:g} is too short to show even a gain of "
+            f"{promise.WIDEST_GAIN:.0%}: "
             f"at least {math.ceil(error.least_s / 60)} minutes are needed.\n"
             "The processes that ran are kept. Give more --minutes, or fewer --finalists."
         ) from None
@@ -351,13 +308,6 @@ def paired_spread(baseline: Confirmed, candidate: Confirmed) -> float:
         for mine, plain in zip(candidate.means_ms, baseline.means_ms, strict=True)
     ]
     return promise.spread([math.exp(value) for value in logs]).value / math.sqrt(2)
-
-
-def short(cfg: Config) -> str:
-    """The knobs that differ from the baseline, with their labels."""
-    plain = cfg.baseline().labels()
-    changed = {k: v for k, v in cfg.labels().items() if v != plain[k]}
-    return " ".join(f"{k}={v}" for k, v in changed.items()) or "baseline"
 
 
 def _usage(name: str, folder: Path | None) -> str:

@@ -16,9 +16,9 @@ from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
-from openpi_opt.promote import contenders
 from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.search.confirm import Confirmed, Subject
+from openpi_opt.search.contenders import contenders
 from openpi_opt.search.fresh import FreshRuns
 from openpi_opt.search.promotion import BaselineError, Stage, draw_rounds, measure_rounds
 from openpi_opt.search.steps import Target

@@ -14,8 +14,8 @@ import yaml
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
-from openpi_opt.promote import contenders
 from openpi_opt.result import Latency, Ok, Refused, TrialResult
+from openpi_opt.search.contenders import contenders
 from openpi_opt.track.journal import Record
 
 QUICK = [

@@ -20,6 +20,8 @@ from scipy import stats
 
 GAIN = 0.01
 PROBABILITY = 0.95
+# No wider gain is promised when time is short.
+WIDEST_GAIN = 0.9
 # Each of the two ways to promote wrongly (not faster than the baseline; not faster than a finalist
 # nearer to it) has this probability at most, over a whole promotion.
 TOTAL_ALPHA = 0.005
@@ -184,13 +186,13 @@ def make_plan(tau: Tau, costs: Costs, limit_s: float | None = None) -> Plan:
     level.
 
     Raises:
-        TooShortError: not even half the time saved could be shown within the limit.
+        TooShortError: not even `WIDEST_GAIN` could be shown within the limit.
     """
     bound = round(math.ceil(tau.upper / _TAU_STEP) * _TAU_STEP, 5)
     best = _quickest(GAIN, bound, costs)
     if limit_s is None or best[0] <= limit_s:
         return _plan(GAIN, bound, best)
-    low, high = round(GAIN * 1000), 500  # thousandths; low is known not to fit
+    low, high = round(GAIN * 1000), round(WIDEST_GAIN * 1000)  # thousandths; low does not fit
     widest = _quickest(high / 1000, bound, costs)
     if widest[0] > limit_s:
         raise TooShortError(widest[0])
@@ -201,17 +203,6 @@ def make_plan(tau: Tau, costs: Costs, limit_s: float | None = None) -> Plan:
         else:
             low = middle
     return _plan(high / 1000, bound, _quickest(high / 1000, bound, costs))
-
-
-def gain_kept(tau: Tau, costs: Costs, screening: int, pairs: int) -> float | None:
-    """The smallest gain (to 0.1%) that a given plan finds with `PROBABILITY`; None above 50%."""
-    alpha = level(costs.finalists)
-
-    def kept(gain: float) -> bool:
-        chance = chance_selected(gain, tau.upper, screening, costs.contenders, costs.finalists)
-        return chance * power(gain, tau.upper, pairs, alpha) >= PROBABILITY
-
-    return next((step / 1000 for step in range(1, 501) if kept(step / 1000)), None)
 
 
 def _plan(gain: float, bound: float, found: tuple[float, int, int]) -> Plan:

@@ -11,9 +11,10 @@ from search_samples import CPU, FakeRun, failed, ok
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
-from openpi_opt.promote import Contender, ProcessBench, confirm
+from openpi_opt.promote import ProcessBench, confirm
 from openpi_opt.result import Ok, TrialResult
 from openpi_opt.search import fresh
+from openpi_opt.search.contenders import Contender
 from openpi_opt.search.fresh import FreshRuns
 from openpi_opt.search.promotion import Judged, Wanted
 from openpi_opt.track.journal import Journal
