@@ -99,7 +99,8 @@ def confirm(
         judged = promotion.run(bench, Subject(baseline.hash()), subjects, wanted)
     except promotion.BaselineError:
         raise UserError(
-            "the baseline did not end ok, so no gain can be stated; see above."
+            "the baseline did not end ok, so no gain can be stated; see above.\n"
+            "Mend the cause, then begin anew with --again."
         ) from None
     except promise.TooShortError as error:
         raise UserError(
@@ -142,7 +143,7 @@ class ProcessBench:
         # Confirmation runs belong to their schedule; the others may serve every promotion here.
         place = (self.path.stem,) if stage == "confirmation" else ()
         shown = f"{stage} {number + 1}: {short(cfg)}"
-        result = self.runs.measure(cfg, shown, *place, stage, number)
+        result = self.runs.measure(cfg, shown, *place, stage, number, retry=not place)
         return result.latency.mean_ms if isinstance(result, Ok) else None
 
     def seconds(self, key: str) -> float:

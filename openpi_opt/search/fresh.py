@@ -53,18 +53,26 @@ class FreshRuns:
         self.machine = machine
         self._store, self._say, self._run, self._pause = store, say, run, pause
         self._told_away = False
+        self._new: set[str] = set()  # processes of this session
 
-    def measure(self, cfg: Config, shown: str, *place: str | int) -> TrialResult:
+    def measure(
+        self, cfg: Config, shown: str, *place: str | int, retry: bool = False
+    ) -> TrialResult:
         """The result of the process at `place`; `shown` is what is said of it.
+
+        With `retry` one that was not ok in an earlier session runs again, and else that is final.
 
         Raises:
             UserError: the GPU stays throttled, or the store cannot be written.
         """
-        uid = self.uid(cfg, *place)
-        known = self.journal.by_uid(uid)
-        if known is not None:
-            self._say(f"  {shown}: {_summary(known.result)} (known)")
-            return known.result
+        uid, attempt = self.uid(cfg, *place), 0
+        while (known := self.journal.by_uid(uid)) is not None:
+            if isinstance(known.result, Ok) or not retry or uid in self._new:
+                self._say(f"  {shown}: {_summary(known.result)} (known)")
+                return known.result
+            attempt += 1
+            uid = self.uid(cfg, *place, f"attempt {attempt}")
+        self._new.add(uid)
         quick = cfg.model_copy(
             update={"profile": cfg.profile.model_copy(update={"kernels": False, "trace": False})}
         )

@@ -152,6 +152,28 @@ def test_a_baseline_that_fails_is_an_error(promotions: Promotions) -> None:
         promotions(lambda cfg: failed(cfg) if cfg.is_baseline() else ok(cfg, 9.0))
 
 
+def test_a_baseline_that_failed_once_is_measured_again_by_the_next_command(
+    promotions: Promotions,
+) -> None:
+    with pytest.raises(UserError, match="baseline did not end ok"):
+        promotions(failed)
+    judged, run, _ = promotions(Noisy())
+    assert judged.winner is not judged.baseline
+    assert len(run.ran) == 8 + 3 * len(judged.schedule.rounds)
+
+
+def test_a_failure_in_confirmation_is_final_until_again(promotions: Promotions) -> None:
+    """Else one configuration would run when the others no longer do."""
+    noisy = Noisy()
+    first, _, _ = promotions(
+        lambda cfg: failed(cfg) if cfg.hash() == FUSED.hash() else noisy(cfg), rounds=4
+    )
+    second, idle, _ = promotions(noisy, rounds=4)
+    assert second == first
+    assert idle.ran == []
+    assert promotions(noisy, rounds=4, again=True)[0].dropped == []
+
+
 def test_a_damaged_schedule_is_named(promotions: Promotions) -> None:
     _, _, bench = promotions(Noisy(), rounds=3)
     bench.path.write_text("{")
