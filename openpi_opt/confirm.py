@@ -18,6 +18,9 @@ from openpi_opt.search import promise, simulate
 from openpi_opt.search.promotion import Wanted
 
 MAX_FALSE = 0.01
+DEFAULT_TAU = 0.003
+# Recorded noise is scaled down to this: with more, a gain of 1% takes thousands of processes.
+MAX_TAU = 0.01
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,10 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("say --simulate; a study is confirmed by `python -m openpi_opt.promote`")
     if arguments.samples:
         found = simulate.residuals(arguments.samples)
-        noise, tau = simulate.recorded(found), float(np.std(found))
-        source = f"{len(found)} recorded processes"
+        own = float(np.std(found))
+        tau = arguments.tau or min(own, MAX_TAU)
+        noise = simulate.recorded(found, tau)
+        source = f"as {len(found)} recorded processes, whose spread is {own:.2%}"
     else:
-        noise, tau, source = simulate.normal(arguments.tau), arguments.tau, "normal"
+        tau = arguments.tau or DEFAULT_TAU
+        noise, source = simulate.normal(tau), "normal"
     wanted = Wanted(seed=0, finalists=arguments.finalists)
     count, sweeps, drift = arguments.configurations, arguments.sweeps, arguments.drift
     print(
@@ -72,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tau",
         type=_share,
-        default=0.003,
-        help="spread between fresh processes, relative, as 0.003 or 0.3%% (default: 0.3%%)",
+        help="spread between fresh processes, relative, as 0.003 or 0.3%% (default: 0.3%%; with "
+        "--samples theirs, at most 1%%)",
     )
     parser.add_argument(
         "--samples",

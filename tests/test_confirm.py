@@ -174,6 +174,17 @@ def test_a_plan_fits_or_says_what_it_needs(tau: float, contenders: int, limit: f
     assert chance * found >= promise.PROBABILITY - 1e-4
 
 
+@pytest.mark.parametrize("tau", [0.03, 0.1, 0.5])
+def test_a_large_spread_takes_many_processes_and_a_plan_for_them(tau: float) -> None:
+    costs = Costs(12, 5)
+    plan = make_plan(Tau(tau, 8), costs)
+    found = promise.chance_selected(0.01, plan.promise.tau, plan.screening, 12, 5) * power(
+        0.01, plan.promise.tau, plan.pairs, promise.level(5)
+    )
+    assert promise.PROBABILITY - 1e-4 <= found < 0.99
+    assert costs.seconds(plan.screening, plan.pairs) > 5000
+
+
 def test_less_time_promises_less_and_never_another_level() -> None:
     gains = [
         make_plan(Tau(0.01, 8), Costs(12, 5), limit).promise.gain for limit in (60, 120, 400, 5000)
@@ -377,8 +388,10 @@ def test_recorded_processes_give_the_noise(tmp_path: Path) -> None:
     found = simulate.residuals([journal])
     assert len(found) == 120
     assert np.std(found) == pytest.approx(0.01, rel=0.2)
-    drawn = simulate.recorded(found)(1)
-    assert set(drawn) <= set(found)
+    drawn = simulate.recorded(found, 2 * float(np.std(found)))(1)
+    assert set(drawn) <= set(2 * found)
+    command = ["--simulate", "--sweeps", "20", "--configurations", "6", "--tau", "0.2%"]
+    assert verb.main([*command, "--samples", str(journal)]) == 0
 
 
 def document(config_hash: str, mean_ms: float) -> dict:

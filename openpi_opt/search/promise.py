@@ -31,13 +31,12 @@ MIN_PAIRS = 3
 MIN_SCREENING = 2
 # Eight processes know tau to about a quarter. Planning with an upper bound at this confidence
 # instead of the estimate keeps the power above what is promised on average over the estimates.
-TAU_CONFIDENCE = 0.85
+TAU_CONFIDENCE = 0.90
 # A contender is left out of screening when it is this many standard deviations of a difference
 # behind the slowest place among the finalists: below 1e-4 for one that belongs there.
 CUT = 4.0
 
-_MAX_SCREENING = 200
-_MAX_PAIRS = 1 << 20
+_MAX_RUNS = 1 << 20
 # Tau is rounded up to this for planning: plans are then remembered, and err to the safe side.
 _TAU_STEP = 1e-5
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(61)
@@ -104,7 +103,7 @@ def pairs_needed(gain: float, tau: float, alpha: float, probability: float) -> i
     """The least number of pairs whose `power` is at least `probability`."""
     high = MIN_PAIRS
     while power(gain, tau, high, alpha) < probability:
-        if high >= _MAX_PAIRS:
+        if high >= _MAX_RUNS:
             return high
         high *= 2
     low = max(MIN_PAIRS, high // 2)
@@ -217,16 +216,15 @@ def _quickest(gain: float, tau: float, costs: Costs) -> tuple[float, int, int]:
     Both stages use fresh processes of their own, so their probabilities multiply.
     """
     alpha = level(costs.finalists)
-    best = (math.inf, 0, 0)
-    first = 1 if costs.contenders <= costs.finalists else MIN_SCREENING
-    for screening in range(first, _MAX_SCREENING):
-        if costs.seconds(screening, MIN_PAIRS) >= best[0]:
-            break
+    if costs.contenders <= costs.finalists:
+        pairs = pairs_needed(gain, tau, alpha, PROBABILITY)
+        return costs.seconds(1, pairs), 1, pairs
+    best = (math.inf, _MAX_RUNS, _MAX_RUNS)
+    screening = MIN_SCREENING
+    while screening < _MAX_RUNS and costs.seconds(screening, MIN_PAIRS) < best[0]:
         chance = chance_selected(gain, tau, screening, costs.contenders, costs.finalists)
-        if chance <= PROBABILITY:
-            continue
-        pairs = pairs_needed(gain, tau, alpha, round(PROBABILITY / chance, 5))
-        best = min(best, (costs.seconds(screening, pairs), screening, pairs))
-        if costs.contenders <= costs.finalists:
-            break
+        if chance > PROBABILITY:
+            pairs = pairs_needed(gain, tau, alpha, round(PROBABILITY / chance, 5))
+            best = min(best, (costs.seconds(screening, pairs), screening, pairs))
+        screening += max(1, screening // 16)  # every number up to 16, then steps of some 6%
     return best

@@ -125,9 +125,10 @@ def normal(tau: float) -> Noise:
     return lambda seed: np.random.default_rng(seed).normal(0, tau, _BLOCK)
 
 
-def recorded(residuals: NDArray[np.float64]) -> Noise:
-    """Noise drawn with replacement from what processes really differed by."""
-    return lambda seed: np.random.default_rng(seed).choice(residuals, _BLOCK)
+def recorded(residuals: NDArray[np.float64], tau: float) -> Noise:
+    """Noise drawn with replacement from what processes really differed by, scaled to `tau`."""
+    scaled = residuals * (tau / np.std(residuals))
+    return lambda seed: np.random.default_rng(seed).choice(scaled, _BLOCK)
 
 
 def simulate(scene: Scene, noise: Noise, wanted: Wanted, seed: int) -> Judged:
@@ -205,11 +206,12 @@ def residuals(files: Iterable[Path]) -> NDArray[np.float64]:
         if len(logs) > 1
     ]
     count = sum(map(len, parts))
-    if count < MIN_RESIDUALS:
+    if count < MIN_RESIDUALS or not any(np.any(part) for part in parts):
         raise UserError(
             f"--samples: {count} processes of configurations that were measured more than once; "
-            f"at least {MIN_RESIDUALS} are needed.\nGive the journal of a study that was promoted "
-            "(mlruns/studies/NAME/journal.jsonl), or result.json files of repeated trials."
+            f"at least {MIN_RESIDUALS} that differ are needed.\nGive the journal of a study that "
+            "was promoted (mlruns/studies/NAME/journal.jsonl), or result.json files of repeated "
+            "trials."
         )
     return np.concatenate(parts)
 
