@@ -6,28 +6,33 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import math
+import secrets
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+
+from pydantic import ValidationError
 
 from openpi_opt import cli, preset
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
-from openpi_opt.machine import Machine, probe
+from openpi_opt.machine import probe
 from openpi_opt.paths import user_conf_dir
-from openpi_opt.result import Ok, TrialResult
-from openpi_opt.search import confirm
-from openpi_opt.search.process import run_trial
-from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
+from openpi_opt.result import Ok, write_atomic
+from openpi_opt.search import promise, promotion
+from openpi_opt.search.confirm import Confirmed, Subject, changed_knobs
+from openpi_opt.search.contenders import Contender, contenders, short
+from openpi_opt.search.fresh import FreshRuns
+from openpi_opt.search.promotion import Judged, Schedule, Stage, Wanted
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import DEFAULT_STORE, Store
-
-# Probability, over the whole promotion, that something is called faster that is not.
-ALPHA = 0.05
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,145 +47,169 @@ def main(argv: Sequence[str] | None = None) -> int:
     if path.exists() and not arguments.force:
         raise UserError(f"preset {path} exists. Choose another --name, or --force to replace it.")
     store = Store.open(arguments.store, create=False)
-    study_dir = store.find_study(arguments.study)
-    journal = Journal.open(study_dir)
-    candidates = finalists(journal.records(), arguments.finalists, arguments.allow_lossy)
-    tracking = candidates[0].tracking  # as the study was run
+    journal = Journal.open(store.find_study(arguments.study))
+    candidates = contenders(journal.records(), arguments.allow_lossy)
+    tracking = candidates[0].config.tracking  # as the study was run
     log = MlflowLog(store, tracking) if arguments.mlflow and tracking.mlflow else None
-    runner = _Runner(store, study_dir, journal, log)
-    baseline, confirmed = runner.confirm(candidates, arguments.rounds)
-    winner = confirm.choose(baseline, confirmed, ALPHA / max(1, len(confirmed)))
-    _print_table(baseline, confirmed, winner)
-    source = _record_of(journal, winner.config)
-    run_id = runner.tag(source, arguments.name)
-    preset.write(path, winner.config, _provenance(arguments.study, run_id, winner, runner))
+    runs = FreshRuns(store, journal, log, probe(), _say)
+    wanted = Wanted(
+        seed=secrets.randbits(32),
+        finalists=arguments.finalists,
+        rounds=arguments.rounds,
+        limit_s=arguments.minutes * 60,
+    )
+    with runs.alone():
+        bench, judged = confirm(runs, candidates, wanted, arguments.again)
+    _print_table(bench, judged)
+    winner = bench.configs[judged.winner.subject.key]
+    run_id = _tag(runs, winner, arguments.name)
+    preset.write(path, winner, _provenance(arguments.study, run_id, winner, judged, runs))
     _say(f"wrote {path}")
     _say(f"use it: {_usage(arguments.name, folder)}")
     return 0
 
 
-def finalists(records: Sequence[Record], count: int, allow_lossy: bool = False) -> list[Config]:
-    """The fastest different configurations of a study that are right, without the baseline.
+def confirm(
+    runs: FreshRuns, candidates: Sequence[Contender], wanted: Wanted, again: bool = False
+) -> tuple[ProcessBench, Judged]:
+    """Run a promotion to its end, or the rest of an interrupted one.
 
-    Lossy ones (FP8) do not compete with the others unless `allow_lossy`.
-
-    An empty list means that only the baseline itself was `ok`.
+    `again` begins a new one where the same was finished before.
 
     Raises:
-        UserError: no trial is `ok`, or the trials belong to different contexts.
+        UserError: the baseline was not ok, or the time is too short to show anything.
     """
-    ok = [r for r in records if isinstance(r.result, Ok) and r.role != "confirm"]
-    if not ok:
-        raise UserError(
-            "this study has no trial with outcome ok, so there is nothing to promote. "
-            "`python -m openpi_opt.compare STUDY` shows the reasons."
-        )
-    contexts = {r.result.context_hash for r in ok}
-    if len(contexts) > 1:
-        raise UserError(
-            f"this study holds {len(contexts)} different models, workloads or platforms, whose "
-            "latencies cannot be compared. Sweep one of them in a study of its own."
-        )
-    ok.sort(key=lambda r: r.result.latency.mean_ms if isinstance(r.result, Ok) else 0.0)
-    distinct: dict[str, Config] = {}
-    for record in ok:
-        cfg = Config.load(record.result.config)
-        if not cfg.is_baseline() and (allow_lossy or not cfg.lossy()):
-            distinct.setdefault(cfg.hash(), cfg)
-    return list(distinct.values())[:count] or [Config.load(ok[0].result.config).baseline()]
-
-
-class _Runner:
-    """Runs confirmations and records each before anything else is done with it."""
-
-    def __init__(self, store: Store, study_dir: Path, journal: Journal, log: MlflowLog | None):
-        self.store, self.study_dir, self.journal, self.log = store, study_dir, journal, log
-        self.machine: Machine = probe()
-
-    def confirm(
-        self, candidates: Sequence[Config], rounds: int
-    ) -> tuple[confirm.Confirmed, list[confirm.Confirmed]]:
-        """Baseline and candidates after `rounds` interleaved processes each."""
-        self.context = candidates[0].resolved(self.machine)
-        baseline = self.context.baseline()
-        others = [c for c in candidates if not c.is_baseline()]
-        self.fingerprint = fingerprint(self.machine, self.context.platform)
-        total = rounds * (1 + len(others))
+    baseline = candidates[0].config.resolved(runs.machine).baseline()
+    here = runs.fingerprint_hash(baseline)
+    others = [c for c in candidates if not c.config.is_baseline()]
+    current = [c for c in others if c.fingerprint_hash == here]
+    if others and not current:
         _say(
-            f"confirming {len(others)} configuration(s) against the baseline: {rounds} rounds, "
-            f"{total} fresh processes in random order"
+            "note: the study was measured with another machine or software: its order is used, "
+            "its numbers are not"
         )
-        found = confirm.measure_interleaved([baseline, *others], rounds, self._run, seed=0)
-        alpha = ALPHA / max(1, len(others))
-        base = _confirmed(baseline, found, None, alpha)
-        if base is None:
-            raise UserError("the baseline did not end ok, so no gain can be stated; see above.")
-        pairs = [(c, _confirmed(c, found, base, alpha)) for c in others]
-        for cfg, result in pairs:
-            if result is None:
-                last = found[cfg.hash()][-1]
-                _say(f"dropped {_short(cfg)}: {last.outcome}: {getattr(last, 'reason', '')}")
-        return base, [result for _, result in pairs if result is not None]
+    wanted = replace(wanted, known=int(bool(current) or not others))
+    others = current or others
+    bench = ProcessBench(runs, baseline, [c.config for c in others], wanted, again)
+    subjects = [
+        Subject(c.config.hash(), changed_knobs(c.config), c.number, c.mean_ms) for c in others
+    ]
+    _say(f"{len(others)} configuration(s) of the study {runs.study_dir.name} against the baseline")
+    try:
+        judged = promotion.run(bench, Subject(baseline.hash()), subjects, wanted)
+    except promotion.BaselineError:
+        raise UserError(
+            "the baseline did not end ok, so no gain can be stated; see above.\n"
+            "Mend the cause, then begin anew with --again."
+        ) from None
+    except promise.TooShortError as error:
+        raise UserError(
+            f"--minutes {(wanted.limit_s or 0) / 60:g} is too short to show even a gain of "
+            f"{promise.WIDEST_GAIN:.0%}: "
+            f"at least {math.ceil(error.least_s / 60)} minutes are needed.\n"
+            "The processes that ran are kept. Give more --minutes, or fewer --finalists."
+        ) from None
+    return bench, judged
 
-    def _run(self, cfg: Config, number: int) -> TrialResult:
-        quick = cfg.model_copy(
-            update={
-                "profile": cfg.profile.model_copy(
-                    update={"kernels": False, "trace": False, "energy": False}
-                )
-            }
-        )
-        uid = uuid4().hex
-        folder = self.study_dir / "confirm" / uid
-        result = run_trial(quick, folder, self.store.references, lambda phase: None, self.machine)
-        result = result.model_copy(update={"fingerprint": self.fingerprint})
-        record = Record(
-            uid=uid,
-            study=self.study_dir.name,
-            role="confirm",
-            labels=cfg.labels(),
-            result=result,
-            trial_dir=str(folder.relative_to(self.study_dir)),
-            fingerprint_hash=fingerprint_hash(self.fingerprint),
-        )
-        record = self.journal.append(record)
-        shown = f"{result.latency.mean_ms:.3f} ms" if isinstance(result, Ok) else result.outcome
-        _say(f"  round {number + 1}: {_short(cfg)}: {shown}")
-        self._deliver(record)
-        return result
 
-    def tag(self, record: Record | None, name: str) -> str | None:
-        """Tag the winner's run in MLflow; its id, or None when MLflow does not have it."""
-        if self.log is None or record is None:
+class ProcessBench:
+    """A `promotion.Bench` of fresh processes; the schedule is kept beside their folders."""
+
+    def __init__(
+        self,
+        runs: FreshRuns,
+        baseline: Config,
+        others: Sequence[Config],
+        wanted: Wanted,
+        again: bool = False,
+    ):
+        self.runs = runs
+        self.configs = {cfg.hash(): cfg for cfg in [baseline, *others]}
+        gpu = runs.fingerprint(baseline)["gpu"]
+        asked = {
+            "configurations": sorted(self.configs),
+            "fingerprint": runs.fingerprint_hash(baseline),
+            "gpu": gpu and gpu["uuid"],
+            "finalists": wanted.finalists,
+            "rounds": wanted.rounds,
+            "limit_s": wanted.limit_s,
+        }
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+        self.path = _schedule_path(runs.study_dir / "confirm", digest, again)
+
+    def measure(self, key: str, stage: Stage, number: int) -> float | None:
+        """Mean latency in ms of one fresh process, now or from before an interruption."""
+        cfg = self.configs[key]
+        # Confirmation runs belong to their schedule; the others may serve every promotion here.
+        place = (self.path.stem,) if stage == "confirmation" else ()
+        shown = f"{stage} {number + 1}: {short(cfg)}"
+        result = self.runs.measure(cfg, shown, *place, stage, number, retry=not place)
+        return result.latency.mean_ms if isinstance(result, Ok) else None
+
+    def seconds(self, key: str) -> float:
+        """What a process takes, by the journal."""
+        return self.runs.seconds(self.configs[key])
+
+    def note(self, text: str) -> None:
+        """Say it."""
+        _say(text)
+
+    def schedule(self) -> Schedule | None:
+        """The schedule as it was kept.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not self.path.exists():
             return None
         try:
-            self.log.deliver(record, self.study_dir)
-            return self.log.tag_run(record.uid, "openpi_opt.preset", name)
-        except TrackingError as error:
-            _say(f"note: {error}")
-            return None
+            found = Schedule.model_validate_json(self.path.read_bytes())
+        except ValidationError:
+            raise UserError(
+                f"{self.path} is damaged: it is no schedule of a promotion.\n"
+                "Restore it, or begin a new promotion with --again."
+            ) from None
+        _say(
+            f"continuing the promotion of {self.path.name}: {len(found.rounds)} rounds in the "
+            "order that was drawn for it; what is finished is not run again (--again begins anew)"
+        )
+        return found
 
-    def _deliver(self, record: Record) -> None:
-        if self.log is None:
-            return
-        try:
-            self.log.deliver(record, self.study_dir)
-        except TrackingError as error:
-            _say(f"note: {error}")
+    def keep(self, schedule: Schedule) -> None:
+        """Put it on disk, before anything that it is to judge is run."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = len(list(self.path.parent.glob("schedule-*.json")))
+        if earlier:
+            _say(
+                f"note: confirmation {earlier + 1} of this study. Each may be wrong with its own "
+                "1%: promoting until something passes would find noise"
+            )
+        write_atomic(self.path, schedule.model_dump_json(indent=1) + "\n")
+        order = f"{len(schedule.rounds)} rounds of {1 + len(schedule.finalists)} fresh processes"
+        _say(f"confirmation: {order}, each round in random order")
 
 
-def _confirmed(
-    cfg: Config,
-    found: dict[str, list[TrialResult]],
-    baseline: confirm.Confirmed | None,
-    alpha: float,
-) -> confirm.Confirmed | None:
-    results = [r for r in found[cfg.hash()] if isinstance(r, Ok)]
-    if len(results) < len(found[cfg.hash()]):
+def _schedule_path(folder: Path, digest: str, again: bool) -> Path:
+    """The newest schedule of this request; with `again` the next, which does not exist yet."""
+    number = 1
+    while (folder / f"schedule-{digest}-{number + 1}.json").exists():
+        number += 1
+    if again and (folder / f"schedule-{digest}-{number}.json").exists():
+        number += 1
+    return folder / f"schedule-{digest}-{number}.json"
+
+
+def _tag(runs: FreshRuns, cfg: Config, name: str) -> str | None:
+    """Tag the winner's run in MLflow; its id, or None when MLflow does not have it."""
+    record = _record_of(runs.journal, cfg)
+    if runs.log is None or record is None:
         return None
-    means = [r.latency.mean_ms for r in results]
-    gain = confirm.gain(baseline.means_ms, means, alpha) if baseline is not None else None
-    return confirm.Confirmed(cfg, means, results, gain)
+    try:
+        runs.log.deliver(record, runs.study_dir)
+        return runs.log.tag_run(record.uid, "openpi_opt.preset", name)
+    except TrackingError as error:
+        _say(f"note: {error}")
+        return None
 
 
 def _record_of(journal: Journal, cfg: Config) -> Record | None:
@@ -192,22 +221,23 @@ def _record_of(journal: Journal, cfg: Config) -> Record | None:
 
 
 def _provenance(
-    study: str, run_id: str | None, winner: confirm.Confirmed, runner: _Runner
+    study: str, run_id: str | None, cfg: Config, judged: Judged, runs: FreshRuns
 ) -> dict[str, Any]:
+    winner, schedule = judged.winner, judged.schedule
     low, high = winner.ci95_ms()
     gain = winner.gain
-    fp = runner.fingerprint
+    fp = runs.fingerprint(cfg)
     return {
         "study": study,
         "mlflow_run_id": run_id,
         "promoted_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "config_hash": winner.config.hash(),
+        "config_hash": cfg.hash(),
         "machine": {"gpu": fp["gpu"] and fp["gpu"]["name"], "cpu": fp["cpu"]},
         "versions": {
             name: fp[name] for name in ("python", "torch", "triton", "aiter", "openpi_opt", "git")
         },
-        "model": winner.config.model.model_dump(mode="json"),
-        "workload": winner.config.workload.model_dump(mode="json"),
+        "model": cfg.model.model_dump(mode="json"),
+        "workload": cfg.workload.model_dump(mode="json"),
         "processes": len(winner.means_ms),
         "mean_ms": round(winner.mean_ms, 4),
         "std_ms": round(winner.between_std_ms, 4),
@@ -217,45 +247,68 @@ def _provenance(
             "verdict": gain.verdict,
             "mean": round(gain.mean, 4),
             "at_least": round(gain.low, 4),
-            "confidence": 1 - ALPHA,
+            "confidence": 1 - promise.TOTAL_ALPHA,
         },
+        "spread_between_processes": schedule.tau and round(schedule.tau, 5),
+        "promise": schedule.promise and schedule.promise.model_dump(),
     }
 
 
-def _print_table(
-    baseline: confirm.Confirmed, confirmed: Sequence[confirm.Confirmed], winner: confirm.Confirmed
-) -> None:
+def _print_table(bench: ProcessBench, judged: Judged) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="confirmation in fresh interleaved processes")
-    for column in ("configuration", "mean ms", "95% interval", "gain", "at least", "verdict", ""):
+    heads = ("configuration", "mean ms", "95% interval", "spread", "gain", "at least", "verdict")
+    for column in (*heads, ""):
         table.add_column(column)
-    for entry in [baseline, *sorted(confirmed, key=lambda c: c.mean_ms)]:
+    entries = [judged.baseline, *sorted(judged.candidates, key=lambda c: c.mean_ms)]
+    for entry in entries:
         low, high = entry.ci95_ms()
         gain = entry.gain
         table.add_row(
-            "baseline" if entry is baseline else _short(entry.config),
+            short(bench.configs[entry.subject.key]),
             f"{entry.mean_ms:.3f}",
             f"{low:.3f} to {high:.3f}",
+            f"{entry.between_std_ms / entry.mean_ms:.2%}",
             f"{gain.mean:.2%}" if gain else "",
             f"{gain.low:.2%}" if gain else "",
             gain.verdict if gain else "",
-            "winner" if entry is winner else "",
+            "winner" if entry is judged.winner else "",
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    if winner is baseline:
+    for key in judged.dropped:
+        _say(f"dropped {short(bench.configs[key])}: it was not ok, see above")
+    _say_what_holds(bench, judged)
+
+
+def _say_what_holds(bench: ProcessBench, judged: Judged) -> None:
+    """What can be said when pairs were noisier than planned for, or nothing is faster."""
+    kept = judged.schedule.promise
+    for entry in judged.candidates:
+        if kept is None:
+            break
+        seen = paired_spread(judged.baseline, entry)
+        if seen > kept.tau and entry.gain and entry.gain.verdict == "ambiguous":
+            _say(
+                f"note: {short(bench.configs[entry.subject.key])}: its pairs differed as with a "
+                f"spread of {seen:.2%} between processes, more than the {kept.tau:.2%} planned "
+                "for, so for it the promise of finding a gain does not hold"
+            )
+    if judged.winner is judged.baseline:
         _say(
             "no configuration is confirmed faster than the baseline: the preset holds the "
-            "baseline, the simplest that is as fast. More --rounds can tell smaller gains apart."
+            "baseline, the simplest that is as fast. More --minutes can tell smaller gains apart."
         )
 
 
-def _short(cfg: Config) -> str:
-    plain = cfg.baseline().labels()
-    changed = {k: v for k, v in cfg.labels().items() if v != plain[k]}
-    shown = " ".join(f"{k}={v}" for k, v in changed.items()) or "baseline"
-    return f"{shown} (lossy)" if cfg.lossy() else shown
+def paired_spread(baseline: Confirmed, candidate: Confirmed) -> float:
+    """Spread between processes (relative) that the pairs show: their spread over sqrt(2)."""
+    logs = [
+        math.log(mine / plain)
+        for mine, plain in zip(candidate.means_ms, baseline.means_ms, strict=True)
+    ]
+    return promise.spread([math.exp(value) for value in logs]).value / math.sqrt(2)
 
 
 def _usage(name: str, folder: Path | None) -> str:
@@ -282,13 +335,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--force", action="store_true", help="replace an existing preset")
     parser.add_argument(
-        "--finalists", type=_at_least(1), default=3, help="candidates (default: %(default)s)"
+        "--finalists",
+        type=int,
+        choices=range(1, promise.MAX_FINALISTS + 1),
+        default=promise.MAX_FINALISTS,
+        help="candidates, at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=_positive,
+        default=60.0,
+        help="time for screening and confirmation; when it does not suffice for the promise of "
+        "1%%, the promise that can be kept is printed (default: %(default)g)",
     )
     parser.add_argument(
         "--rounds",
         type=_at_least(3),
-        default=5,
-        help="processes per configuration, at least 3 (default: %(default)s)",
+        help="fix the rounds by hand, at least 3: the spread between processes is then not "
+        "measured, and no promise of finding a gain is made",
+    )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="confirm anew; without it an interrupted promotion is continued, a finished one "
+        "answered from its runs",
     )
     parser.add_argument(
         "--allow-lossy", action="store_true", help="let lossy configurations (FP8) be the best"
@@ -308,6 +378,16 @@ def _at_least(minimum: int) -> Any:
 
     parse.__name__ = "int"
     return parse
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of minutes")
+    return value
+
+
+_positive.__name__ = "number"
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ import yaml
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
-from openpi_opt.promote import finalists
 from openpi_opt.result import Latency, Ok, Refused, TrialResult
+from openpi_opt.search.contenders import contenders
 from openpi_opt.track.journal import Record
 
 QUICK = [
@@ -54,41 +56,47 @@ def record(raw: dict, mean_ms: float | None, role: str = "trial") -> Record:
     )
 
 
-def test_finalists_are_the_fastest_different_right_ones() -> None:
+def test_contenders_are_the_different_right_ones_fastest_first() -> None:
     one = {"attention": {"vision": "sdpa"}}
     two = {"attention": {"prefill": "sdpa"}}
     records = [
         record({}, 5.0, "baseline"),
         record({"attention": SDPA}, 4.0),
-        record(one, 3.0),
         record(one, 3.5),
+        record(one, 3.0),
         record(two, 1.0, "confirm"),
         record({"graph": {"mode": "manual"}}, None),
     ]
-    chosen = finalists(records, 2)
+    chosen = contenders(records)
     stages = {"vision", "prefill", "denoise"}
-    assert [c.knobs["attention"].model_dump(include=stages) for c in chosen] == [
+    assert [c.config.knobs["attention"].model_dump(include=stages) for c in chosen] == [
         {"vision": "sdpa", "prefill": "eager", "denoise": "eager"},
         SDPA,
     ]
+    assert [c.mean_ms for c in chosen] == [3.0, 4.0], "the newest measurement of each"
+
+
+def test_only_the_baseline_ok_leaves_the_baseline() -> None:
+    (only,) = contenders([record({}, 5.0, "baseline"), record({"graph": {"mode": "manual"}}, None)])
+    assert only.config.is_baseline()
 
 
 def test_lossy_configurations_compete_only_when_asked() -> None:
     records = [record({}, 5.0), record({"attention": SDPA}, 4.0)]
     records.append(record({"blas": {"backend": "fp8"}}, 1.0))
-    assert [cfg.lossy() for cfg in finalists(records, 3)] == [False]
-    assert [cfg.lossy() for cfg in finalists(records, 3, allow_lossy=True)] == [True, False]
+    assert [c.config.lossy() for c in contenders(records)] == [False]
+    assert [c.config.lossy() for c in contenders(records, allow_lossy=True)] == [True, False]
 
 
 def test_a_study_without_an_ok_trial_is_refused() -> None:
     with pytest.raises(UserError, match="no trial with outcome ok"):
-        finalists([record({}, None)], 3)
+        contenders([record({}, None)])
 
 
 def test_different_contexts_are_not_compared() -> None:
     records = [record({}, 5.0), record({"workload": {"batch_size": 2}}, 1.0)]
     with pytest.raises(UserError, match="cannot be compared"):
-        finalists(records, 3)
+        contenders(records)
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +108,47 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_promote_writes_a_preset_that_sweep_and_code_use(swept: Path) -> None:
-    done = verb("promote", "s", "--name", "mine", "--rounds", "3", cwd=swept)
+def confirmations(folder: Path) -> list[dict]:
+    journal = (folder / "mlruns" / "studies" / "s" / "journal.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, journal) if line["role"] == "confirm"]
+
+
+def test_promote_survives_an_interruption_and_writes_a_preset_that_is_used(swept: Path) -> None:
+    command = ["s", "--name", "mine", "--rounds", "3"]
+    first = subprocess.Popen(
+        [sys.executable, "-m", "openpi_opt.promote", *command],
+        cwd=swept,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while len(confirmations(swept)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    first.send_signal(signal.SIGINT)
+    _, told = first.communicate(timeout=60)
+    assert first.returncode == 130, told
+    before = confirmations(swept)
+    assert 2 <= len(before) < 6
+    (schedule,) = (swept / "mlruns" / "studies" / "s" / "confirm").glob("schedule-*.json")
+    drawn = schedule.read_bytes()
+
+    done = verb("promote", *command, cwd=swept)
     assert done.returncode == 0, done.stderr
-    path = swept / "conf" / "preset" / "mine.yaml"
-    document = yaml.safe_load(path.read_text())
+    assert "continuing" in done.stderr
+    assert schedule.read_bytes() == drawn
+    after = confirmations(swept)
+    assert after[: len(before)] == before, "what was finished is kept"
+    order = [key for keys in json.loads(drawn)["rounds"] for key in keys]
+    assert [line["result"]["config_hash"] for line in after] == order
+
+    document = yaml.safe_load((swept / "conf" / "preset" / "mine.yaml").read_text())
     provenance = document["provenance"]
     assert provenance["study"] == "s"
     assert provenance["processes"] == 3
     assert provenance["ci95_ms"][0] <= provenance["mean_ms"] <= provenance["ci95_ms"][1]
     assert provenance["mlflow_run_id"]
     assert provenance["model"]["name"] == "pi0_mini"
+    assert provenance["promise"] is None, "no promise is made with rounds fixed by hand"
     assert "winner" in done.stdout
     again = verb("promote", "s", "--name", "mine", cwd=swept)
     assert again.returncode == 2
@@ -120,9 +158,6 @@ def test_promote_writes_a_preset_that_sweep_and_code_use(swept: Path) -> None:
     listing = verb("compare", "used", "--format", "json", cwd=swept)
     (trial,) = json.loads(listing.stdout)
     assert trial["outcome"] == "ok"
-    journal = (swept / "mlruns" / "studies" / "s" / "journal.jsonl").read_text().splitlines()
-    roles = [json.loads(line)["role"] for line in journal]
-    assert roles.count("confirm") == 6
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,16 @@
-"""Confirmation of a winner: finalists and baseline again, in fresh interleaved processes.
+"""Judging a promotion: gains from interleaved fresh processes, verdicts, and the winner.
 
 The best of many equal configurations looks faster than the baseline nearly always, so the numbers
-that chose the finalists say nothing about their gain. Here every configuration runs once per
-round, in an order drawn anew for each round, so that drift of the machine meets all alike. The
-gain is judged from the paired differences of the rounds only, with a one-sided Student interval
-(Bonferroni over the finalists) on the log scale; the number of rounds is fixed beforehand.
+that chose the finalists say nothing about their gain. In confirmation every configuration runs
+once per round, in an order drawn anew for each round, so that drift of the machine meets all
+alike. A gain is judged from the paired differences of the rounds only, with a one-sided Student
+interval on the log scale; the number of rounds is fixed beforehand (`search.promise`).
 """
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,16 +19,18 @@ from scipy import stats
 
 from openpi_opt.config import Config
 from openpi_opt.knobs import KNOBS
-from openpi_opt.result import Ok, TrialResult
+from openpi_opt.search.promise import GAIN
 
-Verdict = Literal["faster", "same", "slower"]
+Verdict = Literal["faster", "same", "ambiguous", "slower"]
 
 
 @dataclass(frozen=True)
 class Gain:
     """How much less time a candidate takes than the baseline, as a fraction of the baseline.
 
-    `low` bounds the gain from below at the confidence asked for, from confirmation runs alone.
+    `low` and `high` bound the gain, each at the confidence asked for, from confirmation runs
+    alone. The verdict is `faster` when `low` is above 0, `slower` when `high` is below 0, `same`
+    when both lie within the margin around 0, and else `ambiguous`: too few runs to tell.
     """
 
     mean: float
@@ -39,13 +40,26 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class Confirmed:
-    """A configuration with its confirmation runs, one per round, and its gain."""
+class Subject:
+    """What a promotion has to know of a configuration.
 
-    config: Config
+    `key` tells it apart, `changed` counts the knobs that differ from the baseline, `order` is its
+    place in the study, `first_ms` the mean that the study measured.
+    """
+
+    key: str
+    changed: int = 0
+    order: int = 0
+    first_ms: float = 1.0
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A configuration with the means of its confirmation processes, one per round, and its gain."""
+
+    subject: Subject
     means_ms: list[float]
-    results: list[Ok]
-    gain: Gain | None
+    gain: Gain | None = None
 
     @property
     def mean_ms(self) -> float:
@@ -64,59 +78,51 @@ class Confirmed:
         return self.mean_ms - half, self.mean_ms + half
 
 
-def measure_interleaved(
-    configs: Sequence[Config],
-    rounds: int,
-    run: Callable[[Config, int], TrialResult],
-    seed: int,
-) -> dict[str, list[TrialResult]]:
-    """Run every configuration once per round, in random order; results by configuration hash.
+def gain(
+    baseline_ms: Sequence[float],
+    candidate_ms: Sequence[float],
+    alpha: float,
+    margin: float = GAIN,
+) -> Gain:
+    """Paired gain with a one-sided lower and upper bound at level `alpha` each.
 
-    A configuration that is not `ok` once is not run again: it cannot be promoted any more.
-    """
-    shuffled = random.Random(seed)
-    found: dict[str, list[TrialResult]] = {cfg.hash(): [] for cfg in configs}
-    dropped: set[str] = set()
-    for number in range(rounds):
-        order = list(configs)
-        shuffled.shuffle(order)
-        for cfg in order:
-            if cfg.hash() in dropped:
-                continue
-            result = run(cfg, number)
-            found[cfg.hash()].append(result)
-            if not isinstance(result, Ok):
-                dropped.add(cfg.hash())
-    return found
-
-
-def gain(baseline_ms: Sequence[float], candidate_ms: Sequence[float], alpha: float) -> Gain:
-    """Paired gain with a one-sided lower (and upper) bound at level `alpha` each.
+    The paired t interval of the logarithms' differences. `same` is the two one-sided tests
+    procedure (Schuirmann 1987) with the bounds +- `margin`.
 
     Raises:
         ValueError: fewer than two pairs, or lists of different length.
     """
     if len(baseline_ms) != len(candidate_ms) or len(baseline_ms) < 2:
         raise ValueError(f"need two or more pairs, got {len(baseline_ms)} and {len(candidate_ms)}")
-    ratios = np.log(np.asarray(candidate_ms) / np.asarray(baseline_ms))
+    ratios = np.log(candidate_ms) - np.log(baseline_ms)
     n = len(ratios)
-    half = float(stats.t.ppf(1 - alpha, n - 1)) * float(np.std(ratios, ddof=1)) / math.sqrt(n)
+    half = float(stats.t.isf(alpha, n - 1)) * float(np.std(ratios, ddof=1)) / math.sqrt(n)
     center = float(np.mean(ratios))
-    low, high = 1 - math.exp(center + half), 1 - math.exp(center - half)
-    verdict: Verdict = "faster" if low > 0 else "slower" if high < 0 else "same"
-    return Gain(mean=1 - math.exp(center), low=low, high=high, verdict=verdict)
+    # A spread that no finite number holds gives no bound, and never a verdict.
+    low, high, mean = (1 - math.exp(min(x, 700.0)) for x in (center + half, center - half, center))
+    return Gain(mean=mean, low=low, high=high, verdict=_verdict(low, high, margin))
+
+
+def _verdict(low: float, high: float, margin: float) -> Verdict:
+    if low > 0:
+        return "faster"
+    if high < 0:
+        return "slower"
+    return "same" if -margin < low and high < margin else "ambiguous"
 
 
 def choose(baseline: Confirmed, candidates: Sequence[Confirmed], alpha: float) -> Confirmed:
     """The winner: confirmed faster than the baseline, ties to the one nearer the baseline.
 
-    When no candidate is confirmed faster the baseline wins: it is the simplest that is as fast.
+    Nearer is: fewer knobs changed, then earlier in the study. One that is farther wins over the
+    nearer only when the pairs of the two confirm that it is faster, at level `alpha`. When no
+    candidate is confirmed faster the baseline wins: it is the simplest that is as fast.
     """
     faster = [c for c in candidates if c.gain is not None and c.gain.verdict == "faster"]
     if not faster:
         return baseline
     best = min(faster, key=lambda c: c.mean_ms)
-    for candidate in sorted(faster, key=lambda c: (changed_knobs(c.config), c.mean_ms)):
+    for candidate in sorted(faster, key=lambda c: (c.subject.changed, c.subject.order)):
         if candidate is best:
             break
         if gain(candidate.means_ms, best.means_ms, alpha).verdict != "faster":
@@ -126,5 +132,10 @@ def choose(baseline: Confirmed, candidates: Sequence[Confirmed], alpha: float) -
 
 def changed_knobs(cfg: Config) -> int:
     """How many knobs differ from the baseline."""
-    plain = cfg.baseline().canonical().knobs
-    return sum(cfg.canonical().knobs[knob.name] != plain[knob.name] for knob in KNOBS)
+    return len(differing(cfg))
+
+
+def differing(cfg: Config) -> list[str]:
+    """Names of the knobs that differ from the baseline, in the order of the registry."""
+    plain, mine = cfg.baseline().canonical().knobs, cfg.canonical().knobs
+    return [knob.name for knob in KNOBS if mine[knob.name] != plain[knob.name]]

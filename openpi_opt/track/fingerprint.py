@@ -28,16 +28,20 @@ _NOT_IN_A_TRIAL = frozenset(
         "analysis",
         "analyze.py",
         "audit.py",
+        "ablate.py",
         "cli.py",
         "compare.py",
         "compose.py",
+        "confirm.py",
         "deploy.py",
         "doctor.py",
         "experiment.py",
+        "ladder.py",
         "observation.py",
         "preset.py",
         "promote.py",
         "sweep.py",
+        "target.py",
     }
 )
 

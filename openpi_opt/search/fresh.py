@@ -1,0 +1,199 @@
+"""Fresh processes outside of a sweep: for promotions, ladders and ablations.
+
+Each process has a place (what it is for, and its number there). Its record's uid is made from the
+place, the configuration and the fingerprint, so after an interruption the journal answers for
+every process that had finished, and only the missing ones run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from openpi_opt.config import Config
+from openpi_opt.errors import UserError
+from openpi_opt.machine import Machine
+from openpi_opt.result import Ok, TrialResult
+from openpi_opt.search.process import run_trial
+from openpi_opt.search.trials import refused
+from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
+from openpi_opt.track.journal import Journal, Record
+from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
+from openpi_opt.track.store import Store
+
+Run = Callable[[Config, Path, Path, Callable[[str], None], Machine], TrialResult]
+# A throttled process is discarded and repeated, so often at most, after a pause that doubles.
+MAX_THROTTLED = 3
+COOLING_S = 15.0
+# What a process takes as long as none has been seen.
+_UNKNOWN_S = 60.0
+
+
+class FreshRuns:
+    """Runs a configuration in a fresh process, unless the journal has that very process."""
+
+    def __init__(
+        self,
+        store: Store,
+        journal: Journal,
+        log: MlflowLog | None,
+        machine: Machine,
+        say: Callable[[str], None],
+        run: Run = run_trial,
+        pause: Callable[[float], None] = time.sleep,
+    ):
+        self.journal, self.study_dir, self.log = journal, journal.study_dir, log
+        self.machine = machine
+        self._store, self._say, self._run, self._pause = store, say, run, pause
+        self._told_away = False
+        self._new: set[str] = set()  # processes of this session
+
+    def measure(
+        self, cfg: Config, shown: str, *place: str | int, retry: bool = False
+    ) -> TrialResult:
+        """The result of the process at `place`; `shown` is what is said of it.
+
+        With `retry` one that was not ok in an earlier session runs again, and else that is final.
+
+        Raises:
+            UserError: the GPU stays throttled, or the store cannot be written.
+        """
+        uid, attempt = self.uid(cfg, *place), 0
+        while (known := self.journal.by_uid(uid)) is not None:
+            if isinstance(known.result, Ok) or not retry or uid in self._new:
+                self._say(f"  {shown}: {_summary(known.result)} (known)")
+                return known.result
+            attempt += 1
+            uid = self.uid(cfg, *place, f"attempt {attempt}")
+        self._new.add(uid)
+        off = dict.fromkeys(("kernels", "trace", "energy"), False)
+        quick = cfg.model_copy(update={"profile": cfg.profile.model_copy(update=off)})
+        folder = self.study_dir / "confirm" / uid
+        result = refused(cfg, self.machine) or self._unthrottled(quick, folder, shown)
+        record = self._keep(cfg, result, uid, folder if folder.exists() else None)
+        self._say(f"  {shown}: {_summary(record.result)}")
+        self.deliver(record)
+        return record.result
+
+    def uid(self, cfg: Config, *place: str | int) -> str:
+        """Identity of the process at `place`: 32 hexadecimal digits."""
+        parts = [*map(str, place), cfg.hash(), self.fingerprint_hash(cfg)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+    def fingerprint(self, cfg: Config) -> dict[str, Any]:
+        """Machine and software that run `cfg`."""
+        if not hasattr(self, "_fingerprint"):
+            self._fingerprint = fingerprint(self.machine, cfg.platform)
+        return self._fingerprint
+
+    def fingerprint_hash(self, cfg: Config) -> str:
+        """Its hash."""
+        return fingerprint_hash(self.fingerprint(cfg))
+
+    def seconds(self, cfg: Config) -> float:
+        """What a process of `cfg` takes from start to end, by the journal; 60 when it knows none.
+
+        From the start that the process noted to the line in the journal: kernels that compile
+        once and are cached make the first process of a configuration the longest.
+        """
+        same = [r for r in self.journal.records() if isinstance(r.result, Ok)]
+        mine = [r for r in same if r.result.config_hash == cfg.hash()]
+        spans = [_span(record) for record in (mine or same)[-3:]]
+        return sum(spans) / len(spans) if spans else _UNKNOWN_S
+
+    def deliver(self, record: Record) -> None:
+        """Log a record to MLflow, if it takes it; the journal has it anyhow."""
+        if self.log is not None:
+            try:
+                self.log.deliver(record, self.study_dir)
+            except TrackingError as error:
+                if not self._told_away:
+                    self._say(f"note: {error}")
+                self._told_away = True
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other promotions, ladders and ablations away from this study.
+
+        Raises:
+            UserError: another one runs.
+        """
+        lock = FileLock(self.study_dir / "confirm.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"study {self.study_dir.name}: another promote, ladder or ablate is running on it."
+                "\nThey would disturb each other. Wait for that one to end."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _unthrottled(self, cfg: Config, folder: Path, shown: str) -> TrialResult:
+        for attempt in range(MAX_THROTTLED + 1):
+            result = self._start(cfg, folder)
+            if not throttled(result):
+                return result
+            if attempt < MAX_THROTTLED:
+                wait = COOLING_S * 2**attempt
+                self._say(f"  {shown}: throttled, discarded; again in {wait:.0f} s")
+                self._pause(wait)
+        raise UserError(
+            f"{shown}: the GPU's clock was throttled in {MAX_THROTTLED + 1} processes on end, so "
+            "no latency would hold.\nCool it or raise its power limit. What is finished is kept: "
+            "the same command continues."
+        )
+
+    def _start(self, cfg: Config, folder: Path) -> TrialResult:
+        try:
+            return self._run(cfg, folder, self._store.references, lambda phase: None, self.machine)
+        except OSError as error:
+            raise UserError(
+                f"cannot run a trial in {folder}: {error.strerror or error}.\n"
+                "Everything recorded before is kept. Free space, memory or permissions, then run "
+                "the same command again to continue."
+            ) from error
+
+    def _keep(self, cfg: Config, result: TrialResult, uid: str, folder: Path | None) -> Record:
+        return self.journal.append(
+            Record(
+                uid=uid,
+                study=self.study_dir.name,
+                role="confirm",
+                labels=cfg.labels(),
+                result=result.model_copy(update={"fingerprint": self.fingerprint(cfg)}),
+                trial_dir=folder and folder.relative_to(self.study_dir).as_posix(),
+                fingerprint_hash=self.fingerprint_hash(cfg),
+            )
+        )
+
+
+def throttled(result: TrialResult) -> bool:
+    """Whether the SM clock was under 75% of its peak, nvbench's rule to discard a sample.
+
+    Read from the check `gpu_clock` of results that have checks.
+    """
+    checks = getattr(result, "checks", ())
+    return any(check.name == "gpu_clock" and check.status == "flag" for check in checks)
+
+
+def _span(record: Record) -> float:
+    start = datetime.fromisoformat(record.result.started_at)
+    end = datetime.fromisoformat(record.created_at.replace("Z", "+00:00"))
+    booked = sum(record.result.phase_seconds.values())
+    return max(booked, min((end - start).total_seconds(), booked + _UNKNOWN_S))
+
+
+def _summary(result: TrialResult) -> str:
+    if isinstance(result, Ok):
+        return f"{result.latency.mean_ms:.3f} ms"
+    return f"{result.outcome}: {result.reason.splitlines()[0] if result.reason else ''}"

@@ -1,0 +1,272 @@
+"""The course of a promotion, whatever measures: processes, or the simulator.
+
+    tau        the baseline alone, in fresh processes
+    screening  contenders, until each has the planned number of processes; the best are finalists
+    confirmation  baseline and finalists once per round, in random order; nothing else is judged
+
+Who measures is a `Bench`. `promote` gives one that starts processes, `confirm --simulate` one that
+draws numbers, so what is simulated is what runs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from openpi_opt.search import promise
+from openpi_opt.search.confirm import Confirmed, Subject, choose, gain
+from openpi_opt.search.promise import Costs, Promise, Tau
+
+Stage = Literal["tau", "screening", "confirmation"]
+
+
+class Schedule(BaseModel):
+    """All that is fixed before the first confirmation run: who, how often, in which order.
+
+    `rounds` holds keys of configurations; `baseline` is in every round.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    baseline: str
+    finalists: list[str]
+    rounds: list[list[str]]
+    seed: int
+    alpha: float
+    tie_alpha: float
+    tau: float | None
+    tau_processes: int
+    promise: Promise | None
+
+
+class Measurer(Protocol):
+    """Who measures."""
+
+    def measure(self, key: str, stage: Stage, number: int) -> float | None:
+        """Mean latency in ms of one fresh process, the `number`-th of its stage; None: not ok."""
+
+
+class Bench(Measurer, Protocol):
+    """Who measures, and who remembers the schedule."""
+
+    def seconds(self, key: str) -> float:
+        """What one process of this configuration takes, as far as is known."""
+
+    def note(self, text: str) -> None:
+        """Say something."""
+
+    def schedule(self) -> Schedule | None:
+        """The schedule of this promotion, when it was interrupted after it had been drawn."""
+
+    def keep(self, schedule: Schedule) -> None:
+        """Remember it; called before the first confirmation run."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asks for.
+
+    `rounds` fixes the number of confirmation rounds by hand: tau is then not measured and no
+    promise of finding a gain is made. `limit_s` is the time that there is in seconds. `known` is
+    the number of screening processes that each contender has already. `seed` draws the orders.
+    """
+
+    seed: int
+    finalists: int = promise.MAX_FINALISTS
+    rounds: int | None = None
+    limit_s: float | None = None
+    tau_processes: int = promise.TAU_PROCESSES
+    known: int = 1
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a promotion found."""
+
+    schedule: Schedule
+    baseline: Confirmed
+    candidates: list[Confirmed]
+    winner: Confirmed
+    dropped: list[str] = field(default_factory=list)
+
+
+class BaselineError(Exception):
+    """The baseline did not end ok, so there is nothing to compare with."""
+
+
+def run(bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: Wanted) -> Judged:
+    """Measure what is missing, judge, choose.
+
+    Raises:
+        BaselineError: the baseline was not ok once.
+        promise.TooShortError: nothing can be shown within the time.
+    """
+    schedule = bench.schedule()
+    if schedule is None:
+        schedule = _prepare(bench, baseline, contenders, wanted)
+        bench.keep(schedule)
+    subjects = {s.key: s for s in [baseline, *contenders]}
+    found, dropped = measure_rounds(bench, schedule.rounds, baseline.key)
+    base = Confirmed(baseline, found[baseline.key])
+    candidates = [
+        Confirmed(subjects[key], found[key], gain(base.means_ms, found[key], schedule.alpha))
+        for key in schedule.finalists
+        if key not in dropped
+    ]
+    winner = choose(base, candidates, schedule.tie_alpha)
+    return Judged(schedule, base, candidates, winner, dropped)
+
+
+def draw_rounds(keys: Sequence[str], count: int, seed: int) -> list[list[str]]:
+    """`count` rounds, each all of `keys` in an order of its own: every order is as likely.
+
+    So within each pair of a round either is first with probability 1/2.
+    """
+    drawn = random.Random(seed)
+    return [drawn.sample(list(keys), len(keys)) for _ in range(count)]
+
+
+def measure_rounds(
+    bench: Measurer, rounds: Sequence[Sequence[str]], needed: str
+) -> tuple[dict[str, list[float]], list[str]]:
+    """The means of every configuration by round, and who was dropped.
+
+    A configuration that is not ok once is not run again: it cannot be judged any more.
+
+    Raises:
+        BaselineError: `needed` was not ok.
+    """
+    found: dict[str, list[float]] = {key: [] for order in rounds for key in order}
+    dropped: list[str] = []
+    for number, order in enumerate(rounds):
+        for key in order:
+            if key in dropped:
+                continue
+            mean = bench.measure(key, "confirmation", number)
+            if mean is not None:
+                found[key].append(mean)
+            elif key == needed:
+                raise BaselineError
+            else:
+                dropped.append(key)
+    return found, dropped
+
+
+def _prepare(
+    bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: Wanted
+) -> Schedule:
+    places = min(wanted.finalists, len(contenders), promise.MAX_FINALISTS)
+    tau: Tau | None = None
+    kept: Promise | None = None
+    if not contenders:
+        pairs, screening = wanted.rounds or wanted.tau_processes, 0
+    elif wanted.rounds is None:
+        tau = _measure_tau(bench, baseline, wanted.tau_processes)
+        contenders = _near(contenders, places, tau) if wanted.known else contenders
+        costs = Costs(
+            contenders=len(contenders),
+            finalists=places,
+            contender_s=_mean([bench.seconds(s.key) for s in contenders]),
+            baseline_s=bench.seconds(baseline.key),
+            known=wanted.known,
+        )
+        plan = promise.make_plan(tau, costs, wanted.limit_s)
+        bench.note(explain(tau, costs, plan, wanted.limit_s))
+        kept, pairs, screening = plan.promise, plan.pairs, plan.screening
+    else:
+        pairs, screening = wanted.rounds, 1
+    finalists = _screen(bench, contenders, places, screening, wanted)
+    return Schedule(
+        baseline=baseline.key,
+        finalists=finalists,
+        rounds=draw_rounds([baseline.key, *finalists], pairs, wanted.seed),
+        seed=wanted.seed,
+        alpha=promise.level(len(finalists)),
+        tie_alpha=promise.tie_level(len(finalists)),
+        tau=tau and tau.value,
+        tau_processes=tau.processes if tau else 0,
+        promise=kept,
+    )
+
+
+def _measure_tau(bench: Bench, baseline: Subject, processes: int) -> Tau:
+    means: list[float] = []
+    for number in range(processes):
+        mean = bench.measure(baseline.key, "tau", number)
+        if mean is None:
+            raise BaselineError
+        means.append(mean)
+    return promise.spread(means)
+
+
+def _near(contenders: Sequence[Subject], places: int, tau: Tau) -> list[Subject]:
+    """Without those whose one process in the study is too far behind to belong to the finalists."""
+    if len(contenders) <= places:
+        return list(contenders)
+    last = sorted(s.first_ms for s in contenders)[places - 1]
+    limit = last * math.exp(promise.CUT * math.sqrt(2) * tau.upper)
+    return [s for s in contenders if s.first_ms <= limit]
+
+
+def _screen(
+    bench: Bench, contenders: Sequence[Subject], places: int, runs: int, wanted: Wanted
+) -> list[str]:
+    """The fastest contenders by the mean of their logarithms over `runs` processes, best first.
+
+    The study's process counts as the first when it is `known`. Contenders take turns, in random
+    order; those that fail are out.
+    """
+    first = {s.key: [math.log(s.first_ms)] for s in contenders}
+    if len(contenders) <= places:
+        return sorted(first, key=lambda key: first[key])
+    logs = first if wanted.known else {key: [] for key in first}
+    rounds = draw_rounds(list(first), max(0, runs - wanted.known), wanted.seed + 1)
+    for number, order in enumerate(rounds):
+        for key in order:
+            if key in logs:
+                mean = bench.measure(key, "screening", number)
+                if mean is None:
+                    del logs[key]
+                else:
+                    logs[key].append(math.log(mean))
+    # Without any process of its own here a contender keeps the place that the study gave it.
+    return sorted(logs, key=lambda key: _mean(logs[key] or first[key]))[:places]
+
+
+def explain(tau: Tau, costs: Costs, plan: promise.Plan, limit_s: float | None) -> str:
+    """Tau, what it takes, and the promise that is kept, in plain words."""
+    kept = plan.promise
+    minutes = costs.seconds(plan.screening, plan.pairs) / 60
+    lines = [
+        f"spread between processes: {tau.value:.2%} in {tau.processes} processes of the baseline "
+        f"(planned for up to {kept.tau:.2%})"
+    ]
+    if kept.gain > promise.GAIN:
+        full = promise.make_plan(tau, costs)
+        needed = costs.seconds(full.screening, full.pairs) / 60
+        lines.append(
+            f"a gain of {promise.GAIN:.0%} cannot be promised in {(limit_s or 0) / 60:.0f} "
+            f"minutes: that takes about {needed:.0f} (--minutes)"
+        )
+    lines.append(
+        f"promise: a configuration at least {kept.gain:.1%} faster than the baseline is promoted "
+        f"with at least {kept.probability:.0%} probability, one that is not faster in fewer than "
+        "1% of promotions"
+    )
+    lines.append(
+        f"plan: {plan.screening} process(es) for each of {costs.contenders} contender(s) in "
+        f"screening, then {plan.pairs} rounds of the baseline and {costs.finalists} finalist(s); "
+        f"about {minutes:.0f} minutes"
+    )
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else 0.0

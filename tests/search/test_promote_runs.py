@@ -1,0 +1,228 @@
+"""Promotion with the trial's process replaced by a function: what runs and what is reused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from search_samples import CPU, FakeRun, failed, ok
+
+from openpi_opt.config import Config
+from openpi_opt.errors import UserError
+from openpi_opt.promote import ProcessBench, confirm
+from openpi_opt.result import Ok, TrialResult
+from openpi_opt.search import fresh
+from openpi_opt.search.contenders import Contender
+from openpi_opt.search.fresh import FreshRuns
+from openpi_opt.search.promotion import Judged, Wanted
+from openpi_opt.track.journal import Journal
+from openpi_opt.track.store import Store
+
+CONTEXT = {"model": {"name": "pi0_mini"}, "platform": {"device": "cpu"}}
+PLAIN = Config.parse(CONTEXT)
+SDPA = Config.parse({**CONTEXT, "attention": {"vision": "sdpa"}})
+FUSED = Config.parse({**CONTEXT, "fusion": {"qkv": True}})
+
+
+class Noisy:
+    """Means around a level for each configuration, other ones at every call."""
+
+    def __init__(self, tau: float = 0.002):
+        self.random = np.random.default_rng(0)
+        self.tau = tau
+
+    def __call__(self, cfg: Config) -> TrialResult:
+        level = 10.0 - 0.5 * len([k for k in cfg.knobs if cfg.knobs[k] != PLAIN.knobs[k]])
+        return ok(cfg, level * float(np.exp(self.random.normal(0, self.tau))))
+
+
+class Promotions:
+    """Promotes in one folder, again and again."""
+
+    def __init__(self, folder: Path):
+        self.store = Store.open(folder)
+        self.said: list[str] = []
+        self.paused: list[float] = []
+        self.journal = Journal.open(self.store.study_dir("s"))
+
+    def runs(self, run: FakeRun) -> FreshRuns:
+        journal = Journal.open(self.store.study_dir("s"))
+        return FreshRuns(self.store, journal, None, CPU, self.said.append, run, self.paused.append)
+
+    def __call__(
+        self,
+        judge: Callable[[Config], TrialResult],
+        again: bool = False,
+        stale: bool = False,
+        **wanted: object,
+    ) -> tuple[Judged, FakeRun, ProcessBench]:
+        run = FakeRun(judge)
+        runs = self.runs(run)
+        mark = "other" if stale else runs.fingerprint_hash(PLAIN)
+        found = [Contender(cfg, n, 9.5, mark) for n, cfg in enumerate((SDPA, FUSED))]
+        request = Wanted(**{"seed": 7, "limit_s": 3600.0, **wanted})  # type: ignore[arg-type]
+        bench, judged = confirm(runs, found, request, again)
+        return judged, run, bench
+
+
+@pytest.fixture
+def promotions(tmp_path: Path) -> Promotions:
+    return Promotions(tmp_path)
+
+
+def test_a_finished_promotion_is_answered_without_a_process(promotions: Promotions) -> None:
+    judged, run, _ = promotions(Noisy())
+    assert judged.winner.subject.key in (SDPA.hash(), FUSED.hash())
+    rounds = len(judged.schedule.rounds)
+    assert len(run.ran) == 8 + 3 * rounds, "tau, then baseline and both finalists in each round"
+    second, idle, _ = promotions(Noisy())
+    assert idle.ran == []
+    assert second == judged
+
+
+def test_again_measures_anew_and_says_what_that_means(
+    promotions: Promotions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged, _, _ = promotions(Noisy())
+    capsys.readouterr()
+    second, run, bench = promotions(Noisy(), again=True, seed=8)
+    assert second.schedule.rounds != judged.schedule.rounds
+    assert len(run.ran) == 3 * len(second.schedule.rounds), "tau of this machine is known"
+    assert bench.path.name.endswith("-2.json")
+    assert "confirmation 2 of this study" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("after", [3, 8, 20])
+def test_an_interrupted_promotion_goes_on_where_it_was(promotions: Promotions, after: int) -> None:
+    noisy, left = Noisy(), [after]
+
+    def interrupted(cfg: Config) -> TrialResult:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return noisy(cfg)
+
+    with pytest.raises(KeyboardInterrupt):
+        promotions(interrupted)
+    kept = promotions.runs(FakeRun(noisy)).journal.records()
+    assert len(kept) == after
+    judged, run, bench = promotions(noisy, seed=99)
+    assert len(run.ran) == 8 + 3 * len(judged.schedule.rounds) - after
+    order = [key for keys in judged.schedule.rounds for key in keys]
+    confirmed = bench.runs.journal.records()[8:]
+    assert [record.result.config_hash for record in confirmed] == order
+    assert judged.schedule.seed == (99 if after < 8 else 7), "drawn before the interruption or not"
+
+
+def test_less_time_is_another_schedule_with_runs_of_its_own(promotions: Promotions) -> None:
+    """Else a first look could decide whether there is a second."""
+    judged, _, _ = promotions(Noisy(0.02), limit_s=3000.0)
+    longer, run, _ = promotions(Noisy(0.02), limit_s=6000.0)
+    assert len(longer.schedule.rounds) > len(judged.schedule.rounds)
+    assert len(run.ran) == 3 * len(longer.schedule.rounds)
+
+
+def test_too_little_time_says_how_much_is_needed(promotions: Promotions) -> None:
+    with pytest.raises(UserError, match=r"at least \d+ minutes are needed"):
+        promotions(Noisy(0.3), limit_s=60.0)
+
+
+def test_a_study_of_another_machine_gives_the_order_only(
+    promotions: Promotions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged, run, _ = promotions(Noisy(), stale=True, finalists=1)
+    assert "another machine or software" in capsys.readouterr().err
+    screened = len(run.ran) - 8 - 2 * len(judged.schedule.rounds)
+    assert screened >= 4, "two or more processes of each contender, none of them from the study"
+
+
+def test_a_candidate_that_fails_is_dropped_and_the_others_judged(promotions: Promotions) -> None:
+    noisy = Noisy()
+    judged, run, _ = promotions(
+        lambda cfg: failed(cfg) if cfg.hash() == FUSED.hash() else noisy(cfg), rounds=4
+    )
+    assert judged.dropped == [FUSED.hash()]
+    assert [c.hash() for c in run.ran].count(FUSED.hash()) == 1
+
+
+def test_a_baseline_that_fails_is_an_error(promotions: Promotions) -> None:
+    with pytest.raises(UserError, match="baseline did not end ok"):
+        promotions(lambda cfg: failed(cfg) if cfg.is_baseline() else ok(cfg, 9.0))
+
+
+def test_a_baseline_that_failed_once_is_measured_again_by_the_next_command(
+    promotions: Promotions,
+) -> None:
+    with pytest.raises(UserError, match="baseline did not end ok"):
+        promotions(failed)
+    judged, run, _ = promotions(Noisy())
+    assert judged.winner is not judged.baseline
+    assert len(run.ran) == 8 + 3 * len(judged.schedule.rounds)
+
+
+def test_a_failure_in_confirmation_is_final_until_again(promotions: Promotions) -> None:
+    """Else one configuration would run when the others no longer do."""
+    noisy = Noisy()
+    first, _, _ = promotions(
+        lambda cfg: failed(cfg) if cfg.hash() == FUSED.hash() else noisy(cfg), rounds=4
+    )
+    second, idle, _ = promotions(noisy, rounds=4)
+    assert second == first
+    assert idle.ran == []
+    assert promotions(noisy, rounds=4, again=True)[0].dropped == []
+
+
+def test_a_damaged_schedule_is_named(promotions: Promotions) -> None:
+    _, _, bench = promotions(Noisy(), rounds=3)
+    bench.path.write_text("{")
+    with pytest.raises(UserError, match=r"schedule-.*damaged"):
+        promotions(Noisy(), rounds=3)
+
+
+def test_a_throttled_process_is_discarded_and_repeated(
+    promotions: Promotions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fresh, "throttled", lambda result: result.latency.mean_ms > 100)
+    seen: list[float] = []
+
+    def hot_at_first(cfg: Config) -> TrialResult:
+        seen.append(1000.0 if len(seen) < 2 else 10.0)
+        return ok(cfg, seen[-1])
+
+    run = FakeRun(hot_at_first)
+    result = promotions.runs(run).measure(PLAIN, "tau 1", "tau", 0)
+    assert isinstance(result, Ok)
+    assert result.latency.mean_ms == 10.0
+    assert len(run.ran) == 3
+    assert promotions.paused == [fresh.COOLING_S, 2 * fresh.COOLING_S]
+    kept = promotions.runs(run).journal.records()
+    assert [r.result.latency.mean_ms for r in kept if isinstance(r.result, Ok)] == [10.0]
+
+
+def test_a_gpu_that_stays_throttled_ends_it(
+    promotions: Promotions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fresh, "throttled", lambda result: True)
+    run = FakeRun(lambda cfg: ok(cfg, 10.0))
+    with pytest.raises(UserError, match="throttled in 4 processes"):
+        promotions.runs(run).measure(PLAIN, "tau 1", "tau", 0)
+    assert len(run.ran) == fresh.MAX_THROTTLED + 1
+    assert promotions.runs(run).journal.records() == []
+
+
+def test_two_promotions_of_a_study_do_not_run_at_once(promotions: Promotions) -> None:
+    first, second = (promotions.runs(FakeRun(Noisy())) for _ in range(2))
+    with first.alone(), pytest.raises(UserError, match="another promote"), second.alone():
+        pass
+    with second.alone():
+        pass
+
+
+def test_what_this_machine_refuses_starts_no_process(promotions: Promotions) -> None:
+    run = FakeRun(Noisy())
+    graph = Config.parse({**CONTEXT, "graph": {"mode": "manual"}})
+    result = promotions.runs(run).measure(graph, "x", "tau", 0)
+    assert result.outcome == "unavailable"
+    assert run.ran == []
