@@ -163,6 +163,8 @@ def expert_layer() -> None:
 def elementwise() -> None:
     x, gain = empty(1, 788, 2048), empty(2048, dtype=torch.float32)
     triton_norm.add_rms_norm(x, x, gain, EPS)
+    scale, shift, _ = empty(3 * 1024, dtype=torch.float32).chunk(3)
+    triton_norm.adaptive_rms_norm(empty(1, 10, 1024), scale, shift, EPS)
     triton_norm.layer_norm(empty(3, 256, 1152), empty(1152), empty(1152), EPS)
     triton_activation.gelu_mul_fused(empty(1, 788, 32768))
     table = empty(1, 788, 128)

@@ -254,9 +254,7 @@ def without_state_in_prompt(inputs: Inputs) -> Inputs:
 
 
 @contextmanager
-def stale_state_in_prompt(
-    policy: Pi0Policy, inputs: Inputs, previous: Inputs
-) -> Iterator[Inputs]:
+def stale_state_in_prompt(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
     tokens = torch.where(state_in_prompt(inputs), previous.tokens, inputs.tokens)
     yield inputs._replace(tokens=tokens)
 
