@@ -17,10 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openpi_opt.pi0.inputs import Inputs
-from openpi_opt.pi0.ops import SEE_ALL, Attention, Visibility, eager_attention
+from openpi_opt.pi0.ops import (
+    SEE_ALL,
+    Attention,
+    Visibility,
+    adaptive_rms_norm,
+    eager_attention,
+)
 from openpi_opt.pi0.policy import Pi0Policy, PrefixCache
 from openpi_opt.pi0.schedule import time_features
 from openpi_opt.pi0.workload import Workload
+
+STATE_TOKENS = 6  # of a prompt of pi05 in these tests; a robot's state is some 20 to 60
 
 Apply = Callable[[Pi0Policy, Inputs, Inputs], AbstractContextManager[Inputs]]
 
@@ -246,6 +254,53 @@ def rms_norm_without_one(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed * weight.float()).to(x.dtype)
 
 
+def adaptive_rms_norm_without_one(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """Scale read as s instead of 1 + s."""
+    return adaptive_rms_norm(x, scale - 1.0, shift, eps)
+
+
+def on_modulations(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> Apply:
+    """Scale, shift and gate of all norms, [M, W] each, are changed before they are used."""
+
+    @contextmanager
+    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+        right = policy.modulations
+
+        def wrong(features: Tensor) -> Tensor:
+            return torch.cat(change(*right(features).chunk(3, dim=-1)), dim=-1)
+
+        with replaced(policy, modulations=wrong):
+            yield inputs
+
+    return apply
+
+
+@contextmanager
+def condition_stale(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+    """From the second step on the time is that of the step before."""
+    table = torch.cat((policy.time_table[:1], policy.time_table[:-1]))
+    with replaced_table(policy, table, policy.steps):
+        yield inputs
+
+
+def state_in_prompt(inputs: Inputs) -> Tensor:
+    """[B, L]: the last STATE_TOKENS valid tokens, taken for those that pi05's state becomes."""
+    left = inputs.token_mask.flip(1).cumsum(1).flip(1)
+    return inputs.token_mask & (left <= STATE_TOKENS)
+
+
+def without_state_in_prompt(inputs: Inputs) -> Inputs:
+    """The tokens that say the state count as padding."""
+    return inputs._replace(token_mask=inputs.token_mask & ~state_in_prompt(inputs))
+
+
+@contextmanager
+def stale_state_in_prompt(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+    """The state is that of the call before."""
+    tokens = torch.where(state_in_prompt(inputs), previous.tokens, inputs.tokens)
+    yield inputs._replace(tokens=tokens)
+
+
 def all_tokens(inputs: Inputs) -> Inputs:
     """Padding counts as prompt."""
     return inputs._replace(token_mask=torch.ones_like(inputs.token_mask))
@@ -314,16 +369,12 @@ def catalogue(policy: Pi0Policy, workload: Workload = WORKLOAD) -> list[Mutation
         Mutation("last step left out", last_step_left_out),
         Mutation("time reversed", time_reversed),
         Mutation("norm weight as w", on_ops(rms_norm=rms_norm_without_one)),
-        Mutation("state token left out", _attention(without_state_key, "denoise")),
-        Mutation(
-            "state ignored",
-            on_inputs(lambda inputs: inputs._replace(state=torch.zeros_like(inputs.state))),
-        ),
         Mutation(
             "prompt rolled by one",
             on_inputs(lambda inputs: inputs._replace(tokens=inputs.tokens.roll(1, dims=1))),
         ),
     ]
+    mutations += _of_pi05() if config.family == "pi05" else _of_pi0()
     mutations += [
         # The last but one language layer is subtle: only the keys of the last one depend on it.
         Mutation(f"{tower} layer {index} skipped", skipped_layer(tower, index), index in subtle)
@@ -362,6 +413,41 @@ def catalogue(policy: Pi0Policy, workload: Workload = WORKLOAD) -> list[Mutation
         Mutation("last call's output again", on_actions(replayed(-2))),
     ]
     return mutations
+
+
+def _of_pi0() -> list[Mutation]:
+    return [
+        Mutation("state token left out", _attention(without_state_key, "denoise")),
+        Mutation(
+            "state ignored",
+            on_inputs(lambda inputs: inputs._replace(state=torch.zeros_like(inputs.state))),
+        ),
+    ]
+
+
+def _of_pi05() -> list[Mutation]:
+    return [
+        Mutation(
+            "gates dropped",
+            on_modulations(lambda scale, shift, gate: (scale, shift, torch.ones_like(gate))),
+        ),
+        Mutation(
+            "shifts dropped",
+            on_modulations(lambda scale, shift, gate: (scale, torch.zeros_like(shift), gate)),
+        ),
+        Mutation(
+            "scale and shift swapped",
+            on_modulations(lambda scale, shift, gate: (shift, scale, gate)),
+        ),
+        Mutation(
+            "modulations of the next norm",
+            on_modulations(lambda *parts: tuple(part.roll(-1, dims=0) for part in parts)),
+        ),
+        Mutation("scale as s", on_ops(adaptive_rms_norm=adaptive_rms_norm_without_one)),
+        Mutation("condition stale by one step", condition_stale),
+        Mutation("state in the prompt left out", on_inputs(without_state_in_prompt)),
+        Mutation("state in the prompt stale", stale_state_in_prompt),
+    ]
 
 
 def distance(actions: Tensor, reference: Tensor) -> float:

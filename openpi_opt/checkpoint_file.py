@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Literal
 
 from openpi_opt.errors import UserError
 
 _PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
+Family = Literal["pi0", "pi05"]
 _LARGEST_HEADER = 100_000_000  # the format's own limit in bytes
 
 
@@ -28,6 +30,19 @@ def inspect(given: str) -> str:
     return str(path)
 
 
+def family(given: str) -> Family:
+    """What the checkpoint that `inspect` admits holds: pi05 has an MLP of the time alone.
+
+    openpi and LeRobot give it the same name, LeRobot with the prefix `model.`.
+
+    Raises:
+        UserError: as `inspect`.
+    """
+    names = [name for file in _files(Path(given), given) for name in _header(file)[1]]
+    found = any(name.removeprefix("model.").startswith("time_mlp_in.") for name in names)
+    return "pi05" if found else "pi0"
+
+
 def _files(path: Path, given: str) -> list[Path]:
     if path.is_dir():
         index = path / "model.safetensors.index.json"
@@ -44,20 +59,25 @@ def _files(path: Path, given: str) -> list[Path]:
     return files
 
 
-def _check_complete(file: Path) -> None:
-    """Compare the size that the header announces with the file's."""
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Bytes of the file that the header announces, and what it says of each tensor, by name."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= _LARGEST_HEADER:
                 raise ValueError("no header")
             header = json.loads(stream.read(length))
-        ends = [item["data_offsets"][1] for key, item in header.items() if key != "__metadata__"]
-        announced = 8 + length + max(ends)
+        tensors = {name: item for name, item in header.items() if name != "__metadata__"}
+        return 8 + length + max(item["data_offsets"][1] for item in tensors.values()), tensors
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{file} is not a safetensors file, or is damaged at its start.") from error
+
+
+def _check_complete(file: Path) -> None:
+    """Compare the size that the header announces with the file's."""
+    announced, _ = _header(file)
     actual = file.stat().st_size
     if actual != announced:
         raise UserError(

@@ -36,14 +36,19 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """Which network: the 3.5 B policy, or the same graph in small for CPUs.
+    """Which network: the 3.5 B policy, its successor of 3.6 B, or either graph in small for CPUs.
 
     `rope_frequencies` is part of the model's definition: openpi's and LeRobot's PyTorch round the
     rotary frequencies to bfloat16, JAX keeps them in float32.
     """
 
-    name: Literal["auto", "pi0", "pi0_mini"] = "auto"
+    name: Literal["auto", "pi0", "pi0_mini", "pi05", "pi05_mini"] = "auto"
     rope_frequencies: Literal["bfloat16", "float32"] = "bfloat16"
+
+    @property
+    def family(self) -> checkpoint_file.Family:
+        """What the network is, whatever its size; `auto` is a pi0 unless a checkpoint says else."""
+        return "pi05" if self.name.startswith("pi05") else "pi0"
 
 
 class Weights(Section):
@@ -259,7 +264,11 @@ class Config(BaseModel):
         if name == "auto":
             gpus = machine.gpus_for(device)
             roomy = bool(gpus) and gpus[self.platform.gpu].memory_mib >= PI0_MEMORY_MIB
-            name = "pi0" if roomy else "pi0_mini"
+            family = "pi0" if weights.path is None else checkpoint_file.family(weights.path)
+            small: Literal["pi0_mini", "pi05_mini"] = (
+                "pi05_mini" if family == "pi05" else "pi0_mini"
+            )
+            name = family if roomy else small
         return self.model_copy(
             update={
                 "model": self.model.model_copy(update={"name": name}),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from openpi_opt import runtime
+from openpi_opt import checkpoint_file, runtime
 from openpi_opt.compose import compose
 from openpi_opt.config import Config, Weights
 from openpi_opt.errors import UserError
@@ -56,7 +56,7 @@ def load_policy(
             weights, which are for measuring only.
         overrides: Hydra overrides like those of `sweep`, for instance `["workload=openpi"]`.
             Model and workload are those with which the preset was promoted unless given here;
-            with a checkpoint the model is the full `pi0`.
+            with a checkpoint the model is the full one that it holds, `pi0` or `pi05`.
         preset_dir: folder of the preset, when promoted with `--preset-dir`.
 
     Raises:
@@ -67,8 +67,9 @@ def load_policy(
         list(overrides), preset=preset, preset_dir=Path(preset_dir) if preset_dir else None
     )
     if checkpoint is not None:
-        weights = Weights(kind="checkpoint", path=os.fspath(checkpoint))
-        model = cfg.model.model_copy(update={"name": "pi0"})
+        path = checkpoint_file.inspect(os.fspath(checkpoint))
+        weights = Weights(kind="checkpoint", path=path)
+        model = cfg.model.model_copy(update={"name": checkpoint_file.family(path)})
         cfg = cfg.model_copy(update={"weights": weights, "model": model})
     machine = probe()
     cfg = cfg.resolved(machine)

@@ -25,8 +25,9 @@ class Observation:
     """One batch of preprocessed observations.
 
     images [B, C, 3, 224, 224] float32 in [-1, 1]; image_mask [B, C] bool; tokens [B, L] int64;
-    token_mask [B, L] bool; state [B, A] float32, normalised and padded. Keep the two masks on the
-    host: they are compared with what the policy was built for before every call.
+    token_mask [B, L] bool; state [B, A] float32, normalised and padded. pi05 reads the state from
+    the prompt, where openpi's tokenizer writes it in 256 steps, and not from here. Keep the two
+    masks on the host: they are compared with what the policy was built for before every call.
     """
 
     images: Tensor

@@ -1,7 +1,11 @@
+from pathlib import Path
+
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
@@ -82,6 +86,24 @@ def test_auto_takes_the_full_model_only_where_it_fits() -> None:
     assert chosen(with_gpu(190_000, cuda=None, hip="7.1")) == ("pi0", "rocm")
     assert chosen(with_gpu(16_000)) == ("pi0_mini", "cuda")
     assert chosen(with_gpu(80_000, cuda=None)) == ("pi0_mini", "cpu")
+
+
+def test_auto_takes_the_model_that_the_checkpoint_holds(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    for name, chosen in {
+        "state_proj.bias": ("pi0_mini", "pi0"),
+        "action_time_mlp_in.bias": ("pi0_mini", "pi0"),
+        "time_mlp_in.bias": ("pi05_mini", "pi05"),
+        "model.time_mlp_in.weight": ("pi05_mini", "pi05"),
+    }.items():
+        save_file({name: np.zeros(2, np.float32)}, file)
+        cfg = Config.parse({"weights": {"kind": "checkpoint", "path": str(tmp_path)}})
+        names = [cfg.resolved(machine).model.name for machine in (CPU, with_gpu(80_000))]
+        assert tuple(names) == chosen
+    explicit = Config.parse(
+        {"model": {"name": "pi0"}, "weights": {"kind": "checkpoint", "path": str(tmp_path)}}
+    )
+    assert explicit.resolved(CPU).model.name == "pi0"
 
 
 @pytest.mark.parametrize("device", ["cuda", "rocm"])

@@ -8,7 +8,7 @@ from openpi_opt import Observation, preset, runtime
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.pi0 import checkpoint, weights
-from openpi_opt.pi0.config import PI0_MINI
+from openpi_opt.pi0.config import MODELS, PI0_MINI, PI05_MINI
 from openpi_opt.pi0.workload import make_inputs
 
 SDPA = {"attention": {"vision": "sdpa", "prefill": "sdpa", "denoise": "sdpa"}}
@@ -95,6 +95,24 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     loaded = runtime.build_policy(cfg, torch.device("cpu"))
     for name, tensor in policy.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor)
+
+
+def test_the_checkpoint_says_which_model_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full models do not fit here: under their names stand the small ones."""
+    monkeypatch.setitem(MODELS, "pi0", PI0_MINI)
+    monkeypatch.setitem(MODELS, "pi05", PI05_MINI)
+    overrides = ["platform=cpu", "workload.steps=2", "workload.horizon=4", "precision=float32"]
+    for model in (PI0_MINI, PI05_MINI):
+        saved = weights.build(model, "cpu", steps=2)
+        weights.init_random(saved, 1)
+        checkpoint.save(saved, tmp_path / "model.safetensors")
+        policy = openpi_opt.load_policy(checkpoint=tmp_path, overrides=overrides)
+        assert policy.config.model.name == model.family
+        seen, noise = observation(policy)
+        inputs = make_inputs(runtime.workload_of(policy.config), model, 5, "cpu")
+        torch.testing.assert_close(policy.sample_actions(seen, noise), saved.sample_actions(inputs))
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,8 @@ def elementwise() -> None:
     """Norms, activation and rotary embedding of the prefix and of vision."""
     x, gain = _empty(1, _PREFIX, 2048), _empty(2048, dtype=torch.float32)
     triton_norm.add_rms_norm(x, x, gain, EPS)
+    scale, shift, _ = _empty(3 * 1024, dtype=torch.float32).chunk(3)
+    triton_norm.adaptive_rms_norm(_empty(1, 10, 1024), scale, shift, EPS)
     triton_norm.layer_norm(_empty(3, 256, 1152), _empty(1152), _empty(1152), EPS)
     triton_activation.gelu_mul_fused(_empty(1, _PREFIX, 32768))
     table = _empty(1, _PREFIX, 128)

@@ -2,7 +2,8 @@
 """RMSNorm and LayerNorm, alone or with the residual sum that comes before them.
 
 One block normalises one row, which it reads once: Pi0's rows have 1024, 1152 or 2048 elements.
-References: `openpi_opt.pi0.ops.rms_norm` and `layer_norm`, and `add_rms_norm_reference` here.
+References: `openpi_opt.pi0.ops.rms_norm`, `adaptive_rms_norm` and `layer_norm`, and
+`add_rms_norm_reference` here.
 """
 
 from __future__ import annotations
@@ -73,6 +74,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return _launch(x, None, weight, None, eps, center=False)[1]
 
 
+@torch.library.custom_op("openpi_opt::triton_adaptive_rms_norm", mutates_args=())
+def adaptive_rms_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """RMSNorm, gain 1 + scale [W], plus shift [W]; x [..., W] -> [..., W] of x's dtype."""
+    return _launch(x, None, scale, shift, eps, center=False)[1]
+
+
 @torch.library.custom_op("openpi_opt::triton_layer_norm", mutates_args=())
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last axis; x [..., W], weight and bias [W] or None -> [..., W]."""
@@ -97,6 +104,11 @@ def add_layer_norm(
 
 @rms_norm.register_fake
 def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@adaptive_rms_norm.register_fake
+def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 

@@ -64,6 +64,7 @@ class Elementwise(Knob[ElementwiseOptions]):
         from openpi_opt.kernels import triton_activation, triton_norm, triton_rotary
 
         policy.ops.rms_norm = triton_norm.rms_norm
+        policy.ops.adaptive_rms_norm = triton_norm.adaptive_rms_norm
         policy.ops.layer_norm = triton_norm.layer_norm
         policy.ops.gelu = triton_activation.gelu
         policy.ops.gelu_mul = triton_activation.gelu_mul

@@ -43,10 +43,11 @@ class Fusion(Knob[FusionOptions]):
 
     `expert_layer` (NVIDIA and AMD, not run on AMD) also takes norms, GELU and residuals into the
     GEMMs of the action expert, and its attention reads the prefix's cache in place. Only roundings
-    differ. It is made of the kernels of `attention.denoise=triton` and `gemm=triton_skinny`, with
-    their launch parameters and row limit, and these must be chosen, so that no other choice is
-    overruled. `elementwise` and `blas` go on to act outside of these layers. Source: Dexmal/
-    realtime-vla, whose decoder is such a chain of Triton kernels; `openpi_opt.surgery.expert`.
+    differ. Not for pi05, whose norms have a shift and a gate. It is made of the kernels of
+    `attention.denoise=triton` and `gemm=triton_skinny`, with their launch parameters and row limit,
+    and these must be chosen, so that no other choice is overruled. `elementwise` and `blas` go on
+    to act outside of these layers. Source: Dexmal/realtime-vla, whose decoder is such a chain of
+    Triton kernels; `openpi_opt.surgery.expert`.
     """
 
     name = "fusion"
@@ -59,6 +60,12 @@ class Fusion(Knob[FusionOptions]):
             return Refusal("invalid", f"fusion.vision_mlp {problem}")
         if not options.expert_layer:
             return None
+        if cfg.model.family == "pi05":
+            return Refusal(
+                "invalid",
+                "fusion.expert_layer has no kernels for the adaptive norms and gates of pi05; use "
+                "fusion=all with elementwise=triton, or compile",
+            )
         if cfg.platform.device == "cpu":
             return Refusal(
                 "unavailable",

@@ -18,9 +18,12 @@ class SimplifyOptions(Options):
     """Each switch on its own, in any combination.
 
     `last_layer`: the last prefix layer yields keys and values only.
-    `fold_norms`: gains (and SigLIP's biases) of norms become part of the next projections.
-    `time_mlp`: time features and the action projection are folded into `action_time_mlp_in`.
+    `fold_norms`: gains (and SigLIP's biases) of norms become part of the next projections; those
+    of pi05's expert, which change from step to step, do not.
+    `time_mlp`: time features and the action projection are folded into `action_time_mlp_in`; of
+    pi05, gain, shift and gate of every norm are computed once for all steps.
     `state_once`: the state token runs once; the steps then need no mask, H actions see all keys.
+    pi05 has no such token, and the switch no effect.
     `kv_buffer`: keys and values of a step are written behind the prefix's, not copied with them.
     With `fusion.expert_layer` no step does either, and the switch has no effect.
     `rope_tables`: rotary tables are computed once, not in every call and step.
@@ -51,17 +54,27 @@ class Simplify(Knob[SimplifyOptions]):
     options_type = SimplifyOptions
 
     def canonical(self, cfg: Config) -> SimplifyOptions:
-        """A fused expert layer reads a step's keys and values where they are: no buffer."""
+        """A fused expert layer needs no buffer; pi05 has no state token to run once."""
         options = self.of(cfg)
         fused = cfg.knobs["fusion"].expert_layer  # type: ignore[attr-defined]
-        return options.model_copy(update={"kv_buffer": options.kv_buffer and not fused})
+        return options.model_copy(
+            update={
+                "kv_buffer": options.kv_buffer and not fused,
+                "state_once": options.state_once and cfg.model.family == "pi0",
+            }
+        )
 
     def fold(self, policy: Pi0Policy, cfg: Config) -> None:
-        """Fold the norms in float32."""
-        if self.of(cfg).fold_norms:
+        """Fold the norms, and compute the modulations of pi05's, in float32."""
+        options = self.of(cfg)
+        if options.fold_norms:
             from openpi_opt.surgery.folded import fold_norms
 
             fold_norms(policy)
+        if options.time_mlp and policy.config.family == "pi05":
+            from openpi_opt.surgery.lean import tabulate_modulations
+
+            tabulate_modulations(policy)
 
     def transform(self, policy: Pi0Policy, cfg: Config) -> None:
         """Replace the last prefix layer and the stages."""
@@ -82,9 +95,13 @@ class Simplify(Knob[SimplifyOptions]):
 
     def notes(self, cfg: Config) -> list[str]:
         """Say so when another option took the switch's meaning away."""
-        if self.of(cfg).kv_buffer and not self.canonical(cfg).kv_buffer:
-            return ["simplify.kv_buffer has no effect with fusion.expert_layer."]
-        return []
+        options, canonical = self.of(cfg), self.canonical(cfg)
+        notes = []
+        if options.kv_buffer and not canonical.kv_buffer:
+            notes.append("simplify.kv_buffer has no effect with fusion.expert_layer.")
+        if options.state_once and not canonical.state_once:
+            notes.append(f"simplify.state_once has no effect: {cfg.model.name} has no state token.")
+        return notes
 
     def label(self, options: SimplifyOptions) -> str:
         """The switches that are on."""

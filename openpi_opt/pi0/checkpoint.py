@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from openpi_opt.pi0.config import Pi0Config
 from openpi_opt.pi0.policy import Pi0Policy
 
 FILE = "model.safetensors"
@@ -50,7 +51,11 @@ LEGACY_NAMES = (
 LEGACY_STATISTICS = re.compile(
     r"(normalize_inputs|normalize_targets|unnormalize_outputs)\.buffer_\w+\.(mean|std|min|max)"
 )
-PI05_NAMES = re.compile(r"time_mlp_(in|out)\.|.*layernorm\.dense\.|.*\.norm\.dense\.")
+# What only one of the two has; files say nothing else of what they are.
+FAMILY_NAMES = {
+    "pi0": re.compile(r"state_proj\.|action_time_mlp_(in|out)\."),
+    "pi05": re.compile(r"time_mlp_(in|out)\.|.*layernorm\.dense\.|.*\.norm\.dense\."),
+}
 
 
 class CheckpointError(ValueError):
@@ -77,6 +82,7 @@ def load(policy: Pi0Policy, path: str | os.PathLike[str]) -> None:
         handles = {file: stack.enter_context(_open(file)) for file in _files(path)}
         entries = _resolve(path, handles)
         targets = policy.state_dict()
+        _check_family(path, entries, policy.config)
         _check(path, entries, {name: tuple(target.shape) for name, target in targets.items()})
         for name, entry in entries.items():
             targets[name].copy_(_read(handles[entry.file], entry))
@@ -206,13 +212,19 @@ def _resolve(path: Path, handles: Mapping[Path, Any]) -> dict[str, Entry]:
     return entries
 
 
+def _check_family(path: Path, entries: Mapping[str, Entry], config: Pi0Config) -> None:
+    """Raise CheckpointError for a checkpoint of the other family."""
+    for family, pattern in FAMILY_NAMES.items():
+        found = [name for name in entries if pattern.match(name)]
+        if found and family != config.family:
+            raise CheckpointError(
+                f"{path} is a {family} checkpoint (it has {found[0]}), and {config.name} is a "
+                f"{config.family} policy. Choose model={family}."
+            )
+
+
 def _check(path: Path, entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError unless `entries` fill `shapes` exactly."""
-    if any(PI05_NAMES.match(name) for name in entries):
-        raise CheckpointError(
-            f"{path} is a pi05 checkpoint (it has time_mlp or adaptive norm tensors); "
-            "only pi0 is supported so far."
-        )
     problems = []
     if missing := [name for name in shapes if name not in entries]:
         problems.append(f"{len(missing)} missing{_some(missing)}")

@@ -1,13 +1,15 @@
-"""The sizes that define a Pi0 policy, and the two policies of this project.
+"""The sizes that define a Pi0 policy, and the policies of this project.
 
-`PI0` is the published 3.5 B model (SigLIP So400m/14, Gemma-2B prefix, 300 M action expert).
-`PI0_MINI` is the same graph with small widths for CPUs.
+`PI0` is the published 3.5 B model (SigLIP So400m/14, Gemma-2B prefix, 300 M action expert), `PI05`
+its successor of 3.6 B. `PI0_MINI` and `PI05_MINI` are the same graphs with small widths for CPUs.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 RopeFrequencies = Literal["bfloat16", "float32"]
+Family = Literal["pi0", "pi05"]
 
 
 def _require_positive(owner: object) -> None:
@@ -74,6 +76,11 @@ class Pi0Config:
     `rope_frequencies` is part of the model's definition and holds in every precision: "bfloat16"
     rounds the 1/theta^(2d/D) to bfloat16 as the PyTorch code of openpi and LeRobot does, "float32"
     keeps them as the JAX code does. The angles differ by about 0.7 rad at position 531.
+
+    `family` says how the action expert learns of the robot's state and of the time. "pi0": the
+    state is a token before the actions, the time is mixed into the action tokens. "pi05": the state
+    is written into the prompt, in words, and the time sets gain, shift and gate of every norm of
+    the expert.
     """
 
     name: str
@@ -83,6 +90,7 @@ class Pi0Config:
     vocab_size: int
     action_dim: int = 32
     rope_frequencies: RopeFrequencies = "bfloat16"
+    family: Family = "pi0"
 
     def __post_init__(self) -> None:
         _require_positive(self)
@@ -90,6 +98,10 @@ class Pi0Config:
             raise ValueError(
                 f"rope_frequencies is {self.rope_frequencies!r}; "
                 f"allowed are {', '.join(get_args(RopeFrequencies))}."
+            )
+        if self.family not in get_args(Family):
+            raise ValueError(
+                f"family is {self.family!r}; allowed are {', '.join(get_args(Family))}."
             )
         if self.expert.width < 4 or self.expert.width % 2:
             raise ValueError(
@@ -103,6 +115,11 @@ class Pi0Config:
                     f"language.{field} is {prefix} and expert.{field} is {suffix}; they must be "
                     "equal because each expert layer reads the prefix keys of the same layer."
                 )
+
+    @property
+    def state_tokens(self) -> int:
+        """How many suffix tokens come before the actions: the state of pi0, none in pi05."""
+        return 1 if self.family == "pi0" else 0
 
 
 PI0 = Pi0Config(
@@ -123,4 +140,7 @@ PI0_MINI = Pi0Config(
     vocab_size=1024,
 )
 
-MODELS = {config.name: config for config in (PI0, PI0_MINI)}
+PI05 = dataclasses.replace(PI0, name="pi05", family="pi05")
+PI05_MINI = dataclasses.replace(PI0_MINI, name="pi05_mini", family="pi05")
+
+MODELS = {config.name: config for config in (PI0, PI0_MINI, PI05, PI05_MINI)}

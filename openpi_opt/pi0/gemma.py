@@ -138,13 +138,20 @@ class GatedMlp(nn.Module):
         return self.down_proj(self.ops.gelu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
-class GemmaLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+class LayerParts(nn.Module):
+    """The attention and the MLP of a layer; how they are normed and added is its subclass's."""
 
     def __init__(self, config: GemmaConfig, ops: Ops) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config, ops)
         self.mlp = GatedMlp(config, ops)
+
+
+class GemmaLayer(LayerParts):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GemmaConfig, ops: Ops) -> None:
+        super().__init__(config, ops)
         self.input_layernorm = RmsNorm(config.width, ops)
         self.post_attention_layernorm = RmsNorm(config.width, ops)
 

@@ -21,7 +21,7 @@ class Inputs(NamedTuple):
     token_mask: Tensor
     """[B, L] bool; False for padding"""
     state: Tensor
-    """[B, A] float32, normalised"""
+    """[B, A] float32, normalised; not read by pi05, whose prompt says it"""
     noise: Tensor
     """[B, H, A] float32"""
 

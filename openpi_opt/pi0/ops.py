@@ -84,6 +84,16 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return normed.to(x.dtype)
 
 
+def adaptive_rms_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """RMSNorm with a given gain and shift: x / rms(x) * (1 + scale) + shift, cast once.
+
+    x [..., W], scale and shift [W] float32; computed in float32 -> [..., W] of x's dtype.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * (1.0 + scale) + shift).to(x.dtype)
+
+
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last axis; x [..., W], weight and bias [W], all of one dtype.
 
@@ -121,13 +131,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Ops:
     """The replaceable operations; signatures and contracts are those of the defaults above.
 
-    The five float32 projections of state, actions and time do not go through `linear`.
+    The float32 projections of state, actions and time, and those of pi05's norms, do not go
+    through `linear`.
     """
 
     attention_vision: Attention = eager_attention
     attention_prefill: Attention = eager_attention
     attention_denoise: Attention = eager_attention
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor] = rms_norm
+    adaptive_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor] = adaptive_rms_norm
     layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor] = layer_norm
     gelu: Callable[[Tensor], Tensor] = gelu
     gelu_mul: Callable[[Tensor, Tensor], Tensor] = gelu_mul

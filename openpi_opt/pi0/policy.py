@@ -1,4 +1,4 @@
-"""Pi0 inference: images, prompt and robot state to a chunk of actions.
+"""Inference of pi0 and pi05: images, prompt and robot state to a chunk of actions.
 
 Three stages: `encode_images` (SigLIP and projector), `prefill` (the prefix through the language
 model, keeping keys and values), `denoise_step` (the action expert, once for each Euler step). Each
@@ -7,7 +7,8 @@ is looked up on the instance, so assigning to `policy.denoise_step` replaces tha
 Nothing here waits for the device or copies from the host: a call can be captured as a graph.
 
 Letters: B batch, C cameras, L prompt slots, P prefix slots, N kept prefix keys, S suffix tokens
-(state, then actions), H horizon, A action dim, W language width, E expert width, D head dim.
+(the state of pi0, then actions), H horizon, A action dim, W language width, E expert width, D head
+dim.
 """
 
 import math
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from openpi_opt.pi0.adaptive import AdaptiveTower
 from openpi_opt.pi0.config import Pi0Config
-from openpi_opt.pi0.gemma import GemmaTower, KeysValues, Past, rope_at, rope_frequencies
+from openpi_opt.pi0.gemma import GemmaTower, KeysValues, Past, Rope, rope_at, rope_frequencies
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.layers import Linear
 from openpi_opt.pi0.ops import Ops, Segment, Visibility
@@ -34,7 +36,7 @@ class PrefixCache(NamedTuple):
     layers: Sequence[Past]
     """for each layer, rotated keys and values [B, N, Hkv, D]"""
     valid_count: Tensor
-    """[B or 1] int64: valid prefix tokens, the position of the state token"""
+    """[B or 1] int64: valid prefix tokens, the position of the first suffix token"""
     mask: Tensor | None
     """[B, N] bool: the keys that may be seen; None when only valid keys were kept"""
 
@@ -67,7 +69,8 @@ class GemmaExpert(nn.Module):
 
     def __init__(self, config: Pi0Config, ops: Ops) -> None:
         super().__init__()
-        self.model = GemmaTower(config.expert, ops)
+        tower = GemmaTower if config.family == "pi0" else AdaptiveTower
+        self.model: GemmaTower | AdaptiveTower = tower(config.expert, ops)
         self.lm_head = nn.Linear(config.expert.width, config.vocab_size, bias=False)
 
 
@@ -81,7 +84,10 @@ class PaliGemmaWithExpert(nn.Module):
 
 
 class Pi0Policy(nn.Module):
-    """A Pi0 policy with uninitialised weights; `weights.build` and `checkpoint.load` fill them.
+    """A policy with uninitialised weights; `weights.build` and `checkpoint.load` fill them.
+
+    `config.family` says which projections it has besides `action_in_proj` and `action_out_proj`:
+    `state_proj` and `action_time_mlp_*`, or `time_mlp_*`.
 
     `dtype` is the dtype of the towers' activations, set by `precision.cast`.
     """
@@ -104,11 +110,15 @@ class Pi0Policy(nn.Module):
         self.layout: Layout | None = None
         width = config.expert.width
         self.paligemma_with_expert = PaliGemmaWithExpert(config, self.ops)
-        self.state_proj = nn.Linear(config.action_dim, width)
         self.action_in_proj = nn.Linear(config.action_dim, width)
         self.action_out_proj = nn.Linear(width, config.action_dim)
-        self.action_time_mlp_in = nn.Linear(2 * width, width)
-        self.action_time_mlp_out = nn.Linear(width, width)
+        if config.family == "pi0":
+            self.state_proj = nn.Linear(config.action_dim, width)
+            self.action_time_mlp_in = nn.Linear(2 * width, width)
+            self.action_time_mlp_out = nn.Linear(width, width)
+        else:
+            self.time_mlp_in = nn.Linear(width, width)
+            self.time_mlp_out = nn.Linear(width, width)
         self.requires_grad_(False)
         self.fill_buffers()
 
@@ -131,8 +141,8 @@ class Pi0Policy(nn.Module):
         return self.paligemma_with_expert.paligemma.model.language_model
 
     @property
-    def expert(self) -> GemmaTower:
-        """The action expert."""
+    def expert(self) -> GemmaTower | AdaptiveTower:
+        """The action expert; adaptive in pi05."""
         return self.paligemma_with_expert.gemma_expert.model
 
     @property
@@ -222,6 +232,10 @@ class Pi0Policy(nn.Module):
 
     def suffix_visibility(self, cache: PrefixCache, horizon: int) -> Visibility:
         """The state sees the valid prefix and itself; actions see those and all actions."""
+        if self.config.state_tokens == 0:
+            if cache.mask is None:
+                return Visibility(None, (Segment(0, horizon, None),))
+            return Visibility(F.pad(cache.mask, (0, horizon), value=True)[:, None, None, :], None)
         prefix = cache.layers[0].keys.shape[1]
         queries = torch.arange(horizon + 1, device=self.device)
         keys = torch.arange(prefix + horizon + 1, device=self.device)
@@ -233,11 +247,40 @@ class Pi0Policy(nn.Module):
         return Visibility(mask[None, None] & prefix_mask[:, None, None, :], None)
 
     def embed_suffix(self, x_t: Tensor, features: Tensor, state: Tensor) -> Tensor:
-        """x_t [B, H, A], time features [E], state [B, A] -> tokens [B, 1 + H, E], all float32."""
+        """x_t [B, H, A], time features [E], state [B, A] -> tokens [B, S, E], all float32.
+
+        The tokens of pi05 are the actions; time and state reach it by other ways.
+        """
         action = self.action_in_proj(x_t)
+        if self.config.family == "pi05":
+            return action
         timed = torch.cat((action, features.expand_as(action)), dim=-1)
         mixed = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(timed)))
         return torch.cat((self.state_proj(state)[:, None], mixed), dim=1)
+
+    def modulations(self, features: Tensor) -> Tensor:
+        """Time features [E] -> scale, shift and gate of pi05's norms, [M, 3E] float32."""
+        assert isinstance(self.expert, AdaptiveTower)
+        condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(features))))
+        return self.expert.modulations(condition)
+
+    def run_expert(
+        self,
+        suffix: Tensor,
+        features: Tensor,
+        rope: Rope,
+        visibility: Visibility,
+        past: Sequence[Past],
+        horizon: int,
+    ) -> Tensor:
+        """Suffix tokens [B, S, E] at the time of `features` -> normed action tokens [B, H, E]."""
+        expert, attend = self.expert, self.ops.attention_denoise
+        if isinstance(expert, AdaptiveTower):
+            modulations = self.modulations(features)
+            normed, _ = expert(suffix, rope, visibility, attend, past, modulations)
+            return normed
+        hidden, _ = expert(suffix, rope, visibility, attend, past)
+        return expert.norm(hidden[:, -horizon:])
 
     def denoise_step(
         self, x_t: Tensor, features: Tensor, state: Tensor, cache: PrefixCache
@@ -245,16 +288,16 @@ class Pi0Policy(nn.Module):
         """The velocity at x_t [B, H, A] -> [B, H, A], all float32.
 
         `features` [E] is the row of `time_table` for this step: a tensor, so that one compiled
-        graph serves all steps. state [B, A] float32.
+        graph serves all steps. state [B, A] float32; pi05 does not read it, its prompt says it.
         """
         horizon = x_t.shape[1]
         suffix = self.embed_suffix(x_t, features, state).to(self.dtype)
-        offsets = torch.arange(horizon + 1, device=self.device)
+        offsets = torch.arange(suffix.shape[1], device=self.device)
         positions = cache.valid_count[:, None] + offsets
         rope = rope_at(positions, self.frequencies, self.dtype)
         visibility = self.suffix_visibility(cache, horizon)
-        hidden, _ = self.expert(suffix, rope, visibility, self.ops.attention_denoise, cache.layers)
-        return self.action_out_proj(self.expert.norm(hidden[:, 1:]).float())
+        hidden = self.run_expert(suffix, features, rope, visibility, cache.layers, horizon)
+        return self.action_out_proj(hidden.float())
 
     def sample_actions(self, inputs: Inputs) -> Tensor:
         """A batch of observations -> normalised actions [B, H, A] float32."""

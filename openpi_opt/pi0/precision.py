@@ -1,9 +1,9 @@
 """Casting a policy to a precision, as openpi does it.
 
 Reduced precision covers everything inside `paligemma_with_expert` except the patch convolution,
-the vision position table and the Gemma norms; the projections outside (state, action, time) and the
-constant tables stay float32 too. Activations of the towers have the reduced dtype, sums over the
-denoising steps are float32.
+the vision position table and the Gemma norms (those of pi05's expert with their `dense` layers);
+the projections outside (state, action, time) and the constant tables stay float32 too. Activations
+of the towers have the reduced dtype, sums over the denoising steps are float32.
 """
 
 import torch

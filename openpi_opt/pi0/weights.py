@@ -13,6 +13,7 @@ position, camera, layer, the state and the prompt by many times that:
 - Rare tokens that matter (prompt, state, favoured patches) get a bonus on their logits by kind,
   enough for a fair share of the attention. Values differ by kind, so a wrong mask or scale shifts
   all tokens alike, which averages out less than noise does.
+- Gain, shift and gate of pi05's adaptive norms vary as much over the steps as over the channels.
 - GELU's input is centred at -2, as sparse trained MLPs have it. There tanh and erf differ by 0.4 %
   of the output instead of 0.02 %.
 """
@@ -33,6 +34,7 @@ RMS = 1.2  # what the norms divide by, roughly, halfway through a tower
 
 BIAS_STD = 0.2
 NORM_STD = 0.3  # of Gemma's norm weights around 0 (gain around 1)
+MODULATION_STD = 0.2  # of the constant part of an adaptive norm's scale, shift and gate
 LAYER_NORM_STD = 0.2
 LOGIT_GAIN = 1.5  # of q_proj and k_proj each; logits get its square as standard deviation
 ATTENTION_GAIN, VISION_ATTENTION_GAIN = 2.0, 4.0  # averaging values over keys shrinks them
@@ -74,6 +76,8 @@ def _fill(config: Pi0Config, name: str, parameter: Tensor, generator: torch.Gene
     parts = name.split(".")
     if "vision_tower" in parts:
         _fill_vision(config.vision, parts[-2], parts[-1], parameter, generator)
+    elif parts[-2] == "dense":
+        _fill_modulation(config.expert.width, parameter, generator)
     elif "norm" in parts[-2]:
         _draw(parameter, NORM_STD, generator)
     elif "layers" in parts and "gemma_expert" in parts:
@@ -81,7 +85,7 @@ def _fill(config: Pi0Config, name: str, parameter: Tensor, generator: torch.Gene
     elif "layers" in parts:
         _fill_gemma(config.language, parts[-2], parameter, generator, (0.0, PROMPT_BONUS))
     else:
-        _fill_outer(name, parameter, generator)
+        _fill_outer(config.family, name, parameter, generator)
 
 
 def _draw(parameter: Tensor, std: float, generator: torch.Generator, mean: float = 0.0) -> None:
@@ -209,18 +213,31 @@ def _give_bonus(
         rows[:, :, KIND] = _read(level * (bonus[0] - bonus[1]) / 2.0, config.width)
 
 
-def _fill_outer(name: str, parameter: Tensor, generator: torch.Generator) -> None:
+def _fill_modulation(width: int, parameter: Tensor, generator: torch.Generator) -> None:
+    """The `dense` layer of an adaptive norm: scales and shifts around 0, gates around 1.
+
+    Its condition varies over the steps by about 0.28, and so does each of these.
+    """
+    if parameter.ndim == 1:
+        _draw(parameter, MODULATION_STD, generator)
+        parameter[2 * width :] += 1.0
+    else:
+        _draw(parameter, _unit(parameter), generator)
+
+
+def _fill_outer(family: str, name: str, parameter: Tensor, generator: torch.Generator) -> None:
     """Projector, embedding, and the projections of state, actions and time.
 
     Those that write tokens set the constant channels: image and action tokens are of positive kind,
     prompt and state tokens of negative.
     """
+    tokens = "action_in_proj" if family == "pi05" else "action_time_mlp_out"
     _draw(parameter, BIAS_STD if parameter.ndim == 1 else _unit(parameter), generator)
     if name.endswith("paligemma.lm_head.weight"):
         # Multiplied by sqrt(width) when read.
         parameter[:, BIAS] = LEVEL * _unit(parameter)
         parameter[:, KIND] = -LEVEL * _unit(parameter)
-    elif "multi_modal_projector" in name or "state_proj" in name or "time_mlp_out" in name:
+    elif any(part in name for part in ("multi_modal_projector", "state_proj", tokens)):
         constant = LEVEL if parameter.ndim == 1 else 0.0
         parameter[BIAS] = constant
         parameter[KIND] = -constant if "state_proj" in name else constant

@@ -51,7 +51,8 @@ def make_inputs(
 ) -> Inputs:
     """A seeded random batch, drawn on the CPU (the same on every machine), then moved.
 
-    Masked cameras and padding get random content like the rest, so that attending them shows.
+    Masked cameras and padding get random content like the rest, so that attending them shows. The
+    prompt is random, too: what part of pi05's says the state is nothing that the policy knows.
     """
     generator = torch.Generator().manual_seed(seed)
     batch, cameras = workload.batch_size, len(workload.active_cameras)

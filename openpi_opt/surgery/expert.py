@@ -124,8 +124,10 @@ def fuse_expert_layers(policy: Pi0Policy, launch: Mapping[str, int] | None = Non
     `launch` goes over the launch parameters of the attention kernel.
 
     Raises:
-        ValueError: q, k, v or gate, up are not fused.
+        ValueError: q, k, v or gate, up are not fused, or the expert is pi05's.
     """
+    if not isinstance(policy.expert, GemmaTower):
+        raise ValueError("the kernels of the expert's layers have no adaptive norms")
     attend = cached_attention(launch)
     for layer in gemma_layers(policy.expert):
         if not (isinstance(layer.self_attn, FusedAttention) and isinstance(layer.mlp, FusedMlp)):

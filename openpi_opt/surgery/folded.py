@@ -40,13 +40,15 @@ def fold_norms(policy: Pi0Policy) -> None:
 
     Gemma: 1 + weight into q, k, v and gate, up; the expert's final norm into `action_out_proj`.
     SigLIP: weight and bias into q, k, v and fc1; `post_layernorm` into the projector. The language
-    model's final norm is never computed.
+    model's final norm is never computed. The gains of pi05's expert change from step to step and
+    stay where they are.
     """
     if policy.dtype != torch.float32:
         raise ValueError(f"Norms are folded in float32, before the cast; this is {policy.dtype}.")
     _fold_gemma(policy.language)
-    _fold_gemma(policy.expert)
-    _fold_gain(policy.expert.norm, (policy.action_out_proj,))
+    if isinstance(policy.expert, gemma.GemmaTower):
+        _fold_gemma(policy.expert)
+        _fold_gain(policy.expert.norm, (policy.action_out_proj,))
     for layer in vision_layers(policy.vision):
         attention = layer.self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)

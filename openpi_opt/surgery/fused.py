@@ -18,7 +18,7 @@ from openpi_opt.pi0 import gemma, siglip
 from openpi_opt.pi0.layers import Linear
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.surgery.last_layer import KeysValuesLayer
-from openpi_opt.surgery.towers import gemma_layers, vision_layers
+from openpi_opt.surgery.towers import decoder_layers, vision_layers
 
 
 class FusedLinear(Linear):
@@ -107,7 +107,7 @@ class FusedVisionMlp(siglip.Mlp):
 
 def fuse_qkv(policy: Pi0Policy) -> None:
     """One GEMM for q, k and v in every layer of both Gemma towers (row 13)."""
-    for layer in _layers(policy):
+    for layer in decoder_layers(policy):
         attention = layer.self_attn
         if isinstance(layer, KeysValuesLayer):
             layer.kv_proj = FusedLinear((attention.k_proj, attention.v_proj))
@@ -120,7 +120,7 @@ def fuse_qkv(policy: Pi0Policy) -> None:
 
 def fuse_gate_up(policy: Pi0Policy) -> None:
     """One GEMM for gate and up in every layer of both Gemma towers (row 13)."""
-    for layer in _layers(policy):
+    for layer in decoder_layers(policy):
         if not isinstance(layer, KeysValuesLayer):
             layer.mlp.gate_up_proj = FusedLinear((layer.mlp.gate_proj, layer.mlp.up_proj))
             layer.mlp.__class__ = FusedMlp
@@ -139,7 +139,3 @@ def fuse_vision_mlp(policy: Pi0Policy) -> None:
     """GELU in the GEMM before it in every SigLIP layer."""
     for layer in vision_layers(policy.vision):
         layer.mlp.__class__ = FusedVisionMlp
-
-
-def _layers(policy: Pi0Policy) -> list[gemma.GemmaLayer]:
-    return gemma_layers(policy.language) + gemma_layers(policy.expert)

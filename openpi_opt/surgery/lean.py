@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from openpi_opt.pi0.gemma import KeysValues, Past, Rope, rope_at
+from openpi_opt.pi0.adaptive import AdaptiveTower
+from openpi_opt.pi0.gemma import GemmaTower, KeysValues, Past, Rope, rope_at
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.ops import Segment, Visibility
 from openpi_opt.pi0.policy import Pi0Policy, PrefixCache
@@ -35,9 +36,11 @@ class Plan:
     skip_masked: bool = False
     """encode and prefill valid tokens only (rows 2 to 4); needs a layout"""
     time_mlp: bool = False
-    """fold the time features and `action_in_proj` into `action_time_mlp_in` (rows 7 and 8)"""
+    """pi0: fold the time features and `action_in_proj` into `action_time_mlp_in` (rows 7 and 8);
+    pi05: compute the modulations of all norms once for each step (row 9)"""
     state_once: bool = False
-    """run the state token once and keep its keys and values (rows 5 and 6); needs a layout"""
+    """run the state token once and keep its keys and values (rows 5 and 6); needs a layout, and a
+    model that has one"""
     kv_buffer: bool = False
     """write a step's keys and values behind the prefix's in place; needs a layout"""
     rope_tables: bool = False
@@ -86,6 +89,7 @@ class LeanPolicy(Pi0Policy):
     suffix_rope: FixedRope
     suffix_mask: Tensor
     action_weight: Tensor
+    modulation_table: Tensor
 
     def fill_buffers(self) -> None:
         """As in `Pi0Policy`, and compute anew what the plan replaces."""
@@ -100,7 +104,10 @@ class LeanPolicy(Pi0Policy):
     def derive(self) -> None:
         """Compute the constants of the plan for the present layout, dtype and weights."""
         if self.plan.time_mlp:
-            self._fold_time()
+            if self.config.family == "pi0":
+                self._fold_time()
+            else:
+                self.time_table = self.modulation_table
         if not self.plan.fixed_layout:
             return
         layout, horizon = self.layout, self.plan.horizon
@@ -110,9 +117,12 @@ class LeanPolicy(Pi0Policy):
                 "the same masks in every element. Leave these simplifications out for others."
             )
         valid, stored = layout.prefix_valid, self.plan.rope_tables
-        positions = torch.arange(valid + 1 + horizon, device=self.device)[None]
+        states = self.config.state_tokens
+        if self.plan.state_once and not states:
+            raise ValueError(f"{self.plan}: {self.config.name} has no state token to run once.")
+        positions = torch.arange(valid + states + horizon, device=self.device)[None]
         prefix = positions[:, :valid] if self.plan.skip_masked else self.layout_positions
-        first = valid + 1 if self.plan.state_once else valid
+        first = valid + states if self.plan.state_once else valid
         self.prefix_rope = FixedRope(prefix, self, stored)
         self.state_rope = FixedRope(positions[:, valid : valid + 1], self, stored)
         self.suffix_rope = FixedRope(positions[:, first:], self, stored)
@@ -197,7 +207,8 @@ class LeanPolicy(Pi0Policy):
             ]
         caches: Sequence[Past] = own
         if self.plan.kv_buffer:
-            caches = [with_room(cache, self.plan.horizon + 1) for cache in own]
+            rows = self.config.state_tokens + self.plan.horizon
+            caches = [with_room(cache, rows) for cache in own]
         if self.plan.state_once:
             assert state is not None
             caches = self._with_state(caches, state)
@@ -216,6 +227,7 @@ class LeanPolicy(Pi0Policy):
         """
         x = self.state_proj(state)[:, None].to(self.dtype)
         rope, visibility = self.state_rope(), Visibility(None, (Segment(0, 1, None),))
+        assert isinstance(self.expert, GemmaTower)
         *layers, last = gemma_layers(self.expert)
         joined: list[Past] = []
         for layer, past in zip(layers, caches[:-1], strict=True):
@@ -227,10 +239,14 @@ class LeanPolicy(Pi0Policy):
         buffered = [past for past in caches if isinstance(past, BufferedKeysValues)]
         return [BufferedKeysValues(p.keys, p.values, p.filled + 1) for p in buffered] or joined
 
+    def modulations(self, features: Tensor) -> Tensor:
+        """As in `Pi0Policy`; `features` are a row of `time_table`, whatever that holds."""
+        return features if self.plan.time_mlp else super().modulations(features)
+
     def embed_suffix(self, x_t: Tensor, features: Tensor, state: Tensor) -> Tensor:
         """As in `Pi0Policy`; `features` [E] are a row of `time_table`, whatever that holds."""
         plan = self.plan
-        if not (plan.time_mlp or plan.state_once):
+        if self.config.family == "pi05" or not (plan.time_mlp or plan.state_once):
             return super().embed_suffix(x_t, features, state)
         if plan.time_mlp:
             hidden = F.linear(x_t, self.action_weight, features)
@@ -256,20 +272,40 @@ class LeanPolicy(Pi0Policy):
             )
         suffix = self.embed_suffix(x_t, features, state).to(self.dtype)
         visibility = self._suffix_visibility()
-        hidden, _ = self.expert(
-            suffix, self.suffix_rope(), visibility, self.ops.attention_denoise, cache.layers
+        hidden = self.run_expert(
+            suffix, features, self.suffix_rope(), visibility, cache.layers, plan.horizon
         )
-        actions = hidden if plan.state_once else hidden[:, 1:]
-        return self.action_out_proj(self.expert.norm(actions).float())
+        return self.action_out_proj(hidden.float())
 
     def _suffix_visibility(self) -> Visibility:
-        """As `suffix_visibility`; once the state is a key, actions see all there is."""
+        """As `suffix_visibility`; without a state among them, tokens see all there is."""
         assert self.layout is not None
         horizon, valid = self.plan.horizon, self.layout.prefix_valid
-        if self.plan.state_once:
+        if self.plan.state_once or not self.config.state_tokens:
             return Visibility(None, (Segment(0, horizon, None),))
         segments = (Segment(0, 1, valid + 1), Segment(1, horizon + 1, None))
         return Visibility(self.suffix_mask, segments)
+
+
+def tabulate_modulations(policy: Pi0Policy) -> None:
+    """Compute the modulations of pi05's norms for every step, unless that was done (row 9).
+
+    In float64, from the weights as they are, rounded once -> the buffer `modulation_table`
+    [steps, M, 3E] float32. Called before the cast, the table holds no rounded weight.
+    """
+    if hasattr(policy, "modulation_table"):
+        return
+    assert isinstance(policy.expert, AdaptiveTower)
+    x = time_features(policy.steps, policy.config.expert.width).to(policy.device).double()
+    for linear in (policy.time_mlp_in, policy.time_mlp_out):
+        x = F.silu(_wide(linear, x))
+    rows = torch.stack([_wide(norm.dense, x) for norm in policy.expert.norms()], dim=1)
+    policy.register_buffer("modulation_table", rows.float(), persistent=False)
+
+
+def _wide(linear: nn.Linear, x: Tensor) -> Tensor:
+    """`linear` in float64."""
+    return F.linear(x, linear.weight.double(), linear.bias.double())
 
 
 def lean(policy: Pi0Policy, **changes: int | bool) -> None:
@@ -281,4 +317,6 @@ def lean(policy: Pi0Policy, **changes: int | bool) -> None:
     policy.__class__ = LeanPolicy
     assert isinstance(policy, LeanPolicy)
     policy.plan = dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
+    if policy.plan.time_mlp and policy.config.family == "pi05":
+        tabulate_modulations(policy)
     policy.derive()

@@ -2,13 +2,20 @@
 
 from typing import cast
 
-from openpi_opt.pi0.gemma import GemmaLayer, GemmaTower
+from openpi_opt.pi0.gemma import GemmaLayer, GemmaTower, LayerParts
+from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.siglip import EncoderLayer, VisionTower
 
 
 def gemma_layers(tower: GemmaTower) -> list[GemmaLayer]:
     """The layers of a Gemma tower."""
     return [cast(GemmaLayer, layer) for layer in tower.layers]
+
+
+def decoder_layers(policy: Pi0Policy) -> list[LayerParts]:
+    """The layers of the prefix and of the expert, whatever their norms are."""
+    layers = [*policy.language.layers, *policy.expert.layers]
+    return [cast(LayerParts, layer) for layer in layers]
 
 
 def vision_layers(tower: VisionTower) -> list[EncoderLayer]:

@@ -13,9 +13,9 @@ from openpi_opt.kernels import triton_activation, triton_norm, triton_rotary
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.pi0 import weights
-from openpi_opt.pi0.config import PI0_MINI
+from openpi_opt.pi0.config import PI0_MINI, PI05_MINI
 from openpi_opt.pi0.policy import Pi0Policy
-from openpi_opt.surgery.expert import FusedExpertLayer, FusedExpertTower
+from openpi_opt.surgery.expert import FusedExpertLayer, FusedExpertTower, fuse_expert_layers
 
 H100 = Gpu(0, "GPU-1", "H100", "nvidia", "sm90", 80_000, "580")
 MACHINE = Machine((H100,), TorchBuild("2.13.0", "13.0", None), "x", 2, 1)
@@ -68,6 +68,7 @@ def test_the_kernels_are_put_into_the_operations() -> None:
     for name in CHOICES:
         BY_NAME[name].transform(policy, cfg)
     assert policy.ops.rms_norm is triton_norm.rms_norm
+    assert policy.ops.adaptive_rms_norm is triton_norm.adaptive_rms_norm
     assert policy.ops.layer_norm is triton_norm.layer_norm
     assert policy.ops.gelu_mul is triton_activation.gelu_mul
     assert policy.ops.rotary is triton_rotary.rotary
@@ -93,6 +94,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "aiter": ({"blas": {"backend": "aiter", "aiter": {"max_rows": 8}}}, "aiter"),
     "rows": ({"workload": {"horizon": 64}}, "at most 64 rows .* has 65"),
     "batch": ({"workload": {"horizon": 10, "batch_size": 6}}, "has 66: batch size 6, 11 tokens"),
+    "pi05": ({"model": {"name": "pi05_mini"}}, "adaptive norms"),
     "max_rows": ({"gemm": {"backend": "triton_skinny", "max_rows": 10}}, "at most 10 rows"),
 }
 
@@ -143,6 +145,11 @@ def test_the_label_names_the_expert_layer_beside_the_projections() -> None:
     partial = {**ALL_FUSED, "vision_qkv": False}
     labels = [config({"fusion": f}).labels()["fusion"] for f in (ALL_FUSED, partial)]
     assert labels == ["all+expert_layer", "qkv+gate_up+expert_layer"]
+
+
+def test_the_layers_of_pi05_have_no_fused_kernels() -> None:
+    with pytest.raises(ValueError, match="no adaptive norms"):
+        fuse_expert_layers(Pi0Policy(PI05_MINI))
 
 
 def test_the_expert_becomes_fused_layers_under_the_original_names() -> None:

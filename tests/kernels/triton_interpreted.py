@@ -200,6 +200,10 @@ def test_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         close(normed, total * rms * scale)
         expected = wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() * scale
         close(triton_norm.rms_norm(x, gain, EPS), expected)
+    modulation = randn(3 * shape[-1])
+    scale, shift, _ = modulation.chunk(3)
+    adaptive = triton_norm.adaptive_rms_norm(x, scale, shift, EPS)
+    close(adaptive, ops.adaptive_rms_norm(wide, scale.double(), shift.double(), EPS).double())
     for gain, shift in ((weight, bias), (None, None)):
         wides = [None if t is None else t.double() for t in (gain, shift)]
         summed, normed = triton_norm.add_layer_norm(x, residual, gain, shift, EPS)
@@ -323,6 +327,10 @@ def test_linear_for_few_rows_only() -> None:
 
 OPERATORS = {
     "rms_norm": lambda: (triton_norm.rms_norm, (randn(3, 20), randn(20), EPS)),
+    "adaptive_rms_norm": lambda: (
+        triton_norm.adaptive_rms_norm,
+        (randn(3, 20), randn(20), randn(20), EPS),
+    ),
     "add_layer_norm": lambda: (
         triton_norm.add_layer_norm,
         (randn(3, 20), randn(3, 20), randn(20), randn(20), EPS),

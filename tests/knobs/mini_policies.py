@@ -33,7 +33,7 @@ def options(knob: str) -> dict[str, dict[str, Any]]:
 
 
 def config(workload: dict[str, Any] | None = None, **knobs: dict[str, Any]) -> Config:
-    """pi0_mini on the CPU in float32, unless `knobs` say otherwise."""
+    """pi0_mini on the CPU in float32, unless `knobs` (or `model=`) say otherwise."""
     return Config.parse(
         {
             "model": {"name": "pi0_mini"},
@@ -45,14 +45,18 @@ def config(workload: dict[str, Any] | None = None, **knobs: dict[str, Any]) -> C
     )
 
 
+PI05: dict[str, Any] = {"model": {"name": "pi05_mini"}}
+
+
 @cache
-def _plain(steps: int) -> Pi0Policy:
-    return runtime.build_policy(config({**MASKED, "steps": steps}), torch.device("cpu"))
+def _plain(model: str, steps: int) -> Pi0Policy:
+    cfg = config({**MASKED, "steps": steps}, model={"name": model})
+    return runtime.build_policy(cfg, torch.device("cpu"))
 
 
 def plain_policy(cfg: Config) -> Pi0Policy:
     """A copy of the plain float32 policy of `cfg`."""
-    return copy.deepcopy(_plain(cfg.workload.steps))
+    return copy.deepcopy(_plain(cfg.model.name, cfg.workload.steps))
 
 
 def prepare(cfg: Config) -> runtime.Prepared:
@@ -62,7 +66,8 @@ def prepare(cfg: Config) -> runtime.Prepared:
 
 def sample_inputs(cfg: Config, seed: int = 0) -> Inputs:
     """A seeded batch of the workload of `cfg`."""
-    return make_inputs(runtime.workload_of(cfg), _plain(cfg.workload.steps).config, seed, "cpu")
+    policy = _plain(cfg.model.name, cfg.workload.steps)
+    return make_inputs(runtime.workload_of(cfg), policy.config, seed, "cpu")
 
 
 def plain_actions(cfg: Config, inputs: Inputs, dtype: str = "float32") -> Tensor:

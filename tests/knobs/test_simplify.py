@@ -11,6 +11,7 @@ import torch
 from mini_policies import (
     CPU,
     MASKED,
+    PI05,
     config,
     plain_actions,
     plain_policy,
@@ -21,6 +22,7 @@ from mini_policies import (
 from torch import Tensor, nn
 
 from openpi_opt import runtime
+from openpi_opt.knobs import BY_NAME
 from openpi_opt.knobs.simplify import SimplifyOptions
 from openpi_opt.pi0 import gemma
 from openpi_opt.pi0.ops import Visibility
@@ -50,6 +52,69 @@ def test_same_actions_with_every_other_knob(switch: str, workload: dict[str, Any
     for fusion, vision, attention in OTHERS:
         cfg = config(workload, simplify=simplify, fusion=fusion, vision=vision, attention=attention)
         assert relative(prepare(cfg).call(inputs), plain) < 1e-5, (fusion, vision, attention)
+
+
+@pytest.mark.parametrize("attention", [{}, SDPA], ids=["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "workload", [{**MASKED, "batch_size": 2}, FULL], ids=["masked, padded, batch 2", "full"]
+)
+@pytest.mark.parametrize("switch", [*SWITCHES, "all"])
+def test_same_actions_of_pi05(
+    switch: str, workload: dict[str, Any], attention: dict[str, str]
+) -> None:
+    simplify = ALL if switch == "all" else {switch: True}
+    inputs = sample_inputs(config(workload, **PI05))
+    plain = plain_actions(config(workload, **PI05), inputs)
+    for others in ({}, {"fusion": FUSED, "vision": {"skip_masked": True}}):
+        cfg = config(workload, simplify=simplify, attention=attention, **others, **PI05)
+        assert relative(prepare(cfg).call(inputs), plain) < 1e-5, others
+
+
+def test_the_modulations_of_pi05_are_computed_before_the_cast_and_once() -> None:
+    cfg = config(precision={"dtype": "bfloat16"}, simplify={"time_mlp": True}, **PI05)
+    prepared = prepare(cfg)
+    policy, plain = prepared.policy, plain_policy(cfg)
+    exact = torch.stack([plain.modulations(features) for features in plain.time_table])
+    assert policy.time_table.shape == (2, 2 * 4 + 1, 3 * 96)
+    assert relative(policy.time_table, exact) < 1e-6
+    cast(plain, torch.bfloat16)
+    rounded = torch.stack([plain.modulations(features) for features in plain.time_table])
+    assert relative(policy.time_table, rounded) > 1e-4
+    for name, module in policy.named_modules():
+        if name.startswith("time_mlp") or name.endswith(".dense"):
+            module.register_forward_hook(_never)
+    inputs = sample_inputs(cfg)
+    first = prepared.call(inputs)
+    policy.fill_buffers()
+    assert torch.equal(prepared.call(inputs), first)
+
+
+def test_the_gains_of_the_adaptive_norms_are_not_folded() -> None:
+    cfg = config(simplify={"fold_norms": True}, **PI05)
+    folded, plain = prepare(cfg).policy.state_dict(), plain_policy(cfg).state_dict()
+    expert = [name for name in plain if "gemma_expert" in name or "action_out" in name]
+    assert all(torch.equal(folded[name], plain[name]) for name in expert)
+    norm = "paligemma_with_expert.paligemma.model.language_model.layers.0.input_layernorm.weight"
+    assert not folded[norm].any()
+
+
+def test_pi05_has_no_state_token_to_run_once() -> None:
+    cfg = config(simplify={"state_once": True}, **PI05)
+    assert cfg.hash() == config(**PI05).hash()
+    assert "pi05_mini has no state token" in BY_NAME["simplify"].notes(cfg)[0]
+    assert BY_NAME["simplify"].notes(config(simplify={"state_once": True})) == []
+    policy = plain_policy(cfg)
+    policy.declare_layout(runtime.workload_of(cfg).layout)
+    with pytest.raises(ValueError, match="pi05_mini has no state token"):
+        lean(policy, horizon=3, state_once=True)
+
+
+def test_all_keys_are_seen_by_the_actions_of_pi05() -> None:
+    """As many keys as valid prefix tokens and actions, and no mask, with any declared layout."""
+    for simplify in ({"rope_tables": True}, {"kv_buffer": True}, {}):
+        cfg = config(simplify=simplify, attention=SDPA, **PI05)
+        seen = _calls_of_denoise_attention(prepare(cfg), cfg)
+        assert seen == [(3, 256 + 4 + 3, True, ((0, 3, None),))] * 2 * 4
 
 
 @pytest.mark.parametrize("pair", list(itertools.combinations(SWITCHES, 2)), ids="+".join)

@@ -1,28 +1,35 @@
-"""A mini policy and the workload that has everything to get wrong: a masked camera, padding."""
+"""Mini policies and the workload that has everything to get wrong: a masked camera, padding."""
 
 import copy
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
 
-from openpi_opt.pi0.config import PI0_MINI
+from openpi_opt.pi0.config import MODELS
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.weights import build, init_random
 from openpi_opt.pi0.workload import Workload
 
 
-@pytest.fixture(scope="session")
-def _shared_policy() -> Pi0Policy:
-    policy = build(PI0_MINI, "cpu")
+@cache
+def _shared_policy(name: str) -> Pi0Policy:
+    policy = build(MODELS[name], "cpu")
     init_random(policy, seed=0)
     return policy
 
 
 @pytest.fixture
-def policy(_shared_policy: Pi0Policy) -> Pi0Policy:
+def policy() -> Pi0Policy:
     """pi0_mini with random weights, float32, a copy for each test."""
-    return copy.deepcopy(_shared_policy)
+    return copy.deepcopy(_shared_policy("pi0_mini"))
+
+
+@pytest.fixture(params=["pi0_mini", "pi05_mini"])
+def either(request: pytest.FixtureRequest) -> Pi0Policy:
+    """Both small models, as `policy`; their inputs have the same sizes."""
+    return copy.deepcopy(_shared_policy(request.param))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Checkpoints: names there and back, both families, and everything that is refused."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,11 @@ NORM = "paligemma_with_expert.gemma_expert.model.norm.weight"
 W = "paligemma_with_expert."
 
 
-def filled(seed: int = 0) -> Pi0Policy:
-    policy = build(TINY, "cpu")
+TINY_PI05 = dataclasses.replace(TINY, name="tiny_pi05", family="pi05")
+
+
+def filled(seed: int = 0, config: Pi0Config = TINY) -> Pi0Policy:
+    policy = build(config, "cpu")
     init_random(policy, seed)
     return policy
 
@@ -58,6 +62,23 @@ def test_saved_files_have_openpis_names_and_load_again(tmp_path: Path) -> None:
         load(other, path)
         assert_same(other, policy.state_dict())
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("prefix", ["", "model."], ids=["openpi", "LeRobot"])
+def test_files_of_pi05(tmp_path: Path, prefix: str, tensors: dict[str, Tensor]) -> None:
+    stored = {name: t.clone() for name, t in filled(config=TINY_PI05).state_dict().items()}
+    save_file({prefix + name: t for name, t in stored.items()}, tmp_path / "model.safetensors")
+    policy = filled(seed=1, config=TINY_PI05)
+    load(policy, tmp_path)
+    assert_same(policy, stored)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"is a pi0 checkpoint \(it has \w+.*model=pi0"):
+        load(policy, tmp_path)
+    assert_same(policy, stored)
+    del stored["time_mlp_out.bias"]
+    save_file({prefix + name: t for name, t in stored.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 missing: time_mlp_out\.bias"):
+        load(policy, tmp_path)
 
 
 def test_saving_keeps_the_old_file_when_it_fails(
@@ -182,7 +203,10 @@ def renamed(tensors: dict[str, Tensor]) -> None:
             lambda tensors: tensors.update({"model." + NORM: torch.zeros(24)}),
             rf"holds {NORM} twice",
         ),
-        (lambda tensors: tensors.update({"time_mlp_in.weight": torch.zeros(2, 2)}), "pi05"),
+        (
+            lambda tensors: tensors.update({"time_mlp_in.weight": torch.zeros(2, 2)}),
+            r"is a pi05 checkpoint \(it has time_mlp_in\.weight\).* Choose model=pi05",
+        ),
         (
             lambda tensors: tensors.update(
                 {"model." + NORM.replace("weight", "dense.weight"): torch.zeros(2, 2)}

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from openpi_opt.pi0.config import MODELS, PI0, PI0_MINI, GemmaConfig, VisionConfig
+from openpi_opt.pi0.config import MODELS, PI0_MINI, GemmaConfig, VisionConfig
 from openpi_opt.pi0.inputs import Layout
 from openpi_opt.pi0.workload import Workload, make_inputs
 
@@ -101,8 +101,10 @@ def test_inputs_depend_on_the_seed_only() -> None:
         assert ("mask" in name) is torch.equal(left, different)
 
 
-def test_the_two_models_share_the_graph() -> None:
-    assert MODELS == {"pi0": PI0, "pi0_mini": PI0_MINI}
+def test_the_small_models_have_the_graphs_of_the_full_ones() -> None:
+    assert list(MODELS) == ["pi0", "pi0_mini", "pi05", "pi05_mini"]
+    assert [config.family for config in MODELS.values()] == ["pi0", "pi0", "pi05", "pi05"]
+    assert [config.state_tokens for config in MODELS.values()] == [1, 1, 0, 0]
     for config in MODELS.values():
         assert config.vision.tokens == 256
         assert config.expert.heads * config.expert.head_dim != config.expert.width
@@ -113,6 +115,8 @@ def test_impossible_configs_are_refused() -> None:
         dataclasses.replace(PI0_MINI, expert=dataclasses.replace(PI0_MINI.expert, depth=5))
     with pytest.raises(ValueError, match="allowed are bfloat16, float32"):
         dataclasses.replace(PI0_MINI, rope_frequencies="float16")
+    with pytest.raises(ValueError, match="allowed are pi0, pi05"):
+        dataclasses.replace(PI0_MINI, family="pi06")
     with pytest.raises(ValueError, match="multiple of heads"):
         VisionConfig(width=10, depth=1, heads=3, mlp_width=8)
     with pytest.raises(ValueError, match="at least 1"):

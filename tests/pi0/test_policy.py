@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.mutations import distance
-from openpi_opt.pi0.config import PI0_MINI, RopeFrequencies
+from openpi_opt.pi0.config import PI0_MINI, PI05_MINI, Pi0Config, RopeFrequencies
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.ops import Visibility, eager_attention
 from openpi_opt.pi0.policy import Pi0Policy
@@ -48,10 +48,14 @@ def transcribed(policy: Pi0Policy, inputs: Inputs) -> Tensor:
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-@pytest.mark.parametrize("rope", ["bfloat16", "float32"])
-def test_actions_equal_the_transcription(name: str, rope: RopeFrequencies) -> None:
+@pytest.mark.parametrize(
+    ("model", "rope"), [(PI0_MINI, "bfloat16"), (PI0_MINI, "float32"), (PI05_MINI, "bfloat16")]
+)
+def test_actions_equal_the_transcription(
+    name: str, model: Pi0Config, rope: RopeFrequencies
+) -> None:
     workload = WORKLOADS[name]
-    config = dataclasses.replace(PI0_MINI, rope_frequencies=rope)
+    config = dataclasses.replace(model, rope_frequencies=rope)
     policy = build(config, "cpu", steps=workload.steps)
     init_random(policy, seed=3)
     inputs = make_inputs(workload, config, seed=4, device="cpu")
@@ -61,8 +65,9 @@ def test_actions_equal_the_transcription(name: str, rope: RopeFrequencies) -> No
     assert distance(policy.sample_actions(inputs), expected) < 1e-5
 
 
-def test_batch_of_different_masks_equals_the_transcription() -> None:
-    policy = build(PI0_MINI, "cpu", steps=2)
+@pytest.mark.parametrize("model", [PI0_MINI, PI05_MINI], ids=lambda model: model.name)
+def test_batch_of_different_masks_equals_the_transcription(model: Pi0Config) -> None:
+    policy = build(model, "cpu", steps=2)
     init_random(policy, seed=5)
     inputs = make_inputs(Workload((True, True), 8, 8, 5, 2, 2), PI0_MINI, 6, "cpu")
     image_mask = torch.tensor([[True, True], [False, True]])
@@ -72,6 +77,15 @@ def test_batch_of_different_masks_equals_the_transcription() -> None:
     actions = policy.sample_actions(inputs)
     assert actions.dtype == torch.float32
     assert distance(actions, transcribed(policy, inputs)) < 1e-5
+
+
+def test_the_state_of_pi05_is_in_its_prompt() -> None:
+    """Two states with the same prompt are the same observation."""
+    policy = build(PI05_MINI, "cpu", steps=2)
+    init_random(policy, seed=0)
+    inputs = make_inputs(SEED_B1, PI05_MINI, 1, "cpu")
+    other = inputs._replace(state=torch.full_like(inputs.state, torch.nan))
+    assert torch.equal(policy.sample_actions(other), policy.sample_actions(inputs))
 
 
 def test_rope_rounding_changes_the_actions() -> None:
@@ -101,8 +115,9 @@ def layout_of(layout: Layout) -> Workload:
     ids=["scattered", "leading", "gap", "all_valid"],
 )
 def test_declared_layout_equals_general_masks(
-    policy: Pi0Policy, layout: Layout, dtype: torch.dtype
+    either: Pi0Policy, layout: Layout, dtype: torch.dtype
 ) -> None:
+    policy = either
     cast(policy, dtype)
     inputs = make_inputs(layout_of(layout), PI0_MINI, 7, "cpu")
     assert Layout.of(inputs.image_mask, inputs.token_mask) == layout
@@ -139,7 +154,8 @@ def gathered_attention(
     [Layout((True, False, True), 12, 7), Layout((True, True), 12, 7), Layout((True,), 5, 5)],
     ids=["scattered", "leading", "all_valid"],
 )
-def test_segments_say_the_same_as_the_mask(policy: Pi0Policy, layout: Layout) -> None:
+def test_segments_say_the_same_as_the_mask(either: Pi0Policy, layout: Layout) -> None:
+    policy = either
     inputs = make_inputs(layout_of(layout), PI0_MINI, 8, "cpu")
     policy.declare_layout(layout)
     masked = policy.sample_actions(inputs)
@@ -160,8 +176,9 @@ def test_deepcopy_shares_nothing(policy: Pi0Policy) -> None:
 
 
 def test_float16_and_bfloat16_stay_near_float32(
-    policy: Pi0Policy, masked_workload: Workload
+    either: Pi0Policy, masked_workload: Workload
 ) -> None:
+    policy = either
     inputs = make_inputs(masked_workload, PI0_MINI, 9, "cpu")
     exact = policy.sample_actions(inputs)
     for dtype, limit in ((torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
@@ -185,8 +202,9 @@ def test_whole_call_compiles_to_one_graph(
 
 
 def test_stages_compile_once_each_and_can_be_replaced(
-    policy: Pi0Policy, masked_workload: Workload
+    either: Pi0Policy, masked_workload: Workload
 ) -> None:
+    policy = either
     inputs = make_inputs(masked_workload, PI0_MINI, 11, "cpu")
     policy.declare_layout(masked_workload.layout)
     eager = policy.sample_actions(inputs)

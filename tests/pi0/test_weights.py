@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from openpi_opt.pi0.config import PI0, PI0_MINI
+from openpi_opt.pi0.config import PI0, PI0_MINI, PI05, PI05_MINI
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.precision import cast
 from openpi_opt.pi0.schedule import time_features, times
@@ -75,6 +75,32 @@ def test_full_model_has_the_names_and_shapes_of_an_openpi_file() -> None:
     assert sum(tensor.numel() for tensor in policy.parameters()) == 3_501_372_176
 
 
+def pi05_shapes() -> dict[str, tuple[int, ...]]:
+    """What an openpi file of pi05 has instead."""
+    shapes = pi0_shapes()
+    norms = [E + "norm"] + [
+        f"{E}layers.{layer}.{norm}_layernorm"
+        for layer in range(18)
+        for norm in ("input", "post_attention")
+    ]
+    gone = [f"{norm}.weight" for norm in norms]
+    gone += [name for name in shapes if re.match("state_proj|action_time_mlp", name)]
+    for name in gone:
+        del shapes[name]
+    for norm in norms:
+        shapes |= linear(norm + ".dense", 3072, 1024)
+    return shapes | linear("time_mlp_in", 1024, 1024) | linear("time_mlp_out", 1024, 1024)
+
+
+def test_full_pi05_has_the_names_and_shapes_of_an_openpi_file() -> None:
+    with torch.device("meta"):
+        policy = Pi0Policy(PI05)
+    shapes = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
+    assert shapes == pi05_shapes()
+    assert len(shapes) == 812
+    assert sum(tensor.numel() for tensor in policy.parameters()) == 3_616_757_520
+
+
 def test_build_allocates_without_drawing_and_fills_the_tables() -> None:
     policy = build(PI0_MINI, "cpu", steps=3)
     assert not any(parameter.requires_grad for parameter in policy.parameters())
@@ -107,17 +133,18 @@ def test_random_weights_depend_on_seed_and_name_only() -> None:
         assert not torch.equal(tensor, other.state_dict()[name]), name
 
 
-def test_no_two_tensors_are_equal(policy: Pi0Policy) -> None:
+def test_no_two_tensors_are_equal(either: Pi0Policy) -> None:
     """Equal layers would hide a mix-up."""
-    sums = [float(tensor.double().abs().sum()) for tensor in policy.state_dict().values()]
+    sums = [float(tensor.double().abs().sum()) for tensor in either.state_dict().values()]
     assert len(set(sums)) == len(sums)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cast_keeps_what_openpi_keeps_in_float32(policy: Pi0Policy, dtype: torch.dtype) -> None:
+def test_cast_keeps_what_openpi_keeps_in_float32(either: Pi0Policy, dtype: torch.dtype) -> None:
+    policy = either
     cast(policy, dtype)
     kept = re.compile(
-        r"(state_proj|action_).*|.*(patch|position)_embedding.*|.*input_layernorm.*"
+        r"(state_proj|action_|time_mlp_).*|.*(patch|position)_embedding.*|.*input_layernorm.*"
         r"|.*post_attention_layernorm.*|.*(language_model|gemma_expert\.model)\.norm.*"
     )
     for name, tensor in policy.state_dict().items():
@@ -135,8 +162,8 @@ def test_cast_refuses_other_dtypes(policy: Pi0Policy) -> None:
         cast(policy, torch.float64)
 
 
-def test_activations_stay_of_order_one(policy: Pi0Policy, masked_workload: Workload) -> None:
-    sizes = {}
+def test_activations_stay_of_order_one(either: Pi0Policy, masked_workload: Workload) -> None:
+    policy, sizes = either, {}
 
     def record(name: str) -> Callable[[object, object, object], None]:
         def hook(module: object, args: object, output: object) -> None:
@@ -151,3 +178,14 @@ def test_activations_stay_of_order_one(policy: Pi0Policy, masked_workload: Workl
             module.register_forward_hook(record(name))
     policy.sample_actions(make_inputs(masked_workload, policy.config, 0, "cpu"))
     assert {name: size for name, size in sizes.items() if not 0.3 < size < 4.0} == {}
+
+
+def test_modulations_vary_over_the_steps_as_over_the_channels() -> None:
+    policy = build(PI05_MINI, "cpu")
+    init_random(policy, seed=0)
+    table = torch.stack([policy.modulations(features) for features in policy.time_table])
+    scale, shift, gate = table.view(10, 9, 3, -1).unbind(2)
+    for part, mean in ((scale, 0.0), (shift, 0.0), (gate, 1.0)):
+        assert abs(float(part.mean()) - mean) < 0.1
+        assert 0.2 < float(part.std(0).mean()) < 0.4
+        assert 0.2 < float(part.mean(0).std()) < 0.5

@@ -1,4 +1,4 @@
-"""Pi0 inference written a second time: slowly, in float64, straight from the formulas.
+"""Inference of pi0 and pi05 written a second time: slowly, in float64, straight from the formulas.
 
 It reads a state dict by name, one observation and one head at a time, and shares nothing with the
 code under test. Masked prefix tokens are left out instead of masked.
@@ -91,6 +91,17 @@ def rotate(x: Tensor, positions: list[int], rounded: bool) -> Tensor:
     return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), 1)
 
 
+def adaptive_norm(
+    state: State, name: str, x: Tensor, condition: Tensor | None
+) -> tuple[Tensor, Tensor | float]:
+    """The normed x [S, W] and the gate of what reads it; 1 without a condition [W]."""
+    if condition is None:
+        return rms_norm(state, name, x), 1.0
+    scale, shift, gate = affine(state, name + ".dense", condition).view(3, -1)
+    normed = x / torch.sqrt((x**2).mean(-1, keepdim=True) + EPS)
+    return normed * (1.0 + scale) + shift, gate
+
+
 def gemma_layer(
     state: State,
     layer: str,
@@ -99,9 +110,10 @@ def gemma_layer(
     rounded: bool,
     past: tuple[Tensor, Tensor] | None,
     visible: list[int],
+    condition: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Tokens x [S, W]; token i sees the first visible[i] of the past and own keys together."""
-    y = rms_norm(state, layer + "input_layernorm", x)
+    y, gate = adaptive_norm(state, layer + "input_layernorm", x, condition)
     k = rotate(affine(state, layer + "self_attn.k_proj", y), positions, rounded)
     v = affine(state, layer + "self_attn.v_proj", y)
     if past is not None:
@@ -112,12 +124,12 @@ def gemma_layer(
     for head in range(q.shape[1] // size):
         rows = rotate(q[:, head * size : (head + 1) * size], positions, rounded)
         outs.append(attend(rows, k, v, visible))
-    x = x + affine(state, layer + "self_attn.o_proj", torch.cat(outs, dim=1))
-    y = rms_norm(state, layer + "post_attention_layernorm", x)
+    x = x + gate * affine(state, layer + "self_attn.o_proj", torch.cat(outs, dim=1))
+    y, gate = adaptive_norm(state, layer + "post_attention_layernorm", x, condition)
     gated = gelu(affine(state, layer + "mlp.gate_proj", y)) * affine(
         state, layer + "mlp.up_proj", y
     )
-    return x + affine(state, layer + "mlp.down_proj", gated), (k, v)
+    return x + gate * affine(state, layer + "mlp.down_proj", gated), (k, v)
 
 
 def prefix(
@@ -156,6 +168,8 @@ def velocity(
     rounded: bool,
 ) -> Tensor:
     """x_t [H, A], robot state [A] -> [H, A]."""
+    if "time_mlp_in.weight" in state:
+        return adaptive_velocity(state, x_t, time, caches, rounded)
     horizon, n = len(x_t), len(caches[0][0])
     action = affine(state, "action_in_proj", x_t)
     features = time_features(time, action.shape[1]).expand_as(action)
@@ -168,6 +182,25 @@ def velocity(
         layer = f"{EXPERT}layers.{index}."
         x, _ = gemma_layer(state, layer, x, positions, rounded, past, visible)
     return affine(state, "action_out_proj", rms_norm(state, EXPERT + "norm", x[1:]))
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def adaptive_velocity(
+    state: State, x_t: Tensor, time: float, caches: list[tuple[Tensor, Tensor]], rounded: bool
+) -> Tensor:
+    """pi05: actions only, which all see one another; the time conditions the norms."""
+    horizon, n = len(x_t), len(caches[0][0])
+    x = affine(state, "action_in_proj", x_t)
+    features = time_features(time, x.shape[1])
+    condition = silu(affine(state, "time_mlp_out", silu(affine(state, "time_mlp_in", features))))
+    positions, visible = list(range(n, n + horizon)), [n + horizon] * horizon
+    for index, past in enumerate(caches):
+        layer = f"{EXPERT}layers.{index}."
+        x, _ = gemma_layer(state, layer, x, positions, rounded, past, visible, condition)
+    return affine(state, "action_out_proj", adaptive_norm(state, EXPERT + "norm", x, condition)[0])
 
 
 def actions(
