@@ -144,7 +144,8 @@ class Kernels(_Part):
 
     On a GPU `kind` is `device_kernels`; on a CPU there are none, and operator calls are counted
     under their own name. `category_ms` and `stage_ms` are sums of device (or operator) time under
-    the profiler, which is slower than the timed run. `by_stage` counts per stage.
+    the profiler, which is slower than the timed run; where kernels overlap, a moment counts for the
+    one that began first. `by_stage` counts per stage.
 
     `counted_on` is `uncaptured` where the replay of a graph hides its kernels (ROCm): then they
     are those of the same call without its graph. `busy_ms` is the time in which at least one

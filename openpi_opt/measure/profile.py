@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -33,6 +33,7 @@ from openpi_opt.measure.trace import (
     lost_launches,
     occupation,
     replays_graph,
+    shares_us,
     stage_by_sequence,
 )
 from openpi_opt.result import KernelRow, Kernels
@@ -146,13 +147,13 @@ def kernels_of(launches: Sequence[Launch], device: Device) -> Kernels:
     category_us: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
     stages: Counter[str] = Counter()
     stage_us: defaultdict[str, float] = defaultdict(float)
-    for launch in launches:
+    for launch, spent_us in zip(launches, _spent_us(launches, device), strict=True):
         category = categorise(launch.name)
         count[category] += 1
-        category_us[category] += launch.duration_us
+        category_us[category] += spent_us
         if launch.stage is not None:
             stages[launch.stage] += 1
-            stage_us[launch.stage] += launch.duration_us
+            stage_us[launch.stage] += spent_us
     known = all(launch.stage is not None for launch in launches)
     spent = None if device == "cpu" else occupation(launches)
     return Kernels(
@@ -168,11 +169,18 @@ def kernels_of(launches: Sequence[Launch], device: Device) -> Kernels:
     )
 
 
-def table_of(launches: Iterable[Launch]) -> list[KernelRow]:
-    """One row per name, the one with the most time first."""
+def _spent_us(launches: Sequence[Launch], device: Device) -> list[float]:
+    """Time of each launch; on a GPU, where kernels may overlap, its share of the busy time."""
+    if device == "cpu":
+        return [launch.duration_us for launch in launches]
+    return shares_us(launches)
+
+
+def table_of(launches: Sequence[Launch], device: Device) -> list[KernelRow]:
+    """One row per name, the one with the most time first; times as in `kernels_of`."""
     durations_us: defaultdict[str, list[float]] = defaultdict(list)
-    for launch in launches:
-        durations_us[launch.name].append(launch.duration_us)
+    for launch, spent_us in zip(launches, _spent_us(launches, device), strict=True):
+        durations_us[launch.name].append(spent_us)
     rows = [
         KernelRow(name=name, category=categorise(name), calls=len(each), total_ms=sum(each) / 1e3)
         for name, each in durations_us.items()
@@ -206,7 +214,7 @@ def with_stages_of(replay: Profile, reference: Profile) -> Profile:
 
 
 def _summary(launches: list[Launch], device: Device, notes: list[str]) -> Profile:
-    return Profile(kernels_of(launches, device), table_of(launches), launches, notes)
+    return Profile(kernels_of(launches, device), table_of(launches, device), launches, notes)
 
 
 def _notes_on_gpu(events: Sequence[TraceEvent], launches: Sequence[Launch]) -> list[str]:

@@ -126,6 +126,23 @@ class _Columns:
         return len(self.name)
 
 
+def shares_us(launches: Sequence[Launch]) -> list[float]:
+    """For each launch the part of its duration in which none that started before it ran.
+
+    Kernels of programmatic dependent launch start beside their predecessor and wait for it, and
+    streams run side by side: a moment counts once, for the launch that began first, so that shares
+    sum to `occupation`'s busy time.
+    """
+    shares = [0.0] * len(launches)
+    until = float("-inf")
+    for index in sorted(range(len(launches)), key=lambda i: launches[i].start_us):
+        start, end = launches[index].start_us, launches[index].start_us
+        end += launches[index].duration_us
+        shares[index] = max(0.0, end - max(start, until))
+        until = max(until, end)
+    return shares
+
+
 @dataclass(frozen=True)
 class Occupation:
     """How a device spent the time from the start of its first launch to the end of its last."""

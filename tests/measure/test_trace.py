@@ -20,6 +20,7 @@ from openpi_opt.measure.trace import (
     list_kernels,
     list_operators,
     occupation,
+    shares_us,
     stage_by_sequence,
 )
 
@@ -200,7 +201,7 @@ def test_on_rocm_a_capture_that_cannot_be_left_out_is_said(without: Any) -> None
 
 
 def test_table_has_the_longest_first() -> None:
-    rows = table_of(list_kernels(EAGER))
+    rows = table_of(list_kernels(EAGER), "cuda")
     assert [(row.name, row.category, row.calls) for row in rows] == [
         (NVJET, "gemm", 2),
         (FLASH, "attention", 1),
@@ -432,3 +433,16 @@ def test_copies_at_the_border_of_the_call_itself_keep_their_stage() -> None:
     assert stage_by_sequence(reference, [copy_in, "a", "b"], COPIES) == [
         "other", "vision", "denoise",
     ]  # fmt: skip
+
+
+def test_moments_of_overlapping_kernels_count_once() -> None:
+    """A kernel that starts beside its predecessor and waits for it is not busy twice."""
+    times = [(0.0, 10.0), (4.0, 9.0), (5.0, 2.0), (20.0, 5.0)]
+    launches = [
+        Launch(f"k{i}", start, length, "denoise") for i, (start, length) in enumerate(times)
+    ]
+    assert shares_us(launches) == [10.0, 3.0, 0.0, 5.0]
+    kernels = kernels_of(launches, "cuda")
+    assert kernels.stage_ms["denoise"] == pytest.approx(0.018)
+    assert kernels.busy_ms == pytest.approx(sum(kernels.category_ms.values()))
+    assert sum(row.total_ms for row in table_of(launches, "cuda")) == pytest.approx(0.018)
