@@ -9,6 +9,7 @@ import torch
 
 from openpi_opt import runtime
 from openpi_opt.config import Config
+from openpi_opt.errors import RefusedError
 from openpi_opt.kernels import fp8
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import probe
@@ -84,3 +85,16 @@ def test_fp8_layer_on_awkward_rows(rows: int, k: int, n: int, bias: bool) -> Non
     fp8.become(layer, x.abs().amax().float(), fp8.fp8_dtype(arch))
     error = float((layer(x).float() - expected).norm() / expected.norm())
     assert 0.001 < error < 0.06
+
+
+@pytest.mark.parametrize("backend", ["flash", "cudnn", "efficient", "math"])
+@pytest.mark.parametrize("stage", ["vision", "prefill", "denoise"])
+def test_a_backend_of_torch_computes_its_stage_or_refuses(stage: str, backend: str) -> None:
+    raw = {"attention": {**SDPA, stage: backend}, "graph": {"mode": "manual"}}
+    try:
+        _, _, distances = plain_and_candidate(raw)
+    except RefusedError as refusal:
+        if backend == "math" or f"attention.{stage}={backend}" not in refusal.reason:
+            raise
+        pytest.skip(refusal.reason)
+    assert max(distances) < 0.02
