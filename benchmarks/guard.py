@@ -35,6 +35,7 @@ from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.machine import Machine, probe
 from openpi_opt.measure import guard
 from openpi_opt.paths import conf_dir
+from openpi_opt.pi0.config import MODELS
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.workload import Workload, make_inputs
@@ -315,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.guard",
         description="Distances of honest variants and of mutations, as the guard sees them.",
     )
-    parser.add_argument("--model", choices=("pi0_mini", "pi0"), default="pi0_mini")
+    parser.add_argument("--model", choices=tuple(MODELS), default="pi0_mini")
     parser.add_argument("--platform", choices=("auto", "cpu", "cuda", "rocm"), default="auto")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of all distances")
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
