@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_samples import CPU, FakeRun, failed, ok
 
-from openpi_opt import ablate, ladder, plots
+from openpi_opt import ablate, ladder
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import BY_NAME
@@ -25,6 +25,7 @@ from openpi_opt.search.fresh import FreshRuns
 from openpi_opt.search.steps import NO_EFFECT, Target
 from openpi_opt.search.trials import refused
 from openpi_opt.target import Session, session
+from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.plots import Bar
 from openpi_opt.track.store import Store
@@ -258,7 +259,7 @@ def test_documents_tables_and_plots_say_the_same(
 
 def test_bars_take_intervals_that_do_not_hold_the_value(tmp_path: Path) -> None:
     rows = [Bar("same", 1.0, 1.0, 1.0), Bar("negative", -2.0, -1.0, -3.0, "odd")]
-    plots.bars(tmp_path / "a.png", "title", "axis", rows)
+    plots.effects(tmp_path / "a.png", "title", "axis", rows)
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
