@@ -26,6 +26,8 @@ CONTROL_KEYS = (
     "sampler",
     "seed",
     "baseline",
+    "fresh",
+    "devices",
     "objective",
     "dry_run",
     "space",

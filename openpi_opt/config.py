@@ -91,10 +91,10 @@ class Workload(Section):
 
 
 class Platform(Section):
-    """Where the trial runs. `gpu` counts among the visible GPUs of that kind."""
+    """Where the trial runs. `gpu` counts the visible GPUs of that kind; None: any free one."""
 
     device: Literal["auto", "cpu", "cuda", "rocm"] = "auto"
-    gpu: int = Field(0, ge=0)
+    gpu: int | None = Field(None, ge=0)
 
 
 class Measure(Section):
@@ -105,6 +105,8 @@ class Measure(Section):
     (`measure/planning.py`). At least `iterations` and at most `max_iterations` are reported;
     planning and measuring together are laid out for `max_seconds`. `rel_ci` null measures exactly
     `iterations`.
+
+    `exclusive`: one trial of the host measures at a time, while others load and compile.
     """
 
     warmup: int = Field(5, ge=MIN_WARMUP)
@@ -112,6 +114,7 @@ class Measure(Section):
     rel_ci: float | None = Field(0.005, gt=0, le=0.5)
     max_seconds: float = Field(20, gt=0, allow_inf_nan=False)
     max_iterations: int = Field(10_000, ge=MIN_ITERATIONS, le=1_000_000)
+    exclusive: bool = False
 
     @model_validator(mode="after")
     def _room_for_the_least(self) -> Measure:
@@ -263,7 +266,7 @@ class Config(BaseModel):
         name = self.model.name
         if name == "auto":
             gpus = machine.gpus_for(device)
-            roomy = bool(gpus) and gpus[self.platform.gpu].memory_mib >= PI0_MEMORY_MIB
+            roomy = bool(gpus) and gpus[self.platform.gpu or 0].memory_mib >= PI0_MEMORY_MIB
             family = "pi0" if weights.path is None else checkpoint_file.family(weights.path)
             small: Literal["pi0_mini", "pi05_mini"] = (
                 "pi05_mini" if family == "pi05" else "pi0_mini"
@@ -400,7 +403,7 @@ def _resolve_device(platform: Platform, machine: Machine) -> Device:
             f"platform={device}: the installed torch ({version}) was not built for it. "
             "Install the torch build of your GPU vendor, or use platform=cpu."
         )
-    if device != "cpu" and platform.gpu >= len(gpus):
+    if device != "cpu" and platform.gpu is not None and platform.gpu >= len(gpus):
         raise UserError(
             f"platform.gpu={platform.gpu}: this machine shows {len(gpus)} GPU(s), "
             f"counted from 0. Use platform.gpu=0 to {len(gpus) - 1}."

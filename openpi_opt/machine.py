@@ -73,14 +73,14 @@ class Machine:
         vendor = {"cuda": "nvidia", "rocm": "amd", "cpu": None}[device]
         return tuple(gpu for gpu in self.gpus if gpu.vendor == vendor)
 
-    def gpu(self, device: Device, index: int) -> Gpu:
-        """GPU number `index` of that kind; in a trial, which sees its own only, that one.
+    def gpu(self, device: Device, index: int | None) -> Gpu:
+        """GPU number `index` of that kind (None: any); in a trial, which sees one only, that one.
 
         Raises:
             IndexError: there is none of that kind.
         """
         gpus = self.gpus_for(device)
-        return gpus[0] if len(gpus) == 1 else gpus[index]
+        return gpus[0] if len(gpus) == 1 else gpus[index or 0]
 
     def usable_device(self) -> Device:
         """The best device that both the hardware and the installed torch have."""

@@ -23,6 +23,7 @@ Phase = Literal[
     "compile",
     "warmup",
     "guard",
+    "wait",
     "measure",
     "profile",
     "energy",

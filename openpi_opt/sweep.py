@@ -86,13 +86,16 @@ def _sweep() -> int:
 def _take_own_flags() -> Namespace:
     """Take our own flags off the command line; Hydra's parser knows its own options only.
 
-    `--dry-run` becomes the key `dry_run`, which the sweeper sees.
+    `--dry-run` becomes the key `dry_run`, which the sweeper sees, and `--fresh` the key `fresh`.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset-dir", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--fresh", action="store_true")
     own, sys.argv[1:] = parser.parse_known_args()
+    if own.fresh:
+        sys.argv.append("fresh=true")
     return own
 
 

@@ -16,6 +16,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +30,7 @@ from openpi_opt.errors import RefusedError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine, probe
 from openpi_opt.measure import power
+from openpi_opt.search.devices import measure_lock
 from openpi_opt.search.environment import child_environment, cleared_names, knob_variables
 from openpi_opt.track.fingerprint import fingerprint
 
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from openpi_opt.measure.guard import Reference
     from openpi_opt.pi0.inputs import Inputs
     from openpi_opt.runtime import Prepared
+
+_EXCLUSIVE_POLL_SECONDS = 0.05
 
 Result = results.Ok | results.Wrong | results.Refused | results.Failed
 
@@ -90,6 +95,24 @@ def _end_with_parent(fd: int) -> None:
     poll.register(fd, select.POLLERR)
     poll.poll()
     os.killpg(0, signal.SIGKILL)
+
+
+@contextmanager
+def measuring_alone(cfg: Config, progress: Progress) -> Iterator[None]:
+    """With `measure.exclusive`, wait until no other trial of this host measures."""
+    if not cfg.measure.exclusive:
+        yield
+        return
+    progress.enter("wait")
+    held = None
+    while held is None:
+        held = measure_lock()
+        if held is None:
+            time.sleep(_EXCLUSIVE_POLL_SECONDS)
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def run(
@@ -201,9 +224,10 @@ def _measure(
     report = guard.check(prepared.call, inputs, reference, cfg.guard, cfg.lossy())
     if not report.passed:
         return {"outcome": "wrong", "guard": report, "reason": guard.explain(report)}
-    progress.enter("measure")
-    compiled = compilation.graphs()
-    timed = _timed(prepared, observations, inputs[0], cfg, monitor)
+    with measuring_alone(cfg, progress):
+        progress.enter("measure")
+        compiled = compilation.graphs()
+        timed = _timed(prepared, observations, inputs[0], cfg, monitor)
     latency = timed.latency
     compiled_in_all = compilation.found(late=compilation.graphs() - compiled)
     peak = memory.peak(device)

@@ -8,17 +8,24 @@ import os
 import selectors
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 # Between SIGTERM and SIGKILL; a trial has nothing to save.
 GRACE_SECONDS = 2.0
 # A process inside a driver call cannot be killed; the sweep goes on without it after this.
 UNKILLABLE_SECONDS = 30.0
 _POLL_SECONDS = 0.1  # only where the kernel has no pidfd
+_LONGEST_WAIT_SECONDS = 3600.0  # of one select; a phase without a limit waits in several
 _LONGEST_LINE = 65_536
+# Of what a child prints, so much is kept from the beginning, and so much from the end.
+LOG_HEAD_BYTES = 4 * 2**20
+LOG_TAIL_BYTES = 2**20
 _VMSTAT = Path("/proc/vmstat")
 _CGROUP_FILES = ("memory.events", "memory.oom_control")
 
@@ -38,42 +45,91 @@ class Ended:
     oom_killed: bool
 
 
+class StoppedError(Exception):
+    """A child was ended because its sweep ends: it has no result."""
+
+
+class Stop:
+    """Tells the threads that watch children to end them; once set, it stays set."""
+
+    def __init__(self) -> None:
+        self._read_fd, self._write_fd = os.pipe()
+        self._set = threading.Event()
+        self._at_once = threading.Event()
+
+    @property
+    def is_set(self) -> bool:
+        """Whether children are to end."""
+        return self._set.is_set()
+
+    @property
+    def at_once(self) -> bool:
+        """Whether they are to end without the time that SIGTERM leaves them."""
+        return self._at_once.is_set()
+
+    def set(self, at_once: bool = False) -> None:
+        """End all children, and those that start later."""
+        if at_once:
+            self._at_once.set()
+        if not self._set.is_set():
+            self._set.set()
+            os.write(self._write_fd, b".")  # never read: it wakes every watcher
+
+    def fileno(self) -> int:
+        """A descriptor that can be read from once this is set."""
+        return self._read_fd
+
+    def __del__(self) -> None:
+        os.close(self._read_fd)
+        os.close(self._write_fd)
+
+
 def run_command(
     argv: Sequence[str],
     env: Mapping[str, str],
     limits: Mapping[str, float],
     log: Path,
     on_phase: Callable[[str], None],
+    stop: Stop | None = None,
+    fds: Sequence[int] = (),
+    cores: Sequence[int] = (),
 ) -> Ended:
     """Run `argv --progress-fd N` in a group of its own and leave none of the group behind.
 
     The child writes `{"phase": NAME}` lines to the descriptor; `limits` holds the seconds of each
-    phase, beginning with `start`. Standard output and error go to `log`.
+    phase, beginning with `start`. Standard output and error go to `log`, of which beginning and
+    end are kept. The child inherits `fds`, and runs on `cores` only.
 
     Raises:
         OSError: the process cannot be started, or the log cannot be written.
+        StoppedError: `stop` was set.
     """
     kills_before = oom_kills()
-    read_fd, write_fd = os.pipe()
     with contextlib.ExitStack() as stack:
+        output = stack.enter_context(_BoundedLog(log))
+        read_fd, write_fd = os.pipe()
         stack.callback(os.close, read_fd)
         with contextlib.ExitStack() as starting:
             starting.callback(os.close, write_fd)
-            output = starting.enter_context(log.open("wb"))
-            process = subprocess.Popen(
-                [*argv, "--progress-fd", str(write_fd)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=dict(env),
-                pass_fds=[write_fd],
-                start_new_session=True,
-            )
-        watch = _Watch(process, read_fd, limits, on_phase)
+            starting.callback(output.close_write_end)
+            with _on_cores(cores):
+                process = subprocess.Popen(
+                    [*argv, "--progress-fd", str(write_fd)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output.write_fd,
+                    stderr=subprocess.STDOUT,
+                    env=dict(env),
+                    pass_fds=[write_fd, *fds],
+                    start_new_session=True,
+                )
+        watch = _Watch(process, read_fd, output, limits, on_phase, stop)
         try:
             watch.until_end()
         finally:
             returncode = watch.end_group()
+            output.drain()
+    if watch.stopped:
+        raise StoppedError(f"ended in phase {watch.phase}")
     return Ended(
         returncode=returncode,
         phase=watch.phase,
@@ -83,14 +139,100 @@ def run_command(
     )
 
 
+@contextlib.contextmanager
+def _on_cores(cores: Sequence[int]) -> Iterator[None]:
+    """Keep this thread, and so what it starts, on `cores`; the child has them from the start."""
+    if not cores:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+class _BoundedLog:
+    """What a child prints: the beginning goes to disk at once, of the rest the end is kept.
+
+    A pipe and not the file itself, or a child in a loop would fill the disk.
+    """
+
+    def __init__(self, path: Path):
+        self._file: BinaryIO = path.open("wb", buffering=0)
+        self.read_fd, self.write_fd = os.pipe()
+        os.set_blocking(self.read_fd, False)
+        self._room = LOG_HEAD_BYTES
+        self._tail: deque[bytes] = deque()
+        self._tail_bytes = 0
+        self._left_out = 0
+
+    def __enter__(self) -> _BoundedLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._left_out:
+                self._file.write(b"\n[... %d bytes left out ...]\n" % self._left_out)
+            for chunk in self._tail:
+                self._file.write(chunk)
+        finally:
+            self.close_write_end()
+            os.close(self.read_fd)
+            self._file.close()
+
+    def close_write_end(self) -> None:
+        """The child has its own copy."""
+        if self.write_fd >= 0:
+            os.close(self.write_fd)
+            self.write_fd = -1
+
+    def read(self) -> bool:
+        """Take some of what there is; False at its end."""
+        try:
+            chunk = os.read(self.read_fd, _LONGEST_LINE)
+        except BlockingIOError:
+            return True
+        self._keep(chunk)
+        return bool(chunk)
+
+    def drain(self) -> None:
+        """Take what is left in the pipe. Whoever still writes to it does not hold this up."""
+        for _ in range(LOG_TAIL_BYTES // _LONGEST_LINE):
+            try:
+                chunk = os.read(self.read_fd, _LONGEST_LINE)
+            except BlockingIOError:
+                return
+            if not chunk:
+                return
+            self._keep(chunk)
+
+    def _keep(self, chunk: bytes) -> None:
+        head, rest = chunk[: self._room], chunk[self._room :]
+        self._room -= len(head)
+        if head:
+            self._file.write(head)
+        if rest:
+            self._tail.append(rest)
+            self._tail_bytes += len(rest)
+        while self._tail_bytes - len(self._tail[0] if self._tail else b"") > LOG_TAIL_BYTES:
+            dropped = len(self._tail.popleft())
+            self._tail_bytes -= dropped
+            self._left_out += dropped
+
+
 @dataclass
 class _Watch:
     process: subprocess.Popen[bytes]
     read_fd: int
+    output: _BoundedLog
     limits: Mapping[str, float]
     on_phase: Callable[[str], None]
+    stop: Stop | None = None
     phase: str = "start"
     exceeded: float | None = None
+    stopped: bool = False
     _began: float = field(default_factory=time.monotonic)
     _seconds: dict[str, float] = field(default_factory=dict)
     _buffer: bytes = b""
@@ -101,16 +243,24 @@ class _Watch:
         with contextlib.ExitStack() as stack:
             selector = stack.enter_context(selectors.DefaultSelector())
             selector.register(self.read_fd, selectors.EVENT_READ)
+            selector.register(self.output.read_fd, selectors.EVENT_READ)
+            if self.stop is not None:
+                selector.register(self.stop, selectors.EVENT_READ)
             polled = not self._register_exit(selector, stack)
             while not self._exited():
+                if self.stop is not None and self.stop.is_set:
+                    self.stopped = True
+                    return
                 remaining = self._began + self.limits[self.phase] - time.monotonic()
                 if remaining <= 0:
                     self.exceeded = self.limits[self.phase]
                     return
-                wait = min(remaining, _POLL_SECONDS) if polled else remaining
+                wait = min(remaining, _POLL_SECONDS if polled else _LONGEST_WAIT_SECONDS)
                 for key, _ in selector.select(wait):
-                    if key.fd == self.read_fd and not self._read():
-                        selector.unregister(self.read_fd)
+                    if (key.fd == self.read_fd and not self._read()) or (
+                        key.fd == self.output.read_fd and not self.output.read()
+                    ):
+                        selector.unregister(key.fd)
             self._read()
 
     def end_group(self) -> int | None:
@@ -120,7 +270,7 @@ class _Watch:
         stranger who got the same number.
         """
         try:
-            if not self._exited():
+            if not self._exited() and not (self.stop and self.stop.at_once):
                 self._signal(signal.SIGTERM)
                 self._wait_exited(GRACE_SECONDS)
         finally:  # also when a second Ctrl-C interrupts the grace
@@ -152,6 +302,9 @@ class _Watch:
     def _wait_exited(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not self._exited() and time.monotonic() < deadline:
+            if self.stop is not None and self.stop.at_once:
+                return
+            self.output.drain()  # a full pipe would keep it from ending
             time.sleep(0.02)
 
     def _signal(self, number: signal.Signals) -> None:

@@ -20,11 +20,14 @@ class Display(Protocol):
     def note(self, text: str) -> None:
         """Say one thing."""
 
-    def begin(self, position: str, label: str) -> None:
-        """A trial's process is about to start."""
+    def begin(self, slot: str, title: str) -> None:
+        """A trial's process is about to start on a slot."""
 
-    def phase(self, name: str) -> None:
-        """The running trial began a phase."""
+    def phase(self, slot: str, name: str) -> None:
+        """The trial on that slot began a phase. Called from other threads as well."""
+
+    def stop(self, slot: str) -> None:
+        """Nothing runs on that slot any more."""
 
     def end(self, position: str, label: str, record: Record, known: bool) -> None:
         """A trial has a result, now or (`known`) from earlier."""
@@ -36,10 +39,13 @@ class Silent:
     def note(self, text: str) -> None:
         """Nothing."""
 
-    def begin(self, position: str, label: str) -> None:
+    def begin(self, slot: str, title: str) -> None:
         """Nothing."""
 
-    def phase(self, name: str) -> None:
+    def phase(self, slot: str, name: str) -> None:
+        """Nothing."""
+
+    def stop(self, slot: str) -> None:
         """Nothing."""
 
     def end(self, position: str, label: str, record: Record, known: bool) -> None:
@@ -53,10 +59,13 @@ class Lines:
         """Print it."""
         print(text, file=sys.stderr, flush=True)
 
-    def begin(self, position: str, label: str) -> None:
+    def begin(self, slot: str, title: str) -> None:
         """Nothing: the end says it all."""
 
-    def phase(self, name: str) -> None:
+    def phase(self, slot: str, name: str) -> None:
+        """Nothing."""
+
+    def stop(self, slot: str) -> None:
         """Nothing."""
 
     def end(self, position: str, label: str, record: Record, known: bool) -> None:
@@ -65,7 +74,7 @@ class Lines:
 
 
 class Live:
-    """The same lines on a terminal, and under them the running trial with phase and clock."""
+    """The same lines on a terminal, and under them the running trials with phase and clock."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -81,8 +90,7 @@ class Live:
             # The display shares the host with what is being measured.
             refresh_per_second=2,
         )
-        self._task: TaskID | None = None
-        self._title = ""
+        self._tasks: dict[str, tuple[TaskID, str]] = {}
 
     def __enter__(self) -> Live:
         self._progress.start()
@@ -97,24 +105,27 @@ class Live:
         self._progress.stop()
 
     def note(self, text: str) -> None:
-        """Print it above the running trial."""
+        """Print it above the running trials."""
         self._console.print(text, markup=False)
 
-    def begin(self, position: str, label: str) -> None:
+    def begin(self, slot: str, title: str) -> None:
         """Show the trial."""
-        self._title = f"{position} {label}"
-        self._task = self._progress.add_task(f"{self._title}: start", total=None)
+        task = self._progress.add_task(f"{title}: start", total=None)
+        self._tasks[slot] = task, title
 
-    def phase(self, name: str) -> None:
+    def phase(self, slot: str, name: str) -> None:
         """Show the phase."""
-        if self._task is not None:
-            self._progress.update(self._task, description=f"{self._title}: {name}")
+        if slot in self._tasks:
+            task, title = self._tasks[slot]
+            self._progress.update(task, description=f"{title}: {name}")
+
+    def stop(self, slot: str) -> None:
+        """Take the trial away."""
+        if slot in self._tasks:
+            self._progress.remove_task(self._tasks.pop(slot)[0])
 
     def end(self, position: str, label: str, record: Record, known: bool) -> None:
-        """Replace the running trial by its line."""
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-            self._task = None
+        """Print its line."""
         self.note(summary(position, label, record, known))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from openpi_opt.config import Config
 from openpi_opt.knobs import KNOBS
 from openpi_opt.knobs.environment import VARIABLES
-from openpi_opt.machine import Machine
+from openpi_opt.machine import Gpu, Machine
 from openpi_opt.paths import package_dir
 
 CLEARED_PREFIXES = (
@@ -35,6 +35,14 @@ CLEARED_PREFIXES = (
     "TORCH_CUDNN_",
     "TRITON_",
 )
+# Where compilers keep what they made: below the folder that the sweep gives to a fingerprint.
+CACHES = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "AITER_JIT_DIR": "aiter",
+}
+# Marks every process of a trial, so that a later sweep finds those of a killed one.
+TRIAL_VARIABLE = "OPENPI_OPT_TRIAL"
 CLEARED_NAMES = frozenset(
     {
         "AMD_LOG_LEVEL",
@@ -65,21 +73,33 @@ _GPU_SELECTION = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 def cleared_names(environ: Mapping[str, str] | None = None) -> list[str]:
     """Names in the environment that would change a trial and are kept from it."""
     source = os.environ if environ is None else environ
-    return sorted(name for name in source if _changes_a_trial(name))
+    return sorted(name for name in source if _changes_a_trial(name) or name in CACHES)
 
 
 def child_environment(
-    cfg: Config, machine: Machine, environ: Mapping[str, str] | None = None
+    cfg: Config,
+    machine: Machine,
+    environ: Mapping[str, str] | None = None,
+    gpu: Gpu | None = None,
+    threads: int | None = None,
+    caches: Path | None = None,
 ) -> dict[str, str]:
     """Environment of the process that runs `cfg`, from the controller's own.
+
+    `gpu` is the one that it is to see, `threads` bounds those of OpenMP, and `caches` is where
+    compilers find what they made before.
 
     Raises:
         ValueError: two knobs want one variable to have different values.
     """
     source = os.environ if environ is None else environ
     env = {name: value for name, value in source.items() if not _changes_a_trial(name)}
+    if threads is not None:
+        env["OMP_NUM_THREADS"] = str(min(threads, _number(env.get("OMP_NUM_THREADS")) or threads))
+    if caches is not None:
+        env.update({name: str(caches / folder) for name, folder in CACHES.items()})
     env.update(knob_variables(cfg))
-    env.update(_gpu_selection(cfg, machine, env))
+    env.update(_gpu_selection(cfg, machine, env, gpu))
     env["PYTHONUNBUFFERED"] = "1"
     if cfg.device == "cpu":
         # A waiting OpenMP thread that spins keeps the core from the thread it waits for as soon as
@@ -109,12 +129,20 @@ def knob_variables(cfg: Config) -> dict[str, str]:
     return merged
 
 
-def _gpu_selection(cfg: Config, machine: Machine, env: dict[str, str]) -> dict[str, str]:
+def _number(text: str | None) -> int | None:
+    """A whole number above 0; OpenMP also admits lists, whose first number counts."""
+    first = (text or "").split(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else None
+
+
+def _gpu_selection(
+    cfg: Config, machine: Machine, env: dict[str, str], chosen: Gpu | None
+) -> dict[str, str]:
     """Show the trial one GPU. HIP knows no UUIDs, and reads CUDA_VISIBLE_DEVICES as well."""
     device = cfg.platform.device
     if device not in ("cuda", "rocm"):
         return {}
-    gpu = machine.gpus_for(device)[cfg.platform.gpu]
+    gpu = chosen or machine.gpus_for(device)[cfg.platform.gpu or 0]
     for name in _GPU_SELECTION:
         env.pop(name, None)
     if device == "cuda":

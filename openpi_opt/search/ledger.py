@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from openpi_opt.config import Config, Platform, Tracking
 from openpi_opt.errors import UserError
-from openpi_opt.machine import Machine
+from openpi_opt.machine import Device, Gpu, Machine
 from openpi_opt.result import TrialResult
+from openpi_opt.search.background import Background
+from openpi_opt.search.claims import Claims
+from openpi_opt.search.controllers import Controllers
 from openpi_opt.search.display import Display
+from openpi_opt.search.locks import Held
+from openpi_opt.search.recovery import Started, recover
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record, Role
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
@@ -20,7 +26,10 @@ from openpi_opt.track.store import Store
 
 
 class Ledger:
-    """The records of one study, held by one sweep at a time. Make it with `open`."""
+    """The records of one study, shared by the sweeps that work on it. Make it with `open`.
+
+    Only the thread that opened it may use it; deliveries happen in a thread of their own.
+    """
 
     def __init__(
         self,
@@ -29,15 +38,24 @@ class Ledger:
         log: MlflowLog | None,
         machine: Machine,
         display: Display,
+        controllers: Controllers,
+        gpu_index: Callable[[Device], int],
+        fresh: bool,
     ):
         self.study_dir = study_dir
         self.journal = journal
+        self.claims = Claims(study_dir)
+        self.controllers = controllers
+        self.later = Background()
         self._log = log
         self._machine = machine
         self._display = display
+        self._gpu_index = gpu_index
         self._fingerprints: dict[Platform, tuple[dict[str, Any], str]] = {}
         self._told_away = False
-        self._lock = FileLock(study_dir / "sweep.lock")
+        self.known_from = journal.next_number if fresh else 0
+        self.others = 0  # sweeps that were at work already
+        self._plan_lock = FileLock(study_dir / "plan.lock")
 
     @staticmethod
     def open(
@@ -47,38 +65,100 @@ class Ledger:
         command: Sequence[str],
         machine: Machine,
         display: Display,
+        gpu_index: Callable[[Device], int] = lambda device: 0,
+        fresh: bool = False,
     ) -> Ledger:
-        """Take the study for this process. End with `close`.
+        """Join the study, and clear up behind sweeps that were killed. End with `close`.
+
+        `gpu_index` tells which GPU stands for those that are used; with `fresh` nothing that was
+        recorded before counts as known.
 
         Raises:
-            UserError: another sweep has the study, its journal cannot be used, or MLflow's
-                database is of another version.
+            UserError: its journal cannot be used, or MLflow's database is of another version.
         """
         study_dir = store.study_dir(study)
         journal = Journal.open(study_dir, command)
         for text in journal.notes:
             display.note(f"note: {text}")
         log = MlflowLog(store, tracking) if tracking.mlflow else None
-        ledger = Ledger(study_dir, journal, log, machine, display)
-        ledger._take()
-        try:
-            ledger._begin_log()
-        except BaseException:
-            ledger._lock.release()
-            raise
+        with _user_errors(study_dir):
+            controllers = Controllers.join(study_dir)
+            try:
+                with controllers.alone():
+                    recover(study_dir, journal, controllers, display.note)
+                    ledger = Ledger(
+                        *(study_dir, journal, log, machine, display, controllers),
+                        gpu_index=gpu_index,
+                        fresh=fresh,
+                    )
+                    ledger.others = controllers.others()
+                    begun = ledger._begin_log()
+                if begun:
+                    ledger._sync_log()
+            except BaseException:
+                controllers.leave()
+                raise
         return ledger
 
     def find(self, cfg: Config) -> Record | None:
         """The record of an equal configuration on an equal machine."""
-        return self.journal.find(cfg.hash(), self.fingerprint_hash(cfg))
+        record = self.journal.find(cfg.hash(), self.fingerprint_hash(cfg))
+        return None if record is None or record.number < self.known_from else record
+
+    def refresh(self) -> None:
+        """Take in what other sweeps recorded."""
+        self.journal.refresh()
+
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """While one sweep of the study decides what it measures next, no other does."""
+        with _user_errors(self.study_dir), self._plan_lock:
+            yield
+
+    def claim(self, cfg: Config, space: str) -> Held | None:
+        """The right to measure `cfg`, or None while somebody else has it.
+
+        Look with `find` again afterwards: it may just have been measured.
+        """
+        with _user_errors(self.study_dir):
+            claim = self.claims.take(cfg.hash(), self.fingerprint_hash(cfg), space)
+            if claim is not None:
+                self.refresh()
+                if claim.found and self.find(cfg) is None:  # its last holder was killed
+                    with self.controllers.alone():
+                        recover(self.study_dir, self.journal, self.controllers, self._display.note)
+        return claim
 
     def fingerprint_hash(self, cfg: Config) -> str:
         """Hash of the machine and software that run `cfg`."""
-        return self._fingerprint(cfg)[1]
+        return self._fingerprint(cfg, None)[1]
 
     def fingerprint_hashes(self) -> set[str]:
         """Hashes of all that was asked for so far."""
         return {known for _, known in self._fingerprints.values()}
+
+    def started(
+        self, cfg: Config, role: Role, params: dict[str, str], space: str, uid: str, gpu: Gpu | None
+    ) -> tuple[Path, Held]:
+        """Make the folder of a trial; the lock is for it to hold as long as it lives.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        seen, seen_hash = self._fingerprint(cfg, gpu)
+        folder = self.study_dir / "trials" / uid[:12]
+        started = Started(
+            uid=uid,
+            controller=self.controllers.name,
+            role=role,
+            params=params,
+            space=space,
+            config_hash=cfg.hash(),
+            context_hash=cfg.context_hash(),
+            fingerprint=seen,
+            fingerprint_hash=seen_hash,
+        )
+        return folder, started.write(folder)
 
     def keep(
         self,
@@ -88,19 +168,22 @@ class Ledger:
         params: dict[str, str],
         uid: str,
         trial_dir: Path | None,
+        space: str = "",
+        gpu: Gpu | None = None,
     ) -> Record:
         """Put a result on disk; when this returns, it cannot be lost.
 
         Raises:
             UserError: the journal cannot be written.
         """
-        seen, seen_hash = self._fingerprint(cfg)
+        seen, seen_hash = self._fingerprint(cfg, gpu)
         return self.journal.append(
             Record(
                 uid=uid,
                 study=self.study_dir.name,
                 role=role,
                 params=params,
+                space=space,
                 labels=cfg.labels(),
                 result=result.model_copy(update={"fingerprint": seen}),
                 trial_dir=trial_dir and trial_dir.relative_to(self.study_dir).as_posix(),
@@ -109,31 +192,54 @@ class Ledger:
         )
 
     def deliver(self, record: Record) -> None:
-        """Log a record to MLflow, if it takes it; the journal has it anyhow."""
+        """Log a record to MLflow, if it takes it, and not now; the journal has it anyhow.
+
+        Raises:
+            UserError: of an earlier delivery, for instance an experiment that was deleted.
+        """
+        self.later.check()
         if self._log is not None:
-            try:
-                self._log.deliver(record, self.study_dir)
-            except TrackingError as error:
-                self._away(error)
+            self.later.add(lambda: self._deliver(record))
 
     def close(self) -> None:
-        """Give the study back."""
+        """Wait for the deliveries and leave the study; the last sweep ends MLflow's run."""
         try:
-            if self._log is not None:
-                self._log.end_study(self.study_dir)
+            self.later.finish()
+        finally:
+            with self.controllers.alone():
+                try:
+                    if self._log is not None and self.controllers.others() == 0:
+                        self._log.end_study(self.study_dir)
+                except TrackingError as error:
+                    self._away(error)
+                finally:
+                    self.controllers.leave()
+
+    def _deliver(self, record: Record) -> None:
+        assert self._log is not None
+        try:
+            self._log.deliver(record, self.study_dir)
         except TrackingError as error:
             self._away(error)
-        finally:
-            self._lock.release()
 
-    def _begin_log(self) -> None:
-        """Open MLflow's run, and deliver what an earlier sweep could not."""
-        if self._log is not None:
-            try:
-                self._log.begin_study(self.study_dir)
-                self._log.sync(self.study_dir, self.journal)
-            except TrackingError as error:
-                self._away(error)
+    def _begin_log(self) -> bool:
+        """Open MLflow's run; False when that was not possible."""
+        if self._log is None:
+            return False
+        try:
+            self._log.begin_study(self.study_dir)
+        except TrackingError as error:
+            self._away(error)
+            return False
+        return True
+
+    def _sync_log(self) -> None:
+        """Deliver what an earlier sweep could not, and end the runs that it left open."""
+        assert self._log is not None
+        try:
+            self._log.sync(self.study_dir, self.journal)
+        except TrackingError as error:
+            self._away(error)
 
     def _away(self, error: TrackingError) -> None:
         """Say it once: the rest of the sweep would repeat it after every trial."""
@@ -141,17 +247,27 @@ class Ledger:
             self._told_away = True
             self._display.note(f"warning: {error}")
 
-    def _take(self) -> None:
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"study {self.study_dir.name}: another sweep is running it.\n"
-                "Wait for that one, or give this one another name with study=NAME."
-            ) from None
+    def _fingerprint(self, cfg: Config, gpu: Gpu | None) -> tuple[dict[str, Any], str]:
+        platform = cfg.platform
+        if cfg.device != "cpu":
+            gpus = self._machine.gpus_for(cfg.device)
+            number = platform.gpu if platform.gpu is not None else self._gpu_index(cfg.device)
+            number = number if gpu is None else gpus.index(gpu)
+            platform = platform.model_copy(update={"gpu": number})
+        if platform not in self._fingerprints:
+            seen = fingerprint(self._machine, platform)
+            self._fingerprints[platform] = seen, fingerprint_hash(seen)
+        return self._fingerprints[platform]
 
-    def _fingerprint(self, cfg: Config) -> tuple[dict[str, Any], str]:
-        if cfg.platform not in self._fingerprints:
-            seen = fingerprint(self._machine, cfg.platform)
-            self._fingerprints[cfg.platform] = seen, fingerprint_hash(seen)
-        return self._fingerprints[cfg.platform]
+
+@contextmanager
+def _user_errors(study_dir: Path) -> Iterator[None]:
+    """A folder that refuses files or locks is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot use the study's folder {study_dir}: {error.strerror or error}.\n"
+            "Everything recorded before is kept. Free space or mend permissions (the file system "
+            "must have locks), then run the same command again to continue."
+        ) from error

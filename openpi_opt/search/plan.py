@@ -77,7 +77,7 @@ def announce(
     device = first.platform.device
     where: str = device
     if device != "cpu" and device != "auto":
-        where += f" ({request.machine.gpus_for(device)[first.platform.gpu].name})"
+        where += f" ({request.machine.gpu(device, first.platform.gpu).name})"
     display.note(f"model {first.model.name} on {where}, workload {first.workload.name}")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -17,15 +19,35 @@ from openpi_opt import result as results
 from openpi_opt.config import Config, Limits
 from openpi_opt.machine import Machine, probe
 from openpi_opt.result import Failed, TrialResult
-from openpi_opt.search.child import Ended, run_command
-from openpi_opt.search.environment import child_environment
+from openpi_opt.search.child import Ended, Stop, run_command
+from openpi_opt.search.devices import Slot
+from openpi_opt.search.environment import TRIAL_VARIABLE, child_environment
+from openpi_opt.search.survivors import end_marked
 
 _TAIL_BYTES = 8192
 _TAIL_LINES = 40
 # Phases without a limit of their own, and the limit that they use.
 _BORROWED_LIMITS = {"start": "load", "apply": "compile"}
+# Waiting for the measurements of other trials ends when they do, and each of them has limits.
+_UNLIMITED = {"wait": math.inf}
+TRIAL_COMMAND = (sys.executable, "-m", "openpi_opt.trial")
 
 Failure = Literal["oom", "timeout", "crashed", "error"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a trial gets from the sweep beside its configuration.
+
+    `uid` marks its processes, `fds` are locks that it holds as long as it lives, `caches` is the
+    folder of compiled code, and `stop` ends it.
+    """
+
+    slot: Slot
+    uid: str
+    caches: Path | None = None
+    fds: tuple[int, ...] = ()
+    stop: Stop | None = None
 
 
 def run_trial(
@@ -34,32 +56,47 @@ def run_trial(
     store_references: Path,
     on_phase: Callable[[str], None],
     machine: Machine | None = None,
+    place: Place | None = None,
+    command: Sequence[str] = TRIAL_COMMAND,
 ) -> TrialResult:
     """Run `cfg` in a fresh process and return its result; every end of it is one.
 
     `trial_dir` receives config.json, result.json and log.txt, with absolute paths whatever is
-    given. `machine` spares looking at it again.
+    given. `machine` spares looking at it again. Without `place` the trial has the whole machine.
+    `command` is another program with the same arguments, for tests of the engine itself.
 
     Raises:
         OSError: the folder cannot be written or the process cannot be started.
+        StoppedError: `place.stop` was set.
     """
     folder = trial_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     config, result, log = folder / "config.json", folder / "result.json", folder / "log.txt"
     result.unlink(missing_ok=True)
     results.write_atomic(config, json.dumps(cfg.dump(), indent=1))
-    argv = [sys.executable, "-m", "openpi_opt.trial", "--in-place", "--config", str(config)]
+    argv = [*command, "--in-place", "--config", str(config)]
     argv += ["--result", str(result), "--references", str(store_references.resolve())]
-    env = child_environment(cfg, machine or probe())
+    limits, machine = phase_limits(cfg.limits), machine or probe()
     started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    ended = run_command(argv, env, phase_limits(cfg.limits), log, on_phase)
+    if place is None:
+        ended = run_command(argv, child_environment(cfg, machine), limits, log, on_phase)
+        return judge(cfg, ended, result, log, started_at)
+    slot = place.slot
+    env = child_environment(
+        cfg, machine, gpu=slot.gpu, threads=len(slot.cores), caches=place.caches
+    )
+    env[TRIAL_VARIABLE] = place.uid
+    try:
+        ended = run_command(argv, env, limits, log, on_phase, place.stop, place.fds, slot.cores)
+    finally:
+        end_marked(place.uid)  # also what left the group
     return judge(cfg, ended, result, log, started_at)
 
 
 def phase_limits(limits: Limits) -> dict[str, float]:
     """Seconds for every phase of `result.Phase`."""
     own: dict[str, float] = limits.model_dump()
-    return own | {phase: own[name] for phase, name in _BORROWED_LIMITS.items()}
+    return own | {phase: own[name] for phase, name in _BORROWED_LIMITS.items()} | _UNLIMITED
 
 
 def judge(cfg: Config, ended: Ended, result: Path, log: Path, started_at: str) -> TrialResult:
@@ -70,7 +107,7 @@ def judge(cfg: Config, ended: Ended, result: Path, log: Path, started_at: str) -
         document = None
     problem = None
     if document is not None:
-        parsed = _parsed(document, cfg)
+        parsed = parse_result(document, cfg)
         if not isinstance(parsed, str):
             return _with_note(parsed, ended)
         problem = parsed
@@ -100,8 +137,8 @@ def log_tail(log: Path) -> str:
     return "\n".join(text.splitlines()[-_TAIL_LINES:])
 
 
-def _parsed(document: bytes, cfg: Config) -> TrialResult | str:
-    """The result, or what is wrong with it."""
+def parse_result(document: bytes, cfg: Config) -> TrialResult | str:
+    """The result of `cfg`, or what is wrong with the document."""
     try:
         parsed = results.parse(document)
     except ValidationError as error:

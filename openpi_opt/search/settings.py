@@ -30,6 +30,22 @@ class Objective(BaseModel):
     allow_lossy: bool = False
 
 
+class DeviceSettings(BaseModel):
+    """Which devices a sweep may use. `gpus` names them by index or by the start of the UUID."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gpus: Literal["all"] | list[int | str] = "all"
+    cpu_slots: int = Field(1, ge=1)
+
+    @field_validator("gpus")
+    @classmethod
+    def _at_least_one(cls, value: Any) -> Any:
+        if not value or (isinstance(value, list) and "" in value):
+            raise ValueError("name at least one GPU, or all")
+        return value
+
+
 class Settings(BaseModel):
     """How to search and where to keep what is found."""
 
@@ -44,6 +60,16 @@ class Settings(BaseModel):
     objective: Objective = Objective()
     space: NamedSpace = NamedSpace()
     dry_run: int | None = Field(None, ge=1)
+    fresh: bool = False
+    devices: DeviceSettings = DeviceSettings()
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _gpus_alone(cls, value: Any) -> Any:
+        """`devices=[0,1]`, `devices=0` and `devices=all` name GPUs."""
+        if isinstance(value, (int, str)) and not isinstance(value, bool):
+            return {"gpus": value if value == "all" else [value]}
+        return {"gpus": value} if isinstance(value, list) else value
 
     @field_validator("study", "store", mode="before")
     @classmethod

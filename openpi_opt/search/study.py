@@ -1,38 +1,48 @@
-"""The engine of a sweep: which configuration next, run it, keep what it gave.
+"""The engine of a sweep: keeps every device busy with the next configuration, and every result.
 
 It knows nothing of Hydra: a point of the space becomes a configuration through the `compose` that
-it is given, and a configuration a result through `run`.
+it is given, and a configuration a result through `run`. One thread decides, journals and tells;
+each trial has a thread that watches its process, and copies for Optuna's database and MLflow are
+made in one more. Several sweeps may work on one study: claims keep them from measuring anything
+twice, and the journal tells each what the others found.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.result import Ok, TrialResult
+from openpi_opt.search.devices import Devices, Slot
 from openpi_opt.search.display import Display
 from openpi_opt.search.environment import cleared_names
+from openpi_opt.search.executor import Executor, LocalExecutor, Run
 from openpi_opt.search.ledger import Ledger
+from openpi_opt.search.lessons import Lessons
 from openpi_opt.search.optimizer import Optimizer, Proposal
 from openpi_opt.search.plan import Plan, StudyRequest, announce, make_plan, space_hash
 from openpi_opt.search.points import Compose, Points
 from openpi_opt.search.process import run_trial
 from openpi_opt.search.sensible import LeftOut, NotSensibleError
-from openpi_opt.search.trials import Run, Trials, label
+from openpi_opt.search.sources import Enumerated, Sampled, Source
+from openpi_opt.search.trials import Job, Trials, cannot_run, label, refused
 from openpi_opt.track.journal import Record
 from openpi_opt.track.store import Store
 
-# A sampler that proposes this many known points on end has no new one to propose.
-MAX_REPEATS = 50
-# The same for combinations of a named space that are passed over: there may be many of them.
-MAX_PASSED_OVER = 2_000
+# How often to look what other sweeps have finished, while there is something to wait for.
+_POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
 class StudyOutcome:
-    """What there is now: the records of the points of this space, and of their baselines."""
+    """What there is now: the records of the points of this space, and of their baselines.
+
+    `left_out` says which classes of combinations were not tried, and why.
+    """
 
     name: str
     store: Store
@@ -40,6 +50,7 @@ class StudyOutcome:
     baselines: list[Record]
     ended: str
     new: int
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def records(self) -> list[Record]:
@@ -56,46 +67,56 @@ class StudyOutcome:
 def run_study(
     request: StudyRequest, compose: Compose, display: Display, run: Run = run_trial
 ) -> StudyOutcome:
-    """Try the points of a space one after another and return all that is known of them.
+    """Try the points of a space, one on each free device, and return all that is known of them.
 
     Raises:
         UserError: a wrong value, or a store, study or database that cannot be used; what was
             recorded before is kept.
-        KeyboardInterrupt: the running trial was ended, the finished ones are kept.
+        KeyboardInterrupt: the running trials were ended, the finished ones are kept.
     """
     allow_lossy = request.settings.objective.allow_lossy
     points = Points(request.space, compose, request.machine, allow_lossy)
     first = points.check()
     plan = make_plan(request)
+    found = Devices(request.settings.devices, request.machine)
+    slots = found.slots(first.device)
     store = Store.open(request.settings.store)
     announce(request, first, store, plan, display)
+    for text in [*found.notes, *([f"{len(slots)} trials at a time"] if len(slots) > 1 else [])]:
+        display.note(text)
     ledger = Ledger.open(
-        store, request.name, first.tracking, request.command, request.machine, display
+        *(store, request.name, first.tracking, request.command, request.machine, display),
+        gpu_index=found.gpu_index,
+        fresh=request.settings.fresh,
     )
+    executor = LocalExecutor(run, store, request.machine, found, display)
     try:
-        optimizer = _optimizer(request, store, plan, ledger.fingerprint_hash(first))
-        trials = Trials(store, ledger, request.machine, display, run)
-        engine = _Engine(request, points, ledger, optimizer, trials, display)
-        engine.settle()
-        ended = engine.enumerate() if plan.enumerated else engine.sample()
+        space = space_hash(request.space, ledger.fingerprint_hash(first))
+        optimizer = _optimizer(request, store, plan, space, ledger)
+        trials = Trials(ledger, executor, request.machine, display, space)
+        engine = _Engine(request, points, ledger, optimizer, trials, executor, display)
+        ended = engine.run(plan)
         engine.note_passed_over()
-        return engine.outcome(store, ended)
-    except KeyboardInterrupt:
-        display.note(
-            f"interrupted: the {len(ledger.journal.records())} finished trial(s) are kept. "
-            f"To continue, run the same command with study={request.name}"
-        )
-        raise
     finally:
+        executor.close()
         ledger.close()
+    return engine.outcome(store, ended)
 
 
-def _optimizer(request: StudyRequest, store: Store, plan: Plan, machine_hash: str) -> Optimizer:
-    name = f"{request.name}#{space_hash(request.space, machine_hash)}"
+def _optimizer(
+    request: StudyRequest, store: Store, plan: Plan, space: str, ledger: Ledger
+) -> Optimizer:
     settings = request.settings
-    return Optimizer.open(
-        store, name, request.space, plan.sampler, settings.seed, settings.objective.allow_lossy
+    # Sweeps that begin at the same time are not to propose the same.
+    seed = settings.seed + 7919 * ledger.others
+    optimizer = Optimizer.open(
+        *(store, f"{request.name}#{space}", request.space, plan.sampler, seed),
+        allow_lossy=settings.objective.allow_lossy,
+        later=ledger.later.add,
     )
+    if settings.fresh:
+        optimizer.forget()
+    return optimizer
 
 
 @dataclass
@@ -105,59 +126,68 @@ class _Engine:
     ledger: Ledger
     optimizer: Optimizer
     trials: Trials
+    executor: Executor
     display: Display
+    _ready: list[Job] = field(default_factory=list)  # claimed, without a device
+    _waiting: list[Job] = field(default_factory=list)  # measured by somebody else
+    _running: dict[Future[TrialResult], Job] = field(default_factory=dict)
     _refused: list[UserError] = field(default_factory=list)
     _passed_over: Counter[LeftOut] = field(default_factory=Counter)
-    _baselines: dict[str, Record] = field(default_factory=dict)
+    _baselines: dict[str, Record | None] = field(default_factory=dict)
+    _lessons: Lessons = field(default_factory=Lessons)
+    _left_out: dict[str, int] = field(default_factory=dict)
+    _read: int = 0  # records of the journal that were looked at
 
-    def settle(self) -> None:
-        """Clear up behind a sweep that was killed, and name what trials do not inherit."""
-        left = self.optimizer.settle(self._recorded)
-        if left:
-            self.display.note(f"{left} proposal(s) that a killed sweep left open were settled")
+    def run(self, plan: Plan) -> str:
+        """Keep the devices busy until there is nothing more to try; returns why that is."""
+        try:
+            self._begin()
+            source = self._source(plan)
+            while True:
+                self._look_at_waiting(source)
+                self._fill(source)
+                if source.ended and not (self._running or self._ready or self._waiting):
+                    return source.ended
+                self._collect(source)
+        except KeyboardInterrupt:
+            self.display.note(
+                f"interrupted: the {len(self.ledger.journal)} finished trial(s) are kept, and "
+                f"{len(self._running)} running ended (Ctrl-C again: at once). "
+                f"To continue, run the same command with study={self.request.name}"
+            )
+            raise
+        finally:
+            self._end()
+
+    def _begin(self) -> None:
+        """Take in what is known, and name what trials do not inherit."""
+        self._learn(copy=self.ledger.others == 0)  # a killed sweep did not get to it
         cleared = cleared_names()
         if cleared:
             self.display.note(
                 f"not passed on to trials, since they would change them: {', '.join(cleared)}"
             )
 
-    def enumerate(self) -> str:
-        """Every combination in order, up to `n_trials` different configurations."""
-        limit = self.request.settings.n_trials
-        total = min(self.request.space.combinations() or 0, limit)
-        seen: set[str] = set()
-        for number, params in enumerate(self.request.space.all(), start=1):
-            if len(seen) >= limit:
-                return f"n_trials={limit} reached"
-            cfg = self._try(Proposal(params), f"[{number}/{total}]")
-            seen |= {cfg.hash()} if cfg else set()
-        return "every combination is tried"
+    def _source(self, plan: Plan) -> Source:
+        """Where the points come from."""
+        space, limit = self.request.space, self.request.settings.n_trials
+        if plan.enumerated:
+            return Enumerated(space, limit)
+        return Sampled(self.optimizer, space, limit, self._open_hashes)
 
-    def sample(self) -> str:
-        """What the sampler proposes, up to `n_trials` different configurations."""
-        limit, count = self.request.settings.n_trials, self.request.space.combinations()
-        repeats = passed_over = 0
-        starts = list(self.request.space.start.values())
-        while (done := len(self.optimizer.tried)) < limit:
-            if count is not None and len(self.optimizer.points) >= count:
-                return "every combination is tried"
-            if self.request.space.count is not None and done >= self.request.space.count:
-                return "every sensible combination is tried"
-            if repeats >= MAX_REPEATS or passed_over >= MAX_PASSED_OVER:
-                return (
-                    f"the last {repeats + passed_over} proposals held nothing new: the space "
-                    "seems exhausted"
-                )
-            before = self._passed_over.total()
-            proposal = Proposal(starts.pop(0)) if starts else self.optimizer.ask()
-            self._try(proposal, f"[{done + 1}/{limit}]")
-            if len(self.optimizer.tried) > done:
-                repeats = passed_over = 0
-            elif self._passed_over.total() > before:
-                passed_over += 1
-            else:
-                repeats += 1
-        return f"n_trials={limit} reached"
+    def _end(self) -> None:
+        """End what still runs; a second interruption ends it at once."""
+        jobs = [*self._ready, *self._waiting, *self._running.values()]
+        try:
+            if self._running:
+                self.executor.stop()
+            self.executor.close()
+        except KeyboardInterrupt:
+            self.executor.stop(at_once=True)
+            raise
+        finally:
+            for job in jobs:
+                job.let_go()
 
     def note_passed_over(self) -> None:
         """Say what of a named space was never started, and why."""
@@ -179,44 +209,218 @@ class _Engine:
         found = [newest[tried] for tried in self.optimizer.tried if tried in newest]
         if not found and self._refused:
             raise self._refused[0]
+        texts = {known.text(0): known for known in self._lessons.classes}
         return StudyOutcome(
             name=self.request.name,
             store=store,
             points=sorted(found, key=lambda record: record.number),
-            baselines=list(self._baselines.values()),
+            baselines=[record for record in self._baselines.values() if record is not None],
             ended=ended,
             new=self.trials.new,
+            left_out=[
+                known.text(self._left_out[text])
+                for text, known in texts.items()
+                if text in self._left_out
+            ],
         )
 
-    def _try(self, proposal: Proposal, position: str) -> Config | None:
-        """One point, with the baseline of its context before it; None when it is no point."""
+    def _fill(self, source: Source) -> None:
+        """Start a trial on every device that is free, as long as there is something to try."""
+        if source.ended and not self._ready:
+            return
+        for lease in self.executor.free():
+            try:
+                job = self._job_for(lease.slot, source)
+                if job is None:
+                    lease.release()
+                else:
+                    self._running[self.trials.start(job, lease)] = job
+            except BaseException:
+                lease.release()
+                raise
+        if self.executor.contended and not self._running:
+            self._job_for(None, source)  # answer at least what is known
+
+    def _job_for(self, slot: Slot | None, source: Source) -> Job | None:
+        """The first job that is ready and suits the slot, else the next of the source.
+
+        Without a slot: none, but until one is ready the points of the source are looked at.
+        """
+        while True:
+            job = self._take_ready(slot)
+            if job is not None:
+                return job
+            if source.ended or len(self._ready) >= (self.executor.count() if slot else 1):
+                return None
+            with self.ledger.planning():
+                proposal = source.next()
+                if proposal is None:
+                    return None
+                self._consider(proposal, source)
+
+    def _take_ready(self, slot: Slot | None) -> Job | None:
+        """The first job that suits the slot; those that cannot run here are refused on the way."""
+        while slot is not None:
+            suiting = (job for job in self._ready if self.executor.suits(slot, job.cfg))
+            job = next(suiting, None)
+            if job is None:
+                return None
+            self._ready.remove(job)
+            result = refused(job.cfg, self.request.machine)
+            if result is None:
+                return job
+            self._finish(job, result)
+        return None
+
+    def _consider(self, proposal: Proposal, source: Source) -> None:
+        """Answer a point from the journal, refuse it, or make it a job, with its baseline."""
+        position = source.position()
         try:
             cfg = self.points.config(proposal.params)
         except UserError as error:
             self._leave_out(proposal, position, error)
-            return None
-        new = cfg.hash() not in self.optimizer.tried
+            source.seen(None, passed_over=isinstance(error, NotSensibleError))
+            return
+        job = Job(cfg, "trial", position, proposal)
+        if self._is_barred(job) or self._is_double(job):
+            source.seen(None)
+            return
+        self._want_baseline(cfg)
+        new = job.config_hash not in self.optimizer.tried
+        self._route(job, shown=new or proposal.number is None)
+        source.seen(job.config_hash)
 
-        def tell(result: TrialResult) -> None:
-            self.optimizer.tell(proposal, result)
+    def _is_barred(self, job: Job) -> bool:
+        """Whether the point belongs to a class that fails, and is not known either."""
+        assert job.proposal is not None
+        known = self._lessons.bars(job.params)
+        if known is None or self.ledger.find(job.cfg) is not None:
+            return False
+        self._left_out[known.text(0)] = self._left_out.get(known.text(0), 0) + 1
+        self.optimizer.give_up(job.proposal, learn=True)
+        return True
 
-        try:
-            self._measure_baseline(cfg)
-            record, known = self.trials.conduct(cfg, "trial", proposal.params, position, tell)
-        except BaseException:
-            self.optimizer.give_up(proposal, learn=False)
-            raise
-        if known and (new or proposal.number is None):
-            self.display.end(position, label(cfg, "trial", proposal.params), record, known)
-        return cfg
+    def _is_double(self, job: Job) -> bool:
+        """Whether the sampler proposed what is being measured already."""
+        assert job.proposal is not None
+        if job.proposal.number is None or job.config_hash not in self._own_hashes():
+            return False
+        self.optimizer.give_up(job.proposal, learn=False)
+        return True
 
-    def _measure_baseline(self, cfg: Config) -> None:
+    def _want_baseline(self, cfg: Config) -> None:
         """The plain eager policy, before the first trial of each context."""
         if not (self.request.swept and self.request.settings.baseline):
             return
         if cfg.context_hash() not in self._baselines:
-            record, _ = self.trials.conduct(cfg.baseline(), "baseline", {}, "[-]")
-            self._baselines[cfg.context_hash()] = record
+            self._baselines[cfg.context_hash()] = None
+            self._route(Job(cfg.baseline(), "baseline", "[-]"), shown=False)
+
+    def _route(self, job: Job, shown: bool = True) -> None:
+        """Answer a job from the journal, or make it ready, or wait for who measures it."""
+        record = self.ledger.find(job.cfg)
+        if record is not None:
+            self._answer(job, record, shown)
+        elif not self.trials.claim(job):
+            self._waiting.append(job)
+        else:
+            self._claimed(job, shown)
+
+    def _claimed(self, job: Job, shown: bool = True) -> None:
+        record = self.ledger.find(job.cfg)
+        if record is not None:  # measured between the first look and the claim
+            self._answer(job, record, shown)
+            return
+        self._ready.append(job)
+
+    def _look_at_waiting(self, source: Source) -> None:
+        """Answer what others have measured meanwhile, and take over what they gave up."""
+        if not self._waiting:
+            return
+        self.ledger.refresh()
+        waiting, self._waiting = self._waiting, []
+        with self.ledger.planning():
+            for job in waiting:
+                self._route(job)
+        if len(self._waiting) < len(waiting):
+            source.wake()
+        self._learn()
+
+    def _collect(self, source: Source) -> None:
+        """Wait until something ends, here or where that has to be looked at, and keep it."""
+        poll = self._waiting or self._ready or not source.ended
+        if not self._running:
+            time.sleep(_POLL_SECONDS)
+            return
+        done, _ = wait(self._running, _POLL_SECONDS if poll else None, FIRST_COMPLETED)
+        for future in sorted(done, key=lambda future: self._running[future].position):
+            job = self._running.pop(future)
+            assert job.lease is not None
+            self.display.stop(job.lease.slot.name)
+            try:
+                result = future.result()
+                self._finish(job, result)
+            except OSError as error:
+                raise cannot_run(job.folder or self.ledger.study_dir, error) from error
+            finally:
+                job.let_go()
+            source.wake()
+        if done:
+            self._learn()
+
+    def _finish(self, job: Job, result: TrialResult) -> None:
+        """Keep a result, and tell it.
+
+        The order matters: what is in the journal is safe, so Optuna hears of it only then, and
+        MLflow, which may be slow or away, last.
+        """
+        record = self.trials.keep(job, result)
+        self._tell(job, record)
+        self.ledger.deliver(record)
+        self.display.end(job.position, job.title, record, known=False)
+
+    def _answer(self, job: Job, record: Record, shown: bool) -> None:
+        """A job whose result is known."""
+        job.let_go(done=True)
+        self._tell(job, record)
+        if shown and job.proposal is not None:
+            title = label(job.cfg, job.role, job.params)
+            self.display.end(job.position, title, record, known=True)
+
+    def _tell(self, job: Job, record: Record) -> None:
+        if job.proposal is None:
+            self._baselines[job.cfg.context_hash()] = record
+        else:
+            self.optimizer.tell(job.proposal, record.result)
+            self._teach(job.params, record.result)
+
+    def _teach(self, params: dict[str, str], result: TrialResult) -> None:
+        known = self._lessons.add(params, result)
+        if known is not None:
+            shown = " ".join(f"{key}={value}" for key, value in sorted(known.pairs))
+            self.display.note(f"no more of {shown}: {known.seen} of it ended {known.way}")
+
+    def _learn(self, copy: bool = False) -> None:
+        """Take in what other sweeps recorded for this space, and earlier ones."""
+        new = self.ledger.journal.since(self._read)
+        self._read += len(new)
+        for record in new:
+            if record.space == self.trials.space and record.number >= self.ledger.known_from:
+                open_points = [job.params for job in [*self._waiting, *self._running.values()]]
+                if record.params not in open_points:
+                    self.optimizer.learn(record.params, record.result, copy)
+                    self._teach(record.params, record.result)
+
+    def _own_hashes(self) -> set[str]:
+        jobs = [*self._ready, *self._waiting, *self._running.values()]
+        return {job.config_hash for job in jobs if job.proposal is not None}
+
+    def _open_hashes(self) -> set[str]:
+        """What is being measured for this space, here and by other sweeps; learns the rest."""
+        measured = self._own_hashes() | self.ledger.claims.live(self.trials.space)
+        self.ledger.refresh()
+        self._learn()
+        return measured
 
     def _leave_out(self, proposal: Proposal, position: str, error: UserError) -> None:
         """A combination whose values contradict each other: said, learned from, not counted."""
@@ -228,10 +432,3 @@ class _Engine:
         shown = " ".join(f"{key}={text}" for key, text in proposal.params.items())
         self.display.note(f"{position} {shown} left out: {error}")
         self.optimizer.give_up(proposal, learn=True)
-
-    def _recorded(self, params: dict[str, str]) -> TrialResult | None:
-        try:
-            record = self.ledger.find(self.points.config(params))
-        except UserError:
-            return None
-        return None if record is None else record.result

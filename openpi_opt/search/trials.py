@@ -1,9 +1,9 @@
-"""One trial from end to end: looked up, refused or run, then kept, told and delivered."""
+"""One trial from its claim to its record."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from uuid import uuid4
@@ -13,73 +13,121 @@ from openpi_opt.errors import UserError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine
 from openpi_opt.result import Refused, TrialResult
+from openpi_opt.search.devices import Lease
 from openpi_opt.search.display import Display
+from openpi_opt.search.executor import Executor, Task
 from openpi_opt.search.ledger import Ledger
+from openpi_opt.search.locks import Held
+from openpi_opt.search.optimizer import Proposal
 from openpi_opt.track.journal import Record, Role
-from openpi_opt.track.store import Store
 
-Run = Callable[[Config, Path, Path, Callable[[str], None], Machine], TrialResult]
+
+@dataclass(eq=False)
+class Job:
+    """A configuration to measure. `proposal` is None for a baseline; `claim` once it is ours."""
+
+    cfg: Config
+    role: Role
+    position: str
+    proposal: Proposal | None = None
+    claim: Held | None = None
+    uid: str = field(default_factory=lambda: uuid4().hex)
+    folder: Path | None = None
+    alive: Held | None = None
+    lease: Lease | None = None
+    config_hash: str = ""
+
+    def __post_init__(self) -> None:
+        self.config_hash = self.cfg.hash()  # asked for often
+
+    @property
+    def params(self) -> dict[str, str]:
+        """The point's values; a baseline has none."""
+        return self.proposal.params if self.proposal else {}
+
+    @property
+    def title(self) -> str:
+        """What tells it apart on the screen."""
+        return label(self.cfg, self.role, self.params)
+
+    def let_go(self, done: bool = False) -> None:
+        """Release device and claim; `done` when the journal has the result."""
+        if self.lease is not None:
+            self.lease.release()
+        for held in (self.alive, self.claim):
+            if held is not None:
+                held.release(remove=done)
 
 
 @dataclass
 class Trials:
-    """Runs trials one after another on one machine."""
+    """Starts jobs and keeps their results."""
 
-    store: Store
     ledger: Ledger
+    executor: Executor
     machine: Machine
     display: Display
-    run: Run
+    space: str
     new: int = 0
 
-    def conduct(
-        self,
-        cfg: Config,
-        role: Role,
-        params: dict[str, str],
-        position: str,
-        tell: Callable[[TrialResult], None] | None = None,
-    ) -> tuple[Record, bool]:
-        """The record of `cfg`, and whether it was known before.
+    def claim(self, job: Job) -> bool:
+        """Get the right to measure; False while somebody else has it. Then look for a record."""
+        job.claim = self.ledger.claim(job.cfg, self._space(job))
+        return job.claim is not None
 
-        The order matters: what is in the journal is safe, so Optuna hears of it only then, and
-        MLflow, which may be slow or away, last.
+    def start(self, job: Job, lease: Lease) -> Future[TrialResult]:
+        """Start the trial's process.
 
         Raises:
-            UserError: the store cannot be written.
+            UserError: its folder cannot be made.
         """
-        known = self.ledger.find(cfg)
-        if known is not None:
-            if tell is not None:
-                tell(known.result)
-            return known, True
-        record = self._measure(cfg, role, params, position)
-        self.new += 1
-        if tell is not None:
-            tell(record.result)
-        self.ledger.deliver(record)
-        self.display.end(position, label(cfg, role, params), record, known=False)
-        return record, False
-
-    def _measure(self, cfg: Config, role: Role, params: dict[str, str], position: str) -> Record:
-        uid = uuid4().hex
-        folder: Path | None = None
-        result: TrialResult | None = refused(cfg, self.machine)
-        if result is None:
-            folder = self.ledger.study_dir / "trials" / uid[:12]
-            self.display.begin(position, label(cfg, role, params))
-            result = self._run(cfg, folder)
-        return self.ledger.keep(cfg, result, role, params, uid, folder)
-
-    def _run(self, cfg: Config, folder: Path) -> TrialResult:
+        job.lease = lease
+        gpu = lease.slot.gpu
         try:
-            return self.run(cfg, folder, self.store.references, self.display.phase, self.machine)
+            job.folder, job.alive = self.ledger.started(
+                job.cfg, job.role, job.params, self._space(job), job.uid, gpu
+            )
         except OSError as error:
-            raise UserError(
-                f"cannot run a trial in {folder}: {error.strerror or error}.\n"
-                "Everything recorded before is kept. Free space, memory or permissions, then run "
-                "the same command again to continue."
-            ) from error
+            raise cannot_run(self.ledger.study_dir, error) from error
+        assert job.claim is not None
+        self.display.begin(lease.slot.name, f"{job.position} {job.title}")
+        task = Task(
+            cfg=job.cfg,
+            uid=job.uid,
+            folder=job.folder,
+            machine_hash=self.ledger.fingerprint_hash(job.cfg),
+            fds=(job.claim.fd, job.alive.fd),
+        )
+        return self.executor.start(task, lease)
+
+    def keep(self, job: Job, result: TrialResult) -> Record:
+        """Journal a result, then let go of device and claim: it cannot be lost any more.
+
+        Raises:
+            UserError: the journal cannot be written.
+        """
+        gpu = job.lease.slot.gpu if job.lease else None
+        record = self.ledger.keep(
+            *(job.cfg, result, job.role, job.params, job.uid, job.folder),
+            space=self._space(job),
+            gpu=gpu,
+        )
+        job.let_go(done=True)
+        self.new += 1
+        return record
+
+    def _space(self, job: Job) -> str:
+        """A baseline is no point of the space."""
+        return "" if job.proposal is None else self.space
+
+
+def cannot_run(folder: Path, error: OSError) -> UserError:
+    """The host that refuses a process or a file is the user's to mend."""
+    return UserError(
+        f"cannot run a trial in {folder}: {error.strerror or error}.\n"
+        "Everything recorded before is kept. Free space, memory or permissions, then run "
+        "the same command again to continue."
+    )
 
 
 def refused(cfg: Config, machine: Machine) -> Refused | None:

@@ -138,7 +138,7 @@ def _gpu(machine: Machine, platform: Platform | None) -> Gpu | None:
     device: Device = machine.usable_device()
     index = 0
     if platform is not None and platform.device != "auto":
-        device, index = platform.device, platform.gpu
+        device, index = platform.device, platform.gpu or 0
     gpus = machine.gpus_for(device)
     if len(gpus) == 1:  # in a trial, which sees its own only
         return gpus[0]

@@ -41,7 +41,8 @@ class Record(BaseModel):
     """One trial of a study: what was asked, and what came of it.
 
     `params` are the swept Hydra keys with their values, `labels` the short text of every knob,
-    `trial_dir` is relative to the study's folder. `number` is given by `Journal.append`.
+    `space` tells the search space that `params` are a point of, `trial_dir` is relative to the
+    study's folder. `number` is given by `Journal.append`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,6 +53,7 @@ class Record(BaseModel):
     number: int = Field(-1, ge=-1)
     role: Role = "trial"
     params: dict[str, str] = Field(default_factory=dict)
+    space: str = ""
     labels: dict[str, str] = Field(default_factory=dict)
     result: TrialResult
     trial_dir: str | None = None
@@ -124,6 +126,18 @@ class Journal:
         """All records that were read or appended, in the order of their numbers."""
         return list(self._records)
 
+    def since(self, count: int) -> list[Record]:
+        """The records behind the first `count`, without copying those."""
+        return self._records[count:]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def next_number(self) -> int:
+        """Number of the record that is appended next, if nobody else appends one."""
+        return self._records[-1].number + 1 if self._records else 0
+
     def find(self, config_hash: str, fingerprint_hash: str) -> Record | None:
         """The newest measurement of a configuration, leaving out those made to confirm one."""
         return self._by_hashes.get((config_hash, fingerprint_hash))
@@ -157,8 +171,7 @@ class Journal:
             known = self._by_uid.get(record.uid)
             if known is not None:
                 return known
-            number = self._records[-1].number + 1 if self._records else 0
-            line = record.model_copy(update={"number": number}).model_dump_json()
+            line = record.model_copy(update={"number": self.next_number}).model_dump_json()
             written = Record.model_validate_json(line)  # never a line that could not be read back
             self._write(line.encode() + b"\n")
             self._take(written)

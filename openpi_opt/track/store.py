@@ -64,6 +64,11 @@ class Store:
         """Folder of the guard's cached references."""
         return self.path / "references"
 
+    @property
+    def caches(self) -> Path:
+        """Folder of compiled code, one folder for each fingerprint."""
+        return self.path / "caches"
+
     def study_dir(self, name: str) -> Path:
         """Folder of a study, whether it exists or not.
 

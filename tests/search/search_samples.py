@@ -8,6 +8,7 @@ from pathlib import Path
 from openpi_opt.config import Config
 from openpi_opt.machine import Machine, TorchBuild
 from openpi_opt.result import Failed, GuardReport, Latency, Memory, Ok, TrialResult
+from openpi_opt.search.process import Place
 
 CPU = Machine((), TorchBuild("2.13.0", None, None), "test cpu", cores=2, memory_mib=8000)
 
@@ -69,7 +70,8 @@ class FakeRun:
         trial_dir: Path,
         references: Path,
         on_phase: Callable[[str], None],
-        machine: Machine,
+        machine: Machine | None = None,
+        place: Place | None = None,
     ) -> TrialResult:
         self.ran.append(cfg)
         on_phase("load")

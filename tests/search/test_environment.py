@@ -12,7 +12,7 @@ from openpi_opt.config import Config
 from openpi_opt.machine import Gpu, TorchBuild
 from openpi_opt.paths import package_dir
 from openpi_opt.search import environment
-from openpi_opt.search.environment import child_environment, cleared_names
+from openpi_opt.search.environment import CACHES, child_environment, cleared_names
 
 PLAIN = {"PATH": "/bin", "HOME": "/home/x", "LD_LIBRARY_PATH": "/lib", "TMPDIR": "/tmp"}
 KEPT = ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "AITER_JIT_DIR", "TRITON_PTXAS_PATH"]
@@ -42,7 +42,9 @@ def test_variables_that_change_a_trial_are_taken_out() -> None:
     env = child_environment(on("cpu"), CPU, given)
     assert not set(CLEARED) & set(env)
     assert (PLAIN | dict.fromkeys(KEPT, "1")).items() <= env.items()
-    assert cleared_names(given) == sorted(CLEARED)
+    places = [name for name in KEPT if name in CACHES]
+    assert len(places) == 3  # a trial by hand keeps them, a sweep has folders of its own
+    assert cleared_names(given) == sorted([*CLEARED, *places])
     assert env["PYTHONUNBUFFERED"] == "1"
 
 
@@ -95,3 +97,22 @@ def test_site_packages_is_not_put_before_the_standard_library(
     root = str(package_dir().parent)
     monkeypatch.setattr(environment.sysconfig, "get_path", lambda name: root)
     assert "PYTHONPATH" not in child_environment(on("cpu"), CPU, {})
+
+
+def test_a_slot_gives_gpu_threads_and_caches() -> None:
+    machine = dataclasses.replace(CPU, gpus=gpus("nvidia"))
+    given = {"OMP_NUM_THREADS": "3", "TRITON_CACHE_DIR": "/elsewhere"}
+    caches = Path("/store/caches/abc")
+    env = child_environment(
+        Config.parse({"platform": {"device": "cuda"}}),
+        machine,
+        given,
+        gpu=machine.gpus[1],
+        threads=8,
+        caches=caches,
+    )
+    assert env["CUDA_VISIBLE_DEVICES"] == "GPU-5"
+    assert env["OMP_NUM_THREADS"] == "3"  # the user may want fewer
+    assert {env[name] for name in CACHES} == {str(caches / part) for part in CACHES.values()}
+    few = child_environment(on("cpu"), CPU, {"OMP_NUM_THREADS": "64,2"}, threads=2)
+    assert few["OMP_NUM_THREADS"] == "2"

@@ -12,6 +12,7 @@ from search_samples import failed, ok
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
+from openpi_opt.search import optimizer as module
 from openpi_opt.search.optimizer import Optimizer, Proposal
 from openpi_opt.search.space import Space
 from openpi_opt.track.store import Store
@@ -83,21 +84,44 @@ def test_the_same_seed_proposes_the_same_and_a_continued_study_goes_on(
     assert first != propose(open_("random", 3))
 
 
-def test_what_a_killed_sweep_left_is_settled(open_: Open) -> None:
+def test_what_a_killed_sweep_asked_leaves_no_trace(open_: Open) -> None:
     killed = open_()
-    finished, lost = killed.ask(), killed.ask()
-    while lost.params == finished.params:
-        lost = killed.ask()
-    results = {tuple(finished.params.values()): ok(config(finished.params), 4.0)}
+    finished, _ = killed.ask(), killed.ask()
+    killed.tell(finished, ok(config(finished.params), 4.0))
     again = open_()
-    left = again.settle(lambda params: results.get(tuple(params.values())))
-    assert left >= 2
-    after = states(again)
-    assert TrialState.RUNNING not in after
-    assert after.count(TrialState.COMPLETE) == 1
+    assert states(again) == [TrialState.COMPLETE]
     assert again.has(finished.params)
-    assert not again.has(lost.params)
-    assert again.settle(lambda params: None) == 0
+
+
+def test_what_others_found_is_learned_once_and_not_copied(open_: Open) -> None:
+    optimizer = open_()
+    point = next(iter(SPACE.all()))
+    for _ in range(2):
+        optimizer.learn(point, ok(config(point), 4.0))
+    assert states(optimizer) == [TrialState.COMPLETE]
+    assert states(open_()) == []
+
+
+def test_the_sampler_sees_the_fastest_and_the_latest(
+    open_: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("MOST_SEEN", 8), ("_FASTEST_SEEN", 3), ("_SLACK", 2)):
+        monkeypatch.setattr(module, name, value)
+    optimizer = open_(space=Space.parse(["weights.seed=range(0,1000)"]))
+    waiting = optimizer.ask()
+    for number in range(20):
+        proposal = optimizer.ask()
+        optimizer.tell(proposal, ok(config(proposal.params), 5.0 + number))
+    seen = optimizer._study.get_trials()
+    assert len(seen) <= 8 + 2 + 1
+    assert optimizer._study.best_value == 5.0
+    assert max(t.value for t in seen if t.value) == 24.0
+    assert states(optimizer).count(TrialState.RUNNING) == 1
+    optimizer.tell(waiting, ok(config(waiting.params), 1.0))
+    assert TrialState.RUNNING not in states(optimizer)
+    assert len(optimizer.tried) >= 20
+    again = open_(space=Space.parse(["weights.seed=range(0,1000)"]))
+    assert again.tried == optimizer.tried
 
 
 def test_giving_up_is_no_lesson_unless_it_is_meant_as_one(open_: Open) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
 import pytest
-from filelock import FileLock
 from search_samples import CPU, FakeRun, failed, ok
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.result import Ok, TrialResult
+from openpi_opt.search import sources
 from openpi_opt.search import study as engine
 from openpi_opt.search.plan import StudyRequest
 from openpi_opt.search.settings import Settings
@@ -30,9 +33,11 @@ class Screen:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def begin(self, position: str, label: str) -> None: ...
+    def begin(self, slot: str, title: str) -> None: ...
 
-    def phase(self, name: str) -> None: ...
+    def phase(self, slot: str, name: str) -> None: ...
+
+    def stop(self, slot: str) -> None: ...
 
     def end(self, position: str, label: str, record: Record, known: bool) -> None:
         self.ended.append((label, known))
@@ -203,7 +208,7 @@ def test_a_sampler_that_finds_nothing_new_ends(
     sweep: Sweeps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All values of the interval are one configuration: the limits are no part of it."""
-    monkeypatch.setattr(engine, "MAX_REPEATS", 5)
+    monkeypatch.setattr(sources, "MAX_REPEATS", 5)
     outcome, run = sweep("limits.load=interval(100,200)", baseline=False)
     assert len(run.ran) == 1
     assert "seems exhausted" in outcome.ended
@@ -343,13 +348,75 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(sweep: Sweeps) -> N
     assert seeds(run) == [2, 3]
 
 
-def test_a_study_belongs_to_one_sweep_at_a_time(sweep: Sweeps) -> None:
-    sweep("attention=sdpa")
-    with (
-        FileLock(sweep.folder / "studies" / "study" / "sweep.lock"),
-        pytest.raises(UserError, match="another sweep"),
-    ):
-        sweep("attention=sdpa")
+@pytest.mark.parametrize("sampler", ["grid", "random"])
+def test_sweeps_at_the_same_time_share_a_study(tmp_path: Path, sampler: str) -> None:
+    def slow(cfg: Config) -> TrialResult:
+        time.sleep(0.02)
+        return by_seed(cfg)
+
+    def one(_: int) -> tuple[StudyOutcome, FakeRun]:
+        return Sweeps(tmp_path / "store")(
+            "weights.seed=range(0,40)",
+            judge=slow,
+            sampler=sampler,
+            n_trials=20,
+            baseline=False,
+            devices={"cpu_slots": 2},
+        )
+
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(one, range(3)))
+    ran = sorted(seed for _, run in found for seed in seeds(run))
+    assert len(ran) == len(set(ran)) == 20
+    records = Sweeps(tmp_path / "store").journal
+    assert [record.number for record in records] == list(range(20))
+    assert all(len(outcome.points) == 20 for outcome, _ in found)
+    assert not list((tmp_path / "store" / "studies" / "study" / "claims").iterdir())
+    assert not list((tmp_path / "store" / "studies" / "study" / "controllers").glob("*-*"))
+
+
+def test_every_slot_is_kept_busy(sweep: Sweeps) -> None:
+    """No barrier: while one trial is slow, the other slot goes through all the rest."""
+    fast_ones_done = threading.Event()
+
+    def judge(cfg: Config) -> TrialResult:
+        if cfg.weights.seed == 0:
+            assert fast_ones_done.wait(20)
+        if cfg.weights.seed == 9:
+            fast_ones_done.set()
+        return by_seed(cfg)
+
+    outcome, _ = sweep(
+        "weights.seed=range(0,10)", judge=judge, baseline=False, devices={"cpu_slots": 2}
+    )
+    order = [record.result.config["weights"]["seed"] for record in outcome.points]
+    assert order.index(0) >= 8
+
+
+def test_fresh_measures_anew_and_keeps_the_old(sweep: Sweeps) -> None:
+    sweep("weights.seed=0,1", baseline=False)
+    outcome, run = sweep("weights.seed=0,1", baseline=False, fresh=True)
+    assert seeds(run) == [0, 1]
+    assert [record.number for record in outcome.points] == [2, 3]
+    assert len(sweep.journal) == 4
+    _, run = sweep("weights.seed=0,1", baseline=False)
+    assert run.ran == []
+
+
+def test_a_class_that_fails_three_times_is_left_out(sweep: Sweeps) -> None:
+    def judge(cfg: Config) -> TrialResult:
+        return failed(cfg) if cfg.labels()["compile"] == "default" else by_seed(cfg)
+
+    arguments = {"judge": judge, "baseline": False}
+    outcome, run = sweep("compile=off,default", "weights.seed=range(0,8)", **arguments)
+    assert len(run.ran) == 8 + 3
+    (line,) = outcome.left_out
+    assert "compile=default" in line
+    assert "crashed in phase load" in line
+    assert "5 more left out" in line
+    again, run = sweep("compile=off,default", "weights.seed=range(0,8)", **arguments)
+    assert run.ran == []
+    assert again.left_out == outcome.left_out
 
 
 def test_a_disk_that_fills_up_ends_the_sweep_with_words(sweep: Sweeps) -> None:

@@ -1,0 +1,136 @@
+"""A workload that stands in for a trial where the engine itself is measured or broken on purpose.
+
+It takes the arguments of `python -m openpi_opt.trial`, begins in 30 ms, and takes as long as it is
+told. With `--faults` its behaviour follows from `weights.seed`, one after another of `FAULTS`. It
+is the argument `command` of `search.process.run_trial`; no option of a sweep leads here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+FAULTS = (
+    *("ok", "segfault", "ok", "abort", "ok", "killed", "ok", "exit", "ok", "garbage", "ok", "half"),
+    *("ok", "nan", "ok", "negative", "ok", "flood", "ok", "daemon", "ok", "hang"),
+)
+FLOOD_BYTES = 200 * 2**20
+
+
+def main() -> None:
+    """Behave as told."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--started", type=Path, help="file that gets a line for every start")
+    parser.add_argument("--in-place", action="store_true")
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("--references", type=Path)
+    parser.add_argument("--progress-fd", type=int, required=True)
+    own = parser.parse_args()
+    threading.Thread(target=_end_with_parent, args=(own.progress_fd,), daemon=True).start()
+    config = json.loads(own.config.read_text())
+    seed = config["weights"]["seed"]
+    if own.started is not None:
+        with own.started.open("a") as file:
+            file.write(f"{seed}\n")
+    fault = FAULTS[seed % len(FAULTS)] if own.faults else "ok"
+    _say(own.progress_fd, "load")
+    time.sleep(own.seconds)
+    _say(own.progress_fd, "compile")
+    _misbehave(fault)
+    _say(own.progress_fd, "measure")
+    known = json.loads(own.config.with_name("trial.json").read_text())
+    mean_ms = {"nan": math.nan, "negative": -5.0}.get(fault, 10.0 + seed % 97)
+    text = json.dumps(_document(config, known, mean_ms))
+    _write(own.result, {"garbage": "}{", "half": text[: len(text) // 2]}.get(fault, text))
+
+
+def _misbehave(fault: str) -> None:
+    if fault == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif fault == "abort":
+        os.abort()
+    elif fault == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "exit":
+        os._exit(3)
+    elif fault == "hang":
+        time.sleep(3600)
+    elif fault == "daemon":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+        subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(3600)"], start_new_session=True
+        )
+    elif fault == "flood":
+        line = b"x" * 65_535 + b"\n"
+        for _ in range(FLOOD_BYTES // len(line)):
+            os.write(1, line)
+
+
+def _say(fd: int, phase: str) -> None:
+    os.write(fd, (json.dumps({"phase": phase}) + "\n").encode())
+
+
+def _end_with_parent(fd: int) -> None:
+    poll = select.poll()
+    poll.register(fd, select.POLLERR)
+    poll.poll()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def _document(config: dict, known: dict, mean_ms: float) -> dict:
+    """What `openpi_opt.result.Ok` reads."""
+    samples = [mean_ms] * 10
+    return {
+        "outcome": "ok",
+        "schema_version": 1,
+        "config": config,
+        "config_hash": known["config_hash"],
+        "context_hash": known["context_hash"],
+        "started_at": "2026-01-01T00:00:00+00:00",
+        "latency": {
+            "clock": "wall",
+            "mean_ms": mean_ms,
+            "std_ms": 0.1,
+            **dict.fromkeys(("min_ms", "p50_ms", "p95_ms", "p99_ms"), mean_ms),
+            **dict.fromkeys(("ci95_low_ms", "ci95_high_ms", "wall_mean_ms"), mean_ms),
+            "noisy": False,
+            "iterations": len(samples),
+            "samples_ms": samples,
+            "wall_samples_ms": samples,
+        },
+        "throughput_hz": 1000 / mean_ms,
+        "compile_seconds": 0.1,
+        "guard": {
+            "passed": True,
+            "rel_l2": 0.0,
+            "max_abs": 0.0,
+            "cosine": 1.0,
+            "plain_rel_l2": 0.0,
+            "tolerance": 1.0,
+            "inputs": 3,
+        },
+        "memory": {"peak_mib": 1.0, "device_peak_mib": None, "host_peak_mib": 1.0},
+        "kernels": None,
+    }
+
+
+if __name__ == "__main__":
+    main()

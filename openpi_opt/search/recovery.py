@@ -1,0 +1,143 @@
+"""What a killed sweep left: trials that still run, and results that the journal lacks.
+
+Every trial has a `trial.json` in its folder before its process starts. A folder whose uid the
+journal lacks belongs to a sweep that is at it, or to one that died.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from openpi_opt import result as results
+from openpi_opt.config import Config
+from openpi_opt.errors import UserError
+from openpi_opt.search import locks
+from openpi_opt.search.controllers import Controllers
+from openpi_opt.search.locks import Held
+from openpi_opt.search.process import parse_result
+from openpi_opt.search.survivors import end_marked
+from openpi_opt.track.journal import Journal, Record, Role
+
+_FILE = "trial.json"
+_ALIVE = "alive.lock"  # held by the sweep and by the trial
+_WAIT_SECONDS = 10.0
+
+
+class Started(BaseModel):
+    """`trial.json`: what a record of the trial needs beside its result."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    uid: str = Field(pattern="^[0-9a-f]{32}$")
+    controller: str
+    role: Role
+    params: dict[str, str]
+    space: str
+    config_hash: str
+    context_hash: str
+    fingerprint: dict[str, Any]
+    fingerprint_hash: str
+
+    def write(self, folder: Path) -> Held:
+        """Leave it in the trial's folder, which is made; returns the lock that means alive."""
+        folder.mkdir(parents=True)
+        held = locks.take(folder / _ALIVE)
+        assert held is not None  # the folder is new
+        results.write_atomic(folder / _FILE, self.model_dump_json(indent=1))
+        return held
+
+
+def recover(
+    study_dir: Path,
+    journal: Journal,
+    controllers: Controllers,
+    say: Callable[[str], None],
+) -> list[Record]:
+    """End what dead sweeps left running, and journal what they finished; returns those records.
+
+    Call it under `controllers.alone`.
+
+    Raises:
+        UserError: the journal cannot be written.
+    """
+    known = {record.uid[:12] for record in journal.records()}
+    adopted = []
+    for folder in sorted((study_dir / "trials").glob("*")):
+        if folder.name in known:
+            continue
+        started = _started(folder)
+        if started is None or controllers.is_alive(started.controller):
+            continue
+        ended = end_marked(started.uid)
+        if ended:
+            say(f"ended {ended} process(es) of a trial that a killed sweep left ({folder.name})")
+        if not _wait_gone(folder / _ALIVE):
+            say(f"{folder.name}: a trial of a killed sweep still runs, on another host; left to it")
+            continue
+        cfg = _config(folder)
+        record = _record(study_dir, folder, started, cfg)
+        if record is None:
+            # Its log stays; without this file nobody looks at it again.
+            (folder / _FILE).unlink(missing_ok=True)
+        else:
+            adopted.append(journal.append(record))
+        (folder / _ALIVE).unlink(missing_ok=True)
+    if adopted:
+        say(f"{len(adopted)} result(s) that a killed sweep had finished were taken from disk")
+    return adopted
+
+
+def _record(study_dir: Path, folder: Path, started: Started, cfg: Config | None) -> Record | None:
+    """The record of a result that is whole on disk."""
+    try:
+        document = (folder / "result.json").read_bytes()
+    except FileNotFoundError:
+        return None
+    parsed = parse_result(document, cfg) if cfg is not None else "no configuration"
+    if cfg is None or isinstance(parsed, str):
+        return None
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    note = f"taken from disk at {when}: the sweep that ran it was killed before it was recorded"
+    update = {"notes": [*parsed.notes, note], "fingerprint": started.fingerprint}
+    return Record(
+        uid=started.uid,
+        study=study_dir.name,
+        role=started.role,
+        params=started.params,
+        space=started.space,
+        labels=cfg.labels(),
+        result=parsed.model_copy(update=update),
+        trial_dir=folder.relative_to(study_dir).as_posix(),
+        fingerprint_hash=started.fingerprint_hash,
+    )
+
+
+def _started(folder: Path) -> Started | None:
+    try:
+        return Started.model_validate_json((folder / _FILE).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return None
+
+
+def _config(folder: Path) -> Config | None:
+    try:
+        return Config.load(json.loads((folder / "config.json").read_bytes()))
+    except (FileNotFoundError, ValueError, KeyError, UserError):  # killed before it was written
+        return None
+
+
+def _wait_gone(alive: Path) -> bool:
+    """Wait for a trial that is ending itself."""
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while locks.is_held(alive):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
