@@ -40,7 +40,6 @@ class Ledger:
         display: Display,
         controllers: Controllers,
         gpu_index: Callable[[Device], int],
-        fresh: bool,
     ):
         self.study_dir = study_dir
         self.journal = journal
@@ -53,7 +52,7 @@ class Ledger:
         self._gpu_index = gpu_index
         self._fingerprints: dict[Platform, tuple[dict[str, Any], str]] = {}
         self._told_away = False
-        self.known_from = journal.next_number if fresh else 0
+        self.known_from = 0
         self.others = 0  # sweeps that were at work already
         self._plan_lock = FileLock(study_dir / "plan.lock")
 
@@ -85,12 +84,12 @@ class Ledger:
             controllers = Controllers.join(study_dir)
             try:
                 with controllers.alone():
-                    recover(study_dir, journal, controllers, display.note)
                     ledger = Ledger(
                         *(study_dir, journal, log, machine, display, controllers),
                         gpu_index=gpu_index,
-                        fresh=fresh,
                     )
+                    ledger._recover()
+                    ledger.known_from = journal.next_number if fresh else 0
                     ledger.others = controllers.others()
                     begun = ledger._begin_log()
                 if begun:
@@ -126,7 +125,7 @@ class Ledger:
                 self.refresh()
                 if claim.found and self.find(cfg) is None:  # its last holder was killed
                     with self.controllers.alone():
-                        recover(self.study_dir, self.journal, self.controllers, self._display.note)
+                        self._recover()
         return claim
 
     def fingerprint_hash(self, cfg: Config) -> str:
@@ -214,6 +213,9 @@ class Ledger:
                     self._away(error)
                 finally:
                     self.controllers.leave()
+
+    def _recover(self) -> None:
+        recover(self.study_dir, self.journal, self.controllers, self.claims, self._display.note)
 
     def _deliver(self, record: Record) -> None:
         assert self._log is not None

@@ -19,6 +19,7 @@ from openpi_opt import result as results
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.search import locks
+from openpi_opt.search.claims import Claims
 from openpi_opt.search.controllers import Controllers
 from openpi_opt.search.locks import Held
 from openpi_opt.search.process import parse_result
@@ -58,6 +59,7 @@ def recover(
     study_dir: Path,
     journal: Journal,
     controllers: Controllers,
+    claims: Claims,
     say: Callable[[str], None],
 ) -> list[Record]:
     """End what dead sweeps left running, and journal what they finished; returns those records.
@@ -88,10 +90,18 @@ def recover(
             (folder / _FILE).unlink(missing_ok=True)
         else:
             adopted.append(journal.append(record))
+            _remove_claim(claims, started)
         (folder / _ALIVE).unlink(missing_ok=True)
     if adopted:
         say(f"{len(adopted)} result(s) that a killed sweep had finished were taken from disk")
     return adopted
+
+
+def _remove_claim(claims: Claims, started: Started) -> None:
+    """The journal has the result, so nobody needs it any more; who asks for it holds it."""
+    claim = claims.take(started.config_hash, started.fingerprint_hash)
+    if claim is not None:
+        claim.release(remove=True)
 
 
 def _record(study_dir: Path, folder: Path, started: Started, cfg: Config | None) -> Record | None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -223,3 +224,68 @@ def test_oom_kills_reads_both_kinds_of_cgroup(
 def test_the_real_counters_can_be_read() -> None:
     assert child.oom_kills() >= 0
     assert subprocess.run(["true"]).returncode == 0
+
+
+def test_what_is_printed_is_kept_at_both_ends(
+    scripts: Scripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "LOG_HEAD_BYTES", 1000)
+    monkeypatch.setattr(child, "LOG_TAIL_BYTES", 100_000)
+    scripts.run("for i in range(300_000): print(f'line {i:06}')")
+    text = scripts.log.read_text()
+    assert text.startswith("line 000000\n")
+    assert text.endswith("line 299999\n")
+    assert "bytes left out" in text
+    assert 100_000 < len(text) < 300_000
+
+
+def test_a_child_that_prints_for_ever_is_ended_in_time(scripts: Scripts) -> None:
+    ended = scripts.run("phase('load')\nwhile True: os.write(1, b'x' * 65536)", {"load": 0.5})
+    assert ended.exceeded == 0.5
+    assert scripts.log.stat().st_size < 6 * 2**20
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_stop_from_another_thread_ends_the_group(
+    scripts: Scripts, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """One stop gives time to heed SIGTERM; the second takes it back."""
+    monkeypatch.setattr(child, "GRACE_SECONDS", 60.0)
+    stop = child.Stop()
+
+    def on_phase(phase: str) -> None:
+        stop.set()
+
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" if at_once else ""
+    body = f"{deaf}\nopen({str(scripts.folder / 'pid')!r}, 'w').write(str(os.getpid()))"
+    script = scripts.folder / "child.py"
+    script.write_text(SAY + f"{body}\nphase('load')\nwhile True: time.sleep(1)")
+    timer = threading.Timer(1.0, stop.set, [True])
+    if at_once:
+        timer.start()
+    with pytest.raises(child.StoppedError):
+        run_command(
+            [sys.executable, str(script)],
+            dict(os.environ),
+            LIMITS,
+            scripts.log,
+            on_phase,
+            stop=stop,
+        )
+    timer.cancel()
+    assert wait_gone(int((scripts.folder / "pid").read_text()))
+
+
+def test_a_child_has_its_cores_and_its_watcher_the_old_ones(tmp_path: Path) -> None:
+    before = os.sched_getaffinity(0)
+    core = min(before)
+    run_command(
+        [sys.executable, "-c", "import os; print(os.sched_getaffinity(0))"],
+        dict(os.environ),
+        LIMITS,
+        tmp_path / "log.txt",
+        print,
+        cores=[core],
+    )
+    assert (tmp_path / "log.txt").read_text() == f"{{{core}}}\n"
+    assert os.sched_getaffinity(0) == before
