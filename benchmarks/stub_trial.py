@@ -28,10 +28,12 @@ FLOOD_BYTES = 200 * 2**20
 
 def main() -> None:
     """Behave as told."""
+    began = time.monotonic()
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--faults", action="store_true")
     parser.add_argument("--started", type=Path, help="file that gets a line for every start")
+    parser.add_argument("--times", type=Path, help="file for when the work began and ended")
     parser.add_argument("--in-place", action="store_true")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
@@ -52,8 +54,11 @@ def main() -> None:
     _say(own.progress_fd, "measure")
     known = json.loads(own.config.with_name("trial.json").read_text())
     mean_ms = {"nan": math.nan, "negative": -5.0}.get(fault, 10.0 + seed % 97)
-    text = json.dumps(_document(config, known, mean_ms))
+    text = json.dumps(document(config, known, mean_ms))
     _write(own.result, {"garbage": "}{", "half": text[: len(text) // 2]}.get(fault, text))
+    if own.times is not None:
+        with own.times.open("a") as file:
+            file.write(f"{began} {time.monotonic()}\n")
 
 
 def _misbehave(fault: str) -> None:
@@ -95,7 +100,7 @@ def _write(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def _document(config: dict, known: dict, mean_ms: float) -> dict:
+def document(config: dict, known: dict, mean_ms: float) -> dict:
     """What `openpi_opt.result.Ok` reads."""
     samples = [mean_ms] * 10
     return {

@@ -11,11 +11,14 @@ violates a constraint unless lossy ones may win, so that no sampler is drawn to 
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,11 +136,25 @@ class Optimizer:
             self._keep(finished, copy=True)
         self._remember(proposal.params, result.config_hash)
 
-    def learn(self, params: dict[str, str], result: TrialResult, copy: bool = False) -> None:
-        """Take in what another sweep found out; it also makes the copy, unless it was killed."""
-        if not self.has(params):
-            self._add(self._frozen(params, result), copy)
-            self._remember(params, result.config_hash)
+    def learn(
+        self, found: Iterable[tuple[dict[str, str], TrialResult]], copy: bool = False
+    ) -> None:
+        """Take in what other sweeps found out; they also make the copy, unless they were killed."""
+        new = 0
+        for params, result in found:
+            if not self.has(params):
+                self._finished.append(self._frozen(params, result))
+                self._remember(params, result.config_hash)
+                new += 1
+        for trial in self._finished[len(self._finished) - new :]:
+            if copy:
+                self._later(partial(self._write, trial))
+            if new <= _SLACK:
+                self._study.add_trial(trial)
+        if new > _SLACK:
+            self._begin(self._study.sampler)
+        else:
+            self._bound()
 
     def give_up(self, proposal: Proposal, learn: bool) -> None:
         """End a point without a result: with `learn`, the sampler is to keep away from it."""
@@ -174,7 +191,7 @@ class Optimizer:
         """Above 0 is violated."""
         if self._allow_lossy:
             return {}
-        return {"lossy": 1.0 if Config.load(result.config).lossy() else -1.0}
+        return {"lossy": 1.0 if _is_lossy(json.dumps(result.config)) else -1.0}
 
     def _add(self, trial: FrozenTrial, copy: bool) -> None:
         self._study.add_trial(trial)
@@ -183,7 +200,11 @@ class Optimizer:
     def _keep(self, trial: FrozenTrial, copy: bool) -> None:
         self._finished.append(trial)
         if copy:
-            self._later(lambda: self._write(trial))
+            self._later(partial(self._write, trial))
+        self._bound()
+
+    def _bound(self) -> None:
+        """Forget most of it when the sampler has seen too much."""
         if len(self._study.get_trials(deepcopy=False)) > MOST_SEEN + _SLACK:
             self._begin(self._study.sampler)
 
@@ -222,6 +243,12 @@ class Optimizer:
 
     def _point(self, params: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(params[key] for key in self._space.dimensions)
+
+
+@functools.lru_cache(maxsize=65_536)
+def _is_lossy(config: str) -> bool:
+    """Reading a configuration takes a millisecond, and a continued study has thousands."""
+    return Config.load(json.loads(config)).lossy()
 
 
 def _selection(finished: list[FrozenTrial]) -> Iterable[FrozenTrial]:

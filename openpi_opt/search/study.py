@@ -404,12 +404,14 @@ class _Engine:
         """Take in what other sweeps recorded for this space, and earlier ones."""
         new = self.ledger.journal.since(self._read)
         self._read += len(new)
-        for record in new:
-            if record.space == self.trials.space and record.number >= self.ledger.known_from:
-                open_points = [job.params for job in [*self._waiting, *self._running.values()]]
-                if record.params not in open_points:
-                    self.optimizer.learn(record.params, record.result, copy)
-                    self._teach(record.params, record.result)
+        known_from, space = self.ledger.known_from, self.trials.space
+        ours = [record for record in new if record.space == space and record.number >= known_from]
+        # A point that is asked is told, when its job looks at the journal.
+        open_points = [job.params for job in [*self._waiting, *self._running.values()]]
+        found = [record for record in ours if record.params not in open_points]
+        self.optimizer.learn(((record.params, record.result) for record in found), copy)
+        for record in found:
+            self._teach(record.params, record.result)
 
     def _own_hashes(self) -> set[str]:
         jobs = [*self._ready, *self._waiting, *self._running.values()]

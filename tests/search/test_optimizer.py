@@ -97,7 +97,7 @@ def test_what_others_found_is_learned_once_and_not_copied(open_: Open) -> None:
     optimizer = open_()
     point = next(iter(SPACE.all()))
     for _ in range(2):
-        optimizer.learn(point, ok(config(point), 4.0))
+        optimizer.learn([(point, ok(config(point), 4.0))])
     assert states(optimizer) == [TrialState.COMPLETE]
     assert states(open_()) == []
 
