@@ -29,6 +29,7 @@ Phase = Literal[
     "energy",
     "ceilings",
 ]
+CacheState = Literal["cold", "partly", "warm"]
 # Format 2 packs the samples and adds what says how sure a latency is. Format 1 is read: what it
 # lacks has the value None or is empty.
 SCHEMA_VERSION = 2
@@ -275,12 +276,15 @@ class Ok(_Common):
 
     `launch_overhead_ms` is the wall time of a call without the time in which the GPU was busy
     (`kernels.busy_ms`): what launching, waiting and gaps cost. None on a CPU and without a profile.
+    `compile_seconds` is the first call; `compile_cache` says whether code for it was compiled
+    (cold), was in the caches that trials share (warm), or some of both. None: there was none.
     """
 
     outcome: Literal["ok"] = "ok"
     latency: Latency
     throughput_hz: float
     compile_seconds: float
+    compile_cache: CacheState | None = None
     guard: GuardReport
     memory: Memory
     kernels: Kernels | None

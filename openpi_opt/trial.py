@@ -215,9 +215,11 @@ def _measure(
     device = cfg.device
     progress.enter("compile")
     memory.reset_peak(device)
+    triton_counts = compilation.watch_triton() if device != "cpu" else lambda: (0, 0)
     started = time.monotonic()
     prepared.call(inputs[0]).cpu()
     first_call_seconds = time.monotonic() - started
+    compile_cache = compilation.cache_state(*triton_counts())
     progress.enter("warmup")
     clock.warm_up(prepared.call, inputs, cfg.measure.warmup, device)
     progress.enter("guard")
@@ -248,6 +250,7 @@ def _measure(
         "latency": latency,
         "throughput_hz": cfg.workload.batch_size * 1000.0 / latency.mean_ms,
         "compile_seconds": first_call_seconds,
+        "compile_cache": compile_cache,
         "guard": report,
         "memory": peak,
         "kernels": kernels,

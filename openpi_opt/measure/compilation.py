@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from openpi_opt.result import Compilation
+from openpi_opt.result import CacheState, Compilation
 
 _LIMIT = 100_000  # Dynamo keeps 64 records by default
 _REASON = 200  # characters of a graph break's reason
@@ -41,3 +42,41 @@ def found(late: int) -> Compilation | None:
         graph_breaks=breaks,
         late=late,
     )
+
+
+def watch_triton() -> Callable[[], tuple[int, int]]:
+    """Count from now on how many Triton kernels come out of its cache, and how many are compiled.
+
+    Returns a function that tells both. Kernels that Inductor's worker processes compile count as
+    found: what they were compiled for is a miss of Inductor's own cache.
+    """
+    from triton import knobs
+
+    counts = {True: 0, False: 0}
+    former = knobs.compilation.listener
+
+    def count(**event: Any) -> None:
+        counts[bool(event["cache_hit"])] += 1
+        if former is not None:
+            former(**event)
+
+    knobs.compilation.listener = count
+    return lambda: (counts[True], counts[False])
+
+
+def cache_state(triton_found: int = 0, triton_compiled: int = 0) -> CacheState | None:
+    """Where compiled code came from up to now, by the counters of Inductor and those of Triton.
+
+    None when nothing was compiled or loaded.
+    """
+    found, compiled = triton_found, triton_compiled
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        inductor = dynamo.utils.counters["inductor"]
+        # A hit of AOTAutograd's cache spares the look into Inductor's.
+        found += inductor["fxgraph_cache_hit"]
+        found += dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
+        compiled += inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"]
+    if found == compiled == 0:
+        return None
+    return "warm" if compiled == 0 else "cold" if found == 0 else "partly"

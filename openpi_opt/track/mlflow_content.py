@@ -65,6 +65,7 @@ def tags(record: Record) -> dict[str, str]:
         "device": device(result.config, result.fingerprint),
         "overrides": " ".join(f"{key}={value}" for key, value in record.params.items()),
         "trial_dir": record.trial_dir or "",
+        "compile_cache": (result.compile_cache or "") if isinstance(result, Ok) else "",
         "noisy": str(result.latency.noisy).lower() if isinstance(result, Ok) else "",
         "flags": one_line("; ".join(result.flags()), MAX_REASON) if isinstance(result, Ok) else "",
         "lossy": "true" if Config.load(result.config).lossy() else "",

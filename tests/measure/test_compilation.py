@@ -1,8 +1,10 @@
 """Counted in a process of its own, as in a trial: Dynamo's counters are the process's."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 CODE = """
 import json, sys
@@ -44,3 +46,38 @@ def test_graphs_recompilations_and_breaks() -> None:
     assert sum(found["graph_breaks"].values()) == 1
     (reason,) = found["graph_breaks"]
     assert "\n" not in reason
+
+
+CACHED = """
+import json, sys
+import torch
+from openpi_opt.measure import compilation
+states = [compilation.cache_state()]
+torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8))
+states.append(compilation.cache_state())
+if len(sys.argv) > 1:
+    torch.compile(lambda x: torch.cos(x) * 3)(torch.ones(9))
+    states.append(compilation.cache_state())
+states.append(compilation.cache_state(5, 0))
+states.append(compilation.cache_state(0, 1))
+print(json.dumps(states))
+"""
+
+
+def test_the_first_process_is_cold_and_the_next_warm(tmp_path: Path) -> None:
+    places = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    env = os.environ | {name: str(tmp_path / part) for name, part in places.items()}
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", CACHED, *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=env,
+            timeout=300,
+        ).stdout
+        for words in ([], ["more"])
+    ]
+    first, second = map(json.loads, found)
+    assert first == [None, "cold", "partly", "cold"]
+    assert second == [None, "warm", "partly", "partly", "partly"]
