@@ -67,6 +67,8 @@ def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False)
     """
     print(f"study {outcome.name}: {_count(outcome)}; {outcome.ended}")
     print_table(outcome.records, allow_lossy)
+    for line in outcome.left_out:
+        print(f"left out: {line}")
     best = [row for row in rows(outcome.records, allow_lossy) if row.best]
     for row in best:
         print(_best_line(row))
