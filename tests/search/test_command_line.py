@@ -64,7 +64,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["attention=aitr"], ["attention=aitr", "aiter, eager, sdpa", "mean attention=aiter"]),
+        (["attention=aitr"], ["attention=aitr", "aiter, cudnn, eager", "mean attention=aiter"]),
         (["attentoin=sdpa"], ["attentoin", "precision, simplify", "mean attention?"]),
         (["measure.warmpu=3"], ["measure.warmpu", "warmup, iterations", "measure.warmup?"]),
         (["attention.foo=1"], ["attention.foo", "vision, prefill, denoise"]),
@@ -100,7 +100,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
         (["-m", "measure.warmup=5,0"], ["measure.warmup=0", "at least 3"]),
         (["-m", "attention=choice()"], ["choice()"]),
         (["-m", "measure.warmup=range(5,5)"], ["no value"]),
-        (["-m", "attention=glob(z*)"], ["aiter, eager, sdpa"]),
+        (["-m", "attention=glob(z*)"], ["aiter, cudnn, eager"]),
         (["-m", "attention=glob(*)", "attention=sdpa"], ["more than once"]),
         (["-m", "study=a,b"], ["study", "cannot itself be swept"]),
         (["-m", "sampler=grid", "guard.cap=interval(0.01,0.1)"], ["sampler=grid", "tpe"]),
@@ -121,7 +121,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
         (["preset=unknown_key"], ["preset=unknown_key", "'warp'"]),
         (["preset=unknown_field"], ["attention.speed", "vision, prefill, denoise"]),
         (["preset=unknown_knob"], ["unknown_knob", "warp", "precision, simplify"]),
-        (["preset=unknown_option"], ["attention=fast", "aiter, eager, sdpa"]),
+        (["preset=unknown_option"], ["attention=fast", "aiter, cudnn, eager"]),
         (["preset=broken"], ["broken.yaml", "not YAML"]),
         (["preset=no_head"], ["no_head.yaml", "@package _global_"]),
         (["preset=body", "attention=eager"], ["attention=eager", "body.yaml", "attention.KEY"]),
@@ -225,7 +225,7 @@ def test_help_is_fast_and_loads_nothing_heavy(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 4  # 0.6 s on a free machine
-    for word in ("attention: aiter, eager, sdpa", "n_trials=50", "Examples:", "Exit code:"):
+    for word in ("attention: aiter, cudnn, eager", "n_trials=50", "Examples:", "Exit code:"):
         assert word in done.stdout
     assert list(tmp_path.iterdir()) == []
 
