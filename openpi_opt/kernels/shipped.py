@@ -100,7 +100,7 @@ def expert_layer() -> None:
 
 
 def elementwise() -> None:
-    """Norms, activation and rotary embedding of the prefix and of vision."""
+    """Norms, activation and rotary embedding of the prefix and of vision; pi05's suffix norm."""
     x, gain = _empty(1, _PREFIX, 2048), _empty(2048, dtype=torch.float32)
     triton_norm.add_rms_norm(x, x, gain, EPS)
     scale, shift, _ = _empty(3 * 1024, dtype=torch.float32).chunk(3)

@@ -60,17 +60,17 @@ class Fusion(Knob[FusionOptions]):
             return Refusal("invalid", f"fusion.vision_mlp {problem}")
         if not options.expert_layer:
             return None
-        if cfg.model.family == "pi05":
-            return Refusal(
-                "invalid",
-                "fusion.expert_layer has no kernels for the adaptive norms and gates of pi05; use "
-                "fusion=all with elementwise=triton, or compile",
-            )
         if cfg.platform.device == "cpu":
             return Refusal(
                 "unavailable",
                 "fusion.expert_layer needs a GPU; Triton kernels run on the CPU in interpreter "
                 "mode only, for tests",
+            )
+        if cfg.model.family == "pi05":
+            return Refusal(
+                "invalid",
+                "fusion.expert_layer has no kernels for the adaptive norms and gates of pi05; use "
+                "fusion=all with elementwise=triton, or compile",
             )
         problem = _contradiction(cfg, options)
         return None if problem is None else Refusal("invalid", f"fusion.expert_layer {problem}")

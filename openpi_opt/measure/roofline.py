@@ -255,24 +255,30 @@ def _prefill(plan: _Plan) -> Work:
 
 def _denoise(plan: _Plan) -> Work:
     expert, actions = plan.model.expert, plan.model.action_dim
-    own = 0 if plan.state_once else 1
-    rows, keys = plan.batch * plan.horizon, plan.valid + 1 + plan.horizon
+    states = plan.model.state_tokens
+    own = 0 if plan.state_once else states
+    rows, keys = plan.batch * plan.horizon, plan.valid + states + plan.horizon
     count = _Count()
     # The state sees the prefix and itself, actions see everything.
     pairs = plan.batch * (plan.horizon * keys + own * (plan.valid + 1))
     fmt = plan.linear_format("denoise")
     _gemma(count, expert, rows + plan.batch * own, pairs, fmt, plan.fmt, last_layer=False)
     count.linear(rows, actions * expert.width, plan.outer, 2)  # in and out
-    count.linear(rows, expert.width**2, plan.outer)
-    if not plan.time_mlp:
-        count.linear(rows, 2 * expert.width**2, plan.outer)
+    if plan.model.family == "pi0":
+        count.linear(rows, expert.width**2, plan.outer)
+        if not plan.time_mlp:
+            count.linear(rows, 2 * expert.width**2, plan.outer)
+    elif not plan.time_mlp:
+        # One time for the whole batch: two layers for the condition, one for each norm.
+        count.linear(1, expert.width**2, plan.outer, 2)
+        count.linear(1, 3 * expert.width**2, plan.outer, 2 * expert.depth + 1)
     if own:
         count.linear(plan.batch, actions * expert.width, plan.outer)
     return Work(
         operations=dict(count.operations),
         weights=count.weights,
         passes=plan.steps,
-        past=plan.keys_values(plan.valid + 1 - own),
+        past=plan.keys_values(plan.valid + states - own),
     )
 
 

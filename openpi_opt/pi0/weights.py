@@ -35,6 +35,7 @@ RMS = 1.2  # what the norms divide by, roughly, halfway through a tower
 BIAS_STD = 0.2
 NORM_STD = 0.3  # of Gemma's norm weights around 0 (gain around 1)
 MODULATION_STD = 0.2  # of the constant part of an adaptive norm's scale, shift and gate
+GATE_MEAN = 1.2  # with less, GELU by erf shows less in pi05 than in pi0
 LAYER_NORM_STD = 0.2
 LOGIT_GAIN = 1.5  # of q_proj and k_proj each; logits get its square as standard deviation
 ATTENTION_GAIN, VISION_ATTENTION_GAIN = 2.0, 4.0  # averaging values over keys shrinks them
@@ -214,15 +215,18 @@ def _give_bonus(
 
 
 def _fill_modulation(width: int, parameter: Tensor, generator: torch.Generator) -> None:
-    """The `dense` layer of an adaptive norm: scales and shifts around 0, gates around 1.
+    """The `dense` layer of an adaptive norm: scales and shifts around 0, gates around 1.2.
 
-    Its condition varies over the steps by about 0.28, and so does each of these.
+    Its condition varies over the steps by about 0.28, and so does each of these. The constant
+    channels stay constant, or what reads them (logits' bonus, GELU's centre) would not.
     """
+    _draw(parameter, MODULATION_STD if parameter.ndim == 1 else _unit(parameter), generator)
+    scale, shift, gate = parameter.split(width)
+    for part in (scale, shift):
+        part[BIAS] = 0.0
+        part[KIND] = 0.0
     if parameter.ndim == 1:
-        _draw(parameter, MODULATION_STD, generator)
-        parameter[2 * width :] += 1.0
-    else:
-        _draw(parameter, _unit(parameter), generator)
+        gate += GATE_MEAN
 
 
 def _fill_outer(family: str, name: str, parameter: Tensor, generator: torch.Generator) -> None:

@@ -11,7 +11,7 @@ from openpi_opt import runtime
 from openpi_opt.config import Config
 from openpi_opt.errors import RefusedError
 from openpi_opt.kernels import fp8
-from openpi_opt.knobs import KNOBS
+from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.machine import probe
 from openpi_opt.measure.guard import distance
 from openpi_opt.pi0.inputs import Inputs
@@ -71,6 +71,27 @@ def test_fp8_with_compile_and_graph(graph: str) -> None:
     raw = {"blas": {"backend": "fp8"}, "compile": {"mode": "default"}, "graph": {"mode": graph}}
     _, _, distances = plain_and_candidate(raw)
     assert max(distances) < 0.1
+
+
+PI05 = {
+    "compiled, captured": {"compile": {"mode": "default"}, "graph": {"mode": "manual"}},
+    "own kernels, captured": {
+        "attention": dict.fromkeys(SDPA, "triton"),
+        "elementwise": {"backend": "triton"},
+        "gemm": {"backend": "triton_skinny"},
+        "fusion": {"qkv": True, "gate_up": True, "vision_qkv": True},
+        "graph": {"mode": "manual"},
+    },
+}
+
+
+@pytest.mark.parametrize("simplify", [False, True])
+@pytest.mark.parametrize("run", PI05)
+def test_pi05_follows_new_inputs(run: str, simplify: bool) -> None:
+    switches = dict.fromkeys(BY_NAME["simplify"].options_type.model_fields, simplify)
+    raw = {"model": {"name": "pi05_mini"}, "simplify": switches, **PI05[run]}
+    _, _, distances = plain_and_candidate(raw)
+    assert max(distances) < 0.02
 
 
 @pytest.mark.parametrize("rows", [1, 11, 532, 788])

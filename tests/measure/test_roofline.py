@@ -68,6 +68,28 @@ def test_the_full_model_by_hand() -> None:
     }
 
 
+def test_pi05_by_hand() -> None:
+    """No state token; the time goes into 37 norms of 3 x 1024 values, in float32, once a step."""
+    plain, pi0 = stage_work(config("pi05", workload=THREE)), stage_work(config(workload=THREE))
+    assert plain["vision"] == pi0["vision"]
+    assert plain["prefill"] == pi0["prefill"]
+    layer = 1024 * (2048 + 256 + 256 + 2048 + 3 * 4096)
+    norms, condition = 37 * 3 * 1024**2, 2 * 1024**2
+    tower = {"bfloat16": 18 * (2 * 10 * layer + 4 * 10 * 798 * 2048)}
+    assert plain["denoise"].operations == {
+        **tower,
+        "float32": 2 * (10 * 2 * 32 * 1024 + norms + condition),
+    }
+    outer = 2 * 32 * 1024
+    assert plain["denoise"].weights == 2 * 18 * layer + 4 * (outer + norms + condition)
+    assert plain["denoise"].past == 788 * 18 * 2 * 256 * 2
+    folded = {"time_mlp": True, "state_once": True}
+    work = stage_work(config("pi05", workload=THREE, simplify=folded))
+    assert work["prefill"] == plain["prefill"]
+    assert work["denoise"].operations == {**tower, "float32": 2 * 10 * outer}
+    assert work["denoise"].weights == 2 * 18 * layer + 4 * outer
+
+
 def test_published_totals_of_the_full_model() -> None:
     """219 GFLOP per image, prefill 2.15 and 3.21 TFLOP at 532 and 788 tokens, 623 MB an expert."""
     three = operations(config(workload=THREE))
@@ -195,6 +217,7 @@ SIMPLER = {"last_layer": True, "state_once": True, "time_mlp": True}
             "vision": {"skip_masked": True},
             "simplify": SIMPLER,
         },
+        {"model": {"name": "pi05_mini"}, "simplify": {"time_mlp": True}},
     ],
 )
 def test_operations_are_those_that_torch_counts(raw: dict[str, Any]) -> None:
@@ -209,8 +232,14 @@ def test_operations_are_those_that_torch_counts(raw: dict[str, Any]) -> None:
         "batch_size": 2,
         **raw.get("workload", {}),
     }
-    cfg = config(
-        "pi0_mini", "cpu", **{**raw, "workload": workload, "precision": {"dtype": "float32"}}
+    raw = {"model": {"name": "pi0_mini"}, **raw}
+    cfg = Config.parse(
+        {
+            "platform": {"device": "cpu"},
+            **raw,
+            "workload": workload,
+            "precision": {"dtype": "float32"},
+        }
     )
     prepared = runtime.apply_knobs(runtime.build_policy(cfg, torch.device("cpu")), cfg)
     inputs = make_inputs(runtime.workload_of(cfg), prepared.policy.config, 0, "cpu")
@@ -222,16 +251,18 @@ def test_operations_are_those_that_torch_counts(raw: dict[str, Any]) -> None:
     ours = sum(sum(w.operations.values()) * w.passes for w in stage_work(cfg).values())
     own_attention = ours - sum(counts.values())
     # Eager attention of the state over the actions it may not see: H more keys in each step.
-    hidden = 0 if "state_once" in raw.get("simplify", {}) else 2 * 2 * 4 * 4 * 4 * (4 * 32)
+    own = prepared.policy.config.state_tokens and "state_once" not in raw.get("simplify", {})
+    hidden = 2 * 2 * 4 * 4 * 4 * (4 * 32) if own else 0
     if all(workload["active_cameras"]) or "vision" in raw:
         assert attention == own_attention + hidden
     else:
         assert own_attention + hidden < attention < 2 * own_attention
 
 
-def test_weights_are_those_of_the_policy() -> None:
-    """In bytes as cast, without biases and norms: every matrix of the three stages."""
-    cfg = config("pi0_mini", "cpu")
+@pytest.mark.parametrize("model", ["pi0_mini", "pi05_mini"])
+def test_weights_are_those_of_the_policy(model: str) -> None:
+    """In bytes as cast, without biases and gains: every matrix of the three stages."""
+    cfg = config(model, "cpu")
     prepared = runtime.apply_knobs(runtime.build_policy(cfg, torch.device("cpu")), cfg)
     held = {
         name: p.numel() * p.element_size()
