@@ -93,10 +93,19 @@ def _take_own_flags() -> Namespace:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--fresh", action="store_true")
-    own, sys.argv[1:] = parser.parse_known_args()
+    own, rest = parser.parse_known_args()
+    sys.argv[1:] = [_devices(word) for word in rest]
     if own.fresh:
         sys.argv.append("fresh=true")
     return own
+
+
+def _devices(word: str) -> str:
+    """`devices=[0,1]` and `devices=all` name GPUs; Hydra puts no list in the place of a group."""
+    key, _, value = word.partition("=")
+    if key != "devices" or not (value == "all" or value.startswith("[")):
+        return word
+    return f"devices.gpus={value}"
 
 
 def _main() -> int:

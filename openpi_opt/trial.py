@@ -31,7 +31,12 @@ from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine, probe
 from openpi_opt.measure import power
 from openpi_opt.search.devices import measure_lock
-from openpi_opt.search.environment import child_environment, cleared_names, knob_variables
+from openpi_opt.search.environment import (
+    CACHES,
+    child_environment,
+    cleared_names,
+    knob_variables,
+)
 from openpi_opt.track.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -152,7 +157,8 @@ def _run(
     progress.enter("load")
     from openpi_opt.measure import audit, gpu_state
 
-    checks = audit.audit(cfg, machine, os.environ, knob_variables(cfg), cleared_names())
+    decisive = [name for name in cleared_names() if name not in CACHES]  # the sweep sets those
+    checks = audit.audit(cfg, machine, os.environ, knob_variables(cfg), decisive)
     gpus = machine.gpus_for(cfg.device)
     with contextlib.ExitStack() as stack:
         # Before torch makes a context: processes that are there now are not this one.

@@ -109,7 +109,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
         (["-m", "hydra.verbose=true,false"], ["hydra.verbose"]),
         (["space=nope"], ["space=nope", "attention, compile, full, ladder, none"]),
         (["-m", "space=full,ladder"], ["space", "cannot itself be swept"]),
-        (["space=attention", "graph=manual"], ["no combination", "needs a", "--dry-run"]),
+        (["space=attention", "graph=manual"], ["no combination", "cpu", "--dry-run"]),
         (["space=attention", "attention=sdpq"], ["attention=sdpq", "mean attention=sdpa"]),
         (["objective.allow_lossy=maybe"], ["objective.allow_lossy=maybe"]),
         (["objective.alow_lossy=true"], ["objective"]),
@@ -242,3 +242,18 @@ def test_the_working_folder_is_not_added_for_other_programs() -> None:
     env = os.environ | {"PYTHONPATH": str(package_dir().parent)}
     subprocess.run([sys.executable, "-W", "error", "-c", code], env=env, check=True)
     assert Plugins.instance() is not None
+
+
+@pytest.mark.parametrize(
+    ("word", "wanted"),
+    [
+        ("devices=[0,1]", "devices.gpus=[0,1]"),
+        ("devices=all", "devices.gpus=all"),
+        ("devices.cpu_slots=2", "devices.cpu_slots=2"),
+        ("attention=sdpa", "attention=sdpa"),
+    ],
+)
+def test_gpus_are_named_in_a_list(word: str, wanted: str) -> None:
+    from openpi_opt.sweep import _devices
+
+    assert _devices(word) == wanted

@@ -178,14 +178,15 @@ def test_a_value_that_no_schema_admits_is_an_error_as_in_the_sweep(lines: Comman
 def test_dry_run_and_sweep_agree_on_what_runs(
     lines: CommandLines, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    words = ("space=attention", "tracking=none")
+    stages = (f"attention.{stage}=eager,sdpa" for stage in ("vision", "prefill", "denoise"))
+    words = ("space=attention", "tracking=none", *stages)
     shown = text_of(lines, capsys, *words)
     space, compose = lines(*words)
     space, _ = prepare(space, compose, CPU, allow_lossy=False)
     settings = Settings.parse({"store": str(tmp_path / "store")})
     fake = FakeRun(lambda cfg: ok(cfg, 12.5))
     outcome = run_study(StudyRequest("s", space, settings, CPU), compose, Silent(), fake)
-    listed = re.findall(r"^ +\d+  (attention\.vision=.*)$", shown, re.MULTILINE)
+    listed = re.findall(r"^ +\d+  (compile=.*)$", shown, re.MULTILINE)
     records = Journal.read(tmp_path / "store" / "studies" / "s").records()
     ran = [
         " ".join(f"{key}={text}" for key, text in record.params.items())

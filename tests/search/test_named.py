@@ -182,13 +182,13 @@ def test_dead_values_go_and_the_default_comes_first(lines: CommandLines) -> None
     space, compose = lines("space=attention")
     ready, _ = prepare(space, compose, MACHINES["cpu"], allow_lossy=False)
     assert {key: list(d.texts()) for key, d in ready.dimensions.items()} == {
-        "attention.vision": ["eager", "sdpa"],
-        "attention.prefill": ["eager", "sdpa"],
-        "attention.denoise": ["eager", "sdpa"],
+        "attention.vision": ["eager", "sdpa", "flash", "math"],
+        "attention.prefill": ["eager", "sdpa", "flash", "math"],
+        "attention.denoise": ["eager", "sdpa", "flash", "math"],
         "compile": ["off", "default"],
         "graph": ["none"],
     }
-    assert ready.count == ready.combinations() == 16
+    assert ready.count == ready.combinations() == 128
 
 
 def test_lossy_options_take_part_only_when_asked(lines: CommandLines) -> None:

@@ -73,7 +73,9 @@ def test_a_sampled_space_begins_with_its_starts_and_starts_nothing_senseless(
 
 def test_a_small_space_is_enumerated_and_ends(lines: CommandLines, tmp_path: Path) -> None:
     fake = FakeRun(simple)
-    words = ("space=attention", "compile=off", "attention.vision=eager")
+    four = "aiter,eager,sdpa,triton"
+    stages = (f"attention.prefill={four}", f"attention.denoise={four}")
+    words = ("space=attention", "compile=off", "attention.vision=eager", *stages)
     outcome, _, space = run(lines, tmp_path / "store", *words, fake=fake)
     assert space.count == len(outcome.points) == 4 * 4 * 2
     assert outcome.ended == "every combination is tried"
