@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt.cli import run
-from openpi_opt.result import Compilation, Energy, GuardReport, Latency, Ok, Roofline, Wrong
+from openpi_opt.result import (
+    Compilation,
+    Energy,
+    GuardReport,
+    Latency,
+    Ok,
+    Pruned,
+    Roofline,
+    Wrong,
+)
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.report import Row, lossy, print_table, rows
 from openpi_opt.track.store import DEFAULT_STORE, Store
@@ -84,7 +93,7 @@ def trial(row: Row, study_dir: Path) -> dict[str, Any]:
         "flags": ok and ok.flags(),
         "roofline": ok and ok.roofline and _roofline(ok.roofline),
         "energy": ok and ok.energy and ok.energy.model_dump(),
-        "guard": result.guard.model_dump() if isinstance(result, Ok | Wrong) else None,
+        "guard": result.guard.model_dump() if isinstance(result, Ok | Pruned | Wrong) else None,
         "model": result.config.get("model", {}).get("name"),
         "workload": result.config.get("workload", {}).get("name"),
         "config_hash": result.config_hash,

@@ -28,6 +28,7 @@ CONTROL_KEYS = (
     "baseline",
     "fresh",
     "devices",
+    "pruning",
     "objective",
     "dry_run",
     "space",

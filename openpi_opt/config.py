@@ -158,7 +158,10 @@ class Guard(Section):
 
 
 class Limits(Section):
-    """Longest time in seconds for each phase of a trial; past it the trial is ended."""
+    """Longest time in seconds for each phase of a trial; past it the trial is ended.
+
+    `latency_ms`: a call that is surely slower is not measured to the end (see `pruning`).
+    """
 
     load: float = Field(600, gt=0)
     reference: float = Field(1200, gt=0)
@@ -169,6 +172,7 @@ class Limits(Section):
     profile: float = Field(300, gt=0)
     energy: float = Field(300, gt=0)
     ceilings: float = Field(300, gt=0)
+    latency_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 class Tracking(Section):

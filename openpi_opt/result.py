@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from openpi_opt.samples import Samples
 
-Outcome = Literal["ok", "wrong", "unavailable", "invalid", "oom", "timeout", "crashed", "error"]
+Outcome = Literal[
+    "ok", "pruned", "wrong", "unavailable", "invalid", "oom", "timeout", "crashed", "error"
+]
 Phase = Literal[
     "start",
     "load",
@@ -301,6 +303,21 @@ class Ok(_Common):
         return [f"{check.name}: {check.detail}" for check in self.checks if check.status == "flag"]
 
 
+class Pruned(_Common):
+    """The actions are right, and the call is surely slower than `limit_ms`, so it was left at that.
+
+    `seen_*` is what the first calls after the warm-up showed: enough for that, no latency.
+    """
+
+    outcome: Literal["pruned"] = "pruned"
+    guard: GuardReport
+    reason: str
+    limit_ms: float = Field(gt=0, allow_inf_nan=False)
+    seen_mean_ms: float = Field(gt=0, allow_inf_nan=False)
+    seen_low_ms: float = Field(allow_inf_nan=False)
+    seen_calls: int = Field(ge=1)
+
+
 class Wrong(_Common):
     """The actions differ from the reference's: recorded, never timed."""
 
@@ -325,16 +342,16 @@ class Failed(_Common):
     log_tail: str = ""
 
 
-TrialResult = Annotated[Ok | Wrong | Refused | Failed, Field(discriminator="outcome")]
-_ADAPTER: TypeAdapter[Ok | Wrong | Refused | Failed] = TypeAdapter(TrialResult)
+TrialResult = Annotated[Ok | Pruned | Wrong | Refused | Failed, Field(discriminator="outcome")]
+_ADAPTER: TypeAdapter[Ok | Pruned | Wrong | Refused | Failed] = TypeAdapter(TrialResult)
 
 
-def parse(document: str | bytes) -> Ok | Wrong | Refused | Failed:
+def parse(document: str | bytes) -> Ok | Pruned | Wrong | Refused | Failed:
     """Read a result; raises `pydantic.ValidationError` on anything that is not one."""
     return _ADAPTER.validate_json(document)
 
 
-def parse_plain(document: Any) -> Ok | Wrong | Refused | Failed:
+def parse_plain(document: Any) -> Ok | Pruned | Wrong | Refused | Failed:
     """Like `parse`, from already decoded JSON."""
     return _ADAPTER.validate_python(document)
 
@@ -349,6 +366,6 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def write(path: Path, result: Ok | Wrong | Refused | Failed) -> None:
+def write(path: Path, result: Ok | Pruned | Wrong | Refused | Failed) -> None:
     """Write one result document atomically."""
     write_atomic(path, result.model_dump_json(indent=1))

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -35,6 +35,7 @@ from openpi_opt.search.environment import child_environment, cleared_names, knob
 from openpi_opt.track.fingerprint import fingerprint
 
 if TYPE_CHECKING:
+    from openpi_opt.measure.clock import Timing
     from openpi_opt.measure.gpu_state import Monitor
     from openpi_opt.measure.guard import Reference
     from openpi_opt.pi0.inputs import Inputs
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
 
 _EXCLUSIVE_POLL_SECONDS = 0.05
 
-Result = results.Ok | results.Wrong | results.Refused | results.Failed
+# Half-widths of the 95% interval of the mean, about four standard errors.
+_SURELY = 2
+
+Result = results.Ok | results.Pruned | results.Wrong | results.Refused | results.Failed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -228,6 +232,9 @@ def _measure(
         return {"outcome": "wrong", "guard": report, "reason": guard.explain(report)}
     with measuring_alone(cfg, progress):
         progress.enter("measure")
+        hopeless = _hopeless(prepared, observations, cfg)
+        if hopeless is not None:
+            return {"outcome": "pruned", "guard": report, **hopeless}
         compiled = compilation.graphs()
         timed = _timed(prepared, observations, inputs[0], cfg, monitor)
     latency = timed.latency
@@ -267,10 +274,55 @@ def _measure(
     }
 
 
+def _hopeless(prepared: Prepared, observations: list[Inputs], cfg: Config) -> dict[str, Any] | None:
+    """What the first calls show, when they are surely above `limits.latency_ms`."""
+    limit = cfg.limits.latency_ms
+    if limit is None:
+        return None
+    import numpy as np
+
+    from openpi_opt.measure import stats
+
+    samples = np.asarray(_block(prepared, observations, cfg)(cfg.measure.iterations).samples_ms)
+    mean = float(samples.mean())
+    low = mean - _SURELY * stats.mean_half_width(samples)
+    if low <= limit:
+        return None
+    return {
+        "reason": f"surely slower than {limit:.3f} ms (limits.latency_ms): {len(samples)} calls "
+        f"took {mean:.3f} ms, and the mean is at least {low:.3f} ms",
+        "limit_ms": limit,
+        "seen_mean_ms": mean,
+        "seen_low_ms": low,
+        "seen_calls": len(samples),
+    }
+
+
 class _Timed(NamedTuple):
     latency: results.Latency
     gpu: results.Gpu | None
     checks: list[results.Check]
+
+
+def _block(prepared: Prepared, observations: list[Inputs], cfg: Config) -> Callable[[int], Timing]:
+    """Times so many calls."""
+    from openpi_opt import runtime
+    from openpi_opt.measure import clock
+
+    target = runtime.torch_device(cfg)
+
+    def block(iterations: int) -> Timing:
+        # Warm again, shortly: copies to the host, planning or a reading came in between.
+        return clock.time_calls(
+            prepared.call,
+            observations,
+            lambda observation: clock.upload(observation, target),
+            MIN_WARMUP,
+            iterations,
+            cfg.device,
+        )
+
+    return block
 
 
 def _timed(
@@ -281,21 +333,9 @@ def _timed(
     monitor: Monitor | None,
 ) -> _Timed:
     """Plan, then time; what the GPU's driver says is read right before and right after."""
-    from openpi_opt import runtime
     from openpi_opt.measure import checks, clock, gpu_state, planning, stats
 
-    target = runtime.torch_device(cfg)
-
-    def block(iterations: int) -> clock.Timing:
-        # Warm again, shortly: copies to the host, planning or a reading came in between.
-        return clock.time_calls(
-            prepared.call,
-            observations,
-            lambda observation: clock.upload(observation, target),
-            MIN_WARMUP,
-            iterations,
-            cfg.device,
-        )
+    block = _block(prepared, observations, cfg)
 
     def under_load() -> results.GpuState | None:
         if monitor is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from openpi_opt.config import Config
 from openpi_opt.result import Ok, parse
+from openpi_opt.search.devices import LEASES_VARIABLE, measure_lock
 
 SMALL = {
     "model": {"name": "pi0_mini"},
@@ -67,6 +69,26 @@ def test_a_right_trial_says_how_fast_and_how_sure(tmp_path: Path) -> None:
         assert any(note.startswith("No energy: ") for note in document["notes"])
     else:
         assert document["energy"]["seconds"] >= 2
+
+
+def test_a_hopeless_trial_waits_for_its_turn_and_ends_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LEASES_VARIABLE, str(tmp_path / "leases"))
+    held = measure_lock()  # another trial measures
+    assert held is not None
+    timer = threading.Timer(15.0, held.release)
+    timer.start()
+    measure = {**SMALL["measure"], "exclusive": True}
+    document = run(tmp_path, {"measure": measure, "limits": {"latency_ms": 1e-3}})
+    timer.cancel()
+    held.release()
+    assert document["outcome"] == "pruned"
+    assert document["limit_ms"] == 1e-3 < document["seen_low_ms"] < document["seen_mean_ms"]
+    assert "surely slower than 0.001 ms" in document["reason"]
+    assert not {"latency", "kernels"} & set(document)
+    assert {"wait", "measure"} <= set(document["phase_seconds"])
+    assert "profile" not in document["phase_seconds"]
 
 
 @pytest.mark.parametrize("raw", [{"attention": {"vision": "aiter"}}, {"graph": {"mode": "manual"}}])

@@ -12,7 +12,7 @@ from filelock import FileLock
 from openpi_opt.config import Config, Platform, Tracking
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Device, Gpu, Machine
-from openpi_opt.result import TrialResult
+from openpi_opt.result import Pruned, TrialResult
 from openpi_opt.search.background import Background
 from openpi_opt.search.claims import Claims
 from openpi_opt.search.controllers import Controllers
@@ -53,6 +53,7 @@ class Ledger:
         self._fingerprints: dict[Platform, tuple[dict[str, Any], str]] = {}
         self._told_away = False
         self.known_from = 0
+        self.takes_pruned = False  # as an answer: only a sweep that prunes itself does
         self.others = 0  # sweeps that were at work already
         self._plan_lock = FileLock(study_dir / "plan.lock")
 
@@ -102,7 +103,9 @@ class Ledger:
     def find(self, cfg: Config) -> Record | None:
         """The record of an equal configuration on an equal machine."""
         record = self.journal.find(cfg.hash(), self.fingerprint_hash(cfg))
-        return None if record is None or record.number < self.known_from else record
+        if record is None or record.number < self.known_from:
+            return None
+        return None if isinstance(record.result, Pruned) and not self.takes_pruned else record
 
     def refresh(self) -> None:
         """Take in what other sweeps recorded."""

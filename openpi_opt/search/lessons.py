@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from openpi_opt.result import Failed, Ok, TrialResult, Wrong
+from openpi_opt.result import Failed, Ok, Pruned, TrialResult, Wrong
 
 MIN_FAILURES = 3
 _MOST_KEYS = 2
@@ -55,7 +55,7 @@ class Lessons:
         Refusals teach nothing: they cost no process.
         """
         point = frozenset(params.items())
-        if point in self._ways or not isinstance(result, Ok | Wrong | Failed):
+        if point in self._ways or not isinstance(result, Ok | Pruned | Wrong | Failed):
             return None
         self._ways[point] = way(result)
         self._hashes[point] = result.config_hash
@@ -100,7 +100,7 @@ def way(result: TrialResult) -> str | None:
     """How a configuration failed, as far as two failures can be the same; None for none."""
     if isinstance(result, Failed):
         return f"{result.outcome} in phase {result.phase}"
-    return None if isinstance(result, Ok) else str(result.outcome)
+    return None if isinstance(result, Ok | Pruned) else str(result.outcome)
 
 
 def _subsets(point: Pairs) -> list[Pairs]:

@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
-from openpi_opt.result import Ok, TrialResult
+from openpi_opt.result import Ok, Pruned, TrialResult
 from openpi_opt.search.space import Space
 from openpi_opt.track.store import Store
 
@@ -132,6 +132,8 @@ class Optimizer:
             trial = self._asked.pop(proposal.number)
             for key, violation in self._constraints(result).items():
                 trial.set_constraint(key, violation)
+            for step, seen in finished.intermediate_values.items():
+                trial.report(seen, step)
             self._study.tell(trial, finished.value, state=finished.state)
             self._keep(finished, copy=True)
         self._remember(proposal.params, result.config_hash)
@@ -184,6 +186,8 @@ class Optimizer:
             value=value,
             state=states.PRUNED if value is None else states.COMPLETE,
             user_attrs={} if result is None else {HASH_ATTRIBUTE: result.config_hash},
+            # TPE prefers what was seen, however slow, to what failed.
+            intermediate_values={0: result.seen_mean_ms} if isinstance(result, Pruned) else {},
             constraints={} if result is None else self._constraints(result),
         )
 

@@ -62,6 +62,7 @@ class Settings(BaseModel):
     dry_run: int | None = Field(None, ge=1)
     fresh: bool = False
     devices: DeviceSettings = DeviceSettings()
+    pruning: float | None = Field(None, ge=1, allow_inf_nan=False)
 
     @field_validator("devices", mode="before")
     @classmethod
@@ -108,10 +109,10 @@ def check_not_swept(space: Space) -> None:
     """
     for key in space.dimensions:
         if key.lstrip("+~").split(".")[0] in Settings.model_fields:
-            raise UserError(
-                f"{key} steers the whole sweep and cannot itself be swept.\n"
-                f"Give {key} one value and start one sweep for each."
-            )
+            hint = f"Give {key} one value and start one sweep for each."
+            if key == "devices":
+                hint = "Write several in one list: devices=[0,1]."
+            raise UserError(f"{key} steers the whole sweep and cannot itself be swept.\n{hint}")
 
 
 def identity(overrides: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ twice, and the journal tells each what the others found.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -89,6 +90,7 @@ def run_study(
         gpu_index=found.gpu_index,
         fresh=request.settings.fresh,
     )
+    ledger.takes_pruned = request.settings.pruning is not None
     executor = LocalExecutor(run, store, request.machine, found, display)
     try:
         space = space_hash(request.space, ledger.fingerprint_hash(first))
@@ -135,6 +137,7 @@ class _Engine:
     _passed_over: Counter[LeftOut] = field(default_factory=Counter)
     _baselines: dict[str, Record | None] = field(default_factory=dict)
     _lessons: Lessons = field(default_factory=Lessons)
+    _best: dict[str, float] = field(default_factory=dict)  # milliseconds, by context
     _left_out: dict[str, int] = field(default_factory=dict)
     _read: int = 0  # records of the journal that were looked at
 
@@ -234,7 +237,8 @@ class _Engine:
                 if job is None:
                     lease.release()
                 else:
-                    self._running[self.trials.start(job, lease)] = job
+                    limit_ms = self._limit_ms(job)
+                    self._running[self.trials.start(job, lease, limit_ms)] = job
             except BaseException:
                 lease.release()
                 raise
@@ -387,7 +391,23 @@ class _Engine:
             title = label(job.cfg, job.role, job.params)
             self.display.end(job.position, title, record, known=True)
 
+    def _limit_ms(self, job: Job) -> float | None:
+        """Above this a trial is hopeless; a baseline is to compare with, however slow."""
+        pruning, best = self.request.settings.pruning, self._best.get(job.cfg.context_hash())
+        if pruning is None or best is None or job.proposal is None:
+            return None
+        return pruning * best
+
+    def _note_best(self, result: TrialResult) -> None:
+        settings = self.request.settings
+        if settings.pruning is None or not isinstance(result, Ok):
+            return
+        if settings.objective.allow_lossy or not Config.load(result.config).lossy():
+            best = self._best.get(result.context_hash, math.inf)
+            self._best[result.context_hash] = min(best, result.latency.mean_ms)
+
     def _tell(self, job: Job, record: Record) -> None:
+        self._note_best(record.result)
         if job.proposal is None:
             self._baselines[job.cfg.context_hash()] = record
         else:
@@ -411,6 +431,7 @@ class _Engine:
         found = [record for record in ours if record.params not in open_points]
         self.optimizer.learn(((record.params, record.result) for record in found), copy)
         for record in found:
+            self._note_best(record.result)
             self._teach(record.params, record.result)
 
     def _own_hashes(self) -> set[str]:

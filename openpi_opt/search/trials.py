@@ -75,8 +75,8 @@ class Trials:
         job.claim = self.ledger.claim(job.cfg, self._space(job))
         return job.claim is not None
 
-    def start(self, job: Job, lease: Lease) -> Future[TrialResult]:
-        """Start the trial's process.
+    def start(self, job: Job, lease: Lease, limit_ms: float | None = None) -> Future[TrialResult]:
+        """Start the trial's process; past `limit_ms` it is not measured to the end.
 
         Raises:
             UserError: its folder cannot be made.
@@ -92,7 +92,7 @@ class Trials:
         assert job.claim is not None
         self.display.begin(lease.slot.name, f"{job.position} {job.title}")
         task = Task(
-            cfg=job.cfg,
+            cfg=job.cfg if limit_ms is None else _limited(job.cfg, limit_ms),
             uid=job.uid,
             folder=job.folder,
             machine_hash=self.ledger.fingerprint_hash(job.cfg),
@@ -119,6 +119,13 @@ class Trials:
     def _space(self, job: Job) -> str:
         """A baseline is no point of the space."""
         return "" if job.proposal is None else self.space
+
+
+def _limited(cfg: Config, limit_ms: float) -> Config:
+    """The same configuration, hash included; the user's own limit may be lower."""
+    own = cfg.limits.latency_ms
+    lower = limit_ms if own is None else min(own, limit_ms)
+    return cfg.model_copy(update={"limits": cfg.limits.model_copy(update={"latency_ms": lower})})
 
 
 def cannot_run(folder: Path, error: OSError) -> UserError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt.config import Config
-from openpi_opt.result import Gpu, Kernels, Ok, Roofline, Wrong
+from openpi_opt.result import Gpu, Kernels, Ok, Pruned, Roofline, Wrong
 from openpi_opt.track.journal import Record
 
 MAX_PARAM = 6_000  # MLflow's limits; longer values it would cut with a warning
@@ -45,7 +45,7 @@ def metrics(record: Record) -> dict[str, float]:
     found = {f"phase/{name}_s": seconds for name, seconds in result.phase_seconds.items()}
     if isinstance(result, Ok):
         found |= _ok_metrics(result)
-    if isinstance(result, Ok | Wrong):
+    if isinstance(result, Ok | Pruned | Wrong):
         report = result.guard.model_dump(include={"rel_l2", "max_abs", "cosine", "tolerance"})
         found |= {f"guard/{name}": value for name, value in report.items() if value is not None}
     return {_key(key): float(value) for key, value in found.items() if math.isfinite(value)}

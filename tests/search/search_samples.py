@@ -7,7 +7,7 @@ from pathlib import Path
 
 from openpi_opt.config import Config
 from openpi_opt.machine import Machine, TorchBuild
-from openpi_opt.result import Failed, GuardReport, Latency, Memory, Ok, TrialResult
+from openpi_opt.result import Failed, GuardReport, Latency, Memory, Ok, Pruned, TrialResult
 from openpi_opt.search.process import Place
 
 CPU = Machine((), TorchBuild("2.13.0", None, None), "test cpu", cores=2, memory_mib=8000)
@@ -40,6 +40,19 @@ def ok(cfg: Config, mean_ms: float) -> Ok:
         guard=guard,
         memory=Memory(peak_mib=1.0, device_peak_mib=None, host_peak_mib=1.0),
         kernels=None,
+        **common(cfg),
+    )
+
+
+def pruned(cfg: Config, seen_ms: float) -> Pruned:
+    assert cfg.limits.latency_ms is not None
+    return Pruned(
+        guard=ok(cfg, 1.0).guard,
+        reason="surely slower",
+        limit_ms=cfg.limits.latency_ms,
+        seen_mean_ms=seen_ms,
+        seen_low_ms=seen_ms - 1,
+        seen_calls=10,
         **common(cfg),
     )
 

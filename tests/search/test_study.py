@@ -10,7 +10,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from search_samples import CPU, FakeRun, failed, ok
+from search_samples import CPU, FakeRun, failed, ok, pruned
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
@@ -417,6 +417,29 @@ def test_a_class_that_fails_three_times_is_left_out(sweep: Sweeps) -> None:
     again, run = sweep("compile=off,default", "weights.seed=range(0,8)", **arguments)
     assert run.ran == []
     assert again.left_out == outcome.left_out
+
+
+def test_pruning_gives_trials_a_limit_and_keeps_what_was_seen(sweep: Sweeps) -> None:
+    given: list[float | None] = []
+
+    def judge(cfg: Config) -> TrialResult:
+        given.append(cfg.limits.latency_ms)
+        if cfg.limits.latency_ms is not None and cfg.labels()["compile"] == "default":
+            return pruned(cfg, 99.0)
+        return by_seed(cfg)
+
+    words = ("attention=eager,sdpa", "compile=off,default")
+    outcome, _ = sweep(*words, judge=judge, pruning=2)
+    assert given == [None, 20.0, 20.0, 20.0]  # the first is the baseline
+    outcomes = [r.result.outcome for r in outcome.points]
+    assert outcomes == ["ok", "pruned", "ok", "pruned"]
+    seen = [t.intermediate_values for t in sweep.optuna() if t.state.name == "PRUNED"]
+    assert seen == [{0: 99.0}] * 2
+    _, run = sweep(*words, judge=judge, pruning=2)
+    assert run.ran == []
+    outcome, run = sweep(*words, judge=judge)  # without pruning: to the end
+    assert [cfg.labels()["compile"] for cfg in run.ran] == ["default"] * 2
+    assert {r.result.outcome for r in outcome.points} == {"ok"}
 
 
 def test_a_disk_that_fills_up_ends_the_sweep_with_words(sweep: Sweeps) -> None:
