@@ -24,6 +24,7 @@ from openpi_opt.search.environment import cleared_names
 from openpi_opt.search.executor import Executor, LocalExecutor, Run
 from openpi_opt.search.ledger import Ledger
 from openpi_opt.search.lessons import Lessons
+from openpi_opt.search.occupancy import Occupancy
 from openpi_opt.search.optimizer import Optimizer, Proposal
 from openpi_opt.search.plan import Plan, StudyRequest, announce, make_plan, space_hash
 from openpi_opt.search.points import Compose, Points
@@ -99,6 +100,7 @@ def run_study(
         engine = _Engine(request, points, ledger, optimizer, trials, executor, display)
         ended = engine.run(plan)
         engine.note_passed_over()
+        engine.note_occupancy()
     finally:
         executor.close()
         ledger.close()
@@ -139,6 +141,7 @@ class _Engine:
     _lessons: Lessons = field(default_factory=Lessons)
     _best: dict[str, float] = field(default_factory=dict)  # milliseconds, by context
     _left_out: dict[str, int] = field(default_factory=dict)
+    _occupancy: Occupancy = field(default_factory=Occupancy)
     _read: int = 0  # records of the journal that were looked at
 
     def run(self, plan: Plan) -> str:
@@ -197,6 +200,13 @@ class _Engine:
         for reason, number in self._passed_over.most_common():
             self.display.note(f"passed over {number}, {reason.kind}: {reason.reason}")
 
+    def note_occupancy(self) -> None:
+        """Say how busy the devices were, where several were to be kept busy."""
+        uses = self._occupancy.uses()
+        if self.executor.count() > 1 and self.trials.new > 1 and uses:
+            texts = ", ".join(use.text() for use in uses)
+            self.display.note(f"in use over {uses[0].span:.0f} s: {texts}")
+
     def outcome(self, store: Store, ended: str) -> StudyOutcome:
         """All that is known of the points of this space, also from earlier runs.
 
@@ -238,7 +248,9 @@ class _Engine:
                     lease.release()
                 else:
                     limit_ms = self._limit_ms(job)
-                    self._running[self.trials.start(job, lease, limit_ms)] = job
+                    future = self.trials.start(job, lease, limit_ms)
+                    self._occupancy.started(lease.slot.name, future)
+                    self._running[future] = job
             except BaseException:
                 lease.release()
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -391,6 +392,9 @@ def test_every_slot_is_kept_busy(sweep: Sweeps) -> None:
     )
     order = [record.result.config["weights"]["seed"] for record in outcome.points]
     assert order.index(0) >= 8
+    assert re.search(
+        r"in use over \d+ s: .*% \(\d+ trials?\), .*% \(\d+ trials?\)", sweep.screen.notes[-1]
+    )
 
 
 def test_fresh_measures_anew_and_keeps_the_old(sweep: Sweeps) -> None:
