@@ -20,7 +20,8 @@ class Use:
 
     def text(self) -> str:
         """For the end of a sweep."""
-        return f"{self.slot} {self.busy / self.span:.1%} ({self.trials} trial{'s' * (self.trials != 1)})"
+        trials = f"{self.trials} trial{'s' * (self.trials != 1)}"
+        return f"{self.slot} {self.busy / self.span:.1%} ({trials})"
 
 
 @dataclass
