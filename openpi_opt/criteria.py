@@ -176,8 +176,8 @@ class Criteria(BaseModel):
         }
 
     def limits_text(self) -> str:
-        """The limits as they are written on a command line."""
-        return " ".join(f"limits.{name}={value:g}" for name, value in self.limits.items())
+        """The limits by their names below `limits`."""
+        return ", ".join(f"{name}={value:g}" for name, value in self.limits.items())
 
     def objectives_text(self) -> str:
         """The objectives in a sentence: "latency, energy and memory"."""

@@ -98,8 +98,7 @@ def _refuse_others(criteria: Criteria, before: Criteria, study: str) -> None:
         raise UserError(
             f"study {study} was begun with objective=[{had}] and cannot go on with "
             f"objective=[{asked}].\nGive study=NAME another name, or objective=[{had}]; "
-            f"`python -m openpi_opt.compare {study} --objective {asked}` marks the Pareto set of "
-            "what it has."
+            f"`python -m openpi_opt.compare {study} --objective {asked}` judges what it has."
         )
 
 
