@@ -1,6 +1,7 @@
 """Print the trials of a study: `python -m openpi_opt.compare STUDY`.
 
-Read from the journal, so it works during a sweep, without MLflow, and changes nothing.
+Read from the journal, so it works during a sweep, without MLflow, and changes nothing. Trials are
+judged by the objectives and limits of the newest sweep, or by those given here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from openpi_opt import criteria
 from openpi_opt.cli import run
 from openpi_opt.result import (
     Compilation,
@@ -25,6 +27,7 @@ from openpi_opt.result import (
     Wrong,
 )
 from openpi_opt.track.journal import Journal
+from openpi_opt.track.pareto import objectives
 from openpi_opt.track.report import Row, lossy, print_table, rows
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
@@ -54,11 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = journal.records()
     if not records:
         print(f"note: study {arguments.study} has no finished trial yet", file=sys.stderr)
+    judged_by = criteria.of_arguments(arguments, study_dir)
     if arguments.format == "table":
-        print_table(records, arguments.allow_lossy)
+        print_table(records, criteria=judged_by)
         return 0
-    found = sorted(rows(records, arguments.allow_lossy), key=lambda row: row.record.number)
-    plain = [trial(row, study_dir) for row in found]
+    found = sorted(rows(records, criteria=judged_by), key=lambda row: row.record.number)
+    plain = [trial(row, study_dir, judged_by) for row in found]
     if arguments.format == "json":
         print(json.dumps(plain, indent=1, allow_nan=False))
     else:
@@ -66,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def trial(row: Row, study_dir: Path) -> dict[str, Any]:
+def trial(row: Row, study_dir: Path, judged_by: criteria.Criteria | None = None) -> dict[str, Any]:
     """One trial as plain data: all that a script wants, without the samples."""
     record, result = row.record, row.record.result
     ok = result if isinstance(result, Ok) else None
@@ -80,6 +84,9 @@ def trial(row: Row, study_dir: Path) -> dict[str, Any]:
         "reason": None if isinstance(result, Ok) else result.reason,
         "lossy": lossy(record),
         "best": row.best,
+        "pareto": row.pareto,
+        "over_limit": [f"{name}: {text}" for name, text in row.over.items()],
+        "objectives": objectives(row, judged_by or criteria.Criteria()),
         "vs_baseline": row.vs_baseline,
         "latency": ok and ok.latency.model_dump(exclude=_SAMPLES),
         "throughput_hz": ok and ok.throughput_hz,
@@ -161,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-lossy", action="store_true", help="let lossy configurations (FP8) be the best"
     )
+    criteria.add_arguments(parser, objectives=True)
     return parser
 
 

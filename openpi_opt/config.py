@@ -161,6 +161,9 @@ class Limits(Section):
     """Longest time in seconds for each phase of a trial; past it the trial is ended.
 
     `latency_ms`: a call that is surely slower is not measured to the end (see `pruning`).
+    With it, `peak_mib`, `compile_seconds` (of the first call, as it was seen: shorter with warm
+    caches) and `rel_l2` (the guard's) judge results: above one of them a trial is never the best.
+    They change no measurement, so they are no part of a configuration's identity.
     """
 
     load: float = Field(600, gt=0)
@@ -173,6 +176,9 @@ class Limits(Section):
     energy: float = Field(300, gt=0)
     ceilings: float = Field(300, gt=0)
     latency_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    peak_mib: float | None = Field(None, gt=0, allow_inf_nan=False)
+    compile_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    rel_l2: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 class Tracking(Section):

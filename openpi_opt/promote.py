@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from openpi_opt import cli, preset
+from openpi_opt import cli, criteria, preset
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
@@ -36,7 +36,7 @@ from openpi_opt.track.store import DEFAULT_STORE, Store
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Confirm, choose, write, tag. Returns 0 when a preset was written.
+    """Confirm, choose, write, tag. Returns 0 when a preset was written, 1 when limits forbid it.
 
     Raises:
         UserError: nothing to promote, an existing name, or a machine that cannot run it.
@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"preset {path} exists. Choose another --name, or --force to replace it.")
     store = Store.open(arguments.store, create=False)
     journal = Journal.open(store.find_study(arguments.study))
-    candidates = contenders(journal.records(), arguments.allow_lossy)
+    judged_by = criteria.of_arguments(arguments, journal.study_dir)
+    candidates = contenders(journal.records(), criteria=judged_by)
+    _say_what_is_judged(judged_by)
     tracking = candidates[0].config.tracking  # as the study was run
     log = MlflowLog(store, tracking) if arguments.mlflow and tracking.mlflow else None
     runs = FreshRuns(store, journal, log, probe(), _say)
@@ -59,22 +61,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit_s=arguments.minutes * 60,
     )
     with runs.alone():
-        bench, judged = confirm(runs, candidates, wanted, arguments.again)
+        bench, judged = confirm(runs, candidates, wanted, arguments.again, judged_by)
     _print_table(bench, judged)
     winner = bench.configs[judged.winner.subject.key]
+    over = bench.over[judged.winner.subject.key]
+    if over:  # only the baseline: others above a limit were dropped
+        _say(
+            "no preset is written: nothing that keeps the limits is confirmed faster than the "
+            f"baseline, which itself does not keep them ({_text(over)}). More --minutes can tell "
+            "smaller gains apart; --limit NAME=VALUE judges by another limit."
+        )
+        return 1
     run_id = _tag(runs, winner, arguments.name)
-    preset.write(path, winner, _provenance(arguments.study, run_id, winner, judged, runs))
+    provenance = _provenance(arguments.study, run_id, winner, judged, runs)
+    preset.write(
+        path, winner, provenance | ({"limits": judged_by.limits} if judged_by.limits else {})
+    )
     _say(f"wrote {path}")
     _say(f"use it: {_usage(arguments.name, folder)}")
     return 0
 
 
 def confirm(
-    runs: FreshRuns, candidates: Sequence[Contender], wanted: Wanted, again: bool = False
+    runs: FreshRuns,
+    candidates: Sequence[Contender],
+    wanted: Wanted,
+    again: bool = False,
+    judged_by: criteria.Criteria | None = None,
 ) -> tuple[ProcessBench, Judged]:
     """Run a promotion to its end, or the rest of an interrupted one.
 
-    `again` begins a new one where the same was finished before.
+    `again` begins a new one where the same was finished before. A candidate that goes above a limit
+    of `judged_by` in any process is dropped.
 
     Raises:
         UserError: the baseline was not ok, or the time is too short to show anything.
@@ -90,7 +108,7 @@ def confirm(
         )
     wanted = replace(wanted, known=int(bool(current) or not others))
     others = current or others
-    bench = ProcessBench(runs, baseline, [c.config for c in others], wanted, again)
+    bench = ProcessBench(runs, baseline, [c.config for c in others], wanted, again, judged_by)
     subjects = [
         Subject(c.config.hash(), changed_knobs(c.config), c.number, c.mean_ms) for c in others
     ]
@@ -122,9 +140,13 @@ class ProcessBench:
         others: Sequence[Config],
         wanted: Wanted,
         again: bool = False,
+        judged_by: criteria.Criteria | None = None,
     ):
         self.runs = runs
         self.configs = {cfg.hash(): cfg for cfg in [baseline, *others]}
+        self.over: dict[str, dict[str, str]] = {key: {} for key in self.configs}
+        self._criteria = judged_by or criteria.Criteria()
+        self._baseline = baseline.hash()
         gpu = runs.fingerprint(baseline)["gpu"]
         asked = {
             "configurations": sorted(self.configs),
@@ -144,7 +166,14 @@ class ProcessBench:
         place = (self.path.stem,) if stage == "confirmation" else ()
         shown = f"{stage} {number + 1}: {short(cfg)}"
         result = self.runs.measure(cfg, shown, *place, stage, number, retry=not place)
-        return result.latency.mean_ms if isinstance(result, Ok) else None
+        if not isinstance(result, Ok):
+            return None
+        over = self._criteria.over(result)
+        self.over[key] |= over
+        if over and key != self._baseline:  # that one is measured to compare with, whatever it has
+            _say(f"  {shown}: over the limit ({_text(over)})")
+            return None
+        return result.latency.mean_ms
 
     def seconds(self, key: str) -> float:
         """What a process takes, by the journal."""
@@ -278,7 +307,8 @@ def _print_table(bench: ProcessBench, judged: Judged) -> None:
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     for key in judged.dropped:
-        _say(f"dropped {short(bench.configs[key])}: it was not ok, see above")
+        why = "it went over a limit" if bench.over[key] else "it was not ok"
+        _say(f"dropped {short(bench.configs[key])}: {why}, see above")
     _say_what_holds(bench, judged)
 
 
@@ -309,6 +339,21 @@ def paired_spread(baseline: Confirmed, candidate: Confirmed) -> float:
         for mine, plain in zip(candidate.means_ms, baseline.means_ms, strict=True)
     ]
     return promise.spread([math.exp(value) for value in logs]).value / math.sqrt(2)
+
+
+def _say_what_is_judged(judged_by: criteria.Criteria) -> None:
+    if judged_by.limits:
+        _say(f"limits: {judged_by.limits_text()}; what is above one of them is not promoted")
+    if judged_by.several:
+        _say(
+            f"note: the study minimises {judged_by.objectives_text()}; the latency is what is "
+            "confirmed, of the fastest that keep the limits. --limit NAME=VALUE leads to the "
+            "others of the Pareto set"
+        )
+
+
+def _text(over: dict[str, str]) -> str:
+    return ", ".join(f"{name}: {text}" for name, text in over.items())
 
 
 def _usage(name: str, folder: Path | None) -> str:
@@ -363,6 +408,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-lossy", action="store_true", help="let lossy configurations (FP8) be the best"
     )
+    criteria.add_arguments(parser)
     parser.add_argument(
         "--no-mlflow", dest="mlflow", action="store_false", help="do not log to MLflow"
     )

@@ -94,7 +94,7 @@ def _take_own_flags() -> Namespace:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--fresh", action="store_true")
     own, rest = parser.parse_known_args()
-    sys.argv[1:] = [_devices(word) for word in rest]
+    sys.argv[1:] = [_objective(_devices(word)) for word in rest]
     if own.fresh:
         sys.argv.append("fresh=true")
     return own
@@ -106,6 +106,14 @@ def _devices(word: str) -> str:
     if key != "devices" or not (value == "all" or value.startswith("[")):
         return word
     return f"devices.gpus={value}"
+
+
+def _objective(word: str) -> str:
+    """`objective=[latency,memory]` and `objective=latency` say what to minimise, as `devices`."""
+    key, _, value = word.partition("=")
+    if key != "objective" or not (value.startswith("[") or value.isidentifier()):
+        return word
+    return f"objective.minimize=[{value.strip('[]')}]"
 
 
 def _main() -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from openpi_opt.compose import compose
 from openpi_opt.config import Config
+from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.result import Ok, TrialResult, write_atomic
@@ -202,7 +203,8 @@ def session(verb: str, arguments: argparse.Namespace) -> Session:
     if is_study:
         store = Store.open(arguments.store, create=False)
         study_dir = store.find_study(arguments.what[0])
-        found = contenders(Journal.read(study_dir).records(), arguments.allow_lossy)
+        records = Journal.read(study_dir).records()
+        found = contenders(records, arguments.allow_lossy, Criteria.load(study_dir))
         cfg = found[0].config
     else:
         cfg = _composed(arguments.what, arguments.preset_dir).resolved(machine)

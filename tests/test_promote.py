@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from openpi_opt.config import Config
+from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
 from openpi_opt.result import Latency, Ok, Refused, TrialResult
 from openpi_opt.search.contenders import contenders
@@ -27,6 +28,7 @@ QUICK = [
     "measure.iterations=10",
     "measure.rel_ci=null",
 ]
+LIMITED = Criteria(limits={"latency_ms": 3.0})
 SDPA = {"vision": "sdpa", "prefill": "sdpa", "denoise": "sdpa"}
 
 
@@ -86,6 +88,24 @@ def test_lossy_configurations_compete_only_when_asked() -> None:
     records.append(record({"blas": {"backend": "fp8"}}, 1.0))
     assert [c.config.lossy() for c in contenders(records)] == [False]
     assert [c.config.lossy() for c in contenders(records, allow_lossy=True)] == [True, False]
+
+
+def test_what_is_over_a_limit_does_not_compete() -> None:
+    records = [record({}, 5.0, "baseline"), record({"attention": SDPA}, 4.0)]
+    records.append(record({"attention": {"vision": "sdpa"}}, 1.0))
+    assert [c.mean_ms for c in contenders(records, criteria=LIMITED)] == [1.0]
+    too_low = Criteria(limits={"latency_ms": 0.5})
+    with pytest.raises(UserError, match=r"none of the 2 configurations .*latency_ms=0\.5"):
+        contenders(records, criteria=too_low)
+
+
+def test_a_limit_of_the_sweeps_day_ends_no_confirmation() -> None:
+    """Else `pruning` would end the baseline, which is there to compare with."""
+    limited = {"limits": {"latency_ms": 3.0, "peak_mib": 9.0}}
+    for records in ([record({"attention": SDPA, **limited}, 2.0)], [record(limited, 2.0)]):
+        (only,) = contenders(records)
+        assert only.config.limits.latency_ms is None
+        assert only.config.limits.peak_mib == 9.0
 
 
 def test_a_study_without_an_ok_trial_is_refused() -> None:
@@ -166,6 +186,7 @@ def test_promote_survives_an_interruption_and_writes_a_preset_that_is_used(swept
         (["nowhere", "--name", "x"], "nowhere"),
         (["s", "--name", "../x"], "preset name"),
         (["s", "--name", "x", "--store", "absent"], "absent"),
+        (["s", "--name", "x", "--limit", "peak_mib=1"], "keeps its limits (peak_mib=1)"),
     ],
 )
 def test_bad_requests_end_with_two_and_no_traceback(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt.compare import print_table
+from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.paths import conf_dir
@@ -22,7 +23,7 @@ from openpi_opt.search.settings import Settings, check_not_swept, default_study_
 from openpi_opt.search.space import Space
 from openpi_opt.search.study import StudyOutcome, run_study
 from openpi_opt.track.mlflow_content import reason
-from openpi_opt.track.report import Row, lossy, rows
+from openpi_opt.track.report import Group, Row, groups, lossy, mean_ms
 from openpi_opt.track.store import DEFAULT_STORE, check_study_name
 
 
@@ -66,25 +67,52 @@ def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False)
     With `allow_lossy`, lossy trials compete for the best.
     """
     print(f"study {outcome.name}: {_count(outcome)}; {outcome.ended}")
-    print_table(outcome.records, allow_lossy)
+    criteria = outcome.criteria.allowing(allow_lossy)
+    print_table(outcome.records, criteria=criteria)
     for line in outcome.left_out:
         print(f"left out: {line}")
-    best = [row for row in rows(outcome.records, allow_lossy) if row.best]
-    for row in best:
-        print(_best_line(row))
+    best = [row for group in groups(outcome.records, criteria=criteria) for row in _winners(group)]
+    if not best and any(criteria.over(record.result) for record in outcome.records):
+        print(f"best: none, nothing that may win keeps the limits ({criteria.limits_text()})")
     if outcome.exit_code:
         _print_reasons(outcome)
     faster = any(row.record.role != "baseline" for row in best)
     _print_next(outcome, swept and faster, " --allow-lossy" if allow_lossy else "")
 
 
+def _winners(group: Group) -> list[Row]:
+    """Print the best of a context, or its Pareto set, the fastest first; returns them."""
+    best = [row for row in group.rows if row.best]
+    for row in best:
+        print(_best_line(row))
+    front = sorted((row for row in group.rows if row.pareto), key=mean_ms)
+    if front:
+        ok = sum(row.ok is not None for row in group.rows)
+        print(f"Pareto set of {group.criteria.objectives_text()}: {len(front)} of {ok} ok trials")
+    for row in front:
+        print(_front_line(row, group.criteria))
+    return best + front
+
+
+def _front_line(row: Row, criteria: Criteria) -> str:
+    values = criteria.values(row.record.result)
+    assert values is not None
+    figures = zip(criteria.figures(), values, strict=True)
+    shown = ", ".join(figure.text(value) for figure, value in figures)
+    gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
+    return f"  trial {row.record.number} ({_what(row)}): {shown}{gain}"
+
+
+def _what(row: Row) -> str:
+    what = " ".join(f"{key}={text}" for key, text in row.differs.items()) or "baseline"
+    return what + (", lossy" if lossy(row.record) else "")
+
+
 def _best_line(row: Row) -> str:
     assert row.ok is not None
     latency = row.ok.latency
-    what = " ".join(f"{key}={text}" for key, text in row.differs.items()) or "baseline"
-    marked = ", lossy" if lossy(row.record) else ""
     figures = f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms"
-    line = f"trial {row.record.number} ({what}{marked}), {figures}"
+    line = f"trial {row.record.number} ({_what(row)}), {figures}"
     if row.record.role == "baseline":
         return f"best: the baseline, {line}; nothing that was tried is faster"
     gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""

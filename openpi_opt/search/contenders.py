@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from openpi_opt.config import Config
+from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
 from openpi_opt.result import Ok
 from openpi_opt.track.journal import Record
@@ -21,15 +22,19 @@ class Contender:
     fingerprint_hash: str
 
 
-def contenders(records: Sequence[Record], allow_lossy: bool = False) -> list[Contender]:
+def contenders(
+    records: Sequence[Record], allow_lossy: bool = False, criteria: Criteria | None = None
+) -> list[Contender]:
     """The different configurations of a study that are right, fastest first, without the baseline.
 
-    Lossy ones (FP8) do not compete with the others unless `allow_lossy`. When only the baseline
-    itself was `ok`, it is the only element.
+    Lossy ones (FP8) do not compete with the others unless `allow_lossy`, and those above a limit of
+    `criteria` not at all. When only the baseline itself was `ok`, it is the only element.
 
     Raises:
-        UserError: no trial is `ok`, or the trials belong to different contexts.
+        UserError: no trial is `ok`, none keeps the limits, or the trials belong to different
+            contexts.
     """
+    criteria = (criteria or Criteria()).allowing(allow_lossy)
     ok = [(r, r.result) for r in records if isinstance(r.result, Ok) and r.role != "confirm"]
     if not ok:
         raise UserError(
@@ -43,17 +48,32 @@ def contenders(records: Sequence[Record], allow_lossy: bool = False) -> list[Con
             "latencies cannot be compared. Sweep one of them in a study of its own."
         )
     newest: dict[str, Contender] = {}
+    over: dict[str, bool] = {}  # by its newest measurement
     for record, result in ok:
-        cfg = Config.load(result.config)
-        if not cfg.is_baseline() and (allow_lossy or not cfg.lossy()):
-            newest[cfg.hash()] = Contender(
+        cfg = _unlimited(Config.load(result.config))
+        if not cfg.is_baseline() and (criteria.allow_lossy or not cfg.lossy()):
+            config_hash = cfg.hash()
+            newest[config_hash] = Contender(
                 cfg, record.number, result.latency.mean_ms, record.fingerprint_hash
             )
+            over[config_hash] = bool(criteria.over(result))
+    within = [contender for key, contender in newest.items() if not over[key]]
+    if newest and not within:
+        raise UserError(
+            f"none of the {len(newest)} configurations of this study keeps its limits "
+            f"({criteria.limits_text()}), so there is nothing to promote.\n"
+            "--limit NAME=VALUE judges by another one, or sweep further."
+        )
     record, result = ok[0]
-    plain = Config.load(result.config).baseline()
-    return sorted(newest.values(), key=lambda c: c.mean_ms) or [
+    plain = _unlimited(Config.load(result.config)).baseline()
+    return sorted(within, key=lambda c: c.mean_ms) or [
         Contender(plain, record.number, result.latency.mean_ms, record.fingerprint_hash)
     ]
+
+
+def _unlimited(cfg: Config) -> Config:
+    """The same, measured to its end however slow: the limit was that day's, or of `pruning`."""
+    return cfg.model_copy(update={"limits": cfg.limits.model_copy(update={"latency_ms": None})})
 
 
 def short(cfg: Config) -> str:

@@ -12,6 +12,7 @@ from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.result import Ok
 from openpi_opt.search.counting import Count
+from openpi_opt.search.goals import check_same, goals
 from openpi_opt.search.plan import Plan, StudyRequest, make_plan
 from openpi_opt.search.points import Points
 from openpi_opt.search.prepare import Sample
@@ -29,7 +30,10 @@ def print_dry_run(request: StudyRequest, points: Points, found: Count | Sample, 
         UserError: a value that no schema admits, or a journal that cannot be read.
     """
     first = points.check()
+    criteria = goals(request.settings.objective, first, request.machine)
     known = _Known(request, _journal(request))
+    if known.journal is not None:
+        check_same(criteria, known.journal.study_dir)
     print(f"study {request.name}: dry run, nothing is started or written")
     print(f"{first.model.name} on {first.platform.device}, workload {first.workload.name}")
     for line in _counts(found):
@@ -40,6 +44,10 @@ def print_dry_run(request: StudyRequest, points: Points, found: Count | Sample, 
         return 1
     plan = make_plan(request)
     print(f"plan: {plan.text}")
+    if criteria.several:
+        print(f"objectives: {criteria.objectives_text()}; the answer is their Pareto set")
+    if criteria.limits:
+        print(f"limits: {criteria.limits_text()}")
     if request.swept and request.settings.baseline:
         print(f"baseline first{known.remark(first.baseline())}")
     if plan.enumerated:

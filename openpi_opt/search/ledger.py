@@ -19,6 +19,7 @@ from openpi_opt.search.controllers import Controllers
 from openpi_opt.search.display import Display
 from openpi_opt.search.locks import Held
 from openpi_opt.search.recovery import Started, recover
+from openpi_opt.track import pareto
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record, Role
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
@@ -105,7 +106,11 @@ class Ledger:
         record = self.journal.find(cfg.hash(), self.fingerprint_hash(cfg))
         if record is None or record.number < self.known_from:
             return None
-        return None if isinstance(record.result, Pruned) and not self.takes_pruned else record
+        if not isinstance(record.result, Pruned) or self.takes_pruned:
+            return record
+        # What is surely slower than the limit of today, too, would only be ended again.
+        limit = cfg.limits.latency_ms
+        return record if limit is not None and record.result.seen_low_ms > limit else None
 
     def refresh(self) -> None:
         """Take in what other sweeps recorded."""
@@ -203,6 +208,17 @@ class Ledger:
         if self._log is not None:
             self.later.add(lambda: self._deliver(record))
 
+    def draw(self) -> None:
+        """Leave the Pareto sets as data and plots in the study's folder, where there are several
+        objectives.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        self.refresh()
+        with _user_errors(self.study_dir):
+            pareto.write(self.study_dir, self.journal.records())
+
     def close(self) -> None:
         """Wait for the deliveries and leave the study; the last sweep ends MLflow's run."""
         try:
@@ -210,6 +226,9 @@ class Ledger:
         finally:
             with self.controllers.alone():
                 try:
+                    if self._log is not None:
+                        self.refresh()
+                        self._log.judge(self.study_dir, self.journal.records())
                     if self._log is not None and self.controllers.others() == 0:
                         self._log.end_study(self.study_dir)
                 except TrackingError as error:

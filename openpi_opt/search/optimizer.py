@@ -7,6 +7,8 @@ copy of every finished trial for who wants to look at it (`Optimizer.open(later=
 An outcome without a latency is told PRUNED: TPE learns from that and stays away, while it learns
 nothing from FAIL. FAIL is for what was never finished, and stays out of the copy. A lossy trial
 violates a constraint unless lossy ones may win, so that no sampler is drawn to where it was fast.
+So does a trial above a limit, by as much as it is above it. Limits may change from sweep to sweep:
+trials of the copy are judged anew by their results; the copy itself keeps what was told then.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock
 
 from openpi_opt.config import Config
+from openpi_opt.criteria import Criteria, pareto
 from openpi_opt.errors import UserError
-from openpi_opt.result import Ok, Pruned, TrialResult
+from openpi_opt.result import Pruned, TrialResult
 from openpi_opt.search.space import Space
 from openpi_opt.track.store import Store
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 HASH_ATTRIBUTE = "config_hash"
+_LOSSY = "lossy"  # the constraint's name
 # TPE's time for one proposal grows with what it has seen: 14 ms with 1,000 trials, 300 ms with
 # 10,000. It loses nothing by seeing the fastest and the latest ones only.
 MOST_SEEN = 1000
@@ -59,9 +63,9 @@ def _at_once(work: Callable[[], None]) -> None:
 class Optimizer:
     """One search space of one study. Make it with `open`."""
 
-    def __init__(self, copy: optuna.Study, space: Space, later: Later, allow_lossy: bool = False):
+    def __init__(self, copy: optuna.Study, space: Space, later: Later, criteria: Criteria):
         self._copy = copy
-        self._allow_lossy = allow_lossy
+        self._criteria = criteria
         self._space = space
         self._distributions = space.distributions()
         self._later = later
@@ -81,11 +85,14 @@ class Optimizer:
         seed: int,
         allow_lossy: bool = False,
         later: Later = _at_once,
+        criteria: Criteria | None = None,
+        known: Callable[[str], TrialResult | None] = lambda config_hash: None,
     ) -> Optimizer:
-        """Create or continue the study `name`.
+        """Create or continue the study `name`, which is one of these objectives.
 
         A continued study seeds its sampler anew, or random proposals would begin again with the
-        ones already made. `later` is given the work of writing the copy.
+        ones already made. `later` is given the work of writing the copy; `known` finds the result
+        of a configuration, by which its trial in the copy is judged.
 
         Raises:
             UserError: the database is damaged, of another version of Optuna, or not writable.
@@ -93,6 +100,7 @@ class Optimizer:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        criteria = (criteria or Criteria()).allowing(allow_lossy)
         path = store.path / "optuna.db"
         with _storage_errors(path), FileLock(store.path / "optuna.lock"):
             # Several processes that create the tables at once break the database for good.
@@ -100,10 +108,13 @@ class Optimizer:
                 store.optuna_url, engine_kwargs={"connect_args": {"timeout": 60}}
             )
             copy = optuna.create_study(
-                storage=storage, study_name=name, direction="minimize", load_if_exists=True
+                storage=storage,
+                study_name=name,
+                directions=_directions(criteria),
+                load_if_exists=True,
             )
-            optimizer = Optimizer(copy, space, later, allow_lossy)
-            count = optimizer._load()
+            optimizer = Optimizer(copy, space, later, criteria)
+            count = optimizer._load(known)
         optimizer._begin(_sampler(sampler, (seed + count) % 2**32))
         return optimizer
 
@@ -120,7 +131,7 @@ class Optimizer:
         return Proposal(self._space.texts(trial.params), number)
 
     def tell(self, proposal: Proposal, result: TrialResult) -> None:
-        """Tell the outcome of a point: its mean latency, or that it has none.
+        """Tell the outcome of a point: its objectives, or that it has none.
 
         Of a point that the sampler did not choose it is told once.
         """
@@ -134,7 +145,7 @@ class Optimizer:
                 trial.set_constraint(key, violation)
             for step, seen in finished.intermediate_values.items():
                 trial.report(seen, step)
-            self._study.tell(trial, finished.value, state=finished.state)
+            self._study.tell(trial, finished.values, state=finished.state)
             self._keep(finished, copy=True)
         self._remember(proposal.params, result.config_hash)
 
@@ -179,23 +190,28 @@ class Optimizer:
         import optuna
 
         states = optuna.trial.TrialState
-        value = result.latency.mean_ms if isinstance(result, Ok) else None
+        values = None if result is None else self._criteria.values(result)
+        seen = {}
+        if isinstance(result, Pruned) and not self._criteria.several:
+            # TPE prefers what was seen, however slow, to what failed; of several objectives there
+            # is no order of what was seen, and Optuna takes none.
+            seen = {0: result.seen_mean_ms}
         return optuna.trial.create_trial(
             params=self._space.values(params),
             distributions=self._distributions,
-            value=value,
-            state=states.PRUNED if value is None else states.COMPLETE,
+            values=values,
+            state=states.PRUNED if values is None else states.COMPLETE,
             user_attrs={} if result is None else {HASH_ATTRIBUTE: result.config_hash},
-            # TPE prefers what was seen, however slow, to what failed.
-            intermediate_values={0: result.seen_mean_ms} if isinstance(result, Pruned) else {},
+            intermediate_values=seen,
             constraints={} if result is None else self._constraints(result),
         )
 
     def _constraints(self, result: TrialResult) -> dict[str, float]:
         """Above 0 is violated."""
-        if self._allow_lossy:
-            return {}
-        return {"lossy": 1.0 if _is_lossy(json.dumps(result.config)) else -1.0}
+        limits = self._criteria.excess(result)
+        if self._criteria.allow_lossy:
+            return limits
+        return {_LOSSY: 1.0 if _is_lossy(json.dumps(result.config)) else -1.0, **limits}
 
     def _add(self, trial: FrozenTrial, copy: bool) -> None:
         self._study.add_trial(trial)
@@ -220,26 +236,52 @@ class Optimizer:
         """Make the study in memory: the fastest and latest finished trials, and those asked."""
         import optuna
 
-        self._study = optuna.create_study(direction="minimize", sampler=sampler)
+        self._study = optuna.create_study(directions=_directions(self._criteria), sampler=sampler)
         self._study.add_trials(_selection(self._finished))
         for number, trial in self._asked.items():
             self._study.enqueue_trial(trial.params)
             self._asked[number] = self._study.ask(self._distributions)
 
-    def _load(self) -> int:
+    def _load(self, known: Callable[[str], TrialResult | None]) -> int:
         """Take in the copy; returns how many trials it has."""
         trials = self._copy.get_trials(deepcopy=False)
-        for trial in trials:
-            if trial.params.keys() != self._distributions.keys() or trial.state.name not in (
-                "COMPLETE",
-                "PRUNED",
-            ):
+        for copied in trials:
+            trial = self._judged_anew(copied, known)
+            if trial is None or trial.state.name not in ("COMPLETE", "PRUNED"):
+                continue
+            if trial.params.keys() != self._distributions.keys():
                 continue
             self._finished.append(trial)
             config_hash = trial.user_attrs.get(HASH_ATTRIBUTE)
             if config_hash:
                 self._remember(self._space.texts(trial.params), config_hash)
         return len(trials)
+
+    def _judged_anew(
+        self, trial: FrozenTrial, known: Callable[[str], TrialResult | None]
+    ) -> FrozenTrial | None:
+        """A trial of the copy under the limits of today; None when it cannot be judged.
+
+        Whether it is lossy does not change, and takes a millisecond to find out.
+        """
+        import optuna
+
+        limits = self._criteria.limits
+        lossy = {key: value for key, value in trial.constraints.items() if key == _LOSSY}
+        if not limits and trial.constraints.keys() == lossy.keys():
+            return trial
+        result = known(trial.user_attrs.get(HASH_ATTRIBUTE, ""))
+        if limits and result is None and trial.state.name == "COMPLETE":
+            return None
+        return optuna.trial.create_trial(
+            params=trial.params,
+            distributions=trial.distributions,
+            values=trial.values,
+            state=trial.state,
+            user_attrs=trial.user_attrs,
+            intermediate_values=trial.intermediate_values,
+            constraints=lossy if result is None else {**lossy, **self._criteria.excess(result)},
+        )
 
     def _remember(self, params: Mapping[str, str], config_hash: str) -> None:
         self.tried.add(config_hash)
@@ -255,13 +297,39 @@ def _is_lossy(config: str) -> bool:
     return Config.load(json.loads(config)).lossy()
 
 
+def _directions(criteria: Criteria) -> list[Literal["minimize"]]:
+    return ["minimize" for _ in criteria.objectives]
+
+
 def _selection(finished: list[FrozenTrial]) -> Iterable[FrozenTrial]:
     if len(finished) <= MOST_SEEN:
         return finished
     older, latest = finished[: _FASTEST_SEEN - MOST_SEEN], finished[_FASTEST_SEEN - MOST_SEEN :]
-    timed = [trial for trial in older if trial.value is not None]
-    fastest = sorted(timed, key=lambda trial: trial.value or 0.0)[:_FASTEST_SEEN]
-    return [*fastest, *latest]
+    return [*_best(older, _FASTEST_SEEN), *latest]
+
+
+def _best(finished: Iterable[FrozenTrial], count: int) -> list[FrozenTrial]:
+    """The fastest; of several objectives the Pareto set first, then the best in each by turns.
+
+    What keeps the constraints comes first.
+    """
+    timed = [(trial, trial.values) for trial in finished if trial.values]
+    feasible = [(t, v) for t, v in timed if all(c <= 0 for c in t.constraints.values())]
+    kept = {id(trial) for trial, _ in feasible}
+    chosen: dict[int, FrozenTrial] = {}
+    if timed and len(timed[0][1]) > 1:
+        front = pareto([values for _, values in feasible])
+        chosen = {id(t): t for (t, _), on in zip(feasible, front, strict=True) if on}
+
+    def ranked(place: int) -> list[tuple[FrozenTrial, list[float]]]:
+        return sorted(timed, key=lambda entry: (id(entry[0]) not in kept, entry[1][place]))
+
+    places = range(len(timed[0][1]) if timed else 0)
+    for turn in zip(*map(ranked, places), strict=True):
+        if len(chosen) >= count:
+            break
+        chosen |= {id(trial): trial for trial, _ in turn}
+    return list(chosen.values())[:count]
 
 
 def _sampler(name: str, seed: int) -> BaseSampler:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
 from openpi_opt.search.display import Display
-from openpi_opt.search.settings import Settings, identity
+from openpi_opt.search.settings import Settings, identity, objective_text
 from openpi_opt.search.space import Space
 from openpi_opt.track.store import Store
 
@@ -81,8 +83,15 @@ def announce(
     display.note(f"model {first.model.name} on {where}, workload {first.workload.name}")
 
 
-def space_hash(space: Space, fingerprint_hash: str) -> str:
-    """Latencies of other machines, and of other overrides shared by all trials, do not mix."""
-    deciding = dataclasses.replace(space, fixed=tuple(identity(space.fixed)))
+def space_hash(
+    space: Space, fingerprint_hash: str, objectives: Sequence[str] = ("latency",)
+) -> str:
+    """What is not to mix: other machines, other overrides shared by all trials, other objectives.
+
+    The objectives count however they were given.
+    """
+    shared = [line for line in identity(space.fixed) if not re.match(r"objective=\w", line)]
+    what = objective_text(objectives)
+    deciding = dataclasses.replace(space, fixed=(*shared, *([what] if what else [])))
     text = f"{deciding.hash()} {fingerprint_hash}"
     return hashlib.sha256(text.encode()).hexdigest()[:8]

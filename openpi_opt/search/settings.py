@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from openpi_opt.criteria import LIMIT_NAMES, OBJECTIVES, Criteria, ObjectiveName, in_order
 from openpi_opt.errors import UserError
 from openpi_opt.search.named import NamedSpace
 from openpi_opt.search.space import Space, parse_override
@@ -20,6 +21,8 @@ _NOT_IDENTITY = ("tracking", "limits", "profile", "hydra")
 # These settings say what is tried and what wins, so they are part of a study's identity.
 _DECIDING = ("space", "objective")
 _LONGEST_TEXT = 60
+_OBJECTIVES = ("objective", "objective.minimize")
+_JUDGING = tuple(f"limits.{name}" for name in LIMIT_NAMES)
 
 
 class Objective(BaseModel):
@@ -27,7 +30,18 @@ class Objective(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    minimize: tuple[ObjectiveName, ...] = ("latency",)
     allow_lossy: bool = False
+
+    @field_validator("minimize")
+    @classmethod
+    def _in_order(cls, value: tuple[ObjectiveName, ...]) -> tuple[ObjectiveName, ...]:
+        """As `Criteria` has them, which says what is admitted."""
+        try:
+            return Criteria(objectives=value).objectives
+        except ValidationError as error:
+            why = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(why) from None
 
 
 class DeviceSettings(BaseModel):
@@ -72,6 +86,13 @@ class Settings(BaseModel):
             return {"gpus": value if value == "all" else [value]}
         return {"gpus": value} if isinstance(value, list) else value
 
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _minimize_alone(cls, value: Any) -> Any:
+        """`objective=[latency,memory]` and `objective=latency` say what to minimise."""
+        value = [value] if isinstance(value, str) else value
+        return {"minimize": value} if isinstance(value, (list, tuple)) else value
+
     @field_validator("study", "store", mode="before")
     @classmethod
     def _a_number_is_a_name_too(cls, value: Any) -> Any:
@@ -98,7 +119,10 @@ def _explain(error: ValidationError) -> str:
         return f"sampler={first['input']}: unknown. Use one of {', '.join(get_args(SamplerName))}."
     if name == "n_trials" and first["type"] == "greater_than_equal":
         return f"n_trials={first['input']}: at least 1 trial is needed, or there is no sweep."
-    return f"{name}={first['input']}: {first['msg']}."
+    if name.startswith("objective.minimize."):
+        known = ", ".join(OBJECTIVES)
+        return f"objective={first['input']}: unknown. Use one or more of {known}."
+    return f"{name}={first['input']}: {first['msg'].removeprefix('Value error, ')}."
 
 
 def check_not_swept(space: Space) -> None:
@@ -108,17 +132,40 @@ def check_not_swept(space: Space) -> None:
         UserError: names the key.
     """
     for key in space.dimensions:
-        if key.lstrip("+~").split(".")[0] in Settings.model_fields:
+        bare = key.lstrip("+~")
+        if bare in _JUDGING:
+            raise UserError(
+                f"{key} judges all trials of a study and cannot itself be swept.\n"
+                "Give it one value; another one later judges the same results anew."
+            )
+        if bare.split(".")[0] in Settings.model_fields:
             hint = f"Give {key} one value and start one sweep for each."
             if key == "devices":
                 hint = "Write several in one list: devices=[0,1]."
+            if bare in _OBJECTIVES:
+                hint = "Write several in one list: objective=[latency,memory]."
             raise UserError(f"{key} steers the whole sweep and cannot itself be swept.\n{hint}")
 
 
 def identity(overrides: Sequence[str]) -> list[str]:
-    """The overrides that decide what is measured, in the order written."""
+    """The overrides that decide what is measured and what wins, in the order written."""
     ignored = {*Settings.model_fields, *_NOT_IDENTITY} - {*_DECIDING}
-    return [line for line in overrides if _head(line) not in ignored]
+    deciding = (_plain_objective(line) for line in overrides if _head(line) not in ignored)
+    return [line for line in deciding if line]
+
+
+def _plain_objective(line: str) -> str:
+    """One spelling for the same objectives; none for the latency alone, which is the default."""
+    override = parse_override(line)
+    value = override.value()
+    if override.key_or_group not in _OBJECTIVES or not isinstance(value, (str, list)):
+        return line
+    return objective_text([value] if isinstance(value, str) else [str(name) for name in value])
+
+
+def objective_text(names: Sequence[str]) -> str:
+    """Objectives as a part of a study's identity, empty for the latency alone."""
+    return "" if [*names] == ["latency"] else f"objective={','.join(in_order(names))}"
 
 
 def default_study_name(overrides: Sequence[str], today: datetime | None = None) -> str:

@@ -16,12 +16,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 from openpi_opt.config import Config
+from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
 from openpi_opt.result import Ok, TrialResult
 from openpi_opt.search.devices import Devices, Slot
 from openpi_opt.search.display import Display
 from openpi_opt.search.environment import cleared_names
 from openpi_opt.search.executor import Executor, LocalExecutor, Run
+from openpi_opt.search.goals import check_limits, check_same, goals, settle, without_pruning
 from openpi_opt.search.ledger import Ledger
 from openpi_opt.search.lessons import Lessons
 from openpi_opt.search.occupancy import Occupancy
@@ -53,6 +55,7 @@ class StudyOutcome:
     ended: str
     new: int
     left_out: list[str] = field(default_factory=list)
+    criteria: Criteria = field(default_factory=Criteria)
 
     @property
     def records(self) -> list[Record]:
@@ -79,10 +82,13 @@ def run_study(
     allow_lossy = request.settings.objective.allow_lossy
     points = Points(request.space, compose, request.machine, allow_lossy)
     first = points.check()
+    criteria = goals(request.settings.objective, first, request.machine)
+    request = without_pruning(request, criteria, display)
     plan = make_plan(request)
     found = Devices(request.settings.devices, request.machine)
     slots = found.slots(first.device)
     store = Store.open(request.settings.store)
+    check_same(criteria, store.study_dir(request.name))
     announce(request, first, store, plan, display)
     for text in [*found.notes, *([f"{len(slots)} trials at a time"] if len(slots) > 1 else [])]:
         display.note(text)
@@ -94,13 +100,16 @@ def run_study(
     ledger.takes_pruned = request.settings.pruning is not None
     executor = LocalExecutor(run, store, request.machine, found, display)
     try:
-        space = space_hash(request.space, ledger.fingerprint_hash(first))
-        optimizer = _optimizer(request, store, plan, space, ledger)
+        settle(criteria, ledger, display)
+        machine_hash = ledger.fingerprint_hash(first)
+        space = space_hash(request.space, machine_hash, criteria.objectives)
+        optimizer = _optimizer(request, store, plan, space, ledger, criteria, machine_hash)
         trials = Trials(ledger, executor, request.machine, display, space)
-        engine = _Engine(request, points, ledger, optimizer, trials, executor, display)
+        engine = _Engine(request, points, ledger, optimizer, trials, executor, display, criteria)
         ended = engine.run(plan)
         engine.note_passed_over()
         engine.note_occupancy()
+        ledger.draw()
     finally:
         executor.close()
         ledger.close()
@@ -108,15 +117,27 @@ def run_study(
 
 
 def _optimizer(
-    request: StudyRequest, store: Store, plan: Plan, space: str, ledger: Ledger
+    request: StudyRequest,
+    store: Store,
+    plan: Plan,
+    space: str,
+    ledger: Ledger,
+    criteria: Criteria,
+    machine_hash: str,
 ) -> Optimizer:
     settings = request.settings
+
+    def known(config_hash: str) -> TrialResult | None:
+        record = ledger.journal.find(config_hash, machine_hash)
+        return None if record is None else record.result
+
     # Sweeps that begin at the same time are not to propose the same.
     seed = settings.seed + 7919 * ledger.others
     optimizer = Optimizer.open(
         *(store, f"{request.name}#{space}", request.space, plan.sampler, seed),
-        allow_lossy=settings.objective.allow_lossy,
         later=ledger.later.add,
+        criteria=criteria,
+        known=known,
     )
     if settings.fresh:
         optimizer.forget()
@@ -132,6 +153,7 @@ class _Engine:
     trials: Trials
     executor: Executor
     display: Display
+    criteria: Criteria
     _ready: list[Job] = field(default_factory=list)  # claimed, without a device
     _waiting: list[Job] = field(default_factory=list)  # measured by somebody else
     _running: dict[Future[TrialResult], Job] = field(default_factory=dict)
@@ -235,6 +257,7 @@ class _Engine:
                 for text, known in texts.items()
                 if text in self._left_out
             ],
+            criteria=self.criteria,
         )
 
     def _fill(self, source: Source) -> None:
@@ -293,6 +316,7 @@ class _Engine:
         position = source.position()
         try:
             cfg = self.points.config(proposal.params)
+            check_limits(self.criteria, cfg)
         except UserError as error:
             self._leave_out(proposal, position, error)
             source.seen(None, passed_over=isinstance(error, NotSensibleError))
@@ -411,10 +435,11 @@ class _Engine:
         return pruning * best
 
     def _note_best(self, result: TrialResult) -> None:
-        settings = self.request.settings
-        if settings.pruning is None or not isinstance(result, Ok):
+        if self.request.settings.pruning is None or not isinstance(result, Ok):
             return
-        if settings.objective.allow_lossy or not Config.load(result.config).lossy():
+        if self.criteria.over(result):  # fast perhaps, but never the best
+            return
+        if self.criteria.allow_lossy or not Config.load(result.config).lossy():
             best = self._best.get(result.context_hash, math.inf)
             self._best[result.context_hash] = min(best, result.latency.mean_ms)
 

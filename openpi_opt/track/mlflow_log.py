@@ -13,7 +13,7 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from openpi_opt.config import Tracking
+from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
 from openpi_opt.track import mlflow_content as content
 from openpi_opt.track import mlflow_database as database
+from openpi_opt.track import pareto
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.store import Store
 
@@ -113,7 +115,74 @@ class MlflowLog:
                 with _study_lock(study_dir):  # for each, so that a running sweep need not wait
                     self._deliver(record, study_dir)
                 count += 1
+        self.judge(study_dir, journal.records())
         return count
+
+    def judge(self, study_dir: Path, records: Sequence[Record]) -> None:
+        """Bring the marks of the Pareto set and of limits up to date, on trials and on the study.
+
+        A study of one objective that never had a limit has none.
+        """
+        criteria = Criteria.load(study_dir)
+        if criteria is None:
+            return
+        wanted = pareto.marks(records, criteria)
+        with self._talking(study_dir.name), _study_lock(study_dir):
+            parent = self._parent(study_dir)
+            marked = self._marked_runs(study_dir.name, parent)
+            for uid in wanted.keys() - marked.keys():
+                run = self._run_of(uid)
+                if run is not None and run.info.lifecycle_stage == "active":
+                    marked[uid] = run
+            for uid, run in marked.items():
+                self._mark_run(run, wanted.get(uid, {}))
+            self._mark_study(parent, criteria, wanted, records)
+            for path in pareto.files(study_dir):
+                _upload(self._connect(), parent, path)
+
+    def _marked_runs(self, study: str, parent: str) -> dict[str, Run]:
+        """The trials that have marks, by uid."""
+        found: dict[str, Run] = {}
+        for tag in (pareto.PARETO_TAG, pareto.OVER_TAG):
+            token: str | None = None
+            while True:
+                page = self._connect().search_runs(
+                    [self._experiment()],
+                    f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{tag}` LIKE '%'",
+                    page_token=token,
+                )
+                found |= {run.data.tags.get(UID_TAG, ""): run for run in page}
+                token = page.token
+                if not token:
+                    break
+        return {uid: run for uid, run in found.items() if uid and run.info.run_id != parent}
+
+    def _mark_run(self, run: Run, wanted: dict[str, str]) -> None:
+        client = self._connect()
+        for tag in (pareto.PARETO_TAG, pareto.OVER_TAG):
+            before, after = run.data.tags.get(tag), wanted.get(tag)
+            if after is not None and after != before:
+                client.set_tag(run.info.run_id, tag, after[: content.MAX_TAG])
+            elif after is None and before is not None:
+                client.delete_tag(run.info.run_id, tag)
+
+    def _mark_study(
+        self,
+        parent: str,
+        criteria: Criteria,
+        wanted: dict[str, dict[str, str]],
+        records: Sequence[Record],
+    ) -> None:
+        """On the parent run: the objectives, the limits, and the numbers of the Pareto set."""
+        client = self._connect()
+        client.set_tag(parent, pareto.OBJECTIVES_TAG, ",".join(criteria.objectives))
+        client.set_tag(parent, pareto.LIMITS_TAG, criteria.limits_text() or "none")
+        over = sum(pareto.OVER_TAG in tags for tags in wanted.values())
+        client.log_metric(parent, "limits/trials_over", over)
+        if criteria.several:
+            front = [str(r.number) for r in records if pareto.PARETO_TAG in wanted.get(r.uid, {})]
+            client.set_tag(parent, pareto.PARETO_TAG, ", ".join(front)[: content.MAX_TAG])
+            client.log_metric(parent, "pareto/trials", len(front))
 
     def tag_run(self, uid: str, key: str, value: str) -> str:
         """Set a tag on the run of a delivered record; returns the run's id."""

@@ -26,12 +26,16 @@ _LONG_LABEL = 12
 
 @dataclass(frozen=True)
 class Point:
-    """One value at `x` (a number for lines, a name for bars), with its interval if there is one."""
+    """One value at `x` (a number for lines, a name for bars), with its interval if there is one.
+
+    `text` stands beside the point of a scatter.
+    """
 
     x: float | str
     y: float
     low: float | None = None
     high: float | None = None
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,36 @@ def bars(title: str, panels: Sequence[Panel]) -> Figure:
         if panel.log_y:
             axes.set_yscale("log")
         _legend(axes, panel)
+    return figure
+
+
+def scatter(title: str, panels: Sequence[Panel]) -> Figure:
+    """Panels side by side, each series its points without a line, the first one in front.
+
+    The text of a point stands beside it in the first series, which is what the figure is about.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    figure, every = _figure(title, panels)
+    for panel, axes in zip(panels, every, strict=True):
+        for number, series in enumerate(panel.series):
+            axes.plot(
+                [float(point.x) for point in series.points],
+                [point.y for point in series.points],
+                label=series.label,
+                color=COLOURS[number % len(COLOURS)],
+                marker=MARKERS[number % len(MARKERS)],
+                linestyle="none",
+                alpha=0.5 if number else 1.0,
+                zorder=3 - number / len(panel.series),
+            )
+        for point in panel.series[0].points:
+            place = float(point.x), point.y
+            axes.annotate(point.text, place, (4, 4), textcoords="offset points", fontsize=7)
+        axes.grid(axis="x", alpha=0.3)
+        axes.margins(0.1)
+        axes.legend(fontsize=8)
     return figure
 
 

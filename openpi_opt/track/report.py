@@ -6,8 +6,9 @@ measure, guard) and the fingerprint of machine and software are the same.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from openpi_opt.config import Config
+from openpi_opt.criteria import Criteria, pareto
 from openpi_opt.result import Ok
 from openpi_opt.track.fingerprint import differences
 from openpi_opt.track.journal import Record
@@ -37,8 +39,10 @@ class Row:
 
     `differs` holds what varies within the trial's context; `stale` marks a fingerprint other than
     the newest of its context; `best` is the fastest ok trial of the context, never a stale one,
-    a confirmation, or a lossy one unless allowed; `vs_baseline` is the baseline's mean divided by
-    this one's.
+    a confirmation, above a limit, or a lossy one unless allowed; `vs_baseline` is the baseline's
+    mean divided by this one's. Of several objectives there is no best one: `pareto` marks those
+    that could be `best` and have no other that is as good in all objectives and better in one.
+    `over` has the limits that the trial does not keep, with what it has instead.
     """
 
     record: Record
@@ -47,6 +51,8 @@ class Row:
     vs_baseline: float | None = None
     best: bool = False
     stale: bool = False
+    pareto: bool = False
+    over: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> Ok | None:
@@ -61,18 +67,24 @@ class Group:
     title: str
     rows: list[Row]
     footnotes: list[str] = field(default_factory=list)
+    criteria: Criteria = field(default_factory=Criteria)
 
 
-def rows(records: Iterable[Record], allow_lossy: bool = False) -> list[Row]:
+def rows(
+    records: Iterable[Record], allow_lossy: bool = False, criteria: Criteria | None = None
+) -> list[Row]:
     """All rows, grouped by context, in the order of the numbers within."""
-    return [row for group in groups(records, allow_lossy) for row in group.rows]
+    return [row for group in groups(records, allow_lossy, criteria) for row in group.rows]
 
 
-def groups(records: Iterable[Record], allow_lossy: bool = False) -> list[Group]:
+def groups(
+    records: Iterable[Record], allow_lossy: bool = False, criteria: Criteria | None = None
+) -> list[Group]:
     """One group for each context, in the order of their first trial.
 
-    With `allow_lossy`, lossy trials compete for the best.
+    With `allow_lossy`, lossy trials compete for the best. Without `criteria` the fastest is it.
     """
+    criteria = (criteria or Criteria()).allowing(allow_lossy)
     contexts: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.number):
         contexts.setdefault(record.result.context_hash, []).append(record)
@@ -81,7 +93,7 @@ def groups(records: Iterable[Record], allow_lossy: bool = False) -> list[Group]:
         _group(
             members,
             title if titles.count(title) == 1 else f"{title} (context {context})",
-            allow_lossy,
+            criteria,
         )
         for (context, members), title in zip(contexts.items(), titles, strict=True)
     ]
@@ -97,14 +109,16 @@ def table(records: Iterable[Record]) -> Table:
     return grid
 
 
-def print_table(records: Sequence[Record], allow_lossy: bool = False) -> None:
+def print_table(
+    records: Sequence[Record], allow_lossy: bool = False, criteria: Criteria | None = None
+) -> None:
     """Print the table on stdout: folded to the terminal, uncut in a pipe or a file.
 
     On a terminal too narrow for its numbers the lines run over: nothing is left out.
     """
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     with console.capture() as capture:
-        for group in groups(records, allow_lossy):
+        for group in groups(records, allow_lossy, criteria):
             view = _table(group)
             needed = Measurement.get(console, console.options, view).minimum
             console.print(view, width=max(console.width, needed), crop=False, no_wrap=True)
@@ -113,7 +127,7 @@ def print_table(records: Sequence[Record], allow_lossy: bool = False) -> None:
         print(line.rstrip())
 
 
-def _group(records: Sequence[Record], title: str, allow_lossy: bool) -> Group:
+def _group(records: Sequence[Record], title: str, criteria: Criteria) -> Group:
     newest = records[-1].fingerprint_hash
     # A plain trial that somebody asked for will do where no baseline was measured.
     plain = [r for r in records if r.role == "trial" and isinstance(r.result, Ok) and _is_plain(r)]
@@ -123,7 +137,9 @@ def _group(records: Sequence[Record], title: str, allow_lossy: bool) -> Group:
         for record in [*plain, *measured]
         if isinstance(record.result, Ok)
     }
-    best = _best(records, newest, allow_lossy)
+    candidates = [record for record in records if _may_win(record, newest, criteria)]
+    best = None if criteria.several else _best(candidates)
+    front = _pareto(records, candidates, criteria) if criteria.several else []
     columns = _varying(records)
     found = [
         Row(
@@ -133,10 +149,17 @@ def _group(records: Sequence[Record], title: str, allow_lossy: bool) -> Group:
             vs_baseline=_ratio(record, baselines.get(record.fingerprint_hash)),
             best=record is best,
             stale=record.fingerprint_hash != newest,
+            pareto=any(record is one for one in front),
+            over=_over(record, criteria),
         )
         for record in records
     ]
-    return Group(title, found, _footnotes(records, found, allow_lossy))
+    return Group(title, found, _footnotes(records, found, criteria), criteria)
+
+
+def mean_ms(row: Row) -> float:
+    """The trial's mean latency, to sort by; infinite where it has none."""
+    return row.ok.latency.mean_ms if row.ok else math.inf
 
 
 def lossy(record: Record) -> bool:
@@ -151,16 +174,47 @@ def _is_plain(record: Record) -> bool:
     return Config.load(record.result.config).is_baseline()
 
 
-def _best(records: Sequence[Record], newest: str, allow_lossy: bool) -> Record | None:
-    candidates = [
-        (record.result.latency.mean_ms, record.number, record)
-        for record in records
-        if isinstance(record.result, Ok)
+def _over(record: Record, criteria: Criteria) -> dict[str, str]:
+    """Of an ok trial: others have their reason."""
+    return criteria.over(record.result) if isinstance(record.result, Ok) else {}
+
+
+def _may_win(record: Record, newest: str, criteria: Criteria) -> bool:
+    return (
+        isinstance(record.result, Ok)
         and record.role != "confirm"
         and record.fingerprint_hash == newest
-        and (allow_lossy or not lossy(record))
+        and not criteria.over(record.result)
+        and (criteria.allow_lossy or not lossy(record))
+    )
+
+
+def _best(candidates: Sequence[Record]) -> Record | None:
+    found = [
+        (record.result.latency.mean_ms, record.number, record)
+        for record in candidates
+        if isinstance(record.result, Ok)
     ]
-    return min(candidates, key=lambda item: item[:2])[2] if candidates else None
+    return min(found, key=lambda item: item[:2])[2] if found else None
+
+
+def _pareto(
+    records: Sequence[Record], candidates: Sequence[Record], criteria: Criteria
+) -> list[Record]:
+    """Of each configuration its newest measurement only: older ones are no choice of their own."""
+    newest = {
+        record.result.config_hash: record.uid
+        for record in records
+        if isinstance(record.result, Ok) and record.role != "confirm"
+    }
+    known = [
+        (record, criteria.values(record.result))
+        for record in candidates
+        if newest[record.result.config_hash] == record.uid
+    ]
+    compared = [(record, values) for record, values in known if values is not None]
+    chosen = pareto([values for _, values in compared])
+    return [record for (record, _), on in zip(compared, chosen, strict=True) if on]
 
 
 def _ratio(record: Record, baseline_ms: float | None) -> float | None:
@@ -204,16 +258,22 @@ def _title(record: Record) -> str:
     )
 
 
-def _footnotes(records: Sequence[Record], found: Sequence[Row], allow_lossy: bool) -> list[str]:
+def _footnotes(records: Sequence[Record], found: Sequence[Row], criteria: Criteria) -> list[str]:
     notes = []
     if any(row.best for row in found):
         notes.append("* lowest mean of one process; python -m openpi_opt.promote confirms it")
+    if any(row.pareto for row in found):
+        notes.append(
+            f"* Pareto set of {criteria.objectives_text()}: no other is as good in all of them and "
+            "better in one; of one process each"
+        )
+    notes += _without_figures(found, criteria) + _overs(found, criteria)
     if any(row.ok and row.ok.latency.noisy for row in found):
         notes.append("~ noisy: std above 10% of the mean")
     if any(_of_limit(row).endswith(DATASHEET_MARK) for row in found):
         notes.append(f"{DATASHEET_MARK} of the datasheet's limit; this machine's was not measured")
     if any(lossy(row.record) for row in found):
-        compete = "competes, as allowed" if allow_lossy else "never best unless allowed"
+        compete = "competes, as allowed" if criteria.allow_lossy else "never best unless allowed"
         notes.append(f"lossy: computes in FP8, under a wider limit of the guard; {compete}")
     newest = records[-1]
     for old in {r.fingerprint_hash: r for r in records}.values():
@@ -224,6 +284,27 @@ def _footnotes(records: Sequence[Record], found: Sequence[Row], allow_lossy: boo
                 f"{newest.fingerprint_hash}, and not compared with it"
                 + (f" ({'; '.join(changed)})" if changed else "")
             )
+    return notes
+
+
+def _without_figures(found: Sequence[Row], criteria: Criteria) -> list[str]:
+    """What cannot be in the Pareto set, since the machine did not tell a figure of it."""
+    if not criteria.several:
+        return []
+    missing = {
+        figure.name: [str(row.record.number) for row in found if row.ok and not figure.cell(row.ok)]
+        for figure in criteria.figures()
+    }
+    return [f"no {name}, so not compared: {', '.join(who)}" for name, who in missing.items() if who]
+
+
+def _overs(found: Sequence[Row], criteria: Criteria) -> list[str]:
+    """A line for each limit that is not kept, with the trials and what they have."""
+    notes = []
+    for name, limit in criteria.limits.items():
+        who = [f"{row.record.number} ({row.over[name]})" for row in found if name in row.over]
+        if who:
+            notes.append(f"over limits.{name}={limit:g}, so never best: {', '.join(who)}")
     return notes
 
 
@@ -241,6 +322,8 @@ def _table(group: Group) -> Table:
     heads = ["#", *knobs, "outcome", "mean ± std ms", _count_name(kinds), "vs.\nbaseline"]
     limits = [_of_limit(row) for row in group.rows]
     heads += ["of\nlimit"] if any(limits) else []
+    shown = group.criteria.shown()
+    heads += [figure.head for figure in shown]
     body = [
         [
             _number(row),
@@ -248,6 +331,7 @@ def _table(group: Group) -> Table:
             _outcome(row),
             *_numbers(row, kinds),
             *([limit] if any(limits) else []),
+            *(figure.cell(row.ok) if row.ok else "" for figure in shown),
         ]
         for row, limit in zip(group.rows, limits, strict=True)
     ]
@@ -272,6 +356,7 @@ def _below(group: Group) -> list[Text]:
 def _outcome(row: Row) -> str:
     role = row.record.role
     words = [row.record.result.outcome, *(["lossy"] if lossy(row.record) else [])]
+    words += ["over limit"] if row.over else []
     return " ".join(words if role == "trial" else [*words, role])
 
 
@@ -303,7 +388,8 @@ def _count_name(kinds: AbstractSet[str]) -> str:
 
 
 def _number(row: Row) -> str:
-    return f"{'* ' if row.best else ''}{row.record.number}{STALE_MARK if row.stale else ''}"
+    mark = "* " if row.best or row.pareto else ""
+    return f"{mark}{row.record.number}{STALE_MARK if row.stale else ''}"
 
 
 def _numbers(row: Row, kinds: AbstractSet[str]) -> list[str]:
@@ -331,8 +417,8 @@ def _of_limit(row: Row) -> str:
 
 
 def _style(row: Row) -> str:
-    if row.best:
+    if row.best or row.pareto:
         return "bold green"
     if row.stale:
         return "dim"
-    return "" if row.ok else "yellow"
+    return "" if row.ok and not row.over else "yellow"

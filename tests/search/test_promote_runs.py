@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from search_samples import CPU, FakeRun, failed, ok
 
+from openpi_opt import promote
 from openpi_opt.config import Config
+from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
+from openpi_opt.machine import probe
 from openpi_opt.promote import ProcessBench, confirm
-from openpi_opt.result import Ok, TrialResult
+from openpi_opt.result import Memory, Ok, TrialResult
 from openpi_opt.search import fresh
 from openpi_opt.search.contenders import Contender
 from openpi_opt.search.fresh import FreshRuns
 from openpi_opt.search.promotion import Judged, Wanted
-from openpi_opt.track.journal import Journal
+from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
+from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.store import Store
 
 CONTEXT = {"model": {"name": "pi0_mini"}, "platform": {"device": "cpu"}}
@@ -56,6 +61,7 @@ class Promotions:
         judge: Callable[[Config], TrialResult],
         again: bool = False,
         stale: bool = False,
+        judged_by: Criteria | None = None,
         **wanted: object,
     ) -> tuple[Judged, FakeRun, ProcessBench]:
         run = FakeRun(judge)
@@ -63,7 +69,7 @@ class Promotions:
         mark = "other" if stale else runs.fingerprint_hash(PLAIN)
         found = [Contender(cfg, n, 9.5, mark) for n, cfg in enumerate((SDPA, FUSED))]
         request = Wanted(**{"seed": 7, "limit_s": 3600.0, **wanted})  # type: ignore[arg-type]
-        bench, judged = confirm(runs, found, request, again)
+        bench, judged = confirm(runs, found, request, again, judged_by)
         return judged, run, bench
 
 
@@ -122,6 +128,31 @@ def test_less_time_is_another_schedule_with_runs_of_its_own(promotions: Promotio
     longer, run, _ = promotions(Noisy(0.02), limit_s=6000.0)
     assert len(longer.schedule.rounds) > len(judged.schedule.rounds)
     assert len(run.ran) == 3 * len(longer.schedule.rounds)
+
+
+def test_a_candidate_that_goes_over_a_limit_is_dropped_and_the_baseline_stays(
+    promotions: Promotions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FUSED is the faster one and grows too large in one of its processes."""
+    fused = 0
+
+    def judge(cfg: Config) -> TrialResult:
+        nonlocal fused
+        fused += cfg.hash() == FUSED.hash()
+        level = {PLAIN.hash(): 10.0, SDPA.hash(): 9.0, FUSED.hash(): 5.0}[cfg.hash()]
+        peak = 900.0 if cfg.is_baseline() or (cfg.hash() == FUSED.hash() and fused == 2) else 400.0
+        memory = Memory(peak_mib=peak, device_peak_mib=None, host_peak_mib=peak)
+        return ok(cfg, level).model_copy(update={"memory": memory})
+
+    limited = Criteria(limits={"peak_mib": 500.0})
+    judged, _, bench = promotions(judge, rounds=4, judged_by=limited)
+    assert judged.winner.subject.key == SDPA.hash()
+    assert judged.dropped == [FUSED.hash()]
+    assert fused == 2, "it is not run again"
+    assert bench.over[FUSED.hash()] == {"peak_mib": "900.0 MiB"}
+    assert bench.over[PLAIN.hash()]
+    assert bench.over[SDPA.hash()] == {}
+    assert "over the limit (peak_mib: 900.0 MiB)" in capsys.readouterr().err
 
 
 def test_too_little_time_says_how_much_is_needed(promotions: Promotions) -> None:
@@ -226,3 +257,28 @@ def test_what_this_machine_refuses_starts_no_process(promotions: Promotions) -> 
     result = promotions.runs(run).measure(graph, "x", "tau", 0)
     assert result.outcome == "unavailable"
     assert run.ran == []
+
+
+def test_no_preset_is_written_of_a_baseline_over_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is faster, and what is as fast is too large."""
+
+    def judge(cfg: Config) -> TrialResult:
+        peak = 900.0 if cfg.is_baseline() else 400.0
+        memory = Memory(peak_mib=peak, device_peak_mib=None, host_peak_mib=peak)
+        return ok(cfg, 10.0).model_copy(update={"memory": memory})
+
+    store = Store.open(tmp_path / "store")
+    journal = Journal.open(store.study_dir("s"))
+    mark = fingerprint_hash(fingerprint(probe(), PLAIN.platform))
+    for each, role in ((PLAIN, "baseline"), (SDPA, "trial")):
+        journal.append(Record(study="s", role=role, result=judge(each), fingerprint_hash=mark))
+    monkeypatch.setattr(promote, "FreshRuns", partial(promote.FreshRuns, run=FakeRun(judge)))
+    command = ["s", "--name", "x", "--store", str(store.path), "--preset-dir", str(tmp_path)]
+    command += ["--rounds", "3", "--no-mlflow"]
+    assert promote.main([*command, "--limit", "peak_mib=500"]) == 1
+    assert "no preset is written" in capsys.readouterr().err
+    assert not (tmp_path / "x.yaml").exists()
+    assert promote.main(command) == 0, "without a limit the baseline is the simplest"
+    assert (tmp_path / "x.yaml").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from openpi_opt.paths import package_dir
-from openpi_opt.result import Failed
+from openpi_opt.result import Failed, Ok
 from openpi_opt.track.journal import Journal, Record
 
 SHORT = ["measure.warmup=3", "measure.iterations=10", "measure.rel_ci=null", "profile=none"]
@@ -102,6 +103,47 @@ def test_a_sweep_and_the_same_again(terminal: Terminal) -> None:
     assert len(terminal.records) == 3
     assert "0 new" in out
     assert err.count("known, not run again") == 2
+
+
+def test_two_objectives_then_a_limit_then_another_objective(terminal: Terminal) -> None:
+    """Measured once, with a Pareto set in table, plots and MLflow; judged anew by a limit."""
+    words = ("-m", "attention=sdpa", "model=pi0_mini", "workload.steps=2")
+    code, out, err = terminal.run(*words, "objective=[memory,latency]", "pruning=2")
+    assert code == 0, err
+    assert "pruning=2 is off" in err
+    assert "Pareto set of latency and memory: " in out
+    assert "best:" not in out
+    study_dir = terminal.folder / "mlruns" / "studies" / "s"
+    (context,) = json.loads((study_dir / "pareto.json").read_text())["contexts"]
+    measured = {r.number: r.result for r in terminal.records if isinstance(r.result, Ok)}
+    figures = {n: (ok.latency.mean_ms, ok.memory.peak_mib) for n, ok in measured.items()}
+    assert len(figures) == 2
+    better = [
+        number
+        for number in figures
+        if not any(
+            all(a <= b for a, b in zip(other, figures[number], strict=True))
+            and other != figures[number]
+            for other in figures.values()
+        )
+    ]
+    assert sorted(entry["number"] for entry in context["pareto"]) == better
+    assert {path.name for path in study_dir.glob("pareto.*")} == {
+        "pareto.json",
+        "pareto.png",
+        "pareto.svg",
+    }
+    lower, upper = sorted(memory for _, memory in figures.values())
+    limit = f"limits.peak_mib={(lower + upper) / 2}"
+    code, out, err = terminal.run(*words, "objective=[latency,memory]", limit)
+    assert code == 0, err
+    assert "0 new" in out
+    assert "over limit" in out
+    assert "Pareto set of latency and memory: 1 of 2 ok trials" in out
+    code, out, err = terminal.run(*words)
+    assert (code, out) == (2, "")
+    assert "was begun with objective=[latency,memory]" in err
+    assert len(terminal.records) == 2
 
 
 def test_killed_hanging_and_greedy_trials_end_as_such_and_the_sweep_goes_on(

@@ -1,0 +1,278 @@
+"""What results are judged by: the objectives of a study, and the limits that a result must keep.
+
+Judging is no part of a measurement: it reads results, so the same results are judged anew when the
+limits change. Nothing here knows how a study is searched or shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from openpi_opt.config import Limits
+from openpi_opt.errors import UserError
+from openpi_opt.result import Ok, Pruned, TrialResult, write_atomic
+
+ObjectiveName = Literal["latency", "memory", "energy", "guard"]
+LimitName = Literal["latency_ms", "peak_mib", "compile_seconds", "rel_l2"]
+LIMIT_NAMES: tuple[LimitName, ...] = get_args(LimitName)
+_FILE = "criteria.json"
+
+
+class Figure(NamedTuple):
+    """A figure of an ok trial. All are better when they are smaller."""
+
+    name: str
+    head: str
+    unit: str
+    form: str
+    value: Callable[[Ok], float | None]
+
+    def cell(self, result: Ok) -> str:
+        """Its text without a unit; empty where it was not measured."""
+        value = self.value(result)
+        return "" if value is None else format(value, self.form)
+
+    def text(self, value: float) -> str:
+        """A value of it with its unit."""
+        return f"{value:{self.form}} {self.unit}".strip()
+
+
+def _joule(result: Ok) -> float | None:
+    return None if result.energy is None else result.energy.joule
+
+
+FIGURES = {
+    "latency_ms": Figure("latency", "mean\nms", "ms", ".3f", lambda ok: ok.latency.mean_ms),
+    "peak_mib": Figure("peak memory", "peak\nMiB", "MiB", ",.1f", lambda ok: ok.memory.peak_mib),
+    "joule": Figure("energy of a call", "J", "J", ".3f", _joule),
+    "rel_l2": Figure("rel. L2 of the guard", "rel. L2", "", ".3g", lambda ok: ok.guard.rel_l2),
+    "compile_seconds": Figure(
+        "first call", "compile\ns", "s", ".1f", lambda ok: ok.compile_seconds
+    ),
+}
+OBJECTIVES: dict[ObjectiveName, str] = {
+    "latency": "latency_ms",
+    "memory": "peak_mib",
+    "energy": "joule",
+    "guard": "rel_l2",
+}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Objectives in the order in which they are always shown and told: latency first."""
+    return sorted(names, key=lambda name: (name != "latency", name))
+
+
+class Criteria(BaseModel):
+    """What counts as better, and what as too much.
+
+    `objectives` are minimised; of several, the Pareto set is the answer. A result above one of
+    `limits` (in the unit of its name) is no answer at all, and a lossy one only with `allow_lossy`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    objectives: tuple[ObjectiveName, ...] = Field(("latency",), min_length=1)
+    allow_lossy: bool = False
+    limits: dict[LimitName, float] = Field(default_factory=dict)
+
+    @field_validator("objectives")
+    @classmethod
+    def _with_latency_and_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError("each objective is named once")
+        if "latency" not in names:
+            raise ValueError(
+                "latency must be among the objectives: by it configurations are confirmed and "
+                f"promoted. The Pareto set of [{','.join(['latency', *names])}] holds the least "
+                f"{names[0]} as well"
+            )
+        return tuple(in_order(names))
+
+    @staticmethod
+    def of(objectives: Sequence[ObjectiveName], allow_lossy: bool, limits: Limits) -> Criteria:
+        """Those of a sweep."""
+        given = {name: getattr(limits, name) for name in LIMIT_NAMES}
+        return Criteria(
+            objectives=tuple(objectives),
+            allow_lossy=allow_lossy,
+            limits={name: value for name, value in given.items() if value is not None},
+        )
+
+    @staticmethod
+    def load(study_dir: Path) -> Criteria | None:
+        """Those of the newest sweep of a study; None: latency alone, without limits.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = study_dir / _FILE
+        try:
+            return Criteria.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise UserError(
+                f"{path} is damaged: {error.errors()[0]['msg']}.\n"
+                "Move it away and run the sweep again: no result depends on it."
+            ) from None
+
+    def save(self, study_dir: Path) -> None:
+        """Leave them in the study's folder.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        write_atomic(study_dir / _FILE, self.model_dump_json(indent=1) + "\n")
+
+    def allowing(self, allow_lossy: bool) -> Criteria:
+        """The same, with lossy results admitted when they were not."""
+        return self.model_copy(update={"allow_lossy": self.allow_lossy or allow_lossy})
+
+    @property
+    def several(self) -> bool:
+        """Whether there is a Pareto set instead of a best one."""
+        return len(self.objectives) > 1
+
+    def figures(self) -> list[Figure]:
+        """Of the objectives, in their order."""
+        return [FIGURES[OBJECTIVES[name]] for name in self.objectives]
+
+    def shown(self) -> list[Figure]:
+        """What a table shows beside the latency: the other objectives, then what is limited."""
+        keys = [*(OBJECTIVES[name] for name in self.objectives), *self.limits]
+        return [FIGURES[key] for key in dict.fromkeys(keys) if key != "latency_ms"]
+
+    def values(self, result: TrialResult) -> tuple[float, ...] | None:
+        """The objectives of a result; None unless it is ok and has them all."""
+        if not isinstance(result, Ok):
+            return None
+        found = [figure.value(result) for figure in self.figures()]
+        known = tuple(value for value in found if value is not None and math.isfinite(value))
+        return known if len(known) == len(found) else None
+
+    def excess(self, result: TrialResult) -> dict[str, float]:
+        """By limit, how far a result is above it, as a share of the limit; at most 0 is kept.
+
+        A pruned result has its guard's figure and the least that its latency can be; other
+        outcomes have none.
+        """
+        return {
+            name: value / self.limits[name] - 1 for name, value in self._limited(result).items()
+        }
+
+    def over(self, result: TrialResult) -> dict[str, str]:
+        """By limit that a result does not keep, what it has instead: {"peak_mib": "912.0 MiB"}."""
+        return {
+            name: FIGURES[name].text(value)
+            for name, value in self._limited(result).items()
+            if value > self.limits[name]
+        }
+
+    def limits_text(self) -> str:
+        """The limits by their names below `limits`."""
+        return ", ".join(f"{name}={value:g}" for name, value in self.limits.items())
+
+    def objectives_text(self) -> str:
+        """The objectives in a sentence: "latency, energy and memory"."""
+        *first, last = self.objectives
+        return f"{', '.join(first)} and {last}" if first else last
+
+    def _limited(self, result: TrialResult) -> dict[LimitName, float]:
+        found: dict[LimitName, float | None] = {}
+        if isinstance(result, Ok):
+            found = {name: FIGURES[name].value(result) for name in self.limits}
+        elif isinstance(result, Pruned):
+            seen: dict[LimitName, float | None] = {
+                "latency_ms": result.seen_low_ms,
+                "rel_l2": result.guard.rel_l2,
+            }
+            found = {name: seen[name] for name in self.limits if name in seen}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def pareto(points: Sequence[Sequence[float]]) -> list[bool]:
+    """Which points belong to the Pareto set: none is as small in all places and smaller in one.
+
+    Equal points belong to it together. Takes the points in lexical order: whatever dominates one
+    comes before it, and some of that is in the set.
+    """
+    front: list[int] = []
+    for number in sorted(range(len(points)), key=lambda number: tuple(points[number])):
+        if not any(dominates(points[other], points[number]) for other in front):
+            front.append(number)
+    chosen = set(front)
+    return [number in chosen for number in range(len(points))]
+
+
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether `one` is at most `other` in all places and below it in one."""
+    pairs = list(zip(one, other, strict=True))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def add_arguments(parser: argparse.ArgumentParser, objectives: bool = False) -> None:
+    """`--limit NAME=VALUE`, and `--objective A,B`, for verbs that judge a study's results."""
+    parser.add_argument(
+        "--limit",
+        action="append",
+        type=_limit,
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"judge by this limit instead of the sweep's: {', '.join(LIMIT_NAMES)}; "
+        "NAME=none lifts one. May be given several times",
+    )
+    if objectives:
+        parser.add_argument(
+            "--objective",
+            type=_objectives,
+            metavar="A,B",
+            help=f"mark the Pareto set of these instead of the sweep's: {', '.join(OBJECTIVES)}",
+        )
+
+
+def of_arguments(arguments: argparse.Namespace, study_dir: Path) -> Criteria:
+    """The study's own criteria with what the command line says instead.
+
+    Lossy results are admitted by the command line alone.
+
+    Raises:
+        UserError: the study's file is damaged.
+    """
+    found = Criteria.load(study_dir) or Criteria()
+    limits = {**found.limits, **dict(arguments.limit)}
+    return Criteria(
+        objectives=getattr(arguments, "objective", None) or found.objectives,
+        allow_lossy=arguments.allow_lossy,
+        limits={name: value for name, value in limits.items() if value is not None},
+    )
+
+
+def _limit(text: str) -> tuple[str, float | None]:
+    name, _, value = text.partition("=")
+    if name not in LIMIT_NAMES:
+        raise argparse.ArgumentTypeError(f"{text}: no limit; they are {', '.join(LIMIT_NAMES)}")
+    if value in ("none", "null"):
+        return name, None
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give a number above 0, or none to lift it")
+    return name, number
+
+
+def _objectives(text: str) -> tuple[str, ...]:
+    try:
+        found = Criteria.model_validate({"objectives": text.strip("[]").split(",")})
+    except ValidationError as error:
+        why = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise argparse.ArgumentTypeError(f"{text}: {why}") from None
+    return found.objectives

@@ -1,0 +1,194 @@
+"""Objectives and limits: what is better, what is too much, and what is neither."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from random import Random
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from track_samples import ENERGY, ok, refused, wrong
+
+from openpi_opt.config import Limits
+from openpi_opt.criteria import (
+    LIMIT_NAMES,
+    Criteria,
+    add_arguments,
+    dominates,
+    of_arguments,
+    pareto,
+)
+from openpi_opt.errors import UserError
+from openpi_opt.result import Memory, Ok, Pruned
+
+FEW = st.integers(0, 5).map(float)  # so few values that many are equal
+
+
+def points(size: int) -> st.SearchStrategy[list[tuple[float, ...]]]:
+    ordinary = st.floats(-1e6, 1e6)
+    return st.lists(st.tuples(*[FEW | ordinary] * size), max_size=30)
+
+
+def with_memory(mean_ms: float, peak_mib: float) -> Ok:
+    memory = Memory(peak_mib=peak_mib, device_peak_mib=None, host_peak_mib=peak_mib)
+    return ok(mean_ms).model_copy(update={"memory": memory})
+
+
+@given(st.integers(1, 4).flatmap(points))
+def test_the_pareto_set_is_what_its_definition_says(found: list[tuple[float, ...]]) -> None:
+    """No other point is at most as large everywhere and smaller somewhere, written out."""
+    for point, chosen in zip(found, pareto(found), strict=True):
+        better = [
+            other
+            for other in found
+            if all(other[i] <= point[i] for i in range(len(point)))
+            and any(other[i] < point[i] for i in range(len(point)))
+        ]
+        assert chosen == (not better)
+    assert not found or any(pareto(found))
+
+
+@given(points(3), st.randoms(use_true_random=False))
+def test_the_pareto_set_does_not_depend_on_order(
+    found: list[tuple[float, ...]], random: Random
+) -> None:
+    shuffled = list(found)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    chosen = [
+        sorted(p for p, on in zip(each, pareto(each), strict=True) if on)
+        for each in (found, shuffled)
+    ]
+    assert chosen[0] == chosen[1]
+
+
+@given(st.tuples(FEW, FEW), st.tuples(FEW, FEW))
+def test_domination_is_strict(one: tuple[float, float], other: tuple[float, float]) -> None:
+    assert not dominates(one, one)
+    assert not (dominates(one, other) and dominates(other, one))
+
+
+MEASURED = st.lists(
+    st.tuples(st.integers(1, 6).map(float), st.integers(1, 6).map(float)), min_size=1, max_size=25
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(MEASURED, st.none() | st.integers(1, 6).map(float))
+def test_optuna_finds_the_same_set_under_the_same_limit(
+    measured: list[tuple[float, float]], limit: float | None
+) -> None:
+    limits = {} if limit is None else {"peak_mib": limit}
+    criteria = Criteria(objectives=("latency", "memory"), limits=limits)
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    results = [with_memory(*pair) for pair in measured]
+    for result in results:
+        study.add_trial(
+            optuna.trial.create_trial(
+                values=criteria.values(result), constraints=criteria.excess(result)
+            )
+        )
+    within = [number for number, result in enumerate(results) if not criteria.over(result)]
+    chosen = pareto([measured[number] for number in within])
+    ours = [number for number, on in zip(within, chosen, strict=True) if on]
+    assert ours == [trial.number for trial in study.best_trials]
+
+
+def test_objectives_have_one_order_and_latency_among_them() -> None:
+    assert Criteria(objectives=("memory", "latency", "energy")).objectives == (
+        "latency",
+        "energy",
+        "memory",
+    )
+    for wrong_one in ((), ("memory",), ("latency", "latency"), ("latency", "speed")):
+        with pytest.raises(ValidationError):
+            Criteria(objectives=wrong_one)
+
+
+def test_values_are_those_of_the_objectives_or_none() -> None:
+    every = Criteria(objectives=("latency", "memory", "energy", "guard"))
+    measured = with_memory(10.0, 700.0).model_copy(update={"energy": ENERGY})
+    assert every.objectives == ("latency", "energy", "guard", "memory")
+    assert every.values(measured) == (10.0, 5.0, 0.002, 700.0)
+    assert every.values(with_memory(10.0, 700.0)) is None, "its energy is not known"
+    assert Criteria().values(wrong()) is None
+    assert Criteria().values(refused()) is None
+
+
+@given(st.floats(0.1, 1e4), st.floats(0.1, 1e4))
+def test_a_limit_is_kept_up_to_its_value(peak: float, limit: float) -> None:
+    criteria = Criteria(limits={"peak_mib": limit})
+    result = with_memory(10.0, peak)
+    assert bool(criteria.over(result)) == (peak > limit)
+    excess = criteria.excess(result)["peak_mib"]
+    assert excess == pytest.approx((peak - limit) / limit, abs=1e-9)
+    if peak <= limit:
+        assert excess <= 0
+
+
+def test_every_limit_judges_its_own_figure() -> None:
+    result = with_memory(10.0, 700.0)  # 3 s for the first call, 0.002 of the guard
+    seen = {"latency_ms": 10.0, "peak_mib": 700.0, "compile_seconds": 3.0, "rel_l2": 0.002}
+    assert set(seen) == set(LIMIT_NAMES)
+    for name, value in seen.items():
+        assert Criteria.of(["latency"], False, Limits(**{name: value})).over(result) == {}
+        tight = Criteria.of(["latency"], False, Limits(**{name: value * 0.99}))
+        assert list(tight.over(result)) == [name]
+        assert tight.excess(result) == {name: pytest.approx(1 / 0.99 - 1)}
+    assert Criteria.of(["latency"], False, Limits()) == Criteria()
+
+
+def test_a_pruned_result_tells_what_it_has() -> None:
+    kept = ok(10.0)
+    pruned = Pruned(
+        **kept.model_dump(include={"config", "config_hash", "context_hash", "started_at"}),
+        guard=kept.guard,
+        reason="slow",
+        limit_ms=10.0,
+        seen_mean_ms=30.0,
+        seen_low_ms=20.0,
+        seen_calls=10,
+    )
+    criteria = Criteria(limits={"latency_ms": 10.0, "peak_mib": 1.0, "rel_l2": 0.004})
+    assert criteria.excess(pruned) == {"latency_ms": 1.0, "rel_l2": -0.5}
+
+
+def test_they_are_kept_in_the_study_and_damage_is_told(tmp_path: Path) -> None:
+    assert Criteria.load(tmp_path) is None
+    criteria = Criteria(objectives=("latency", "guard"), limits={"rel_l2": 0.01}, allow_lossy=True)
+    criteria.save(tmp_path)
+    assert Criteria.load(tmp_path) == criteria
+    (tmp_path / "criteria.json").write_text('{"objectives": ["speed"]}')
+    with pytest.raises(UserError, match="damaged"):
+        Criteria.load(tmp_path)
+
+
+def test_a_verb_judges_by_the_study_or_by_what_it_is_given(tmp_path: Path) -> None:
+    swept = {"peak_mib": 900.0, "rel_l2": 0.01}
+    Criteria(objectives=("latency", "memory"), limits=swept, allow_lossy=True).save(tmp_path)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--allow-lossy", action="store_true")
+    add_arguments(parser, objectives=True)
+
+    def judged(*words: str) -> Criteria:
+        return of_arguments(parser.parse_args(words), tmp_path)
+
+    assert judged() == Criteria(objectives=("latency", "memory"), limits=swept)
+    given_ = judged(
+        "--limit", "peak_mib=50", "--limit", "rel_l2=none", "--objective", "[guard,latency]"
+    )
+    assert given_ == Criteria(objectives=("latency", "guard"), limits={"peak_mib": 50.0})
+    assert judged("--allow-lossy").allow_lossy
+    for words in (
+        ("--limit", "memory=5"),
+        ("--limit", "peak_mib=0"),
+        ("--limit", "peak_mib=nan"),
+        ("--limit", "peak_mib"),
+        ("--objective", "memory"),
+        ("--objective", "latency,x"),
+    ):
+        with pytest.raises(SystemExit):
+            judged(*words)
