@@ -62,7 +62,8 @@ def contenders(
         raise UserError(
             f"none of the {len(newest)} configurations of this study keeps its limits "
             f"({criteria.limits_text()}), so there is nothing to promote.\n"
-            "--limit NAME=VALUE judges by another one, or sweep further."
+            "promote takes another one with --limit NAME=VALUE; the sweep with another one judges "
+            "the same results anew. Or sweep further."
         )
     record, result = ok[0]
     plain = _unlimited(Config.load(result.config)).baseline()
