@@ -28,10 +28,7 @@ from openpi_opt.surgery.expert import FusedExpertLayer, fuse_expert_layers
 from openpi_opt.surgery.folded import fold_norms
 from openpi_opt.surgery.towers import gemma_layers
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
+pytestmark = pytest.mark.gpu
 
 MACHINE = probe()
 STORED = 788

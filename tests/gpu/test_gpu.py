@@ -14,6 +14,7 @@ from openpi_opt import runtime
 from openpi_opt.config import Config
 from openpi_opt.kernels import attention
 from openpi_opt.kernels.capture import CapturedCall, CaptureError
+from openpi_opt.knobs.attention import Attention
 from openpi_opt.machine import probe
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.ops import Segment, Visibility
@@ -36,16 +37,22 @@ def config(raw: dict) -> Config:
     return Config.parse({"model": {"name": "pi0_mini"}, **raw}).resolved(MACHINE)
 
 
-def needs_aiter() -> None:
+def needs_aiter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMD's aiter, imported as the knob has it imported in a trial."""
     if MACHINE.aiter is None or MACHINE.aiter.kind != "amd":
         pytest.skip("AMD's aiter is not installed")
+    everywhere = config({"attention": dict.fromkeys(("vision", "prefill", "denoise"), "aiter")})
+    for name, value in Attention().environment(everywhere).items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize("shape", STAGES)
 @pytest.mark.parametrize("name", ["eager", "sdpa", "aiter"])
-def test_backend_against_float64(name: str, shape: tuple[int, ...]) -> None:
+def test_backend_against_float64(
+    name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if name == "aiter":
-        needs_aiter()
+        needs_aiter(monkeypatch)
     batch, queries, keys, heads, kv_heads, width = shape
     generator = torch.Generator("cuda").manual_seed(0)
     options = {"generator": generator, "device": "cuda", "dtype": torch.bfloat16}
@@ -103,9 +110,11 @@ def test_other_shapes_than_captured_are_refused() -> None:
 
 @pytest.mark.parametrize("attention_name", ["eager", "sdpa", "aiter"])
 @pytest.mark.parametrize("workload", ["seed_b1", "three_cameras"])
-def test_trial_of_the_small_model_is_ok(attention_name: str, workload: str, tmp_path: Path) -> None:
+def test_trial_of_the_small_model_is_ok(
+    attention_name: str, workload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if attention_name == "aiter":
-        needs_aiter()
+        needs_aiter(monkeypatch)
     cameras = [True, True, workload == "three_cameras"]
     cfg = config(
         {

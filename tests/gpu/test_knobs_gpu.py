@@ -19,10 +19,7 @@ from openpi_opt.pi0.layers import Linear
 from openpi_opt.pi0.ops import Ops
 from openpi_opt.pi0.workload import make_inputs
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
+pytestmark = pytest.mark.gpu
 
 MACHINE = probe()
 SDPA = dict.fromkeys(("vision", "prefill", "denoise"), "sdpa")

@@ -14,9 +14,6 @@ from openpi_opt.knobs.compile import Compile, CompileOptions, InductorOptions
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.workload import make_inputs
 
-# Importing Inductor makes torch warn about its own code.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-
 KNOB = Compile()
 NOT_BOOL = {"max_fusion_size", "max_autotune_gemm_backends"}
 INDUCTOR = list(InductorOptions().model_dump())

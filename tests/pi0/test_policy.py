@@ -225,8 +225,6 @@ def test_stages_compile_once_each_and_can_be_replaced(
     assert len(graphs) == 3
 
 
-# Inductor imports torch modules that still use torch.jit.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("stage", ["encode_images", "denoise_step"])
 def test_stage_compiles_with_inductor(policy: Pi0Policy, stage: str) -> None:
     policy.declare_layout(SEED_B1.layout)
