@@ -81,11 +81,13 @@ def run_study(
     """
     allow_lossy = request.settings.objective.allow_lossy
     points = Points(request.space, compose, request.machine, allow_lossy)
-    first = points.check()
+    checked = points.check()
+    first = checked[0]
     criteria = goals(request.settings.objective, first, request.machine)
     request = without_pruning(request, criteria, display)
-    plan = make_plan(request)
     found = Devices(request.settings.devices, request.machine)
+    found.check(checked)
+    plan = make_plan(request)
     slots = found.slots(first.device)
     store = Store.open(request.settings.store)
     check_same(criteria, store.study_dir(request.name))
