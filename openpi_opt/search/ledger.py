@@ -245,8 +245,10 @@ class Ledger:
                     self.controllers.leave()
 
     def _say_waiting(self) -> None:
+        if self._log is None:  # Optuna's copies, which are made on this host
+            return
         self._display.note(
-            "waiting for MLflow to take the last results; they are in the journal (Ctrl-C: end now, "
+            "waiting for MLflow to take the last results; the journal has them (Ctrl-C: end now; "
             "`python -m openpi_opt.track sync` delivers them)"
         )
 
