@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     found = session("ablate", arguments)
-    with found.runs.alone():
+    with found.runs.alone(found.target.config, arguments.device):
         ablation = measure(found)
     found.write(
         document(found, ablation),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, masked
 
 USER_ERROR = 2
 INTERRUPTED = 130  # what a shell reports for a process ended by SIGINT
@@ -25,7 +25,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = main()
         sys.stdout.flush()  # here, so that a closed pipe is met inside the try
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masked(str(error))}", file=sys.stderr)
         code = USER_ERROR
     except KeyboardInterrupt:
         code = INTERRUPTED

@@ -7,12 +7,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from openpi_opt import data_only
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.paths import conf_dir, user_conf_dir
@@ -61,9 +63,12 @@ def compose(
             _search_path(preset_dir) as search,
             initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"),
         ):
-            composed = hydra_compose("sweep", [*search, *chosen])
+            composed = hydra_compose("sweep", [*search, *chosen], return_hydra_config=True)
+            data_only.check(composed)
+            own = [str(key) for key in composed if key != "hydra"]
+            composed = OmegaConf.masked_copy(composed, own)
             plain = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         first = " ".join(str(error).split())
         raise UserError(f"cannot compose {' '.join(chosen) or 'the defaults'}: {first}") from error
     assert isinstance(plain, dict)

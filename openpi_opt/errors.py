@@ -1,8 +1,17 @@
-"""Errors with a meaning of their own: a user's to mend, or a configuration refused."""
+"""Errors with a meaning of their own, a user's to mend or a refusal; and what none may tell."""
 
 from __future__ import annotations
 
+import re
 from typing import Literal
+
+_IN_URL = re.compile(r"(?<=://)[^/\s'\"]*@")
+_IN_QUERY = re.compile(r"\b(password|passwd|pwd|token|secret|api_?key)=[^&\s'\"]+", re.IGNORECASE)
+
+
+def masked(text: str) -> str:
+    """A text without the users, passwords and tokens in its URLs: for messages and records."""
+    return _IN_QUERY.sub(r"\1=***", _IN_URL.sub("***@", text))
 
 
 class UserError(Exception):

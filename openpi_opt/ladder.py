@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     found = session("ladder", arguments)
-    with found.runs.alone():
+    with found.runs.alone(found.target.config, arguments.device):
         way = climb(found, arguments.screening)
         ladder = measure(found, way)
     found.write(

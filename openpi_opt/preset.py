@@ -29,8 +29,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 def check_name(name: str) -> None:
     """Raise UserError for a name that is not a plain file name."""
     if not _NAME.fullmatch(name):
+        shown = name if len(name) <= 64 else name[:40] + "..."
         raise UserError(
-            f"preset name {name!r}: use letters, digits, '.', '_' and '-', starting with a letter "
+            f"preset name {shown!r}: use letters, digits, '.', '_' and '-', starting with a letter "
             "or digit, at most 64 characters."
         )
 

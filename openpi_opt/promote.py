@@ -30,6 +30,7 @@ from openpi_opt.search.confirm import Confirmed, Subject, changed_knobs
 from openpi_opt.search.contenders import Contender, contenders, short
 from openpi_opt.search.fresh import FreshRuns
 from openpi_opt.search.promotion import Judged, Schedule, Stage, Wanted
+from openpi_opt.search.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import DEFAULT_STORE, Store
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rounds=arguments.rounds,
         limit_s=arguments.minutes * 60,
     )
-    with runs.alone():
+    with runs.alone(candidates[0].config.resolved(runs.machine), arguments.device):
         bench, judged = confirm(runs, candidates, wanted, arguments.again, judged_by)
     _print_table(bench, judged)
     winner = bench.configs[judged.winner.subject.key]
@@ -399,6 +400,7 @@ def _parser() -> argparse.ArgumentParser:
         help="fix the rounds by hand, at least 3: the spread between processes is then not "
         "measured, and no promise of finding a gain is made",
     )
+    parser.add_argument("--device", type=gpu_name, metavar="GPU", help=DEVICE_HELP)
     parser.add_argument(
         "--again",
         action="store_true",

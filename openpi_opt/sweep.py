@@ -24,6 +24,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
 from openpi_opt.cli import run
+from openpi_opt.data_only import check_option, watched
 from openpi_opt.errors import UserError
 from openpi_opt.paths import conf_dir, user_conf_dir
 from openpi_opt.preset import config_root
@@ -131,7 +132,7 @@ def _main() -> int:
         _check(arguments)
     from openpi_opt.search.hydra_errors import hydra_errors
 
-    with hydra_errors():
+    with hydra_errors(), watched():
         _hydra_main()
     return _run_single(*_COMPOSED.pop()) if _COMPOSED else 0
 
@@ -198,6 +199,8 @@ def _check(arguments: Namespace) -> None:
         if override.key_or_group in _OWN_PLUGINS:
             raise UserError(f"{line}: this command brings its own sweeper. Leave it out.")
         is_group = (conf_dir() / override.key_or_group).is_dir() and not override.is_delete()
+        if is_group and isinstance(override.value(), str):
+            check_option(override.key_or_group, str(override.value()))
         if is_group and isinstance(override.value(), (int, float, bool, type(None))):
             raise UserError(
                 f"{line}: {override.key_or_group} is a group and takes the name of an option "

@@ -21,6 +21,7 @@ from openpi_opt.search.confirm import Confirmed, Subject
 from openpi_opt.search.contenders import contenders
 from openpi_opt.search.fresh import FreshRuns
 from openpi_opt.search.promotion import BaselineError, Stage, draw_rounds, measure_rounds
+from openpi_opt.search.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.search.steps import Target
 from openpi_opt.search.trials import refused
 from openpi_opt.track import plots
@@ -181,6 +182,7 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
     found.add_argument(
         "--allow-lossy", action="store_true", help="a study's best may be lossy (FP8)"
     )
+    found.add_argument("--device", type=gpu_name, metavar="GPU", help=DEVICE_HELP)
     found.add_argument("--out", metavar="DIR", help="where table and plot go (default: the study)")
     found.add_argument(
         "--no-mlflow", dest="mlflow", action="store_false", help="do not log to MLflow"

@@ -408,12 +408,16 @@ def _explain(
         found["notes"] += [*notes, *remarks]
 
 
+# What the host's allocator, the GPU's runtime and its libraries say; torch's own has a class.
+_OUT_OF_MEMORY = ("can't allocate memory", "error: out of memory", "ALLOC_FAILED")
+
+
 def _failure(error: Exception, phase: str) -> dict[str, Any]:
     import torch
 
     message = str(error).strip() or type(error).__name__
     out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in message
+        isinstance(error, RuntimeError) and any(words in message for words in _OUT_OF_MEMORY)
     )
     first_lines = " ".join(message.splitlines()[:2])
     return {

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from openpi_opt import trial
 from openpi_opt.config import Config
-from openpi_opt.result import Ok, parse
+from openpi_opt.machine import probe
+from openpi_opt.result import Failed, Ok, parse
 from openpi_opt.search.devices import LEASES_VARIABLE, measure_lock
 
 SMALL = {
@@ -125,6 +128,34 @@ def test_as_many_calls_as_the_interval_needs_within_the_time(tmp_path: Path) -> 
     assert checks["interval"].status == ("ok" if latency.rel_ci <= 0.55 else "flag")
     assert "±50.00% asked" in checks["interval"].detail
     assert checks["inputs"].detail.startswith("3 observations")
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), "oom"),
+        (MemoryError(), "oom"),
+        (RuntimeError("CUDA error: out of memory"), "oom"),
+        (RuntimeError("HIP error: out of memory"), "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "oom"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "error"),
+    ],
+)
+def test_memory_that_runs_out_is_an_outcome_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, outcome: str
+) -> None:
+    """In the process that is measured; `gpu/test_gpu.py` lets a GPU's memory really run out."""
+
+    def build(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("openpi_opt.runtime.build_policy", build)
+    cfg, progress = Config.parse(SMALL), trial.Progress(None)
+    result = trial.run(cfg, probe(), progress, tmp_path / "references", tmp_path)
+    assert isinstance(result, Failed)
+    assert (result.outcome, result.phase) == (outcome, "load")
+    assert type(error).__name__ in result.reason
+    assert type(error).__name__ in result.log_tail
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/results/*.json")), ids=str)

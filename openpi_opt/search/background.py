@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 Work = Callable[[], None]
+_LONG_SECONDS = 3.0
 
 
 class Background:
@@ -31,10 +32,13 @@ class Background:
         if error is not None:
             raise error
 
-    def finish(self) -> None:
-        """Wait until all is done."""
+    def finish(self, slow: Work = lambda: None) -> None:
+        """Wait until all is done; `slow` is called when that takes long."""
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(_LONG_SECONDS)
+        if self._thread.is_alive():
+            slow()
+            self._thread.join()
         self.check()
 
     def _work(self) -> None:

@@ -11,11 +11,13 @@ import getpass
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Device, Gpu, Machine
 from openpi_opt.search import locks
@@ -79,12 +81,28 @@ class Devices:
     notes: list[str] = field(default_factory=list)
     _slots: dict[Device, list[Slot]] = field(default_factory=dict)
 
+    def check(self, configs: Iterable[Config]) -> None:
+        """Refuse what `configs` could never run on, before anything begins.
+
+        Raises:
+            UserError: as `slots`; also GPUs that are named where everything runs on the CPU, and
+                a `platform.gpu` that is not among those used.
+        """
+        wanted = list(configs)
+        kinds = {cfg.device for cfg in wanted}
+        if self.settings.gpus != "all" and kinds == {"cpu"}:
+            raise UserError(self._no_use())
+        for device in sorted(kinds):
+            self.slots(device)
+        for cfg in wanted:
+            self._check_gpu(cfg)
+
     def slots(self, device: Device) -> list[Slot]:
         """Slots of one kind, made when first asked for.
 
         Raises:
-            UserError: `devices` names a GPU that is not there, GPUs of different models, or more
-                CPU slots than cores.
+            UserError: `devices` names a GPU that is not there, one twice, several at once, GPUs of
+                different models, or more CPU slots than cores.
         """
         if device not in self._slots:
             make = self._cpu_slots if device == "cpu" else self._gpu_slots
@@ -112,8 +130,8 @@ class Devices:
 
     def _gpu_slots(self, device: Device) -> list[Slot]:
         gpus = self.machine.gpus_for(device)
+        self._check_names(gpus)
         chosen = [gpu for gpu in gpus if self._is_chosen(gpu, gpus.index(gpu))]
-        self._check_all_found(gpus)
         same = [gpu for gpu in chosen if _model(gpu) == _model(chosen[0])]
         if len(same) < len(chosen):
             other = next(gpu for gpu in chosen if gpu not in same)
@@ -129,21 +147,57 @@ class Devices:
             for gpu in same
         ]
 
+    def _no_use(self) -> str:
+        """Why no GPU can be named here."""
+        given = f"devices={_text(self.settings.gpus)}"
+        if not self.machine.gpus:
+            return (
+                f"{given}: this machine has no GPU that is visible.\nLeave it out to run on the "
+                "CPU (devices.cpu_slots=N trials at a time), or check the driver and "
+                "*_VISIBLE_DEVICES; python -m openpi_opt.doctor looks."
+            )
+        return (
+            f"{given} names GPUs, but every configuration here runs on the CPU.\nLeave it out, or "
+            "use platform=cuda or platform=rocm with a torch that was built for it."
+        )
+
+    def _check_gpu(self, cfg: Config) -> None:
+        number = cfg.platform.gpu
+        if cfg.device == "cpu" or number is None:
+            return
+        gpu = self.machine.gpus_for(cfg.device)[number]
+        used = self.slots(cfg.device)
+        if all(slot.gpu != gpu for slot in used):
+            names = ", ".join(slot.name for slot in used)
+            raise UserError(
+                f"platform.gpu={number}: that GPU ({gpu.name}) is not among those to be used: "
+                f"{names}.\nName it with devices=[{number}], or leave platform.gpu out."
+            )
+
     def _is_chosen(self, gpu: Gpu, position: int) -> bool:
         if self.settings.gpus == "all":
             return True
         return any(_names(wanted, gpu, position) for wanted in self.settings.gpus)
 
-    def _check_all_found(self, gpus: tuple[Gpu, ...]) -> None:
+    def _check_names(self, gpus: tuple[Gpu, ...]) -> None:
         if self.settings.gpus == "all":
             return
+        given = f"devices={_text(self.settings.gpus)}"
+        there = ", ".join(f"{n} ({gpu.uuid})" for n, gpu in enumerate(gpus)) or "none of its kind"
+        advice = "Give each GPU once, by index or UUID: devices=[0,1], or devices=all."
+        named: dict[str, int | str] = {}
         for wanted in self.settings.gpus:
-            if not any(_names(wanted, gpu, position) for position, gpu in enumerate(gpus)):
-                known = ", ".join(f"{n} ({gpu.uuid})" for n, gpu in enumerate(gpus))
-                raise UserError(
-                    f"devices={wanted}: no such GPU. There are {known}.\n"
-                    "Give indices or UUIDs as a list, devices=[0,1], or devices=all."
-                )
+            found = [gpu for n, gpu in enumerate(gpus) if _names(wanted, gpu, n)]
+            if not found:
+                problem = f"there is no such GPU as {wanted}"
+            elif len(found) > 1:
+                problem = f"{wanted} is the beginning of {len(found)} UUIDs"
+            elif found[0].uuid in named:
+                problem = f"{named[found[0].uuid]} and {wanted} are the same GPU"
+            else:
+                named[found[0].uuid] = wanted
+                continue
+            raise UserError(f"{given}: {problem}. There is {there}.\n{advice}")
 
 
 def lease(slot: Slot) -> Lease | None:
@@ -244,6 +298,11 @@ def _user() -> str:
 
 def _names(wanted: int | str, gpu: Gpu, position: int) -> bool:
     return position == wanted if isinstance(wanted, int) else gpu.uuid.startswith(wanted)
+
+
+def _text(gpus: Literal["all"] | list[int | str]) -> str:
+    """As it was typed."""
+    return gpus if isinstance(gpus, str) else f"[{','.join(map(str, gpus))}]"
 
 
 def _model(gpu: Gpu) -> tuple[str, str, str]:

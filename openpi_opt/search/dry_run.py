@@ -12,6 +12,7 @@ from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.result import Ok
 from openpi_opt.search.counting import Count
+from openpi_opt.search.devices import Devices
 from openpi_opt.search.goals import check_same, goals
 from openpi_opt.search.plan import Plan, StudyRequest, make_plan
 from openpi_opt.search.points import Points
@@ -29,7 +30,9 @@ def print_dry_run(request: StudyRequest, points: Points, found: Count | Sample, 
     Raises:
         UserError: a value that no schema admits, or a journal that cannot be read.
     """
-    first = points.check()
+    checked = points.check()
+    first = checked[0]
+    Devices(request.settings.devices, request.machine).check(checked)
     criteria = goals(request.settings.objective, first, request.machine)
     known = _Known(request, _journal(request))
     if known.journal is not None:

@@ -1,13 +1,16 @@
 """The process environment of a trial: what the configuration says, not what the shell says.
 
-A variable that selects kernels, tuning or numerics would change what a trial measures without
-being written in its configuration, so those are taken out; variables that say where things are
-stay. The sweep prints the names that were taken out, never their values.
+Of the user's variables a trial gets those that say where things are or how the machine's tools are
+set up, by an allow-list: whatever it prints goes into a log and to MLflow, so it is not to know any
+token. Among those, a variable that selects kernels, tuning or numerics would change what a trial
+measures without being written in its configuration, so they are taken out as well; the sweep prints
+their names, never their values.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +66,31 @@ CLEARED_NAMES = frozenset(
         "USE_ROCM_AITER_ROPE_BACKEND",
     }
 )
+# Names more to let through, with commas between: what a host needs and nobody could foresee.
+PASS_VARIABLE = "OPENPI_OPT_PASS"
+# The allow-list. Variables of toolchains, runtimes and schedulers, by name or how it begins.
+ADMITTED_NAMES = frozenset(
+    {
+        *("HOME", "LANG", "LANGUAGE", "LOGNAME", "PATH", "PWD", "SHELL", "TERM", "TMP", "TEMP"),
+        *("TMPDIR", "TZ", "USER", "VIRTUAL_ENV", "CPATH", "MAX_JOBS", "CC", "CXX", "CFLAGS"),
+        *("CXXFLAGS", "CPPFLAGS", "LDFLAGS", "SOURCE_DATE_EPOCH", PASS_VARIABLE),
+    }
+)
+ADMITTED_PREFIXES = (
+    *("LC_", "LD_", "PYTHON", "COVERAGE_", "COV_CORE_", "CONDA_", "XDG_", "NIX_", "OPENPI_OPT_"),
+    *("OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "BLIS_", "NUMEXPR_", "MALLOC_", "GLIBC_"),
+    *("CUDA", "CUBLAS", "CUDNN", "CUPTI_", "KINETO_", "NVIDIA_", "NV_", "NVCC_", "NCCL_"),
+    *("HIP", "HSA_", "HCC_", "ROC", "AMD", "GPU_", "GFX", "RCCL_", "MIOPEN_", "COMGR_"),
+    *("TORCH", "PYTORCH_", "TRITON_", "AITER_", "FLASH_ATTENTION_", "SLURM_", "CMAKE_", "NINJA_"),
+    *("MLIR_", "LLVM_", "OPTIMIZE_EPILOGUE", "DISABLE_ADDMM_CUDA_LT", "USE_ROCM_", "CCACHE_"),
+)
+# Whatever the list says.
+_SECRET = re.compile(
+    r"TOKEN|JWT|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(API|ACCESS|PRIVATE|AUTH|SSH|SIGNING)_?KEY|_KEY$"
+    r"|AUTHORIZATION|COOKIE|SESSION|_PW$|_PWD$|_PASS$",
+    re.IGNORECASE,
+)
+_URL_WITH_PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@")
 # Says how many cores this process may have; containers and schedulers set it.
 _KEPT = frozenset({"OMP_NUM_THREADS"})
 # Caches, tools and data: they say where, not what.
@@ -86,6 +114,7 @@ def child_environment(
 ) -> dict[str, str]:
     """Environment of the process that runs `cfg`, from the controller's own.
 
+    Only admitted variables of the controller's are in it, and those that knobs set.
     `gpu` is the one that it is to see, `threads` bounds those of OpenMP, and `caches` is where
     compilers find what they made before.
 
@@ -93,7 +122,12 @@ def child_environment(
         ValueError: two knobs want one variable to have different values.
     """
     source = os.environ if environ is None else environ
-    env = {name: value for name, value in source.items() if not _changes_a_trial(name)}
+    more = frozenset(filter(None, source.get(PASS_VARIABLE, "").split(",")))
+    env = {
+        name: value
+        for name, value in source.items()
+        if not _changes_a_trial(name) and (name in more or _is_admitted(name, value))
+    }
     if threads is not None:
         env["OMP_NUM_THREADS"] = str(min(threads, _number(env.get("OMP_NUM_THREADS")) or threads))
     if caches is not None:
@@ -107,6 +141,15 @@ def child_environment(
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     env.update(_import_path(env))
     return env
+
+
+def _is_admitted(name: str, value: str) -> bool:
+    """Whether a trial may know it, and so its log and MLflow."""
+    if name in ADMITTED_NAMES:
+        return True
+    if _SECRET.search(name) or _URL_WITH_PASSWORD.search(value):
+        return False
+    return name.startswith(ADMITTED_PREFIXES) or name.endswith(PLACE_SUFFIXES)
 
 
 def _changes_a_trial(name: str) -> bool:

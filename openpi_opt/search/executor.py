@@ -7,7 +7,7 @@ trial started there, and its result as a future.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -89,6 +89,7 @@ class LocalExecutor:
         self._display = display
         self._threads = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="trial")
         self._stop = Stop()
+        self._started: set[Future[TrialResult]] = set()
         self._ours: list[Lease] = []
         self._told = False
         self.contended = False
@@ -140,16 +141,22 @@ class LocalExecutor:
         def on_phase(name: str) -> None:
             self._display.phase(slot.name, name)
 
-        return self._threads.submit(
+        future = self._threads.submit(
             lambda: self._run(
                 task.cfg, task.folder, self._store.references, on_phase, self._machine, place
             )
         )
+        self._started.add(future)
+        future.add_done_callback(self._started.discard)
+        return future
 
     def stop(self, at_once: bool = False) -> None:
         """End all processes: with time to end themselves, or without."""
         self._stop.set(at_once)
 
     def close(self) -> None:
-        """Wait for all threads."""
+        """Wait for all that runs."""
+        # Not by joining threads: a join that Ctrl-C interrupts takes its thread for ended (CPython
+        # up to 3.12), and the trial that the thread was about to kill would outlive the sweep.
+        wait(set(self._started))
         self._threads.shutdown(wait=True)

@@ -2,7 +2,8 @@
 
 Each process has a place (what it is for, and its number there). Its record's uid is made from the
 place, the configuration and the fingerprint, so after an interruption the journal answers for
-every process that had finished, and only the missing ones run.
+every process that had finished, and only the missing ones run. All of them run on one device,
+leased as a sweep leases it; what a killed session left running is ended before the next begins.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
 from openpi_opt.result import Ok, TrialResult
-from openpi_opt.search.process import run_trial
+from openpi_opt.search.devices import Lease
+from openpi_opt.search.executor import Run
+from openpi_opt.search.process import Place, parse_result, run_trial
+from openpi_opt.search.reserve import reserve
+from openpi_opt.search.survivors import end_marked
 from openpi_opt.search.trials import refused
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import Store
 
-Run = Callable[[Config, Path, Path, Callable[[str], None], Machine], TrialResult]
 # A throttled process is discarded and repeated, so often at most, after a pause that doubles.
 MAX_THROTTLED = 3
 COOLING_S = 15.0
@@ -53,6 +57,8 @@ class FreshRuns:
         self.machine = machine
         self._store, self._say, self._run, self._pause = store, say, run, pause
         self._told_away = False
+        self._lease: Lease | None = None
+        self._fingerprint: dict[str, Any] | None = None
         self._new: set[str] = set()  # processes of this session
 
     def measure(
@@ -61,6 +67,7 @@ class FreshRuns:
         """The result of the process at `place`; `shown` is what is said of it.
 
         With `retry` one that was not ok in an earlier session runs again, and else that is final.
+        Only within `alone`.
 
         Raises:
             UserError: the GPU stays throttled, or the store cannot be written.
@@ -76,22 +83,33 @@ class FreshRuns:
         off = dict.fromkeys(("kernels", "trace", "energy"), False)
         quick = cfg.model_copy(update={"profile": cfg.profile.model_copy(update=off)})
         folder = self.study_dir / "confirm" / uid
-        result = refused(cfg, self.machine) or self._unthrottled(quick, folder, shown)
+        result = refused(cfg, self.machine) or _left(folder, cfg)
+        result = result or self._unthrottled(quick, folder, shown)
         record = self._keep(cfg, result, uid, folder if folder.exists() else None)
         self._say(f"  {shown}: {_summary(record.result)}")
         self.deliver(record)
         return record.result
 
     def uid(self, cfg: Config, *place: str | int) -> str:
-        """Identity of the process at `place`: 32 hexadecimal digits."""
+        """Identity of the process at `place` on this GPU: 32 hexadecimal digits."""
         parts = [*map(str, place), cfg.hash(), self.fingerprint_hash(cfg)]
+        gpu = self.fingerprint(cfg)["gpu"]
+        if gpu is not None:  # another GPU, however equal, begins anew
+            parts.append(gpu["uuid"])
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def fingerprint(self, cfg: Config) -> dict[str, Any]:
-        """Machine and software that run `cfg`."""
-        if not hasattr(self, "_fingerprint"):
-            self._fingerprint = fingerprint(self.machine, cfg.platform)
-        return self._fingerprint
+        """Machine and software that run `cfg`: after `alone` with the GPU that it took."""
+        if self._fingerprint is not None:
+            return self._fingerprint
+        platform, gpu = cfg.platform, self._lease and self._lease.slot.gpu
+        if gpu is not None:
+            index = self.machine.gpus_for(cfg.device).index(gpu)
+            platform = platform.model_copy(update={"gpu": index})
+        found = fingerprint(self.machine, platform)
+        if self._lease is not None:
+            self._fingerprint = found
+        return found
 
     def fingerprint_hash(self, cfg: Config) -> str:
         """Its hash."""
@@ -119,11 +137,13 @@ class FreshRuns:
                 self._told_away = True
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep other promotions, ladders and ablations away from this study.
+    def alone(self, cfg: Config, wanted: int | str | None = None) -> Iterator[None]:
+        """Keep others away from this study, and from the device that all processes run on.
+
+        The device is one that can run `cfg`, or the GPU that is `wanted`; waits until it is free.
 
         Raises:
-            UserError: another one runs.
+            UserError: another promote, ladder or ablate runs on this study, or no such GPU.
         """
         lock = FileLock(self.study_dir / "confirm.lock")
         try:
@@ -134,9 +154,26 @@ class FreshRuns:
                 "\nThey would disturb each other. Wait for that one to end."
             ) from None
         try:
+            self._end_orphans()
+            self._lease = reserve(
+                cfg, self.machine, wanted, self.journal.records(), self._say, self._pause
+            )
+            self.fingerprint(cfg)
+            if self._lease.slot.gpu is not None:
+                self._say(f"on {self._lease.slot.name} ({self._lease.slot.gpu.uuid})")
             yield
         finally:
+            if self._lease is not None:
+                self._lease.release()
             lock.release()
+
+    def _end_orphans(self) -> None:
+        """End what a killed session left; it may hold the device that is to be leased."""
+        for folder in sorted((self.study_dir / "confirm").glob("*/")):
+            if self.journal.by_uid(folder.name) is None:
+                ended = end_marked(folder.name)
+                if ended:
+                    self._say(f"ended {ended} process(es) that a killed session left")
 
     def _unthrottled(self, cfg: Config, folder: Path, shown: str) -> TrialResult:
         for attempt in range(MAX_THROTTLED + 1):
@@ -154,8 +191,16 @@ class FreshRuns:
         )
 
     def _start(self, cfg: Config, folder: Path) -> TrialResult:
+        assert self._lease is not None, "measure only within `alone`"
+        place = Place(
+            slot=self._lease.slot,
+            uid=folder.name,
+            caches=self._store.caches / self.fingerprint_hash(cfg),
+            fds=self._lease.fds,
+        )
+        references, machine = self._store.references, self.machine
         try:
-            return self._run(cfg, folder, self._store.references, lambda phase: None, self.machine)
+            return self._run(cfg, folder, references, lambda phase: None, machine, place)
         except OSError as error:
             raise UserError(
                 f"cannot run a trial in {folder}: {error.strerror or error}.\n"
@@ -175,6 +220,18 @@ class FreshRuns:
                 fingerprint_hash=self.fingerprint_hash(cfg),
             )
         )
+
+
+def _left(folder: Path, cfg: Config) -> TrialResult | None:
+    """A result that is whole on disk: its session was killed before it could record it."""
+    try:
+        parsed = parse_result((folder / "result.json").read_bytes(), cfg)
+    except FileNotFoundError:
+        return None
+    if isinstance(parsed, str) or throttled(parsed):
+        return None
+    note = "taken from disk: the session that ran it was killed before it was recorded"
+    return parsed.model_copy(update={"notes": [*parsed.notes, note]})
 
 
 def throttled(result: TrialResult) -> bool:

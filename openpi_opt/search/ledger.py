@@ -219,22 +219,38 @@ class Ledger:
         with _user_errors(self.study_dir):
             pareto.write(self.study_dir, self.journal.records())
 
-    def close(self) -> None:
-        """Wait for the deliveries and leave the study; the last sweep ends MLflow's run."""
+    def close(self, at_once: bool = False) -> None:
+        """Wait for the deliveries and leave the study; the last sweep ends MLflow's run.
+
+        `at_once`, or when interrupted: without MLflow, which the next sweep or `track sync` brings
+        up to date.
+        """
         try:
-            self.later.finish()
+            if not at_once:
+                self.later.finish(self._say_waiting)
+        except KeyboardInterrupt:
+            at_once = True
+            raise
         finally:
             with self.controllers.alone():
                 try:
-                    if self._log is not None:
+                    if not at_once and self._log is not None:
                         self.refresh()
                         self._log.judge(self.study_dir, self.journal.records())
-                    if self._log is not None and self.controllers.others() == 0:
+                    if not at_once and self._log is not None and self.controllers.others() == 0:
                         self._log.end_study(self.study_dir)
                 except TrackingError as error:
                     self._away(error)
                 finally:
                     self.controllers.leave()
+
+    def _say_waiting(self) -> None:
+        if self._log is None:  # Optuna's copies, which are made on this host
+            return
+        self._display.note(
+            "waiting for MLflow to take the last results; the journal has them (Ctrl-C: end now; "
+            "`python -m openpi_opt.track sync` delivers them)"
+        )
 
     def _recover(self) -> None:
         recover(self.study_dir, self.journal, self.controllers, self.claims, self._display.note)

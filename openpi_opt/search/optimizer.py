@@ -130,14 +130,14 @@ class Optimizer:
         self._asked[number] = trial
         return Proposal(self._space.texts(trial.params), number)
 
-    def tell(self, proposal: Proposal, result: TrialResult) -> None:
+    def tell(self, proposal: Proposal, result: TrialResult, copy: bool = True) -> None:
         """Tell the outcome of a point: its objectives, or that it has none.
 
-        Of a point that the sampler did not choose it is told once.
+        Of a point that the sampler did not choose it is told once. `copy` is for who measured it.
         """
         if proposal.number is None:
             if not self.has(proposal.params):
-                self._add(self._frozen(proposal.params, result), copy=True)
+                self._add(self._frozen(proposal.params, result), copy)
         else:
             finished = self._frozen(proposal.params, result)
             trial = self._asked.pop(proposal.number)
@@ -146,7 +146,7 @@ class Optimizer:
             for step, seen in finished.intermediate_values.items():
                 trial.report(seen, step)
             self._study.tell(trial, finished.values, state=finished.state)
-            self._keep(finished, copy=True)
+            self._keep(finished, copy)
         self._remember(proposal.params, result.config_hash)
 
     def learn(

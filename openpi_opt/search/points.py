@@ -56,8 +56,8 @@ class Points:
             raise made
         return made
 
-    def check(self) -> Config:
-        """Compose every value of every key once, before anything runs; returns the first point.
+    def check(self) -> list[Config]:
+        """Compose every value of every key once, before anything runs; the first point is first.
 
         A value counts as wrong when it fails both with the first and with the last values of the
         other keys: two values may well contradict each other and each be right with others.
@@ -72,7 +72,7 @@ class Points:
         for key, values in (texts or {"": [""]}).items():
             for text in values:
                 passed.append(self._either(first, last, {key: text} if texts else {}))
-        return passed[0]
+        return passed
 
     def _either(self, first: dict[str, str], last: dict[str, str], value: dict[str, str]) -> Config:
         try:

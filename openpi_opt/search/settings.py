@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator
 
 from openpi_opt.criteria import LIMIT_NAMES, OBJECTIVES, Criteria, ObjectiveName, in_order
 from openpi_opt.errors import UserError
@@ -49,7 +49,7 @@ class DeviceSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    gpus: Literal["all"] | list[int | str] = "all"
+    gpus: Literal["all"] | list[StrictInt | str] = "all"
     cpu_slots: int = Field(1, ge=1)
 
     @field_validator("gpus")

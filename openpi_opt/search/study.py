@@ -81,11 +81,13 @@ def run_study(
     """
     allow_lossy = request.settings.objective.allow_lossy
     points = Points(request.space, compose, request.machine, allow_lossy)
-    first = points.check()
+    checked = points.check()
+    first = checked[0]
     criteria = goals(request.settings.objective, first, request.machine)
     request = without_pruning(request, criteria, display)
-    plan = make_plan(request)
     found = Devices(request.settings.devices, request.machine)
+    found.check(checked)
+    plan = make_plan(request)
     slots = found.slots(first.device)
     store = Store.open(request.settings.store)
     check_same(criteria, store.study_dir(request.name))
@@ -99,6 +101,7 @@ def run_study(
     )
     ledger.takes_pruned = request.settings.pruning is not None
     executor = LocalExecutor(run, store, request.machine, found, display)
+    engine: _Engine | None = None
     try:
         settle(criteria, ledger, display)
         machine_hash = ledger.fingerprint_hash(first)
@@ -112,7 +115,7 @@ def run_study(
         ledger.draw()
     finally:
         executor.close()
-        ledger.close()
+        ledger.close(at_once=engine is not None and engine.hurried)
     return engine.outcome(store, ended)
 
 
@@ -163,6 +166,7 @@ class _Engine:
     _lessons: Lessons = field(default_factory=Lessons)
     _best: dict[str, float] = field(default_factory=dict)  # milliseconds, by context
     _left_out: dict[str, int] = field(default_factory=dict)
+    hurried: bool = False  # by a second interruption
     _occupancy: Occupancy = field(default_factory=Occupancy)
     _read: int = 0  # records of the journal that were looked at
 
@@ -211,6 +215,7 @@ class _Engine:
                 self.executor.stop()
             self.executor.close()
         except KeyboardInterrupt:
+            self.hurried = True
             self.executor.stop(at_once=True)
             raise
         finally:
@@ -422,7 +427,8 @@ class _Engine:
     def _answer(self, job: Job, record: Record, shown: bool) -> None:
         """A job whose result is known."""
         job.let_go(done=True)
-        self._tell(job, record)
+        # Of this very space, the sweep that measured it makes the copy.
+        self._tell(job, record, copy=record.space != self.trials.space)
         if shown and job.proposal is not None:
             title = label(job.cfg, job.role, job.params)
             self.display.end(job.position, title, record, known=True)
@@ -443,12 +449,12 @@ class _Engine:
             best = self._best.get(result.context_hash, math.inf)
             self._best[result.context_hash] = min(best, result.latency.mean_ms)
 
-    def _tell(self, job: Job, record: Record) -> None:
+    def _tell(self, job: Job, record: Record, copy: bool = True) -> None:
         self._note_best(record.result)
         if job.proposal is None:
             self._baselines[job.cfg.context_hash()] = record
         else:
-            self.optimizer.tell(job.proposal, record.result)
+            self.optimizer.tell(job.proposal, record.result, copy)
             self._teach(job.params, record.result)
 
     def _teach(self, params: dict[str, str], result: TrialResult) -> None:

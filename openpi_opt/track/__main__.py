@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from openpi_opt.cli import run
 from openpi_opt.config import Tracking
+from openpi_opt.search.controllers import Controllers
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import DEFAULT_STORE, Store
@@ -29,11 +31,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         log = MlflowLog(store, _tracking(journal))
         try:
             count = log.sync(study_dir, journal, verify=True)
+            _end_if_left(study_dir, log)
         except TrackingError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         print(f"{name}: {count} of {len(journal.records())} records delivered, the rest was there")
     return 0
+
+
+def _end_if_left(study_dir: Path, log: MlflowLog) -> None:
+    """End the study's run when no sweep works on it: MLflow was away when the last one left."""
+    controllers = Controllers.join(study_dir)
+    with controllers.alone():
+        try:
+            if controllers.others() == 0:
+                log.end_study(study_dir)
+        finally:
+            controllers.leave()
 
 
 def _parser() -> argparse.ArgumentParser:

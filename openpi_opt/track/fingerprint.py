@@ -33,6 +33,7 @@ _NOT_IN_A_TRIAL = frozenset(
         "compare.py",
         "compose.py",
         "confirm.py",
+        "data_only.py",
         "deploy.py",
         "doctor.py",
         "experiment.py",

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from openpi_opt import result as results
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, masked
 from openpi_opt.result import TrialResult, write_atomic
 from openpi_opt.track.fingerprint import package_version
 
@@ -260,7 +260,7 @@ def _make_header(study_dir: Path, command: Sequence[str]) -> Header:
         header = Header(
             name=study_dir.name,
             created_at=utc_now(),
-            command=list(command),
+            command=[masked(word) for word in command],
             openpi_opt=package_version(),
         )
         write_atomic(study_dir / "study.json", header.model_dump_json(indent=1) + "\n")

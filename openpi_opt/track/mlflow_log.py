@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from openpi_opt.config import Tracking
 from openpi_opt.criteria import Criteria
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, masked
 from openpi_opt.track import mlflow_content as content
 from openpi_opt.track import mlflow_database as database
 from openpi_opt.track import pareto
@@ -334,7 +334,7 @@ class MlflowLog:
             f"MLflow at {self.uri}: {why}. Results are kept in the journal; deliver them later: "
             + self._sync_command(study)
         )
-        return re.sub(r"//[^/@\s]*@", "//", line)  # no passwords in messages
+        return masked(line)
 
     def _sync_command(self, study: str) -> str:
         words = ["python", "-m", "openpi_opt.track", "sync", *([study] if study else [])]

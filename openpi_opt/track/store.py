@@ -73,10 +73,17 @@ class Store:
         """Folder of a study, whether it exists or not.
 
         Raises:
-            UserError: `name` is not a study name.
+            UserError: `name` is not a study name, or a link in its place leads elsewhere.
         """
         check_study_name(name)
-        return self.path / "studies" / name
+        folder = self.path / "studies" / name
+        if folder.is_symlink() and folder.resolve().parent != folder.parent.resolve():
+            raise UserError(
+                f"study={name!r}: {folder} is a link that leads out of its folder, to "
+                f"{folder.resolve()}.\nGive the store there with store=DIR, or link the whole "
+                "store instead of one study."
+            )
+        return folder
 
     def studies(self) -> list[str]:
         """Names of the studies with a header or a journal, sorted."""

@@ -142,3 +142,19 @@ def test_trial_of_the_small_model_is_ok(
     assert {"gpu_clock", "gpu_throttle", "gpu_power_limit", "gpu_shared"} <= {
         check.name for check in result.checks
     }
+
+
+def test_a_gpu_without_memory_is_an_outcome_and_the_next_trial_is_fine(tmp_path: Path) -> None:
+    """What is left does not hold the trial's context, or not the policy."""
+    (tmp_path / "config.json").write_text(json.dumps(config({}).dump()))
+    command = [sys.executable, "-m", "openpi_opt.trial", "--config", str(tmp_path / "config.json")]
+    command += ["--result", str(tmp_path / "result.json"), "--references", str(tmp_path)]
+    free, _ = torch.cuda.mem_get_info()
+    filler = torch.empty(free - (300 << 20), dtype=torch.uint8, device="cuda")
+    outcomes = []
+    for _ in range(2):
+        subprocess.run(command, check=True, timeout=300)
+        outcomes.append(parse((tmp_path / "result.json").read_bytes()).outcome)
+        filler.set_()  # type: ignore[call-overload]
+        torch.cuda.empty_cache()
+    assert outcomes == ["oom", "ok"]

@@ -6,6 +6,8 @@ import stat
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from search_samples import CPU
 
 from openpi_opt.config import Config
@@ -68,14 +70,77 @@ def test_more_gpus_than_cores_share_them(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [slot.cores for slot in found("all").slots("cuda")] == [(5,), (7,), (5,), (7,)]
 
 
-@pytest.mark.parametrize("given", [[7], ["GPU-9"], [-1]])
-def test_a_gpu_that_is_not_there_is_named(given: object) -> None:
-    with pytest.raises(UserError, match="no such GPU") as error:
-        found(given).slots("cuda")
-    assert "GPU-3a" in str(error.value)
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ([7], "no such GPU as 7"),
+        (4, "no such GPU as 4"),
+        ([-1], "no such GPU as -1"),
+        ([0, -4], "no such GPU as -4"),
+        (["GPU-9"], "no such GPU as GPU-9"),
+        (["1"], "no such GPU as 1"),  # in quotes it is no index
+        ("GPU-1A", "no such GPU as GPU-1A"),
+        ([2**70], "no such GPU as"),
+        ([0, 0], "0 and 0 are the same GPU"),
+        ([1, "GPU-1"], "1 and GPU-1 are the same GPU"),
+        (["GPU-"], "GPU- is the beginning of 4 UUIDs"),
+    ],
+)
+def test_a_gpu_that_cannot_be_told_is_refused(given: object, problem: str) -> None:
+    for use in (lambda at_hand: at_hand.slots("cuda"), lambda at_hand: at_hand.check([on("cuda")])):
+        with pytest.raises(UserError, match=problem) as error:
+            use(found(given))
+        assert str(error.value).startswith(f"devices=[{','.join(map(str, listed(given)))}]: ")
+        assert "3 (GPU-3a)" in str(error.value)
+        assert "devices=[0,1], or devices=all" in str(error.value)
 
 
-@pytest.mark.parametrize("given", [[], "", [""], {"cpu_slots": 0}, {"gpu": 1}, True, 1.5])
+def listed(given: object) -> list[object]:
+    return given if isinstance(given, list) else [given]
+
+
+def on(device: str, gpu: int | None = None) -> Config:
+    return Config.parse({"platform": {"device": device, "gpu": gpu}})
+
+
+def test_gpus_that_are_named_without_any_are_refused() -> None:
+    with pytest.raises(UserError, match=r"devices=\[7\]: this machine has no GPU") as error:
+        Devices(Settings.parse({"devices": [7]}).devices, CPU).check([on("cpu")])
+    assert "cpu_slots" in str(error.value)
+    with pytest.raises(UserError, match=r"devices=\[0\] names GPUs, but .* on the CPU"):
+        found([0]).check([on("cpu")])
+    found([0]).check([on("cpu"), on("cuda")])
+    found("all").check([on("cpu")])
+
+
+def test_a_configuration_whose_gpu_is_not_used_is_refused() -> None:
+    """No slot would ever suit it, and the sweep would wait for ever."""
+    found([0, 2]).check([on("cuda", 2), on("cuda")])
+    with pytest.raises(UserError, match=r"platform.gpu=1: .*GPU 0, GPU 2") as error:
+        found([0, 2]).check([on("cuda", 2), on("cuda", 1)])
+    assert "devices=[1]" in str(error.value)
+    with pytest.raises(UserError, match=r"platform.gpu=1: that GPU \(A100\)"):
+        found("all", gpu(0), gpu(1, "A100")).check([on("cuda", 1)])
+
+
+names = st.one_of(st.integers(-9, 9), st.text(max_size=8), st.floats(), st.booleans(), st.none())
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(names, st.lists(names, max_size=4)))
+def test_wild_names_end_in_slots_or_a_user_error(given: object) -> None:
+    try:
+        slots = found(given).slots("cuda")
+    except UserError:
+        return
+    assert slots
+    assert len({slot.name for slot in slots}) == len(slots)
+    assert len(slots) == (4 if given == "all" else len(listed(given)))
+
+
+@pytest.mark.parametrize(
+    "given", [[], "", [""], {"cpu_slots": 0}, {"gpu": 1}, True, 1.5, [True], [0.0], [None], [[0]]]
+)
 def test_wrong_values_are_refused(given: object) -> None:
     with pytest.raises(UserError, match="devices"):
         found(given)

@@ -69,7 +69,8 @@ class Promotions:
         mark = "other" if stale else runs.fingerprint_hash(PLAIN)
         found = [Contender(cfg, n, 9.5, mark) for n, cfg in enumerate((SDPA, FUSED))]
         request = Wanted(**{"seed": 7, "limit_s": 3600.0, **wanted})  # type: ignore[arg-type]
-        bench, judged = confirm(runs, found, request, again, judged_by)
+        with runs.alone(PLAIN):
+            bench, judged = confirm(runs, found, request, again, judged_by)
         return judged, run, bench
 
 
@@ -223,7 +224,9 @@ def test_a_throttled_process_is_discarded_and_repeated(
         return ok(cfg, seen[-1])
 
     run = FakeRun(hot_at_first)
-    result = promotions.runs(run).measure(PLAIN, "tau 1", "tau", 0)
+    runs = promotions.runs(run)
+    with runs.alone(PLAIN):
+        result = runs.measure(PLAIN, "tau 1", "tau", 0)
     assert isinstance(result, Ok)
     assert result.latency.mean_ms == 10.0
     assert len(run.ran) == 3
@@ -237,24 +240,31 @@ def test_a_gpu_that_stays_throttled_ends_it(
 ) -> None:
     monkeypatch.setattr(fresh, "throttled", lambda result: True)
     run = FakeRun(lambda cfg: ok(cfg, 10.0))
-    with pytest.raises(UserError, match="throttled in 4 processes"):
-        promotions.runs(run).measure(PLAIN, "tau 1", "tau", 0)
+    runs = promotions.runs(run)
+    with runs.alone(PLAIN), pytest.raises(UserError, match="throttled in 4 processes"):
+        runs.measure(PLAIN, "tau 1", "tau", 0)
     assert len(run.ran) == fresh.MAX_THROTTLED + 1
     assert promotions.runs(run).journal.records() == []
 
 
 def test_two_promotions_of_a_study_do_not_run_at_once(promotions: Promotions) -> None:
     first, second = (promotions.runs(FakeRun(Noisy())) for _ in range(2))
-    with first.alone(), pytest.raises(UserError, match="another promote"), second.alone():
+    with (
+        first.alone(PLAIN),
+        pytest.raises(UserError, match="another promote"),
+        second.alone(PLAIN),
+    ):
         pass
-    with second.alone():
+    with second.alone(PLAIN):
         pass
 
 
 def test_what_this_machine_refuses_starts_no_process(promotions: Promotions) -> None:
     run = FakeRun(Noisy())
     graph = Config.parse({**CONTEXT, "graph": {"mode": "manual"}})
-    result = promotions.runs(run).measure(graph, "x", "tau", 0)
+    runs = promotions.runs(run)
+    with runs.alone(PLAIN):
+        result = runs.measure(graph, "x", "tau", 0)
     assert result.outcome == "unavailable"
     assert run.ran == []
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from openpi_opt.knobs import BY_NAME
 from openpi_opt.knobs.base import Options
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.result import TrialResult
+from openpi_opt.search.devices import LEASES_VARIABLE
 from openpi_opt.search.fresh import FreshRuns
 from openpi_opt.search.steps import NO_EFFECT, Target
 from openpi_opt.search.trials import refused
@@ -130,10 +132,16 @@ def speed(cfg: Config, number: int = 0) -> TrialResult:
     return ok(cfg, mean * float(np.exp(0.001 * np.sin(7.0 * number))))
 
 
+@pytest.fixture(autouse=True)
+def _leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LEASES_VARIABLE, str(tmp_path / "leases"))
+
+
 class Sessions:
     def __init__(self, folder: Path, verb: str):
         self.store, self.verb, self.said = Store.open(folder), verb, list[str]()
         self.calls = 0
+        self.open = ExitStack()
 
     def __call__(
         self, judge: Callable[[Config], TrialResult] | None = None, raw: dict = EXPERT
@@ -146,6 +154,8 @@ class Sessions:
         journal = Journal.open(self.store.study_dir("s"))
         runs = FreshRuns(self.store, journal, None, H100, self.said.append, run)
         folder = self.store.path / "out"
+        self.open.close()  # an earlier session has ended
+        self.open.enter_context(runs.alone(target(raw).config))
         return Session(self.verb, target(raw), runs, folder, seed=0, rounds=6), run
 
 

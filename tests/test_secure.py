@@ -1,0 +1,184 @@
+"""What the source never does, and what of the user's environment is never written down.
+
+A real sweep with tokens in its environment is in `search/test_survives.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from openpi_opt.config import Config
+from openpi_opt.machine import Machine, TorchBuild
+from openpi_opt.paths import package_dir
+from openpi_opt.search.environment import PASS_VARIABLE, child_environment
+from openpi_opt.search.process import run_trial
+from openpi_opt.track.journal import Journal
+
+ROOT = package_dir().parent
+SOURCES = sorted(
+    path
+    for folder in ("openpi_opt", "hydra_plugins", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+)
+# Modules that make objects of bytes, and calls that make code of text.
+MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+BUILTINS = {"eval", "exec", "__import__"}
+CALLS = {
+    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
+    *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.dump"),
+    *("torch.load", "torch.hub.load", "torch.jit.load", "torch.package.PackageImporter"),
+    *("hydra.utils.instantiate", "hydra.utils.call", "numpy.load", "np.load"),
+}
+SAFE = {"torch.load": "weights_only", "numpy.load": "allow_pickle", "np.load": "allow_pickle"}
+
+
+def dangers(source: str) -> Iterator[str]:
+    """What a source does that this project never does."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name for name in names if name in CALLS)
+        else:
+            names = []
+        yield from (name for name in names if name.partition(".")[0] in MODULES)
+        if isinstance(node, ast.Call):
+            yield from _of_call(node)
+
+
+def _of_call(node: ast.Call) -> Iterator[str]:
+    name = ast.unparse(node.func)
+    given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+    if name in BUILTINS or (name in CALLS and given.get(SAFE.get(name, "")) != _safe(name)):
+        yield name
+    if name.rpartition(".")[2] == "instantiate":
+        yield name
+    if given.get("shell", "False") != "False":
+        yield f"{name}(shell=...)"
+
+
+def _safe(name: str) -> str:
+    return "True" if name == "torch.load" else "False"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_source_runs_what_it_reads(path: Path) -> None:
+    assert list(dangers(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import os.path, dill",
+        "eval('1')",
+        "exec(text)",
+        "__import__(name)",
+        "import yaml; yaml.load(text)",
+        "yaml.unsafe_load(text)",
+        "from yaml import unsafe_load",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "subprocess.run(line, shell=True)",
+        "subprocess.Popen(line, shell=wanted)",
+        "os.system(line)",
+        "os.popen(line)",
+        "hydra.utils.instantiate(cfg)",
+    ],
+)
+def test_the_scan_finds(source: str) -> None:
+    assert list(dangers(source))
+
+
+def test_the_scan_lets_pass() -> None:
+    fine = "model.eval(); torch.compile(f); yaml.safe_load(t); subprocess.run([a], shell=False)"
+    assert list(dangers(fine + "; np.load(p, allow_pickle=False)")) == []
+    assert len(SOURCES) > 100
+
+
+def test_the_ui_binds_to_loopback() -> None:
+    """And what a sweep tells to type has MLflow's own default, which is loopback too."""
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if "mlflow ui" in line]
+    assert "--host 127.0.0.1" in line
+    assert "allowed-hosts" not in line
+    told = [p for p in SOURCES if "mlflow ui" in p.read_text(encoding="utf-8")]
+    assert all("--host" not in path.read_text(encoding="utf-8") for path in told)
+
+
+HIDDEN = {
+    "HF_TOKEN": "hidden-1",
+    "AWS_SECRET_ACCESS_KEY": "hidden-2",
+    "OPENAI_API_KEY": "hidden-3",
+    "PGPASSWORD": "hidden-4",
+    "DATABASE_URL": "postgresql://me:hidden-5@db/x",
+    "FAVOURITE_COLOUR": "hidden-6",
+    "SLURM_JWT": "hidden-7",
+    "CUDA_REGISTRY_PASSWORD": "hidden-8",
+    "MY_SECRET_PATH": "hidden-9",
+    "PYTHON_INDEX": "https://me:hidden-10@index/simple",
+    "http_proxy": "http://me:hidden-11@proxy:1",
+}
+NEEDED = {"LD_LIBRARY_PATH": "/lib", "CUDA_HOME": "/cuda", "OMP_NUM_THREADS": "1", "LC_ALL": "C"}
+CPU = Machine((), TorchBuild("2.13.0", None, None), "test cpu", cores=2, memory_mib=8000)
+
+
+def test_a_trial_gets_what_it_needs_and_no_token() -> None:
+    cfg = Config.parse({"platform": {"device": "cpu"}})
+    env = child_environment(cfg, CPU, HIDDEN | NEEDED)
+    assert NEEDED.items() <= env.items()
+    assert not [name for name, value in env.items() if "hidden" in value]
+    more = child_environment(cfg, CPU, HIDDEN | {PASS_VARIABLE: "FAVOURITE_COLOUR,HF_TOKEN"})
+    assert sorted(v for v in more.values() if "hidden" in v) == ["hidden-1", "hidden-6"]
+    again = child_environment(cfg, CPU, more)  # a process that a trial starts
+    assert "FAVOURITE_COLOUR" in again
+
+
+def test_a_trial_that_prints_all_it_knows_knows_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in HIDDEN.items():
+        monkeypatch.setenv(name, value)
+    cfg = Config.parse({"platform": {"device": "cpu"}})
+    command = [sys.executable, "-c", "import os, sys; print(dict(os.environ)); sys.exit(3)"]
+    result = run_trial(cfg, tmp_path / "t", tmp_path, lambda phase: None, CPU, command=command)
+    assert result.outcome == "crashed"
+    log = (tmp_path / "t" / "log.txt").read_text()
+    assert "PATH" in log
+    assert "hidden" not in log + result.model_dump_json()
+
+
+def test_a_command_is_recorded_without_its_passwords(tmp_path: Path) -> None:
+    Journal.open(tmp_path / "s", ["-m", "storage=postgresql://me:hidden-1@db/x", "attention=sdpa"])
+    text = (tmp_path / "s" / "study.json").read_text()
+    assert "hidden" not in text
+    assert "storage=postgresql://***@db/x" in text
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+    file, found = "", 0
+    for name, test in re.findall(r"`([\w./]*\.py)?(?:::(\w+))?`", text):
+        if not name and not test:
+            continue
+        file = name or file
+        path = next(
+            (p for p in (ROOT / "tests" / "search" / file, ROOT / "tests" / file) if p.is_file()),
+            None,
+        )
+        if path is None:
+            assert (ROOT / "openpi_opt" / file).is_file(), file
+            continue
+        found += 1
+        assert f"def {test}(" in path.read_text(encoding="utf-8") or not test, f"{file}::{test}"
+    assert found > 50
