@@ -30,6 +30,11 @@ class Claims:
         """Whether somebody measures it."""
         return locks.is_held(self._path(config_hash, machine_hash))
 
+    def take_free(self) -> list[Held]:
+        """Take every claim that a killed sweep left without removing it."""
+        found = (locks.take(path) for path in self._folder.glob("*.lock"))
+        return [held for held in found if held is not None]
+
     def live(self, space: str) -> set[str]:
         """Hashes of what is being measured for `space`."""
         found = set()

@@ -59,8 +59,16 @@ def _at_once(work: Callable[[], None]) -> None:
 class Optimizer:
     """One search space of one study. Make it with `open`."""
 
-    def __init__(self, copy: optuna.Study, space: Space, later: Later, allow_lossy: bool = False):
+    def __init__(
+        self,
+        copy: optuna.Study,
+        copy_lock: FileLock,
+        space: Space,
+        later: Later,
+        allow_lossy: bool = False,
+    ):
         self._copy = copy
+        self._copy_lock = copy_lock  # of all who write to that database
         self._allow_lossy = allow_lossy
         self._space = space
         self._distributions = space.distributions()
@@ -69,6 +77,8 @@ class Optimizer:
         self._finished: list[FrozenTrial] = []
         self._asked: dict[int, optuna.Trial] = {}  # by the numbers of their proposals
         self._numbers = itertools.count()
+        self._copied: set[tuple[object, ...]] = set()
+        self._looked_at = 0  # trials of the copy
         self.tried: set[str] = set()  # configuration hashes
         self.points: set[tuple[str, ...]] = set()
 
@@ -94,7 +104,8 @@ class Optimizer:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         path = store.path / "optuna.db"
-        with _storage_errors(path), FileLock(store.path / "optuna.lock"):
+        lock = FileLock(store.path / "optuna.lock", thread_local=False)
+        with _storage_errors(path), lock:
             # Several processes that create the tables at once break the database for good.
             storage = optuna.storages.RDBStorage(
                 store.optuna_url, engine_kwargs={"connect_args": {"timeout": 60}}
@@ -102,7 +113,7 @@ class Optimizer:
             copy = optuna.create_study(
                 storage=storage, study_name=name, direction="minimize", load_if_exists=True
             )
-            optimizer = Optimizer(copy, space, later, allow_lossy)
+            optimizer = Optimizer(copy, lock, space, later, allow_lossy)
             count = optimizer._load()
         optimizer._begin(_sampler(sampler, (seed + count) % 2**32))
         return optimizer
@@ -135,7 +146,7 @@ class Optimizer:
             for step, seen in finished.intermediate_values.items():
                 trial.report(seen, step)
             self._study.tell(trial, finished.value, state=finished.state)
-            self._keep(finished, copy=True)
+            self._keep(finished, copy=not self.has(proposal.params))
         self._remember(proposal.params, result.config_hash)
 
     def learn(
@@ -213,8 +224,13 @@ class Optimizer:
             self._begin(self._study.sampler)
 
     def _write(self, trial: FrozenTrial) -> None:
-        with _storage_errors(Path("optuna.db")):
-            self._copy.add_trial(trial)
+        """Copy a trial that the copy lacks: sweeps of one study tell each other's results too."""
+        with _storage_errors(Path("optuna.db")), self._copy_lock:
+            new = self._copy.get_trials(deepcopy=False)[self._looked_at :]
+            self._looked_at += len(new)
+            self._copied.update(map(_outcome, new))
+            if _outcome(trial) not in self._copied:
+                self._copy.add_trial(trial)
 
     def _begin(self, sampler: BaseSampler) -> None:
         """Make the study in memory: the fastest and latest finished trials, and those asked."""
@@ -247,6 +263,11 @@ class Optimizer:
 
     def _point(self, params: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(params[key] for key in self._space.dimensions)
+
+
+def _outcome(trial: FrozenTrial) -> tuple[object, ...]:
+    """What makes two trials of a copy the same one."""
+    return trial.state, tuple(trial.values or ()), *sorted(trial.params.items())
 
 
 @functools.lru_cache(maxsize=65_536)
