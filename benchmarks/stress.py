@@ -1,6 +1,6 @@
 """Random kills of sweeps and their trials, and a count of what they cost: `make stress`.
 
-    python -m benchmarks.stress [--kills 300] [--real 12] [--seed 0]
+    python -m benchmarks.stress [--kills 300] [--real 10] [--seed 0]
 
 In rounds, each on a fresh store: four sweeps at once, two on each of two studies (one enumerated,
 one sampled by TPE), all with MLflow, on four stub GPUs, everything real but the workload. At random
@@ -48,13 +48,14 @@ ROOT = package_dir().parent
 GPUS = 4
 TORN = 0.04  # of the lines that are written to a journal
 EARLY = 0.02  # probability, each time that one could be killed while all of them are starting
-PATIENCE_SECONDS = 180.0  # a round without a kill and without an end is a hanging engine
+PATIENCE_SECONDS = 180.0  # so long without a kill and without a result: the engine hangs
 # How a sweep is killed. `late`: it stands still while its trials end, then dies. `orphan`: its
 # trial stands still, so that it cannot see the end of its sweep.
 SWEEP_KILLS = ("kill", "segv", "term", "int", "int twice", "late", "orphan")
 TRIAL_KILLS = ("KILL", "TERM", "SEGV", "INT", "ABRT")
-# After these a sweep may also end by itself: Python turns them into an exception.
-_GENTLE = {"term": {130, -15}, "int": {130, -2}, "int twice": {130, -2}}
+# Exit codes. Some come as a KeyboardInterrupt, which ends Python with -2 where nobody catches it:
+# among its imports, or when it is all but over.
+_GENTLE = {"term": {130, -2, -15}, "int": {130, -2}, "int twice": {130, -2}}
 _HARD = {"kill": {-9}, "segv": {-11}, "late": {-9}, "orphan": {-9}}
 
 
@@ -191,8 +192,10 @@ class Round:
                 time.sleep(0.02)
                 now = time.monotonic()
                 if now - quiet_since > PATIENCE_SECONDS:
-                    self.counts.bad(f"no end after {PATIENCE_SECONDS:.0f} s without a kill")
-                    return
+                    if not any(watcher.look() for watcher in watchers):
+                        self.counts.bad(f"no result in {PATIENCE_SECONDS:.0f} s without a kill")
+                        return
+                    quiet_since = now
                 if now >= due and self.figures.kills.total() - before < kills:
                     if not (self._trials() if victim == "trial" else self._may()):
                         due = now + 0.1
@@ -307,11 +310,12 @@ def real_round(
 ) -> Round:
     """Two sweeps of pi0_mini on one study."""
     folder.mkdir()
-    made = Round(folder, [], {}, {}, random.Random(seed), figures, counts, 5 * own.pace)
-    knobs = ["attention=eager,sdpa", "simplify=none,all", "fusion=none,all"]
+    made = Round(folder, [], {}, {}, random.Random(seed), figures, counts, 4 * own.pace)
+    knobs = ["attention=eager,sdpa", "simplify=none,all"]
     made.expected["real"] = 2 ** len(knobs)  # the baseline is one of them
     argv = [sys.executable, "-m", "openpi_opt.sweep", "-m", "study=real", f"store={made.store}"]
-    argv += ["model=pi0_mini", "platform=cpu", "devices.cpu_slots=1", "measure.max_seconds=2"]
+    argv += ["model=pi0_mini", "platform=cpu", "devices.cpu_slots=2", "measure.max_seconds=1"]
+    argv += ["profile.kernels=false"]
     made.sweeps += _twice(made, "real", [*argv, *knobs], _environment(made))
     return made
 
@@ -391,7 +395,7 @@ def parser() -> argparse.ArgumentParser:
     """Options."""
     options = argparse.ArgumentParser(prog="python -m benchmarks.stress")
     options.add_argument("--kills", type=int, default=300, help="with a stub workload")
-    options.add_argument("--real", type=int, default=12, help="kills beside, with pi0_mini")
+    options.add_argument("--real", type=int, default=10, help="kills beside, with pi0_mini")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--seeds", type=int, default=50, help="configurations of a study")
     options.add_argument("--pace", type=float, default=0.7, help="seconds between kills")

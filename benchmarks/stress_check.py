@@ -53,18 +53,20 @@ class Watcher:
     _lines: bytes = b""
     _finished: dict[str, bytes] = field(default_factory=dict)
 
-    def look(self) -> None:
-        """Compare with what was there before."""
+    def look(self) -> bool:
+        """Compare with what was there before; returns whether there is more."""
         text = _journal(self.study)
         whole = text[: text.rfind(b"\n") + 1]
         if not whole.startswith(self._lines):
             self.counts.bad(f"{self.study.name}: a line of the journal was changed or removed")
+        more = len(whole) > len(self._lines)
         self._lines = whole
         now = finished(self.study)
         for uid, document in self._finished.items():
             if now.get(uid) != document:
                 self.counts.bad(f"{self.study.name}: the result of trial {uid} left the disk")
         self._finished = now
+        return more
 
 
 def finished(study: Path) -> dict[str, bytes]:
