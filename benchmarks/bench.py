@@ -100,7 +100,9 @@ def main() -> int:
     own = parser.parse_args()
     machine = probe()
     before = os.getloadavg()[0]
-    table = Table("figure", "found", "limit", "", "median / most / opening", title="cost beside its limit")
+    table = Table(
+        "figure", "found", "limit", "", "median / most / opening", title="cost beside its limit"
+    )
     for column in table.columns[1:3]:
         column.justify = "right"
     over = 0

@@ -109,11 +109,17 @@ class Sweep:
         if code == -signal.SIGKILL and not self.allowed:  # by itself, in the middle of a line
             self.figures.kills["sweep, half a line written"] += 1
             self.figures.working += 1
-        elif code not in self.allowed:
+        elif code not in self.allowed and not self._never_began(code):
             tail = self.log.read_text(errors="replace")[-3000:]
             self.counts.bad(f"{' '.join(self.argv[1:])} ended with {code}:\n{tail}")
             self.done = True
         self.figures.restarts += 1
+
+    def _never_began(self, code: int) -> bool:
+        """Whether SIGINT met Python before it had begun to run any program."""
+        text = self.log.read_text(errors="replace")
+        begin = text.rfind("Could not import runpy module")
+        return code == 1 and begin >= 0 and text[begin:].rstrip().endswith("KeyboardInterrupt")
 
     @property
     def at_work(self) -> bool:
@@ -134,9 +140,10 @@ class Sweep:
             process.send_signal(signal.SIGSTOP)
             time.sleep(drawn.uniform(0.1, 0.6))
         if kind == "orphan":
-            for pid in trials():
-                if _parent(pid) == process.pid:
-                    _send(pid, signal.SIGSTOP)
+            own = [pid for pid in trials() if _parent(pid) == process.pid]
+            kind = "orphan" if own else "kill"
+            for pid in own:
+                _send(pid, signal.SIGSTOP)
         gentle = {"segv": signal.SIGSEGV, "term": signal.SIGTERM}
         number = signal.SIGINT if kind in ("int", "int twice") else gentle.get(kind, signal.SIGKILL)
         process.send_signal(number)
@@ -406,6 +413,8 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> int:
     """Kill until there were enough; 1 when anything was found that must not be."""
     own = parser().parse_args(words)
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # end what was started, as at Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(soft_wrap=True)
     figures, counts = Figures(), Counts()
     began = time.monotonic()
