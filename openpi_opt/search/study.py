@@ -440,7 +440,7 @@ class _Engine:
 
     def _open_hashes(self) -> set[str]:
         """What is being measured for this space, here and by other sweeps; learns the rest."""
-        measured = self._own_hashes() | self.ledger.claims.live(self.trials.space)
+        measured = self._own_hashes() | self.ledger.live(self.trials.space)
         self.ledger.refresh()
         self._learn()
         return measured

@@ -9,14 +9,17 @@ import pytest
 from filelock import FileLock, Timeout
 from search_samples import CPU, ok
 
-from openpi_opt.config import Config
+from openpi_opt.config import Config, Tracking
 from openpi_opt.search import locks
 from openpi_opt.search.claims import Claims
 from openpi_opt.search.controllers import Controllers
+from openpi_opt.search.display import Silent
+from openpi_opt.search.ledger import Ledger
 from openpi_opt.search.locks import Held
 from openpi_opt.search.recovery import Started, recover
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
+from openpi_opt.track.store import Store
 
 CFG = Config.parse({"weights": {"seed": 3}})
 UID = "0123456789abcdef" * 2
@@ -126,6 +129,27 @@ def test_what_another_sweep_is_about_to_begin_is_left_alone(study: Study) -> Non
     assert study.claims.is_held(CFG.hash(), fingerprint_hash(SEEN))
     assert claim.path.exists()
     other.leave()
+
+
+def test_what_a_dead_sweep_had_finished_counts_before_the_next_point_is_chosen(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger.open(Store.open(tmp_path), "s", Tracking(mlflow=False), (), CPU, Silent())
+    study = Study(ledger.study_dir)
+    running = study.claims.take("0123456789ab", fingerprint_hash(SEEN), "s")
+    claim = study.claims.take(CFG.hash(), fingerprint_hash(SEEN), "s")
+    trial, alive = study.begin("a-dead-one")
+    assert claim is not None
+    assert running is not None
+    assert ledger.live("s") == {"0123456789ab", CFG.hash()}
+    finish(trial)
+    alive.release()
+    claim.release()
+    assert ledger.live("another space") == set()
+    assert len(ledger.journal) == 0
+    assert ledger.live("s") == {"0123456789ab"}
+    assert [record.uid for record in ledger.journal.records()] == [UID]
+    ledger.close()
 
 
 def test_nobody_looks_at_a_sweep_while_it_joins(
