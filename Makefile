@@ -4,13 +4,16 @@ STORE ?= mlruns
 export PYTHON
 py = .venv/bin/python
 
-.PHONY: help sweep test test-gpu lint ui clean
+.PHONY: help sweep test test-gpu lint ui bench stress compare clean
 
 help:
 	@echo "make sweep      set up .venv and run the first sweep (attention=aiter,sdpa)"
 	@echo "make test       set up .venv and run linters, type checker and tests"
 	@echo "make test-gpu   the tests that need a GPU"
 	@echo "make ui         MLflow UI on http://127.0.0.1:5000 (STORE=mlruns)"
+	@echo "make bench      what a trial costs beside its own time, and how fast commands begin"
+	@echo "make stress     300 random kills of sweeps and trials, and what was lost (5 to 10 minutes)"
+	@echo "make compare    slots busy beside Hydra's own Optuna sweeper (installs it in build/)"
 	@echo "make clean      remove .venv and caches; results in mlruns/ stay"
 
 .venv/installed: pyproject.toml constraints.txt tools/setup.sh
@@ -34,6 +37,15 @@ test-gpu: .venv/installed
 
 ui: .venv/installed
 	$(py) -m mlflow ui --backend-store-uri sqlite:///$(abspath $(STORE))/mlflow.db --host 127.0.0.1 --port 5000
+
+bench: .venv/installed
+	$(py) -m benchmarks.bench
+
+stress: .venv/installed
+	$(py) -m benchmarks.stress
+
+compare: .venv/installed
+	$(py) -m benchmarks.compare_sweepers
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

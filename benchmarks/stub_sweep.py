@@ -6,13 +6,16 @@ All of the engine is real: processes, leases, claims, journal, Optuna and, with 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from benchmarks import sabotage
 from openpi_opt import cli
 from openpi_opt.config import Config
-from openpi_opt.machine import Machine, TorchBuild
+from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.search.display import Lines
 from openpi_opt.search.plan import StudyRequest
 from openpi_opt.search.process import run_trial
@@ -26,11 +29,19 @@ MACHINE = Machine((), TorchBuild("stub", None, None), "stub cpu", cores=2, memor
 HANG_LIMIT_SECONDS = 1.0
 
 
-def compose(overrides: list[str], mlflow: bool = False) -> Config:
+def machine(gpus: int) -> Machine:
+    """The same with `gpus` GPUs, which are slots that need no core: a stub only sleeps."""
+    about = ("stub gpu", "nvidia", "sm_90", 8000, "1")
+    made = tuple(Gpu(number, f"GPU-stub-{number}", *about) for number in range(gpus))
+    return replace(MACHINE, gpus=made, torch=TorchBuild("stub", "12.8", None))
+
+
+def compose(overrides: list[str], mlflow: bool = False, device: str = "cpu") -> Config:
     """The configuration of a seed."""
     seeds = [int(str(parse_override(line).value())) for line in overrides]
     return Config.parse(
         {
+            "platform": {"device": device},
             "weights": {"seed": seeds[0]},
             "tracking": {"mlflow": mlflow},
             "limits": {"compile": HANG_LIMIT_SECONDS},
@@ -42,7 +53,8 @@ def sweep(store: Path, own: argparse.Namespace) -> StudyOutcome:
     """Run the study until every seed has a result."""
     stub = [sys.executable, str(Path(__file__).with_name("stub_trial.py"))]
     stub += ["--seconds", str(own.seconds), *(["--faults"] if own.faults else [])]
-    stub += ["--started", str(own.started)] if own.started else []
+    for name in ("started", "finished", "lengths", "times"):
+        stub += [f"--{name}", str(getattr(own, name))] if getattr(own, name) else []
     settings = Settings.parse(
         {
             "store": str(store),
@@ -53,10 +65,14 @@ def sweep(store: Path, own: argparse.Namespace) -> StudyOutcome:
         }
     )
     request = StudyRequest(
-        STUDY, Space.parse([f"weights.seed=range(0,{own.seeds})"]), settings, MACHINE
+        own.study,
+        Space.parse([f"weights.seed=range(0,{own.seeds})"]),
+        settings,
+        machine(own.gpus) if own.gpus else MACHINE,
     )
     run = partial(run_trial, command=stub)
-    return run_study(request, partial(compose, mlflow=own.mlflow), Lines(), run)
+    device = "cuda" if own.gpus else "cpu"
+    return run_study(request, partial(compose, mlflow=own.mlflow, device=device), Lines(), run)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,16 +83,28 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--trials", type=int, help="n_trials (default: all seeds)")
     options.add_argument("--sampler", default="grid")
     options.add_argument("--slots", type=int, default=2)
+    options.add_argument("--gpus", type=int, default=0, help="so many stub GPUs instead of cores")
+    options.add_argument("--study", default=STUDY)
     options.add_argument("--seconds", type=float, default=0.05)
+    options.add_argument("--lengths", type=Path, help="JSON list: seconds for each seed")
     options.add_argument("--faults", action="store_true")
     options.add_argument("--mlflow", action="store_true")
     options.add_argument("--started", type=Path, help="file that gets a line for every start")
+    options.add_argument("--finished", type=Path, help="file that gets the uid of every result")
+    options.add_argument("--times", type=Path, help="file for when the work began and ended")
+    options.add_argument("--torn", type=float, default=0.0, help=sabotage.TORN)
+    options.add_argument("--sabotage", choices=sabotage.WAYS, help="break the engine")
     return options
 
 
 def main() -> int:
     """Sweep."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the real command does
     own = parser().parse_args()
+    if own.torn:
+        sabotage.tear(own.torn)
+    if own.sabotage:
+        sabotage.WAYS[own.sabotage]()
     return sweep(own.store, own).exit_code
 
 

@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--faults", action="store_true")
     parser.add_argument("--started", type=Path, help="file that gets a line for every start")
     parser.add_argument("--times", type=Path, help="file for when the work began and ended")
+    parser.add_argument("--lengths", type=Path, help="JSON list: seconds for each seed")
+    parser.add_argument("--finished", type=Path, help="file that gets the uid of every result")
     parser.add_argument("--in-place", action="store_true")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
@@ -48,7 +50,8 @@ def main() -> None:
             file.write(f"{seed}\n")
     fault = FAULTS[seed % len(FAULTS)] if own.faults else "ok"
     _say(own.progress_fd, "load")
-    time.sleep(own.seconds)
+    lengths = [own.seconds] if own.lengths is None else json.loads(own.lengths.read_text())
+    time.sleep(lengths[seed % len(lengths)])
     _say(own.progress_fd, "compile")
     _misbehave(fault)
     _say(own.progress_fd, "measure")
@@ -56,6 +59,9 @@ def main() -> None:
     mean_ms = {"nan": math.nan, "negative": -5.0}.get(fault, 10.0 + seed % 97)
     text = json.dumps(document(config, known, mean_ms))
     _write(own.result, {"garbage": "}{", "half": text[: len(text) // 2]}.get(fault, text))
+    if own.finished is not None:  # before the controller can know of it
+        with own.finished.open("a") as file:
+            file.write(f"{known['uid']} {seed}\n")
     if own.times is not None:
         with own.times.open("a") as file:
             file.write(f"{began} {time.monotonic()}\n")

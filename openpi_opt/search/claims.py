@@ -30,17 +30,26 @@ class Claims:
         """Whether somebody measures it."""
         return locks.is_held(self._path(config_hash, machine_hash))
 
-    def live(self, space: str) -> set[str]:
-        """Hashes of what is being measured for `space`."""
-        found = set()
+    def take_free(self) -> list[Held]:
+        """Take every claim that a killed sweep left without removing it."""
+        found = (locks.take(path) for path in self._folder.glob("*.lock"))
+        return [held for held in found if held is not None]
+
+    def live(self, space: str) -> tuple[set[str], bool]:
+        """Hashes of what is being measured for `space`, and whether a dead sweep left a claim."""
+        found, left = set(), False
         for path in self._folder.glob("*.lock"):
             try:
                 about = json.loads(locks.note(path))
             except ValueError:  # taken this moment, or gone
                 continue
-            if about["space"] == space and locks.is_held(path):
+            if about["space"] != space:
+                continue
+            if locks.is_held(path):
                 found.add(about["config_hash"])
-        return found
+            elif path.exists():  # who has the result removes it first and lets go then
+                left = True
+        return found, left
 
     def _path(self, config_hash: str, machine_hash: str) -> Path:
         return self._folder / f"{config_hash}-{machine_hash}.lock"

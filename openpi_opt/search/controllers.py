@@ -31,7 +31,8 @@ class Controllers:
         folder.mkdir(parents=True, exist_ok=True)
         host = re.sub(r"[^A-Za-z0-9.-]", "-", platform.node())[:60]
         name = f"{host}-{os.getpid()}-{uuid4().hex[:8]}"
-        held = locks.take(folder / f"{name}.lock")
+        with FileLock(folder / "settle.lock"):  # or `others` may try the lock before it is taken
+            held = locks.take(folder / f"{name}.lock")
         assert held is not None  # nobody else has that name
         return Controllers(folder, name, held)
 

@@ -136,6 +136,20 @@ class Ledger:
                         self._recover()
         return claim
 
+    def live(self, space: str) -> set[str]:
+        """Hashes of what is being measured for `space`, here and elsewhere.
+
+        What killed sweeps had finished is journaled first: it counts, or there would be one more
+        trial than asked for.
+        """
+        with _user_errors(self.study_dir):
+            measured, left = self.claims.live(space)
+            if left:
+                with self.controllers.alone():
+                    self._recover()
+                measured, _ = self.claims.live(space)
+        return measured
+
     def fingerprint_hash(self, cfg: Config) -> str:
         """Hash of the machine and software that run `cfg`."""
         return self._fingerprint(cfg, None)[1]

@@ -63,8 +63,16 @@ def _at_once(work: Callable[[], None]) -> None:
 class Optimizer:
     """One search space of one study. Make it with `open`."""
 
-    def __init__(self, copy: optuna.Study, space: Space, later: Later, criteria: Criteria):
+    def __init__(
+        self,
+        copy: optuna.Study,
+        copy_lock: FileLock,
+        space: Space,
+        later: Later,
+        criteria: Criteria,
+    ):
         self._copy = copy
+        self._copy_lock = copy_lock  # of all who write to that database
         self._criteria = criteria
         self._space = space
         self._distributions = space.distributions()
@@ -73,6 +81,8 @@ class Optimizer:
         self._finished: list[FrozenTrial] = []
         self._asked: dict[int, optuna.Trial] = {}  # by the numbers of their proposals
         self._numbers = itertools.count()
+        self._copied: set[tuple[object, ...]] = set()
+        self._looked_at = 0  # trials of the copy
         self.tried: set[str] = set()  # configuration hashes
         self.points: set[tuple[str, ...]] = set()
 
@@ -102,7 +112,8 @@ class Optimizer:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         criteria = (criteria or Criteria()).allowing(allow_lossy)
         path = store.path / "optuna.db"
-        with _storage_errors(path), FileLock(store.path / "optuna.lock"):
+        lock = FileLock(store.path / "optuna.lock", thread_local=False)
+        with _storage_errors(path), lock:
             # Several processes that create the tables at once break the database for good.
             storage = optuna.storages.RDBStorage(
                 store.optuna_url, engine_kwargs={"connect_args": {"timeout": 60}}
@@ -113,7 +124,7 @@ class Optimizer:
                 directions=_directions(criteria),
                 load_if_exists=True,
             )
-            optimizer = Optimizer(copy, space, later, criteria)
+            optimizer = Optimizer(copy, lock, space, later, criteria)
             count = optimizer._load(known)
         optimizer._begin(_sampler(sampler, (seed + count) % 2**32))
         return optimizer
@@ -130,14 +141,14 @@ class Optimizer:
         self._asked[number] = trial
         return Proposal(self._space.texts(trial.params), number)
 
-    def tell(self, proposal: Proposal, result: TrialResult, copy: bool = True) -> None:
+    def tell(self, proposal: Proposal, result: TrialResult) -> None:
         """Tell the outcome of a point: its objectives, or that it has none.
 
-        Of a point that the sampler did not choose it is told once. `copy` is for who measured it.
+        Of a point that the sampler did not choose it is told once.
         """
         if proposal.number is None:
             if not self.has(proposal.params):
-                self._add(self._frozen(proposal.params, result), copy)
+                self._add(self._frozen(proposal.params, result), copy=True)
         else:
             finished = self._frozen(proposal.params, result)
             trial = self._asked.pop(proposal.number)
@@ -146,7 +157,7 @@ class Optimizer:
             for step, seen in finished.intermediate_values.items():
                 trial.report(seen, step)
             self._study.tell(trial, finished.values, state=finished.state)
-            self._keep(finished, copy)
+            self._keep(finished, copy=not self.has(proposal.params))
         self._remember(proposal.params, result.config_hash)
 
     def learn(
@@ -229,8 +240,13 @@ class Optimizer:
             self._begin(self._study.sampler)
 
     def _write(self, trial: FrozenTrial) -> None:
-        with _storage_errors(Path("optuna.db")):
-            self._copy.add_trial(trial)
+        """Copy a trial that the copy lacks: sweeps of one study tell each other's results too."""
+        with _storage_errors(Path("optuna.db")), self._copy_lock:
+            new = self._copy.get_trials(deepcopy=False)[self._looked_at :]
+            self._looked_at += len(new)
+            self._copied.update(map(_outcome, new))
+            if _outcome(trial) not in self._copied:
+                self._copy.add_trial(trial)
 
     def _begin(self, sampler: BaseSampler) -> None:
         """Make the study in memory: the fastest and latest finished trials, and those asked."""
@@ -289,6 +305,11 @@ class Optimizer:
 
     def _point(self, params: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(params[key] for key in self._space.dimensions)
+
+
+def _outcome(trial: FrozenTrial) -> tuple[object, ...]:
+    """What makes two trials of a copy the same one."""
+    return trial.state, tuple(trial.values or ()), *sorted(trial.params.items())
 
 
 @functools.lru_cache(maxsize=65_536)

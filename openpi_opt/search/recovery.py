@@ -64,18 +64,38 @@ def recover(
 ) -> list[Record]:
     """End what dead sweeps left running, and journal what they finished; returns those records.
 
-    Call it under `controllers.alone`.
+    Call it under `controllers.alone`. What lies about is removed when no other sweep is at work:
+    one that has just begun a trial could not be told from one that died there.
 
     Raises:
         UserError: the journal cannot be written.
     """
+    free_claims = claims.take_free()
+    try:
+        return _recover(study_dir, journal, controllers, claims, say)
+    finally:
+        # Free before the look at the folders: what was measured under them is in the journal now.
+        for claim in free_claims:
+            claim.release(remove=True)
+
+
+def _recover(
+    study_dir: Path,
+    journal: Journal,
+    controllers: Controllers,
+    claims: Claims,
+    say: Callable[[str], None],
+) -> list[Record]:
     known = {record.uid[:12] for record in journal.records()}
+    single = controllers.others() == 0
     adopted = []
     for folder in sorted((study_dir / "trials").glob("*")):
-        if folder.name in known:
+        started = None if folder.name in known else _started(folder)
+        if started is None:
+            if single:
+                _tidy(folder)
             continue
-        started = _started(folder)
-        if started is None or controllers.is_alive(started.controller):
+        if controllers.is_alive(started.controller) and not _was_let_go(folder, started, journal):
             continue
         ended = end_marked(started.uid)
         if ended:
@@ -91,10 +111,25 @@ def recover(
         else:
             adopted.append(journal.append(record))
             _remove_claim(claims, started)
-        (folder / _ALIVE).unlink(missing_ok=True)
+        _tidy(folder)
     if adopted:
         say(f"{len(adopted)} result(s) that a killed sweep had finished were taken from disk")
     return adopted
+
+
+def _was_let_go(folder: Path, started: Started, journal: Journal) -> bool:
+    """Whether a sweep that lives has given this trial up, as at Ctrl-C, and not journaled it."""
+    if locks.is_held(folder / _ALIVE):  # taken before trial.json is written
+        return False
+    journal.refresh()  # a result is journaled before its trial is let go
+    return journal.by_uid(started.uid) is None
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what only a kill leaves; log and result stay."""
+    (folder / _ALIVE).unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _remove_claim(claims: Claims, started: Started) -> None:

@@ -427,8 +427,7 @@ class _Engine:
     def _answer(self, job: Job, record: Record, shown: bool) -> None:
         """A job whose result is known."""
         job.let_go(done=True)
-        # Of this very space, the sweep that measured it makes the copy.
-        self._tell(job, record, copy=record.space != self.trials.space)
+        self._tell(job, record)
         if shown and job.proposal is not None:
             title = label(job.cfg, job.role, job.params)
             self.display.end(job.position, title, record, known=True)
@@ -449,12 +448,12 @@ class _Engine:
             best = self._best.get(result.context_hash, math.inf)
             self._best[result.context_hash] = min(best, result.latency.mean_ms)
 
-    def _tell(self, job: Job, record: Record, copy: bool = True) -> None:
+    def _tell(self, job: Job, record: Record) -> None:
         self._note_best(record.result)
         if job.proposal is None:
             self._baselines[job.cfg.context_hash()] = record
         else:
-            self.optimizer.tell(job.proposal, record.result, copy)
+            self.optimizer.tell(job.proposal, record.result)
             self._teach(job.params, record.result)
 
     def _teach(self, params: dict[str, str], result: TrialResult) -> None:
@@ -483,7 +482,7 @@ class _Engine:
 
     def _open_hashes(self) -> set[str]:
         """What is being measured for this space, here and by other sweeps; learns the rest."""
-        measured = self._own_hashes() | self.ledger.claims.live(self.trials.space)
+        measured = self._own_hashes() | self.ledger.live(self.trials.space)
         self.ledger.refresh()
         self._learn()
         return measured

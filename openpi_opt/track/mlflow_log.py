@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shlex
-import tempfile
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -235,9 +235,9 @@ class MlflowLog:
             params=[Param(key, value) for key, value in content.params(record).items()],
             tags=[RunTag(key, value) for key, value in content.tags(record).items()],
         )
-        with tempfile.TemporaryDirectory(prefix="openpi-opt-") as folder:
-            content.write_artifacts(record, Path(folder))
-            _upload(client, run_id, Path(folder))
+        with _scratch(study_dir) as folder:
+            content.write_artifacts(record, folder)
+            _upload(client, run_id, folder)
         for path in content.trial_files(record, study_dir):
             _upload(client, run_id, path)
         client.set_terminated(
@@ -322,9 +322,11 @@ class MlflowLog:
     @contextmanager
     def _talking(self, study: str) -> Iterator[None]:
         """Turn what MLflow raises into one line."""
+        # Before: while Ctrl-C interrupts MLflow's import, asking would import the torso of it.
+        unreachable = database.unreachable()
         try:
             yield
-        except database.unreachable() as error:
+        except unreachable as error:
             self._away_until = time.monotonic() + RETRY_AFTER_S
             raise TrackingError(self._line(study, content.one_line(str(error), 200))) from error
         self._away_until = 0.0
@@ -349,6 +351,21 @@ def _study_lock(study_dir: Path) -> Iterator[None]:
             yield
     except PermissionError as error:
         raise UserError(f"cannot write in {study_dir}: {error.strerror}.") from error
+
+
+@contextmanager
+def _scratch(study_dir: Path) -> Iterator[Path]:
+    """A folder for a moment, under the study's lock.
+
+    Always the same one: what a kill leaves of it goes when the run that it was for is completed.
+    """
+    folder = study_dir / "mlflow.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _upload(client: MlflowClient, run_id: str, path: Path) -> None:

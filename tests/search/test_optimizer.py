@@ -59,6 +59,30 @@ def test_points_of_our_own_are_recorded_once_and_in_order(open_: Open) -> None:
     assert states(optimizer) == [TrialState.PRUNED] * 3
 
 
+def test_the_copy_has_a_result_once_however_many_sweeps_tell_it(open_: Open) -> None:
+    first, second = open_(), open_()
+    proposal = first.ask()
+    found, worse = ok(config(proposal.params), 5.0), ok(config(proposal.params), 6.0)
+    for sweep, own in ((first, proposal), (second, Proposal(proposal.params))):
+        sweep.tell(own, found)
+    (copied,) = second._copy.get_trials()
+    assert copied.values == [5.0]
+    second.learn([(proposal.params, found)], copy=True)
+    assert len(open_()._copy.get_trials()) == 1
+    fresh = open_()
+    fresh.forget()
+    fresh.tell(Proposal(proposal.params), worse)
+    assert [trial.values for trial in open_()._copy.get_trials()] == [[5.0], [6.0]]
+
+
+def test_a_sampler_that_proposes_the_same_again_adds_nothing_to_the_copy(open_: Open) -> None:
+    optimizer = open_(space=Space.parse(["weights.seed=0,1"]))
+    for _ in range(8):
+        proposal = optimizer.ask()
+        optimizer.tell(proposal, ok(config(proposal.params), 5.0))
+    assert len(optimizer._copy.get_trials()) == len(optimizer.tried) <= 2
+
+
 def test_a_continued_study_knows_what_was_tried(open_: Open) -> None:
     first = open_()
     proposal = first.ask()
@@ -178,8 +202,8 @@ import sys
 from openpi_opt.search.optimizer import Optimizer
 from openpi_opt.search.space import Space
 from openpi_opt.track.store import Store
-space = Space.parse(["a=range(9)"])
-optimizer = Optimizer.open(Store.open(sys.argv[1]), "s#1", space, "random", int(sys.argv[2]))
+space = Space.parse(["a=range(9000)"])
+optimizer = Optimizer.open(Store.open(sys.argv[1]), "s#1", space, "random", 7919 * int(sys.argv[2]))
 optimizer.give_up(optimizer.ask(), learn=True)
 """
     argv = [sys.executable, "-c", code, str(tmp_path / "fresh")]

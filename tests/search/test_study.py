@@ -253,9 +253,9 @@ def test_the_journal_is_first_optuna_second_mlflow_last(
         happened.append("journal")
         return real_append(self, record)
 
-    def tell(self: engine.Optimizer, proposal: object, result: TrialResult, copy: bool) -> None:
+    def tell(self: engine.Optimizer, proposal: object, result: TrialResult) -> None:
         happened.append("optuna")
-        real_tell(self, proposal, result, copy)
+        real_tell(self, proposal, result)
 
     monkeypatch.setattr(Journal, "append", append)
     monkeypatch.setattr(engine.Optimizer, "tell", tell)

@@ -463,3 +463,44 @@ def test_importing_and_help_load_no_mlflow() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from openpi_opt.config import Tracking
+from openpi_opt.track.mlflow_log import MlflowLog
+from openpi_opt.track.store import Store
+
+class CtrlC:
+    pressed = False
+    def find_spec(self, name, path, target=None):
+        if self.pressed and name.startswith("mlflow"):
+            raise ImportError("the torso of MLflow was imported")
+        if name == "mlflow.exceptions":
+            self.pressed = True
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, CtrlC())
+try:
+    MlflowLog(Store.open(sys.argv[1]), Tracking()).begin_study(Path(sys.argv[1]))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_while_mlflow_is_imported_is_an_interruption(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
+def test_what_a_kill_left_of_an_upload_is_gone_after_the_next(log: MlflowLog, study: Path) -> None:
+    (item,) = keep(study, record(ok()))
+    (study / "mlflow.tmp").mkdir()
+    (study / "mlflow.tmp" / "half.json").write_text("{")
+    run_id = log.deliver(item, study)
+    assert not (study / "mlflow.tmp").exists()
+    names = [file.path for file in log._connect().list_artifacts(run_id)]
+    assert names
+    assert "half.json" not in names
