@@ -54,8 +54,8 @@ PATIENCE_SECONDS = 180.0  # so long without a kill and without a result: the eng
 SWEEP_KILLS = ("kill", "segv", "term", "int", "int twice", "late", "orphan")
 TRIAL_KILLS = ("KILL", "TERM", "SEGV", "INT", "ABRT")
 # Exit codes. Some come as a KeyboardInterrupt, which ends Python with -2 where nobody catches it:
-# among its imports, or when it is all but over.
-_GENTLE = {"term": {130, -2, -15}, "int": {130, -2}, "int twice": {130, -2}}
+# among its imports, or when it is all but over; -9 is a torn line on the way to its end.
+_GENTLE = {"term": {130, -2, -9, -15}, "int": {130, -2, -9}, "int twice": {130, -2, -9}}
 _HARD = {"kill": {-9}, "segv": {-11}, "late": {-9}, "orphan": {-9}}
 
 
@@ -295,7 +295,7 @@ def stub_round(
     drawn = random.Random(seed)
     folder.mkdir()
     lengths = folder / "lengths.json"
-    lengths.write_text(json.dumps([round(drawn.uniform(0.05, 0.6), 3) for _ in range(own.seeds)]))
+    lengths.write_text(json.dumps([round(drawn.uniform(0.1, 1.5), 3) for _ in range(own.seeds)]))
     made = Round(folder, [], {}, {}, drawn, figures, counts, own.pace)
     env = _environment(made)
     for study, sampler in (("enumerated", "grid"), ("sampled", "tpe")):
@@ -308,7 +308,8 @@ def stub_round(
         argv += ["--finished", str(made.said[study]), "--torn", str(TORN)]
         argv += ["--mlflow"] if study == "enumerated" else []  # the other is delivered at the end
         argv += ["--sabotage", own.sabotage] if own.sabotage else []
-        made.sweeps += _twice(made, study, argv, env)
+        half = GPUS // 2  # each has its own, or the first would leave none to the second
+        made.sweeps += _twice(made, study, argv, env, [range(half), range(half, GPUS)])
     return made
 
 
@@ -327,11 +328,17 @@ def real_round(
     return made
 
 
-def _twice(made: Round, study: str, argv: list[str], env: dict[str, str]) -> list[Sweep]:
+def _twice(
+    made: Round,
+    study: str,
+    argv: list[str],
+    env: dict[str, str],
+    devices: Sequence[Sequence[int]] = ((), ()),
+) -> list[Sweep]:
     return [
         Sweep(
             made.store / "studies" / study,
-            argv,
+            [*argv, *(f"--devices={device}" for device in devices[number])],
             env,
             made.folder / f"{study}-{number}.log",
             made.figures,
