@@ -426,25 +426,26 @@ def main(words: Sequence[str] | None = None) -> int:
     figures, counts = Figures(), Counts()
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="openpi-opt-stress-"))
-    while (left := own.kills - figures.kills.total()) > 0 and not counts.violations:
-        made = stub_round(
-            folder / f"{figures.rounds}", own.seed + figures.rounds, figures, counts, own
-        )
-        made.run(left, share=0.5)
-        figures.rounds += 1
-        console.print(f"round {figures.rounds}: {figures.kills.total()} kills so far")
-    if own.real and not counts.violations:
-        made = real_round(folder / "real", own.seed, figures, counts, own)
-        made.run(own.real, share=0.25)
-        figures.rounds += 1
+    try:
+        while (left := own.kills - figures.kills.total()) > 0 and not counts.violations:
+            place = folder / str(figures.rounds)
+            made = stub_round(place, own.seed + figures.rounds, figures, counts, own)
+            made.run(left, share=0.5)
+            figures.rounds += 1
+            console.print(f"round {figures.rounds}: {figures.kills.total()} kills so far")
+        if own.real and not counts.violations:
+            made = real_round(folder / "real", own.seed, figures, counts, own)
+            made.run(own.real, share=0.25)
+            figures.rounds += 1
+    finally:
+        if not counts.violations:
+            shutil.rmtree(folder)
     console.print(table(figures, counts, time.monotonic() - began))
     for text in counts.violations:
         console.print(f"violation: {text}", markup=False, highlight=False)
     if counts.violations:
         console.print(f"kept for a look: {folder}")
-        return 1
-    shutil.rmtree(folder)
-    return 0
+    return 1 if counts.violations else 0
 
 
 if __name__ == "__main__":
