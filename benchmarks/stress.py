@@ -54,8 +54,8 @@ PATIENCE_SECONDS = 180.0  # so long without a kill and without a result: the eng
 SWEEP_KILLS = ("kill", "segv", "term", "int", "int twice", "late", "orphan")
 TRIAL_KILLS = ("KILL", "TERM", "SEGV", "INT", "ABRT")
 # Exit codes. Some come as a KeyboardInterrupt, which ends Python with -2 where nobody catches it:
-# among its imports, or when it is all but over.
-_GENTLE = {"term": {130, -2, -15}, "int": {130, -2}, "int twice": {130, -2}}
+# among its imports, or when it is all but over; -9 is a torn line on the way to its end.
+_GENTLE = {"term": {130, -2, -9, -15}, "int": {130, -2, -9}, "int twice": {130, -2, -9}}
 _HARD = {"kill": {-9}, "segv": {-11}, "late": {-9}, "orphan": {-9}}
 
 
@@ -295,7 +295,7 @@ def stub_round(
     drawn = random.Random(seed)
     folder.mkdir()
     lengths = folder / "lengths.json"
-    lengths.write_text(json.dumps([round(drawn.uniform(0.05, 0.6), 3) for _ in range(own.seeds)]))
+    lengths.write_text(json.dumps([round(drawn.uniform(0.1, 1.5), 3) for _ in range(own.seeds)]))
     made = Round(folder, [], {}, {}, drawn, figures, counts, own.pace)
     env = _environment(made)
     for study, sampler in (("enumerated", "grid"), ("sampled", "tpe")):
@@ -308,7 +308,8 @@ def stub_round(
         argv += ["--finished", str(made.said[study]), "--torn", str(TORN)]
         argv += ["--mlflow"] if study == "enumerated" else []  # the other is delivered at the end
         argv += ["--sabotage", own.sabotage] if own.sabotage else []
-        made.sweeps += _twice(made, study, argv, env)
+        half = GPUS // 2  # each has its own, or the first would leave none to the second
+        made.sweeps += _twice(made, study, argv, env, [range(half), range(half, GPUS)])
     return made
 
 
@@ -327,11 +328,17 @@ def real_round(
     return made
 
 
-def _twice(made: Round, study: str, argv: list[str], env: dict[str, str]) -> list[Sweep]:
+def _twice(
+    made: Round,
+    study: str,
+    argv: list[str],
+    env: dict[str, str],
+    devices: Sequence[Sequence[int]] = ((), ()),
+) -> list[Sweep]:
     return [
         Sweep(
             made.store / "studies" / study,
-            argv,
+            [*argv, *(f"--devices={device}" for device in devices[number])],
             env,
             made.folder / f"{study}-{number}.log",
             made.figures,
@@ -419,25 +426,26 @@ def main(words: Sequence[str] | None = None) -> int:
     figures, counts = Figures(), Counts()
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="openpi-opt-stress-"))
-    while (left := own.kills - figures.kills.total()) > 0 and not counts.violations:
-        made = stub_round(
-            folder / f"{figures.rounds}", own.seed + figures.rounds, figures, counts, own
-        )
-        made.run(left, share=0.5)
-        figures.rounds += 1
-        console.print(f"round {figures.rounds}: {figures.kills.total()} kills so far")
-    if own.real and not counts.violations:
-        made = real_round(folder / "real", own.seed, figures, counts, own)
-        made.run(own.real, share=0.25)
-        figures.rounds += 1
+    try:
+        while (left := own.kills - figures.kills.total()) > 0 and not counts.violations:
+            place = folder / str(figures.rounds)
+            made = stub_round(place, own.seed + figures.rounds, figures, counts, own)
+            made.run(left, share=0.5)
+            figures.rounds += 1
+            console.print(f"round {figures.rounds}: {figures.kills.total()} kills so far")
+        if own.real and not counts.violations:
+            made = real_round(folder / "real", own.seed, figures, counts, own)
+            made.run(own.real, share=0.25)
+            figures.rounds += 1
+    finally:
+        if not counts.violations:
+            shutil.rmtree(folder)
     console.print(table(figures, counts, time.monotonic() - began))
     for text in counts.violations:
         console.print(f"violation: {text}", markup=False, highlight=False)
     if counts.violations:
         console.print(f"kept for a look: {folder}")
-        return 1
-    shutil.rmtree(folder)
-    return 0
+    return 1 if counts.violations else 0
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def sweep(store: Path, own: argparse.Namespace) -> StudyOutcome:
             "n_trials": own.trials or own.seeds,
             "sampler": own.sampler,
             "baseline": False,
-            "devices": {"cpu_slots": own.slots},
+            "devices": {"cpu_slots": own.slots, "gpus": own.devices or "all"},
         }
     )
     request = StudyRequest(
@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--sampler", default="grid")
     options.add_argument("--slots", type=int, default=2)
     options.add_argument("--gpus", type=int, default=0, help="so many stub GPUs instead of cores")
+    options.add_argument("--devices", type=int, action="append", help="use this stub GPU only")
     options.add_argument("--study", default=STUDY)
     options.add_argument("--seconds", type=float, default=0.05)
     options.add_argument("--lengths", type=Path, help="JSON list: seconds for each seed")
