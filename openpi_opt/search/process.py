@@ -150,6 +150,15 @@ def parse_result(document: bytes, cfg: Config) -> TrialResult | str:
     return parsed
 
 
+def whole_result(folder: Path, cfg: Config) -> TrialResult | None:
+    """The result that a trial of `cfg` left in its folder, if it is a whole and fitting one."""
+    try:
+        parsed = parse_result((folder / "result.json").read_bytes(), cfg)
+    except FileNotFoundError:
+        return None
+    return None if isinstance(parsed, str) else parsed
+
+
 def _with_note(parsed: TrialResult, ended: Ended) -> TrialResult:
     """Keep a complete result whose process did not end in peace, and say so."""
     if ended.returncode == 0:
