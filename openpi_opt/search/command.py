@@ -23,6 +23,7 @@ from openpi_opt.search.prepare import prepare, require_some
 from openpi_opt.search.remote import Nodes
 from openpi_opt.search.settings import Settings, check_not_swept, default_study_name
 from openpi_opt.search.space import Space
+from openpi_opt.search.storage import hidden
 from openpi_opt.search.study import StudyOutcome, run_study
 from openpi_opt.track.mlflow_content import reason
 from openpi_opt.track.report import Group, Row, groups, lossy, mean_ms
@@ -80,11 +81,13 @@ def _run(
         space, found = prepare(space, compose, machine, allow_lossy)
         if settings.dry_run is None:
             require_some(space, found)
-    request = StudyRequest(name, space, settings, machine, tuple(sys.argv[1:]), swept)
+    command = tuple(hidden(word) for word in sys.argv[1:])
+    request = StudyRequest(name, space, settings, machine, command, swept)
     if settings.dry_run is not None:
         points = Points(space, compose, machine, allow_lossy)
         return print_dry_run(request, points, found, settings.dry_run)
-    with _display() as display:
+    # Ray prints what happened to its workers; stdout is for the result.
+    with _display() as display, contextlib.redirect_stdout(sys.stderr):
         outcome = run_study(request, compose, display, nodes=nodes)
     print_outcome(outcome, swept, allow_lossy)
     return outcome.exit_code

@@ -43,14 +43,15 @@ class Run(Protocol):
 class LostError(Exception):
     """A trial ended with the node or the process that ran it: whether it works is not known.
 
-    `phase` is the last that was seen; `outcome` is what it is called when it is not tried again.
+    `phase` is the last that was seen, empty before the trial had begun; `outcome` is what it is
+    called when it is not tried again.
     """
 
     def __init__(
         self, reason: str, phase: str = "", outcome: Literal["crashed", "oom"] = "crashed"
     ):
         super().__init__(reason)
-        self.phase = phase or "start"
+        self.phase = phase
         self.outcome = outcome
 
 

@@ -167,6 +167,7 @@ class RayHandle:
 
         Raises:
             LostError: Ray, the node or the worker process ended it.
+            UserError: the node of the sweep itself has no Ray any more.
         """
         try:
             text: str = ray.get(self._reference)
@@ -174,6 +175,11 @@ class RayHandle:
             raise LostError(_first_line(error), outcome="oom") from error
         except ray.exceptions.RayTaskError:
             raise  # of our own function: a defect, with the traceback of the node
+        except ray.exceptions.LocalRayletDiedError as error:
+            raise UserError(
+                f"executor=ray: the cluster is gone ({_first_line(error)}).\n"
+                "Everything recorded before is kept. Start it, then run the same command again."
+            ) from error
         except ray.exceptions.RayError as error:
             raise LostError(_first_line(error)) from error
         return text

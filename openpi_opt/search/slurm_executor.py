@@ -110,7 +110,7 @@ class SlurmEngine:
                 **slurm,
             )
             try:
-                return SlurmHandle(executor.submit(function, text))
+                return SlurmHandle(executor.submit(function, text), own.cluster == "slurm")
             except (FailedSubmissionError, FailedJobError) as error:
                 raise UserError(
                     f"executor=slurm: the job was not taken: {_last_line(str(error))}.\n"
@@ -121,8 +121,9 @@ class SlurmEngine:
 class SlurmHandle:
     """One job."""
 
-    def __init__(self, job: submitit.Job[str]):
+    def __init__(self, job: submitit.Job[str], queued: bool):
         self._job = job
+        self._queued = queued
         self._forced = 0.0
 
     @property
@@ -147,6 +148,9 @@ class SlurmHandle:
             LostError: it was cancelled, ran out of time, or its node failed.
             RuntimeError: our own function raised, with its traceback: a defect.
         """
+        late = self._queued and self._job.state == "COMPLETED"  # on a shared file system
+        if not (late or self._job.paths.result_pickle.exists()):
+            raise LostError(f"job {self.job_id} ended {self._job.state} without an answer")
         error = self._job.exception()
         if error is None:
             text = self._job.result()
@@ -157,8 +161,9 @@ class SlurmHandle:
         raise RuntimeError(f"job {self.job_id}: {error}")
 
     def cancel(self, at_once: bool) -> None:
-        """Take it out of the queue, or end it."""
-        self._job.cancel(check=False)
+        """Take it out of the queue, or end it; without a queue it runs, and sees by itself."""
+        if at_once or self._queued:
+            self._job.cancel(check=False)
 
 
 def _describe(question: str) -> str:

@@ -121,7 +121,9 @@ def run_study(
         settle(criteria, ledger, display)
         machine_hash = ledger.fingerprint_hash(first)
         space = space_hash(request.space, machine_hash, criteria.objectives)
-        optimizer = _optimizer(request, store, plan, space, ledger, criteria, machine_hash)
+        optimizer = _optimizer(
+            *(request, store, plan, space, ledger, criteria, machine_hash, display)
+        )
         trials = Trials(ledger, executor, request.machine, display, space)
         engine = _Engine(request, points, ledger, optimizer, trials, executor, display, criteria)
         ended = engine.run(plan)
@@ -142,6 +144,7 @@ def _optimizer(
     ledger: Ledger,
     criteria: Criteria,
     machine_hash: str,
+    display: Display,
 ) -> Optimizer:
     settings = request.settings
 
@@ -156,6 +159,8 @@ def _optimizer(
         later=ledger.later.add,
         criteria=criteria,
         known=known,
+        storage=settings.storage,
+        say=display.note,
     )
     if settings.fresh:
         optimizer.forget()
@@ -432,9 +437,20 @@ class _Engine:
             self._learn()
 
     def _lost(self, job: Job, error: LostError) -> None:
-        """A trial went with its node: once more elsewhere, and then it counts as failed."""
-        self.display.note(f"{job.position} {job.title}: lost in phase {error.phase} ({error})")
+        """A trial went with its node: once more elsewhere, and then it counts as failed.
+
+        Raises:
+            UserError: twice before it had begun, so the configuration has nothing to do with it.
+        """
+        when = f"in phase {error.phase}" if error.phase else "before it had begun"
+        self.display.note(f"{job.position} {job.title}: lost {when} ({error})")
         assert job.folder is not None
+        if job.lost and not error.phase:
+            raise UserError(
+                f"a trial was lost twice before it had begun: {error}.\n"
+                "Everything recorded before is kept. Mend the nodes or their queue, then run the "
+                "same command again to continue."
+            )
         if job.lost or error.outcome == "oom":
             self._finish(job, lost_result(job.cfg, job.folder, error))
             return

@@ -153,7 +153,7 @@ def lost_result(cfg: Config, folder: Path, error: LostError) -> Failed:
     return Failed(
         outcome=error.outcome,
         reason=f"ended with the node or process that ran it: {error}"[:500],
-        phase=error.phase,
+        phase=error.phase or "start",
         log_tail=log_tail(folder / "log.txt"),
         config=cfg.dump(),
         config_hash=cfg.hash(),

@@ -1,6 +1,7 @@
-"""A Ray cluster of two nodes on one machine, as a process: `python ray_cluster.py FOLDER`.
+"""A Ray cluster of two nodes on one machine, as a process: `python ray_cluster.py FOLDER PATH`.
 
-Each node has one CPU, and leases of its own in FOLDER, as a host has. Prints the address; `kill` on
+Each node has one CPU, and leases of its own in FOLDER, as a host has; PATH, unless empty, is the
+second one's PYTHONPATH. Prints the address; `kill` on
 stdin kills the second node, the end of stdin ends the cluster.
 """
 
@@ -17,8 +18,12 @@ from ray.cluster_utils import Cluster
 _OBJECTS = 80 * 2**20
 
 
-def _leases(name: str) -> dict[str, str]:
-    return {"OPENPI_OPT_LEASES": str(Path(sys.argv[1]) / name)}
+def _environment(name: str) -> dict[str, str]:
+    folder, path = sys.argv[1:]
+    environment = {"OPENPI_OPT_LEASES": str(Path(folder) / name)}
+    if name == "second" and path:
+        environment["PYTHONPATH"] = path
+    return environment
 
 
 def main() -> None:
@@ -30,7 +35,7 @@ def main() -> None:
                 num_gpus=0,
                 include_dashboard=False,
                 object_store_memory=_OBJECTS,
-                env_vars=_leases(name),
+                env_vars=_environment(name),
             )
         print(cluster.address, flush=True)
         for line in sys.stdin:
