@@ -26,14 +26,15 @@ JOURNAL = "journal"
 # What the extras of this project install.
 _DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 _CONNECT_SECONDS = 10
-_CREATION_LOCK = 0x6F70_656E_7069  # any number that nobody else takes
-_CREDENTIALS = re.compile(r"(\w+(?:\+\w+)?://)[^/\s]*@")
-_QUERY = re.compile(r"(\w+(?:\+\w+)?://[^\s?]*)\?\S*")
+_CREATION_LOCK = "openpi_opt.create"
+# As much as can be: a password may have been pasted with any character in it.
+_CREDENTIALS = re.compile(r"://.*@", re.DOTALL)
+_QUERY = re.compile(r"(://[^?]*)\?.*", re.DOTALL)
 
 
 def hidden(word: str) -> str:
     """A word of a command line without the credentials and the query of a URL in it."""
-    return _QUERY.sub(r"\1?...", _CREDENTIALS.sub(r"\1...@", word))
+    return _QUERY.sub(r"\1?...", _CREDENTIALS.sub("://...@", word))
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,13 @@ class OptunaStorage:
                 f"storage={self.shown} needs the package {error.name}, which is not installed.\n"
                 f"Install it: pip install 'openpi_opt[{url.get_backend_name()}]'"
             ) from error
-        with engine.connect() as connection, _creating(connection):
-            return optuna.storages.RDBStorage(
-                url.render_as_string(hide_password=False), engine_kwargs=options
-            )
+        try:
+            with engine.connect() as connection, _creating(connection):
+                return optuna.storages.RDBStorage(
+                    url.render_as_string(hide_password=False), engine_kwargs=options
+                )
+        finally:
+            engine.dispose()
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -172,7 +176,8 @@ def _creating(connection: Connection) -> Iterator[None]:
     from sqlalchemy import text
 
     if connection.dialect.name == "postgresql":
-        take, release = "SELECT pg_advisory_lock(:key)", "SELECT pg_advisory_unlock(:key)"
+        take = "SELECT pg_advisory_lock(hashtext(:key))"
+        release = "SELECT pg_advisory_unlock(hashtext(:key))"
     else:
         take, release = "SELECT GET_LOCK(:key, 60)", "SELECT RELEASE_LOCK(:key)"
     key = {"key": _CREATION_LOCK}
