@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -125,6 +126,7 @@ class SlurmHandle:
         self._job = job
         self._queued = queued
         self._forced = 0.0
+        self._absent = 0
 
     @property
     def job_id(self) -> str:
@@ -132,14 +134,32 @@ class SlurmHandle:
         return str(self._job.job_id)
 
     def wait(self, seconds: float, gone: bool) -> bool:
-        """Wait for its end. Slurm is asked at once when the process is gone, else rarely."""
+        """Wait for its end. Slurm is asked at once when the process is gone, else rarely.
+
+        submitit waits for what was preempted, but where Slurm is set up to cancel such jobs, or
+        has no accounting, only the queue tells that a job does not come again.
+        """
         force = gone and time.monotonic() > self._forced + _FORCED_SECONDS
-        if force:
-            self._forced = time.monotonic()
         if self._job.done(force_check=force):
             return True
+        if force:
+            self._forced = time.monotonic()
+            self._absent = self._absent + 1 if self._queued and not self._is_in_queue() else 0
+            if self._absent > 1:
+                return True
         time.sleep(seconds)
         return False
+
+    def _is_in_queue(self) -> bool:
+        """Whether Slurm runs it or will; also when Slurm does not say."""
+        asked = subprocess.run(
+            ["squeue", "-h", "-j", self.job_id, "-o", "%T"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        unknown = asked.returncode == 0 or "Invalid job id" in asked.stderr
+        return bool(asked.stdout.strip()) or not unknown
 
     def answer(self) -> str:
         """What it returned.
