@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sysconfig
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from openpi_opt.search.orders import Description, Order, Question
 from openpi_opt.search.settings import RaySettings
 
 _ANSWER_SECONDS = 120.0
+_REACH_SECONDS = 10.0
 _LOOK_AGAIN_SECONDS = 5.0
 
 
@@ -47,6 +49,7 @@ class RayEngine:
         self._cpu_slots = cpu_slots
         self._looked = -math.inf
         self._known: list[dict[str, Any]] = []
+        _reach(settings.address)
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
@@ -56,12 +59,7 @@ class RayEngine:
                 runtime_env=_runtime_env(),
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"executor.address={settings.address}: no Ray cluster there "
-                f"({str(error).splitlines()[0]}).\n"
-                "Start one (ray start --head, and ray start --address=... on the other nodes), and "
-                "run the sweep on one of its nodes."
-            ) from error
+            raise _no_cluster(settings.address, error) from error
         finally:
             signal.signal(signal.SIGTERM, on_sigterm)  # ray puts its own there
 
@@ -187,6 +185,30 @@ class RayHandle:
     def cancel(self, at_once: bool) -> None:
         """End it; `at_once` ends the worker process, and so the trial, which watches it."""
         ray.cancel(self._reference, force=at_once)
+
+
+def _reach(address: str) -> None:
+    """Ray itself waits for many minutes for a host that does not answer.
+
+    Raises:
+        UserError: it is HOST:PORT and nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if "/" in address or not (host and port.isdecimal() and int(port) < 65_536):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> UserError:
+    said = (str(error).splitlines() or [""])[0]
+    return UserError(
+        f"executor.address={address}: no Ray cluster there ({said}).\n"
+        "Start one (ray start --head, and ray start --address=... on the other nodes), and run "
+        "the sweep on one of its nodes."
+    )
 
 
 def _runtime_env() -> dict[str, Any]:

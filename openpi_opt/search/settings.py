@@ -192,7 +192,11 @@ class Settings(BaseModel):
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    name = ".".join(map(str, first["loc"]))
+    if not first["loc"]:  # of several settings together; not all of them are to be shown
+        return first["msg"].removeprefix("Value error, ") + "."
+    # A union's errors name its member as well.
+    where = [part for n, part in enumerate(first["loc"]) if n != 1 or first["loc"][0] != "executor"]
+    name = ".".join(map(str, where))
     if name == "sampler":
         return f"sampler={first['input']}: unknown. Use one of {', '.join(get_args(SamplerName))}."
     if name == "n_trials" and first["type"] == "greater_than_equal":
