@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from openpi_opt.errors import UserError
 from openpi_opt.search.remote import Engine
 from openpi_opt.search.settings import ExecutorSettings, RaySettings, SlurmSettings
-
-_T = TypeVar("_T")
 
 
 @contextmanager
@@ -30,21 +27,22 @@ def connected(settings: ExecutorSettings, cpu_slots: int = 1) -> Iterator[Engine
 
 def _open(settings: ExecutorSettings, cpu_slots: int) -> Engine | None:
     if isinstance(settings, RaySettings):
-        from openpi_opt.search.ray_executor import RayEngine
-
-        return _needs("ray", "ray", lambda: RayEngine(settings, cpu_slots))
+        with _needs("ray", "ray"):
+            from openpi_opt.search.ray_executor import RayEngine
+        return RayEngine(settings, cpu_slots)
     if isinstance(settings, SlurmSettings):
-        from openpi_opt.search.slurm_executor import SlurmEngine
-
-        return _needs("slurm", "submitit", lambda: SlurmEngine(settings))
+        with _needs("slurm", "submitit"):
+            from openpi_opt.search.slurm_executor import SlurmEngine
+        return SlurmEngine(settings)
     return None
 
 
-def _needs(kind: str, package: str, make: Callable[[], _T]) -> _T:
+@contextmanager
+def _needs(kind: str, package: str) -> Iterator[None]:
     try:
-        return make()
+        yield
     except ModuleNotFoundError as error:
-        if error.name != package:
+        if (error.name or "").partition(".")[0] != package:
             raise
         raise UserError(
             f"executor={kind} needs the package {package}, which is not installed.\n"

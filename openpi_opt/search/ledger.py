@@ -18,7 +18,7 @@ from openpi_opt.search.claims import Claims
 from openpi_opt.search.controllers import Controllers
 from openpi_opt.search.display import Display
 from openpi_opt.search.locks import Held
-from openpi_opt.search.recovery import Started, recover
+from openpi_opt.search.recovery import Started, recover, runs_elsewhere
 from openpi_opt.track import pareto
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record, Role
@@ -138,8 +138,9 @@ class Ledger:
                 self.refresh()
                 if claim.found and self.find(cfg) is None:  # its last holder was killed
                     with self.controllers.alone():
-                        running = self._recover()
-                    if (cfg.hash(), self.fingerprint_hash(cfg)) in running:
+                        self._recover()
+                    asked = cfg.hash(), self.fingerprint_hash(cfg)
+                    if runs_elsewhere(self.study_dir, self.journal, *asked):
                         claim.release()
                         return None
         return claim
@@ -276,10 +277,8 @@ class Ledger:
             "`python -m openpi_opt.track sync` delivers them)"
         )
 
-    def _recover(self) -> set[tuple[str, str]]:
-        return recover(
-            self.study_dir, self.journal, self.controllers, self.claims, self._display.note
-        )
+    def _recover(self) -> None:
+        recover(self.study_dir, self.journal, self.controllers, self.claims, self._display.note)
 
     def _deliver(self, record: Record) -> None:
         assert self._log is not None

@@ -62,10 +62,8 @@ def recover(
     controllers: Controllers,
     claims: Claims,
     say: Callable[[str], None],
-) -> set[tuple[str, str]]:
-    """End what dead sweeps left running, and journal what they finished.
-
-    Returns what could not be ended, as configuration and fingerprint: it runs on another host.
+) -> list[Record]:
+    """End what dead sweeps left running, and journal what they finished; returns those records.
 
     Call it under `controllers.alone`. What lies about is removed when no other sweep is at work:
     one that has just begun a trial could not be told from one that died there.
@@ -73,16 +71,14 @@ def recover(
     Raises:
         UserError: the journal cannot be written.
     """
-    free_claims, running = claims.take_free(), None
+    free_claims = claims.take_free()
+    running: set[Path] = set()  # claims of what could not be ended
     try:
-        running = _recover(study_dir, journal, controllers, claims, say)
-        return running
+        return _recover(study_dir, journal, controllers, claims, say, running)
     finally:
-        # Free before the look at the folders: what was measured under them is in the journal now,
-        # except for what still runs elsewhere.
-        kept = {claims.path(*key) for key in running or ()}
+        # Free before the look at the folders: what was measured under them is in the journal now.
         for claim in free_claims:
-            claim.release(remove=running is not None and claim.path not in kept)
+            claim.release(remove=claim.path not in running)
 
 
 def _recover(
@@ -91,10 +87,11 @@ def _recover(
     controllers: Controllers,
     claims: Claims,
     say: Callable[[str], None],
-) -> set[tuple[str, str]]:
+    running: set[Path],
+) -> list[Record]:
     known = {record.uid[:12] for record in journal.records()}
     single = controllers.others() == 0
-    adopted, running = [], set()
+    adopted = []
     for folder in sorted((study_dir / "trials").glob("*")):
         started = None if folder.name in known else _started(folder)
         if started is None:
@@ -108,7 +105,7 @@ def _recover(
             say(f"ended {ended} process(es) of a trial that a killed sweep left ({folder.name})")
         if not (_wait_gone(folder / ALIVE) and _wait_gone(folder / NODE_LOCK)):
             say(f"{folder.name}: a trial of a killed sweep still runs, on another host; left to it")
-            running.add((started.config_hash, started.fingerprint_hash))
+            running.add(claims.path(started.config_hash, started.fingerprint_hash))
             continue
         cfg = _config(folder)
         record = _record(study_dir, folder, started, cfg)
@@ -121,7 +118,21 @@ def _recover(
         _tidy(folder)
     if adopted:
         say(f"{len(adopted)} result(s) that a killed sweep had finished were taken from disk")
-    return running
+    return adopted
+
+
+def runs_elsewhere(study_dir: Path, journal: Journal, config: str, fingerprint: str) -> bool:
+    """Whether a configuration is measured without its claim: on a node whose sweep is dead.
+
+    `config` and `fingerprint` are hashes. Ask with the claim.
+    """
+    known = {record.uid[:12] for record in journal.records()}
+    for folder in (study_dir / "trials").glob("*"):
+        started = None if folder.name in known else _started(folder)
+        same = started and (started.config_hash, started.fingerprint_hash) == (config, fingerprint)
+        if same and (locks.is_held(folder / ALIVE) or locks.is_held(folder / NODE_LOCK)):
+            return True
+    return False
 
 
 def forget(folder: Path) -> None:

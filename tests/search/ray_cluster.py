@@ -1,7 +1,6 @@
-"""A Ray cluster of two nodes on one machine, as a process: `python ray_cluster.py FOLDER PATH`.
+"""A Ray cluster of two nodes on one machine, as a process: `python ray_cluster.py FOLDER`.
 
-Each node has one CPU, and leases of its own in FOLDER, as a host has; PATH, unless empty, is the
-second one's PYTHONPATH. Prints the address; `kill` on
+Each node has one CPU, and leases of its own in FOLDER, as a host has. Prints the address; `kill` on
 stdin kills the second node, the end of stdin ends the cluster.
 """
 
@@ -19,11 +18,7 @@ _OBJECTS = 80 * 2**20
 
 
 def _environment(name: str) -> dict[str, str]:
-    folder, path = sys.argv[1:]
-    environment = {"OPENPI_OPT_LEASES": str(Path(folder) / name)}
-    if name == "second" and path:
-        environment["PYTHONPATH"] = path
-    return environment
+    return {"OPENPI_OPT_LEASES": str(Path(sys.argv[1]) / name)}
 
 
 def main() -> None:
