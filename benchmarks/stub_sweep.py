@@ -6,6 +6,7 @@ All of the engine is real: processes, leases, claims, journal, Optuna and, with 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from dataclasses import replace
@@ -17,11 +18,14 @@ from openpi_opt import cli
 from openpi_opt.config import Config
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.search.display import Lines
+from openpi_opt.search.engines import connected
 from openpi_opt.search.plan import StudyRequest
 from openpi_opt.search.process import run_trial
+from openpi_opt.search.remote import Nodes
 from openpi_opt.search.settings import Settings
 from openpi_opt.search.space import Space, parse_override
 from openpi_opt.search.study import StudyOutcome, run_study
+from openpi_opt.track.store import Store
 
 STUDY = "stub"
 # A fixed description, so that every host shares its results.
@@ -57,6 +61,8 @@ def sweep(store: Path, own: argparse.Namespace) -> StudyOutcome:
         stub += [f"--{name}", str(getattr(own, name))] if getattr(own, name) else []
     settings = Settings.parse(
         {
+            "executor": json.loads(own.executor),
+            **({"storage": own.storage} if own.storage else {}),
             "store": str(store),
             "n_trials": own.trials or own.seeds,
             "sampler": own.sampler,
@@ -64,15 +70,17 @@ def sweep(store: Path, own: argparse.Namespace) -> StudyOutcome:
             "devices": {"cpu_slots": own.slots, "gpus": own.devices or "all"},
         }
     )
-    request = StudyRequest(
-        own.study,
-        Space.parse([f"weights.seed=range(0,{own.seeds})"]),
-        settings,
-        machine(own.gpus) if own.gpus else MACHINE,
-    )
+    space = Space.parse([f"weights.seed=range(0,{own.seeds})"])
     run = partial(run_trial, command=stub)
     device = "cuda" if own.gpus else "cpu"
-    return run_study(request, partial(compose, mlflow=own.mlflow, device=device), Lines(), run)
+    composed = partial(compose, mlflow=own.mlflow, device=device)
+    with connected(settings.executor, own.slots) as engine:
+        found, nodes = machine(own.gpus) if own.gpus else MACHINE, None
+        if engine is not None:
+            nodes = Nodes.ask(engine, Store.open(store), Lines(), own.slots, stub[1:])
+            found = nodes.machine
+        request = StudyRequest(own.study, space, settings, found)
+        return run_study(request, composed, Lines(), run, nodes)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,6 +97,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--seconds", type=float, default=0.05)
     options.add_argument("--lengths", type=Path, help="JSON list: seconds for each seed")
     options.add_argument("--faults", action="store_true")
+    options.add_argument("--executor", default='{"kind": "local"}', help="as JSON")
+    options.add_argument("--storage", help="as in a sweep")
     options.add_argument("--mlflow", action="store_true")
     options.add_argument("--started", type=Path, help="file that gets a line for every start")
     options.add_argument("--finished", type=Path, help="file that gets the uid of every result")

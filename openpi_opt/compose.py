@@ -34,6 +34,8 @@ CONTROL_KEYS = (
     "objective",
     "dry_run",
     "space",
+    "executor",
+    "storage",
     "provenance",
     "hydra",
 )

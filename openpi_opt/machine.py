@@ -92,17 +92,26 @@ class Machine:
         return "cpu"
 
 
-def probe() -> Machine:
-    """Look at this machine. Never imports torch, never creates a GPU context."""
+def probe(hidden: bool = False) -> Machine:
+    """Look at this machine. Never imports torch, never creates a GPU context.
+
+    `hidden`: also the GPUs that `*_VISIBLE_DEVICES` keep from this process, numbered by the driver.
+    """
+    if hidden:
+        return _machine((*_nvidia_gpus(), *amd_gpus(_KFD_NODES)))
     visible = _visible_only(_nvidia_gpus(), "CUDA_VISIBLE_DEVICES")
     # ROCr hides GPUs from HIP, which counts what is left from 0 again.
     shown = _visible_only(amd_gpus(_KFD_NODES), "ROCR_VISIBLE_DEVICES")
     renumbered = tuple(replace(gpu, index=index) for index, gpu in enumerate(shown))
     visible += _visible_only(renumbered, "HIP_VISIBLE_DEVICES")
+    return _machine(visible)
+
+
+def _machine(gpus: tuple[Gpu, ...]) -> Machine:
     memory_kib = re.search(r"MemTotal:\s+(\d+)", _read(Path("/proc/meminfo")))
     cpu = re.search(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
     return Machine(
-        gpus=visible,
+        gpus=gpus,
         torch=_torch_build(),
         cpu=cpu.group(1) if cpu else "unknown",
         cores=len(os.sched_getaffinity(0)),

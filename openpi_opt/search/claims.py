@@ -24,11 +24,11 @@ class Claims:
     def take(self, config_hash: str, machine_hash: str, space: str = "") -> Held | None:
         """Claim a configuration for a point of `space`, or None while somebody else has it."""
         about = json.dumps({"config_hash": config_hash, "space": space})
-        return locks.take(self._path(config_hash, machine_hash), about)
+        return locks.take(self.path(config_hash, machine_hash), about)
 
     def is_held(self, config_hash: str, machine_hash: str) -> bool:
         """Whether somebody measures it."""
-        return locks.is_held(self._path(config_hash, machine_hash))
+        return locks.is_held(self.path(config_hash, machine_hash))
 
     def take_free(self) -> list[Held]:
         """Take every claim that a killed sweep left without removing it."""
@@ -51,5 +51,6 @@ class Claims:
                 left = True
         return found, left
 
-    def _path(self, config_hash: str, machine_hash: str) -> Path:
+    def path(self, config_hash: str, machine_hash: str) -> Path:
+        """Where the claim of a configuration on a kind of machine is."""
         return self._folder / f"{config_hash}-{machine_hash}.lock"

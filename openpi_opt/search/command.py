@@ -16,15 +16,18 @@ from openpi_opt.paths import conf_dir
 from openpi_opt.result import Ok
 from openpi_opt.search.display import Display, Lines, Live
 from openpi_opt.search.dry_run import print_dry_run
+from openpi_opt.search.engines import connected
 from openpi_opt.search.plan import StudyRequest
 from openpi_opt.search.points import Compose, Points
 from openpi_opt.search.prepare import prepare, require_some
+from openpi_opt.search.remote import Nodes
 from openpi_opt.search.settings import Settings, check_not_swept, default_study_name
 from openpi_opt.search.space import Space
+from openpi_opt.search.storage import hidden
 from openpi_opt.search.study import StudyOutcome, run_study
 from openpi_opt.track.mlflow_content import reason
 from openpi_opt.track.report import Group, Row, groups, lossy, mean_ms
-from openpi_opt.track.store import DEFAULT_STORE, check_study_name
+from openpi_opt.track.store import DEFAULT_STORE, Store, check_study_name
 
 
 def run_command_line(
@@ -45,18 +48,47 @@ def run_command_line(
         raise UserError("a space is a sweep. Add -m to try its combinations.")
     name = default_study_name(overrides) if settings.study is None else settings.study
     check_study_name(name)
-    machine, allow_lossy = probe(), settings.objective.allow_lossy
+    with _nodes(settings) as nodes:
+        return _run(name, settings, space, compose, swept, nodes)
+
+
+@contextlib.contextmanager
+def _nodes(settings: Settings) -> Iterator[Nodes | None]:
+    """The nodes of the engine, asked; a dry run starts nothing, so it counts for this host."""
+    kind, cpu_slots = settings.executor.kind, settings.devices.cpu_slots
+    if kind == "local" or settings.dry_run is not None:
+        if kind != "local":
+            print(f"counted for this host: executor={kind} was not asked", file=sys.stderr)
+        yield None
+        return
+    with connected(settings.executor, cpu_slots) as engine:
+        assert engine is not None  # local was left above
+        yield Nodes.ask(engine, Store.open(settings.store), Lines(), cpu_slots)
+
+
+def _run(
+    name: str,
+    settings: Settings,
+    space: Space,
+    compose: Compose,
+    swept: bool,
+    nodes: Nodes | None,
+) -> int:
+    machine = probe() if nodes is None else nodes.machine
+    allow_lossy = settings.objective.allow_lossy
     if space.sensible_only or settings.dry_run is not None:
         Points(space, compose, machine).check()
         space, found = prepare(space, compose, machine, allow_lossy)
         if settings.dry_run is None:
             require_some(space, found)
-    request = StudyRequest(name, space, settings, machine, tuple(sys.argv[1:]), swept)
+    command = tuple(hidden(word) for word in sys.argv[1:])
+    request = StudyRequest(name, space, settings, machine, command, swept)
     if settings.dry_run is not None:
         points = Points(space, compose, machine, allow_lossy)
         return print_dry_run(request, points, found, settings.dry_run)
-    with _display() as display:
-        outcome = run_study(request, compose, display)
+    # Ray prints what happened to its workers; stdout is for the result.
+    with _display() as display, contextlib.redirect_stdout(sys.stderr):
+        outcome = run_study(request, compose, display, nodes=nodes)
     print_outcome(outcome, swept, allow_lossy)
     return outcome.exit_code
 

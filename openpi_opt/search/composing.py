@@ -20,6 +20,8 @@ from openpi_opt.search.hydra_errors import hydra_errors
 from openpi_opt.search.settings import Settings
 from openpi_opt.search.space import parse_override
 
+# Groups that steer the sweep; every other one beside sections and knobs is a preset's kind.
+_SETTING_GROUPS = ("space", "executor")
 _GLOBAL = re.compile(r"^#\s*@package\s+_global_\s*$", re.MULTILINE)
 
 
@@ -109,7 +111,7 @@ def check_sources(runtime: Any, overrides: Sequence[str]) -> None:
     on_command_line = {group: named[group] for group in choices if group in named}
     for group, found in files.items():
         for path in found[:1]:
-            if group not in SECTIONS and group not in BY_NAME and group != "space":
+            if group not in SECTIONS and group not in BY_NAME and group not in _SETTING_GROUPS:
                 _check_keys(f"{group}={choices[group]}", path)
             _check_body(f"{group}={choices[group]}", path, on_command_line)
 

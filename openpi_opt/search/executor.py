@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from openpi_opt.config import Config
 from openpi_opt.machine import Machine
@@ -38,6 +38,21 @@ class Run(Protocol):
         place: Place | None = None,
     ) -> TrialResult:
         """The result of `cfg`, whatever became of it."""
+
+
+class LostError(Exception):
+    """A trial ended with the node or the process that ran it: whether it works is not known.
+
+    `phase` is the last that was seen, empty before the trial had begun; `outcome` is what it is
+    called when it is not tried again.
+    """
+
+    def __init__(
+        self, reason: str, phase: str = "", outcome: Literal["crashed", "oom"] = "crashed"
+    ):
+        super().__init__(reason)
+        self.phase = phase
+        self.outcome = outcome
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,10 @@ class Executor(Protocol):
         """Places that are free now, each leased; to be released by the caller when not used."""
 
     def start(self, task: Task, lease: Lease) -> Future[TrialResult]:
-        """Run a trial there. The lease stays the caller's to release, when the future is done."""
+        """Run a trial there. The lease stays the caller's to release, when the future is done.
+
+        The future may raise `LostError`, when another place can try it again.
+        """
 
     def stop(self, at_once: bool = False) -> None:
         """End all that runs; the futures then raise `StoppedError`."""

@@ -107,6 +107,8 @@ def _unknown_key(key: str, origin: str | None) -> str:
             f"{_near(rest, fields, prefix=f'{head}.')}"
         )
     known = known_keys()
+    if rest and head in known:
+        return f"{where}unknown key {key}; {head} has no {rest} (--cfg job shows all keys)."
     if head == "hydra":
         return f"{where}unknown key {key}; python -m openpi_opt.sweep --hydra-help lists Hydra's."
     return f"{where}unknown group or key {head}; known are {', '.join(known)}.{_near(head, known)}"

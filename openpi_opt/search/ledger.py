@@ -18,7 +18,7 @@ from openpi_opt.search.claims import Claims
 from openpi_opt.search.controllers import Controllers
 from openpi_opt.search.display import Display
 from openpi_opt.search.locks import Held
-from openpi_opt.search.recovery import Started, recover
+from openpi_opt.search.recovery import Started, recover, runs_elsewhere
 from openpi_opt.track import pareto
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record, Role
@@ -41,6 +41,7 @@ class Ledger:
         display: Display,
         controllers: Controllers,
         gpu_index: Callable[[Device], int],
+        nodes: Callable[[Device], dict[str, Any]] | None = None,
     ):
         self.study_dir = study_dir
         self.journal = journal
@@ -51,6 +52,7 @@ class Ledger:
         self._machine = machine
         self._display = display
         self._gpu_index = gpu_index
+        self._nodes = nodes
         self._fingerprints: dict[Platform, tuple[dict[str, Any], str]] = {}
         self._told_away = False
         self.known_from = 0
@@ -68,11 +70,13 @@ class Ledger:
         display: Display,
         gpu_index: Callable[[Device], int] = lambda device: 0,
         fresh: bool = False,
+        nodes: Callable[[Device], dict[str, Any]] | None = None,
     ) -> Ledger:
         """Join the study, and clear up behind sweeps that were killed. End with `close`.
 
         `gpu_index` tells which GPU stands for those that are used; with `fresh` nothing that was
-        recorded before counts as known.
+        recorded before counts as known. Where trials run elsewhere, `nodes` tells the fingerprint
+        that they share.
 
         Raises:
             UserError: its journal cannot be used, or MLflow's database is of another version.
@@ -89,6 +93,7 @@ class Ledger:
                     ledger = Ledger(
                         *(study_dir, journal, log, machine, display, controllers),
                         gpu_index=gpu_index,
+                        nodes=nodes,
                     )
                     ledger._recover()
                     ledger.known_from = journal.next_number if fresh else 0
@@ -134,6 +139,10 @@ class Ledger:
                 if claim.found and self.find(cfg) is None:  # its last holder was killed
                     with self.controllers.alone():
                         self._recover()
+                    asked = cfg.hash(), self.fingerprint_hash(cfg)
+                    if runs_elsewhere(self.study_dir, self.journal, *asked):
+                        claim.release()
+                        return None
         return claim
 
     def live(self, space: str) -> set[str]:
@@ -198,6 +207,8 @@ class Ledger:
             UserError: the journal cannot be written.
         """
         seen, seen_hash = self._fingerprint(cfg, gpu)
+        if self._nodes is not None:  # the node says which GPU it was
+            seen = result.fingerprint or seen
         return self.journal.append(
             Record(
                 uid=uid,
@@ -303,6 +314,11 @@ class Ledger:
 
     def _fingerprint(self, cfg: Config, gpu: Gpu | None) -> tuple[dict[str, Any], str]:
         platform = cfg.platform
+        if self._nodes is not None:
+            if platform not in self._fingerprints:
+                seen = self._nodes(cfg.device)
+                self._fingerprints[platform] = seen, fingerprint_hash(seen)
+            return self._fingerprints[platform]
         if cfg.device != "cpu":
             gpus = self._machine.gpus_for(cfg.device)
             number = platform.gpu if platform.gpu is not None else self._gpu_index(cfg.device)

@@ -8,6 +8,7 @@ because its `FileLock` cannot be handed on to a child.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from dataclasses import dataclass
@@ -65,13 +66,17 @@ def take(path: Path, note: str = "", mode: int = 0o644) -> Held | None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether somebody holds the lock. Asking takes it for a moment."""
+    """Whether somebody holds the lock. Asking shares it for a moment; all may ask at once."""
     try:
         fd = os.open(path, _FLAGS)
     except FileNotFoundError:
         return False
     try:
-        return not lock_descriptor(fd, blocking=False)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
     finally:
         os.close(fd)
 

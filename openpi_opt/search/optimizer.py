@@ -17,11 +17,9 @@ import functools
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock
@@ -31,6 +29,7 @@ from openpi_opt.criteria import Criteria, pareto
 from openpi_opt.errors import UserError
 from openpi_opt.result import Pruned, TrialResult
 from openpi_opt.search.space import Space
+from openpi_opt.search.storage import OptunaStorage
 from openpi_opt.track.store import Store
 
 if TYPE_CHECKING:
@@ -56,6 +55,10 @@ class Proposal:
     number: int | None = None
 
 
+def _nothing(text: str) -> None:
+    pass
+
+
 def _at_once(work: Callable[[], None]) -> None:
     work()
 
@@ -70,9 +73,14 @@ class Optimizer:
         space: Space,
         later: Later,
         criteria: Criteria,
+        storage: OptunaStorage,
+        say: Callable[[str], None],
     ):
         self._copy = copy
         self._copy_lock = copy_lock  # of all who write to that database
+        self._storage = storage
+        self._say = say
+        self._copy_is_away = False
         self._criteria = criteria
         self._space = space
         self._distributions = space.distributions()
@@ -97,12 +105,15 @@ class Optimizer:
         later: Later = _at_once,
         criteria: Criteria | None = None,
         known: Callable[[str], TrialResult | None] = lambda config_hash: None,
+        storage: str | None = None,
+        say: Callable[[str], None] = _nothing,
     ) -> Optimizer:
         """Create or continue the study `name`, which is one of these objectives.
 
         A continued study seeds its sampler anew, or random proposals would begin again with the
-        ones already made. `later` is given the work of writing the copy; `known` finds the result
-        of a configuration, by which its trial in the copy is judged.
+        ones already made. `later` is given the work of writing the copy, `storage` names the place
+        of the copy, and `say` is told when it is on a server that goes away; `known` finds the
+        result of a configuration, by which its trial in the copy is judged.
 
         Raises:
             UserError: the database is damaged, of another version of Optuna, or not writable.
@@ -111,20 +122,17 @@ class Optimizer:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         criteria = (criteria or Criteria()).allowing(allow_lossy)
-        path = store.path / "optuna.db"
+        place = OptunaStorage.of(store, storage)
         lock = FileLock(store.path / "optuna.lock", thread_local=False)
-        with _storage_errors(path), lock:
+        with place.errors(), lock:
             # Several processes that create the tables at once break the database for good.
-            storage = optuna.storages.RDBStorage(
-                store.optuna_url, engine_kwargs={"connect_args": {"timeout": 60}}
-            )
             copy = optuna.create_study(
-                storage=storage,
-                study_name=name,
+                storage=place.open(),
+                study_name=place.study_name(name),
                 directions=_directions(criteria),
                 load_if_exists=True,
             )
-            optimizer = Optimizer(copy, lock, space, later, criteria)
+            optimizer = Optimizer(copy, lock, space, later, criteria, place, say)
             count = optimizer._load(known)
         optimizer._begin(_sampler(sampler, (seed + count) % 2**32))
         return optimizer
@@ -241,12 +249,20 @@ class Optimizer:
 
     def _write(self, trial: FrozenTrial) -> None:
         """Copy a trial that the copy lacks: sweeps of one study tell each other's results too."""
-        with _storage_errors(Path("optuna.db")), self._copy_lock:
-            new = self._copy.get_trials(deepcopy=False)[self._looked_at :]
-            self._looked_at += len(new)
-            self._copied.update(map(_outcome, new))
-            if _outcome(trial) not in self._copied:
-                self._copy.add_trial(trial)
+        if self._copy_is_away:
+            return
+        try:
+            with self._storage.errors(), self._copy_lock:
+                new = self._copy.get_trials(deepcopy=False)[self._looked_at :]
+                self._looked_at += len(new)
+                self._copied.update(map(_outcome, new))
+                if _outcome(trial) not in self._copied:
+                    self._copy.add_trial(trial)
+        except UserError as error:
+            if not self._storage.remote:
+                raise
+            self._copy_is_away = True  # a pause for every trial would be none of its use
+            self._say(f"warning: {error}")
 
     def _begin(self, sampler: BaseSampler) -> None:
         """Make the study in memory: the fastest and latest finished trials, and those asked."""
@@ -363,30 +379,3 @@ def _sampler(name: str, seed: int) -> BaseSampler:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.samplers.GPSampler(seed=seed)
     return optuna.samplers.TPESampler(seed=seed)
-
-
-@contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    """A database that is damaged, locked, full or of another version is the user's to mend."""
-    import optuna
-    import sqlalchemy.exc
-
-    try:
-        yield
-    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
-        cause = error.__cause__ or error
-        detail = str(getattr(cause, "orig", None) or cause).splitlines()[0]
-        raise UserError(
-            f"Optuna's database {path} cannot be used: {detail}.\n"
-            "The journals of the studies do not depend on it. Free space or mend permissions; if "
-            "it is damaged, move it away: the next run fills a new one from the journal."
-        ) from error
-    except RuntimeError as error:
-        if "version" not in str(error).lower():
-            raise
-        raise UserError(
-            f"Optuna's database {path} was written by another version of Optuna "
-            f"(this is {optuna.__version__}).\n"
-            "Install that version, or move the file away: the next run fills a new one from the "
-            "journal."
-        ) from error

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from openpi_opt import result as results
 from openpi_opt.config import Config, Limits
+from openpi_opt.criteria import LIMIT_NAMES
 from openpi_opt.machine import Machine, probe
 from openpi_opt.result import Failed, TrialResult
 from openpi_opt.search.child import Ended, Stop, run_command
@@ -95,7 +96,7 @@ def run_trial(
 
 def phase_limits(limits: Limits) -> dict[str, float]:
     """Seconds for every phase of `result.Phase`."""
-    own: dict[str, float] = limits.model_dump(exclude={"latency_ms"})
+    own: dict[str, float] = limits.model_dump(exclude=set(LIMIT_NAMES))
     return own | {phase: own[name] for phase, name in _BORROWED_LIMITS.items()} | _UNLIMITED
 
 
@@ -148,6 +149,15 @@ def parse_result(document: bytes, cfg: Config) -> TrialResult | str:
     if parsed.config_hash != cfg.hash():
         return f"it is of another configuration ({parsed.config_hash}, not {cfg.hash()})"
     return parsed
+
+
+def whole_result(folder: Path, cfg: Config) -> TrialResult | None:
+    """The result that a trial of `cfg` left in its folder, if it is a whole and fitting one."""
+    try:
+        parsed = parse_result((folder / "result.json").read_bytes(), cfg)
+    except FileNotFoundError:
+        return None
+    return None if isinstance(parsed, str) else parsed
 
 
 def _with_note(parsed: TrialResult, ended: Ended) -> TrialResult:

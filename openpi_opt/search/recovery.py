@@ -22,12 +22,13 @@ from openpi_opt.search import locks
 from openpi_opt.search.claims import Claims
 from openpi_opt.search.controllers import Controllers
 from openpi_opt.search.locks import Held
-from openpi_opt.search.process import parse_result
+from openpi_opt.search.process import whole_result
 from openpi_opt.search.survivors import end_marked
 from openpi_opt.track.journal import Journal, Record, Role
 
 _FILE = "trial.json"
-_ALIVE = "alive.lock"  # held by the sweep and by the trial
+ALIVE = "alive.lock"  # held by the sweep and by the trial
+NODE_LOCK = "node.lock"  # held by the node that runs the trial of a sweep elsewhere, and the trial
 _WAIT_SECONDS = 10.0
 
 
@@ -49,7 +50,7 @@ class Started(BaseModel):
     def write(self, folder: Path) -> Held:
         """Leave it in the trial's folder, which is made; returns the lock that means alive."""
         folder.mkdir(parents=True)
-        held = locks.take(folder / _ALIVE)
+        held = locks.take(folder / ALIVE)
         assert held is not None  # the folder is new
         results.write_atomic(folder / _FILE, self.model_dump_json(indent=1))
         return held
@@ -71,12 +72,13 @@ def recover(
         UserError: the journal cannot be written.
     """
     free_claims = claims.take_free()
+    running: set[Path] = set()  # claims of what could not be ended
     try:
-        return _recover(study_dir, journal, controllers, claims, say)
+        return _recover(study_dir, journal, controllers, claims, say, running)
     finally:
         # Free before the look at the folders: what was measured under them is in the journal now.
         for claim in free_claims:
-            claim.release(remove=True)
+            claim.release(remove=claim.path not in running)
 
 
 def _recover(
@@ -85,6 +87,7 @@ def _recover(
     controllers: Controllers,
     claims: Claims,
     say: Callable[[str], None],
+    running: set[Path],
 ) -> list[Record]:
     known = {record.uid[:12] for record in journal.records()}
     single = controllers.others() == 0
@@ -100,8 +103,9 @@ def _recover(
         ended = end_marked(started.uid)
         if ended:
             say(f"ended {ended} process(es) of a trial that a killed sweep left ({folder.name})")
-        if not _wait_gone(folder / _ALIVE):
+        if not (_wait_gone(folder / ALIVE) and _wait_gone(folder / NODE_LOCK)):
             say(f"{folder.name}: a trial of a killed sweep still runs, on another host; left to it")
+            running.add(claims.path(started.config_hash, started.fingerprint_hash))
             continue
         cfg = _config(folder)
         record = _record(study_dir, folder, started, cfg)
@@ -117,9 +121,28 @@ def _recover(
     return adopted
 
 
+def runs_elsewhere(study_dir: Path, journal: Journal, config: str, fingerprint: str) -> bool:
+    """Whether a configuration is measured without its claim: on a node whose sweep is dead.
+
+    `config` and `fingerprint` are hashes. Ask with the claim.
+    """
+    known = {record.uid[:12] for record in journal.records()}
+    for folder in (study_dir / "trials").glob("*"):
+        started = None if folder.name in known else _started(folder)
+        same = started and (started.config_hash, started.fingerprint_hash) == (config, fingerprint)
+        if same and (locks.is_held(folder / ALIVE) or locks.is_held(folder / NODE_LOCK)):
+            return True
+    return False
+
+
+def forget(folder: Path) -> None:
+    """Give up a trial of this sweep for good: what may still come of it is not taken in."""
+    (folder / _FILE).unlink(missing_ok=True)
+
+
 def _was_let_go(folder: Path, started: Started, journal: Journal) -> bool:
     """Whether a sweep that lives has given this trial up, as at Ctrl-C, and not journaled it."""
-    if locks.is_held(folder / _ALIVE):  # taken before trial.json is written
+    if locks.is_held(folder / ALIVE):  # taken before trial.json is written
         return False
     journal.refresh()  # a result is journaled before its trial is let go
     return journal.by_uid(started.uid) is None
@@ -127,7 +150,8 @@ def _was_let_go(folder: Path, started: Started, journal: Journal) -> bool:
 
 def _tidy(folder: Path) -> None:
     """Remove what only a kill leaves; log and result stay."""
-    (folder / _ALIVE).unlink(missing_ok=True)
+    for name in (ALIVE, NODE_LOCK):
+        (folder / name).unlink(missing_ok=True)
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -141,12 +165,8 @@ def _remove_claim(claims: Claims, started: Started) -> None:
 
 def _record(study_dir: Path, folder: Path, started: Started, cfg: Config | None) -> Record | None:
     """The record of a result that is whole on disk."""
-    try:
-        document = (folder / "result.json").read_bytes()
-    except FileNotFoundError:
-        return None
-    parsed = parse_result(document, cfg) if cfg is not None else "no configuration"
-    if cfg is None or isinstance(parsed, str):
+    parsed = None if cfg is None else whole_result(folder, cfg)
+    if cfg is None or parsed is None:
         return None
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     note = f"taken from disk at {when}: the sweep that ran it was killed before it was recorded"

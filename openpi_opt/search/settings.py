@@ -6,9 +6,17 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from openpi_opt.criteria import LIMIT_NAMES, OBJECTIVES, Criteria, ObjectiveName, in_order
 from openpi_opt.errors import UserError
@@ -60,6 +68,65 @@ class DeviceSettings(BaseModel):
         return value
 
 
+class LocalSettings(BaseModel):
+    """Trials run on this host."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["local"] = "local"
+
+
+class RaySettings(BaseModel):
+    """Trials run on the nodes of a Ray cluster: a task each, with one GPU.
+
+    `resources` names what a node must have (accelerator_type:H100, or its own), `cpus` says how
+    many of Ray's a trial takes (null: its share), `slots` how many trials run at a time (null: what
+    there is room for).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["ray"]
+    address: str = Field("auto", min_length=1)
+    slots: int | None = Field(None, ge=1, le=1000)
+    cpus: int | None = Field(None, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict)
+
+
+# One line without blanks and control characters, as sbatch takes it.
+SbatchText = Annotated[str, Field(pattern=r"^[!-~]+$", max_length=500)]
+
+
+class SlurmSettings(BaseModel):
+    """Trials run as jobs of Slurm, one each, `slots` of them queued or running at a time.
+
+    `gpus` of a job (0: trials on the CPU); `gres` instead, where a model has to be named. `minutes`
+    is a job's time limit (null: what the limits of the trial's phases add up to).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["slurm"]
+    cluster: Literal["slurm", "local"] = "slurm"
+    slots: int = Field(1, ge=1, le=1000)
+    gpus: Literal[0, 1] = 1
+    gres: SbatchText | None = None
+    cpus: int | None = Field(None, ge=1)
+    memory_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
+    minutes: int | None = Field(None, ge=1)
+    partition: SbatchText | None = None
+    account: SbatchText | None = None
+    qos: SbatchText | None = None
+    constraint: SbatchText | None = None
+    nodelist: SbatchText | None = None
+    exclude: SbatchText | None = None
+
+
+ExecutorSettings = Annotated[
+    LocalSettings | RaySettings | SlurmSettings, Field(discriminator="kind")
+]
+
+
 class Settings(BaseModel):
     """How to search and where to keep what is found."""
 
@@ -77,6 +144,17 @@ class Settings(BaseModel):
     fresh: bool = False
     devices: DeviceSettings = DeviceSettings()
     pruning: float | None = Field(None, ge=1, allow_inf_nan=False)
+    executor: ExecutorSettings = LocalSettings()
+    storage: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _chosen_elsewhere(self) -> Settings:
+        if self.executor.kind != "local" and self.devices.gpus != "all":
+            raise ValueError(
+                f"devices names GPUs of this host, and with executor={self.executor.kind} the "
+                "engine chooses. Leave out devices=[...]"
+            )
+        return self
 
     @field_validator("devices", mode="before")
     @classmethod
@@ -114,7 +192,11 @@ class Settings(BaseModel):
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    name = ".".join(map(str, first["loc"]))
+    if not first["loc"]:  # of several settings together; not all of them are to be shown
+        return first["msg"].removeprefix("Value error, ") + "."
+    # A union's errors name its member as well.
+    where = [part for n, part in enumerate(first["loc"]) if n != 1 or first["loc"][0] != "executor"]
+    name = ".".join(map(str, where))
     if name == "sampler":
         return f"sampler={first['input']}: unknown. Use one of {', '.join(get_args(SamplerName))}."
     if name == "n_trials" and first["type"] == "greater_than_equal":

@@ -22,7 +22,7 @@ from openpi_opt.result import Ok, TrialResult
 from openpi_opt.search.devices import Devices, Slot
 from openpi_opt.search.display import Display
 from openpi_opt.search.environment import cleared_names
-from openpi_opt.search.executor import Executor, LocalExecutor, Run
+from openpi_opt.search.executor import Executor, LocalExecutor, LostError, Run
 from openpi_opt.search.goals import check_limits, check_same, goals, settle, without_pruning
 from openpi_opt.search.ledger import Ledger
 from openpi_opt.search.lessons import Lessons
@@ -31,9 +31,11 @@ from openpi_opt.search.optimizer import Optimizer, Proposal
 from openpi_opt.search.plan import Plan, StudyRequest, announce, make_plan, space_hash
 from openpi_opt.search.points import Compose, Points
 from openpi_opt.search.process import run_trial
+from openpi_opt.search.recovery import forget
+from openpi_opt.search.remote import Nodes, RemoteExecutor
 from openpi_opt.search.sensible import LeftOut, NotSensibleError
 from openpi_opt.search.sources import Enumerated, Sampled, Source
-from openpi_opt.search.trials import Job, Trials, cannot_run, label, refused
+from openpi_opt.search.trials import Job, Trials, cannot_run, label, lost_result, refused
 from openpi_opt.track.journal import Record
 from openpi_opt.track.store import Store
 
@@ -70,9 +72,15 @@ class StudyOutcome:
 
 
 def run_study(
-    request: StudyRequest, compose: Compose, display: Display, run: Run = run_trial
+    request: StudyRequest,
+    compose: Compose,
+    display: Display,
+    run: Run = run_trial,
+    nodes: Nodes | None = None,
 ) -> StudyOutcome:
     """Try the points of a space, one on each free device, and return all that is known of them.
+
+    With `nodes` the trials run there, and `request.machine` is theirs.
 
     Raises:
         UserError: a wrong value, or a store, study or database that cannot be used; what was
@@ -86,27 +94,36 @@ def run_study(
     criteria = goals(request.settings.objective, first, request.machine)
     request = without_pruning(request, criteria, display)
     found = Devices(request.settings.devices, request.machine)
-    found.check(checked)
+    if nodes is None:
+        found.check(checked)
     plan = make_plan(request)
-    slots = found.slots(first.device)
     store = Store.open(request.settings.store)
     check_same(criteria, store.study_dir(request.name))
+    executor: Executor
+    if nodes is None:
+        found.slots(first.device)
+        executor = LocalExecutor(run, store, request.machine, found, display)
+    else:
+        executor = RemoteExecutor(nodes, store, display, first.device)
+    count = executor.count()
     announce(request, first, store, plan, display)
-    for text in [*found.notes, *([f"{len(slots)} trials at a time"] if len(slots) > 1 else [])]:
+    for text in [*found.notes, *([f"{count} trials at a time"] if count > 1 else [])]:
         display.note(text)
     ledger = Ledger.open(
         *(store, request.name, first.tracking, request.command, request.machine, display),
         gpu_index=found.gpu_index,
         fresh=request.settings.fresh,
+        nodes=None if nodes is None else nodes.fingerprint,
     )
     ledger.takes_pruned = request.settings.pruning is not None
-    executor = LocalExecutor(run, store, request.machine, found, display)
     engine: _Engine | None = None
     try:
         settle(criteria, ledger, display)
         machine_hash = ledger.fingerprint_hash(first)
         space = space_hash(request.space, machine_hash, criteria.objectives)
-        optimizer = _optimizer(request, store, plan, space, ledger, criteria, machine_hash)
+        optimizer = _optimizer(
+            *(request, store, plan, space, ledger, criteria, machine_hash, display)
+        )
         trials = Trials(ledger, executor, request.machine, display, space)
         engine = _Engine(request, points, ledger, optimizer, trials, executor, display, criteria)
         ended = engine.run(plan)
@@ -127,6 +144,7 @@ def _optimizer(
     ledger: Ledger,
     criteria: Criteria,
     machine_hash: str,
+    display: Display,
 ) -> Optimizer:
     settings = request.settings
 
@@ -141,6 +159,8 @@ def _optimizer(
         later=ledger.later.add,
         criteria=criteria,
         known=known,
+        storage=settings.storage,
+        say=display.note,
     )
     if settings.fresh:
         optimizer.forget()
@@ -405,13 +425,38 @@ class _Engine:
             try:
                 result = future.result()
                 self._finish(job, result)
+            except LostError as error:
+                self._lost(job, error)
             except OSError as error:
                 raise cannot_run(job.folder or self.ledger.study_dir, error) from error
             finally:
-                job.let_go()
+                if job not in self._ready:
+                    job.let_go()
             source.wake()
         if done:
             self._learn()
+
+    def _lost(self, job: Job, error: LostError) -> None:
+        """A trial went with its node: once more elsewhere, and then it counts as failed.
+
+        Raises:
+            UserError: twice before it had begun, so the configuration has nothing to do with it.
+        """
+        when = f"in phase {error.phase}" if error.phase else "before it had begun"
+        self.display.note(f"{job.position} {job.title}: lost {when} ({error})")
+        assert job.folder is not None
+        if job.lost and not error.phase:
+            raise UserError(
+                f"a trial was lost twice before it had begun: {error}.\n"
+                "Everything recorded before is kept. Mend the nodes or their queue, then run the "
+                "same command again to continue."
+            )
+        if job.lost or error.outcome == "oom":
+            self._finish(job, lost_result(job.cfg, job.folder, error))
+            return
+        forget(job.folder)
+        job.begin_again()
+        self._ready.append(job)
 
     def _finish(self, job: Job, result: TrialResult) -> None:
         """Keep a result, and tell it.

@@ -12,13 +12,14 @@ from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine
-from openpi_opt.result import Refused, TrialResult
+from openpi_opt.result import Failed, Refused, TrialResult
 from openpi_opt.search.devices import Lease
 from openpi_opt.search.display import Display
-from openpi_opt.search.executor import Executor, Task
+from openpi_opt.search.executor import Executor, LostError, Task
 from openpi_opt.search.ledger import Ledger
 from openpi_opt.search.locks import Held
 from openpi_opt.search.optimizer import Proposal
+from openpi_opt.search.process import log_tail
 from openpi_opt.track.journal import Record, Role
 
 
@@ -36,6 +37,7 @@ class Job:
     alive: Held | None = None
     lease: Lease | None = None
     config_hash: str = ""
+    lost: bool = False
 
     def __post_init__(self) -> None:
         self.config_hash = self.cfg.hash()  # asked for often
@@ -49,6 +51,15 @@ class Job:
     def title(self) -> str:
         """What tells it apart on the screen."""
         return label(self.cfg, self.role, self.params)
+
+    def begin_again(self) -> None:
+        """Be another trial of the same claim: the device and what was started are given up."""
+        if self.lease is not None:
+            self.lease.release()
+        if self.alive is not None:
+            self.alive.release(remove=True)
+        self.lease = self.folder = self.alive = None
+        self.uid, self.lost = uuid4().hex, True
 
     def let_go(self, done: bool = False) -> None:
         """Release device and claim; `done` when the journal has the result."""
@@ -134,6 +145,20 @@ def cannot_run(folder: Path, error: OSError) -> UserError:
         f"cannot run a trial in {folder}: {error.strerror or error}.\n"
         "Everything recorded before is kept. Free space, memory or permissions, then run "
         "the same command again to continue."
+    )
+
+
+def lost_result(cfg: Config, folder: Path, error: LostError) -> Failed:
+    """What a trial is that was lost for good."""
+    return Failed(
+        outcome=error.outcome,
+        reason=f"ended with the node or process that ran it: {error}"[:500],
+        phase=error.phase or "start",
+        log_tail=log_tail(folder / "log.txt"),
+        config=cfg.dump(),
+        config_hash=cfg.hash(),
+        context_hash=cfg.context_hash(),
+        started_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
 

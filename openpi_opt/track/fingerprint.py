@@ -56,14 +56,7 @@ def fingerprint(machine: Machine, platform: Platform | None = None) -> dict[str,
     gpu = _gpu(machine, platform)
     torch, aiter = machine.torch, machine.aiter
     return {
-        "gpu": gpu
-        and {
-            "name": gpu.name,
-            "uuid": gpu.uuid,
-            "arch": gpu.arch,
-            "memory_mib": gpu.memory_mib,
-            "driver": gpu.driver,
-        },
+        "gpu": gpu and described(gpu),
         "cpu": machine.cpu,
         "cores": machine.cores,
         "memory_mib": machine.memory_mib,
@@ -77,6 +70,17 @@ def fingerprint(machine: Machine, platform: Platform | None = None) -> dict[str,
         "openpi_opt": package_version(),
         "git": _git_revision(),
         "source_hash": source_hash(),
+    }
+
+
+def described(gpu: Gpu) -> dict[str, Any]:
+    """The part of a fingerprint that says which GPU it is."""
+    return {
+        "name": gpu.name,
+        "uuid": gpu.uuid,
+        "arch": gpu.arch,
+        "memory_mib": gpu.memory_mib,
+        "driver": gpu.driver,
     }
 
 
