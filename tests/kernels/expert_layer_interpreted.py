@@ -17,7 +17,7 @@ from openpi_opt import runtime
 from openpi_opt.config import Config
 from openpi_opt.pi0 import weights
 from openpi_opt.pi0.config import PI0_MINI
-from openpi_opt.pi0.gemma import KeysValues, Past, Rope, rope_at
+from openpi_opt.pi0.gemma import Attending, KeysValues, Past, Rope, rope_at
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.ops import Segment, Visibility, eager_attention
 from openpi_opt.pi0.policy import Pi0Policy
@@ -108,9 +108,9 @@ def test_a_layer_is_the_plain_one(name: str, dtype: torch.dtype, folded: bool) -
     visibility = VISIBILITIES[name]()
     for theirs, mine in zip(gemma_layers(plain.expert), gemma_layers(policy.expert), strict=True):
         assert isinstance(mine, FusedExpertLayer)
-        given = Rope(*wide(*rope)), visibility, eager_attention, KeysValues(*wide(*past))
-        expected, expected_cache = theirs(x.double(), *given)
-        out, cache = mine(x, rope, visibility, eager_attention, past)
+        how = Attending(Rope(*wide(*rope)), visibility, eager_attention)
+        expected, expected_cache = theirs(x.double(), how, KeysValues(*wide(*past)))
+        out, cache = mine(x, how._replace(rope=rope), past)
         assert out.dtype == dtype
         assert error(out, expected) < TOLERANCE[dtype]
         for actual, wanted in zip(cache, expected_cache, strict=True):
@@ -121,9 +121,9 @@ def test_one_row_as_the_state_token_alone_has_it() -> None:
     plain, policy = mini(FULL)
     x, rope, past = tokens(policy, FULL)
     x, rope = x[:, :1], Rope(*(table[:, :1] for table in rope))
-    given = rope, Visibility(None, (Segment(0, 1, None),)), eager_attention
-    expected, _ = gemma_layers(plain.expert.float())[0](x, *given, past)
-    out, cache = gemma_layers(policy.expert)[0](x, *given, past)
+    how = Attending(rope, Visibility(None, (Segment(0, 1, None),)), eager_attention)
+    expected, _ = gemma_layers(plain.expert.float())[0](x, how, past)
+    out, cache = gemma_layers(policy.expert)[0](x, how, past)
     assert error(out, expected) < TOLERANCE[FULL]
     assert cache.keys.shape[1] == STORED + 1
 
@@ -131,8 +131,9 @@ def test_one_row_as_the_state_token_alone_has_it() -> None:
 def test_without_anything_stored() -> None:
     plain, policy = mini(FULL)
     x, rope, _ = tokens(policy, FULL)
-    expected, _ = gemma_layers(plain.expert.float())[0](x, rope, ALL, eager_attention, None)
-    out, cache = gemma_layers(policy.expert)[0](x, rope, ALL, eager_attention, None)
+    how = Attending(rope, ALL, eager_attention)
+    expected, _ = gemma_layers(plain.expert.float())[0](x, how, None)
+    out, cache = gemma_layers(policy.expert)[0](x, how, None)
     assert error(out, expected) < TOLERANCE[FULL]
     assert cache.keys.shape[1] == ROWS
 
@@ -141,16 +142,17 @@ def test_a_buffer_is_read_as_far_as_filled_and_written_by_the_layer_only() -> No
     _, policy = mini(FULL)
     x, rope, past = tokens(policy, FULL)
     layer = gemma_layers(policy.expert)[0]
-    expected, joined = layer(x, rope, ALL, eager_attention, past)
+    how = Attending(rope, ALL, eager_attention)
+    expected, joined = layer(x, how, past)
     buffer = with_room(past, ROWS + 2)
     for part in (buffer.keys, buffer.values):
         part[:, STORED:] = torch.nan
     pasts: list[Past] = [buffer] * PI0_MINI.expert.depth
-    hidden, none = policy.expert(x, rope, ALL, eager_attention, pasts)
+    hidden, none = policy.expert(x, how, pasts)
     assert bool(hidden.isfinite().all())
     assert bool(buffer.keys[:, STORED:].isnan().all())
     assert none == []
-    out, cache = layer(x, rope, ALL, eager_attention, buffer)
+    out, cache = layer(x, how, buffer)
     assert torch.equal(out, expected)
     for actual, wanted in zip(cache, joined, strict=True):
         assert torch.equal(actual, wanted)

@@ -33,7 +33,7 @@ from openpi_opt.kernels.offline import (
 from openpi_opt.kernels.shipped import CASES, MODULES, expert_layer
 from openpi_opt.pi0 import weights
 from openpi_opt.pi0.config import PI0, PI0_MINI
-from openpi_opt.pi0.gemma import KeysValues, Rope
+from openpi_opt.pi0.gemma import Attending, KeysValues, Rope
 from openpi_opt.pi0.ops import Segment, Visibility, eager_attention
 from openpi_opt.pi0.precision import cast
 from openpi_opt.surgery.expert import fuse_expert_layers
@@ -99,7 +99,7 @@ def test_the_expert_layer_launches_what_its_case_does(name: str) -> None:
     with noted_launches(arch, MODULES) as noted:
         for rows in (1, 11, 51):
             rope = Rope(table[:, :rows], table[:, :rows])
-            policy.expert(empty(1, rows, 1024), rope, state, eager_attention, [past])
+            policy.expert(empty(1, rows, 1024), Attending(rope, state, eager_attention), [past])
     with noted_launches(arch, MODULES) as listed:
         expert_layer()
     assert [variant.key for variant in noted] == [variant.key for variant in listed]
