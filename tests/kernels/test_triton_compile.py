@@ -40,9 +40,15 @@ from openpi_opt.surgery.expert import fuse_expert_layers
 from openpi_opt.surgery.fused import fuse_gate_up, fuse_qkv
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is compiled here is compiled once: the layer launches kernels of other cases."""
+    return tmp_path_factory.mktemp("triton")
+
+
 @pytest.fixture
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def own_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
 
 
 @pytest.mark.usefixtures("own_cache")
