@@ -32,7 +32,7 @@ from openpi_opt.kernels import triton_decode, triton_skinny_gemm
 from openpi_opt.kernels.triton_common import arch, padded
 from openpi_opt.pi0 import weights
 from openpi_opt.pi0.config import PI0, PI0_MINI
-from openpi_opt.pi0.gemma import KeysValues, rope_at
+from openpi_opt.pi0.gemma import Attending, KeysValues, rope_at
 from openpi_opt.pi0.ops import Segment, Visibility, eager_attention
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.precision import cast
@@ -77,15 +77,13 @@ class Chain:
             for _ in range(PI0.expert.depth)
         ]
         positions = torch.arange(STORED, STORED + rows, device="cuda")[None]
-        self.rope = rope_at(positions, self.policy.frequencies, torch.bfloat16)
-        self.visibility = Visibility(None, (Segment(0, rows, None),))
+        rope = rope_at(positions, self.policy.frequencies, torch.bfloat16)
+        self.how = Attending(rope, Visibility(None, (Segment(0, rows, None),)), eager_attention)
 
     def step(self) -> Tensor:
         """One pass -> [1, rows, W]."""
         with torch.no_grad():
-            out: Tensor = self.policy.expert(
-                self.x, self.rope, self.visibility, eager_attention, self.past
-            )[0]
+            out: Tensor = self.policy.expert(self.x, self.how, self.past)[0]
         return out
 
     def microseconds(self) -> float:

@@ -50,6 +50,8 @@ SUBTLE_MARGIN = {"float32": 100.0, "bfloat16": 1.5}
 HONEST_KNOBS = ("simplify", "fusion", "vision", "attention", "elementwise", "gemm", "blas", "graph")
 PREVIOUS_SEED = 1000
 
+Cells = dict[str, dict[str, str]]  # row -> precision -> text
+
 
 @dataclass(frozen=True)
 class Honest:
@@ -135,7 +137,8 @@ class Bench:
 
     def build(self) -> Pi0Policy:
         """A fresh float32 policy; what the policy before held is freed first."""
-        gc.collect()
+        if self.device.type != "cpu":  # the host has room for two, and it takes half a second
+            gc.collect()
         return runtime.build_policy(self.config("float32"), self.device)
 
     def plain(self, precision: str, folder: Path) -> Pi0Policy:
@@ -231,11 +234,7 @@ def variants(platform: str) -> dict[str, dict[str, Any]]:
 
 def honest_table(report: Report) -> Table:
     """Rows are variants, columns precisions: distance, and share of the tolerance."""
-    precisions = [p for p in PRECISIONS if any(row.precision == p for row in report.honest)]
-    table = Table(box=box.MARKDOWN)
-    for column in ("variant", *precisions):
-        table.add_column(column, no_wrap=True, justify="left" if column == "variant" else "right")
-    cells: dict[str, dict[str, str]] = {}
+    cells: Cells = {}
     for row in report.honest:
         if row.rel_l2 is None or row.tolerance is None:
             text = row.outcome.partition(":")[0]
@@ -246,25 +245,31 @@ def honest_table(report: Report) -> Table:
         cells.setdefault(row.name, {})[row.precision] = (
             text if row.outcome != "wrong" else f"WRONG {text}"
         )
-    for name, found in cells.items():
-        if any("(" in text or "wrong" in text for text in found.values()):
-            table.add_row(name, *(found.get(precision, "") for precision in precisions))
-    return table
+    ran = {
+        name: found
+        for name, found in cells.items()
+        if any("(" in text or "wrong" in text for text in found.values())
+    }
+    return _by_precision("variant", ran)
 
 
 def mutation_table(report: Report) -> Table:
     """Rows are mutations, columns precisions: multiples of the tolerance."""
-    precisions = [p for p in MUTATED if any(row.precision == p for row in report.mutations)]
-    table = Table(box=box.MARKDOWN)
-    for column in ("mutation", *precisions):
-        table.add_column(column, no_wrap=True, justify="left" if column == "mutation" else "right")
-    cells: dict[str, dict[str, str]] = {}
+    cells: Cells = {}
     for row in report.mutations:
         text = "not finite" if row.rel_l2 is None else f"{row.multiple:,.1f} x"
         text = f"BELOW {row.margin:g} x: {text}" if row.missed else text
         cells.setdefault(row.name + (" (s)" if row.subtle else ""), {})[row.precision] = (
             text if row.margin is not None else f"({text})"
         )
+    return _by_precision("mutation", cells)
+
+
+def _by_precision(what: str, cells: Cells) -> Table:
+    precisions = [p for p in PRECISIONS if any(p in found for found in cells.values())]
+    table = Table(box=box.MARKDOWN)
+    for column in (what, *precisions):
+        table.add_column(column, no_wrap=True, justify="left" if column == what else "right")
     for name, found in cells.items():
         table.add_row(name, *(found.get(precision, "") for precision in precisions))
     return table

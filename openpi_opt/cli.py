@@ -1,7 +1,8 @@
-"""How every verb ends: exit codes, and what a user sees instead of a traceback."""
+"""What the verbs share: exit codes, an error instead of a traceback, progress, arguments."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -34,3 +35,21 @@ def run(main: Callable[[], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = PIPE_CLOSED
     sys.exit(code)
+
+
+def say(text: str) -> None:
+    """Progress, on stderr: stdout holds what was asked for alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """A parser of whole numbers for argparse, which turns its errors into messages."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
+        return value
+
+    parse.__name__ = "whole number"  # argparse: invalid whole number value
+    return parse

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -95,10 +94,13 @@ def _parser() -> argparse.ArgumentParser:
         "--drift", type=_share, default=0.0, help="random walk per process (default: 0)"
     )
     parser.add_argument(
-        "--configurations", type=_count, default=60, help="of a sweep (default: %(default)s)"
+        "--configurations",
+        type=cli.at_least(1),
+        default=60,
+        help="of a sweep (default: %(default)s)",
     )
     parser.add_argument(
-        "--sweeps", type=_count, default=500, help="of each kind (default: %(default)s)"
+        "--sweeps", type=cli.at_least(1), default=500, help="of each kind (default: %(default)s)"
     )
     parser.add_argument(
         "--finalists",
@@ -117,16 +119,7 @@ def _share(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
-
-
-_names: dict[Any, str] = {_share: "number", _count: "whole number"}
-for _parse, _name in _names.items():
-    _parse.__name__ = _name
+_share.__name__ = "number"
 
 
 if __name__ == "__main__":

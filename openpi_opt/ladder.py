@@ -16,7 +16,7 @@ from openpi_opt import cli
 from openpi_opt.errors import UserError
 from openpi_opt.search.confirm import Confirmed, Gain, gain
 from openpi_opt.search.steps import Knobs
-from openpi_opt.target import Session, at_least, parser, percent, say, session, why
+from openpi_opt.target import Session, parser, percent, session, why
 from openpi_opt.track.plots import Bar
 
 BASELINE = "baseline"
@@ -105,7 +105,7 @@ def climb(found: Session, screening: int) -> Way:
             best = candidates[0]
         additions.append(best)
         have |= best
-        say(f"step {len(additions)}: {target.label(best)}")
+        cli.say(f"step {len(additions)}: {target.label(best)}")
     idle = [name for name in target.knobs if name not in have]
     return Way(additions, remarks, idle)
 
@@ -233,7 +233,7 @@ def _parser() -> Any:
     )
     found.add_argument(
         "--screening",
-        type=at_least(1),
+        type=cli.at_least(1),
         default=1,
         help="processes of each candidate while the way is looked for (default: %(default)s)",
     )

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _say_what_is_judged(judged_by)
     tracking = candidates[0].config.tracking  # as the study was run
     log = MlflowLog(store, tracking) if arguments.mlflow and tracking.mlflow else None
-    runs = FreshRuns(store, journal, log, probe(), _say)
+    runs = FreshRuns(store, journal, log, probe(), cli.say)
     wanted = Wanted(
         seed=secrets.randbits(32),
         finalists=arguments.finalists,
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     winner = bench.configs[judged.winner.subject.key]
     over = bench.over[judged.winner.subject.key]
     if over:  # only the baseline: others above a limit were dropped
-        _say(
+        cli.say(
             "no preset is written: nothing that keeps the limits is confirmed faster than the "
             f"baseline, which itself does not keep them ({_text(over)}). More --minutes can tell "
             "smaller gains apart; --limit NAME=VALUE judges by another limit."
@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     preset.write(
         path, winner, provenance | ({"limits": judged_by.limits} if judged_by.limits else {})
     )
-    _say(f"wrote {path}")
-    _say(f"use it: {_usage(arguments.name, folder)}")
+    cli.say(f"wrote {path}")
+    cli.say(f"use it: {_usage(arguments.name, folder)}")
     return 0
 
 
@@ -103,7 +103,7 @@ def confirm(
     others = [c for c in candidates if not c.config.is_baseline()]
     current = [c for c in others if c.fingerprint_hash == here]
     if others and not current:
-        _say(
+        cli.say(
             "note: the study was measured with another machine or software: its order is used, "
             "its numbers are not"
         )
@@ -113,7 +113,9 @@ def confirm(
     subjects = [
         Subject(c.config.hash(), changed_knobs(c.config), c.number, c.mean_ms) for c in others
     ]
-    _say(f"{len(others)} configuration(s) of the study {runs.study_dir.name} against the baseline")
+    cli.say(
+        f"{len(others)} configuration(s) of the study {runs.study_dir.name} against the baseline"
+    )
     try:
         judged = promotion.run(bench, Subject(baseline.hash()), subjects, wanted)
     except promotion.BaselineError:
@@ -172,7 +174,7 @@ class ProcessBench:
         over = self._criteria.over(result)
         self.over[key] |= over
         if over and key != self._baseline:  # that one is measured to compare with, whatever it has
-            _say(f"  {shown}: over the limit ({_text(over)})")
+            cli.say(f"  {shown}: over the limit ({_text(over)})")
             return None
         return result.latency.mean_ms
 
@@ -182,7 +184,7 @@ class ProcessBench:
 
     def note(self, text: str) -> None:
         """Say it."""
-        _say(text)
+        cli.say(text)
 
     def schedule(self) -> Schedule | None:
         """The schedule as it was kept.
@@ -199,7 +201,7 @@ class ProcessBench:
                 f"{self.path} is damaged: it is no schedule of a promotion.\n"
                 "Restore it, or begin a new promotion with --again."
             ) from None
-        _say(
+        cli.say(
             f"continuing the promotion of {self.path.name}: {len(found.rounds)} rounds in the "
             "order that was drawn for it; what is finished is not run again (--again begins anew)"
         )
@@ -210,13 +212,13 @@ class ProcessBench:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         earlier = len(list(self.path.parent.glob("schedule-*.json")))
         if earlier:
-            _say(
+            cli.say(
                 f"note: confirmation {earlier + 1} of this study. Each may be wrong with its own "
                 "1%: promoting until something passes would find noise"
             )
         write_atomic(self.path, schedule.model_dump_json(indent=1) + "\n")
         order = f"{len(schedule.rounds)} rounds of {1 + len(schedule.finalists)} fresh processes"
-        _say(f"confirmation: {order}, each round in random order")
+        cli.say(f"confirmation: {order}, each round in random order")
 
 
 def _schedule_path(folder: Path, digest: str, again: bool) -> Path:
@@ -238,7 +240,7 @@ def _tag(runs: FreshRuns, cfg: Config, name: str) -> str | None:
         runs.log.deliver(record, runs.study_dir)
         return runs.log.tag_run(record.uid, "openpi_opt.preset", name)
     except TrackingError as error:
-        _say(f"note: {error}")
+        cli.say(f"note: {error}")
         return None
 
 
@@ -309,7 +311,7 @@ def _print_table(bench: ProcessBench, judged: Judged) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     for key in judged.dropped:
         why = "it went over a limit" if bench.over[key] else "it was not ok"
-        _say(f"dropped {short(bench.configs[key])}: {why}, see above")
+        cli.say(f"dropped {short(bench.configs[key])}: {why}, see above")
     _say_what_holds(bench, judged)
 
 
@@ -321,13 +323,13 @@ def _say_what_holds(bench: ProcessBench, judged: Judged) -> None:
             break
         seen = paired_spread(judged.baseline, entry)
         if seen > kept.tau and entry.gain and entry.gain.verdict == "ambiguous":
-            _say(
+            cli.say(
                 f"note: {short(bench.configs[entry.subject.key])}: its pairs differed as with a "
                 f"spread of {seen:.2%} between processes, more than the {kept.tau:.2%} planned "
                 "for, so for it the promise of finding a gain does not hold"
             )
     if judged.winner is judged.baseline:
-        _say(
+        cli.say(
             "no configuration is confirmed faster than the baseline: the preset holds the "
             "baseline, the simplest that is as fast. More --minutes can tell smaller gains apart."
         )
@@ -344,9 +346,9 @@ def paired_spread(baseline: Confirmed, candidate: Confirmed) -> float:
 
 def _say_what_is_judged(judged_by: criteria.Criteria) -> None:
     if judged_by.limits:
-        _say(f"limits: {judged_by.limits_text()}; what is above one of them is not promoted")
+        cli.say(f"limits: {judged_by.limits_text()}; what is above one of them is not promoted")
     if judged_by.several:
-        _say(
+        cli.say(
             f"note: the study minimises {judged_by.objectives_text()}; the latency is what is "
             "confirmed, of the fastest that keep the limits. --limit NAME=VALUE leads to the "
             "others of the Pareto set"
@@ -361,10 +363,6 @@ def _usage(name: str, folder: Path | None) -> str:
     if folder is None or folder.absolute() == user_conf_dir() / "preset":
         return f"python -m openpi_opt.sweep preset={name}"
     return f"python -m openpi_opt.sweep --preset-dir {folder} preset={name}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -396,7 +394,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--rounds",
-        type=_at_least(3),
+        type=cli.at_least(3),
         help="fix the rounds by hand, at least 3: the spread between processes is then not "
         "measured, and no promise of finding a gain is made",
     )
@@ -415,17 +413,6 @@ def _parser() -> argparse.ArgumentParser:
         "--no-mlflow", dest="mlflow", action="store_false", help="do not log to MLflow"
     )
     return parser
-
-
-def _at_least(minimum: int) -> Any:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
-        return value
-
-    parse.__name__ = "int"
-    return parse
 
 
 def _positive(text: str) -> float:

@@ -14,9 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from openpi_opt.samples import Samples
 
-Outcome = Literal[
-    "ok", "pruned", "wrong", "unavailable", "invalid", "oom", "timeout", "crashed", "error"
-]
 Phase = Literal[
     "start",
     "load",

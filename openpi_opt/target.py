@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openpi_opt.cli import at_least, say
 from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria
@@ -234,27 +235,9 @@ def session(verb: str, arguments: argparse.Namespace) -> Session:
     )
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """A parser of whole numbers for argparse."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
-        return value
-
-    parse.__name__ = "int"
-    return parse
-
-
 def percent(value: float) -> str:
     """A share as a signed percentage."""
     return f"{value:+.2%}"
-
-
-def say(text: str) -> None:
-    """Progress, on stderr: stdout holds the table alone."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _exists(arguments: argparse.Namespace) -> bool:

@@ -14,6 +14,8 @@ QUICK = [
     "workload.horizon=2",
     "measure.iterations=10",
     "measure.warmup=3",
+    "measure.rel_ci=null",
+    "profile=none",
 ]
 
 

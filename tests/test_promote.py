@@ -27,6 +27,7 @@ QUICK = [
     "measure.warmup=3",
     "measure.iterations=10",
     "measure.rel_ci=null",
+    "profile=none",
 ]
 LIMITED = Criteria(limits={"latency_ms": 3.0})
 SDPA = {"vision": "sdpa", "prefill": "sdpa", "denoise": "sdpa"}

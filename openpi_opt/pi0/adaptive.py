@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from openpi_opt.pi0.config import GemmaConfig
-from openpi_opt.pi0.gemma import EPS, KeysValues, LayerParts, Past, Rope
-from openpi_opt.pi0.ops import Attention, Ops, Visibility
+from openpi_opt.pi0.gemma import EPS, Attending, KeysValues, LayerParts, Past
+from openpi_opt.pi0.ops import Ops
 
 
 class AdaptiveRmsNorm(nn.Module):
@@ -48,15 +48,13 @@ class AdaptiveLayer(LayerParts):
     def forward(
         self,
         x: Tensor,
-        rope: Rope,
-        visibility: Visibility,
-        attend: Attention,
+        how: Attending,
         past: Past | None,
         modulations: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, KeysValues]:
         """[B, S, W] and the modulations [3W] of both norms -> the same shape, keys and values."""
         y, gate = self.input_layernorm(x, modulations[0])
-        out, cache = self.self_attn(y, rope, visibility, attend, past)
+        out, cache = self.self_attn(y, how, past)
         x = x + out * gate
         y, gate = self.post_attention_layernorm(x, modulations[1])
         return x + self.mlp(y) * gate, cache
@@ -81,13 +79,7 @@ class AdaptiveTower(nn.Module):
         return torch.stack([norm.dense(condition) for norm in self.norms()])
 
     def forward(
-        self,
-        x: Tensor,
-        rope: Rope,
-        visibility: Visibility,
-        attend: Attention,
-        past: Sequence[Past],
-        modulations: Tensor,
+        self, x: Tensor, how: Attending, past: Sequence[Past], modulations: Tensor
     ) -> tuple[Tensor, list[KeysValues]]:
         """[B, S, W], modulations [M, 3W] -> *normed* hidden states, each layer's keys and values.
 
@@ -98,6 +90,6 @@ class AdaptiveTower(nn.Module):
         caches = []
         for index, layer in enumerate(self.layers):
             pair = rows[2 * index], rows[2 * index + 1]
-            x, cache = layer(x, rope, visibility, attend, past[index], pair)
+            x, cache = layer(x, how, past[index], pair)
             caches.append(cache)
         return self.norm(x, rows[-1])[0], caches

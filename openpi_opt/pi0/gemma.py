@@ -26,6 +26,16 @@ class Rope(NamedTuple):
     sin: Tensor
 
 
+class Attending(NamedTuple):
+    """How the tokens of a call attend to what they see: the same in every layer of a tower."""
+
+    rope: Rope
+    """of the call's own tokens"""
+    visibility: Visibility
+    """S queries, T keys"""
+    attend: Attention
+
+
 class KeysValues(NamedTuple):
     """One layer's keys (rotated) and values, each [B, T, Hkv, D]."""
 
@@ -107,19 +117,12 @@ class SelfAttention(nn.Module):
         v = self.v_proj(x).view(*x.shape[:-1], self.kv_heads, self.head_dim)
         return q, k, v
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rope,
-        visibility: Visibility,
-        attend: Attention,
-        past: Past | None,
-    ) -> tuple[Tensor, KeysValues]:
+    def forward(self, x: Tensor, how: Attending, past: Past | None) -> tuple[Tensor, KeysValues]:
         """[B, S, W] -> the same shape, and the keys and values of all T tokens."""
         q, k, v = self.qkv(x)
-        q, k = self.ops.rotary(q, *rope), self.ops.rotary(k, *rope)
+        q, k = self.ops.rotary(q, *how.rope), self.ops.rotary(k, *how.rope)
         cache = KeysValues(k, v) if past is None else past.joined(k, v)
-        heads = attend(q, *cache, visibility, self.scale)
+        heads = how.attend(q, *cache, how.visibility, self.scale)
         return self.o_proj(heads.flatten(2)), cache
 
 
@@ -155,16 +158,9 @@ class GemmaLayer(LayerParts):
         self.input_layernorm = RmsNorm(config.width, ops)
         self.post_attention_layernorm = RmsNorm(config.width, ops)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rope,
-        visibility: Visibility,
-        attend: Attention,
-        past: Past | None,
-    ) -> tuple[Tensor, KeysValues]:
+    def forward(self, x: Tensor, how: Attending, past: Past | None) -> tuple[Tensor, KeysValues]:
         """[B, S, W] -> the same shape, and the keys and values of all T tokens."""
-        out, cache = self.self_attn(self.input_layernorm(x), rope, visibility, attend, past)
+        out, cache = self.self_attn(self.input_layernorm(x), how, past)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -178,12 +174,7 @@ class GemmaTower(nn.Module):
         self.norm = RmsNorm(config.width, ops)
 
     def forward(
-        self,
-        x: Tensor,
-        rope: Rope,
-        visibility: Visibility,
-        attend: Attention,
-        past: Sequence[Past] | None = None,
+        self, x: Tensor, how: Attending, past: Sequence[Past] | None = None
     ) -> tuple[Tensor, list[KeysValues]]:
         """[B, S, W] -> hidden states *before* the final norm, and each layer's keys and values.
 
@@ -191,6 +182,6 @@ class GemmaTower(nn.Module):
         """
         caches = []
         for index, layer in enumerate(self.layers):
-            x, cache = layer(x, rope, visibility, attend, None if past is None else past[index])
+            x, cache = layer(x, how, None if past is None else past[index])
             caches.append(cache)
         return x, caches

@@ -22,7 +22,7 @@ from torch.profiler import record_function
 
 from openpi_opt.pi0.adaptive import AdaptiveTower
 from openpi_opt.pi0.config import Pi0Config
-from openpi_opt.pi0.gemma import GemmaTower, KeysValues, Past, Rope, rope_at, rope_frequencies
+from openpi_opt.pi0.gemma import Attending, GemmaTower, KeysValues, Past, rope_at, rope_frequencies
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.layers import Linear
 from openpi_opt.pi0.ops import Ops, Segment, Visibility
@@ -209,8 +209,8 @@ class Pi0Policy(nn.Module):
         else:
             mask, positions, count = self.layout_mask, self.layout_positions, self.layout_count
         rope = rope_at(positions, self.frequencies, self.dtype)
-        visibility = self.prefix_visibility(mask)
-        _, caches = self.language(x, rope, visibility, self.ops.attention_prefill)
+        how = Attending(rope, self.prefix_visibility(mask), self.ops.attention_prefill)
+        _, caches = self.language(x, how)
         if self.layout is None:
             return PrefixCache(caches, count, mask)
         if not self.layout.all_valid:
@@ -219,6 +219,10 @@ class Pi0Policy(nn.Module):
                 for cache in caches
             ]
         return PrefixCache(caches, count, None)
+
+    def prefill_of(self, inputs: Inputs, image_tokens: Tensor) -> PrefixCache:
+        """`prefill` of a batch of observations, given its image tokens [B, C*256, W]."""
+        return self.prefill(image_tokens, inputs.tokens, inputs.image_mask, inputs.token_mask)
 
     def prefix_visibility(self, mask: Tensor) -> Visibility:
         """Every prefix query sees every valid prefix token; mask [B or 1, P] bool."""
@@ -268,18 +272,16 @@ class Pi0Policy(nn.Module):
         self,
         suffix: Tensor,
         features: Tensor,
-        rope: Rope,
-        visibility: Visibility,
+        how: Attending,
         past: Sequence[Past],
         horizon: int,
     ) -> Tensor:
         """Suffix tokens [B, S, E] at the time of `features` -> normed action tokens [B, H, E]."""
-        expert, attend = self.expert, self.ops.attention_denoise
+        expert = self.expert
         if isinstance(expert, AdaptiveTower):
-            modulations = self.modulations(features)
-            normed, _ = expert(suffix, rope, visibility, attend, past, modulations)
+            normed, _ = expert(suffix, how, past, self.modulations(features))
             return normed
-        hidden, _ = expert(suffix, rope, visibility, attend, past)
+        hidden, _ = expert(suffix, how, past)
         return expert.norm(hidden[:, -horizon:])
 
     def denoise_step(
@@ -296,7 +298,8 @@ class Pi0Policy(nn.Module):
         positions = cache.valid_count[:, None] + offsets
         rope = rope_at(positions, self.frequencies, self.dtype)
         visibility = self.suffix_visibility(cache, horizon)
-        hidden = self.run_expert(suffix, features, rope, visibility, cache.layers, horizon)
+        how = Attending(rope, visibility, self.ops.attention_denoise)
+        hidden = self.run_expert(suffix, features, how, cache.layers, horizon)
         return self.action_out_proj(hidden.float())
 
     def sample_actions(self, inputs: Inputs) -> Tensor:
@@ -304,7 +307,7 @@ class Pi0Policy(nn.Module):
         with record_function("openpi_opt::vision"):
             image_tokens = self.encode_images(inputs.images)
         with record_function("openpi_opt::prefill"):
-            cache = self.prefill(image_tokens, inputs.tokens, inputs.image_mask, inputs.token_mask)
+            cache = self.prefill_of(inputs, image_tokens)
         dt = step_size(self.steps)
         x_t = inputs.noise
         for features in self.time_table.unbind():

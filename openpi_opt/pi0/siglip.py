@@ -33,7 +33,9 @@ class Embeddings(nn.Module):
         super().__init__()
         size = config.patch_size
         self.patch_embedding = nn.Conv2d(3, config.width, kernel_size=size, stride=size)
-        self.position_embedding = nn.Embedding(config.tokens, config.width)
+        # Not `nn.Embedding(...)`: its `normal_` on meta tensors imports sympy, over a second.
+        positions = torch.empty(config.tokens, config.width)
+        self.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, 224, 224] float32 in [-1, 1] -> [N, 256, W] float32, rows of patches in order."""

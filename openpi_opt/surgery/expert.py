@@ -23,8 +23,15 @@ from torch import Tensor
 from openpi_opt.kernels.triton_decode import CachedAttention, cached_attention
 from openpi_opt.kernels.triton_rotary import rotary
 from openpi_opt.kernels.triton_skinny_gemm import skinny_gelu_mul, skinny_linear
-from openpi_opt.pi0.gemma import EPS, GemmaLayer, GemmaTower, KeysValues, Past, RmsNorm, Rope
-from openpi_opt.pi0.ops import Attention, Visibility
+from openpi_opt.pi0.gemma import (
+    EPS,
+    Attending,
+    GemmaLayer,
+    GemmaTower,
+    KeysValues,
+    Past,
+    RmsNorm,
+)
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.surgery.buffer import BufferedKeysValues
 from openpi_opt.surgery.folded import UnitRmsNorm
@@ -43,9 +50,7 @@ class FusedExpertLayer(GemmaLayer):
     mlp: FusedMlp
     attend_cached: CachedAttention
 
-    def step(
-        self, x: Tensor, rope: Rope, visibility: Visibility, past: Past | None
-    ) -> tuple[Tensor, KeysValues]:
+    def step(self, x: Tensor, how: Attending, past: Past | None) -> tuple[Tensor, KeysValues]:
         """[B, S, W] -> the same shape, and the call's own keys and values [B, S, Hkv, D].
 
         These keys are before their rotary embedding, which the attention kernel does on the way.
@@ -56,23 +61,16 @@ class FusedExpertLayer(GemmaLayer):
         counts = (attention.heads, attention.kv_heads, attention.kv_heads)
         q, k, v = heads.split(counts, dim=-2)
         before = (k[:, :0], v[:, :0]) if past is None else _stored(past)
-        seen = self.attend_cached(q, before, (k, v), rope, visibility, attention.scale)
+        seen = self.attend_cached(q, before, (k, v), how.rope, how.visibility, attention.scale)
         x = _linear(seen.flatten(2), attention.o_proj.weight, residual=x)
         gain = _gain(self.post_attention_layernorm)
         hidden = skinny_gelu_mul(x, mlp.gate_up_proj.weight, gain, EPS, [])
         return _linear(hidden, mlp.down_proj.weight, residual=x), KeysValues(k, v)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rope,
-        visibility: Visibility,
-        attend: Attention,
-        past: Past | None,
-    ) -> tuple[Tensor, KeysValues]:
-        """As in `GemmaLayer`; `attend` is not called, its cached form is the layer's own."""
-        x, own = self.step(x, rope, visibility, past)
-        own = KeysValues(rotary(own.keys, *rope), own.values)
+    def forward(self, x: Tensor, how: Attending, past: Past | None) -> tuple[Tensor, KeysValues]:
+        """As in `GemmaLayer`; `how.attend` is not called, its cached form is the layer's own."""
+        x, own = self.step(x, how, past)
+        own = KeysValues(rotary(own.keys, *how.rope), own.values)
         return x, own if past is None else past.joined(*own)
 
 
@@ -83,17 +81,12 @@ class FusedExpertTower(GemmaTower):
     """
 
     def forward(
-        self,
-        x: Tensor,
-        rope: Rope,
-        visibility: Visibility,
-        attend: Attention,
-        past: Sequence[Past] | None = None,
+        self, x: Tensor, how: Attending, past: Sequence[Past] | None = None
     ) -> tuple[Tensor, list[KeysValues]]:
         """As in `GemmaTower`, but no keys and values are returned."""
         for index, layer in enumerate(self.layers):
             before = None if past is None else past[index]
-            x, _ = cast(FusedExpertLayer, layer).step(x, rope, visibility, before)
+            x, _ = cast(FusedExpertLayer, layer).step(x, how, before)
         return x, []
 
 

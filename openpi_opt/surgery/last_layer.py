@@ -5,8 +5,7 @@ Letters: B batch, S tokens, W width, Hkv key/value heads, D head dim.
 
 from torch import Tensor
 
-from openpi_opt.pi0.gemma import GemmaLayer, KeysValues, Past, Rope
-from openpi_opt.pi0.ops import Attention, Visibility
+from openpi_opt.pi0.gemma import Attending, GemmaLayer, KeysValues, Past
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.surgery.towers import gemma_layers
 
@@ -18,17 +17,10 @@ class KeysValuesLayer(GemmaLayer):
         """[B, S, W], normed -> k, not rotated, and v, [B, S, Hkv, D] each."""
         return keys_values(self, x)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rope,
-        visibility: Visibility,
-        attend: Attention,
-        past: Past | None,
-    ) -> tuple[Tensor, KeysValues]:
+    def forward(self, x: Tensor, how: Attending, past: Past | None) -> tuple[Tensor, KeysValues]:
         """[B, S, W] -> x as it came (nobody reads it), and the layer's own keys and values."""
         k, v = self.keys_values(self.input_layernorm(x))
-        return x, KeysValues(self.self_attn.ops.rotary(k, *rope), v)
+        return x, KeysValues(self.self_attn.ops.rotary(k, *how.rope), v)
 
 
 def keys_values(layer: GemmaLayer, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from openpi_opt.pi0.adaptive import AdaptiveTower
-from openpi_opt.pi0.gemma import GemmaTower, KeysValues, Past, Rope, rope_at
+from openpi_opt.pi0.gemma import Attending, GemmaTower, KeysValues, Past, Rope, rope_at
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.ops import Segment, Visibility
 from openpi_opt.pi0.policy import Pi0Policy, PrefixCache
-from openpi_opt.pi0.schedule import step_size, time_features
+from openpi_opt.pi0.schedule import time_features
 from openpi_opt.surgery.buffer import BufferedKeysValues, with_room
 from openpi_opt.surgery.last_layer import keys_values
 from openpi_opt.surgery.towers import gemma_layers
@@ -144,23 +143,6 @@ class LeanPolicy(Pi0Policy):
         table = features @ time_half.T + bias
         self.register_buffer("time_table", table.float(), persistent=False)
 
-    def sample_actions(self, inputs: Inputs) -> Tensor:
-        """As in `Pi0Policy`; a state token that is run once belongs to the prefill."""
-        if not self.plan.state_once:
-            return super().sample_actions(inputs)
-        with record_function("openpi_opt::vision"):
-            image_tokens = self.encode_images(inputs.images)
-        with record_function("openpi_opt::prefill"):
-            cache = self.prefill(
-                image_tokens, inputs.tokens, inputs.image_mask, inputs.token_mask, inputs.state
-            )
-        dt = step_size(self.steps)
-        x_t = inputs.noise
-        for features in self.time_table.unbind():
-            with record_function("openpi_opt::denoise"):
-                x_t = x_t + dt * self.denoise_step(x_t, features, inputs.state, cache)
-        return x_t
-
     def encode_images(self, images: Tensor) -> Tensor:
         """[B, C, 3, 224, 224] -> image tokens [B, C*256, W] of all, or of the active, cameras."""
         if self.plan.skip_masked:
@@ -198,7 +180,8 @@ class LeanPolicy(Pi0Policy):
             tokens = tokens[:, : self.layout.prompt_tokens]
         x = torch.cat((image_tokens, self.embed_prompt(tokens)), dim=1)
         visibility = self.prefix_visibility(self.layout_mask)
-        _, own = self.language(x, self.prefix_rope(), visibility, self.ops.attention_prefill)
+        how = Attending(self.prefix_rope(), visibility, self.ops.attention_prefill)
+        _, own = self.language(x, how)
         if not (self.plan.skip_masked or self.layout.all_valid):
             index = self.layout_index
             own = [
@@ -214,6 +197,14 @@ class LeanPolicy(Pi0Policy):
             caches = self._with_state(caches, state)
         return PrefixCache(caches, self.layout_count, None)
 
+    def prefill_of(self, inputs: Inputs, image_tokens: Tensor) -> PrefixCache:
+        """As in `Pi0Policy`; a state token that is run once belongs to the prefill."""
+        if not self.plan.state_once:
+            return super().prefill_of(inputs, image_tokens)
+        return self.prefill(
+            image_tokens, inputs.tokens, inputs.image_mask, inputs.token_mask, inputs.state
+        )
+
     def prefix_visibility(self, mask: Tensor) -> Visibility:
         """Without masked tokens every query sees every key."""
         if not self.plan.skip_masked or self.layout is None:
@@ -226,15 +217,16 @@ class LeanPolicy(Pi0Policy):
         It sees the prefix and itself, and nothing in it depends on time or actions.
         """
         x = self.state_proj(state)[:, None].to(self.dtype)
-        rope, visibility = self.state_rope(), Visibility(None, (Segment(0, 1, None),))
+        itself = Visibility(None, (Segment(0, 1, None),))
+        how = Attending(self.state_rope(), itself, self.ops.attention_denoise)
         assert isinstance(self.expert, GemmaTower)
         *layers, last = gemma_layers(self.expert)
         joined: list[Past] = []
         for layer, past in zip(layers, caches[:-1], strict=True):
-            x, cache = layer(x, rope, visibility, self.ops.attention_denoise, past)
+            x, cache = layer(x, how, past)
             joined.append(cache)
         k, v = keys_values(last, last.input_layernorm(x))
-        joined.append(caches[-1].joined(self.ops.rotary(k, *rope), v))
+        joined.append(caches[-1].joined(self.ops.rotary(k, *how.rope), v))
         # Not `_replace`: Dynamo of torch 2.11 cannot return what that makes.
         buffered = [past for past in caches if isinstance(past, BufferedKeysValues)]
         return [BufferedKeysValues(p.keys, p.values, p.filled + 1) for p in buffered] or joined
@@ -272,9 +264,8 @@ class LeanPolicy(Pi0Policy):
             )
         suffix = self.embed_suffix(x_t, features, state).to(self.dtype)
         visibility = self._suffix_visibility()
-        hidden = self.run_expert(
-            suffix, features, self.suffix_rope(), visibility, cache.layers, plan.horizon
-        )
+        how = Attending(self.suffix_rope(), visibility, self.ops.attention_denoise)
+        hidden = self.run_expert(suffix, features, how, cache.layers, plan.horizon)
         return self.action_out_proj(hidden.float())
 
     def _suffix_visibility(self) -> Visibility:

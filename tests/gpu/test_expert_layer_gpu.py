@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from capturing import replays
 from torch import Tensor
 
 from openpi_opt import runtime
@@ -19,7 +20,7 @@ from openpi_opt.measure.guard import distance
 from openpi_opt.measure.profile import profile_call
 from openpi_opt.pi0 import weights
 from openpi_opt.pi0.config import PI0, PI0_MINI
-from openpi_opt.pi0.gemma import GemmaLayer, KeysValues, Rope, rope_at
+from openpi_opt.pi0.gemma import Attending, GemmaLayer, KeysValues, Rope, rope_at
 from openpi_opt.pi0.ops import Segment, Visibility, eager_attention
 from openpi_opt.pi0.precision import cast
 from openpi_opt.pi0.workload import make_inputs
@@ -63,10 +64,8 @@ def one_layer(folded: bool) -> tuple[GemmaLayer, FusedExpertLayer, Tensor]:
     return gemma_layers(plain)[0], layer, policy.frequencies
 
 
-def arguments(
-    rows: int, state: bool, frequencies: Tensor
-) -> tuple[tuple[Tensor, ...], Rope, Visibility]:
-    """Tokens and what is stored, [1, S, W] and twice [1, N, 1, D]; rotary tables; who sees what."""
+def arguments(rows: int, state: bool, frequencies: Tensor) -> tuple[tuple[Tensor, ...], Attending]:
+    """Tokens and what is stored, [1, S, W] and twice [1, N, 1, D]; how the tokens attend."""
     generator = torch.Generator("cuda").manual_seed(rows)
     shapes = [(1, rows, PI0.expert.width), *[(1, STORED, 1, PI0.expert.head_dim)] * 2]
     given = [torch.randn(*shape, generator=generator, device="cuda") for shape in shapes]
@@ -77,7 +76,8 @@ def arguments(
         mask[:, :, 0, STORED + 1 :] = False
         segments = (Segment(0, 1, STORED + 1), Segment(1, rows, None))
     rope = rope_at(positions, frequencies, torch.bfloat16)
-    return tuple(t.bfloat16() for t in given), rope, Visibility(mask, segments)
+    how = Attending(rope, Visibility(mask, segments), eager_attention)
+    return tuple(t.bfloat16() for t in given), how
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -89,15 +89,15 @@ def calls(name: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Callabl
     """The fused layer, its tensors, and the plain layer in float64."""
     rows, state, folded = CASES[name]
     plain, layer, frequencies = one_layer(folded)
-    given, rope, visibility = arguments(rows, state, frequencies)
+    given, how = arguments(rows, state, frequencies)
 
     def ours(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return layer(x, rope, visibility, eager_attention, KeysValues(k, v))[0]
+        return layer(x, how, KeysValues(k, v))[0]
 
     def expected(*given: Tensor) -> Tensor:
         x, k, v = (tensor.double() for tensor in given)
-        tables = Rope(rope.cos.double(), rope.sin.double())
-        return plain(x, tables, visibility, eager_attention, KeysValues(k, v))[0]
+        tables = Rope(how.rope.cos.double(), how.rope.sin.double())
+        return plain(x, how._replace(rope=tables), KeysValues(k, v))[0]
 
     return ours, given, expected
 
@@ -113,24 +113,7 @@ def test_a_layer_compiled_and_captured(name: str) -> None:
         added = expected(*given) - given[0].double()
         assert float((out.double() - given[0].double() - added).norm() / added.norm()) < 2e-2
         assert torch.equal(out, ours(*given))
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, dynamic=False)
-    static = [tensor.clone() for tensor in given]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(3):
-            compiled(*static)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        captured = compiled(*static)
-    for factor in (1.0, -0.5):
-        for tensor, source in zip(static, given, strict=True):
-            tensor.copy_(source * factor)
-        graph.replay()
-        torch.cuda.synchronize()
+    for static, captured in replays(ours, given):
         with torch.no_grad():
             assert relative(captured, expected(*static)) < 1e-2
 
@@ -138,11 +121,11 @@ def test_a_layer_compiled_and_captured(name: str) -> None:
 def test_launches_of_a_layer_in_a_step() -> None:
     """Six; on AMD a second kernel adds the splits of the two products that have any."""
     _, layer, frequencies = one_layer(folded=False)
-    (x, k, v), rope, visibility = arguments(11, True, frequencies)
+    (x, k, v), how = arguments(11, True, frequencies)
 
     def step(x: Tensor) -> None:
         with torch.no_grad():
-            layer.step(x, rope, visibility, KeysValues(k, v))
+            layer.step(x, how, KeysValues(k, v))
 
     for _ in range(3):
         step(x)

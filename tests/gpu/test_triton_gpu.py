@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from capturing import replays
 from torch import Tensor
 
 from openpi_opt.kernels import (
@@ -228,25 +229,8 @@ def test_numbers(name: str) -> None:
 def test_compiled_and_captured(name: str) -> None:
     """One graph of Dynamo's, then one CUDA graph that follows new inputs."""
     ours, arguments, expected = CASES[name]()
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, dynamic=False)
-    static = [argument.clone() for argument in arguments]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(3):
-            compiled(*static)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        captured = listed(compiled(*static))
-    for factor in (1.0, -0.5):
-        for argument, source in zip(static, arguments, strict=True):
-            argument.copy_(source * factor)
-        graph.replay()
-        torch.cuda.synchronize()
-        for actual, wanted in zip(captured, listed(expected(*static)), strict=True):
+    for static, captured in replays(ours, arguments):
+        for actual, wanted in zip(listed(captured), listed(expected(*static)), strict=True):
             assert error(actual, wanted) < TOLERANCE
 
 

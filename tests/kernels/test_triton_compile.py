@@ -33,16 +33,22 @@ from openpi_opt.kernels.offline import (
 from openpi_opt.kernels.shipped import CASES, MODULES, expert_layer
 from openpi_opt.pi0 import weights
 from openpi_opt.pi0.config import PI0, PI0_MINI
-from openpi_opt.pi0.gemma import KeysValues, Rope
+from openpi_opt.pi0.gemma import Attending, KeysValues, Rope
 from openpi_opt.pi0.ops import Segment, Visibility, eager_attention
 from openpi_opt.pi0.precision import cast
 from openpi_opt.surgery.expert import fuse_expert_layers
 from openpi_opt.surgery.fused import fuse_gate_up, fuse_qkv
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is compiled here is compiled once: the layer launches kernels of other cases."""
+    return tmp_path_factory.mktemp("triton")
+
+
 @pytest.fixture
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def own_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -99,7 +105,7 @@ def test_the_expert_layer_launches_what_its_case_does(name: str) -> None:
     with noted_launches(arch, MODULES) as noted:
         for rows in (1, 11, 51):
             rope = Rope(table[:, :rows], table[:, :rows])
-            policy.expert(empty(1, rows, 1024), rope, state, eager_attention, [past])
+            policy.expert(empty(1, rows, 1024), Attending(rope, state, eager_attention), [past])
     with noted_launches(arch, MODULES) as listed:
         expert_layer()
     assert [variant.key for variant in noted] == [variant.key for variant in listed]

@@ -189,12 +189,15 @@ def test_float16_and_bfloat16_stay_near_float32(
 
 @pytest.mark.parametrize(("declared", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_whole_call_compiles_to_one_graph(
-    policy: Pi0Policy, masked_workload: Workload, declared: bool, dtype: torch.dtype
+    masked_workload: Workload, declared: bool, dtype: torch.dtype
 ) -> None:
+    workload = dataclasses.replace(masked_workload, steps=3)  # which are unrolled
+    policy = build(PI0_MINI, "cpu", workload.steps)
+    init_random(policy, seed=0)
     cast(policy, dtype)
     if declared:
-        policy.declare_layout(masked_workload.layout)
-    inputs = make_inputs(masked_workload, PI0_MINI, 10, "cpu")
+        policy.declare_layout(workload.layout)
+    inputs = make_inputs(workload, PI0_MINI, 10, "cpu")
     eager = policy.sample_actions(inputs)
     torch._dynamo.reset()
     compiled = torch.compile(policy.sample_actions, backend="eager", fullgraph=True, dynamic=False)

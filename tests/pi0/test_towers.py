@@ -8,7 +8,7 @@ from transformers import GemmaModel, SiglipVisionConfig, SiglipVisionModel
 
 from benchmarks.mutations import distance
 from openpi_opt.pi0.config import PI0, GemmaConfig, VisionConfig
-from openpi_opt.pi0.gemma import GemmaTower, rope_at, rope_frequencies
+from openpi_opt.pi0.gemma import Attending, GemmaTower, rope_at, rope_frequencies
 from openpi_opt.pi0.ops import SEE_ALL, Ops, Visibility, eager_attention
 from openpi_opt.pi0.siglip import VisionTower
 
@@ -104,7 +104,7 @@ def test_gemma_tower_equals_transformers(config: GemmaConfig) -> None:
     rope = rope_at(positions, rope_frequencies(config.head_dim, "float32"), torch.float32)
     with torch.no_grad():
         expected = theirs_on(theirs, x, positions, mask)
-        hidden, _ = ours(x, rope, Visibility(mask, None), eager_attention)
+        hidden, _ = ours(x, Attending(rope, Visibility(mask, None), eager_attention))
         assert distance(ours.norm(hidden), expected) < TOLERANCE
 
 
@@ -122,8 +122,8 @@ def test_gemma_cached_keys_equal_one_pass_with_the_block_mask(config: GemmaConfi
     after = type(cos_sin)(*(table[:, prefix:] for table in cos_sin))
     with torch.no_grad():
         expected = theirs_on(theirs, x, positions, mask)[:, prefix:]
-        _, cache = ours(x[:, :prefix], before, SEE_ALL, eager_attention)
-        hidden, _ = ours(x[:, prefix:], after, SEE_ALL, eager_attention, cache)
+        _, cache = ours(x[:, :prefix], Attending(before, SEE_ALL, eager_attention))
+        hidden, _ = ours(x[:, prefix:], Attending(after, SEE_ALL, eager_attention), cache)
         assert distance(ours.norm(hidden), expected) < TOLERANCE
 
 

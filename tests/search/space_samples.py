@@ -9,29 +9,21 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.types import RunMode
+from machine_samples import machine
 
-from openpi_opt.machine import AiterPackage, Gpu, Machine, TorchBuild
+from openpi_opt.machine import AiterPackage, Machine, TorchBuild
 from openpi_opt.paths import conf_dir
 from openpi_opt.search.composing import SweepCompose, plain
 from openpi_opt.search.settings import Settings
 from openpi_opt.search.space import Space
 
-
-def machine(arch: str, aiter: bool) -> Machine:
-    amd = arch.startswith("gfx")
-    gpu = Gpu(0, "GPU-1", arch, "amd" if amd else "nvidia", arch, 80_000, "1")
-    build = TorchBuild("2.13.0", None if amd else "13.0", "7.1" if amd else None)
-    found = Machine((gpu,) if arch else (), build, "x", 2, 1)
-    found.__dict__["aiter"] = AiterPackage("amd", "0.1.20", "/nowhere") if aiter else None
-    return found
-
-
+AITER = AiterPackage("amd", "0.1.20", "/nowhere")
 MACHINES = {
     "cpu": Machine((), TorchBuild("2.13.0", None, None), "x", 2, 8_000),
-    "t4": machine("sm75", aiter=False),
-    "h100": machine("sm90", aiter=True),
-    "mi300x": machine("gfx942", aiter=True),
-    "mi350": machine("gfx950", aiter=False),
+    "t4": machine("sm75"),
+    "h100": machine("sm90", AITER),
+    "mi300x": machine("gfx942", AITER),
+    "mi350": machine("gfx950"),
 }
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -222,12 +222,13 @@ def test_help_is_fast_and_loads_nothing_heavy(tmp_path: Path) -> None:
         "assert not heavy, heavy"
     )
     env = os.environ | {"PYTHONPATH": str(package_dir().parent)}
-    began = time.monotonic()
+    began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 4  # 0.6 s on a free machine
+    # 0.5 s; of processor time, which others on the machine do not lengthen so much.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 3
     for word in ("attention: aiter, cudnn, eager", "n_trials=50", "Examples:", "Exit code:"):
         assert word in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from openpi_opt.result import Failed, Ok
 from openpi_opt.track.journal import Journal, Record
 
 SHORT = ["measure.warmup=3", "measure.iterations=10", "measure.rel_ci=null", "profile=none"]
-SHORT += ["platform=cpu", "study=s"]
+SHORT += ["workload.steps=2", "workload.horizon=4", "platform=cpu", "study=s"]
 FULL_OUTPUT = 200  # columns: nothing is cut at 80
 
 

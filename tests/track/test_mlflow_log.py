@@ -287,7 +287,7 @@ def test_server_down_is_told_in_seconds_and_sync_delivers_later(
     start = time.monotonic()
     with pytest.raises(TrackingError, match="a moment ago"):
         log.deliver(items[1], study)
-    assert time.monotonic() - start < 0.1
+    assert time.monotonic() - start < 1
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     log = MlflowLog(store, Tracking())
