@@ -2,7 +2,7 @@
 
 Rounds of three fresh processes, A, A again and B, in an order drawn for each round. A against
 itself shows what the machine does without any difference (A/A), B against A what the difference is
-(A/B). One unjudged process of each comes first, so that code that compiles once is in the caches for all.
+(A/B). One unjudged process of each comes first, so that code that compiles once is in the caches.
 """
 
 from __future__ import annotations

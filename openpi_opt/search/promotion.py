@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -24,6 +24,7 @@ from openpi_opt.search.confirm import Confirmed, Subject, choose, gain
 from openpi_opt.search.promise import Costs, Promise, Tau
 
 Stage = Literal["tau", "screening", "confirmation"]
+Key = TypeVar("Key", bound=str)
 
 
 class Schedule(BaseModel):
@@ -124,7 +125,7 @@ def run(bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: 
     return Judged(schedule, base, candidates, winner, dropped)
 
 
-def draw_rounds(keys: Sequence[str], count: int, seed: int) -> list[list[str]]:
+def draw_rounds(keys: Sequence[Key], count: int, seed: int) -> list[list[Key]]:
     """`count` rounds, each all of `keys` in an order of its own: every order is as likely.
 
     So within each pair of a round either is first with probability 1/2.
