@@ -59,7 +59,11 @@ class Process:
 
 @dataclass
 class Pairs:
-    """The two configurations, the rounds that were run whole, and how many were planned."""
+    """The two configurations, the rounds that were run whole, and how many were planned.
+
+    `wall_s` is what a process took from the end of the one before it to its own, on average over
+    those of this session; None when the journal had all.
+    """
 
     runs: FreshRuns
     a: Config
@@ -67,7 +71,7 @@ class Pairs:
     planned: int
     seed: int
     processes: list[Process] = field(default_factory=list)
-    took_s: float = 0.0
+    wall_s: float | None = None
 
     @property
     def rounds(self) -> int:
@@ -122,13 +126,13 @@ def measure(found: Pairs, limit_s: float | None) -> None:
     Raises:
         UserError: a process was not ok.
     """
-    started = time.monotonic()
+    started, known = time.monotonic(), len(found.runs.journal.records())
     rounds = draw_rounds(ROLES, found.planned, found.seed)
-    order: list[tuple[Role, int] | None] = []  # None: not judged
+    order: list[tuple[Role, int | None]] = []  # None: not judged
 
     def planned() -> Iterator[Planned]:
         for role in _FIRST:
-            order.append(None)
+            order.append((role, None))
             yield _planned(found, role, "first", 0)
         began = time.monotonic()
         for number, roles in enumerate(rounds):
@@ -143,14 +147,14 @@ def measure(found: Pairs, limit_s: float | None) -> None:
 
     whole: list[Process] = []
     for place, result in enumerate(found.runs.in_turn(planned())):
-        judged = order[place]
-        role = judged[0] if judged else "A"
+        role, round_number = order[place]
         if not isinstance(result, Ok):
             raise UserError(f"{role} was not ok, so there is nothing to compare: {why(result)}")
-        if judged is not None:
-            whole.append(_process(*judged, len(whole), result))
+        if round_number is not None:
+            whole.append(_process(role, round_number, len(whole), result))
     found.processes = whole[: len(whole) // len(ROLES) * len(ROLES)]
-    found.took_s = time.monotonic() - started
+    run = len(found.runs.journal.records()) - known
+    found.wall_s = (time.monotonic() - started) / run if run else None
 
 
 def _planned(found: Pairs, role: Role, stage: str, number: int) -> Planned:
@@ -224,6 +228,7 @@ def document(found: Pairs) -> dict[str, Any]:
         "spread": asdict(spread),
         "rounds_for_1_percent": _rounds_for(spread),
         "phase_seconds": _phases(found),
+        "wall_seconds_per_process": found.wall_s,
         "processes": [asdict(each) for each in found.processes],
     }
 
@@ -329,7 +334,8 @@ def _remarks(found: Pairs) -> list[str]:
         f"B takes {_bounds(b.judged)} than A",
         f"- with this spread a promotion of one finalist plans {_rounds_for(spread)} rounds to "
         f"find {promise.GAIN:.0%} with {promise.PROBABILITY:.0%} probability",
-        f"- seconds of a process on average: {shown}",
+        f"- seconds of a process on average: {shown}"
+        + (f"; one after another every {found.wall_s:.1f} s" if found.wall_s else ""),
     ]
     flags: dict[str, int] = {}
     for each in found.processes:
