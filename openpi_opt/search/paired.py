@@ -76,7 +76,7 @@ def compare(first_ms: Sequence[float], second_ms: Sequence[float], seed: int = 0
         permutation_type="samples",
         vectorized=True,
         n_resamples=FLIPS,
-        rng=seed,
+        random_state=seed,  # scipy calls it rng from 1.15 on, and still knows this name
     )
     return Compared(
         differences=differences.tolist(),

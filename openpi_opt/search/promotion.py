@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict
 
 from openpi_opt.search import promise
 from openpi_opt.search.confirm import Confirmed, Subject, choose, gain
-from openpi_opt.search.promise import Costs, Promise, Tau
+from openpi_opt.search.noise import Noise, noise_of
+from openpi_opt.search.promise import Costs, Plan, Promise, Tau
 
 Stage = Literal["tau", "screening", "confirmation"]
 Key = TypeVar("Key", bound=str)
@@ -164,26 +165,51 @@ def _prepare(
     bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: Wanted
 ) -> Schedule:
     places = min(wanted.finalists, len(contenders), promise.MAX_FINALISTS)
-    tau: Tau | None = None
-    kept: Promise | None = None
     if not contenders:
-        pairs, screening = wanted.rounds or wanted.tau_processes, 0
-    elif wanted.rounds is None:
-        tau = _measure_tau(bench, baseline, wanted.tau_processes)
-        contenders = _near(contenders, places, tau) if wanted.known else contenders
-        costs = Costs(
-            contenders=len(contenders),
-            finalists=places,
-            contender_s=_mean([bench.seconds(s.key) for s in contenders]),
-            baseline_s=bench.seconds(baseline.key),
-            known=wanted.known,
-        )
-        plan = promise.make_plan(tau, costs, wanted.limit_s)
-        bench.note(explain(tau, costs, plan, wanted.limit_s))
-        kept, pairs, screening = plan.promise, plan.pairs, plan.screening
+        pairs = wanted.rounds or wanted.tau_processes
+        return _schedule(baseline, [], pairs, wanted)
+    if wanted.rounds is not None:
+        first = _Screening(bench, contenders, wanted)
+        first.run(1)
+        return _schedule(baseline, first.best(places), wanted.rounds, wanted)
+    # Without screening the noise is known from these processes alone.
+    alone = len(contenders) <= places
+    count = max(wanted.tau_processes, promise.TAU_PROCESSES_ALONE) if alone else None
+    means = _measure_tau(bench, baseline, count or wanted.tau_processes)
+    tau = promise.spread(means)
+    contenders = _near(contenders, places, tau) if wanted.known else contenders
+    costs = Costs(
+        contenders=len(contenders),
+        finalists=places,
+        contender_s=_mean([bench.seconds(s.key) for s in contenders]),
+        baseline_s=bench.seconds(baseline.key),
+        known=wanted.known,
+    )
+    screening = _Screening(bench, contenders, wanted)
+    noise = noise_of(np.log(means).tolist())
+    plan = promise.make_plan(tau, costs, wanted.limit_s)
+    if len(contenders) > places:
+        bench.note(_begin_screening(tau, costs, plan))
+        # What the processes of screening differ by is seen before confirmation begins, and none of
+        # them is judged: the plan may follow it.
+        while plan.screening > screening.runs:
+            screening.run(plan.screening)
+            noise = noise_of(np.log(means).tolist(), screening.logs.values())
+            plan = promise.make_plan(noise, costs, wanted.limit_s, screening.runs)
     else:
-        pairs, screening = wanted.rounds, 1
-    finalists = _screen(bench, contenders, places, screening, wanted)
+        plan = promise.make_plan(noise, costs, wanted.limit_s)
+    bench.note(explain(tau, noise, costs, plan, wanted.limit_s))
+    return _schedule(baseline, screening.best(places), plan.pairs, wanted, tau, plan.promise)
+
+
+def _schedule(
+    baseline: Subject,
+    finalists: list[str],
+    pairs: int,
+    wanted: Wanted,
+    tau: Tau | None = None,
+    kept: Promise | None = None,
+) -> Schedule:
     return Schedule(
         baseline=baseline.key,
         finalists=finalists,
@@ -197,14 +223,14 @@ def _prepare(
     )
 
 
-def _measure_tau(bench: Bench, baseline: Subject, processes: int) -> Tau:
+def _measure_tau(bench: Bench, baseline: Subject, processes: int) -> list[float]:
     means: list[float] = []
     for number in range(processes):
         mean = bench.measure(baseline.key, "tau", number)
         if mean is None:
             raise BaselineError
         means.append(mean)
-    return promise.spread(means)
+    return means
 
 
 def _near(contenders: Sequence[Subject], places: int, tau: Tau) -> list[Subject]:
@@ -216,41 +242,61 @@ def _near(contenders: Sequence[Subject], places: int, tau: Tau) -> list[Subject]
     return [s for s in contenders if s.first_ms <= limit]
 
 
-def _screen(
-    bench: Bench, contenders: Sequence[Subject], places: int, runs: int, wanted: Wanted
-) -> list[str]:
-    """The fastest contenders by the mean of their logarithms over `runs` processes, best first.
+class _Screening:
+    """Contenders by the mean of the logarithms of their processes' means.
 
     The study's process counts as the first when it is `known`. Contenders take turns, in random
-    order; those that fail are out.
+    order; those that fail are out. `runs` is the number of processes that each has.
     """
-    first = {s.key: [math.log(s.first_ms)] for s in contenders}
-    if len(contenders) <= places:
-        return sorted(first, key=lambda key: first[key])
-    logs = first if wanted.known else {key: [] for key in first}
-    rounds = draw_rounds(list(first), max(0, runs - wanted.known), wanted.seed + 1)
-    for number, order in enumerate(rounds):
-        for key in order:
-            if key in logs:
-                mean = bench.measure(key, "screening", number)
-                if mean is None:
-                    del logs[key]
-                else:
-                    logs[key].append(math.log(mean))
-    # Without any process of its own here a contender keeps the place that the study gave it.
-    return sorted(logs, key=lambda key: _mean(logs[key] or first[key]))[:places]
+
+    def __init__(self, bench: Bench, contenders: Sequence[Subject], wanted: Wanted):
+        self._bench, self._seed, self.runs = bench, wanted.seed + 1, wanted.known
+        self._known = wanted.known
+        self._first = {s.key: math.log(s.first_ms) for s in contenders}
+        self.logs: dict[str, list[float]] = {
+            key: [value] if wanted.known else [] for key, value in self._first.items()
+        }
+
+    def run(self, runs: int) -> None:
+        """Measure until each contender has so many processes."""
+        # The first rounds are the same however many are drawn.
+        rounds = draw_rounds(list(self._first), max(0, runs - self._known), self._seed)
+        for number, order in enumerate(rounds):
+            if number < self.runs - self._known:
+                continue
+            for key in order:
+                if key in self.logs:
+                    mean = self._bench.measure(key, "screening", number)
+                    if mean is None:
+                        del self.logs[key]
+                    else:
+                        self.logs[key].append(math.log(mean))
+        self.runs = max(self.runs, runs)
+
+    def best(self, places: int) -> list[str]:
+        """The fastest, best first; without any process of its own one keeps the study's place."""
+        return sorted(self.logs, key=lambda key: _mean(self.logs[key]) or self._first[key])[:places]
 
 
-def explain(tau: Tau, costs: Costs, plan: promise.Plan, limit_s: float | None) -> str:
+def _begin_screening(tau: Tau, costs: Costs, plan: Plan) -> str:
+    minutes = costs.seconds(plan.screening, plan.pairs) / 60
+    return (
+        f"spread between processes: {tau.value:.2%} in {tau.processes} processes of the baseline; "
+        f"screening {costs.contenders} contenders with {plan.screening} process(es) each, then "
+        f"some {plan.pairs} rounds: about {minutes:.0f} minutes in all"
+    )
+
+
+def explain(tau: Tau, noise: Noise, costs: Costs, plan: Plan, limit_s: float | None) -> str:
     """Tau, what it takes, and the promise that is kept, in plain words."""
     kept = plan.promise
     minutes = costs.seconds(plan.screening, plan.pairs) / 60
     lines = [
         f"spread between processes: {tau.value:.2%} in {tau.processes} processes of the baseline "
-        f"(planned for up to {kept.tau:.2%})"
+        f"(planned for up to {kept.tau:.2%} in a pair)"
     ]
     if kept.gain > promise.GAIN:
-        full = promise.make_plan(tau, costs)
+        full = promise.make_plan(noise, costs, screened=plan.screening)
         needed = costs.seconds(full.screening, full.pairs) / 60
         lines.append(
             f"a gain of {promise.GAIN:.0%} cannot be promised in {(limit_s or 0) / 60:.0f} "
