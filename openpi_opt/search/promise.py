@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
-from openpi_opt.search.noise import Noise
+from openpi_opt.search.noise import CONFIDENCE, Noise
 
 GAIN = 0.01
 PROBABILITY = 0.95
@@ -29,20 +29,21 @@ WIDEST_GAIN = 0.9
 TOTAL_ALPHA = 0.005
 MAX_FINALISTS = 5
 TAU_PROCESSES = 8
-# Where no screening follows, whose processes show more of the noise.
-TAU_PROCESSES_ALONE = 20
+# Where every contender is a finalist there is nothing to screen; so many degrees of freedom are
+# then measured on them for the noise.
+NOISE_FREEDOM = 12
 MIN_PAIRS = 3
 MIN_SCREENING = 2
 # Eight processes know tau to about a quarter. Planning with an upper bound at this confidence
 # instead of the estimate keeps the power above what is promised on average over the estimates.
-TAU_CONFIDENCE = 0.90
+TAU_CONFIDENCE = CONFIDENCE
 # A contender is left out of screening when it is this many standard deviations of a difference
 # behind the slowest place among the finalists: below 1e-4 for one that belongs there.
 CUT = 6.0
 
 _MAX_RUNS = 1 << 20
 # Plans of more processes are not tried out: their means are normal whatever the noise is.
-_MAX_TRIED = 400
+_MAX_TRIED = 150
 # When a plan is tried out: the chance to become a finalist that screening has to give, and that to
 # be promoted. More than is promised, for the noise that was seen is a sample, and rare slow
 # processes are missing in many a sample.
@@ -195,8 +196,8 @@ def make_plan(
     """The quickest plan that keeps the promise, or the best promise that fits into `limit_s`.
 
     With a tau alone the noise is taken for normal. With `Noise` the plan is tried out on it and
-    grows until it keeps the promise there, too. `screened` is the number of screening processes
-    that each contender has had: no fewer are planned.
+    grows until it keeps the promise there, too. No fewer screening processes than `screened` are
+    planned for each contender.
 
     When time is short the gain is widened, in steps of 0.1%, and never the probability or the
     level.
@@ -258,8 +259,8 @@ def _quickest(gain: float, tau: float, costs: Costs, screened: int = 0) -> tuple
     """
     alpha = level(costs.finalists)
     if costs.contenders <= costs.finalists:
-        pairs = pairs_needed(gain, tau, alpha, PROBABILITY)
-        return costs.seconds(1, pairs), 1, pairs
+        pairs, screening = pairs_needed(gain, tau, alpha, PROBABILITY), max(1, screened)
+        return costs.seconds(screening, pairs), screening, pairs
     best = (math.inf, _MAX_RUNS, _MAX_RUNS)
     screening = max(MIN_SCREENING, screened)
     while screening < _MAX_RUNS and costs.seconds(screening, MIN_PAIRS) < best[0]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from openpi_opt.search import promise
 from openpi_opt.search.confirm import Confirmed, Subject, choose, gain
-from openpi_opt.search.noise import Noise, noise_of
+from openpi_opt.search.noise import Fit, Noise, fit, noise_of
 from openpi_opt.search.promise import Costs, Plan, Promise, Tau
 
 Stage = Literal["tau", "screening", "confirmation"]
@@ -170,35 +171,32 @@ def _prepare(
         return _schedule(baseline, [], pairs, wanted)
     if wanted.rounds is not None:
         first = _Screening(bench, contenders, wanted)
-        first.run(1)
         return _schedule(baseline, first.best(places), wanted.rounds, wanted)
-    # Without screening the noise is known from these processes alone.
-    alone = len(contenders) <= places
-    count = max(wanted.tau_processes, promise.TAU_PROCESSES_ALONE) if alone else None
-    means = _measure_tau(bench, baseline, count or wanted.tau_processes)
+    means = _measure_tau(bench, baseline, wanted.tau_processes)
     tau = promise.spread(means)
     contenders = _near(contenders, places, tau) if wanted.known else contenders
+    alone = len(contenders) <= places
+    screening = _Screening(bench, contenders, wanted, only_new=alone)
     costs = Costs(
         contenders=len(contenders),
         finalists=places,
         contender_s=_mean([bench.seconds(s.key) for s in contenders]),
         baseline_s=bench.seconds(baseline.key),
-        known=wanted.known,
+        known=screening.runs,
     )
-    screening = _Screening(bench, contenders, wanted)
-    noise = noise_of(np.log(means).tolist())
-    plan = promise.make_plan(tau, costs, wanted.limit_s)
-    if len(contenders) > places:
-        bench.note(_begin_screening(tau, costs, plan))
-        # What the processes of screening differ by is seen before confirmation begins, and none of
-        # them is judged: the plan may follow it.
-        while plan.screening > screening.runs:
-            screening.run(plan.screening)
-            noise = noise_of(np.log(means).tolist(), screening.logs.values())
-            plan = promise.make_plan(noise, costs, wanted.limit_s, screening.runs)
-    else:
-        plan = promise.make_plan(noise, costs, wanted.limit_s)
-    bench.note(explain(tau, noise, costs, plan, wanted.limit_s))
+    least = 1 + math.ceil(promise.NOISE_FREEDOM / len(contenders)) if alone else 0
+    plan = promise.make_plan(tau, costs, wanted.limit_s, least)
+    bench.note(_beginning(tau, costs, plan))
+    # What the processes of screening differ by is seen before confirmation begins, and none of them
+    # is judged: the plan may follow it.
+    while True:
+        screening.run(plan.screening)
+        fit = screening.fit()
+        noise = noise_of(np.log(means).tolist(), fit)
+        plan = promise.make_plan(noise, costs, wanted.limit_s, screening.runs)
+        if plan.screening <= screening.runs:
+            break
+    bench.note(explain(noise, costs, plan, wanted.limit_s))
     return _schedule(baseline, screening.best(places), plan.pairs, wanted, tau, plan.promise)
 
 
@@ -243,57 +241,67 @@ def _near(contenders: Sequence[Subject], places: int, tau: Tau) -> list[Subject]
 
 
 class _Screening:
-    """Contenders by the mean of the logarithms of their processes' means.
+    """Processes of the contenders, in turns and in random order; those that fail are out.
 
-    The study's process counts as the first when it is `known`. Contenders take turns, in random
-    order; those that fail are out. `runs` is the number of processes that each has.
+    The study's process counts as the first when it is `known`, unless `only_new` ones are to count.
+    `runs` is the number of processes that each has.
     """
 
-    def __init__(self, bench: Bench, contenders: Sequence[Subject], wanted: Wanted):
-        self._bench, self._seed, self.runs = bench, wanted.seed + 1, wanted.known
-        self._known = wanted.known
-        self._first = {s.key: math.log(s.first_ms) for s in contenders}
-        self.logs: dict[str, list[float]] = {
-            key: [value] if wanted.known else [] for key, value in self._first.items()
-        }
+    def __init__(
+        self, bench: Bench, contenders: Sequence[Subject], wanted: Wanted, only_new: bool = False
+    ):
+        self._bench = bench
+        # The same order after an interruption: it is the order of time, too.
+        self._seed = zlib.crc32("\n".join(s.key for s in contenders).encode())
+        self._known = 0 if only_new else wanted.known
+        self.runs = self._known
+        self._first = [(s.key, math.log(s.first_ms)) for s in contenders]
+        self._left = [s.key for s in contenders]
+        self._new: list[tuple[str, float]] = []
 
     def run(self, runs: int) -> None:
         """Measure until each contender has so many processes."""
         # The first rounds are the same however many are drawn.
-        rounds = draw_rounds(list(self._first), max(0, runs - self._known), self._seed)
+        rounds = draw_rounds([key for key, _ in self._first], runs - self._known, self._seed)
         for number, order in enumerate(rounds):
             if number < self.runs - self._known:
                 continue
             for key in order:
-                if key in self.logs:
+                if key in self._left:
                     mean = self._bench.measure(key, "screening", number)
                     if mean is None:
-                        del self.logs[key]
+                        self._left.remove(key)
                     else:
-                        self.logs[key].append(math.log(mean))
+                        self._new.append((key, math.log(mean)))
         self.runs = max(self.runs, runs)
+
+    def fit(self) -> Fit:
+        """Levels of those left, and what their processes differ by."""
+        series = [self._first, self._new] if self._known else [self._new]
+        return fit([[(key, log) for key, log in each if key in self._left] for each in series])
 
     def best(self, places: int) -> list[str]:
         """The fastest, best first; without any process of its own one keeps the study's place."""
-        return sorted(self.logs, key=lambda key: _mean(self.logs[key]) or self._first[key])[:places]
+        levels = {**dict(self._first), **self.fit().levels}
+        return sorted(self._left, key=lambda key: levels[key])[:places]
 
 
-def _begin_screening(tau: Tau, costs: Costs, plan: Plan) -> str:
+def _beginning(tau: Tau, costs: Costs, plan: Plan) -> str:
     minutes = costs.seconds(plan.screening, plan.pairs) / 60
     return (
         f"spread between processes: {tau.value:.2%} in {tau.processes} processes of the baseline; "
-        f"screening {costs.contenders} contenders with {plan.screening} process(es) each, then "
-        f"some {plan.pairs} rounds: about {minutes:.0f} minutes in all"
+        f"so about {plan.pairs} rounds and {minutes:.0f} minutes, to be planned when the "
+        f"{costs.contenders} contender(s) have shown theirs"
     )
 
 
-def explain(tau: Tau, noise: Noise, costs: Costs, plan: Plan, limit_s: float | None) -> str:
-    """Tau, what it takes, and the promise that is kept, in plain words."""
+def explain(noise: Noise, costs: Costs, plan: Plan, limit_s: float | None) -> str:
+    """The noise, what it takes, and the promise that is kept, in plain words."""
     kept = plan.promise
     minutes = costs.seconds(plan.screening, plan.pairs) / 60
     lines = [
-        f"spread between processes: {tau.value:.2%} in {tau.processes} processes of the baseline "
-        f"(planned for up to {kept.tau:.2%} in a pair)"
+        f"spread between processes: {noise.tau:.2%} in a pair (planned for up to {kept.tau:.2%}, "
+        f"and for tails as they were seen)"
     ]
     if kept.gain > promise.GAIN:
         full = promise.make_plan(noise, costs, screened=plan.screening)

@@ -197,8 +197,8 @@ def residuals(files: Iterable[Path]) -> NDArray[np.float64]:
     """What recorded processes differ by from the mean of their configuration, on the log scale.
 
     Takes result documents, journals, and reports of `pairs`. Processes are grouped by configuration
-    and machine;
-    each group's residuals are widened by sqrt(n / (n - 1)) for the mean that was taken off.
+    and machine; each group's residuals are widened by sqrt(n / (n - 1)) for the mean that was taken
+    off.
 
     Raises:
         UserError: an unreadable file, or too few repeated processes.
