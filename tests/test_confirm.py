@@ -17,8 +17,17 @@ from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.search import promise, simulate
 from openpi_opt.search.confirm import Confirmed, Subject, changed_knobs, choose, differing, gain
+from openpi_opt.search.noise import Noise
 from openpi_opt.search.promise import Costs, Tau, TooShortError, make_plan, power, spread
-from openpi_opt.search.promotion import BaselineError, Schedule, Stage, Wanted, draw_rounds, run
+from openpi_opt.search.promotion import (
+    BaselineError,
+    Schedule,
+    Stage,
+    Wanted,
+    draw_rounds,
+    explain,
+    run,
+)
 
 SDPA = Config.parse({"attention": {"vision": "sdpa", "prefill": "sdpa", "denoise": "sdpa"}})
 BOTH = Config.parse({"attention": {"vision": "sdpa"}, "compile": {"mode": "default"}})
@@ -318,6 +327,16 @@ def test_short_time_prints_the_promise_that_can_be_kept() -> None:
     _, said = bench.notes
     assert "cannot be promised in 10 minutes" in said
     assert f"at least {kept.gain:.1%} faster" in said
+
+
+def test_rare_slow_processes_are_remarked_and_ordinary_noise_is_not() -> None:
+    random, costs = np.random.default_rng(0), Costs(20, 5)
+    calm = random.normal(0, 0.002, 60)
+    for residuals, remarked in ((np.r_[calm, 0.05], True), (calm, False)):
+        noise = Noise(tuple(residuals), 40, tuple(residuals), 40)
+        text = explain(noise, costs, make_plan(noise, costs), None)
+        assert ("excess kurtosis" in text) is remarked
+        assert "promise: a configuration at least 1.0% faster" in text
 
 
 def test_the_study_of_one_configuration_needs_no_contender() -> None:

@@ -68,6 +68,11 @@ class Noise:
             freedom /= 2
         return self.tau * math.sqrt(freedom / float(stats.chi2.ppf(1 - CONFIDENCE, freedom)))
 
+    @cached_property
+    def excess_kurtosis(self) -> float:
+        """0 for normal noise; large where few processes are slow by far more than others differ."""
+        return max(_tails(self.baseline), _tails(self.contenders))
+
     def power(self, gain: float, pairs: int, alpha: float) -> float:
         """How often the paired t test at level `alpha` finds `gain` in pairs drawn from this noise,
         widened to the upper bound of its spread."""
@@ -178,7 +183,10 @@ def _variance(residuals: Sequence[float]) -> float:
 
 def _worth(residuals: Sequence[float], freedom: int) -> float:
     """Degrees of freedom of a normal sample whose variance would be as uncertain."""
-    if _variance(residuals) == 0:
-        return float(freedom)
-    tails = float(np.mean(np.power(residuals, 4))) / _variance(residuals) ** 2 - 3
-    return 2 / (2 / freedom + max(0.0, tails) / len(residuals))
+    return 2 / (2 / freedom + max(0.0, _tails(residuals)) / len(residuals))
+
+
+def _tails(residuals: Sequence[float]) -> float:
+    """Excess kurtosis around 0; 0 where there is no scatter."""
+    variance = _variance(residuals)
+    return float(np.mean(np.power(residuals, 4))) / variance**2 - 3 if variance else 0.0

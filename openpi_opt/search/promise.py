@@ -48,6 +48,8 @@ _MAX_TRIED = 150
 # be promoted. More than is promised, for the noise that was seen is a sample, and rare slow
 # processes are missing in many a sample.
 SELECTED = 0.99
+# Excess kurtosis of what was seen from which a plan tried out on it may still be too small.
+WILD = 5.0
 TRIED = 0.975
 # Tau is rounded up to this for planning: plans are then remembered, and err to the safe side.
 _TAU_STEP = 1e-5

@@ -315,6 +315,12 @@ def explain(noise: Noise, costs: Costs, plan: Plan, limit_s: float | None) -> st
         f"with at least {kept.probability:.0%} probability, one that is not faster in fewer than "
         "1% of promotions"
     )
+    if noise.excess_kurtosis > promise.WILD:
+        lines.append(
+            "note: a few processes were slow by far more than the others differ (excess kurtosis "
+            f"{noise.excess_kurtosis:.0f}); with so rare a noise a true gain may be found some "
+            "percent less often than promised"
+        )
     lines.append(
         f"plan: {plan.screening} process(es) for each of {costs.contenders} contender(s) in "
         f"screening, then {plan.pairs} rounds of the baseline and {costs.finalists} finalist(s); "
