@@ -460,3 +460,12 @@ def test_samples_that_are_none_are_refused(tmp_path: Path, text: str | None, wor
         file.write_text(text)
     with pytest.raises(UserError, match=words):
         simulate.residuals([file])
+
+
+@pytest.mark.parametrize(("limit_s", "each"), [(None, 7), (3600.0, 7), (260.0, 3), (130.0, 0)])
+def test_noise_of_two_finalists_takes_a_quarter_of_the_time(
+    limit_s: float | None, each: int
+) -> None:
+    bench = Script(answer)  # each process takes 10 s
+    run(bench, Subject("base"), subjects()[-2:], Wanted(seed=3, limit_s=limit_s))
+    assert sum(stage == "screening" for _, stage, _ in bench.asked) == 2 * each

@@ -32,6 +32,7 @@ TAU_PROCESSES = 8
 # Where every contender is a finalist there is nothing to screen; so many degrees of freedom are
 # then measured on them for the noise.
 NOISE_FREEDOM = 12
+NOISE_SHARE = 0.25  # of the time, at most
 MIN_PAIRS = 3
 MIN_SCREENING = 2
 # Eight processes know tau to about a quarter. Planning with an upper bound at this confidence
@@ -261,7 +262,7 @@ def _quickest(gain: float, tau: float, costs: Costs, screened: int = 0) -> tuple
     """
     alpha = level(costs.finalists)
     if costs.contenders <= costs.finalists:
-        pairs, screening = pairs_needed(gain, tau, alpha, PROBABILITY), max(1, screened)
+        pairs, screening = pairs_needed(gain, tau, alpha, PROBABILITY), screened
         return costs.seconds(screening, pairs), screening, pairs
     best = (math.inf, _MAX_RUNS, _MAX_RUNS)
     screening = max(MIN_SCREENING, screened)

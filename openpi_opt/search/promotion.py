@@ -184,7 +184,7 @@ def _prepare(
         baseline_s=bench.seconds(baseline.key),
         known=screening.runs,
     )
-    least = 1 + math.ceil(promise.NOISE_FREEDOM / len(contenders)) if alone else 0
+    least = _for_noise(costs, wanted.limit_s) if alone else 0
     plan = promise.make_plan(tau, costs, wanted.limit_s, least)
     bench.note(_beginning(tau, costs, plan))
     # What the processes of screening differ by is seen before confirmation begins, and none of them
@@ -198,6 +198,18 @@ def _prepare(
             break
     bench.note(explain(noise, costs, plan, wanted.limit_s))
     return _schedule(baseline, screening.best(places), plan.pairs, wanted, tau, plan.promise)
+
+
+def _for_noise(costs: Costs, limit_s: float | None) -> int:
+    """Processes of each finalist that show their noise, where there is nobody to leave out.
+
+    They take a part of the time only; less than two of each show nothing.
+    """
+    wanted = 1 + math.ceil(promise.NOISE_FREEDOM / costs.contenders)
+    if limit_s is not None:
+        one_each = costs.contenders * costs.contender_s
+        wanted = min(wanted, int(promise.NOISE_SHARE * limit_s / one_each))
+    return wanted if wanted >= promise.MIN_SCREENING else 0
 
 
 def _schedule(

@@ -135,7 +135,8 @@ def test_less_time_is_another_schedule_with_runs_of_its_own(promotions: Promotio
     judged, _, _ = promotions(Noisy(0.02), limit_s=3000.0)
     longer, run, _ = promotions(Noisy(0.02), limit_s=6000.0)
     assert len(longer.schedule.rounds) > len(judged.schedule.rounds)
-    assert len(run.ran) == 3 * len(longer.schedule.rounds)
+    # A quarter of the first's time was enough for six of each to show the noise, now for seven.
+    assert len(run.ran) == 2 + 3 * len(longer.schedule.rounds)
 
 
 def test_a_candidate_that_goes_over_a_limit_is_dropped_and_the_baseline_stays(
