@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
 
 from openpi_opt import cli
 from openpi_opt.search import promise, simulate
@@ -32,15 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not arguments.simulate:
         parser.error("say --simulate; a study is confirmed by `python -m openpi_opt.promote`")
-    if arguments.samples:
-        found = simulate.residuals(arguments.samples)
-        own = float(np.std(found))
-        tau = arguments.tau or min(own, MAX_TAU)
-        noise = simulate.recorded(found, tau)
-        source = f"as {len(found)} recorded processes, whose spread is {own:.2%}"
-    else:
+    if arguments.normal:
         tau = arguments.tau or DEFAULT_TAU
         noise, source = simulate.normal(tau), "normal"
+    else:
+        if arguments.samples:
+            found = simulate.residuals(arguments.samples)
+            tau = arguments.tau or min(float(np.std(found)), MAX_TAU)
+        else:
+            found, _ = simulate.shipped()
+            tau = arguments.tau or DEFAULT_TAU
+        noise, source = simulate.recorded(found, tau), _described(found)
     wanted = Wanted(seed=0, finalists=arguments.finalists)
     count, sweeps, drift = arguments.configurations, arguments.sweeps, arguments.drift
     print(
@@ -67,6 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if kept else 1
 
 
+def _described(residuals: NDArray[np.float64]) -> str:
+    return (
+        f"distributed as {len(residuals)} recorded processes: skewness "
+        f"{stats.skew(residuals):+.1f}, excess kurtosis {stats.kurtosis(residuals):+.1f}"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m openpi_opt.confirm",
@@ -80,13 +91,16 @@ def _parser() -> argparse.ArgumentParser:
         help="spread between fresh processes, relative, as 0.003 or 0.3%% (default: 0.3%%; with "
         "--samples theirs, at most 1%%)",
     )
-    parser.add_argument(
+    noise = parser.add_mutually_exclusive_group()
+    noise.add_argument(
         "--samples",
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="draw the noise from recorded processes instead: result.json or journal.jsonl files",
+        help="draw the noise from these recorded processes: result.json, journal.jsonl or "
+        "pairs.json files (default: processes that come with the project)",
     )
+    noise.add_argument("--normal", action="store_true", help="draw normal noise instead")
     parser.add_argument(
         "--gain", type=_share, default=promise.GAIN, help="gain of the faster one (default: 1%%)"
     )

@@ -16,6 +16,7 @@ from openpi_opt.samples import Samples
 
 Phase = Literal[
     "start",
+    "import",
     "load",
     "reference",
     "apply",

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     machine = probe()
     if not arguments.in_place:
         _execute_in_place(cfg.resolved(machine), machine)
-    progress = Progress(arguments.progress_fd)
+    progress = Progress(arguments.progress_fd, arguments.gate_fd)
     outcome = run(cfg, machine, progress, arguments.references, arguments.result.parent)
     results.write(arguments.result, outcome)
     return 0
@@ -70,12 +70,16 @@ def main(argv: list[str] | None = None) -> int:
 
 @dataclass
 class Progress:
-    """Says which phase begins, on a file descriptor of the parent or on stderr."""
+    """Says which phase begins, on a file descriptor of the parent or on stderr.
+
+    The first phase, `start`, began with the process. With `gate_fd` the parent says when to go on.
+    """
 
     fd: int | None
+    gate_fd: int | None = None
     phase: str = "start"
     seconds: dict[str, float] = field(default_factory=dict)
-    _since: float = field(default_factory=time.monotonic)
+    _since: float = field(default_factory=lambda: time.monotonic() - _age_seconds())
 
     def __post_init__(self) -> None:
         if self.fd is not None:
@@ -91,11 +95,26 @@ class Progress:
         else:
             os.write(self.fd, line.encode())
 
+    def gate(self) -> None:
+        """Wait for the parent, where there is a gate: one byte lets through, its end ends this."""
+        if self.gate_fd is None:
+            return
+        self.enter("wait")
+        if not os.read(self.gate_fd, 1):
+            sys.exit("the gate was closed: this process is not needed")
+
     def leave(self) -> None:
         """Book the time of the current phase."""
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._since
         self._since = now
+
+
+def _age_seconds() -> float:
+    """Seconds since this process began: field 22 of proc(5)'s stat, after the name's bracket."""
+    ticks = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace")
+    started = int(ticks.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
 
 
 def _end_with_parent(fd: int) -> None:
@@ -154,12 +173,15 @@ def _run(
         if refusal is not None:
             raise RefusedError(refusal.outcome, refusal.reason)
     power.require(cfg, machine)
-    progress.enter("load")
     from openpi_opt.measure import audit, gpu_state
 
     decisive = [name for name in cleared_names() if name not in CACHES]  # the sweep sets those
     checks = audit.audit(cfg, machine, os.environ, knob_variables(cfg), decisive)
     gpus = machine.gpus_for(cfg.device)
+    progress.enter("import")
+    _import_all(cfg)
+    progress.gate()  # nothing has touched the GPU yet
+    progress.enter("load")
     with contextlib.ExitStack() as stack:
         # Before torch makes a context: processes that are there now are not this one.
         monitor = stack.enter_context(gpu_state.monitor(gpus[0])) if gpus else None
@@ -167,6 +189,27 @@ def _run(
     if outcome["outcome"] == "ok":
         outcome["checks"] += [*checks, audit.inductor(cfg)]
     return outcome
+
+
+def _import_all(cfg: Config) -> None:
+    """Import what the trial needs: seconds in which the GPU is not wanted."""
+    import torch
+
+    from openpi_opt import runtime  # noqa: F401
+    from openpi_opt.measure import (  # noqa: F401
+        checks,
+        clock,
+        compilation,
+        guard,
+        planning,
+        profile,
+        roofline,
+        stats,
+    )
+
+    plain, own = cfg.baseline().knobs, cfg.canonical().knobs
+    if own["compile"] != plain["compile"] or own["graph"] != plain["graph"]:
+        import torch._dynamo  # noqa: F401  a capture asks it whether something was compiled
 
 
 def _run_checked(
@@ -236,6 +279,7 @@ def _measure(
     report = guard.check(prepared.call, inputs, reference, cfg.guard, cfg.lossy())
     if not report.passed:
         return {"outcome": "wrong", "guard": report, "reason": guard.explain(report)}
+    progress.gate()
     with measuring_alone(cfg, progress):
         progress.enter("measure")
         hopeless = _hopeless(prepared, observations, cfg)
@@ -451,6 +495,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--progress-fd", type=int, help="file descriptor for phases (default: stderr)"
     )
+    parser.add_argument("--gate-fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--in-place", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--resolved", help=argparse.SUPPRESS)
     return parser

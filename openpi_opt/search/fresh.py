@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from openpi_opt.result import Ok, TrialResult
 from openpi_opt.search.devices import Lease
 from openpi_opt.search.executor import Run
 from openpi_opt.search.process import Place, parse_result, run_trial
+from openpi_opt.search.relay import Gate, Relay, Turn
 from openpi_opt.search.reserve import reserve
 from openpi_opt.search.survivors import end_marked
 from openpi_opt.search.trials import refused
@@ -38,6 +40,15 @@ MAX_THROTTLED = 3
 COOLING_S = 15.0
 # What a process takes as long as none has been seen.
 _UNKNOWN_S = 60.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A process that is to run: its configuration, what is said of it, and its place."""
+
+    config: Config
+    shown: str
+    place: tuple[str | int, ...]
 
 
 class FreshRuns:
@@ -80,15 +91,41 @@ class FreshRuns:
             attempt += 1
             uid = self.uid(cfg, *place, f"attempt {attempt}")
         self._new.add(uid)
-        off = dict.fromkeys(("kernels", "trace", "energy"), False)
-        quick = cfg.model_copy(update={"profile": cfg.profile.model_copy(update=off)})
         folder = self.study_dir / "confirm" / uid
-        result = refused(cfg, self.machine) or _left(folder, cfg)
-        result = result or self._unthrottled(quick, folder, shown)
-        record = self._keep(cfg, result, uid, folder if folder.exists() else None)
-        self._say(f"  {shown}: {_summary(record.result)}")
-        self.deliver(record)
-        return record.result
+        result = self._without_process(cfg, folder) or self._unthrottled(
+            _quick(cfg), shown, lambda quick: self._start(quick, folder)
+        )
+        return self._told(cfg, shown, uid, result)
+
+    def in_turn(self, planned: Iterable[Planned]) -> Iterator[TrialResult]:
+        """The results of all `planned`, in order, each process started ahead (`search.relay`).
+
+        A process that the journal has does not run again. `planned` is asked for the next one when
+        the present one gets the device. Only within `alone`.
+
+        Raises:
+            UserError: the GPU stays throttled, or the store cannot be written.
+        """
+        begun: list[tuple[Planned, str]] = []
+
+        def jobs() -> Iterator[Callable[[Turn], TrialResult | None]]:
+            for each in planned:
+                uid = self.uid(each.config, *each.place)
+                begun.append((each, uid))
+                if self.journal.by_uid(uid) is None:
+                    yield self._job(each, self.study_dir / "confirm" / uid)
+                else:
+                    yield lambda _: None
+
+        for number, result in enumerate(Relay(jobs()).results()):
+            each, uid = begun[number]
+            if result is None:
+                known = self.journal.by_uid(uid)
+                assert known is not None
+                self._say(f"  {each.shown}: {_summary(known.result)} (known)")
+                yield known.result
+            else:
+                yield self._told(each.config, each.shown, uid, result)
 
     def uid(self, cfg: Config, *place: str | int) -> str:
         """Identity of the process at `place` on this GPU: 32 hexadecimal digits."""
@@ -175,9 +212,34 @@ class FreshRuns:
                 if ended:
                     self._say(f"ended {ended} process(es) that a killed session left")
 
-    def _unthrottled(self, cfg: Config, folder: Path, shown: str) -> TrialResult:
+    def _without_process(self, cfg: Config, folder: Path) -> TrialResult | None:
+        return refused(cfg, self.machine) or _left(folder, cfg)
+
+    def _job(self, each: Planned, folder: Path) -> Callable[[Turn], TrialResult]:
+        def job(turn: Turn) -> TrialResult:
+            def start(cfg: Config) -> TrialResult:
+                with turn.process() as (gate, on_phase):
+                    return self._start(cfg, folder, on_phase, gate)
+
+            return self._without_process(each.config, folder) or self._unthrottled(
+                _quick(each.config), each.shown, start
+            )
+
+        return job
+
+    def _told(self, cfg: Config, shown: str, uid: str, result: TrialResult) -> TrialResult:
+        """A new result, kept in the journal, said and logged."""
+        folder = self.study_dir / "confirm" / uid
+        record = self._keep(cfg, result, uid, folder if folder.exists() else None)
+        self._say(f"  {shown}: {_summary(record.result)}")
+        self.deliver(record)
+        return record.result
+
+    def _unthrottled(
+        self, cfg: Config, shown: str, start: Callable[[Config], TrialResult]
+    ) -> TrialResult:
         for attempt in range(MAX_THROTTLED + 1):
-            result = self._start(cfg, folder)
+            result = start(cfg)
             if not throttled(result):
                 return result
             if attempt < MAX_THROTTLED:
@@ -190,17 +252,25 @@ class FreshRuns:
             "the same command continues."
         )
 
-    def _start(self, cfg: Config, folder: Path) -> TrialResult:
+    def _start(
+        self,
+        cfg: Config,
+        folder: Path,
+        on_phase: Callable[[str], None] = lambda phase: None,
+        gate: Gate | None = None,
+    ) -> TrialResult:
         assert self._lease is not None, "measure only within `alone`"
         place = Place(
             slot=self._lease.slot,
             uid=folder.name,
             caches=self._store.caches / self.fingerprint_hash(cfg),
             fds=self._lease.fds,
+            stop=gate and gate.stop,
+            gate=gate and gate.fd,
         )
         references, machine = self._store.references, self.machine
         try:
-            return self._run(cfg, folder, references, lambda phase: None, machine, place)
+            return self._run(cfg, folder, references, on_phase, machine, place)
         except OSError as error:
             raise UserError(
                 f"cannot run a trial in {folder}: {error.strerror or error}.\n"
@@ -220,6 +290,12 @@ class FreshRuns:
                 fingerprint_hash=self.fingerprint_hash(cfg),
             )
         )
+
+
+def _quick(cfg: Config) -> Config:
+    """Without what follows the latency and costs seconds: profile, trace and energy."""
+    off = dict.fromkeys(("kernels", "trace", "energy"), False)
+    return cfg.model_copy(update={"profile": cfg.profile.model_copy(update=off)})
 
 
 def _left(folder: Path, cfg: Config) -> TrialResult | None:

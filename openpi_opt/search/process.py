@@ -28,7 +28,7 @@ from openpi_opt.search.survivors import end_marked
 _TAIL_BYTES = 8192
 _TAIL_LINES = 40
 # Phases without a limit of their own, and the limit that they use.
-_BORROWED_LIMITS = {"start": "load", "apply": "compile"}
+_BORROWED_LIMITS = {"start": "load", "import": "load", "apply": "compile"}
 # Waiting for the measurements of other trials ends when they do, and each of them has limits.
 _UNLIMITED = {"wait": math.inf}
 TRIAL_COMMAND = (sys.executable, "-m", "openpi_opt.trial")
@@ -41,7 +41,8 @@ class Place:
     """What a trial gets from the sweep beside its configuration.
 
     `uid` marks its processes, `fds` are locks that it holds as long as it lives, `caches` is the
-    folder of compiled code, and `stop` ends it.
+    folder of compiled code, and `stop` ends it. At `gate`, a descriptor, it waits for its turn
+    (`search.relay`).
     """
 
     slot: Slot
@@ -49,6 +50,7 @@ class Place:
     caches: Path | None = None
     fds: tuple[int, ...] = ()
     stop: Stop | None = None
+    gate: int | None = None
 
 
 def run_trial(
@@ -87,8 +89,12 @@ def run_trial(
         cfg, machine, gpu=slot.gpu, threads=len(slot.cores), caches=place.caches
     )
     env[TRIAL_VARIABLE] = place.uid
+    fds = place.fds
+    if place.gate is not None:
+        argv += ["--gate-fd", str(place.gate)]
+        fds = (*fds, place.gate)
     try:
-        ended = run_command(argv, env, limits, log, on_phase, place.stop, place.fds, slot.cores)
+        ended = run_command(argv, env, limits, log, on_phase, place.stop, fds, slot.cores)
     finally:
         end_marked(place.uid)  # also what left the group
     return judge(cfg, ended, result, log, started_at)

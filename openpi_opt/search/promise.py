@@ -18,6 +18,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
+from openpi_opt.search.noise import CONFIDENCE, Noise
+
 GAIN = 0.01
 PROBABILITY = 0.95
 # No wider gain is promised when time is short.
@@ -27,16 +29,29 @@ WIDEST_GAIN = 0.9
 TOTAL_ALPHA = 0.005
 MAX_FINALISTS = 5
 TAU_PROCESSES = 8
+# Where every contender is a finalist there is nothing to screen; so many degrees of freedom are
+# then measured on them for the noise.
+NOISE_FREEDOM = 12
+NOISE_SHARE = 0.25  # of the time, at most
 MIN_PAIRS = 3
 MIN_SCREENING = 2
 # Eight processes know tau to about a quarter. Planning with an upper bound at this confidence
 # instead of the estimate keeps the power above what is promised on average over the estimates.
-TAU_CONFIDENCE = 0.90
+TAU_CONFIDENCE = CONFIDENCE
 # A contender is left out of screening when it is this many standard deviations of a difference
 # behind the slowest place among the finalists: below 1e-4 for one that belongs there.
-CUT = 4.0
+CUT = 6.0
 
 _MAX_RUNS = 1 << 20
+# Plans of more processes are not tried out: their means are normal whatever the noise is.
+_MAX_TRIED = 150
+# When a plan is tried out: the chance to become a finalist that screening has to give, and that to
+# be promoted. More than is promised, for the noise that was seen is a sample, and rare slow
+# processes are missing in many a sample.
+SELECTED = 0.99
+# Excess kurtosis of what was seen from which a plan tried out on it may still be too small.
+WILD = 5.0
+TRIED = 0.975
 # Tau is rounded up to this for planning: plans are then remembered, and err to the safe side.
 _TAU_STEP = 1e-5
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(61)
@@ -178,8 +193,14 @@ class TooShortError(Exception):
         self.least_s = least_s
 
 
-def make_plan(tau: Tau, costs: Costs, limit_s: float | None = None) -> Plan:
+def make_plan(
+    noise: Tau | Noise, costs: Costs, limit_s: float | None = None, screened: int = 0
+) -> Plan:
     """The quickest plan that keeps the promise, or the best promise that fits into `limit_s`.
+
+    With a tau alone the noise is taken for normal. With `Noise` the plan is tried out on it and
+    grows until it keeps the promise there, too. No fewer screening processes than `screened` are
+    planned for each contender.
 
     When time is short the gain is widened, in steps of 0.1%, and never the probability or the
     level.
@@ -187,21 +208,27 @@ def make_plan(tau: Tau, costs: Costs, limit_s: float | None = None) -> Plan:
     Raises:
         TooShortError: not even `WIDEST_GAIN` could be shown within the limit.
     """
-    bound = round(math.ceil(tau.upper / _TAU_STEP) * _TAU_STEP, 5)
-    best = _quickest(GAIN, bound, costs)
+    bound = round(math.ceil(noise.upper / _TAU_STEP) * _TAU_STEP, 5)
+    seen = noise if isinstance(noise, Noise) else None
+
+    def quickest(gain: float) -> tuple[float, int, int]:
+        found = _quickest(gain, bound, costs, screened)
+        return found if seen is None else _tried(found, gain, seen, costs)
+
+    best = quickest(GAIN)
     if limit_s is None or best[0] <= limit_s:
         return _plan(GAIN, bound, best)
     low, high = round(GAIN * 1000), round(WIDEST_GAIN * 1000)  # thousandths; low does not fit
-    widest = _quickest(high / 1000, bound, costs)
+    widest = quickest(high / 1000)
     if widest[0] > limit_s:
         raise TooShortError(widest[0])
     while high - low > 1:
         middle = (low + high) // 2
-        if _quickest(middle / 1000, bound, costs)[0] <= limit_s:
+        if quickest(middle / 1000)[0] <= limit_s:
             high = middle
         else:
             low = middle
-    return _plan(high / 1000, bound, _quickest(high / 1000, bound, costs))
+    return _plan(high / 1000, bound, quickest(high / 1000))
 
 
 def _plan(gain: float, bound: float, found: tuple[float, int, int]) -> Plan:
@@ -209,18 +236,36 @@ def _plan(gain: float, bound: float, found: tuple[float, int, int]) -> Plan:
     return Plan(screening=found[1], pairs=found[2], promise=promise)
 
 
+def _tried(
+    plan: tuple[float, int, int], gain: float, noise: Noise, costs: Costs
+) -> tuple[float, int, int]:
+    """The plan for normal noise, with more processes where promotions drawn from the noise that
+    was seen fail too often."""
+    _, screening, pairs = plan
+    if noise.tau == 0 or pairs >= _MAX_TRIED:
+        return plan
+    alpha = level(costs.finalists)
+    chance = noise.chance_selected(gain, screening, costs.contenders, costs.finalists)
+    while chance < SELECTED and screening < _MAX_TRIED:
+        screening += max(1, screening // 8)
+        chance = noise.chance_selected(gain, screening, costs.contenders, costs.finalists)
+    while chance * noise.power(gain, pairs, alpha) < TRIED and pairs < _MAX_TRIED:
+        pairs += max(1, pairs // 12)
+    return costs.seconds(screening, pairs), screening, pairs
+
+
 @lru_cache(maxsize=65_536)
-def _quickest(gain: float, tau: float, costs: Costs) -> tuple[float, int, int]:
+def _quickest(gain: float, tau: float, costs: Costs, screened: int = 0) -> tuple[float, int, int]:
     """Seconds, screening processes and pairs of the quickest plan.
 
     Both stages use fresh processes of their own, so their probabilities multiply.
     """
     alpha = level(costs.finalists)
     if costs.contenders <= costs.finalists:
-        pairs = pairs_needed(gain, tau, alpha, PROBABILITY)
-        return costs.seconds(1, pairs), 1, pairs
+        pairs, screening = pairs_needed(gain, tau, alpha, PROBABILITY), screened
+        return costs.seconds(screening, pairs), screening, pairs
     best = (math.inf, _MAX_RUNS, _MAX_RUNS)
-    screening = MIN_SCREENING
+    screening = max(MIN_SCREENING, screened)
     while screening < _MAX_RUNS and costs.seconds(screening, MIN_PAIRS) < best[0]:
         chance = chance_selected(gain, tau, screening, costs.contenders, costs.finalists)
         if chance > PROBABILITY:

@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from openpi_opt.search import promise
 from openpi_opt.search.confirm import Confirmed, Subject, choose, gain
-from openpi_opt.search.promise import Costs, Promise, Tau
+from openpi_opt.search.noise import Fit, Noise, fit, noise_of
+from openpi_opt.search.promise import Costs, Plan, Promise, Tau
 
 Stage = Literal["tau", "screening", "confirmation"]
+Key = TypeVar("Key", bound=str)
 
 
 class Schedule(BaseModel):
@@ -124,7 +127,7 @@ def run(bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: 
     return Judged(schedule, base, candidates, winner, dropped)
 
 
-def draw_rounds(keys: Sequence[str], count: int, seed: int) -> list[list[str]]:
+def draw_rounds(keys: Sequence[Key], count: int, seed: int) -> list[list[Key]]:
     """`count` rounds, each all of `keys` in an order of its own: every order is as likely.
 
     So within each pair of a round either is first with probability 1/2.
@@ -163,26 +166,60 @@ def _prepare(
     bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: Wanted
 ) -> Schedule:
     places = min(wanted.finalists, len(contenders), promise.MAX_FINALISTS)
-    tau: Tau | None = None
-    kept: Promise | None = None
     if not contenders:
-        pairs, screening = wanted.rounds or wanted.tau_processes, 0
-    elif wanted.rounds is None:
-        tau = _measure_tau(bench, baseline, wanted.tau_processes)
-        contenders = _near(contenders, places, tau) if wanted.known else contenders
-        costs = Costs(
-            contenders=len(contenders),
-            finalists=places,
-            contender_s=_mean([bench.seconds(s.key) for s in contenders]),
-            baseline_s=bench.seconds(baseline.key),
-            known=wanted.known,
-        )
-        plan = promise.make_plan(tau, costs, wanted.limit_s)
-        bench.note(explain(tau, costs, plan, wanted.limit_s))
-        kept, pairs, screening = plan.promise, plan.pairs, plan.screening
-    else:
-        pairs, screening = wanted.rounds, 1
-    finalists = _screen(bench, contenders, places, screening, wanted)
+        pairs = wanted.rounds or wanted.tau_processes
+        return _schedule(baseline, [], pairs, wanted)
+    if wanted.rounds is not None:
+        first = _Screening(bench, contenders, wanted)
+        return _schedule(baseline, first.best(places), wanted.rounds, wanted)
+    means = _measure_tau(bench, baseline, wanted.tau_processes)
+    tau = promise.spread(means)
+    contenders = _near(contenders, places, tau) if wanted.known else contenders
+    alone = len(contenders) <= places
+    screening = _Screening(bench, contenders, wanted, only_new=alone)
+    costs = Costs(
+        contenders=len(contenders),
+        finalists=places,
+        contender_s=_mean([bench.seconds(s.key) for s in contenders]),
+        baseline_s=bench.seconds(baseline.key),
+        known=screening.runs,
+    )
+    least = _for_noise(costs, wanted.limit_s) if alone else 0
+    plan = promise.make_plan(tau, costs, wanted.limit_s, least)
+    bench.note(_beginning(tau, costs, plan))
+    # What the processes of screening differ by is seen before confirmation begins, and none of them
+    # is judged: the plan may follow it.
+    while True:
+        screening.run(plan.screening)
+        fit = screening.fit()
+        noise = noise_of(np.log(means).tolist(), fit)
+        plan = promise.make_plan(noise, costs, wanted.limit_s, screening.runs)
+        if plan.screening <= screening.runs:
+            break
+    bench.note(explain(noise, costs, plan, wanted.limit_s))
+    return _schedule(baseline, screening.best(places), plan.pairs, wanted, tau, plan.promise)
+
+
+def _for_noise(costs: Costs, limit_s: float | None) -> int:
+    """Processes of each finalist that show their noise, where there is nobody to leave out.
+
+    They take a part of the time only; less than two of each show nothing.
+    """
+    wanted = 1 + math.ceil(promise.NOISE_FREEDOM / costs.contenders)
+    if limit_s is not None:
+        one_each = costs.contenders * costs.contender_s
+        wanted = min(wanted, int(promise.NOISE_SHARE * limit_s / one_each))
+    return wanted if wanted >= promise.MIN_SCREENING else 0
+
+
+def _schedule(
+    baseline: Subject,
+    finalists: list[str],
+    pairs: int,
+    wanted: Wanted,
+    tau: Tau | None = None,
+    kept: Promise | None = None,
+) -> Schedule:
     return Schedule(
         baseline=baseline.key,
         finalists=finalists,
@@ -196,14 +233,14 @@ def _prepare(
     )
 
 
-def _measure_tau(bench: Bench, baseline: Subject, processes: int) -> Tau:
+def _measure_tau(bench: Bench, baseline: Subject, processes: int) -> list[float]:
     means: list[float] = []
     for number in range(processes):
         mean = bench.measure(baseline.key, "tau", number)
         if mean is None:
             raise BaselineError
         means.append(mean)
-    return promise.spread(means)
+    return means
 
 
 def _near(contenders: Sequence[Subject], places: int, tau: Tau) -> list[Subject]:
@@ -215,41 +252,71 @@ def _near(contenders: Sequence[Subject], places: int, tau: Tau) -> list[Subject]
     return [s for s in contenders if s.first_ms <= limit]
 
 
-def _screen(
-    bench: Bench, contenders: Sequence[Subject], places: int, runs: int, wanted: Wanted
-) -> list[str]:
-    """The fastest contenders by the mean of their logarithms over `runs` processes, best first.
+class _Screening:
+    """Processes of the contenders, in turns and in random order; those that fail are out.
 
-    The study's process counts as the first when it is `known`. Contenders take turns, in random
-    order; those that fail are out.
+    The study's process counts as the first when it is `known`, unless `only_new` ones are to count.
+    `runs` is the number of processes that each has.
     """
-    first = {s.key: [math.log(s.first_ms)] for s in contenders}
-    if len(contenders) <= places:
-        return sorted(first, key=lambda key: first[key])
-    logs = first if wanted.known else {key: [] for key in first}
-    rounds = draw_rounds(list(first), max(0, runs - wanted.known), wanted.seed + 1)
-    for number, order in enumerate(rounds):
-        for key in order:
-            if key in logs:
-                mean = bench.measure(key, "screening", number)
-                if mean is None:
-                    del logs[key]
-                else:
-                    logs[key].append(math.log(mean))
-    # Without any process of its own here a contender keeps the place that the study gave it.
-    return sorted(logs, key=lambda key: _mean(logs[key] or first[key]))[:places]
+
+    def __init__(
+        self, bench: Bench, contenders: Sequence[Subject], wanted: Wanted, only_new: bool = False
+    ):
+        self._bench = bench
+        # The same order after an interruption: it is the order of time, too.
+        self._seed = zlib.crc32("\n".join(s.key for s in contenders).encode())
+        self._known = 0 if only_new else wanted.known
+        self.runs = self._known
+        self._first = [(s.key, math.log(s.first_ms)) for s in contenders]
+        self._left = [s.key for s in contenders]
+        self._new: list[tuple[str, float]] = []
+
+    def run(self, runs: int) -> None:
+        """Measure until each contender has so many processes."""
+        # The first rounds are the same however many are drawn.
+        rounds = draw_rounds([key for key, _ in self._first], runs - self._known, self._seed)
+        for number, order in enumerate(rounds):
+            if number < self.runs - self._known:
+                continue
+            for key in order:
+                if key in self._left:
+                    mean = self._bench.measure(key, "screening", number)
+                    if mean is None:
+                        self._left.remove(key)
+                    else:
+                        self._new.append((key, math.log(mean)))
+        self.runs = max(self.runs, runs)
+
+    def fit(self) -> Fit:
+        """Levels of those left, and what their processes differ by."""
+        series = [self._first, self._new] if self._known else [self._new]
+        return fit([[(key, log) for key, log in each if key in self._left] for each in series])
+
+    def best(self, places: int) -> list[str]:
+        """The fastest, best first; without any process of its own one keeps the study's place."""
+        levels = {**dict(self._first), **self.fit().levels}
+        return sorted(self._left, key=lambda key: levels[key])[:places]
 
 
-def explain(tau: Tau, costs: Costs, plan: promise.Plan, limit_s: float | None) -> str:
-    """Tau, what it takes, and the promise that is kept, in plain words."""
+def _beginning(tau: Tau, costs: Costs, plan: Plan) -> str:
+    minutes = costs.seconds(plan.screening, plan.pairs) / 60
+    return (
+        f"spread between processes: {tau.value:.2%} in {tau.processes} processes of the baseline; "
+        f"so about {plan.pairs} rounds and {minutes:.0f} minutes, to be planned when the "
+        f"{costs.contenders} contender(s) have shown theirs"
+    )
+
+
+def explain(noise: Noise, costs: Costs, plan: Plan, limit_s: float | None) -> str:
+    """The noise, what it takes, and the promise that is kept, in plain words."""
     kept = plan.promise
     minutes = costs.seconds(plan.screening, plan.pairs) / 60
     lines = [
-        f"spread between processes: {tau.value:.2%} in {tau.processes} processes of the baseline "
-        f"(planned for up to {kept.tau:.2%})"
+        f"spread between processes: {noise.tau:.2%} in a pair (planned for up to {kept.tau:.2%}, "
+        f"and for tails as they were seen)"
     ]
     if kept.gain > promise.GAIN:
-        full = promise.make_plan(tau, costs)
+        full = promise.make_plan(noise, costs, screened=plan.screening)
         needed = costs.seconds(full.screening, full.pairs) / 60
         lines.append(
             f"a gain of {promise.GAIN:.0%} cannot be promised in {(limit_s or 0) / 60:.0f} "
@@ -260,6 +327,12 @@ def explain(tau: Tau, costs: Costs, plan: promise.Plan, limit_s: float | None) -
         f"with at least {kept.probability:.0%} probability, one that is not faster in fewer than "
         "1% of promotions"
     )
+    if noise.excess_kurtosis > promise.WILD:
+        lines.append(
+            "note: a few processes were slow by far more than the others differ (excess kurtosis "
+            f"{noise.excess_kurtosis:.0f}); with so rare a noise a true gain may be found some "
+            "percent less often than promised"
+        )
     lines.append(
         f"plan: {plan.screening} process(es) for each of {costs.contenders} contender(s) in "
         f"screening, then {plan.pairs} rounds of the baseline and {costs.finalists} finalist(s); "

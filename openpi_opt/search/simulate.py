@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ BASELINE = "baseline"
 # Any: gains are ratios.
 _LEVEL_MS = 20.0
 _BLOCK = 4096
+_SHIPPED = Path(__file__).with_name("recorded_noise.json")
 MIN_RESIDUALS = 8
 
 Noise = Callable[[int], NDArray[np.float64]]
@@ -131,6 +133,12 @@ def recorded(residuals: NDArray[np.float64], tau: float) -> Noise:
     return lambda seed: np.random.default_rng(seed).choice(scaled, _BLOCK)
 
 
+def shipped() -> tuple[NDArray[np.float64], str]:
+    """Residuals of processes that were recorded for this project, and what they are of."""
+    document = json.loads(_SHIPPED.read_text(encoding="utf-8"))
+    return np.asarray(document["residuals"]), document["what"]
+
+
 def simulate(scene: Scene, noise: Noise, wanted: Wanted, seed: int) -> Judged:
     """One sweep and its promotion."""
     bench = SimulatedBench(scene, noise, seed)
@@ -188,18 +196,17 @@ def all_faster(
 def residuals(files: Iterable[Path]) -> NDArray[np.float64]:
     """What recorded processes differ by from the mean of their configuration, on the log scale.
 
-    Takes result documents and journals. Processes are grouped by configuration and machine;
-    each group's residuals are widened by sqrt(n / (n - 1)) for the mean that was taken off.
+    Takes result documents, journals, and reports of `pairs`. Processes are grouped by configuration
+    and machine; each group's residuals are widened by sqrt(n / (n - 1)) for the mean that was taken
+    off.
 
     Raises:
         UserError: an unreadable file, or too few repeated processes.
     """
     groups: dict[tuple[str, str], list[float]] = defaultdict(list)
     for file in files:
-        for found in _results(file):
-            if isinstance(found, Ok):
-                machine = json.dumps(found.fingerprint, sort_keys=True)
-                groups[found.config_hash, machine].append(float(np.log(found.latency.mean_ms)))
+        for key, mean_ms in _means(file):
+            groups[key].append(float(np.log(mean_ms)))
     parts = [
         (np.asarray(logs) - np.mean(logs)) * np.sqrt(len(logs) / (len(logs) - 1))
         for logs in groups.values()
@@ -216,8 +223,8 @@ def residuals(files: Iterable[Path]) -> NDArray[np.float64]:
     return np.concatenate(parts)
 
 
-def _results(file: Path) -> list[results.TrialResult]:
-    """The results of a document or of a journal."""
+def _means(file: Path) -> list[tuple[tuple[str, str], float]]:
+    """Configuration with machine, and mean in ms, of each process of a file that was ok."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -225,9 +232,24 @@ def _results(file: Path) -> list[results.TrialResult]:
     lines = text.splitlines() if file.suffix == ".jsonl" else [text]
     try:
         plain = [json.loads(line) for line in lines if line.strip()]
-        return [results.parse_plain(p.get("result", p)) for p in plain]
-    except (ValueError, TypeError, AttributeError, ValidationError) as error:
+        return [mean for document in plain for mean in _means_of(document)]
+    except (ValueError, TypeError, AttributeError, KeyError, ValidationError) as error:
         raise UserError(
-            f"--samples {file}: neither a result document (result.json) nor a journal "
-            "(journal.jsonl) of this project."
+            f"--samples {file}: neither a result document (result.json), a journal "
+            "(journal.jsonl), nor a report of pairs (pairs.json) of this project."
         ) from error
+
+
+def _means_of(document: dict[str, Any]) -> list[tuple[tuple[str, str], float]]:
+    if "processes" in document and "a_b" in document:  # a report of pairs
+        hashes = {"B": document["b"]["config_hash"]}
+        machine = str(document["fingerprint_hash"])
+        return [
+            ((hashes.get(p["role"], document["a"]["config_hash"]), machine), float(p["mean_ms"]))
+            for p in document["processes"]
+        ]
+    found = results.parse_plain(document.get("result", document))
+    if not isinstance(found, Ok):
+        return []
+    machine = json.dumps(found.fingerprint, sort_keys=True)
+    return [((found.config_hash, machine), found.latency.mean_ms)]

@@ -39,6 +39,7 @@ _NOT_IN_A_TRIAL = frozenset(
         "experiment.py",
         "ladder.py",
         "observation.py",
+        "pairs.py",
         "preset.py",
         "promote.py",
         "sweep.py",

@@ -40,10 +40,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points that belong together, under one name in the legend."""
+    """Points that belong together, under one name in the legend.
+
+    `level` is what they say together, a line over the whole width with its interval, and `colour`
+    the place in `COLOURS` (both for `dots`; else colours go by the order).
+    """
 
     label: str
     points: Sequence[Point]
+    level: Point | None = None
+    colour: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,37 @@ def lines(title: str, panels: Sequence[Panel]) -> Figure:
             axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=0)
+        _legend(axes, panel)
+    return figure
+
+
+def dots(title: str, panels: Sequence[Panel]) -> Figure:
+    """Panels side by side, each point by itself with its interval; the y axis fits the points.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    figure, every = _figure(title, panels)
+    for panel, axes in zip(panels, every, strict=True):
+        for number, series in enumerate(panel.series):
+            place = number if series.colour is None else series.colour
+            colour = COLOURS[place % len(COLOURS)]
+            axes.errorbar(
+                [float(point.x) for point in series.points],
+                [point.y for point in series.points],
+                yerr=_errors(series.points),
+                label=series.label,
+                color=colour,
+                marker=MARKERS[place % len(MARKERS)],
+                linestyle="none",
+                elinewidth=0.8,
+                markersize=4,
+            )
+            level = series.level
+            if level is not None:
+                axes.axhline(level.y, color=colour, linewidth=1.2)
+                if level.low is not None and level.high is not None:
+                    axes.axhspan(level.low, level.high, color=colour, alpha=0.15, linewidth=0)
         _legend(axes, panel)
     return figure
 

@@ -31,6 +31,11 @@ SDPA = Config.parse({**CONTEXT, "attention": {"vision": "sdpa"}})
 FUSED = Config.parse({**CONTEXT, "fusion": {"qkv": True}})
 
 
+# Fresh processes before confirmation: tau of the baseline, then those that show the contenders'
+# noise, seven of each of the two.
+BEFORE = 8 + 2 * 7
+
+
 class Noisy:
     """Means around a level for each configuration, other ones at every call."""
 
@@ -83,7 +88,7 @@ def test_a_finished_promotion_is_answered_without_a_process(promotions: Promotio
     judged, run, _ = promotions(Noisy())
     assert judged.winner.subject.key in (SDPA.hash(), FUSED.hash())
     rounds = len(judged.schedule.rounds)
-    assert len(run.ran) == 8 + 3 * rounds, "tau, then baseline and both finalists in each round"
+    assert len(run.ran) == BEFORE + 3 * rounds, "then baseline and both finalists in each round"
     second, idle, _ = promotions(Noisy())
     assert idle.ran == []
     assert second == judged
@@ -96,12 +101,12 @@ def test_again_measures_anew_and_says_what_that_means(
     capsys.readouterr()
     second, run, bench = promotions(Noisy(), again=True, seed=8)
     assert second.schedule.rounds != judged.schedule.rounds
-    assert len(run.ran) == 3 * len(second.schedule.rounds), "tau of this machine is known"
+    assert len(run.ran) == 3 * len(second.schedule.rounds), "the noise of this machine is known"
     assert bench.path.name.endswith("-2.json")
     assert "confirmation 2 of this study" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("after", [3, 8, 20])
+@pytest.mark.parametrize("after", [3, 8, BEFORE, 30])
 def test_an_interrupted_promotion_goes_on_where_it_was(promotions: Promotions, after: int) -> None:
     noisy, left = Noisy(), [after]
 
@@ -116,11 +121,13 @@ def test_an_interrupted_promotion_goes_on_where_it_was(promotions: Promotions, a
     kept = promotions.runs(FakeRun(noisy)).journal.records()
     assert len(kept) == after
     judged, run, bench = promotions(noisy, seed=99)
-    assert len(run.ran) == 8 + 3 * len(judged.schedule.rounds) - after
+    assert len(run.ran) == BEFORE + 3 * len(judged.schedule.rounds) - after
     order = [key for keys in judged.schedule.rounds for key in keys]
-    confirmed = bench.runs.journal.records()[8:]
+    confirmed = bench.runs.journal.records()[BEFORE:]
     assert [record.result.config_hash for record in confirmed] == order
-    assert judged.schedule.seed == (99 if after < 8 else 7), "drawn before the interruption or not"
+    assert judged.schedule.seed == (99 if after < BEFORE else 7), (
+        "drawn before the interruption or not"
+    )
 
 
 def test_less_time_is_another_schedule_with_runs_of_its_own(promotions: Promotions) -> None:
@@ -128,7 +135,8 @@ def test_less_time_is_another_schedule_with_runs_of_its_own(promotions: Promotio
     judged, _, _ = promotions(Noisy(0.02), limit_s=3000.0)
     longer, run, _ = promotions(Noisy(0.02), limit_s=6000.0)
     assert len(longer.schedule.rounds) > len(judged.schedule.rounds)
-    assert len(run.ran) == 3 * len(longer.schedule.rounds)
+    # A quarter of the first's time was enough for six of each to show the noise, now for seven.
+    assert len(run.ran) == 2 + 3 * len(longer.schedule.rounds)
 
 
 def test_a_candidate_that_goes_over_a_limit_is_dropped_and_the_baseline_stays(
@@ -191,7 +199,7 @@ def test_a_baseline_that_failed_once_is_measured_again_by_the_next_command(
         promotions(failed)
     judged, run, _ = promotions(Noisy())
     assert judged.winner is not judged.baseline
-    assert len(run.ran) == 8 + 3 * len(judged.schedule.rounds)
+    assert len(run.ran) == BEFORE + 3 * len(judged.schedule.rounds)
 
 
 def test_a_failure_in_confirmation_is_final_until_again(promotions: Promotions) -> None:

@@ -1,0 +1,169 @@
+"""Fresh processes in turn on one device, the next one importing while the present one loads.
+
+Of the ten seconds that a process of the full model takes on an H100, half go into starting Python
+and importing torch, where the device is not wanted. So the next process is started early and stops
+at two gates:
+
+    import | gate | load, compile, warm up, guard | gate | measure | end
+
+It passes the first when the process before it has ended: there is never more than one process on
+the device. The present one passes the second when the next waits at its first: while something is
+measured the next process sleeps, and nothing else of this project runs. So what is measured is what
+a process alone would measure; only the waiting is shorter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from openpi_opt.search.child import Stop
+
+R = TypeVar("R")
+
+_WAITING = "wait"  # the phase in which a trial says that it stands at a gate
+
+
+@dataclass
+class Gate:
+    """Where one process waits: it reads a byte from `fd` at each gate. `stop` ends it."""
+
+    fd: int
+    stop: Stop
+
+
+class Turn:
+    """What a job needs for its process: a gate, and to whom to tell the phases."""
+
+    def __init__(self, tell: Callable[[str], None], stop: Stop):
+        self._tell, self._stop = tell, stop
+        self._write: int | None = None
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def process(self) -> Iterator[tuple[Gate, Callable[[str], None]]]:
+        """Gate and phase callback of one process; a job that repeats it takes another."""
+        read, write = os.pipe()
+        self._write = write
+        self._tell("begin")
+        try:
+            yield Gate(read, self._stop), self._tell
+        finally:
+            with self._lock:
+                self._write = None
+                os.close(write)
+            os.close(read)
+
+    def open(self) -> None:
+        """Let the process pass, if it still is there."""
+        with self._lock:
+            if self._write is not None:
+                os.write(self._write, b".")
+
+
+Job = Callable[[Turn], R]
+
+
+@dataclass
+class _Runner(Generic[R]):
+    """A job in its thread, and how far its process is."""
+
+    turn: Turn
+    thread: threading.Thread
+    passed: int = 0  # gates
+    waiting: bool = False
+    ended: bool = False
+    outcome: list[R] = field(default_factory=list)
+    error: BaseException | None = None
+
+    @property
+    def out_of_the_way(self) -> bool:
+        """Whether it is done with importing, or with everything."""
+        return self.waiting or self.ended
+
+
+class Relay(Generic[R]):
+    """Runs jobs in their order. A job gets a `Turn` and returns what became of its process."""
+
+    def __init__(self, jobs: Iterable[Job[R]]):
+        self._jobs = iter(jobs)
+        self._events: queue.SimpleQueue[tuple[_Runner[R], str | None]] = queue.SimpleQueue()
+        self._stop = Stop()
+
+    def results(self) -> Iterator[R]:
+        """The results in order. The next job is asked for when the present one gets the device.
+
+        Raises:
+            BaseException: what a job raised; those begun are ended first.
+        """
+        current, ahead = self._start(), None
+        try:
+            while current is not None:
+                if not current.ended:
+                    self._take_event()
+                if current.ended:
+                    if current.error is not None:
+                        raise current.error
+                    done = current.outcome[0]
+                    current, ahead = ahead or self._start(), None
+                    if current is not None and current.waiting:
+                        ahead = self._pass_first(current)
+                    yield done
+                elif current.waiting and current.passed == 0:
+                    ahead = self._pass_first(current, ahead)
+                elif current.waiting and (ahead is None or ahead.out_of_the_way):
+                    self._let_pass(current)
+        finally:
+            self._stop.set()
+            for runner in (current, ahead):
+                if runner is not None:
+                    runner.thread.join()
+
+    def _pass_first(
+        self, current: _Runner[R], ahead: _Runner[R] | None = None
+    ) -> _Runner[R] | None:
+        """Give `current` the device, and start the next one, unless it was started before."""
+        self._let_pass(current)
+        return ahead or self._start()
+
+    def _let_pass(self, runner: _Runner[R]) -> None:
+        runner.waiting = False
+        runner.passed += 1
+        runner.turn.open()
+
+    def _start(self) -> _Runner[R] | None:
+        job = next(self._jobs, None)
+        if job is None:
+            return None
+        runner: _Runner[R]
+
+        def tell(phase: str) -> None:
+            self._events.put((runner, phase))
+
+        turn = Turn(tell, self._stop)
+
+        def work() -> None:
+            try:
+                runner.outcome.append(job(turn))
+            except BaseException as error:  # noqa: BLE001  raised where the results are taken
+                runner.error = error
+            finally:
+                self._events.put((runner, None))
+
+        runner = _Runner(turn, threading.Thread(target=work, daemon=True))
+        runner.thread.start()
+        return runner
+
+    def _take_event(self) -> None:
+        runner, phase = self._events.get()
+        if phase is None:
+            runner.ended, runner.waiting = True, False
+        elif phase == "begin":
+            runner.passed, runner.waiting = 0, False
+        elif phase == _WAITING:
+            runner.waiting = True
