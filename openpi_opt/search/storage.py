@@ -33,7 +33,10 @@ _QUERY = re.compile(r"(://[^?]*)\?.*", re.DOTALL)
 
 
 def hidden(word: str) -> str:
-    """A word of a command line without the credentials and the query of a URL in it."""
+    """A word of a command line without the credentials and the query of a URL in it.
+
+    `errors.masked` is for sentences; here all that is in the word may be password.
+    """
     return _QUERY.sub(r"\1?...", _CREDENTIALS.sub("://...@", word))
 
 

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from openpi_opt.config import Config, Platform, Tracking
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.result import Failed, Ok
-from openpi_opt.search import locks, node, recovery
+from openpi_opt.search import locks, node, recovery, remote
 from openpi_opt.search.devices import LEASES_VARIABLE
 from openpi_opt.search.display import Display, Silent
 from openpi_opt.search.engines import connected
@@ -139,8 +140,10 @@ def test_every_outcome_comes_back_once_and_nothing_stays(fleet: Fleet) -> None:
 def test_ctrl_c_ends_trials_on_the_nodes(fleet: Fleet) -> None:
     sweep = fleet.start("--seeds", "4", "--seconds", "30")
     wait_for(lambda: len(fleet.processes()) == fleet.hosts)
+    began = time.monotonic()
     sweep.send_signal(signal.SIGINT)
     _, err = sweep.communicate(timeout=30)
+    assert time.monotonic() - began < remote._ENDING_SECONDS  # the node was told
     assert sweep.returncode == 130, err
     assert "2 running ended" in err
     assert "Traceback" not in err
