@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openpi_opt import cli
+from openpi_opt.cli import at_least, say
 from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
@@ -29,8 +30,9 @@ from openpi_opt.search.contenders import short
 from openpi_opt.search.fresh import FreshRuns, Planned
 from openpi_opt.search.paired import MIN_PAIRS, Compared, Spread, compare, spread_of
 from openpi_opt.search.promotion import draw_rounds
+from openpi_opt.search.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.search.trials import refused
-from openpi_opt.target import at_least, percent, say, why
+from openpi_opt.target import percent, why
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal, utc_now
 from openpi_opt.track.mlflow_log import MlflowLog
@@ -106,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = Pairs(
         FreshRuns(store, journal, log, machine, say), a, b, arguments.pairs, arguments.seed
     )
-    with found.runs.alone():
+    with found.runs.alone(a, arguments.device):
         measure(found, None if arguments.minutes is None else arguments.minutes * 60)
     if found.rounds < MIN_PAIRS:
         raise UserError(
@@ -460,6 +462,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=at_least(0), default=0, help="another one measures anew (default: 0)"
     )
+    parser.add_argument("--device", type=gpu_name, metavar="GPU", help=DEVICE_HELP)
     parser.add_argument("--study", help="name of the study that keeps the processes")
     parser.add_argument("--store", default=DEFAULT_STORE, metavar="DIR", help="default: mlruns")
     parser.add_argument("--preset-dir", metavar="DIR", help="where presets are looked for, too")

@@ -19,6 +19,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.pairs import Pairs
 from openpi_opt.result import TrialResult
 from openpi_opt.search.fresh import FreshRuns
+from openpi_opt.search.process import Place
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import Store
 
@@ -36,8 +37,10 @@ class Machine:
         self.ran: list[Config] = []
         self.now = 0.0
 
-    def __call__(self, cfg: Config, *_: object, **more: object) -> TrialResult:
-        assert more["gate"] is not None, "started ahead"
+    def __call__(self, cfg: Config, *_: object) -> TrialResult:
+        place = _[-1]
+        assert isinstance(place, Place)
+        assert place.gate is not None, "started ahead"
         assert not cfg.profile.kernels
         if self.break_after == len(self.ran):
             raise KeyboardInterrupt
@@ -55,10 +58,15 @@ def session(folder: Path, machine: object, planned: int = 20) -> Pairs:
     return Pairs(runs, A, B, planned, seed=0)
 
 
+def measure(found: Pairs, limit_s: float | None = None) -> None:
+    with found.runs.alone(A):
+        pairs.measure(found, limit_s)
+
+
 def test_every_round_has_the_three_in_random_order_and_all_count(tmp_path: Path) -> None:
     machine = Machine(faster=0.02)
     found = session(tmp_path, machine)
-    pairs.measure(found, None)
+    measure(found)
     assert found.rounds == 20
     assert len(machine.ran) == 62  # one unjudged of each
     orders = [tuple(p.role for p in found.processes[at : at + 3]) for at in range(0, 60, 3)]
@@ -81,15 +89,15 @@ def test_every_round_has_the_three_in_random_order_and_all_count(tmp_path: Path)
 def test_an_interrupted_one_goes_on_where_it_was(tmp_path: Path) -> None:
     broken = Machine(break_after=11)
     with pytest.raises(KeyboardInterrupt):
-        pairs.measure(session(tmp_path, broken), None)
+        measure(session(tmp_path, broken))
     rest = Machine()
     found = session(tmp_path, rest)
-    pairs.measure(found, None)
+    measure(found)
     assert len(broken.ran) == 11
     assert len(rest.ran) == 62 - 11
     assert found.rounds == 20
     again = session(tmp_path, Machine(break_after=0))
-    pairs.measure(again, None)  # runs nothing
+    measure(again)  # runs nothing
     assert [p.mean_ms for p in again.processes] == [p.mean_ms for p in found.processes]
     assert again.wall_s is None
 
@@ -100,22 +108,22 @@ def test_the_time_ends_it_at_a_whole_round_and_the_rest_can_follow(
     machine = Machine()
     monkeypatch.setattr(pairs.time, "monotonic", lambda: machine.now)
     found = session(tmp_path, machine)
-    pairs.measure(found, 20.0)
+    measure(found, 20.0)
     assert 3 <= found.rounds <= 6  # each takes 3 s, and A and B went before
     assert len(machine.ran) == 2 + 3 * found.rounds
     assert f"({found.planned} were planned; the time was over)" in pairs.table(found)
     whole = session(tmp_path, machine)
-    pairs.measure(whole, None)
+    measure(whole)
     assert whole.rounds == 20
     assert len(machine.ran) == 62
 
 
 def test_one_that_fails_ends_it(tmp_path: Path) -> None:
-    def fails(cfg: Config, *_: object, **__: object) -> TrialResult:
+    def fails(cfg: Config, *_: object) -> TrialResult:
         return failed(cfg, "oom") if cfg.hash() == B.hash() else ok(cfg, 10.0)
 
     with pytest.raises(UserError, match=r"B was not ok.*oom"):
-        pairs.measure(session(tmp_path, fails), None)
+        measure(session(tmp_path, fails))
 
 
 def verb(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -265,8 +265,8 @@ class FreshRuns:
             uid=folder.name,
             caches=self._store.caches / self.fingerprint_hash(cfg),
             fds=self._lease.fds,
-            stop=gate and gate.stop,
-            gate=gate and gate.fd,
+            stop=gate.stop if gate else None,
+            gate=gate.fd if gate else None,
         )
         references, machine = self._store.references, self.machine
         try:
