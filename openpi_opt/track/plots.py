@@ -7,6 +7,7 @@ without pyplot, so nothing here needs a display or leaves state behind.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX"
 FORMATS = ("png", "svg")
 _PANEL_INCHES = (5.2, 3.9)
+_TITLE_COLUMNS = 50  # of a panel
 _LONG_LABEL = 12
 
 
@@ -224,7 +226,8 @@ def _figure(title: str, panels: Sequence[Panel]) -> tuple[Figure, list[Axes]]:
 
     width, height = _PANEL_INCHES
     figure = Figure(figsize=(width * len(panels), height), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    lines = [textwrap.fill(line, _TITLE_COLUMNS * len(panels)) for line in title.splitlines()]
+    figure.suptitle("\n".join(lines), fontsize=11)
     every = list(figure.subplots(1, len(panels), squeeze=False)[0])
     for panel, axes in zip(panels, every, strict=True):
         axes.set_title(panel.title, fontsize=10)
