@@ -154,12 +154,14 @@ def assert_nothing_hidden_is_written(folder: Path, said: str) -> None:
     assert "hidden-" not in said
 
 
+LONG_GRACE = "from openpi_opt.search import child\nchild.GRACE_SECONDS = 600.0\n"
+
+
 def test_two_ctrl_c_end_now(tmp_path: Path) -> None:
     """With a grace of minutes, and a trial that does not heed what comes first."""
     site = tmp_path / "site"
     site.mkdir()
-    patch = "from openpi_opt.search import child\nchild.GRACE_SECONDS = 600.0\n"
-    (site / "sitecustomize.py").write_text(patch)
+    (site / "sitecustomize.py").write_text(LONG_GRACE)
     shell = sweep_in(tmp_path, "-m", "weights.seed=0,1", "tracking=none", site=str(site))
     shell.wait_for(lambda: list(trials_of(tmp_path)))
     (trial,) = trials_of(tmp_path)
@@ -254,21 +256,33 @@ def test_a_server_that_hangs_dies_and_comes_back(host: Host, server: Server) -> 
     assert counts[1] == 0
     assert open_runs(server.uri) == (6 + 1, [])
     host.assert_tidy()
+    interrupted_twice(host, server, while_ending_a_trial=False)
+    interrupted_twice(host, server, while_ending_a_trial=True)
 
-    # Two Ctrl-C do not wait for a server either, however long it is given.
+
+def interrupted_twice(host: Host, server: Server, while_ending_a_trial: bool) -> None:
+    """Two Ctrl-C do not wait for a server either, however long it is given."""
     host.env |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "600"}
+    if while_ending_a_trial:
+        (host.folder / "sitecustomize.py").write_text(LONG_GRACE)
+        host.env["PYTHONPATH"] = os.pathsep.join([str(host.folder), host.env["PYTHONPATH"]])
     sweep = host.start("--seeds", "7", "--seconds", "600", "--mlflow")
     wait_for(host.processes)
     server.signal(signal.SIGSTOP)
+    if while_ending_a_trial:
+        os.kill(host.processes()[0], signal.SIGSTOP)
     sweep.send_signal(signal.SIGINT)
-    wait_for(lambda: not host.processes())
+    if not while_ending_a_trial:
+        wait_for(lambda: not host.processes())
     time.sleep(0.5)
-    assert sweep.poll() is None, "the first one waits for the end of MLflow's run"
+    assert sweep.poll() is None, "the first one waits for the trial and for MLflow"
     sweep.send_signal(signal.SIGINT)
     _, said = sweep.communicate(timeout=30)
     assert sweep.returncode == 130
     assert "6 finished trial(s) are kept" in said
+    wait_for(lambda: not host.processes())
     assert held(host.folder) == []
+    server.signal(signal.SIGCONT)
 
 
 def test_a_torn_line_is_mended_by_the_next_sweep(host: Host) -> None:
