@@ -318,8 +318,8 @@ def real_round(
 ) -> Round:
     """Two sweeps of pi0_mini on one study."""
     folder.mkdir()
-    made = Round(folder, [], {}, {}, random.Random(seed), figures, counts, 4 * own.pace)
-    knobs = ["attention=eager,sdpa", "simplify=none,all"]
+    made = Round(folder, [], {}, {}, random.Random(seed), figures, counts, 3 * own.pace)
+    knobs = ["attention=eager,sdpa", "simplify=none,all", "fusion=none,all"]
     made.expected["real"] = 2 ** len(knobs)  # the baseline is one of them
     argv = [sys.executable, "-m", "openpi_opt.sweep", "-m", "study=real", f"store={made.store}"]
     argv += ["model=pi0_mini", "platform=cpu", "devices.cpu_slots=2", "measure.max_seconds=1"]
