@@ -231,8 +231,8 @@ class _Engine:
         """End what still runs; a second interruption ends it at once."""
         jobs = [*self._ready, *self._waiting, *self._running.values()]
         try:
-            if self._running:
-                self.executor.stop()
+            # Also what an interruption kept from being counted among those that run.
+            self.executor.stop()
             self.executor.close()
         except KeyboardInterrupt:
             self.hurried = True

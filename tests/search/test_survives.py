@@ -107,6 +107,13 @@ def open_runs(uri: str) -> tuple[int, list[str]]:
     return len(runs), [run.info.run_name for run in runs if run.info.status == "RUNNING"]
 
 
+def freeze(pid: int) -> None:
+    """Stop a process, and wait until it is: a SIGTERM sent at once could still be heeded."""
+    os.kill(pid, signal.SIGSTOP)
+    stat = Path(f"/proc/{pid}/stat")
+    wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+
+
 def test_one_ctrl_c_ends_gracefully_and_the_same_command_goes_on(tmp_path: Path) -> None:
     words = ["-m", "attention=aiter,sdpa"]  # the first has a result at once
     shell = sweep_in(tmp_path, *words, **HIDDEN)
@@ -165,7 +172,7 @@ def test_two_ctrl_c_end_now(tmp_path: Path) -> None:
     shell = sweep_in(tmp_path, "-m", "weights.seed=0,1", "tracking=none", site=str(site))
     shell.wait_for(lambda: list(trials_of(tmp_path)))
     (trial,) = trials_of(tmp_path)
-    os.kill(trial, signal.SIGSTOP)
+    freeze(trial)
     shell.press_ctrl_c()
     shell.wait_for(lambda: "Ctrl-C again" in " ".join(shell.shown.split()))
     time.sleep(0.5)
@@ -270,16 +277,19 @@ def interrupted_twice(host: Host, server: Server, while_ending_a_trial: bool) ->
     wait_for(host.processes)
     server.signal(signal.SIGSTOP)
     if while_ending_a_trial:
-        os.kill(host.processes()[0], signal.SIGSTOP)
+        freeze(host.processes()[0])
     sweep.send_signal(signal.SIGINT)
+    assert sweep.stderr is not None
+    said = next(line for line in sweep.stderr if line.startswith("interrupted"))
+    assert "6 finished trial(s) are kept, and 1 running ended" in said
     if not while_ending_a_trial:
         wait_for(lambda: not host.processes())
-    time.sleep(0.5)
+    time.sleep(1)
     assert sweep.poll() is None, "the first one waits for the trial and for MLflow"
+    assert bool(host.processes()) == while_ending_a_trial
     sweep.send_signal(signal.SIGINT)
-    _, said = sweep.communicate(timeout=30)
+    sweep.communicate(timeout=30)
     assert sweep.returncode == 130
-    assert "6 finished trial(s) are kept" in said
     wait_for(lambda: not host.processes())
     assert held(host.folder) == []
     server.signal(signal.SIGCONT)
