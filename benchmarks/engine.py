@@ -64,7 +64,7 @@ def measure(finished: int, trials: int) -> dict[str, float]:
     space, compose = Space.parse(WORDS, loader), SweepCompose(loader, master)
     with tempfile.TemporaryDirectory(prefix="openpi-opt-bench-") as folder:
         store = Store.open(folder)
-        _finish(store, space, Points(space, compose, MACHINE).check(), finished)
+        _finish(store, space, Points(space, compose, MACHINE).check()[0], finished)
         settings = Settings.parse(
             {
                 "store": folder,
