@@ -8,6 +8,7 @@ itself shows what the machine does without any difference (A/A), B against A wha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -148,12 +149,14 @@ def measure(found: Pairs, limit_s: float | None) -> None:
                 yield _planned(found, role, "round", number)
 
     whole: list[Process] = []
-    for place, result in enumerate(found.runs.in_turn(planned())):
-        role, round_number = order[place]
-        if not isinstance(result, Ok):
-            raise UserError(f"{role} was not ok, so there is nothing to compare: {why(result)}")
-        if round_number is not None:
-            whole.append(_process(role, round_number, len(whole), result))
+    # Closed at once when something is raised here, too: a process that was started ahead waits.
+    with contextlib.closing(found.runs.in_turn(planned())) as results:
+        for place, result in enumerate(results):
+            role, round_number = order[place]
+            if not isinstance(result, Ok):
+                raise UserError(f"{role} was not ok, so there is nothing to compare: {why(result)}")
+            if round_number is not None:
+                whole.append(_process(role, round_number, len(whole), result))
     found.processes = whole[: len(whole) // len(ROLES) * len(ROLES)]
     run = len(found.runs.journal.records()) - known
     found.wall_s = (time.monotonic() - started) / run if run else None

@@ -135,7 +135,7 @@ def verb(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_real_processes_pass_their_gates(tmp_path: Path) -> None:
-    command = ["--b", "attention=sdpa", "--iterations", "10", "--minutes", "0.001"]
+    command = ["--b", "attention=sdpa", "--iterations", "10", "--minutes", "0.00001"]
     done = verb(*command, cwd=tmp_path)
     assert done.returncode == 2
     assert "was enough for 0 round(s)" in done.stderr

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -97,7 +97,7 @@ class FreshRuns:
         )
         return self._told(cfg, shown, uid, result)
 
-    def in_turn(self, planned: Iterable[Planned]) -> Iterator[TrialResult]:
+    def in_turn(self, planned: Iterable[Planned]) -> Generator[TrialResult, None, None]:
         """The results of all `planned`, in order, each process started ahead (`search.relay`).
 
         A process that the journal has does not run again. `planned` is asked for the next one when
@@ -117,15 +117,16 @@ class FreshRuns:
                 else:
                     yield lambda _: None
 
-        for number, result in enumerate(Relay(jobs()).results()):
-            each, uid = begun[number]
-            if result is None:
-                known = self.journal.by_uid(uid)
-                assert known is not None
-                self._say(f"  {each.shown}: {_summary(known.result)} (known)")
-                yield known.result
-            else:
-                yield self._told(each.config, each.shown, uid, result)
+        with closing(Relay(jobs()).results()) as results:
+            for number, result in enumerate(results):
+                each, uid = begun[number]
+                if result is None:
+                    known = self.journal.by_uid(uid)
+                    assert known is not None
+                    self._say(f"  {each.shown}: {_summary(known.result)} (known)")
+                    yield known.result
+                else:
+                    yield self._told(each.config, each.shown, uid, result)
 
     def uid(self, cfg: Config, *place: str | int) -> str:
         """Identity of the process at `place` on this GPU: 32 hexadecimal digits."""

@@ -18,7 +18,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -95,7 +95,7 @@ class Relay(Generic[R]):
         self._events: queue.SimpleQueue[tuple[_Runner[R], str | None]] = queue.SimpleQueue()
         self._stop = Stop()
 
-    def results(self) -> Iterator[R]:
+    def results(self) -> Generator[R, None, None]:
         """The results in order. The next job is asked for when the present one gets the device.
 
         Raises:
