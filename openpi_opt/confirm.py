@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import scipy  # its `stats` takes a second to load, so when it is used: --help does not
 from numpy.typing import NDArray
-from scipy import stats
 
 from openpi_opt import cli
 from openpi_opt.search import promise, simulate
@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _described(residuals: NDArray[np.float64]) -> str:
     return (
         f"distributed as {len(residuals)} recorded processes: skewness "
-        f"{stats.skew(residuals):+.1f}, excess kurtosis {stats.kurtosis(residuals):+.1f}"
+        f"{scipy.stats.skew(residuals):+.1f}, excess kurtosis "
+        f"{scipy.stats.kurtosis(residuals):+.1f}"
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+import scipy  # its `stats` takes a second to load, so when it is used: --help does not
 
 from openpi_opt.config import Config
 from openpi_opt.knobs import KNOBS
@@ -74,7 +74,7 @@ class Confirmed:
     def ci95_ms(self) -> tuple[float, float]:
         """95% interval of the mean over processes (Student's t)."""
         n = len(self.means_ms)
-        half = float(stats.t.ppf(0.975, n - 1)) * self.between_std_ms / math.sqrt(n)
+        half = float(scipy.stats.t.ppf(0.975, n - 1)) * self.between_std_ms / math.sqrt(n)
         return self.mean_ms - half, self.mean_ms + half
 
 
@@ -96,7 +96,7 @@ def gain(
         raise ValueError(f"need two or more pairs, got {len(baseline_ms)} and {len(candidate_ms)}")
     ratios = np.log(candidate_ms) - np.log(baseline_ms)
     n = len(ratios)
-    half = float(stats.t.isf(alpha, n - 1)) * float(np.std(ratios, ddof=1)) / math.sqrt(n)
+    half = float(scipy.stats.t.isf(alpha, n - 1)) * float(np.std(ratios, ddof=1)) / math.sqrt(n)
     center = float(np.mean(ratios))
     # A spread that no finite number holds gives no bound, and never a verdict.
     low, high, mean = (1 - math.exp(min(x, 700.0)) for x in (center + half, center - half, center))

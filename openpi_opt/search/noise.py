@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import scipy  # its `stats` takes a second to load, so when it is used: --help does not
 from numpy.typing import NDArray
-from scipy import stats
 
 Array = NDArray[np.float64]
 
@@ -66,7 +66,7 @@ class Noise:
         freedom = total**2 / sum(variance**2 / worth for variance, worth in parts)
         if self.baseline == self.contenders:  # one sample, not two
             freedom /= 2
-        return self.tau * math.sqrt(freedom / float(stats.chi2.ppf(1 - CONFIDENCE, freedom)))
+        return self.tau * math.sqrt(freedom / float(scipy.stats.chi2.ppf(1 - CONFIDENCE, freedom)))
 
     @cached_property
     def excess_kurtosis(self) -> float:
@@ -80,7 +80,7 @@ class Noise:
         drawn = drawn - self._draw(self.baseline, (_DRAWS, pairs), 2)
         means = -math.log1p(-gain) + drawn.mean(axis=1)
         deviations = drawn.std(axis=1, ddof=1)
-        critical = float(stats.t.isf(alpha, pairs - 1))
+        critical = float(scipy.stats.t.isf(alpha, pairs - 1))
         return float(np.mean(means > critical * deviations / math.sqrt(pairs)))
 
     def chance_selected(self, gain: float, runs: int, contenders: int, finalists: int) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+import scipy  # its `stats` takes a second to load, so when it is used: --help does not
 
 from openpi_opt.search import promise
 from openpi_opt.search.confirm import Gain, gain
@@ -68,9 +68,9 @@ def compare(first_ms: Sequence[float], second_ms: Sequence[float], seed: int = 0
         certain = float(differences[0] == 0)
         same = math.expm1(float(differences[0]))
         return Compared(differences.tolist(), same, same, same, certain, certain, judged)
-    test = stats.ttest_1samp(differences, 0.0)
+    test = scipy.stats.ttest_1samp(differences, 0.0)
     interval = test.confidence_interval(CONFIDENCE)
-    flipped = stats.permutation_test(
+    flipped = scipy.stats.permutation_test(
         (second, first),
         lambda x, y, axis: np.mean(x - y, axis=axis),
         permutation_type="samples",
@@ -119,17 +119,18 @@ def spread_of(means_ms: Sequence[float]) -> Spread:
     tau, freedom = promise.spread(means_ms), len(logs) - 1
     tail = (1 - CONFIDENCE) / 2
     low, high = (
-        tau.value * math.sqrt(freedom / float(stats.chi2.ppf(q, freedom))) for q in (1 - tail, tail)
+        tau.value * math.sqrt(freedom / float(scipy.stats.chi2.ppf(q, freedom)))
+        for q in (1 - tail, tail)
     )
     if tau.value == 0:
         return Spread(0.0, 0.0, 0.0, len(logs), 0.0, 0.0, 1.0)
-    rank = stats.kendalltau(np.arange(len(logs)), logs)
+    rank = scipy.stats.kendalltau(np.arange(len(logs)), logs)
     return Spread(
         tau=tau.value,
         low=low,
         high=high,
         processes=len(logs),
-        excess_kurtosis=float(stats.kurtosis(logs, bias=False)),
+        excess_kurtosis=float(scipy.stats.kurtosis(logs, bias=False)),
         trend=float(rank.statistic),
         trend_p=float(rank.pvalue),
     )

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import scipy  # its `stats` takes a second to load, so when it is used: --help does not
 from pydantic import BaseModel, ConfigDict
-from scipy import stats
 
 from openpi_opt.search.noise import CONFIDENCE, Noise
 
@@ -71,7 +71,9 @@ class Tau:
     def upper(self) -> float:
         """Upper bound at `TAU_CONFIDENCE`: (n - 1) s² / tau² is chi-squared with n - 1 degrees."""
         freedom = self.processes - 1
-        return self.value * math.sqrt(freedom / float(stats.chi2.ppf(1 - TAU_CONFIDENCE, freedom)))
+        return self.value * math.sqrt(
+            freedom / float(scipy.stats.chi2.ppf(1 - TAU_CONFIDENCE, freedom))
+        )
 
 
 def spread(means_ms: Sequence[float]) -> Tau:
@@ -107,10 +109,10 @@ def power(gain: float, tau: float, pairs: int, alpha: float) -> float:
     if tau <= 0:
         return 1.0
     shift = -math.log1p(-gain) * math.sqrt(pairs / 2) / tau
-    critical = float(stats.t.isf(alpha, pairs - 1))
+    critical = float(scipy.stats.t.isf(alpha, pairs - 1))
     if shift > critical + 40:  # beyond what the noncentral t computes, and certain
         return 1.0
-    return float(stats.nct.sf(critical, pairs - 1, shift))
+    return float(scipy.stats.nct.sf(critical, pairs - 1, shift))
 
 
 @lru_cache(maxsize=65_536)
@@ -142,7 +144,9 @@ def chance_selected(gain: float, tau: float, runs: int, contenders: int, finalis
     if contenders <= finalists:
         return 1.0
     shift = -math.log1p(-gain) * math.sqrt(runs) / tau if tau > 0 else math.inf
-    overtaken = stats.binom.cdf(finalists - 1, contenders - 1, stats.norm.sf(_NODES + shift))
+    overtaken = scipy.stats.binom.cdf(
+        finalists - 1, contenders - 1, scipy.stats.norm.sf(_NODES + shift)
+    )
     return float(np.sum(_WEIGHTS * overtaken) / math.sqrt(2 * math.pi))
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy  # its `stats` takes a second to load, so when it is used: --help does not
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from scipy import stats
 
 from openpi_opt import result as results
 from openpi_opt.errors import UserError
@@ -57,7 +57,7 @@ class Rate:
 
     def interval(self) -> tuple[float, float]:
         """95% interval."""
-        found = stats.binomtest(self.count, self.of).proportion_ci(0.95, method="exact")
+        found = scipy.stats.binomtest(self.count, self.of).proportion_ci(0.95, method="exact")
         return float(found.low), float(found.high)
 
     def __str__(self) -> str:
