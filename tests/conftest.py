@@ -6,8 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from openpi_opt.search.devices import LEASES_VARIABLE
+
+# A deadline for an example would fail on a machine that others use, too.
+settings.register_profile("openpi_opt", parent=settings(), deadline=None)
+settings.load_profile("openpi_opt")
 
 
 @pytest.fixture(autouse=True, scope="session")
