@@ -10,9 +10,9 @@ from hypothesis import settings
 
 from openpi_opt.search.devices import LEASES_VARIABLE
 
-# How long an example takes is a matter of what else the machine does, and no property.
-settings.register_profile("project", deadline=None)
-settings.load_profile("project")
+# A deadline for an example would fail on a machine that others use, too.
+settings.register_profile("openpi_opt", parent=settings(), deadline=None)
+settings.load_profile("openpi_opt")
 
 
 @pytest.fixture(autouse=True, scope="session")

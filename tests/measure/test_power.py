@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,17 +79,23 @@ def test_a_counter_in_steps_is_read_at_its_steps(monkeypatch: pytest.MonkeyPatch
         assert joule == pytest.approx(WATT * seconds, abs=WATT * 0.001)
 
 
-def test_samples_are_integrated_over_uneven_gaps() -> None:
+def test_samples_are_integrated_over_uneven_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Power that rises evenly: the trapezoid is exact whatever the moments of the samples."""
-    start = time.monotonic()
-    meter = power.SampleMeter("nvml_samples", lambda: 100 + 1000 * (time.monotonic() - start))
-    earliest = time.monotonic() - start
+    start, moments, seen = time.monotonic(), list[float](), threading.local()
+
+    def now() -> float:
+        seen.now = time.monotonic() - start
+        moments.append(seen.now)
+        return float(seen.now)
+
+    monkeypatch.setattr(power, "time", SimpleNamespace(monotonic=now))
+    meter = power.SampleMeter("nvml_samples", lambda: 100 + 1000 * seen.now)
     meter.start()
-    latest = time.monotonic() - start  # a busy machine may pause in between
     time.sleep(0.3)
     joule, seconds = meter.stop(0.0)
-    low, high = (seconds * (100 + 1000 * (began + seconds / 2)) for began in (earliest, latest))
-    assert 0.98 * low < joule < 1.02 * high
+    assert len(moments) > 3
+    assert seconds == moments[-1] - moments[0] >= 0.3
+    assert joule == pytest.approx(seconds * (100 + 1000 * (moments[0] + moments[-1]) / 2))
 
 
 def test_a_run_gives_joules_per_call_and_observations_per_joule(

@@ -49,7 +49,7 @@ class Host:
 
     def run(self, *words: str) -> str:
         process = self.start(*words)
-        _, err = process.communicate(timeout=90)
+        _, err = process.communicate(timeout=180)
         assert process.returncode == 0, err
         return err
 
@@ -88,7 +88,7 @@ class Host:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -171,7 +171,7 @@ def test_sweeps_in_processes_of_their_own_share_one_study(host: Host) -> None:
     wait_for(lambda: host.starts.exists() and len(host.started()) > 3)
     sweeps[0].kill()  # the other one takes over
     for sweep in sweeps:
-        _, err = sweep.communicate(timeout=90)
+        _, err = sweep.communicate(timeout=180)
     assert sweeps[1].returncode == 0, err
     assert sorted(host.seeds()) == list(range(12))
     assert [record.number for record in host.records] == list(range(12))
@@ -195,7 +195,7 @@ def test_an_interruption_says_what_is_kept_and_leaves_nothing(host: Host) -> Non
     sweep = host.start("--seeds", "2", "--seconds", "30")
     wait_for(host.processes)
     sweep.send_signal(signal.SIGINT)
-    _, err = sweep.communicate(timeout=20)
+    _, err = sweep.communicate(timeout=60)
     assert sweep.returncode == 130
     assert "0 finished trial(s) are kept, and 1 running ended" in err
     assert "Traceback" not in err
