@@ -132,6 +132,7 @@ def measure(found: Pairs, limit_s: float | None) -> None:
     started, known = time.monotonic(), len(found.runs.journal.records())
     rounds = draw_rounds(ROLES, found.planned, found.seed)
     order: list[tuple[Role, int | None]] = []  # None: not judged
+    whole: list[Process] = []
 
     def planned() -> Iterator[Planned]:
         for role in _FIRST:
@@ -139,16 +140,16 @@ def measure(found: Pairs, limit_s: float | None) -> None:
             yield _planned(found, role, "first", 0)
         began = time.monotonic()
         for number, roles in enumerate(rounds):
-            spent = time.monotonic() - began
-            each = _MARGIN * spent / number if number else 0.0
-            if limit_s is not None and time.monotonic() - started + each > limit_s:
+            # Some processes of rounds that were begun have not ended: they are started ahead.
+            now, done = time.monotonic(), len(whole) / len(ROLES)
+            left = _MARGIN * (now - began) / done * (number + 1 - done) if done else 0.0
+            if limit_s is not None and now - started + left > limit_s:
                 say(f"the time is over: {number} of {found.planned} rounds")
                 return
             for role in roles:
                 order.append((role, number))
                 yield _planned(found, role, "round", number)
 
-    whole: list[Process] = []
     # Closed at once when something is raised here, too: a process that was started ahead waits.
     with contextlib.closing(found.runs.in_turn(planned())) as results:
         for place, result in enumerate(results):

@@ -11,7 +11,8 @@ import json
 import math
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,12 +25,12 @@ from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.paths import user_conf_dir
-from openpi_opt.result import Ok, write_atomic
+from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.search import promise, promotion
 from openpi_opt.search.confirm import Confirmed, Subject, changed_knobs
 from openpi_opt.search.contenders import Contender, contenders, short
-from openpi_opt.search.fresh import FreshRuns
-from openpi_opt.search.promotion import Judged, Schedule, Stage, Wanted
+from openpi_opt.search.fresh import FreshRuns, Planned
+from openpi_opt.search.promotion import Judged, Mean, Place, Schedule, Stage, Wanted
 from openpi_opt.search.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
@@ -162,13 +163,25 @@ class ProcessBench:
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
         self.path = _schedule_path(runs.study_dir / "confirm", digest, again)
 
-    def measure(self, key: str, stage: Stage, number: int) -> float | None:
-        """Mean latency in ms of one fresh process, now or from before an interruption."""
-        cfg = self.configs[key]
-        # Confirmation runs belong to their schedule; the others may serve every promotion here.
-        place = (self.path.stem,) if stage == "confirmation" else ()
-        shown = f"{stage} {number + 1}: {short(cfg)}"
-        result = self.runs.measure(cfg, shown, *place, stage, number, retry=not place)
+    def means(self, stage: Stage, places: Iterable[Place]) -> Generator[Mean, None, None]:
+        """Mean latency in ms of fresh processes, now or from before an interruption."""
+        asked: list[tuple[str, int, str]] = []
+
+        def planned() -> Iterator[Planned]:
+            # Confirmation runs belong to their schedule; the others may serve every promotion here.
+            place = (self.path.stem,) if stage == "confirmation" else ()
+            for key, number in places:
+                cfg = self.configs[key]
+                shown = f"{stage} {number + 1}: {short(cfg)}"
+                asked.append((key, number, shown))
+                yield Planned(cfg, shown, (*place, stage, number), retry=not place)
+
+        with closing(self.runs.in_turn(planned())) as results:
+            for place, result in enumerate(results):
+                key, number, shown = asked[place]
+                yield key, number, self._mean(key, shown, result)
+
+    def _mean(self, key: str, shown: str, result: TrialResult) -> float | None:
         if not isinstance(result, Ok):
             return None
         over = self._criteria.over(result)

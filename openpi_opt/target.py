@@ -6,7 +6,8 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,15 @@ from openpi_opt.machine import probe
 from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.search.confirm import Confirmed, Subject
 from openpi_opt.search.contenders import contenders
-from openpi_opt.search.fresh import FreshRuns
-from openpi_opt.search.promotion import BaselineError, Stage, draw_rounds, measure_rounds
+from openpi_opt.search.fresh import FreshRuns, Planned
+from openpi_opt.search.promotion import (
+    BaselineError,
+    Mean,
+    Place,
+    Stage,
+    draw_rounds,
+    measure_rounds,
+)
 from openpi_opt.search.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.search.steps import Target
 from openpi_opt.search.trials import refused
@@ -42,10 +50,10 @@ class Session:
     seed: int
     rounds: int
 
-    def result(self, cfg: Config, stage: str, number: int, shown: str) -> TrialResult:
-        """One fresh process, now or from before an interruption."""
+    def planned(self, cfg: Config, stage: str, number: int, shown: str) -> Planned:
+        """One fresh process of a stage."""
         place = (self.verb, self.target.config.hash(), self.seed, stage, number)
-        return self.runs.measure(cfg, f"{stage} {number + 1}: {shown}", *place)
+        return Planned(cfg, f"{stage} {number + 1}: {shown}", place)
 
     def interleaved(
         self, configs: Mapping[str, Config], needed: str, stage: str, rounds: int
@@ -143,12 +151,22 @@ class _Bench:
     stage: str
     failed: dict[str, TrialResult] = field(default_factory=dict)
 
-    def measure(self, key: str, stage: Stage, number: int) -> float | None:
-        result = self.session.result(self.configs[key], self.stage, number, self.names[key])
-        if isinstance(result, Ok):
-            return result.latency.mean_ms
-        self.failed[key] = result
-        return None
+    def means(self, stage: Stage, places: Iterable[Place]) -> Generator[Mean, None, None]:
+        asked: list[Place] = []
+
+        def planned() -> Iterator[Planned]:
+            for key, number in places:
+                asked.append((key, number))
+                yield self.session.planned(self.configs[key], self.stage, number, self.names[key])
+
+        with closing(self.session.runs.in_turn(planned())) as results:
+            for place, result in enumerate(results):
+                key, number = asked[place]
+                if isinstance(result, Ok):
+                    yield key, number, result.latency.mean_ms
+                else:
+                    self.failed.setdefault(key, result)
+                    yield key, number, None
 
 
 def why(result: TrialResult) -> str:

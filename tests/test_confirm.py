@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from openpi_opt.search.noise import Noise
 from openpi_opt.search.promise import Costs, Tau, TooShortError, make_plan, power, spread
 from openpi_opt.search.promotion import (
     BaselineError,
+    Mean,
+    Place,
     Schedule,
     Stage,
     Wanted,
@@ -215,16 +218,26 @@ def test_tau_is_the_relative_spread_with_its_bound() -> None:
 class Script:
     """A bench that answers from a function and remembers what it was asked."""
 
-    def __init__(self, answer: Callable[[str, Stage, int], float | None]):
-        self.answer = answer
+    def __init__(self, answer: Callable[[str, Stage, int], float | None], ahead: int = 0):
+        self.answer, self.ahead = answer, ahead
         self.asked: list[tuple[str, Stage, int]] = []
         self.notes: list[str] = []
         self.kept: list[tuple[int, Schedule]] = []
         self.earlier: Schedule | None = None
 
-    def measure(self, key: str, stage: Stage, number: int) -> float | None:
+    def means(self, stage: Stage, places: Iterable[Place]) -> Generator[Mean, None, None]:
+        """Asks for `ahead` places more than it has answered, as processes are started."""
+        begun: deque[Place] = deque()
+        for place in places:
+            begun.append(place)
+            if len(begun) > self.ahead:
+                yield self._mean(stage, *begun.popleft())
+        for place in begun:
+            yield self._mean(stage, *place)
+
+    def _mean(self, stage: Stage, key: str, number: int) -> Mean:
         self.asked.append((key, stage, number))
-        return self.answer(key, stage, number)
+        return key, number, self.answer(key, stage, number)
 
     def seconds(self, key: str) -> float:
         return 10.0
@@ -299,6 +312,21 @@ def test_what_fails_is_dropped_and_not_run_again() -> None:
     assert judged.dropped == ["c7"]
     assert [n for key, _, n in bench.asked if key == "c7"] == [0, 1]
     assert "c7" not in {c.subject.key for c in judged.candidates}
+
+
+@pytest.mark.parametrize("stage", ["screening", "confirmation"])
+def test_processes_that_are_started_ahead_change_nothing(stage: str) -> None:
+    def failing(key: str, at: Stage, number: int) -> float | None:
+        fails = key == "c6" and at == stage and number == 1
+        return None if fails else answer(key, at, number)
+
+    wanted = Wanted(seed=1, finalists=3, limit_s=7200, known=0)
+    one_by_one, ahead = (
+        run(Script(failing, n), Subject("base"), subjects(), wanted) for n in (0, 4)
+    )
+    assert ahead == one_by_one
+    assert ("c6" in ahead.dropped) == (stage == "confirmation")
+    assert "c6" not in {c.subject.key for c in ahead.candidates}
 
 
 @pytest.mark.parametrize("stage", ["tau", "confirmation"])
@@ -383,8 +411,10 @@ def test_the_simulator_sees_what_a_naive_choice_does() -> None:
     scene = simulate.Scene(np.zeros(60))
     benches = [simulate.SimulatedBench(scene, noise, seed) for seed in range(100)]
     naive = sum(
-        min(s.first_ms for s in bench.subjects()) < bench.measure(simulate.BASELINE, "tau", 0)
+        min(s.first_ms for s in bench.subjects()) < mean
         for bench in benches
+        for _, _, mean in bench.means("tau", [(simulate.BASELINE, 0)])
+        if mean is not None
     )
     assert naive > 90
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,26 @@ MAX_THROTTLED = 3
 COOLING_S = 15.0
 # What a process takes as long as none has been seen.
 _UNKNOWN_S = 60.0
+# Processes that import ahead of their turn (`search.relay`): each wants some cores for itself, and
+# more than these save little.
+_CORES_AHEAD = 4
+_MAX_AHEAD = 4
+# Phases before a process has the device, and those of a trial that a confirmation leaves out.
+_STARTING = ("start", "import", "wait")
+_ONCE = ("reference", "ceilings", "profile", "energy")
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A process that is to run: its configuration, what is said of it, and its place."""
+    """A process that is to run: its configuration, what is said of it, and its place.
+
+    With `retry` one that was not ok in an earlier session runs again, and else that is final.
+    """
 
     config: Config
     shown: str
     place: tuple[str | int, ...]
+    retry: bool = False
 
 
 class FreshRuns:
@@ -72,61 +84,53 @@ class FreshRuns:
         self._fingerprint: dict[str, Any] | None = None
         self._new: set[str] = set()  # processes of this session
 
-    def measure(
-        self, cfg: Config, shown: str, *place: str | int, retry: bool = False
-    ) -> TrialResult:
-        """The result of the process at `place`; `shown` is what is said of it.
-
-        With `retry` one that was not ok in an earlier session runs again, and else that is final.
-        Only within `alone`.
-
-        Raises:
-            UserError: the GPU stays throttled, or the store cannot be written.
-        """
-        uid, attempt = self.uid(cfg, *place), 0
-        while (known := self.journal.by_uid(uid)) is not None:
-            if isinstance(known.result, Ok) or not retry or uid in self._new:
-                self._say(f"  {shown}: {_summary(known.result)} (known)")
-                return known.result
-            attempt += 1
-            uid = self.uid(cfg, *place, f"attempt {attempt}")
-        self._new.add(uid)
-        folder = self.study_dir / "confirm" / uid
-        result = self._without_process(cfg, folder) or self._unthrottled(
-            _quick(cfg), shown, lambda quick: self._start(quick, folder)
-        )
-        return self._told(cfg, shown, uid, result)
+    def measure(self, planned: Planned) -> TrialResult:
+        """The result of one process: `in_turn` of it alone."""
+        [result] = self.in_turn([planned])
+        return result
 
     def in_turn(self, planned: Iterable[Planned]) -> Generator[TrialResult, None, None]:
-        """The results of all `planned`, in order, each process started ahead (`search.relay`).
+        """The results of all `planned`, in order, some processes started ahead (`search.relay`).
 
-        A process that the journal has does not run again. `planned` is asked for the next one when
+        A process that the journal has does not run again. `planned` is asked for the next ones when
         the present one gets the device. Only within `alone`.
 
         Raises:
             UserError: the GPU stays throttled, or the store cannot be written.
         """
-        begun: list[tuple[Planned, str]] = []
+        assert self._lease is not None, "measure only within `alone`"
+        begun: list[tuple[Planned, str, TrialResult | None]] = []
 
         def jobs() -> Iterator[Callable[[Turn], TrialResult | None]]:
             for each in planned:
-                uid = self.uid(each.config, *each.place)
-                begun.append((each, uid))
-                if self.journal.by_uid(uid) is None:
+                uid, known = self._known(each)
+                begun.append((each, uid, known))
+                if known is None:
+                    self._new.add(uid)
                     yield self._job(each, self.study_dir / "confirm" / uid)
                 else:
                     yield lambda _: None
 
-        with closing(Relay(jobs()).results()) as results:
+        ahead = min(_MAX_AHEAD, max(1, len(self._lease.slot.cores) // _CORES_AHEAD))
+        with closing(Relay(jobs(), ahead).results()) as results:
             for number, result in enumerate(results):
-                each, uid = begun[number]
-                if result is None:
-                    known = self.journal.by_uid(uid)
-                    assert known is not None
-                    self._say(f"  {each.shown}: {_summary(known.result)} (known)")
-                    yield known.result
+                each, uid, known = begun[number]
+                if known is not None:
+                    self._say(f"  {each.shown}: {_summary(known)} (known)")
+                    yield known
                 else:
+                    assert result is not None
                     yield self._told(each.config, each.shown, uid, result)
+
+    def _known(self, each: Planned) -> tuple[str, TrialResult | None]:
+        """The identity of a process, and its result if it need not run."""
+        uid, attempt = self.uid(each.config, *each.place), 0
+        while (record := self.journal.by_uid(uid)) is not None:
+            if isinstance(record.result, Ok) or not each.retry or uid in self._new:
+                return uid, record.result
+            attempt += 1
+            uid = self.uid(each.config, *each.place, f"attempt {attempt}")
+        return uid, None
 
     def uid(self, cfg: Config, *place: str | int) -> str:
         """Identity of the process at `place` on this GPU: 32 hexadecimal digits."""
@@ -154,15 +158,23 @@ class FreshRuns:
         return fingerprint_hash(self.fingerprint(cfg))
 
     def seconds(self, cfg: Config) -> float:
-        """What a process of `cfg` takes from start to end, by the journal; 60 when it knows none.
+        """What a process of `cfg` adds to a session, by the journal; 60 when it knows none.
 
-        From the start that the process noted to the line in the journal: kernels that compile
-        once and are cached make the first process of a configuration the longest.
+        Its own work is that of its last processes: kernels that compile once and are cached make
+        the first of a configuration the longest. Starting is shared by those that import side by
+        side, so that is the mean over the last processes of any configuration.
         """
-        same = [r for r in self.journal.records() if isinstance(r.result, Ok)]
-        mine = [r for r in same if r.result.config_hash == cfg.hash()]
-        spans = [_span(record) for record in (mine or same)[-3:]]
-        return sum(spans) / len(spans) if spans else _UNKNOWN_S
+        took = [_Took.of(record) for record in self.journal.records()]
+        ok = [each for each in took if each.ok]
+        if not ok:
+            return _UNKNOWN_S
+        mine = [each for each in ok if each.config_hash == cfg.hash()][-3:] or ok[-3:]
+        confirming = [each for each in ok if each.confirming]
+        starts = [each.starting(each.started) for each in confirming[:1] or mine]
+        starts += [each.starting(before.ended) for before, each in pairwise(confirming)]
+        # A session that was killed or asleep took longer than its processes.
+        starting = [min(max(0.0, each), _UNKNOWN_S) for each in starts[-2 * _MAX_AHEAD :]]
+        return sum(each.work for each in mine) / len(mine) + sum(starting) / len(starting)
 
     def deliver(self, record: Record) -> None:
         """Log a record to MLflow, if it takes it; the journal has it anyhow."""
@@ -257,8 +269,8 @@ class FreshRuns:
         self,
         cfg: Config,
         folder: Path,
-        on_phase: Callable[[str], None] = lambda phase: None,
-        gate: Gate | None = None,
+        on_phase: Callable[[str], None],
+        gate: Gate,
     ) -> TrialResult:
         assert self._lease is not None, "measure only within `alone`"
         place = Place(
@@ -266,8 +278,8 @@ class FreshRuns:
             uid=folder.name,
             caches=self._store.caches / self.fingerprint_hash(cfg),
             fds=self._lease.fds,
-            stop=gate.stop if gate else None,
-            gate=gate.fd if gate else None,
+            stop=gate.stop,
+            gate=gate.fd,
         )
         references, machine = self._store.references, self.machine
         try:
@@ -320,11 +332,36 @@ def throttled(result: TrialResult) -> bool:
     return any(check.name == "gpu_clock" and check.status == "flag" for check in checks)
 
 
-def _span(record: Record) -> float:
-    start = datetime.fromisoformat(record.result.started_at)
-    end = datetime.fromisoformat(record.created_at.replace("Z", "+00:00"))
-    booked = sum(record.result.phase_seconds.values())
-    return max(booked, min((end - start).total_seconds(), booked + _UNKNOWN_S))
+@dataclass(frozen=True)
+class _Took:
+    """When a process was there, and what it did: seconds `booked` after its imports, and of these
+    the `work` that a process of a confirmation does, too."""
+
+    ok: bool
+    confirming: bool
+    config_hash: str
+    started: datetime
+    ended: datetime
+    booked: float
+    work: float
+
+    def starting(self, free: datetime) -> float:
+        """Seconds that it took besides, from when the device was free at the earliest."""
+        return (self.ended - max(self.started, free)).total_seconds() - self.booked
+
+    @staticmethod
+    def of(record: Record) -> _Took:
+        result = record.result
+        phases = {k: v for k, v in result.phase_seconds.items() if k not in _STARTING}
+        return _Took(
+            ok=isinstance(result, Ok),
+            confirming=record.role == "confirm",
+            config_hash=result.config_hash,
+            started=datetime.fromisoformat(result.started_at),
+            ended=datetime.fromisoformat(record.created_at.replace("Z", "+00:00")),
+            booked=sum(phases.values()),
+            work=sum(v for k, v in phases.items() if k not in _ONCE),
+        )
 
 
 def _summary(result: TrialResult) -> str:

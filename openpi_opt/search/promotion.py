@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
@@ -49,11 +50,20 @@ class Schedule(BaseModel):
     promise: Promise | None
 
 
+# A configuration's key, and the number of its process in the stage.
+Place = tuple[str, int]
+# With the mean latency of that process in ms; None: it was not ok.
+Mean = tuple[str, int, float | None]
+
+
 class Measurer(Protocol):
     """Who measures."""
 
-    def measure(self, key: str, stage: Stage, number: int) -> float | None:
-        """Mean latency in ms of one fresh process, the `number`-th of its stage; None: not ok."""
+    def means(self, stage: Stage, places: Iterable[Place]) -> Generator[Mean, None, None]:
+        """Mean latency in ms of one fresh process for each place, in order; None: not ok.
+
+        Some places are asked for before the means of those in front of them are there.
+        """
 
 
 class Bench(Measurer, Protocol):
@@ -148,11 +158,13 @@ def measure_rounds(
     """
     found: dict[str, list[float]] = {key: [] for order in rounds for key in order}
     dropped: list[str] = []
-    for number, order in enumerate(rounds):
-        for key in order:
+    places = (
+        (key, number) for number, order in enumerate(rounds) for key in order if key not in dropped
+    )
+    with closing(bench.means("confirmation", places)) as means:
+        for key, _, mean in means:
             if key in dropped:
-                continue
-            mean = bench.measure(key, "confirmation", number)
+                continue  # it had been started ahead
             if mean is not None:
                 found[key].append(mean)
             elif key == needed:
@@ -234,13 +246,13 @@ def _schedule(
 
 
 def _measure_tau(bench: Bench, baseline: Subject, processes: int) -> list[float]:
-    means: list[float] = []
-    for number in range(processes):
-        mean = bench.measure(baseline.key, "tau", number)
-        if mean is None:
-            raise BaselineError
-        means.append(mean)
-    return means
+    found: list[float] = []
+    with closing(bench.means("tau", ((baseline.key, n) for n in range(processes)))) as means:
+        for _, _, mean in means:
+            if mean is None:
+                raise BaselineError
+            found.append(mean)
+    return found
 
 
 def _near(contenders: Sequence[Subject], places: int, tau: Tau) -> list[Subject]:
@@ -275,16 +287,20 @@ class _Screening:
         """Measure until each contender has so many processes."""
         # The first rounds are the same however many are drawn.
         rounds = draw_rounds([key for key, _ in self._first], runs - self._known, self._seed)
-        for number, order in enumerate(rounds):
-            if number < self.runs - self._known:
-                continue
-            for key in order:
-                if key in self._left:
-                    mean = self._bench.measure(key, "screening", number)
-                    if mean is None:
-                        self._left.remove(key)
-                    else:
-                        self._new.append((key, math.log(mean)))
+        places = (
+            (key, number)
+            for number, order in enumerate(rounds)
+            for key in order
+            if number >= self.runs - self._known and key in self._left
+        )
+        with closing(self._bench.means("screening", places)) as means:
+            for key, _, mean in means:
+                if key not in self._left:
+                    continue  # it had been started ahead
+                if mean is None:
+                    self._left.remove(key)
+                else:
+                    self._new.append((key, math.log(mean)))
         self.runs = max(self.runs, runs)
 
     def fit(self) -> Fit:

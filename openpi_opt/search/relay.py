@@ -1,15 +1,15 @@
-"""Fresh processes in turn on one device, the next one importing while the present one loads.
+"""Fresh processes in turn on one device, the next ones importing while the present one loads.
 
-Of the ten seconds that a process of the full model takes on an H100, half go into starting Python
-and importing torch, where the device is not wanted. So the next process is started early and stops
-at two gates:
+Of the ten seconds that a process of the full model takes on an H100, seven go into starting Python
+and importing torch, where the device is not wanted. So the next few are started early, side by
+side, and stop at two gates:
 
     import | gate | load, compile, warm up, guard | gate | measure | end
 
-It passes the first when the process before it has ended: there is never more than one process on
-the device. The present one passes the second when the next waits at its first: while something is
-measured the next process sleeps, and nothing else of this project runs. So what is measured is what
-a process alone would measure; only the waiting is shorter.
+A process passes the first when the one before it has ended: there is never more than one on the
+device. It passes the second when all that were started wait at their first: while something is
+measured the others sleep, and nothing else of this project runs. So what is measured is what a
+process alone would measure; only the waiting is shorter.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import contextlib
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -88,20 +89,27 @@ class _Runner(Generic[R]):
 
 
 class Relay(Generic[R]):
-    """Runs jobs in their order. A job gets a `Turn` and returns what became of its process."""
+    """Runs jobs in their order. A job gets a `Turn` and returns what became of its process.
 
-    def __init__(self, jobs: Iterable[Job[R]]):
+    When none waits any more, the next `ahead` are started at once.
+    """
+
+    def __init__(self, jobs: Iterable[Job[R]], ahead: int = 1):
+        if ahead < 1:
+            raise ValueError(f"ahead must be at least 1, got {ahead}")
         self._jobs = iter(jobs)
+        self._ahead: deque[_Runner[R]] = deque()
+        self._count = ahead
         self._events: queue.SimpleQueue[tuple[_Runner[R], str | None]] = queue.SimpleQueue()
         self._stop = Stop()
 
     def results(self) -> Generator[R, None, None]:
-        """The results in order. The next job is asked for when the present one gets the device.
+        """The results in order. The next jobs are asked for when the present one gets the device.
 
         Raises:
             BaseException: what a job raised; those begun are ended first.
         """
-        current, ahead = self._start(), None
+        current = self._start()
         try:
             while current is not None:
                 if not current.ended:
@@ -109,27 +117,29 @@ class Relay(Generic[R]):
                 if current.ended:
                     if current.error is not None:
                         raise current.error
-                    done = current.outcome[0]
-                    current, ahead = ahead or self._start(), None
-                    if current is not None and current.waiting:
-                        ahead = self._pass_first(current)
+                    done, current = current.outcome[0], None
+                    if self._ahead:
+                        current = self._ahead.popleft()
+                        if current.waiting:
+                            self._pass_first(current)
                     yield done
+                    current = current or self._start()
                 elif current.waiting and current.passed == 0:
-                    ahead = self._pass_first(current, ahead)
-                elif current.waiting and (ahead is None or ahead.out_of_the_way):
+                    self._pass_first(current)
+                elif current.waiting and all(each.out_of_the_way for each in self._ahead):
                     self._let_pass(current)
         finally:
             self._stop.set()
-            for runner in (current, ahead):
+            for runner in (current, *self._ahead):
                 if runner is not None:
                     runner.thread.join()
 
-    def _pass_first(
-        self, current: _Runner[R], ahead: _Runner[R] | None = None
-    ) -> _Runner[R] | None:
-        """Give `current` the device, and start the next one, unless it was started before."""
+    def _pass_first(self, current: _Runner[R]) -> None:
+        """Give `current` the device, and start the next ones, unless some were started before."""
         self._let_pass(current)
-        return ahead or self._start()
+        if not self._ahead:
+            begun = (self._start() for _ in range(self._count))
+            self._ahead.extend(runner for runner in begun if runner is not None)
 
     def _let_pass(self, runner: _Runner[R]) -> None:
         runner.waiting = False

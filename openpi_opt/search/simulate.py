@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.result import Ok
 from openpi_opt.search import promotion
 from openpi_opt.search.confirm import Subject
-from openpi_opt.search.promotion import Judged, Schedule, Stage, Wanted
+from openpi_opt.search.promotion import Judged, Mean, Place, Schedule, Stage, Wanted
 
 BASELINE = "baseline"
 # Any: gains are ratios.
@@ -85,9 +85,10 @@ class SimulatedBench:
             if key != BASELINE
         ]
 
-    def measure(self, key: str, stage: Stage, number: int) -> float:
-        """Draw the mean of a process."""
-        return self._draw(key)
+    def means(self, stage: Stage, places: Iterable[Place]) -> Generator[Mean, None, None]:
+        """Draw the means of processes."""
+        for key, number in places:
+            yield key, number, self._draw(key)
 
     def seconds(self, key: str) -> float:
         """Time is no matter here."""

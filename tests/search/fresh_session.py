@@ -18,7 +18,7 @@ from benchmarks.stub_sweep import MACHINE
 from benchmarks.stub_trial import document
 from openpi_opt import cli
 from openpi_opt.config import Config
-from openpi_opt.search.fresh import FreshRuns
+from openpi_opt.search.fresh import FreshRuns, Planned
 from openpi_opt.search.process import run_trial
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import Store
@@ -36,7 +36,7 @@ def session() -> int:
     runs = FreshRuns(store, journal, None, MACHINE, partial(print, file=sys.stderr), run)
     with runs.alone(CFG):
         for number in range(int(count)):
-            runs.measure(CFG, f"round {number}", "test", number)
+            runs.measure(Planned(CFG, f"round {number}", ("test", number)))
     return 0
 
 
@@ -47,8 +47,11 @@ def trial() -> None:
     parser.add_argument("--in-place", action="store_true")
     for name in ("config", "result", "references"):
         parser.add_argument(f"--{name}", type=Path)
-    parser.add_argument("--progress-fd", type=int)
+    for name in ("progress", "gate"):
+        parser.add_argument(f"--{name}-fd", type=int)
     own = parser.parse_args()
+    for _ in range(2):
+        _pass_gate(own)
     began = time.monotonic()
     with Path(own.trial[1], "starts.txt").open("a") as file:
         file.write(f"{os.getpid()}\n")
@@ -61,6 +64,13 @@ def trial() -> None:
     unfinished = own.result.with_suffix(".tmp")
     unfinished.write_text(json.dumps(document(config, known, 10.0)))
     unfinished.rename(own.result)
+
+
+def _pass_gate(own: argparse.Namespace) -> None:
+    os.write(own.progress_fd, b'{"phase": "wait"}\n')
+    if not os.read(own.gate_fd, 1):
+        sys.exit("the session is gone")
+    os.write(own.progress_fd, b'{"phase": "load"}\n')
 
 
 if __name__ == "__main__":

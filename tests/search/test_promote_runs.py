@@ -19,7 +19,7 @@ from openpi_opt.promote import ProcessBench, confirm
 from openpi_opt.result import Memory, Ok, TrialResult
 from openpi_opt.search import fresh
 from openpi_opt.search.contenders import Contender
-from openpi_opt.search.fresh import FreshRuns
+from openpi_opt.search.fresh import FreshRuns, Planned
 from openpi_opt.search.promotion import Judged, Wanted
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
@@ -135,8 +135,39 @@ def test_less_time_is_another_schedule_with_runs_of_its_own(promotions: Promotio
     judged, _, _ = promotions(Noisy(0.02), limit_s=3000.0)
     longer, run, _ = promotions(Noisy(0.02), limit_s=6000.0)
     assert len(longer.schedule.rounds) > len(judged.schedule.rounds)
-    # A quarter of the first's time was enough for six of each to show the noise, now for seven.
-    assert len(run.ran) == 2 + 3 * len(longer.schedule.rounds)
+    assert len(run.ran) == 3 * len(longer.schedule.rounds), "none of the first's rounds counts"
+
+
+def test_what_a_process_takes_is_its_work_and_its_share_of_starting(
+    promotions: Promotions,
+) -> None:
+    """Four start at once, import for 8 s, and have the device for 3 s one after the other."""
+    runs = promotions.runs(FakeRun(Noisy()))
+    assert runs.seconds(PLAIN) == 60, "nothing is known"
+    own = {"start": 1.0, "import": 7.0, "load": 1.0, "measure": 1.5}
+    for number in range(8):
+        began, place = 20 * (number // 4), number % 4
+        ended = began + 8 + 3 * (place + 1)
+        result = ok(PLAIN, 10.0).model_copy(
+            update={
+                "started_at": f"2026-01-01T00:00:{began:02}+00:00",
+                "phase_seconds": {**own, "wait": 3.0 * place, "reference": 0.25},
+            }
+        )
+        at = f"2026-01-01T00:00:{ended:02}Z"
+        record = Record(
+            uid=f"{number:032x}",
+            study="s",
+            role="confirm",
+            labels={},
+            result=result,
+            fingerprint_hash="",
+            created_at=at,
+        )
+        runs.journal.append(record)
+    # 2.5 s of work; of each 20 s for four 4 * 2.75 are booked after the imports
+    assert runs.seconds(PLAIN) == pytest.approx(2.5 + (20 - 4 * 2.75) / 4)
+    assert runs.seconds(SDPA) == runs.seconds(PLAIN), "by those of another configuration"
 
 
 def test_a_candidate_that_goes_over_a_limit_is_dropped_and_the_baseline_stays(
@@ -234,7 +265,7 @@ def test_a_throttled_process_is_discarded_and_repeated(
     run = FakeRun(hot_at_first)
     runs = promotions.runs(run)
     with runs.alone(PLAIN):
-        result = runs.measure(PLAIN, "tau 1", "tau", 0)
+        result = runs.measure(Planned(PLAIN, "tau 1", ("tau", 0)))
     assert isinstance(result, Ok)
     assert result.latency.mean_ms == 10.0
     assert len(run.ran) == 3
@@ -250,7 +281,7 @@ def test_a_gpu_that_stays_throttled_ends_it(
     run = FakeRun(lambda cfg: ok(cfg, 10.0))
     runs = promotions.runs(run)
     with runs.alone(PLAIN), pytest.raises(UserError, match="throttled in 4 processes"):
-        runs.measure(PLAIN, "tau 1", "tau", 0)
+        runs.measure(Planned(PLAIN, "tau 1", ("tau", 0)))
     assert len(run.ran) == fresh.MAX_THROTTLED + 1
     assert promotions.runs(run).journal.records() == []
 
@@ -272,7 +303,7 @@ def test_what_this_machine_refuses_starts_no_process(promotions: Promotions) -> 
     graph = Config.parse({**CONTEXT, "graph": {"mode": "manual"}})
     runs = promotions.runs(run)
     with runs.alone(PLAIN):
-        result = runs.measure(graph, "x", "tau", 0)
+        result = runs.measure(Planned(graph, "x", ("tau", 0)))
     assert result.outcome == "unavailable"
     assert run.ran == []
 

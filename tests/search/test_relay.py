@@ -82,6 +82,29 @@ def test_one_on_the_device_and_the_next_asleep_while_it_measures(
         assert at[number + 1, "imported"] < at[number, "measure"], "it imported meanwhile"
 
 
+def test_several_import_side_by_side_and_all_sleep_while_one_measures(course: Course) -> None:
+    ended = list(Relay(course.jobs(8, lambda n: 0.5), ahead=3).results())
+    assert [each.returncode for each in ended] == [0] * 8
+    at = course.events()
+    for number in range(7):
+        assert at[number, "end"] < at[number + 1, "device"]
+    for batch in ([1, 2, 3], [4, 5, 6]):
+        began = [at[number, "began"] for number in batch]
+        assert max(began) < min(at[number, "imported"] for number in batch), "not side by side"
+        assert at[batch[0] - 1, "device"] < min(began), "asked for too early"
+        assert max(at[number, "imported"] for number in batch) < at[batch[0] - 1, "measure"]
+    measured = [(at[number, "measure"], at[number, "end"]) for number in range(8)]
+    imported = [(at[number, "began"], at[number, "imported"]) for number in range(8)]
+    assert not [
+        1 for low, high in measured for begin, end in imported if begin < high and end > low
+    ]
+
+
+def test_at_least_one_is_started_ahead() -> None:
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        Relay([], ahead=0)
+
+
 def test_the_next_job_is_asked_for_when_the_present_has_the_device(course: Course) -> None:
     seen = []
     for number, _ in enumerate(Relay(course.jobs(3, lambda n: 0.0)).results()):

@@ -23,7 +23,7 @@ from openpi_opt.paths import package_dir
 from openpi_opt.result import TrialResult
 from openpi_opt.search import devices, locks
 from openpi_opt.search.devices import LEASES_VARIABLE, Devices
-from openpi_opt.search.fresh import FreshRuns
+from openpi_opt.search.fresh import FreshRuns, Planned
 from openpi_opt.search.process import Place
 from openpi_opt.search.reserve import gpu_name, reserve
 from openpi_opt.search.settings import DeviceSettings
@@ -137,7 +137,7 @@ def test_processes_of_another_gpu_are_no_answer(tmp_path: Path) -> None:
     for wanted in (1, 1, 2, None):
         runs = FreshRuns(store, journal, None, HOST, said.append, run)
         with runs.alone(on(), wanted):
-            runs.measure(on(), "x", "tau", 0)
+            runs.measure(Planned(on(), "x", ("tau", 0)))
             seen = runs.fingerprint(on())["gpu"]["uuid"]
     assert ran == ["GPU-1a", "GPU-2a"]
     assert seen == "GPU-2a", "the one of the newest confirmation"
