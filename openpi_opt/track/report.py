@@ -371,16 +371,24 @@ def _reasons(found: Sequence[Row]) -> list[str]:
 
 
 def _flags(found: Sequence[Row]) -> list[str]:
-    """A line for each check that flagged a trial, with the trials; `~` shows the spread already."""
-    flagged: dict[str, list[str]] = {}
+    """A line for each check that flagged a trial, with the trials; `~` shows the spread already.
+
+    Where there are many, what the check said of the later ones is left out, never their numbers.
+    """
+    flagged: dict[str, list[tuple[str, str]]] = {}
     for row in found:
         for check in row.ok.checks if row.ok else []:
             if check.status == "flag" and check.name != "spread":
-                said = f"{row.record.number} ({check.detail.removeprefix(f'{check.name}: ')})"
-                flagged.setdefault(check.name, []).append(said)
-    return [
-        one_line(f"flagged {name}: {', '.join(who)}", MAX_REASON) for name, who in flagged.items()
-    ]
+                said = one_line(check.detail.removeprefix(f"{check.name}: "), MAX_REASON)
+                flagged.setdefault(check.name, []).append((str(row.record.number), said))
+    lines = []
+    for name, who in flagged.items():
+        text, details = f"flagged {name}: ", True
+        for place, (number, said) in enumerate(who):
+            details = details and len(text) + len(said) <= MAX_REASON
+            text += (", " if place else "") + (f"{number} ({said})" if details else number)
+        lines.append(text)
+    return lines
 
 
 def _count_name(kinds: AbstractSet[str]) -> str:

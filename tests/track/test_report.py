@@ -207,6 +207,14 @@ def test_flags_stand_below_the_table() -> None:
     assert f"flagged gpu_clock: 0 ({said}), 1 ({said})" in shown
 
 
+def test_no_flagged_trial_is_left_out_of_a_long_line() -> None:
+    shown = text(numbered(*(record(ok()) for _ in range(40))), 2000)
+    (line,) = (line for line in shown.splitlines() if line.startswith("flagged gpu_clock"))
+    assert "0 (1200 of 1980 MHz before), 1 (1200" in line
+    assert line.endswith(" 37, 38, 39")
+    assert len(line) < 500
+
+
 def test_noise_is_marked() -> None:
     shown = text(numbered(record(ok(noisy=True))))
     assert "~ 10.000" in shown
