@@ -33,7 +33,7 @@ from openpi_opt.search.paired import MIN_PAIRS, Compared, Spread, compare, sprea
 from openpi_opt.search.promotion import draw_rounds
 from openpi_opt.search.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.search.trials import refused
-from openpi_opt.target import percent, why
+from openpi_opt.target import flagged, percent, why
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal, utc_now
 from openpi_opt.track.mlflow_log import MlflowLog
@@ -342,13 +342,7 @@ def _remarks(found: Pairs) -> list[str]:
         f"- seconds of a process on average: {shown}"
         + (f"; one after another every {found.wall_s:.1f} s" if found.wall_s else ""),
     ]
-    flags: dict[str, int] = {}
-    for each in found.processes:
-        for flag in each.flags:
-            name = flag.partition(":")[0]
-            flags[name] = flags.get(name, 0) + 1
-    lines += [f"- flagged {name}: {n} of {len(found.processes)}" for name, n in flags.items()]
-    return lines
+    return [*lines, *(f"- {line}" for line in flagged(each.flags for each in found.processes))]
 
 
 def _trend(spread: Spread) -> str:

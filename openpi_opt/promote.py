@@ -31,6 +31,7 @@ from openpi_opt.search.contenders import Contender, contenders, short
 from openpi_opt.search.fresh import FreshRuns
 from openpi_opt.search.promotion import Judged, Schedule, Stage, Wanted
 from openpi_opt.search.reserve import DEVICE_HELP, gpu_name
+from openpi_opt.target import flagged
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import DEFAULT_STORE, Store
@@ -148,6 +149,8 @@ class ProcessBench:
         self.runs = runs
         self.configs = {cfg.hash(): cfg for cfg in [baseline, *others]}
         self.over: dict[str, dict[str, str]] = {key: {} for key in self.configs}
+        # Of each process that is judged.
+        self.flags: list[list[str]] = []
         self._criteria = judged_by or criteria.Criteria()
         self._baseline = baseline.hash()
         gpu = runs.fingerprint(baseline)["gpu"]
@@ -171,6 +174,8 @@ class ProcessBench:
         result = self.runs.measure(cfg, shown, *place, stage, number, retry=not place)
         if not isinstance(result, Ok):
             return None
+        if stage == "confirmation":
+            self.flags.append(result.flags())
         over = self._criteria.over(result)
         self.over[key] |= over
         if over and key != self._baseline:  # that one is measured to compare with, whatever it has
@@ -312,6 +317,8 @@ def _print_table(bench: ProcessBench, judged: Judged) -> None:
     for key in judged.dropped:
         why = "it went over a limit" if bench.over[key] else "it was not ok"
         cli.say(f"dropped {short(bench.configs[key])}: {why}, see above")
+    for line in flagged(bench.flags):
+        cli.say(line)
     _say_what_holds(bench, judged)
 
 

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class Session:
     folder: Path
     seed: int
     rounds: int
+    # By stage: the flags of each process that was ok.
+    flags: dict[str, list[list[str]]] = field(default_factory=dict)
 
     def result(self, cfg: Config, stage: str, number: int, shown: str) -> TrialResult:
         """One fresh process, now or from before an interruption."""
@@ -146,6 +148,7 @@ class _Bench:
     def measure(self, key: str, stage: Stage, number: int) -> float | None:
         result = self.session.result(self.configs[key], self.stage, number, self.names[key])
         if isinstance(result, Ok):
+            self.session.flags.setdefault(self.stage, []).append(result.flags())
             return result.latency.mean_ms
         self.failed[key] = result
         return None
@@ -154,6 +157,19 @@ class _Bench:
 def why(result: TrialResult) -> str:
     """How a process ended that was not ok."""
     return result.outcome if isinstance(result, Ok) else f"{result.outcome}: {result.reason}"
+
+
+def flagged(processes: Iterable[Sequence[str]]) -> list[str]:
+    """A line for each check that flagged processes: `flagged host_shared: 5 of 24 processes`.
+
+    `processes` has the flags of each, as `result.Ok.flags` gives them.
+    """
+    every = list(processes)
+    names = [name for flags in every for name in {flag.partition(":")[0] for flag in flags}]
+    return [
+        f"flagged {name}: {names.count(name)} of {len(every)} processes"
+        for name in sorted(set(names))
+    ]
 
 
 def parser(verb: str, description: str) -> argparse.ArgumentParser:
