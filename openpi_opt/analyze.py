@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from openpi_opt.analysis.breakdown import Breakdown, Part, analyse
-from openpi_opt.cli import run
+from openpi_opt.cli import least_width, print_uncut, run
 from openpi_opt.errors import UserError
 from openpi_opt.measure.trace import ProfileError
 
@@ -82,7 +82,8 @@ def _print(found: Sequence[Breakdown], top: int) -> None:
     _side_by_side(console, lambda some: _parts("categories", "categories", some), traces)
     if top:
         for label, each in traces:
-            _show(console, _kernels(each, label, top, console.width))
+            console.print()
+            print_uncut(console, _kernels(each, label, top, console.width))
     _side_by_side(console, _gaps, traces)
     console.print()
     for label, each in traces:
@@ -97,26 +98,12 @@ def _side_by_side(console: Console, make: Callable[[Traces], Table], traces: Tra
 
     def fits(count: int) -> bool:
         parts = [traces[i : i + count] for i in range(0, len(traces), count)]
-        return max(_needed(console, make(part)) for part in parts) <= console.width
+        return max(least_width(make(part)) for part in parts) <= console.width
 
     count = next((n for n in range(len(traces), 1, -1) if fits(n)), 1)
     for first in range(0, len(traces), count):
-        _show(console, make(traces[first : first + count]))
-
-
-def _show(console: Console, table: Table) -> None:
-    """Print a table; where the terminal is too narrow its lines run over, no digit is cut off."""
-    width = max(console.width, _needed(console, table))
-    console.print()
-    console.print(table, width=width, crop=False, no_wrap=True)
-
-
-def _needed(console: Console, table: Table) -> int:
-    """The least width in which no cell is cut."""
-    from rich.measure import Measurement
-
-    unlimited = console.options.update(max_width=10_000)
-    return Measurement.get(console, unlimited, table).minimum
+        console.print()
+        print_uncut(console, make(traces[first : first + count]))
 
 
 def _overview(title: str, traces: Traces) -> Table:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 from rich import box
 from rich.console import Console, JustifyMethod
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from openpi_opt.cli import print_uncut
 from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria, pareto
 from openpi_opt.result import Ok
@@ -119,9 +119,7 @@ def print_table(
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     with console.capture() as capture:
         for group in groups(records, allow_lossy, criteria):
-            view = _table(group)
-            needed = Measurement.get(console, console.options, view).minimum
-            console.print(view, width=max(console.width, needed), crop=False, no_wrap=True)
+            print_uncut(console, _table(group))
             console.print(*_below(group), sep="\n", overflow="fold")
     for line in capture.get().splitlines():
         print(line.rstrip())

@@ -58,7 +58,7 @@ def test_table_of_a_small_study() -> None:
     assert "promote confirms it" in lines[9]
 
 
-@pytest.mark.parametrize("width", [40, 80])
+@pytest.mark.parametrize("width", [40, 60, 80])
 def test_a_narrow_terminal_loses_nothing(width: int) -> None:
     """Real pseudo-terminals: text folds, numbers never end in dots, reasons stay whole."""
     why = "attention=aiter needs an AMD GPU with ROCm, or an NVIDIA GPU for its Triton kernels"
@@ -83,6 +83,7 @@ def test_a_narrow_terminal_loses_nothing(width: int) -> None:
         assert part in shown
     assert "".join(why.split()) in "".join(shown.split())
     assert "2, 3 unavailable" in shown
+    assert "vision=s" in shown, "no column of a knob vanishes"
     if width == 80:
         assert max(map(len, shown.splitlines())) <= 80
 
