@@ -281,15 +281,19 @@ def _plain(compared: Compared) -> dict[str, Any]:
     }
 
 
+def _where(found: Pairs) -> str:
+    seen = found.runs.fingerprint(found.a)
+    device = seen["gpu"]["name"] if seen["gpu"] else seen["cpu"]
+    return f"A/A and A/B: {found.a.model.name} on {device}, workload {found.a.workload.name}"
+
+
 def table(found: Pairs) -> str:
     """The result as Markdown."""
-    about = document(found)
-    device = about["machine"]["gpu"] or about["machine"]["cpu"]
     whole = f"{found.rounds} rounds of three fresh processes"
     if found.rounds < found.planned:
         whole += f" ({found.planned} were planned; the time was over)"
     lines = [
-        f"# A/A and A/B: {found.a.model.name} on {device}, workload {found.a.workload.name}",
+        f"# {_where(found)}",
         "",
         f"{whole}, in random order within a round.",
         "",
@@ -408,7 +412,7 @@ def _figure(found: Pairs) -> Any:
         for name, compared in _compared(found)
     ]
     return plots.dots(
-        f"A: {short(found.a)}\nB: {short(found.b)}",
+        f"{_where(found)}\nA: {short(found.a)}\nB: {short(found.b)}",
         [
             plots.Panel(
                 "each process, with its own 95% interval",
