@@ -14,12 +14,13 @@ from typing import Any
 from openpi_opt import cli
 from openpi_opt.errors import UserError
 from openpi_opt.search.confirm import Confirmed, Verdict, gain
-from openpi_opt.target import Session, parser, percent, session, why
+from openpi_opt.target import Session, flagged, parser, percent, session, why
 from openpi_opt.track.plots import Bar
 
 WHOLE = "all knobs"
 # One-sided level of each bound of the 95% intervals.
 ALPHA = 0.025
+_STAGE = "ablation"
 # What the configuration without the knob being so says of the knob.
 _SAYS: dict[Verdict, str] = {
     "slower": "helps",
@@ -97,7 +98,7 @@ def measure(found: Session) -> Ablation:
     every = frozenset(target.knobs)
     configs = {f"without {label}": target.having(every - names) for label, names in labels.items()}
     measured, failed = found.interleaved(
-        {WHOLE: target.config, **configs}, WHOLE, "ablation", found.rounds
+        {WHOLE: target.config, **configs}, WHOLE, _STAGE, found.rounds
     )
     whole = measured[WHOLE]
     losses = []
@@ -131,6 +132,7 @@ def document(found: Session, ablation: Ablation) -> dict[str, Any]:
         ],
         "failed": ablation.failed,
         "remarks": ablation.remarks,
+        "flagged": flagged(found.flags.get(_STAGE, ())),
     }
 
 
@@ -149,9 +151,11 @@ def table(found: Session, ablation: Ablation) -> str:
         cells = [loss.knobs, f"{loss.measured.mean_ms:.3f}", f"{low:.3f} to {high:.3f}"]
         cells += [percent(loss.added), f"{percent(loss.low)} to {percent(loss.high)}", loss.says]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [""] if ablation.failed or ablation.remarks else []
+    flags = flagged(found.flags.get(_STAGE, ()))
+    lines += [""] if ablation.failed or ablation.remarks or flags else []
     lines += [f"- {shown}: {reason}" for shown, reason in ablation.failed.items()]
     lines += [f"- {name} taken away alone: {reason}" for name, reason in ablation.remarks.items()]
+    lines += [f"- {line}" for line in flags]
     return "\n".join(lines) + "\n"
 
 

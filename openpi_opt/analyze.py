@@ -10,21 +10,26 @@ import dataclasses
 import json
 import string
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from openpi_opt.analysis.breakdown import Breakdown, Part, analyse
-from openpi_opt.cli import run
+from openpi_opt.cli import least_width, print_uncut, run
 from openpi_opt.errors import UserError
 from openpi_opt.measure.trace import ProfileError
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
     from rich.table import Table
 
-_PIPE_WIDTH = 160
+_PIPE_WIDTH = 100
 _TOP = 15
+# A name may take two lines: what tells one GEMM from another stands far behind in it.
+_NAME_LINES = 2
+_MIN_NAME = 20
+
+Rows = Sequence[Sequence[str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,64 +70,75 @@ def _print(found: Sequence[Breakdown], top: int) -> None:
     labels = _labels(len(found))
     for label, each in zip(labels, found, strict=True):
         head = f"{label}: {each.file}" if len(found) > 1 else each.file
-        console.print(head, markup=False, soft_wrap=True)
+        console.print(_printable(head), markup=False, soft_wrap=True)
         for note in each.notes:
             console.print(f"   {note}", markup=False, soft_wrap=True)
-    console.print(_overview(found, labels))
+    traces = list(zip(labels, found, strict=True))
+    title = "per inference" if _repeated(found) else ""
+    _side_by_side(console, lambda some: _overview(title, some), traces)
     if any(each.stages for each in found):
         title = "stages" + _source(found)
-        console.print(_parts(title, [each.stages for each in found], found, labels))
-    console.print(_parts("categories", [each.categories for each in found], found, labels))
+        _side_by_side(console, lambda some: _parts(title, "stages", some), traces)
+    _side_by_side(console, lambda some: _parts("categories", "categories", some), traces)
     if top:
-        for label, each in zip(labels, found, strict=True):
-            console.print(_kernels(each, label, top, console.width - 50))
-    console.print(_gaps(found, labels))
-    for label, each in zip(labels, found, strict=True):
+        for label, each in traces:
+            console.print()
+            print_uncut(console, _kernels(each, label, top, console.width))
+    _side_by_side(console, _gaps, traces)
+    console.print()
+    for label, each in traces:
         _print_longest_gaps(console, each, f"{label}: " if len(found) > 1 else "")
 
 
-def _overview(found: Sequence[Breakdown], labels: Sequence[str]) -> RenderableType:
-    table = _table("per inference" if _repeated(found) else "", ["", *labels])
+Traces = Sequence[tuple[str, Breakdown]]
+
+
+def _side_by_side(console: Console, make: Callable[[Traces], Table], traces: Traces) -> None:
+    """As many traces in a table as the width has room for, the others in tables below it."""
+
+    def fits(count: int) -> bool:
+        parts = [traces[i : i + count] for i in range(0, len(traces), count)]
+        return max(least_width(make(part)) for part in parts) <= console.width
+
+    count = next((n for n in range(len(traces), 1, -1) if fits(n)), 1)
+    for first in range(0, len(traces), count):
+        console.print()
+        print_uncut(console, make(traces[first : first + count]))
+
+
+def _overview(title: str, traces: Traces) -> Table:
+    labels, found = [label for label, _ in traces], [each for _, each in traces]
     what = {each.kind for each in found}
-    rows: list[tuple[str, list[str]]] = [
+    rows = [
         ("kernels" if what == {"device_kernels"} else "launches",
-         [_count(each.launches, each) for each in found]),
-        ("sum of their times, ms", [_ms(each.total_ms, each) for each in found]),
-        ("something running, ms", [_ms(each.busy_ms, each) for each in found]),
-        ("first start to last end, ms", [_ms(each.span_ms, each) for each in found]),
-        ("idle, ms", [_ms(each.idle_ms, each) for each in found]),
-        ("idle, share", [_share(each.idle_ms, each.span_ms) for each in found]),
-        ("one denoising step, ms", [_step(each) for each in found]),
-        ("inferences", [str(each.inferences or "unknown") for each in found]),
+         *(_count(each.launches, each) for each in found)),
+        ("sum of their times, ms", *(_ms(each.total_ms, each) for each in found)),
+        ("something running, ms", *(_ms(each.busy_ms, each) for each in found)),
+        ("first start to last end, ms", *(_ms(each.span_ms, each) for each in found)),
+        ("idle, ms", *(_ms(each.idle_ms, each) for each in found)),
+        ("idle, share", *(_share(each.idle_ms, each.span_ms) for each in found)),
+        ("one denoising step, ms", *(_step(each) for each in found)),
+        ("inferences", *(str(each.inferences or "unknown") for each in found)),
     ]  # fmt: skip
-    for name, cells in rows:
-        table.add_row(name, *cells)
-    return table
+    return _table(title, ["", *labels], rows)
 
 
-def _parts(
-    title: str,
-    columns: Sequence[dict[str, Part]],
-    found: Sequence[Breakdown],
-    labels: Sequence[str],
-) -> RenderableType:
+def _parts(title: str, what: Literal["stages", "categories"], traces: Traces) -> Table:
     """A row per part, a group of columns per trace: time, share, launches."""
-    heads = [f"{label} {unit}".strip() for label in labels for unit in ("ms", "share", "launches")]
-    table = _table(title, ["", *heads])
-    names = list(dict.fromkeys(name for parts in columns for name in parts))
-    for name in names:
+    heads = [
+        f"{label}\n{unit}".strip() for label, _ in traces for unit in ("ms", "share", "launches")
+    ]
+    columns: list[dict[str, Part]] = [getattr(each, what) for _, each in traces]
+    rows = []
+    for name in dict.fromkeys(name for parts in columns for name in parts):
         parts = [each.get(name) for each in columns]
-        if not any(part and part.launches for part in parts):
-            continue
-        cells = []
-        for part, each in zip(parts, found, strict=True):
-            cells += _cells(part, each)
-        table.add_row(name, *cells)
-    total = []
-    for parts_of, each in zip(columns, found, strict=True):
+        if any(part and part.launches for part in parts):
+            cells = [_cells(part, each) for part, (_, each) in zip(parts, traces, strict=True)]
+            rows.append([name, *(cell for three in cells for cell in three)])
+    total = ["total"]
+    for parts_of, (_, each) in zip(columns, traces, strict=True):
         total += _cells(Part(each.launches, each.total_ms) if parts_of else None, each)
-    table.add_row("total", *total)
-    return table
+    return _table(title, ["", *heads], [*rows, total])
 
 
 def _cells(part: Part | None, each: Breakdown) -> list[str]:
@@ -131,56 +147,70 @@ def _cells(part: Part | None, each: Breakdown) -> list[str]:
     return [_ms(part.ms, each), _share(part.ms, each.total_ms), _count(part.launches, each)]
 
 
-def _kernels(each: Breakdown, label: str, top: int, width: int) -> RenderableType:
-    table = _table(f"{label} top kernels".strip(), ["ms", "share", "launches", "category", "name"])
-    for row in each.kernels[:top]:
-        table.add_row(
-            _ms(row.ms, each), _share(row.ms, each.total_ms), _count(row.launches, each),
-            row.category, _short(row.name, max(20, width)),
-        )  # fmt: skip
+def _kernels(each: Breakdown, label: str, top: int, width: int) -> Table:
+    heads = ["ms", "share", "launches", "category", "name"]
+    shown = [
+        (_ms(row.ms, each), _share(row.ms, each.total_ms), _count(row.launches, each), row.category)
+        for row in each.kernels[:top]
+    ]
+    taken = sum(max(map(len, [head, *cells])) for head, *cells in zip(heads, *shown, strict=False))
+    room = max(_MIN_NAME, width - taken - 2 * len(heads))
+    rows: list[Sequence[str]] = [
+        (*cells, _short(row.name, _NAME_LINES * room))
+        for cells, row in zip(shown, each.kernels, strict=False)
+    ]
     rest = each.kernels[top:]
     if rest:
         launches, ms = sum(row.launches for row in rest), sum(row.ms for row in rest)
-        table.add_row(
-            _ms(ms, each), _share(ms, each.total_ms), _count(launches, each), "",
-            f"{len(rest)} others",
-        )  # fmt: skip
-    return table
+        cells = _ms(ms, each), _share(ms, each.total_ms), _count(launches, each)
+        rows.append((*cells, "", f"{len(rest)} others"))
+    return _table(f"{label} top kernels".strip(), heads, rows)
 
 
-def _gaps(found: Sequence[Breakdown], labels: Sequence[str]) -> RenderableType:
-    heads = [f"{label} {unit}".strip() for label in labels for unit in ("gaps", "ms")]
-    table = _table("gaps", ["", *heads])
-    bounds = [gap.above_us for gap in found[0].gaps]
+def _gaps(traces: Traces) -> Table:
+    heads = [f"{label} {unit}".strip() for label, _ in traces for unit in ("gaps", "ms")]
+    bounds = [gap.above_us for gap in traces[0][1].gaps]
+    rows = []
     for i, bound in enumerate(bounds):
         following = f" to {bounds[i + 1]:g}" if i + 1 < len(bounds) else ""
         cells = []
-        for each in found:
+        for _, each in traces:
             cells += [_count(each.gaps[i].gaps, each), _ms(each.gaps[i].ms, each)]
-        table.add_row(f"above {bound:g}{following} us", *cells)
-    return table
+        rows.append([f"above {bound:g}{following} us", *cells])
+    return _table("gaps", ["", *heads], rows)
 
 
 def _print_longest_gaps(console: Console, each: Breakdown, label: str) -> None:
+    room = max(_MIN_NAME, (console.width - 50) // 2)
     for gap in each.longest_gaps[:3]:
         text = (
-            f"{label}{gap.us:.1f} us idle at {gap.at_ms:.3f} ms, after {_short(gap.after)}, "
-            f"before {_short(gap.before)}"
+            f"{label}{gap.us:.1f} us idle at {gap.at_ms:.3f} ms, after {_short(gap.after, room)}, "
+            f"before {_short(gap.before, room)}"
         )
         console.print(text, markup=False, soft_wrap=True)
 
 
-def _table(title: str, heads: Sequence[str]) -> Table:
+def _table(title: str, heads: Sequence[str], rows: Rows) -> Table:
+    """A table whose names may fold and whose numbers may not."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
-    for head in heads:
-        is_text = head in ("", "name", "category")
-        table.add_column(
-            head, justify="left" if is_text else "right", no_wrap=True,
-            overflow="ellipsis" if is_text else "fold",
-        )  # fmt: skip
+    table = Table(
+        title=title or None, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False,
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for i, head in enumerate(heads):
+        if head == "name":
+            table.add_column(head, overflow="fold", min_width=_MIN_NAME)
+        else:
+            is_text = head in ("", "category")
+            width = max(len(text) for text in [*head.split("\n"), *(row[i] for row in rows)])
+            table.add_column(
+                head, justify="left" if is_text else "right", no_wrap=True, min_width=width
+            )
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -223,8 +253,16 @@ def _share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole > 0 else ""
 
 
-def _short(name: str, limit: int = 60) -> str:
+def _short(name: str, limit: int) -> str:
+    name = _printable(name)
     return name if len(name) <= limit else name[: limit - 3] + "..."
+
+
+def _printable(text: str) -> str:
+    """What a terminal would obey, or cannot show, is escaped: names come from other programs."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: study {arguments.study} has no finished trial yet", file=sys.stderr)
     judged_by = criteria.of_arguments(arguments, study_dir)
     if arguments.format == "table":
-        print_table(records, criteria=judged_by)
+        print_table(records, criteria=judged_by, stages=True)
         return 0
     found = sorted(rows(records, criteria=judged_by), key=lambda row: row.record.number)
     plain = [trial(row, study_dir, judged_by) for row in found]

@@ -27,7 +27,7 @@ from openpi_opt.search.space import parse_override
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal, utc_now
 from openpi_opt.track.mlflow_content import device
-from openpi_opt.track.report import Row, rows
+from openpi_opt.track.report import Row, flag_lines, rows, stages_of_limit
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
 # Keys of an experiment's command line that the sweep does not have.
@@ -44,7 +44,7 @@ class Column(BaseModel):
     title: str
     value: Callable[[Ok], Any]
     text: str = "{:.3f}"
-    interval: Callable[[Ok], tuple[float, float]] | None = None
+    interval: Callable[[Ok], tuple[float | None, float | None]] | None = None
     log: bool = False
 
 
@@ -57,10 +57,11 @@ def _energy(name: str) -> Callable[[Ok], Any]:
     return lambda ok: ok.energy and getattr(ok.energy, name)
 
 
-def _rates(ok: Ok) -> tuple[float, float]:
-    """A rate's interval is the latency's, turned round."""
+def _rates(ok: Ok) -> tuple[float, float | None]:
+    """A rate's interval is the latency's, turned round; one that reaches 0 ms has no upper end."""
     latency, per_call = ok.latency, 1e3 * _batch(ok)
-    return per_call / latency.ci95_high_ms, per_call / latency.ci95_low_ms
+    low = latency.ci95_low_ms
+    return per_call / latency.ci95_high_ms, per_call / low if low > 0 else None
 
 
 def _interval_ms(ok: Ok) -> tuple[float, float]:
@@ -70,6 +71,11 @@ def _interval_ms(ok: Ok) -> tuple[float, float]:
 def _percent_of_limit(ok: Ok) -> float | None:
     fraction = ok.roofline.fraction if ok.roofline else None
     return None if fraction is None else 100 * fraction
+
+
+def _stages(ok: Ok) -> str | None:
+    found = stages_of_limit(ok)
+    return ", ".join(f"{name} {fraction:.0%}" for name, fraction in found.items()) or None
 
 
 COLUMNS = {
@@ -88,7 +94,9 @@ COLUMNS = {
     "ms_per_sample": Column(
         title="ms per sample", value=lambda ok: ok.latency.mean_ms / _batch(ok)
     ),
+    "floor_ms": Column(title="floor, ms", value=lambda ok: ok.roofline and ok.roofline.floor_ms),
     "roofline": Column(title="% of roofline", value=_percent_of_limit, text="{:.1f}"),
+    "stages": Column(title="by stage", value=_stages, text="{}"),
     "peak_mib": Column(
         title="peak memory, MiB", value=lambda ok: ok.memory.peak_mib, text="{:.0f}"
     ),
@@ -272,6 +280,7 @@ def _entry(row: Row, series: str, experiment: Experiment) -> dict[str, Any]:
         "outcome": row.record.result.outcome,
         **figures,
         "noisy": row.ok.latency.noisy if row.ok else None,
+        "flags": row.ok.flags() if row.ok else [],
         "notes": row.record.result.notes,
         "reason": row.reason or None,
         "number": row.record.number,
@@ -282,18 +291,19 @@ def _markdown(
     experiment: Experiment, study: str, found: Sequence[Row], table: Sequence[dict[str, Any]]
 ) -> str:
     heads = ["configuration", experiment.x.split(".")[-1]]
-    heads += [COLUMNS[key].title for key in experiment.columns]
+    heads += [*(COLUMNS[key].title for key in experiment.columns), "trial"]
     lines = [f"# {_heading(experiment, found)}", "", f"Study `{study}`.", ""]
     lines += [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for entry in table:
         cells = [entry["configuration"], str(entry[experiment.x])]
-        cells += [_cell(entry, key) for key in experiment.columns]
+        cells += [*(_cell(entry, key) for key in experiment.columns), str(entry["number"])]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     remarks: dict[str, list[str]] = {}
     for entry in table:
         for text in [*([entry["reason"]] if entry["reason"] else []), *entry["notes"]]:
             remarks.setdefault(text, []).append(str(entry["number"]))
     lines += ["", *(f"- {text} (trial {', '.join(who)})" for text, who in remarks.items())]
+    lines += [f"- {line}" for line in flag_lines(found)]
     if any(entry["noisy"] for entry in table):
         lines.append("- ~ noisy: standard deviation above 10% of the mean")
     return "\n".join(lines).rstrip() + "\n"

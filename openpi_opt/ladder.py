@@ -16,12 +16,13 @@ from openpi_opt import cli
 from openpi_opt.errors import UserError
 from openpi_opt.search.confirm import Confirmed, Gain, gain
 from openpi_opt.search.steps import Knobs
-from openpi_opt.target import Session, parser, percent, session, why
+from openpi_opt.target import Session, flagged, parser, percent, session, why
 from openpi_opt.track.plots import Bar
 
 BASELINE = "baseline"
 # One-sided level of each bound of a step's 95% interval.
 ALPHA = 0.025
+_STAGE = "rung"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,7 +139,7 @@ def measure(found: Session, way: Way) -> Ladder:
     for names in way.additions:
         have |= names
         configs[f"+ {target.label(names)}"] = target.having(have)
-    measured, failed = found.interleaved(configs, BASELINE, "rung", found.rounds)
+    measured, failed = found.interleaved(configs, BASELINE, _STAGE, found.rounds)
     bottom = below = measured[BASELINE]
     rungs = [Rung(BASELINE, bottom, None, None)]
     for added in list(configs)[1:]:
@@ -175,6 +176,7 @@ def document(found: Session, ladder: Ladder) -> dict[str, Any]:
         "failed": ladder.failed,
         "remarks": ladder.way.remarks,
         "without_effect": ladder.way.idle,
+        "flagged": flagged(found.flags.get(_STAGE, ())),
     }
 
 
@@ -196,12 +198,14 @@ def table(found: Session, ladder: Ladder) -> str:
         else:
             cells += ["", "", "", "100%"]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [""] if ladder.failed or ladder.way.remarks or ladder.way.idle else []
+    flags = flagged(found.flags.get(_STAGE, ()))
+    lines += [""] if ladder.failed or ladder.way.remarks or ladder.way.idle or flags else []
     lines += [
         f"- {added}: failed when measured, {reason}" for added, reason in ladder.failed.items()
     ]
     lines += [f"- {name} alone: {reason}" for name, reason in ladder.way.remarks.items()]
     lines += [f"- {name}: changes nothing on top of the others" for name in ladder.way.idle]
+    lines += [f"- {line}" for line in flags]
     return "\n".join(lines) + "\n"
 
 

@@ -33,7 +33,7 @@ from openpi_opt.search.paired import MIN_PAIRS, Compared, Spread, compare, sprea
 from openpi_opt.search.promotion import draw_rounds
 from openpi_opt.search.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.search.trials import refused
-from openpi_opt.target import percent, why
+from openpi_opt.target import flagged, percent, why
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal, utc_now
 from openpi_opt.track.mlflow_log import MlflowLog
@@ -282,15 +282,19 @@ def _plain(compared: Compared) -> dict[str, Any]:
     }
 
 
+def _where(found: Pairs) -> str:
+    seen = found.runs.fingerprint(found.a)
+    device = seen["gpu"]["name"] if seen["gpu"] else seen["cpu"]
+    return f"A/A and A/B: {found.a.model.name} on {device}, workload {found.a.workload.name}"
+
+
 def table(found: Pairs) -> str:
     """The result as Markdown."""
-    about = document(found)
-    device = about["machine"]["gpu"] or about["machine"]["cpu"]
     whole = f"{found.rounds} rounds of three fresh processes"
     if found.rounds < found.planned:
         whole += f" ({found.planned} were planned; the time was over)"
     lines = [
-        f"# A/A and A/B: {found.a.model.name} on {device}, workload {found.a.workload.name}",
+        f"# {_where(found)}",
         "",
         f"{whole}, in random order within a round.",
         "",
@@ -343,13 +347,7 @@ def _remarks(found: Pairs) -> list[str]:
         f"- seconds of a process on average: {shown}"
         + (f"; one after another every {found.wall_s:.1f} s" if found.wall_s else ""),
     ]
-    flags: dict[str, int] = {}
-    for each in found.processes:
-        for flag in each.flags:
-            name = flag.partition(":")[0]
-            flags[name] = flags.get(name, 0) + 1
-    lines += [f"- flagged {name}: {n} of {len(found.processes)}" for name, n in flags.items()]
-    return lines
+    return [*lines, *(f"- {line}" for line in flagged(each.flags for each in found.processes))]
 
 
 def _trend(spread: Spread) -> str:
@@ -415,7 +413,7 @@ def _figure(found: Pairs) -> Any:
         for name, compared in _compared(found)
     ]
     return plots.dots(
-        f"A: {short(found.a)}\nB: {short(found.b)}",
+        f"{_where(found)}\nA: {short(found.a)}\nB: {short(found.b)}",
         [
             plots.Panel(
                 "each process, with its own 95% interval",

@@ -32,6 +32,7 @@ from openpi_opt.search.contenders import Contender, contenders, short
 from openpi_opt.search.fresh import FreshRuns, Planned
 from openpi_opt.search.promotion import Judged, Mean, Place, Schedule, Stage, Wanted
 from openpi_opt.search.reserve import DEVICE_HELP, gpu_name
+from openpi_opt.target import flagged
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import DEFAULT_STORE, Store
@@ -149,6 +150,8 @@ class ProcessBench:
         self.runs = runs
         self.configs = {cfg.hash(): cfg for cfg in [baseline, *others]}
         self.over: dict[str, dict[str, str]] = {key: {} for key in self.configs}
+        # Of each process that is judged.
+        self.flags: list[list[str]] = []
         self._criteria = judged_by or criteria.Criteria()
         self._baseline = baseline.hash()
         gpu = runs.fingerprint(baseline)["gpu"]
@@ -179,6 +182,8 @@ class ProcessBench:
         with closing(self.runs.in_turn(planned())) as results:
             for place, result in enumerate(results):
                 key, number, shown = asked[place]
+                if stage == "confirmation" and isinstance(result, Ok):
+                    self.flags.append(result.flags())
                 yield key, number, self._mean(key, shown, result)
 
     def _mean(self, key: str, shown: str, result: TrialResult) -> float | None:
@@ -325,6 +330,8 @@ def _print_table(bench: ProcessBench, judged: Judged) -> None:
     for key in judged.dropped:
         why = "it went over a limit" if bench.over[key] else "it was not ok"
         cli.say(f"dropped {short(bench.configs[key])}: {why}, see above")
+    for line in flagged(bench.flags):
+        cli.say(line)
     _say_what_holds(bench, judged)
 
 

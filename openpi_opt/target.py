@@ -49,6 +49,8 @@ class Session:
     folder: Path
     seed: int
     rounds: int
+    # By stage: the flags of each process that was ok.
+    flags: dict[str, list[list[str]]] = field(default_factory=dict)
 
     def planned(self, cfg: Config, stage: str, number: int, shown: str) -> Planned:
         """One fresh process of a stage."""
@@ -163,6 +165,7 @@ class _Bench:
             for place, result in enumerate(results):
                 key, number = asked[place]
                 if isinstance(result, Ok):
+                    self.session.flags.setdefault(self.stage, []).append(result.flags())
                     yield key, number, result.latency.mean_ms
                 else:
                     self.failed.setdefault(key, result)
@@ -172,6 +175,19 @@ class _Bench:
 def why(result: TrialResult) -> str:
     """How a process ended that was not ok."""
     return result.outcome if isinstance(result, Ok) else f"{result.outcome}: {result.reason}"
+
+
+def flagged(processes: Iterable[Sequence[str]]) -> list[str]:
+    """A line for each check that flagged processes: `flagged host_shared: 5 of 24 processes`.
+
+    `processes` has the flags of each, as `result.Ok.flags` gives them.
+    """
+    every = list(processes)
+    names = [name for flags in every for name in {flag.partition(":")[0] for flag in flags}]
+    return [
+        f"flagged {name}: {names.count(name)} of {len(every)} processes"
+        for name in sorted(set(names))
+    ]
 
 
 def parser(verb: str, description: str) -> argparse.ArgumentParser:

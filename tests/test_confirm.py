@@ -436,8 +436,12 @@ def test_the_command_prints_rates_and_ends_by_the_promise(
     # A gain of a third of what the plan is made for is not found in 95 of 100.
     assert verb.main([*quick, "--gain", "0.3%"]) == 1
     assert "NOT kept" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        verb.main([])
+    # Ten times as much is more than there is.
+    assert verb.main(["--simulate", "--sweeps", "2", "--gain", "20%"]) in (0, 1)
+    assert "all 90% faster, equal among themselves" in capsys.readouterr().out
+    for wrong in ([], [*quick, "--tau", "0"], [*quick, "--gain", "0%"], [*quick, "--tau", "nan"]):
+        with pytest.raises(SystemExit, match="2"):
+            verb.main(wrong)
 
 
 def test_recorded_processes_give_the_noise(tmp_path: Path) -> None:

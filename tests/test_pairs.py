@@ -86,6 +86,21 @@ def test_every_round_has_the_three_in_random_order_and_all_count(tmp_path: Path)
     }
 
 
+def test_flags_are_counted_below_the_tables(tmp_path: Path) -> None:
+    machine = Machine()
+
+    def shared(cfg: Config, *rest: object) -> TrialResult:
+        found = machine(cfg, *rest)
+        flags = ["gpu_shared", "drift"] if cfg.hash() == B.hash() else ["drift"]
+        return ok(cfg, found.latency.mean_ms, flags)  # type: ignore[union-attr]
+
+    found = session(tmp_path, shared, planned=4)
+    measure(found)
+    said = pairs.table(found).splitlines()
+    assert "- flagged drift: 12 of 12 processes" in said
+    assert "- flagged gpu_shared: 4 of 12 processes" in said
+
+
 def test_an_interrupted_one_goes_on_where_it_was(tmp_path: Path) -> None:
     broken = Machine(break_after=11)
     with pytest.raises(KeyboardInterrupt):

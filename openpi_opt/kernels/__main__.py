@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from openpi_opt.cli import run
+from openpi_opt.cli import print_uncut, run
 from openpi_opt.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "gfx942,gfx950,sm90"
 PROBLEM = 1
+_WIDTH = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,31 +99,42 @@ def _architectures(names: str) -> list[Arch]:
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:
+    """The table, at most `_WIDTH` wide in a pipe; on a narrow terminal its lines run over."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False)
-    table = Table(box=box.SIMPLE_HEAD)
-    heads = (
-        "arch", "kernel", "variant", "warps", "registers", "spilled", "shared KiB",
-        "waves", "limit",
-    )  # fmt: skip
-    for head in heads:
-        is_text = head in ("arch", "kernel", "variant", "limit")
-        table.add_column(head, justify="left" if is_text else "right", no_wrap=head != "variant")
+    heads = ("arch", "kernel", "warps", "regs", "spilled", "shared\nKiB", "waves", "limit")
+    body = []
     for row, differs in zip(rows, _differences(rows), strict=True):
         occupancy = row["occupancy"]
         shared = f"{row['shared_bytes'] / 1024:.1f}"
-        table.add_row(
-            row["arch"], row["kernel"], differs, str(row["warps"]), str(row["registers"]),
-            str(row["spilled"]), shared if row["fits"] else f"{shared} too much",
+        body.append((
+            row["arch"], f"{row['kernel']}\n{differs}".rstrip(), str(row["warps"]),
+            str(row["registers"]), str(row["spilled"]),
+            shared if row["fits"] else f"{shared} too much",
             f"{occupancy['waves']:g} of {occupancy['most']}", occupancy["limit"],
-        )  # fmt: skip
-    console.print(table)
+        ))  # fmt: skip
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for head, *cells in zip(heads, *body, strict=True):
+        if head == "kernel":
+            names = [cell.split("\n")[0] for cell in cells]
+            table.add_column(head, overflow="fold", min_width=max(map(len, names)))
+        else:
+            is_text = head in ("arch", "limit")
+            width = max(map(len, [*head.split("\n"), *cells]))
+            table.add_column(
+                head, justify="left" if is_text else "right", no_wrap=True, min_width=width
+            )
+    for line in body:
+        table.add_row(*map(Text, line))
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, emoji=False)
+    print_uncut(console, table)
+    console.print()
     console.print(
         "waves: per SIMD on AMD, warps per multiprocessor on NVIDIA; limit: what keeps more from "
-        "fitting; nothing was run"
+        "fitting; regs: per thread, on AMD with the accumulators; nothing was run"
     )
 
 

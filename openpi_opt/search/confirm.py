@@ -72,10 +72,10 @@ class Confirmed:
         return float(np.std(self.means_ms, ddof=1))
 
     def ci95_ms(self) -> tuple[float, float]:
-        """95% interval of the mean over processes (Student's t)."""
+        """95% interval of the mean over processes (Student's t), cut at 0: no latency is below."""
         n = len(self.means_ms)
         half = float(scipy.stats.t.ppf(0.975, n - 1)) * self.between_std_ms / math.sqrt(n)
-        return self.mean_ms - half, self.mean_ms + half
+        return max(0.0, self.mean_ms - half), self.mean_ms + half
 
 
 def gain(

@@ -103,9 +103,13 @@ def lines(title: str, panels: Sequence[Panel]) -> Figure:
 def dots(title: str, panels: Sequence[Panel]) -> Figure:
     """Panels side by side, each point by itself with its interval; the y axis fits the points.
 
+    The x axis counts: its ticks are whole numbers.
+
     Raises:
         ValueError: nothing to draw.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, every = _figure(title, panels)
     for panel, axes in zip(panels, every, strict=True):
         for number, series in enumerate(panel.series):
@@ -127,6 +131,7 @@ def dots(title: str, panels: Sequence[Panel]) -> Figure:
                 axes.axhline(level.y, color=colour, linewidth=1.2)
                 if level.low is not None and level.high is not None:
                     axes.axhspan(level.low, level.high, color=colour, alpha=0.15, linewidth=0)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         _legend(axes, panel)
     return figure
 

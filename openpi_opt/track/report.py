@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 from rich import box
 from rich.console import Console, JustifyMethod
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from openpi_opt.cli import print_uncut
 from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria, pareto
 from openpi_opt.result import Ok
@@ -110,19 +110,24 @@ def table(records: Iterable[Record]) -> Table:
 
 
 def print_table(
-    records: Sequence[Record], allow_lossy: bool = False, criteria: Criteria | None = None
+    records: Sequence[Record],
+    allow_lossy: bool = False,
+    criteria: Criteria | None = None,
+    stages: bool = False,
 ) -> None:
     """Print the table on stdout: folded to the terminal, uncut in a pipe or a file.
 
-    On a terminal too narrow for its numbers the lines run over: nothing is left out.
+    With `stages` a second one follows, of the stages against their floors. On a terminal too
+    narrow for its numbers the lines run over: nothing is left out.
     """
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     with console.capture() as capture:
         for group in groups(records, allow_lossy, criteria):
-            view = _table(group)
-            needed = Measurement.get(console, console.options, view).minimum
-            console.print(view, width=max(console.width, needed), crop=False, no_wrap=True)
+            print_uncut(console, _table(group))
             console.print(*_below(group), sep="\n", overflow="fold")
+            if stages and (floors := _floors(group)):
+                console.print()
+                print_uncut(console, floors)
     for line in capture.get().splitlines():
         print(line.rstrip())
 
@@ -347,9 +352,66 @@ def _table(group: Group) -> Table:
     return view
 
 
+def stages_of_limit(ok: Ok) -> dict[str, float]:
+    """By stage, the share of the machine's limit that it reaches, where both are known."""
+    found = ok.roofline.stages if ok.roofline else {}
+    return {name: stage.fraction for name, stage in found.items() if stage.fraction is not None}
+
+
+def _floors(group: Group) -> Table | None:
+    """Each trial's stages: floor, busy time under the profiler, and the one's share of the other.
+
+    None where no trial has such figures. Confirmations are not profiled.
+    """
+    shown = [
+        (row, row.ok.roofline, row.ok.latency.mean_ms)
+        for row in group.rows
+        if row.ok and row.ok.roofline and row.record.role != "confirm"
+        if row.ok.roofline.floor_ms is not None
+    ]
+    names = list(dict.fromkeys(name for _, found, _ in shown for name in found.stages))
+    if not names:
+        return None
+    heads = ["#", "call", *names]
+    body = [
+        [
+            _number(row),
+            _against(found.floor_ms, mean_ms, found.fraction),
+            *(
+                _against(each.floor_ms, each.measured_ms, each.fraction) if each else ""
+                for each in map(found.stages.get, names)
+            ),
+        ]
+        for row, found, mean_ms in shown
+    ]
+    view = Table(
+        title=Text("floor of time, ms (of stages: busy, under the profiler)"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for head, *cells in zip(heads, *body, strict=True):
+        width = max(map(len, [head, *cells]))
+        view.add_column(Text(head), justify="right", no_wrap=True, min_width=width)
+    for line in body:
+        view.add_row(*map(Text, line))
+    return view
+
+
+def _against(floor_ms: float | None, took_ms: float | None, fraction: float | None) -> str:
+    if floor_ms is None:
+        return ""
+    return f"{floor_ms:.3f}" + (
+        f" of {took_ms:.3f} {fraction:>5.1%}"
+        if took_ms is not None and fraction is not None
+        else ""
+    )
+
+
 def _below(group: Group) -> list[Text]:
     """What stands below a table: reasons, flags, then footnotes."""
-    lines = [*_reasons(group.rows), *_flags(group.rows), *group.footnotes]
+    lines = [*_reasons(group.rows), *flag_lines(group.rows), *group.footnotes]
     return [Text(line, overflow="fold") for line in lines]
 
 
@@ -370,17 +432,25 @@ def _reasons(found: Sequence[Row]) -> list[str]:
     return [f"{', '.join(who)} {outcome}: {why}" for (outcome, why), who in numbers.items()]
 
 
-def _flags(found: Sequence[Row]) -> list[str]:
-    """A line for each check that flagged a trial, with the trials; `~` shows the spread already."""
-    flagged: dict[str, list[str]] = {}
+def flag_lines(found: Sequence[Row]) -> list[str]:
+    """A line for each check that flagged a trial, with the trials; `~` shows the spread already.
+
+    Where there are many, what the check said of the later ones is left out, never their numbers.
+    """
+    flagged: dict[str, list[tuple[str, str]]] = {}
     for row in found:
         for check in row.ok.checks if row.ok else []:
             if check.status == "flag" and check.name != "spread":
-                said = f"{row.record.number} ({check.detail.removeprefix(f'{check.name}: ')})"
-                flagged.setdefault(check.name, []).append(said)
-    return [
-        one_line(f"flagged {name}: {', '.join(who)}", MAX_REASON) for name, who in flagged.items()
-    ]
+                said = one_line(check.detail.removeprefix(f"{check.name}: "), MAX_REASON)
+                flagged.setdefault(check.name, []).append((str(row.record.number), said))
+    lines = []
+    for name, who in flagged.items():
+        text, details = f"flagged {name}: ", True
+        for place, (number, said) in enumerate(who):
+            details = details and len(text) + len(said) <= MAX_REASON
+            text += (", " if place else "") + (f"{number} ({said})" if details else number)
+        lines.append(text)
+    return lines
 
 
 def _count_name(kinds: AbstractSet[str]) -> str:

@@ -149,10 +149,42 @@ def test_json_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(document["kernels"]) == len({name for _, name, _ in made.kernels})
 
 
-def test_names_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = "lambda()#1}::operator()[red]gemm[/red]"
+@pytest.mark.parametrize("name", ["f()#1}[red]gemm[/red]", "foo(int) [clone .kd]", "a[/]b"])
+def test_names_are_no_markup(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     events: list[dict[str, Any]] = [dict(event, name=name) for event in kernels((0, 1), (5, 1))]
-    assert name in output(capsys, str(write(tmp_path / "[bold]t.json", events)))
+    text = output(capsys, str(write(tmp_path / "[bold]t.json", events)))
+    row = text.split("top kernels")[1].splitlines()[3]
+    assert row.split(maxsplit=4)[4].strip() == name
+    assert f"after {name}, before {name}" in text
+
+
+def test_names_cannot_move_the_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events: list[dict[str, Any]] = [dict(e, name="a\x1b[2J\n\ud800z") for e in kernels((0, 1))]
+    text = output(capsys, str(write(tmp_path / "t.json", events)))
+    assert "a\\x1b[2J\\n\\ud800z" in text
+    assert all(line.isprintable() for line in text.splitlines())
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_no_digit_is_lost_where_it_is_narrow(
+    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openpi_opt.analyze._PIPE_WIDTH", width)
+    made = [scene(cameras=cameras, kind="eager") for cameras in (1, 2, 3)]
+    paths = [write(tmp_path / f"{n}.json", rocprof(each)) for n, each in enumerate(made)]
+    text = output(capsys, "--top", "3", *map(str, paths))
+    words = Counter(text.split())
+    for path in paths:
+        found = analyse(path)
+        for part in [*found.stages.values(), *found.categories.values(), *found.kernels[:3]]:
+            if part.launches:
+                assert words[f"{part.ms:.3f}"]
+                assert words[str(part.launches)]
+                assert words[f"{part.ms / found.total_ms:.1%}"]
+    tables = [
+        line for line in text.splitlines() if not line.startswith("   ") and "idle" not in line
+    ]
+    assert max(len(line.rstrip()) for line in tables) <= max(width, 64)
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -174,10 +174,36 @@ def test_the_verb_prints_a_row_per_variant(
     assert row["cases"] == ["vision", "vision"]
     assert row["occupancy"]["waves"] >= 1
     assert main(["--arch", "gfx942, sm90"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = capsys.readouterr().out.splitlines()
+    lines = [line.split() for line in shown]
     assert [line[:2] for line in lines if line and line[0] in ARCHS] == [
         ["gfx942", "attention._flash"], ["sm90", "attention._flash"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_the_table_loses_nothing_where_it_is_narrow(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from openpi_opt.kernels import __main__ as verb
+
+    def row(kernel: str, **constants: str) -> dict[str, object]:
+        occupancy = {"waves": 16.0, "most": 64, "limit": "shared memory"}
+        return {
+            "arch": "gfx942", "kernel": kernel, "constants": constants, "warps": 4, "spilled": 0,
+            "registers": 354, "shared_bytes": 32768, "fits": True, "occupancy": occupancy,
+        }  # fmt: skip
+
+    blocks = {f"block_{letter}": str(n) for n, letter in enumerate("abcdefghij")}
+    monkeypatch.setattr(verb, "_WIDTH", width)
+    verb._print([row("skinny_gemm._add_splits", **blocks), row("skinny_gemm._add_splits")])
+    lines = capsys.readouterr().out.splitlines()
+    text = " ".join(lines)
+    assert (
+        text.count("16 of 64  shared memory") == text.count("gfx942  skinny_gemm._add_splits") == 2
+    )
+    assert all(f"{name}={value}" in text for name, value in blocks.items())
+    assert max(len(line.rstrip()) for line in lines) <= max(width, 92)
 
 
 def test_a_kernel_that_does_not_fit_is_a_failure(

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from openpi_opt.config import Config
 from openpi_opt.machine import Machine, TorchBuild
-from openpi_opt.result import Failed, GuardReport, Latency, Memory, Ok, Pruned, TrialResult
+from openpi_opt.result import (
+    Check,
+    Failed,
+    GuardReport,
+    Latency,
+    Memory,
+    Ok,
+    Pruned,
+    TrialResult,
+)
 from openpi_opt.search.process import Place
 
 CPU = Machine((), TorchBuild("2.13.0", None, None), "test cpu", cores=2, memory_mib=8000)
 
 
-def ok(cfg: Config, mean_ms: float) -> Ok:
+def ok(cfg: Config, mean_ms: float, flags: Sequence[str] = ()) -> Ok:
     latency = Latency(
         clock="wall",
         mean_ms=mean_ms,
@@ -40,6 +49,7 @@ def ok(cfg: Config, mean_ms: float) -> Ok:
         guard=guard,
         memory=Memory(peak_mib=1.0, device_peak_mib=None, host_peak_mib=1.0),
         kernels=None,
+        checks=[Check(name=name, status="flag", detail="as seen") for name in flags],
         **common(cfg),
     )
 

@@ -308,6 +308,17 @@ def test_what_this_machine_refuses_starts_no_process(promotions: Promotions) -> 
     assert run.ran == []
 
 
+def test_flags_of_what_is_judged_are_said(
+    promotions: Promotions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hot(cfg: Config) -> TrialResult:
+        return ok(cfg, 10.0, ["gpu_shared"] if cfg.hash() == SDPA.hash() else [])
+
+    judged, _, bench = promotions(hot, rounds=4)
+    promote._print_table(bench, judged)
+    assert "flagged gpu_shared: 4 of 12 processes" in capsys.readouterr().err.splitlines()
+
+
 def test_no_preset_is_written_of_a_baseline_over_a_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

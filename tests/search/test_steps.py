@@ -22,6 +22,7 @@ from openpi_opt.knobs import BY_NAME
 from openpi_opt.knobs.base import Options
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.result import TrialResult
+from openpi_opt.search.confirm import Confirmed, Subject
 from openpi_opt.search.devices import LEASES_VARIABLE
 from openpi_opt.search.fresh import FreshRuns
 from openpi_opt.search.steps import NO_EFFECT, Target
@@ -265,6 +266,42 @@ def test_documents_tables_and_plots_say_the_same(
     assert document["machine"]["gpu"] == "H100"
     assert "- fusion alone: " in rows
     assert (tmp_path / "out" / "ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("verb", ["ladder", "ablate"])
+def test_what_the_processes_of_the_figures_were_flagged_for_is_said(
+    verb: str, tmp_path: Path
+) -> None:
+    runs = iter(range(1000))
+
+    def flagged(cfg: Config) -> TrialResult:
+        # While the way is looked for all are, which does not matter; later each second one is.
+        number = next(runs)
+        return ok(cfg, 20.0 + 1e-3 * number, ["drift"] if number % 2 or not started else [])
+
+    found, run = Sessions(tmp_path, verb)(flagged)
+    started: list[bool] = []
+    if verb == "ladder":
+        way = ladder.climb(found, screening=1)
+        started.append(True)
+        measured = len(run.ran)
+        result = ladder.measure(found, way)
+        text, document = ladder.table(found, result), ladder.document(found, result)
+    else:
+        started.append(True)
+        measured = len(run.ran)
+        ablation = ablate.measure(found)
+        text, document = ablate.table(found, ablation), ablate.document(found, ablation)
+    of = len(run.ran) - measured
+    line = f"flagged drift: {of // 2} of {of} processes"
+    assert f"- {line}" in text.splitlines()
+    assert document["flagged"] == [line]
+
+
+def test_no_interval_of_a_latency_goes_below_zero() -> None:
+    low, high = Confirmed(Subject("x"), [10.0, 11.0, 200.0]).ci95_ms()
+    assert low == 0
+    assert high > 200
 
 
 def test_bars_take_intervals_that_do_not_hold_the_value(tmp_path: Path) -> None:

@@ -170,6 +170,23 @@ def test_defects_keep_their_traceback() -> None:
         run(verb_main)
 
 
+def test_stages_stand_against_their_floors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = Journal.open(Store.open(tmp_path).study_dir("s"))
+    full = ok(10.0).model_copy(update={"roofline": roofline()})
+    journal.append(record(ok(10.0)))
+    assert main(["s", "--store", str(tmp_path)]) == 0
+    assert "floor of time" not in capsys.readouterr().out
+    journal.append(record(full))
+    journal.append(record(full, role="confirm"))  # is not profiled
+    assert main(["s", "--store", str(tmp_path)]) == 0
+    rows = capsys.readouterr().out.split("floor of time")[1].splitlines()
+    assert rows[1].split() == ["#", "call", "vision", "prefill"]
+    assert " ".join(rows[3].split()) == "1 4.000 of 10.000 40.0% 1.000 of 4.000 25.0% 3.000"
+    assert len(rows) == 4
+
+
 @pytest.mark.parametrize("kind", ["json", "csv"])
 def test_roofline_and_energy(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     journal = Journal.open(Store.open(tmp_path).study_dir("s"))

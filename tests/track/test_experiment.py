@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from track_samples import ENERGY, FINGERPRINT, config, failed, ok, record
+from track_samples import ENERGY, FINGERPRINT, config, failed, ok, record, roofline
 
 from openpi_opt import experiment
 from openpi_opt.errors import UserError
@@ -58,8 +58,31 @@ def test_a_report_has_every_batch_size_in_order_also_the_one_that_failed(tmp_pat
     assert {row["configuration"] for row in rows} == {"preset=h100"}
     text = files[0].read_text()
     assert "| preset=h100 | 64 | crashed |" in text
+    assert "| crashed | 2 |" in text, "the trial that the remark below names"
+    said = "1200 of 1980 MHz before"
+    assert f"- flagged gpu_clock: 1 ({said}), 3 ({said}), 0 ({said})" in text
+    assert rows[0]["flags"] == [f"gpu_clock: {said}"]
+    assert rows[3]["flags"] == []
     assert "- out of memory (trial 2)" in text
     assert "| preset=h100 | 16 | 80.000 | 79.750 to 80.250 | 200.00 | 5.000 |" in text
+
+
+def test_floors_and_shares_of_stages_stand_beside_the_latency(tmp_path: Path) -> None:
+    result = measured(1, 10.0).model_copy(update={"roofline": roofline()})
+    experiment.write_report("batch_scaling", write(tmp_path, [result]), tmp_path)
+    assert (
+        "| 10.000 | 4.000 | 40.0 | vision 25% | 900 |"
+        in (tmp_path / "batch_scaling.md").read_text()
+    )
+
+
+def test_an_interval_that_reaches_zero_is_a_rate_without_an_upper_end(tmp_path: Path) -> None:
+    wild = measured(1, 10.0)
+    latency = wild.latency.model_copy(update={"ci95_low_ms": -3.0, "ci95_high_ms": 23.0})
+    study = write(tmp_path, [wild.model_copy(update={"latency": latency}), measured(2, 12.0)])
+    files = experiment.write_report("batch_scaling", study, tmp_path)
+    assert files[-1].suffix == ".svg"
+    assert experiment._rates(wild.model_copy(update={"latency": latency}))[1] is None
 
 
 def test_energy_is_shown_where_measured_and_nowhere_else(

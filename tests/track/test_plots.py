@@ -51,3 +51,10 @@ def test_nothing_to_draw_is_an_error() -> None:
     for panels in ([], [Panel("x", [])], [Panel("x", [Series("a", [])])]):
         with pytest.raises(ValueError, match="nothing to draw"):
             plots.bars("t", panels)
+
+
+@pytest.mark.parametrize("count", [3, 6, 18, 60])
+def test_what_is_counted_has_whole_numbers_below_it(count: int) -> None:
+    points = [Point(n + 1, 10.0 + n % 3) for n in range(count)]
+    (axes,) = plots.dots("t", [Panel("p", [Series("a", points)])]).axes
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())

@@ -58,7 +58,7 @@ def test_table_of_a_small_study() -> None:
     assert "promote confirms it" in lines[9]
 
 
-@pytest.mark.parametrize("width", [40, 80])
+@pytest.mark.parametrize("width", [40, 60, 80])
 def test_a_narrow_terminal_loses_nothing(width: int) -> None:
     """Real pseudo-terminals: text folds, numbers never end in dots, reasons stay whole."""
     why = "attention=aiter needs an AMD GPU with ROCm, or an NVIDIA GPU for its Triton kernels"
@@ -83,6 +83,7 @@ def test_a_narrow_terminal_loses_nothing(width: int) -> None:
         assert part in shown
     assert "".join(why.split()) in "".join(shown.split())
     assert "2, 3 unavailable" in shown
+    assert "vision=s" in shown, "no column of a knob vanishes"
     if width == 80:
         assert max(map(len, shown.splitlines())) <= 80
 
@@ -205,6 +206,14 @@ def test_flags_stand_below_the_table() -> None:
     shown = text(numbered(record(ok()), record(ok())))
     said = "1200 of 1980 MHz before"
     assert f"flagged gpu_clock: 0 ({said}), 1 ({said})" in shown
+
+
+def test_no_flagged_trial_is_left_out_of_a_long_line() -> None:
+    shown = text(numbered(*(record(ok()) for _ in range(40))), 2000)
+    (line,) = (line for line in shown.splitlines() if line.startswith("flagged gpu_clock"))
+    assert "0 (1200 of 1980 MHz before), 1 (1200" in line
+    assert line.endswith(" 37, 38, 39")
+    assert len(line) < 500
 
 
 def test_noise_is_marked() -> None:
