@@ -37,6 +37,8 @@ from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
+_PIPE_WIDTH = 160
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Confirm, choose, write, tag. Returns 0 when a preset was written, 1 when limits forbid it.
@@ -307,16 +309,14 @@ def _provenance(
 def _print_table(bench: ProcessBench, judged: Judged) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title="confirmation in fresh interleaved processes")
-    heads = ("configuration", "mean ms", "95% interval", "spread", "gain", "at least", "verdict")
-    for column in (*heads, ""):
-        table.add_column(column)
     entries = [judged.baseline, *sorted(judged.candidates, key=lambda c: c.mean_ms)]
+    body = []
     for entry in entries:
         low, high = entry.ci95_ms()
         gain = entry.gain
-        table.add_row(
+        body.append((
             short(bench.configs[entry.subject.key]),
             f"{entry.mean_ms:.3f}",
             f"{low:.3f} to {high:.3f}",
@@ -325,8 +325,19 @@ def _print_table(bench: ProcessBench, judged: Judged) -> None:
             f"{gain.low:.2%}" if gain else "",
             gain.verdict if gain else "",
             "winner" if entry is judged.winner else "",
-        )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        ))  # fmt: skip
+    heads = ("configuration", "mean ms", "95% interval", "spread", "gain", "at least", "verdict")
+    table = Table(title="confirmation in fresh interleaved processes")
+    for head, *cells in zip((*heads, ""), *body, strict=True):
+        if head == "configuration":
+            table.add_column(head, overflow="fold", min_width=len(head))
+        else:
+            width = max(map(len, [head, *cells]))
+            table.add_column(head, no_wrap=True, min_width=width)
+    for row in body:
+        table.add_row(*map(Text, row))
+    console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    cli.print_uncut(console, table)
     for key in judged.dropped:
         why = "it went over a limit" if bench.over[key] else "it was not ok"
         cli.say(f"dropped {short(bench.configs[key])}: {why}, see above")

@@ -131,7 +131,8 @@ def median_interval(samples: Array) -> tuple[float, float]:
     """Two samples between which the median lies with 95%: order statistics by the binomial.
 
     No distribution is assumed. The ranks are those of m independent samples, m from the
-    inefficiency of `sample < median`, spread over all n.
+    inefficiency of `sample < median`, spread over all n. Fewer than six independent ones have no
+    two that hold it so surely: then it is all that was seen, first to last.
     """
     count = len(samples)
     middle = np.median(samples)

@@ -24,6 +24,8 @@ FORMATS = ("png", "svg")
 _PANEL_INCHES = (5.2, 3.9)
 _TITLE_COLUMNS = 50  # of a panel
 _LONG_LABEL = 12
+_LABEL_COLUMNS = 42  # of a horizontal bar
+_BARS_TITLE_COLUMNS = 96
 
 
 @dataclass(frozen=True)
@@ -274,9 +276,18 @@ def effects(path: Path, title: str, axis: str, rows: Sequence[Bar]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    effects_figure(title, axis, rows).savefig(path, dpi=130)
+
+
+def effects_figure(title: str, axis: str, rows: Sequence[Bar]) -> Figure:
+    """The figure that `effects` saves: long labels are folded, rows are as high as they need."""
     from matplotlib.figure import Figure  # takes half a second: only whoever draws pays
 
-    figure = Figure(figsize=(9, 1.4 + 0.45 * len(rows)), layout="constrained")
+    labels = [textwrap.fill(row.label, _LABEL_COLUMNS, break_on_hyphens=False) for row in rows]
+    lines = max((label.count("\n") + 1 for label in labels), default=1)
+    titles = [textwrap.fill(line, _BARS_TITLE_COLUMNS) for line in title.splitlines()]
+    figure = Figure(figsize=(10.5, 1.5 + (0.27 + 0.18 * lines) * len(rows)), layout="constrained")
+    figure.suptitle("\n".join(titles), x=0.01, ha="left", fontsize=12)
     axes = figure.add_subplot()
     places = range(len(rows))
     values = [row.value for row in rows]
@@ -287,10 +298,9 @@ def effects(path: Path, title: str, axis: str, rows: Sequence[Bar]) -> None:
         end = max(row.value, row.high)
         axes.annotate(row.text, (end, place), (6, 0), textcoords="offset points", va="center")
     axes.axvline(0, color="#222222", linewidth=0.8)
-    axes.set_yticks(places, [row.label for row in rows])
+    axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.margins(x=0.18)
     axes.set_xlabel(axis)
-    axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    return figure

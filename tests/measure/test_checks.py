@@ -97,6 +97,7 @@ def test_a_quarter_of_an_hour_is_too_long_and_plain_code_compiles_nothing() -> N
     found = by_name(checks.of_start(901.0, None))
     assert found["compile_time"].status == "flag"
     assert "compilation" not in found
+    assert Config.parse({}).limits.compile == checks.COMPILE_LIMIT_S, "a sweep ends it then"
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
+from openpi_opt.measure.checks import of_gpu
 from openpi_opt.promote import ProcessBench, confirm
-from openpi_opt.result import Memory, Ok, TrialResult
+from openpi_opt.result import Gpu, GpuState, Memory, Ok, TrialResult
 from openpi_opt.search import fresh
 from openpi_opt.search.contenders import Contender
 from openpi_opt.search.fresh import FreshRuns, Planned
@@ -252,15 +253,24 @@ def test_a_damaged_schedule_is_named(promotions: Promotions) -> None:
         promotions(Noisy(), rounds=3)
 
 
-def test_a_throttled_process_is_discarded_and_repeated(
-    promotions: Promotions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fresh, "throttled", lambda result: result.latency.mean_ms > 100)
+def test_a_clock_under_three_quarters_of_its_peak_is_what_throttled_means() -> None:
+    """By the very check of a trial, whose bound tests/measure/test_checks.py holds to."""
+    for mhz, expected in ((0.74 * 1980, True), (0.76 * 1980, False)):
+        now = GpuState(sm_clock_mhz=mhz, max_sm_clock_mhz=1980)
+        checks = of_gpu(Gpu(before=now, after=now), 1000.0)
+        found = ok(PLAIN, 10.0).model_copy(update={"checks": checks})
+        assert fresh.throttled(found) is expected
+    for other in ("gpu_throttle", "gpu_shared", "drift"):
+        assert not fresh.throttled(ok(PLAIN, 10.0, [other]))
+    assert not fresh.throttled(failed(PLAIN))
+
+
+def test_a_throttled_process_is_discarded_and_repeated(promotions: Promotions) -> None:
     seen: list[float] = []
 
     def hot_at_first(cfg: Config) -> TrialResult:
         seen.append(1000.0 if len(seen) < 2 else 10.0)
-        return ok(cfg, seen[-1])
+        return ok(cfg, seen[-1], ["gpu_clock"] if seen[-1] > 100 else [])
 
     run = FakeRun(hot_at_first)
     runs = promotions.runs(run)
@@ -274,11 +284,8 @@ def test_a_throttled_process_is_discarded_and_repeated(
     assert [r.result.latency.mean_ms for r in kept if isinstance(r.result, Ok)] == [10.0]
 
 
-def test_a_gpu_that_stays_throttled_ends_it(
-    promotions: Promotions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fresh, "throttled", lambda result: True)
-    run = FakeRun(lambda cfg: ok(cfg, 10.0))
+def test_a_gpu_that_stays_throttled_ends_it(promotions: Promotions) -> None:
+    run = FakeRun(lambda cfg: ok(cfg, 10.0, ["gpu_clock"]))
     runs = promotions.runs(run)
     with runs.alone(PLAIN), pytest.raises(UserError, match="throttled in 4 processes"):
         runs.measure(Planned(PLAIN, "tau 1", ("tau", 0)))
@@ -309,14 +316,18 @@ def test_what_this_machine_refuses_starts_no_process(promotions: Promotions) -> 
 
 
 def test_flags_of_what_is_judged_are_said(
-    promotions: Promotions, capsys: pytest.CaptureFixture[str]
+    promotions: Promotions, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hot(cfg: Config) -> TrialResult:
         return ok(cfg, 10.0, ["gpu_shared"] if cfg.hash() == SDPA.hash() else [])
 
     judged, _, bench = promotions(hot, rounds=4)
+    monkeypatch.setattr(promote, "_PIPE_WIDTH", 70)
     promote._print_table(bench, judged)
-    assert "flagged gpu_shared: 4 of 12 processes" in capsys.readouterr().err.splitlines()
+    captured = capsys.readouterr()
+    assert "…" not in captured.out, "no digit is cut where it is narrow"
+    assert captured.out.count("10.000 to 10.000") == 3
+    assert "flagged gpu_shared: 4 of 12 processes" in captured.err.splitlines()
 
 
 def test_no_preset_is_written_of_a_baseline_over_a_limit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +59,24 @@ def test_what_is_counted_has_whole_numbers_below_it(count: int) -> None:
     points = [Point(n + 1, 10.0 + n % 3) for n in range(count)]
     (axes,) = plots.dots("t", [Panel("p", [Series("a", points)])]).axes
     assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_long_labels_of_bars_stay_within_the_figure(count: int) -> None:
+    label = "+ fusion=expert_layer + attention=triton prefill.block_m=64 + gemm=triton_skinny"
+    bars = [
+        plots.Bar(label, 165.0 / (n + 1), 150.0 / (n + 1), 180.0 / (n + 1), "16.50 ms, -12.34%")
+        for n in range(count)
+    ]
+    title = "ladder\npi0 on NVIDIA H100 80GB HBM3, workload three_cameras, 8 fresh processes each"
+    figure = plots.effects_figure(f"{title}, interleaved", "ms", bars)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    ticks = [tick.get_window_extent() for tick in axes.get_yticklabels()]
+    texts = [text.get_window_extent() for text in [*axes.texts, *figure.texts]]
+    for box in [*ticks, *texts]:
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
+    for upper, lower in pairwise(ticks):
+        assert upper.y0 > lower.y1, "labels do not overlap"
