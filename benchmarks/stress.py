@@ -420,8 +420,6 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> int:
     """Kill until there were enough; 1 when anything was found that must not be."""
     own = parser().parse_args(words)
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # end what was started, as at Ctrl-C
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(soft_wrap=True)
     figures, counts = Figures(), Counts()
     began = time.monotonic()

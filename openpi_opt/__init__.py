@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from openpi_opt import interrupt
+
 if TYPE_CHECKING:
     from openpi_opt.deploy import ReadyPolicy, load_policy
     from openpi_opt.observation import Observation
 
 __all__ = ["Observation", "ReadyPolicy", "load_policy"]
+
+interrupt.arm_at_start(__name__)
 
 
 def __getattr__(name: str) -> Any:
