@@ -6,8 +6,9 @@ a SchemaError of it). In a destructor or a callback it is printed and forgotten;
 swallow it. Before `main` and after it nobody catches it. Here instead:
 
 * before `main`, nothing has begun: the process ends at once;
-* within `main`, KeyboardInterrupt is raised, but not amid an import: then after it. Is it lost (it
-  has not left `main`, and no exception is being handled), it is raised again;
+* within `main`, KeyboardInterrupt is raised, but not amid an import or what is `shielded`: then
+  after it. Is it lost (it has not left `main`, and no exception is being handled), it is raised
+  again;
 * after `main` all is done, and what Python still does takes a moment: the first press is ignored;
 * a second press ends now, wherever the first one has got to.
 
@@ -16,10 +17,11 @@ This module is the first that is loaded, by the package itself: what it imports 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -38,6 +40,7 @@ class _State:
     raised = False
     told = False
     kept = NOTHING
+    shields = 0
 
 
 _state = _State()
@@ -76,6 +79,16 @@ def inside(main: Callable[[], int], kept: str) -> int:
     return main()
 
 
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """What is not to be left half done: the first press waits for its end, the second does not."""
+    _state.shields += 1
+    try:
+        yield
+    finally:
+        _state.shields -= 1
+
+
 def over() -> None:
     """Note that `main` has ended: nobody is to be woken any more."""
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -95,11 +108,9 @@ def tell(more: str = "") -> None:
     """Say what is kept, on stderr, unless it was said."""
     if not _state.told:
         _state.told = True
-        # Not by print, which a signal may have interrupted; the terminal may be gone.
-        try:
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            # Not by print, which a signal may have interrupted.
             os.write(2, f"interrupted: {_state.kept}{more}\n".encode())
-        except OSError:
-            pass
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
@@ -114,7 +125,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         return
     if first:
         _look_again()
-    if first and _is_importing(frame):
+    if first and not _may_raise(frame):
         return
     _state.raised = True
     raise KeyboardInterrupt
@@ -132,7 +143,7 @@ def _on_alarm(number: int, frame: FrameType | None) -> None:
         over()
         return
     cleaning_up = _state.raised and sys.exc_info()[1] is not None
-    if not (cleaning_up or _is_importing(frame)):
+    if _may_raise(frame) and not cleaning_up:
         _state.raised = True
         raise KeyboardInterrupt
 
@@ -151,9 +162,10 @@ def _is_inside(frame: FrameType | None) -> bool:
     return False
 
 
-def _is_importing(frame: FrameType | None) -> bool:
+def _may_raise(frame: FrameType | None) -> bool:
+    """Whether neither an import nor something shielded is under way."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib."):
-            return True
+            return False
         frame = frame.f_back
-    return False
+    return _state.shields == 0
