@@ -12,18 +12,22 @@ swallow it. Before `main` and after it nobody catches it. Here instead:
 * after `main` all is done, and what Python still does takes a moment: the first press is ignored;
 * a second press ends now, wherever the first one has got to.
 
-This module is the first that is loaded, by the package itself: what it imports delays its handlers.
+The package itself loads this module before all others, so it imports only what is there already.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import Any
+
+TYPE_CHECKING = False  # typing's would take as long as all of this
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+    from typing import Any
 
 INTERRUPTED = 130  # what a shell reports for a process ended by SIGINT
 NOTHING = "nothing was begun"
@@ -114,8 +118,10 @@ def tell(more: str = "") -> None:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    if number == signal.SIGHUP and pressed():
-        return  # a shell sends it once more than the kernel
+    if number == signal.SIGHUP:
+        _let_go_of_terminal()
+        if pressed():
+            return  # a shell sends it once more than the kernel
     _state.presses += 1
     first = _state.presses == 1
     if not _is_inside(frame):
@@ -129,6 +135,16 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         return
     _state.raised = True
     raise KeyboardInterrupt
+
+
+def _let_go_of_terminal() -> None:
+    """What is still to be said must not fail because nobody can read it."""
+    for fd in (1, 2):
+        try:
+            os.write(fd, b"")
+        except OSError as error:
+            if error.errno == errno.EIO:  # a terminal that was closed
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 def _look_again() -> None:

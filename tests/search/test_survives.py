@@ -77,6 +77,10 @@ class Shell:
     def press_ctrl_c(self) -> None:
         os.write(self._terminal, b"\x03")
 
+    def close(self) -> None:
+        """Close the terminal under the command."""
+        os.close(self._terminal)
+
     def end(self, seconds: float = 60) -> str:
         deadline = time.monotonic() + seconds
         while self.read(0.05):
