@@ -53,9 +53,9 @@ PATIENCE_SECONDS = 180.0  # so long without a kill and without a result: the eng
 # trial stands still, so that it cannot see the end of its sweep.
 SWEEP_KILLS = ("kill", "segv", "term", "int", "int twice", "late", "orphan")
 TRIAL_KILLS = ("KILL", "TERM", "SEGV", "INT", "ABRT")
-# Exit codes. Some come as a KeyboardInterrupt, which ends Python with -2 where nobody catches it:
-# among its imports, or when it is all but over; -9 is a torn line on the way to its end.
-_GENTLE = {"term": {130, -2, -9, -15}, "int": {130, -2, -9}, "int twice": {130, -2, -9}}
+# Exit codes. Before the package has its handlers, and when all is over, a signal ends Python
+# itself; -9 is a torn line on the way to its end.
+_GENTLE = {"term": {130, -9, -15}, "int": {130, -2, -9}, "int twice": {130, -2, -9}}
 _HARD = {"kill": {-9}, "segv": {-11}, "late": {-9}, "orphan": {-9}}
 
 
@@ -87,6 +87,7 @@ class Sweep:
     process: subprocess.Popen[bytes] | None = None
     done: bool = False
     allowed: set[int] = field(default_factory=set)  # exit codes after what was done to it
+    said: int = 0  # bytes of the log when it was started
 
     def turn(self) -> None:
         """Start it, or look how it ended."""
@@ -94,6 +95,7 @@ class Sweep:
             return
         if self.process is None:
             with self.log.open("ab") as log:
+                self.said = log.tell()
                 self.process = subprocess.Popen(
                     self.argv, cwd=ROOT, env=self.env, stdout=log, stderr=log
                 )
@@ -113,6 +115,11 @@ class Sweep:
             tail = self.log.read_text(errors="replace")[-3000:]
             self.counts.bad(f"{' '.join(self.argv[1:])} ended with {code}:\n{tail}")
             self.done = True
+        elif code == cli.INTERRUPTED:
+            text = self.log.read_bytes()[self.said :].decode(errors="replace")
+            if "Traceback" in text or "interrupted: " not in text:
+                self.counts.bad(f"{' '.join(self.argv[1:])} was interrupted without grace:\n{text}")
+                self.done = True
         self.figures.restarts += 1
 
     def _never_began(self, code: int) -> bool:
@@ -420,8 +427,8 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> int:
     """Kill until there were enough; 1 when anything was found that must not be."""
     own = parser().parse_args(words)
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # end what was started, as at Ctrl-C
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a script
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the sweeps are to heed it
     console = Console(soft_wrap=True)
     figures, counts = Figures(), Counts()
     began = time.monotonic()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from dataclasses import replace
 from functools import partial
@@ -110,7 +109,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Sweep."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the real command does
     own = parser().parse_args()
     if own.torn:
         sabotage.tear(own.torn)
@@ -120,4 +118,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cli.CONTINUED)

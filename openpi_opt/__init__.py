@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from openpi_opt import interrupt
 
+interrupt.arm_at_start(__name__)  # before anything takes time
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from openpi_opt.deploy import ReadyPolicy, load_policy
     from openpi_opt.observation import Observation
 

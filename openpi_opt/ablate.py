@@ -168,4 +168,4 @@ def _parser() -> Any:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cli.CONTINUED)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from openpi_opt import interrupt
 from openpi_opt.errors import UserError, masked
 
 if TYPE_CHECKING:
@@ -15,30 +17,75 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 USER_ERROR = 2
-INTERRUPTED = 130  # what a shell reports for a process ended by SIGINT
-PIPE_CLOSED = 141  # the same for SIGPIPE
+INTERRUPTED = interrupt.INTERRUPTED
+PIPE_CLOSED = 141  # what a shell reports for a process ended by SIGPIPE
+CONTINUED = "what had finished is kept; the same command goes on"
 
 
-def run(main: Callable[[], int]) -> NoReturn:
+def run(main: Callable[[], int], kept: str = "nothing was changed") -> NoReturn:
     """Run a verb and exit with its code.
 
-    A `UserError` becomes `error: ...` on stderr and code 2, Ctrl-C code 130. A reader that closed
-    the pipe (`compare ... | head`) has what it wanted: nothing is printed, code 141. Any other
-    exception is a defect of this project and keeps its traceback.
+    A `UserError` becomes `error: ...` on stderr and code 2, Ctrl-C a line that says what is `kept`
+    and code 130, whatever exception became of it on its way. A reader that closed the pipe
+    (`compare ... | head`) has what it wanted: nothing is printed, code 141. Any other exception is
+    a defect of this project and keeps its traceback.
     """
+    cause = ""
+    code: Any
     try:
-        code = main()
-        sys.stdout.flush()  # here, so that a closed pipe is met inside the try
+        code = interrupt.inside(lambda: _flushed(main), kept)
+    except SystemExit as end:
+        code = end.code
     except UserError as error:
-        print(f"error: {masked(str(error))}", file=sys.stderr)
+        _complain(f"error: {masked(str(error))}")
         code = USER_ERROR
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit; let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         code = PIPE_CLOSED
+    except BaseException as error:
+        if not interrupt.pressed():
+            raise
+        cause = f" (on the way out: {_one_line(error)})"
+        code = INTERRUPTED
+    interrupt.over()
+    if interrupt.pressed() and code:
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        interrupt.tell(cause)
+        try:
+            sys.stdout.flush()
+        except OSError:  # of a terminal that was closed
+            _drop_stdout()
     sys.exit(code)
+
+
+def _flushed(main: Callable[[], int]) -> int:
+    """Here, so that a closed pipe is met inside the try."""
+    code = main()
+    sys.stdout.flush()
+    return code
+
+
+def _drop_stdout() -> None:
+    """The interpreter flushes stdout once more at exit; let that go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):  # of a terminal that was closed
+        print(text, file=sys.stderr)
+
+
+def _one_line(error: BaseException) -> str:
+    """Type, message and place, for a line instead of a traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" in {trace.tb_frame.f_code.co_filename} line {trace.tb_lineno}" if trace else ""
+    text = " ".join(masked(str(error)).split())
+    return f"{type(error).__name__}: {text[:200]}{where}"
 
 
 def say(text: str) -> None:

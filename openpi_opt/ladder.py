@@ -245,4 +245,4 @@ def _parser() -> Any:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cli.CONTINUED)

@@ -486,4 +486,4 @@ _positive.__name__ = "number"
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cli.CONTINUED)

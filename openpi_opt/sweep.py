@@ -7,12 +7,10 @@ it the task function does so with one point.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -23,7 +21,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from openpi_opt.cli import run
+from openpi_opt.cli import CONTINUED, run
 from openpi_opt.data_only import check_option, watched
 from openpi_opt.errors import UserError
 from openpi_opt.paths import conf_dir, user_conf_dir
@@ -121,9 +119,6 @@ def _main() -> int:
     arguments = get_args_parser().parse_args()
     # Hydra then lets exceptions through instead of printing its own kind of report.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP, and is to stay right
-            signal.signal(number, _interrupt)
     Plugins.instance().register(UserConf)
     if not arguments.help:
         if _is_run(arguments) and _names_space(arguments.overrides):
@@ -213,10 +208,5 @@ def _check(arguments: Namespace) -> None:
             )
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End as Ctrl-C does: the running trial's processes go, finished trials stay."""
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    run(main)
+    run(main, CONTINUED)

@@ -360,4 +360,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "no result was written")

@@ -9,6 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from openpi_opt import interrupt
 from openpi_opt.config import Config, Platform, Tracking
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Device, Gpu, Machine
@@ -88,13 +89,13 @@ class Ledger:
         log = MlflowLog(store, tracking) if tracking.mlflow else None
         with _user_errors(study_dir):
             controllers = Controllers.join(study_dir)
+            ledger = Ledger(
+                *(study_dir, journal, log, machine, display, controllers),
+                gpu_index=gpu_index,
+                nodes=nodes,
+            )
             try:
                 with controllers.alone():
-                    ledger = Ledger(
-                        *(study_dir, journal, log, machine, display, controllers),
-                        gpu_index=gpu_index,
-                        nodes=nodes,
-                    )
                     ledger._recover()
                     ledger.known_from = journal.next_number if fresh else 0
                     ledger.others = controllers.others()
@@ -102,7 +103,7 @@ class Ledger:
                 if begun:
                     ledger._sync_log()
             except BaseException:
-                controllers.leave()
+                ledger._leave(at_once=log is None or not log.begun)
                 raise
         return ledger
 
@@ -257,17 +258,20 @@ class Ledger:
             at_once = True
             raise
         finally:
-            with self.controllers.alone():
-                try:
-                    if not at_once and self._log is not None:
-                        self.refresh()
-                        self._log.judge(self.study_dir, self.journal.records())
-                    if not at_once and self._log is not None and self.controllers.others() == 0:
+            self._leave(at_once)
+
+    def _leave(self, at_once: bool) -> None:
+        with interrupt.shielded(), self.controllers.alone():
+            try:
+                if not at_once and self._log is not None:
+                    self.refresh()
+                    self._log.judge(self.study_dir, self.journal.records())
+                    if self.controllers.others() == 0:
                         self._log.end_study(self.study_dir)
-                except TrackingError as error:
-                    self._away(error)
-                finally:
-                    self.controllers.leave()
+            except TrackingError as error:
+                self._away(error)
+            finally:
+                self.controllers.leave()
 
     def _say_waiting(self) -> None:
         if self._log is None:  # Optuna's copies, which are made on this host

@@ -15,6 +15,7 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
+from openpi_opt import interrupt
 from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
@@ -207,6 +208,7 @@ class _Engine:
                 f"{len(self._running)} running ended (Ctrl-C again: at once). "
                 f"To continue, run the same command with study={self.request.name}"
             )
+            interrupt.told()
             raise
         finally:
             self._end()

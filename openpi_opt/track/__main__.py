@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from openpi_opt.cli import run
+from openpi_opt.cli import CONTINUED, run
 from openpi_opt.config import Tracking
 from openpi_opt.search.controllers import Controllers
 from openpi_opt.track.journal import Journal
@@ -82,4 +82,4 @@ def _tracking(journal: Journal) -> Tracking:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, CONTINUED)

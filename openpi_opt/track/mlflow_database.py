@@ -26,7 +26,7 @@ def connect(uri: str) -> MlflowClient:
         UserError: the database is of another version of MLflow, or not a database.
     """
     for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)  # what fails is raised as well
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised as well
     from mlflow import MlflowClient
 
     if uri.startswith(SQLITE):

@@ -66,6 +66,7 @@ class MlflowLog:
     def __init__(self, store: Store, tracking: Tracking):
         self.store = store
         self.experiment = tracking.experiment
+        self.begun = False  # a run that is to be ended
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or store.mlflow_uri
         self._client: MlflowClient | None = None
         self._experiment_id: str | None = None
@@ -77,6 +78,7 @@ class MlflowLog:
         """Find or make the study's parent run and mark it running; returns its id."""
         with self._talking(study_dir.name), _study_lock(study_dir):
             parent = self._parent(study_dir)
+            self.begun = True
             self._connect().update_run(parent, status="RUNNING")
             return parent
 

@@ -77,6 +77,10 @@ class Shell:
     def press_ctrl_c(self) -> None:
         os.write(self._terminal, b"\x03")
 
+    def close(self) -> None:
+        """Close the terminal under the command."""
+        os.close(self._terminal)
+
     def end(self, seconds: float = 60) -> str:
         deadline = time.monotonic() + seconds
         while self.read(0.05):
@@ -319,10 +323,10 @@ def assert_clear_end(host: Host, sweep: subprocess.Popen[str]) -> str:
     return said
 
 
-def finish(host: Host) -> None:
+def finish(host: Host, *words: str) -> None:
     """The same command with room: nothing was lost, broken or done twice but what was running."""
     before = host.records
-    host.run("--seeds", str(SEEDS))
+    host.run("--seeds", str(SEEDS), *words)
     assert host.records[: len(before)] == before
     assert sorted(host.seeds()) == list(range(SEEDS))
     assert [record.number for record in host.records] == list(range(SEEDS))
@@ -333,15 +337,18 @@ def finish(host: Host) -> None:
     assert len(optuna.load_study(study_name=name, storage=storage).get_trials()) == SEEDS
 
 
-def test_a_full_disk_is_a_clear_end_and_corrupts_nothing(host: Host) -> None:
+@pytest.mark.parametrize("tracking", [(), ("--mlflow",)], ids=["plain", "mlflow"])
+def test_a_full_disk_is_a_clear_end_and_corrupts_nothing(
+    host: Host, tracking: tuple[str, ...]
+) -> None:
     """A small disk of its own that fills up amid the trials; mounting one takes root."""
     host.store.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(host.store)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(host.store)]
     done = subprocess.run(mount, capture_output=True)
     if done.returncode != 0:
         pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
     try:
-        sweep = host.start("--seeds", str(SEEDS), "--seconds", "0.05")
+        sweep = host.start("--seeds", str(SEEDS), "--seconds", "0.1", *tracking)
         wait_for(lambda: host.starts.exists() and len(host.started()) > 5)
         filler = host.store / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -351,7 +358,9 @@ def test_a_full_disk_is_a_clear_end_and_corrupts_nothing(host: Host) -> None:
         assert "space" in said or "full" in said, said
         assert len(host.records) >= 4
         filler.unlink()
-        finish(host)
+        finish(host, *tracking)
+        if tracking:
+            assert open_runs(f"sqlite:///{host.store}/mlflow.db") == (SEEDS + 1, [])
     finally:
         subprocess.run(["umount", "-l", str(host.store)], check=True)
 
