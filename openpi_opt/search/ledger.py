@@ -55,6 +55,8 @@ class Ledger:
         self._nodes = nodes
         self._fingerprints: dict[Platform, tuple[dict[str, Any], str]] = {}
         self._told_away = False
+        self._log_begun = False
+        self._early: list[Record] = []  # before that
         self.known_from = 0
         self.takes_pruned = False  # as an answer: only a sweep that prunes itself does
         self.others = 0  # sweeps that were at work already
@@ -79,7 +81,7 @@ class Ledger:
         that they share.
 
         Raises:
-            UserError: its journal cannot be used, or MLflow's database is of another version.
+            UserError: its journal cannot be used.
         """
         study_dir = store.study_dir(study)
         journal = Journal.open(study_dir, command)
@@ -98,9 +100,6 @@ class Ledger:
                     ledger._recover()
                     ledger.known_from = journal.next_number if fresh else 0
                     ledger.others = controllers.others()
-                    begun = ledger._begin_log()
-                if begun:
-                    ledger._sync_log()
             except BaseException:
                 controllers.leave()
                 raise
@@ -223,6 +222,25 @@ class Ledger:
             )
         )
 
+    def begin_log(self) -> None:
+        """Begin the study in MLflow, and deliver what is missing there. Takes seconds: the import.
+
+        Raises:
+            UserError: MLflow's database is of another version, or the experiment was deleted.
+        """
+        if self._log is None:
+            return
+        try:
+            self._log.begin_study(self.study_dir)
+            # What an earlier sweep could not deliver; it also ends the runs that it left open.
+            self._log.sync(self.study_dir, self.journal)
+        except TrackingError as error:
+            self._away(error)
+        self._log_begun = True
+        early, self._early = self._early, []
+        for record in early:
+            self.deliver(record)
+
     def deliver(self, record: Record) -> None:
         """Log a record to MLflow, if it takes it, and not now; the journal has it anyhow.
 
@@ -230,8 +248,12 @@ class Ledger:
             UserError: of an earlier delivery, for instance an experiment that was deleted.
         """
         self.later.check()
-        if self._log is not None:
+        if self._log is None:
+            return
+        if self._log_begun:
             self.later.add(lambda: self._deliver(record))
+        else:
+            self._early.append(record)
 
     def draw(self) -> None:
         """Leave the Pareto sets as data and plots in the study's folder, where there are several
@@ -259,11 +281,11 @@ class Ledger:
         finally:
             with self.controllers.alone():
                 try:
-                    if not at_once and self._log is not None:
+                    if not at_once and self._log is not None and self._log_begun:
                         self.refresh()
                         self._log.judge(self.study_dir, self.journal.records())
-                    if not at_once and self._log is not None and self.controllers.others() == 0:
-                        self._log.end_study(self.study_dir)
+                        if self.controllers.others() == 0:
+                            self._log.end_study(self.study_dir)
                 except TrackingError as error:
                     self._away(error)
                 finally:
@@ -284,25 +306,6 @@ class Ledger:
         assert self._log is not None
         try:
             self._log.deliver(record, self.study_dir)
-        except TrackingError as error:
-            self._away(error)
-
-    def _begin_log(self) -> bool:
-        """Open MLflow's run; False when that was not possible."""
-        if self._log is None:
-            return False
-        try:
-            self._log.begin_study(self.study_dir)
-        except TrackingError as error:
-            self._away(error)
-            return False
-        return True
-
-    def _sync_log(self) -> None:
-        """Deliver what an earlier sweep could not, and end the runs that it left open."""
-        assert self._log is not None
-        try:
-            self._log.sync(self.study_dir, self.journal)
         except TrackingError as error:
             self._away(error)
 
