@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,8 +56,9 @@ class Ledger:
         self._nodes = nodes
         self._fingerprints: dict[Platform, tuple[dict[str, Any], str]] = {}
         self._told_away = False
-        self._log_begun = False
-        self._early: list[Record] = []  # before that
+        self._early: list[Record] | None = []  # finished before the log was begun
+        self._log_opened = threading.Event()  # or it could not be
+        self._log_is_open = False
         self.known_from = 0
         self.takes_pruned = False  # as an answer: only a sweep that prunes itself does
         self.others = 0  # sweeps that were at work already
@@ -230,16 +232,9 @@ class Ledger:
         """
         if self._log is None:
             return
-        try:
-            self._log.begin_study(self.study_dir)
-            # What an earlier sweep could not deliver; it also ends the runs that it left open.
-            self._log.sync(self.study_dir, self.journal)
-        except TrackingError as error:
-            self._away(error)
-        self._log_begun = True
-        early, self._early = self._early, []
-        for record in early:
-            self.deliver(record)
+        self._queue_begin()
+        self._log_opened.wait()
+        self.later.check()
 
     def deliver(self, record: Record) -> None:
         """Log a record to MLflow, if it takes it, and not now; the journal has it anyhow.
@@ -250,7 +245,7 @@ class Ledger:
         self.later.check()
         if self._log is None:
             return
-        if self._log_begun:
+        if self._early is None:
             self.later.add(lambda: self._deliver(record))
         else:
             self._early.append(record)
@@ -274,6 +269,8 @@ class Ledger:
         """
         try:
             if not at_once:
+                if self._early is not None and self._log is not None:
+                    self._queue_begin()
                 self.later.finish(self._say_waiting)
         except KeyboardInterrupt:
             at_once = True
@@ -281,7 +278,7 @@ class Ledger:
         finally:
             with self.controllers.alone():
                 try:
-                    if not at_once and self._log is not None and self._log_begun:
+                    if not at_once and self._log is not None and self._log_is_open:
                         self.refresh()
                         self._log.judge(self.study_dir, self.journal.records())
                         if self.controllers.others() == 0:
@@ -308,6 +305,25 @@ class Ledger:
             self._log.deliver(record, self.study_dir)
         except TrackingError as error:
             self._away(error)
+
+    def _queue_begin(self) -> None:
+        """In the thread of deliveries, and before them: Ctrl-C breaks MLflow's import."""
+        self.later.add(self._begin_log)
+        early, self._early = self._early, None
+        for record in early or ():
+            self.deliver(record)
+
+    def _begin_log(self) -> None:
+        assert self._log is not None
+        try:
+            self._log.begin_study(self.study_dir)
+            # What an earlier sweep could not deliver; it also ends the runs that it left open.
+            self._log.sync(self.study_dir, self.journal)
+        except TrackingError as error:
+            self._away(error)
+        finally:
+            self._log_opened.set()
+        self._log_is_open = True
 
     def _away(self, error: TrackingError) -> None:
         """Say it once: the rest of the sweep would repeat it after every trial."""
