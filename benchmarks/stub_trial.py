@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--references", type=Path)
     parser.add_argument("--progress-fd", type=int, required=True)
+    parser.add_argument("--gate-fd", type=int, help="not waited for: there is nothing to measure")
     own = parser.parse_args()
     threading.Thread(target=_end_with_parent, args=(own.progress_fd,), daemon=True).start()
     config = json.loads(own.config.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -49,6 +50,10 @@ def run(main: Callable[[], int], kept: str = "nothing was changed") -> NoReturn:
             raise
         cause = f" (on the way out: {_one_line(error)})"
         code = INTERRUPTED
+    finally:  # also when Hydra exits by itself
+        # To look through all objects of torch or MLflow for garbage once more, as the interpreter
+        # does on its way out, takes most of a second and frees nothing that outlives the process.
+        gc.freeze()
     interrupt.over()
     if interrupt.pressed() and code:
         code = INTERRUPTED

@@ -27,6 +27,9 @@ MIN_ITERATIONS = 10
 # The guard's float32 reference holds 3.5 B parameters in 14 GB, activations and the KV cache
 # come on top.
 PI0_MEMORY_MIB = 20_000
+# `measure.max_seconds` where it is null. A GPU alone reaches 0.5% within 20 s. A CPU, which others
+# use and whose clock moves, seldom does in any time: there the interval that was reached is told.
+GPU_SECONDS, CPU_SECONDS = 20.0, 5.0
 
 
 class Section(BaseModel):
@@ -103,8 +106,8 @@ class Measure(Section):
     Calls are planned until the 95% interval of their mean and of their median is within `rel_ci`
     of it (half-width), then so many, and a margin, are measured anew and reported
     (`measure/planning.py`). At least `iterations` and at most `max_iterations` are reported;
-    planning and measuring together are laid out for `max_seconds`. `rel_ci` null measures exactly
-    `iterations`.
+    planning and measuring together are laid out for `max_seconds`, which `Config.resolved` fills
+    in where it is null, by the device. `rel_ci` null measures exactly `iterations`.
 
     `exclusive`: one trial of the host measures at a time, while others load and compile.
     """
@@ -112,7 +115,7 @@ class Measure(Section):
     warmup: int = Field(5, ge=MIN_WARMUP)
     iterations: int = Field(30, ge=MIN_ITERATIONS)
     rel_ci: float | None = Field(0.005, gt=0, le=0.5)
-    max_seconds: float = Field(20, gt=0, allow_inf_nan=False)
+    max_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_iterations: int = Field(10_000, ge=MIN_ITERATIONS, le=1_000_000)
     exclusive: bool = False
 
@@ -124,6 +127,12 @@ class Measure(Section):
                 "the least that are measured"
             )
         return self
+
+    @property
+    def seconds(self) -> float:
+        """The resolved `max_seconds`; an assertion fails before `Config.resolved`."""
+        assert self.max_seconds is not None
+        return self.max_seconds
 
 
 class Profile(Section):
@@ -261,15 +270,19 @@ class Config(BaseModel):
         return document
 
     def resolved(self, machine: Machine) -> Config:
-        """Replace `auto` by what this machine has.
+        """Replace `auto`, and the null of `measure.max_seconds`, by what this machine has.
 
         Raises:
             UserError: a device that this machine or the installed torch lacks, a checkpoint that is
                 missing, truncated or a pickle, or more time to measure than the phase may take.
         """
-        # Not in `parse`, by which documents are read whose defaults were others.
-        _check_time(self.measure, self.limits)
         device = _resolve_device(self.platform, machine)
+        measure = self.measure
+        if measure.max_seconds is None:
+            seconds = CPU_SECONDS if device == "cpu" else GPU_SECONDS
+            measure = measure.model_copy(update={"max_seconds": seconds})
+        # Not in `parse`, by which documents are read whose defaults were others.
+        _check_time(measure, self.limits)
         weights = self.weights
         if weights.path is not None:
             weights = weights.model_copy(update={"path": checkpoint_file.inspect(weights.path)})
@@ -287,6 +300,7 @@ class Config(BaseModel):
                 "model": self.model.model_copy(update={"name": name}),
                 "weights": weights,
                 "platform": self.platform.model_copy(update={"device": device}),
+                "measure": measure,
             }
         )
 
@@ -385,9 +399,9 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 
 def _check_time(measure: Measure, limits: Limits) -> None:
-    if measure.rel_ci is not None and measure.max_seconds >= limits.measure:
+    if measure.rel_ci is not None and measure.seconds >= limits.measure:
         raise UserError(
-            f"measure.max_seconds={measure.max_seconds:g} is not below "
+            f"measure.max_seconds={measure.seconds:g} is not below "
             f"limits.measure={limits.measure:g}: the trial would be ended while it measures. "
             "Lower the first or raise the second."
         )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from openpi_opt.config import Config
+from openpi_opt.config import CPU_SECONDS, GPU_SECONDS, Config
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Gpu, Machine, TorchBuild
@@ -117,6 +117,14 @@ def test_more_time_to_measure_than_the_phase_may_take_is_refused() -> None:
     with pytest.raises(UserError, match=r"measure\.max_seconds=30 .* limits\.measure=20"):
         cfg.resolved(CPU)
     Config.parse({"measure": {"rel_ci": None}, "limits": {"measure": 20}}).resolved(CPU)
+
+
+def test_the_time_to_measure_follows_the_device_and_an_own_one_stays() -> None:
+    assert Config.parse({}).resolved(CPU).measure.max_seconds == CPU_SECONDS
+    assert Config.parse({}).resolved(with_gpu(80_000)).measure.max_seconds == GPU_SECONDS == 20
+    own = Config.parse({"measure": {"max_seconds": CPU_SECONDS}})
+    assert own.resolved(CPU).context_hash() == Config.parse({}).resolved(CPU).context_hash()
+    assert own.resolved(with_gpu(80_000)).measure.max_seconds == CPU_SECONDS
 
 
 def test_gpu_number_out_of_range() -> None:

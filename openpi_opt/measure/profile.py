@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from torch.autograd import profiler as autograd_profiler
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from openpi_opt.machine import Device
@@ -239,26 +240,38 @@ def _record(
     call: Callable[[T], object], inputs: T, device: Device, trace_path: Path | None
 ) -> list[TraceEvent]:
     """The trace events of the second of two calls."""
-    activities = [ProfilerActivity.CPU]
-    if device != "cpu":
-        activities.append(ProfilerActivity.CUDA)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
-        with profile(
-            activities=activities,
-            schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
-            acc_events=True,  # one cycle only; without it torch warns that cycles are cleared
-            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(trace)),
-        ) as profiler:
-            for _ in range(2):
-                call(inputs)
-                synchronise(device)  # nothing of one call may fall into the next
-                profiler.step()
+        if device == "cpu":
+            _trace_on_cpu(call, inputs, trace)
+        else:
+            _trace_on_gpu(call, inputs, device, trace)
         if trace_path is not None:
             _compress(trace, trace_path)
         document = json.loads(trace.read_text(encoding="utf-8"))
     events: list[TraceEvent] = document["traceEvents"]
     return events
+
+
+def _trace_on_cpu(call: Callable[[T], object], inputs: T, trace: Path) -> None:
+    """With the recorder below torch.profiler, which would import Inductor to ask it about CUDA."""
+    for _ in range(2):
+        with autograd_profiler.profile(use_kineto=True) as profiler:
+            call(inputs)
+    profiler.export_chrome_trace(str(trace))
+
+
+def _trace_on_gpu(call: Callable[[T], object], inputs: T, device: Device, trace: Path) -> None:
+    with profile(
+        activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA],
+        schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
+        acc_events=True,  # one cycle only; without it torch warns that cycles are cleared
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(trace)),
+    ) as profiler:
+        for _ in range(2):
+            call(inputs)
+            synchronise(device)  # nothing of one call may fall into the next
+            profiler.step()
 
 
 def _compress(source: Path, target: Path) -> None:

@@ -15,14 +15,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Device, Gpu, Machine
 from openpi_opt.search import locks
 from openpi_opt.search.locks import Held
-from openpi_opt.search.settings import DeviceSettings
+
+if TYPE_CHECKING:  # it brings Hydra, which a trial has no use for
+    from openpi_opt.search.settings import DeviceSettings
 
 # Not the user's own temporary folder: the users of a host have to meet here.
 LEASES = Path("/tmp/openpi_opt-leases")

@@ -6,6 +6,8 @@ trial started there, and its result as a future.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -89,6 +91,9 @@ class Executor(Protocol):
         The future may raise `LostError`, when another place can try it again.
         """
 
+    def loading(self) -> contextlib.AbstractContextManager[None]:
+        """While the caller keeps this host busy: trials started here measure only afterwards."""
+
     def stop(self, at_once: bool = False) -> None:
         """End all that runs; the futures then raise `StoppedError`."""
 
@@ -110,6 +115,7 @@ class LocalExecutor:
         self._started: set[Future[TrialResult]] = set()
         self._ours: list[Lease] = []
         self._told = False
+        self._gates: list[int] | None = None  # of trials that are not to measure yet
         self.contended = False
 
     def suits(self, slot: Slot, cfg: Config) -> bool:
@@ -148,25 +154,56 @@ class LocalExecutor:
     def start(self, task: Task, lease: Lease) -> Future[TrialResult]:
         """Start the process, and a thread that watches it."""
         slot = lease.slot
+        gate = self._gate()
         place = Place(
             slot=slot,
             uid=task.uid,
             caches=self._store.caches / task.machine_hash,
             fds=(*task.fds, *lease.fds),
             stop=self._stop,
+            gate=gate,
         )
 
         def on_phase(name: str) -> None:
             self._display.phase(slot.name, name)
 
-        future = self._threads.submit(
-            lambda: self._run(
-                task.cfg, task.folder, self._store.references, on_phase, self._machine, place
-            )
-        )
+        def run() -> TrialResult:
+            try:
+                return self._run(
+                    task.cfg, task.folder, self._store.references, on_phase, self._machine, place
+                )
+            finally:
+                if gate is not None:
+                    os.close(gate)
+
+        future = self._threads.submit(run)
         self._started.add(future)
         future.add_done_callback(self._started.discard)
         return future
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Trials started in here load, compile and warm up, and measure when it ends."""
+        gates: list[int] = []
+        self._gates = gates
+        try:
+            yield
+            for gate in gates:
+                with contextlib.suppress(BrokenPipeError):  # it has ended
+                    os.write(gate, b".")
+        finally:
+            self._gates = None
+            for gate in gates:
+                os.close(gate)
+
+    def _gate(self) -> int | None:
+        """What a trial reads from at its two gates: the one before it loads is open."""
+        if self._gates is None:
+            return None
+        read, write = os.pipe()
+        self._gates.append(write)
+        os.write(write, b".")
+        return read
 
     def stop(self, at_once: bool = False) -> None:
         """End all processes: with time to end themselves, or without."""

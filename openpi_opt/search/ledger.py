@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,9 @@ class Ledger:
         self._nodes = nodes
         self._fingerprints: dict[Platform, tuple[dict[str, Any], str]] = {}
         self._told_away = False
+        self._early: list[Record] | None = []  # finished before the log was begun
+        self._log_opened = threading.Event()  # or it could not be
+        self._log_is_open = False
         self.known_from = 0
         self.takes_pruned = False  # as an answer: only a sweep that prunes itself does
         self.others = 0  # sweeps that were at work already
@@ -80,7 +84,7 @@ class Ledger:
         that they share.
 
         Raises:
-            UserError: its journal cannot be used, or MLflow's database is of another version.
+            UserError: its journal cannot be used.
         """
         study_dir = store.study_dir(study)
         journal = Journal.open(study_dir, command)
@@ -99,9 +103,6 @@ class Ledger:
                     ledger._recover()
                     ledger.known_from = journal.next_number if fresh else 0
                     ledger.others = controllers.others()
-                    begun = ledger._begin_log()
-                if begun:
-                    ledger._sync_log()
             except BaseException:
                 ledger._leave(at_once=log is None or not log.begun)
                 raise
@@ -224,6 +225,18 @@ class Ledger:
             )
         )
 
+    def begin_log(self) -> None:
+        """Begin the study in MLflow, and deliver what is missing there. Takes seconds: the import.
+
+        Raises:
+            UserError: MLflow's database is of another version, or the experiment was deleted.
+        """
+        if self._log is None:
+            return
+        self._queue_begin()
+        self._log_opened.wait()
+        self.later.check()
+
     def deliver(self, record: Record) -> None:
         """Log a record to MLflow, if it takes it, and not now; the journal has it anyhow.
 
@@ -231,8 +244,12 @@ class Ledger:
             UserError: of an earlier delivery, for instance an experiment that was deleted.
         """
         self.later.check()
-        if self._log is not None:
+        if self._log is None:
+            return
+        if self._early is None:
             self.later.add(lambda: self._deliver(record))
+        else:
+            self._early.append(record)
 
     def draw(self) -> None:
         """Leave the Pareto sets as data and plots in the study's folder, where there are several
@@ -253,6 +270,8 @@ class Ledger:
         """
         try:
             if not at_once:
+                if self._early is not None and self._log is not None:
+                    self._queue_begin()
                 self.later.finish(self._say_waiting)
         except KeyboardInterrupt:
             at_once = True
@@ -263,7 +282,7 @@ class Ledger:
     def _leave(self, at_once: bool) -> None:
         with interrupt.shielded(), self.controllers.alone():
             try:
-                if not at_once and self._log is not None:
+                if not at_once and self._log is not None and (self._log_is_open or self._log.begun):
                     self.refresh()
                     self._log.judge(self.study_dir, self.journal.records())
                     if self.controllers.others() == 0:
@@ -291,24 +310,24 @@ class Ledger:
         except TrackingError as error:
             self._away(error)
 
-    def _begin_log(self) -> bool:
-        """Open MLflow's run; False when that was not possible."""
-        if self._log is None:
-            return False
-        try:
-            self._log.begin_study(self.study_dir)
-        except TrackingError as error:
-            self._away(error)
-            return False
-        return True
+    def _queue_begin(self) -> None:
+        """In the thread of deliveries, and before them: Ctrl-C breaks MLflow's import."""
+        self.later.add(self._begin_log)
+        early, self._early = self._early, None
+        for record in early or ():
+            self.deliver(record)
 
-    def _sync_log(self) -> None:
-        """Deliver what an earlier sweep could not, and end the runs that it left open."""
+    def _begin_log(self) -> None:
         assert self._log is not None
         try:
+            self._log.begin_study(self.study_dir)
+            # What an earlier sweep could not deliver; it also ends the runs that it left open.
             self._log.sync(self.study_dir, self.journal)
         except TrackingError as error:
             self._away(error)
+        finally:
+            self._log_opened.set()
+        self._log_is_open = True
 
     def _away(self, error: TrackingError) -> None:
         """Say it once: the rest of the sweep would repeat it after every trial."""

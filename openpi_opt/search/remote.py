@@ -7,6 +7,7 @@ what is measured next stays with the sweep.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
@@ -253,6 +254,10 @@ class RemoteExecutor:
             command=tuple(self._nodes.command),
         )
         return self._threads.submit(self._watch, order, task.cfg, lease.slot.name)
+
+    def loading(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing is held up: trials are on other hosts than this one."""
+        return contextlib.nullcontext()
 
     def stop(self, at_once: bool = False) -> None:
         """End all trials: with time to end themselves, or without."""

@@ -196,6 +196,9 @@ class _Engine:
         try:
             self._begin()
             source = self._source(plan)
+            with self.executor.loading():
+                self._fill(source)
+                self.ledger.begin_log()  # imports MLflow: seconds, in which the first trials load
             while True:
                 self._look_at_waiting(source)
                 self._fill(source)

@@ -39,9 +39,9 @@ def disturbed(g: np.random.Generator, n: int) -> np.ndarray:
 
 def test_a_quiet_call_needs_the_least() -> None:
     calls = Calls(normal(0.001), 0)
-    found = plan(calls.time, Measure())
+    found = plan(calls.time, Measure(max_seconds=20))
     assert (found.iterations, found.ended) == (30, "interval")
-    assert calls.blocks == [30]
+    assert calls.blocks == [10, 20]
     assert len(found.samples_ms) == 30
 
 
@@ -49,7 +49,7 @@ def test_a_noisier_call_gets_as_many_as_its_interval_needs() -> None:
     numbers = []
     for seed in range(30):
         calls = Calls(normal(0.03), seed)
-        found = plan(calls.time, Measure())
+        found = plan(calls.time, Measure(max_seconds=20))
         numbers.append(found.iterations)
         assert found.ended == "interval"
         assert min(calls.blocks) >= 10
@@ -94,9 +94,21 @@ def test_calls_slower_than_the_budget_are_still_measured() -> None:
     assert (found.iterations, found.ended, calls.blocks) == (10, "seconds", [10])
 
 
+@pytest.mark.parametrize(
+    ("seconds_per_call", "blocks"),
+    [(0.084, [10]), (0.082, [10, 20])],  # 5 s have room for 59 calls, or for 60
+)
+def test_nothing_is_planned_where_time_allows_the_least_only(
+    seconds_per_call: float, blocks: list[int]
+) -> None:
+    calls = Calls(normal(0.2), 0, seconds_per_call)
+    found = plan(calls.time, Measure(max_seconds=5))
+    assert (found.iterations, found.ended, calls.blocks) == (30, "seconds", blocks)
+
+
 def test_the_number_allowed_ends_it() -> None:
     calls = Calls(normal(0.2), 0, seconds_per_call=1e-6)
-    found = plan(calls.time, Measure(max_iterations=100))
+    found = plan(calls.time, Measure(max_seconds=20, max_iterations=100))
     assert (found.iterations, found.ended) == (100, "iterations")
     assert len(found.samples_ms) < 140
 

@@ -27,9 +27,9 @@ from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.store import Store
 
 CONTEXT = {"model": {"name": "pi0_mini"}, "platform": {"device": "cpu"}}
-PLAIN = Config.parse(CONTEXT)
-SDPA = Config.parse({**CONTEXT, "attention": {"vision": "sdpa"}})
-FUSED = Config.parse({**CONTEXT, "fusion": {"qkv": True}})
+PLAIN = Config.parse(CONTEXT).resolved(CPU)
+SDPA = Config.parse({**CONTEXT, "attention": {"vision": "sdpa"}}).resolved(CPU)
+FUSED = Config.parse({**CONTEXT, "fusion": {"qkv": True}}).resolved(CPU)
 
 
 # Fresh processes before confirmation: tau of the baseline, then those that show the contenders'

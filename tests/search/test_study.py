@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -18,6 +20,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.result import Ok, TrialResult
 from openpi_opt.search import sources
 from openpi_opt.search import study as engine
+from openpi_opt.search.child import StoppedError
 from openpi_opt.search.plan import StudyRequest
 from openpi_opt.search.settings import Settings
 from openpi_opt.search.space import Space, parse_override
@@ -58,6 +61,10 @@ def compose(overrides: list[str]) -> Config:
             section, _, name = key.partition(".")
             raw.setdefault(section, {})[name] = value
     return Config.parse(raw)
+
+
+def tracked(overrides: list[str]) -> Config:
+    return compose([*overrides, "tracking.mlflow=true"])
 
 
 def by_seed(cfg: Config) -> TrialResult:
@@ -263,11 +270,60 @@ def test_the_journal_is_first_optuna_second_mlflow_last(
         monkeypatch.setattr(MlflowLog, name, lambda *args: None)
     monkeypatch.setattr(MlflowLog, "deliver", lambda *args: happened.append("mlflow"))
 
-    def tracked(overrides: list[str]) -> Config:
-        return compose([*overrides, "tracking.mlflow=true"])
-
     sweep("attention=sdpa", baseline=False, compose=tracked)
     assert happened == ["journal", "optuna", "mlflow"]
+
+
+def test_the_first_trials_load_while_mlflow_begins_and_measure_afterwards(
+    sweep: Sweeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    loading = threading.Event()
+
+    def begin_study(*_: object) -> None:
+        assert loading.wait(20)
+        time.sleep(0.2)
+        happened.append("begun")
+
+    class Gated(FakeRun):
+        def __call__(self, cfg: Config, *rest: Any) -> TrialResult:
+            gate = rest[-1].gate
+            if gate is not None:
+                assert os.read(gate, 1), "a trial may load at once"
+                happened.append("loads")
+                loading.set()
+                assert os.read(gate, 1)
+            happened.append("measures")
+            return self.judge(cfg)
+
+    monkeypatch.setattr("test_study.FakeRun", Gated)
+    monkeypatch.setattr(MlflowLog, "begin_study", begin_study)
+    for name in ("end_study", "sync", "deliver"):
+        monkeypatch.setattr(MlflowLog, name, lambda *_: None)
+    sweep("weights.seed=0,1", baseline=False, compose=tracked)
+    assert happened == ["loads", "begun", "measures", "measures"]
+
+
+def test_a_log_that_is_refused_ends_the_trial_that_loads(
+    sweep: Sweeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin_study(*_: object) -> None:
+        raise UserError("MLflow's experiment was deleted")
+
+    ended: list[bytes] = []
+
+    class Gated(FakeRun):
+        def __call__(self, cfg: Config, *rest: Any) -> TrialResult:
+            gate = rest[-1].gate
+            ended.extend([os.read(gate, 1), os.read(gate, 1)])
+            raise StoppedError("ended in phase wait")
+
+    monkeypatch.setattr("test_study.FakeRun", Gated)
+    monkeypatch.setattr(MlflowLog, "begin_study", begin_study)
+    with pytest.raises(UserError, match="was deleted"):
+        sweep("weights.seed=0,1", baseline=False, compose=tracked)
+    assert ended == [b".", b""]
+    assert sweep.journal == []
 
 
 def test_mlflow_away_is_said_once_and_loses_nothing(
@@ -278,9 +334,6 @@ def test_mlflow_away_is_said_once_and_loses_nothing(
 
     for name in ("begin_study", "end_study", "sync", "deliver"):
         monkeypatch.setattr(MlflowLog, name, away)
-
-    def tracked(overrides: list[str]) -> Config:
-        return compose([*overrides, "tracking.mlflow=true"])
 
     outcome, _ = sweep("weights.seed=0,1", compose=tracked)
     assert outcome.exit_code == 0
