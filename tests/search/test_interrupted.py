@@ -25,10 +25,10 @@ from openpi_opt.search.devices import LEASES_VARIABLE as VARIABLE
 
 # Another thread sends the signal: so it comes some lines later, not within the hook.
 PRESS = """
-import _thread, os, signal, sys
+import _thread, atexit, os, pathlib, signal, sys
 
-at = int(os.environ.pop("PRESS_AT", "0"))  # popped: trials are not to be pressed
-if at:
+at = int(os.environ.pop("PRESS_AT", "-1"))  # popped: trials are not to be pressed
+if at >= 0:  # at 0 events are only counted
     own, seen, turn = (os.getpid(), _thread.get_ident()), 0, _thread.allocate_lock()
     turn.acquire()
 
@@ -45,6 +45,7 @@ if at:
 
     _thread.start_new_thread(press, ())
     sys.addaudithook(count)
+    atexit.register(lambda: pathlib.Path("events").write_text(str(seen)))
 """
 LINE = re.compile("^interrupted: .*(kept|changed|written|begun)", re.MULTILINE)
 STUB = ["benchmarks.stub_sweep", "store", "--mlflow", "--seeds", "4", "--seconds", "0.2"]
@@ -81,6 +82,7 @@ class Desk:
         self.env.pop("MLFLOW_TRACKING_URI", None)
         (folder / "site").mkdir()
         (folder / "site" / "sitecustomize.py").write_text(PRESS)
+        self.events = 0  # of a whole sweep of the stub
         (folder / "trace.json").write_text('{"traceEvents": []}')
 
     def run(self, *argv: str, press_at: int) -> tuple[int, str]:
@@ -110,6 +112,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     desk = Desk(tmp_path_factory.mktemp("desk"))
     code, said = desk.run(*STUB, "--study", "known", press_at=0)
     assert code == 0, said
+    desk.events = int((desk.folder / "events").read_text())
     yield desk
     desk.assert_nothing_left()
 
@@ -128,10 +131,10 @@ def test_one_press_ends_any_verb_with_a_line(desk: Desk, verb: str) -> None:
 
 
 def test_a_sweep_that_is_interrupted_at_any_moment_leaves_nothing(desk: Desk) -> None:
-    """After most of the imports: MLflow's run is begun at 30,000, trials after 40,000."""
+    """From about the end of the imports on, and before it is over."""
     drawn = random.Random(0)
     for number in range(5):
-        at = drawn.randrange(28_000, 50_000)
+        at = int(desk.events * drawn.uniform(0.5, 0.95))
         code, said = desk.run(*STUB, "--study", f"pressed-{number}", press_at=at)
         assert code == 130, (at, said)
         assert len(LINE.findall(said)) == 1, (at, said)
