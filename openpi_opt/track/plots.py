@@ -95,10 +95,10 @@ def lines(title: str, panels: Sequence[Panel]) -> Figure:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
         if panel.log_y:
-            axes.set_yscale("log")
+            _log_y(axes)
         else:
             axes.set_ylim(bottom=0)
-        _legend(axes, panel)
+    _legends(figure, every)
     return figure
 
 
@@ -134,7 +134,7 @@ def dots(title: str, panels: Sequence[Panel]) -> Figure:
                 if level.low is not None and level.high is not None:
                     axes.axhspan(level.low, level.high, color=colour, alpha=0.15, linewidth=0)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-        _legend(axes, panel)
+    _legends(figure, every)
     return figure
 
 
@@ -169,8 +169,8 @@ def bars(title: str, panels: Sequence[Panel]) -> Figure:
         )
         axes.margins(y=0.12)
         if panel.log_y:
-            axes.set_yscale("log")
-        _legend(axes, panel)
+            _log_y(axes)
+    _legends(figure, every)
     return figure
 
 
@@ -254,8 +254,27 @@ def _errors(points: Sequence[Point]) -> tuple[list[float], list[float]] | None:
     return below, above
 
 
-def _legend(axes: Axes, panel: Panel) -> None:
-    if len(panel.series) > 1:
+def _log_y(axes: Axes) -> None:
+    """A logarithmic axis whose ticks are 1, 2 and 5 of each decade, in plain numbers."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.minorticks_off()
+
+
+def _legends(figure: Figure, every: Sequence[Axes]) -> None:
+    """One for all panels, below them, if they show the same series; else one in each panel.
+
+    Names of configurations are long: within a panel they would lie over what it shows.
+    """
+    found = [axes.get_legend_handles_labels() for axes in every]
+    if all(labels == found[0][1] for _, labels in found):
+        if len(found[0][1]) > 1:
+            figure.legend(*found[0], loc="outside lower center", fontsize=8)
+        return
+    for axes in every:
         axes.legend(fontsize=8)
 
 
