@@ -174,7 +174,7 @@ def test_knobs_want_a_plain_float32_policy() -> None:
 def test_numbers_do_not_depend_on_whether_the_reference_was_known(tmp_path: Path) -> None:
     raw = config(precision={"dtype": "bfloat16"}, simplify=ALL, fusion=FUSED).dump()
     raw["measure"] = {"warmup": 3, "iterations": 10, "rel_ci": None}
-    raw["profile"] = {"kernels": False, "trace": False}
+    raw["profile"] = {"kernels": False, "energy": False, "roofline": "none"}
     cfg = type(config()).load(raw)
     results = [run(cfg, CPU, Progress(None), tmp_path, tmp_path) for _ in range(2)]
     assert [result.outcome for result in results] == ["ok", "ok"], results
