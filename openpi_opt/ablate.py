@@ -97,9 +97,7 @@ def measure(found: Session) -> Ablation:
         )
     every = frozenset(target.knobs)
     configs = {f"without {label}": target.having(every - names) for label, names in labels.items()}
-    measured, failed = found.interleaved(
-        {WHOLE: target.config, **configs}, WHOLE, _STAGE, found.rounds
-    )
+    measured, failed = found.judged({WHOLE: target.config, **configs}, WHOLE, _STAGE)
     whole = measured[WHOLE]
     losses = []
     for label in labels:

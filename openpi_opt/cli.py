@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -128,3 +129,14 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
     parse.__name__ = "whole number"  # argparse: invalid whole number value
     return parse
+
+
+def minutes(text: str) -> float:
+    """A positive number of minutes, for argparse."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of minutes")
+    return value
+
+
+minutes.__name__ = "number"  # argparse: invalid number value

@@ -139,7 +139,7 @@ def measure(found: Session, way: Way) -> Ladder:
     for names in way.additions:
         have |= names
         configs[f"+ {target.label(names)}"] = target.having(have)
-    measured, failed = found.interleaved(configs, BASELINE, _STAGE, found.rounds)
+    measured, failed = found.judged(configs, BASELINE, _STAGE)
     bottom = below = measured[BASELINE]
     rungs = [Rung(BASELINE, bottom, None, None)]
     for added in list(configs)[1:]:

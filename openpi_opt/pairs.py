@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openpi_opt import cli
-from openpi_opt.cli import at_least, say
+from openpi_opt.cli import at_least, minutes, say
 from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
@@ -28,6 +28,7 @@ from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.search import promise
 from openpi_opt.search.confirm import Gain
 from openpi_opt.search.contenders import short
+from openpi_opt.search.deadline import Deadline
 from openpi_opt.search.fresh import FreshRuns, Planned
 from openpi_opt.search.paired import MIN_PAIRS, Compared, Spread, compare, spread_of
 from openpi_opt.search.promotion import draw_rounds
@@ -42,8 +43,6 @@ from openpi_opt.track.store import DEFAULT_STORE, Store
 Role = Literal["A", "A again", "B"]
 ROLES: tuple[Role, ...] = ("A", "A again", "B")
 _FIRST: tuple[Role, ...] = ("A", "B")
-# A round is begun only when this many times what one took so far is left.
-_MARGIN = 1.05
 _VERB = "pairs"
 
 
@@ -130,6 +129,7 @@ def measure(found: Pairs, limit_s: float | None) -> None:
         UserError: a process was not ok.
     """
     started, known = time.monotonic(), len(found.runs.journal.records())
+    deadline = Deadline(limit_s)
     rounds = draw_rounds(ROLES, found.planned, found.seed)
     order: list[tuple[Role, int | None]] = []  # None: not judged
     whole: list[Process] = []
@@ -138,12 +138,8 @@ def measure(found: Pairs, limit_s: float | None) -> None:
         for role in _FIRST:
             order.append((role, None))
             yield _planned(found, role, "first", 0)
-        began = time.monotonic()
         for number, roles in enumerate(rounds):
-            # Some processes of rounds that were begun have not ended: they are started ahead.
-            now, done = time.monotonic(), len(whole) / len(ROLES)
-            left = _MARGIN * (now - began) / done * (number + 1 - done) if done else 0.0
-            if limit_s is not None and now - started + left > limit_s:
+            if not deadline.another(number, len(whole) / len(ROLES)):
                 say(f"the time is over: {number} of {found.planned} rounds")
                 return
             for role in roles:
@@ -458,7 +454,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--minutes",
-        type=_positive,
+        type=minutes,
         help="begin no round that would not end within this time; what was done is reported",
     )
     parser.add_argument(
@@ -473,16 +469,6 @@ def _parser() -> argparse.ArgumentParser:
         "--no-mlflow", dest="mlflow", action="store_false", help="do not log to MLflow"
     )
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of minutes")
-    return value
-
-
-_positive.__name__ = "number"
 
 
 if __name__ == "__main__":

@@ -418,7 +418,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--minutes",
-        type=_positive,
+        type=cli.minutes,
         default=60.0,
         help="time for screening and confirmation; when it does not suffice for the promise of "
         "1%%, the promise that can be kept is printed (default: %(default)g)",
@@ -444,16 +444,6 @@ def _parser() -> argparse.ArgumentParser:
         "--no-mlflow", dest="mlflow", action="store_false", help="do not log to MLflow"
     )
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of minutes")
-    return value
-
-
-_positive.__name__ = "number"
 
 
 if __name__ == "__main__":

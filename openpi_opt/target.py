@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openpi_opt.cli import at_least, say
+from openpi_opt.cli import at_least, minutes, say
 from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria
@@ -21,6 +21,7 @@ from openpi_opt.machine import probe
 from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.search.confirm import Confirmed, Subject
 from openpi_opt.search.contenders import contenders
+from openpi_opt.search.deadline import Deadline
 from openpi_opt.search.fresh import FreshRuns, Planned
 from openpi_opt.search.promotion import (
     BaselineError,
@@ -38,6 +39,9 @@ from openpi_opt.track.journal import Journal
 from openpi_opt.track.mlflow_log import MlflowLog
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
+# The fewest rounds that say anything.
+MIN_ROUNDS = 3
+
 
 @dataclass
 class Session:
@@ -49,6 +53,7 @@ class Session:
     folder: Path
     seed: int
     rounds: int
+    deadline: Deadline = field(default_factory=lambda: Deadline(None))
     # By stage: the flags of each process that was ok.
     flags: dict[str, list[list[str]]] = field(default_factory=dict)
 
@@ -58,7 +63,12 @@ class Session:
         return Planned(cfg, f"{stage} {number + 1}: {shown}", place)
 
     def interleaved(
-        self, configs: Mapping[str, Config], needed: str, stage: str, rounds: int
+        self,
+        configs: Mapping[str, Config],
+        needed: str,
+        stage: str,
+        rounds: int,
+        deadline: Deadline | None = None,
     ) -> tuple[dict[str, Confirmed], dict[str, TrialResult]]:
         """Every configuration once per round, in random order; and what failed, with its result.
 
@@ -75,7 +85,7 @@ class Session:
         bench = _Bench(self, {cfg.hash(): cfg for cfg in configs.values()}, keys, stage)
         order = draw_rounds(list(keys), rounds, seed)
         try:
-            means, _ = measure_rounds(bench, order, central)
+            means, _ = measure_rounds(bench, order, central, deadline)
         except BaselineError:
             raise UserError(
                 f"there is nothing to compare with: {needed} ended {why(bench.failed[central])}"
@@ -87,6 +97,27 @@ class Session:
             if key not in bench.failed
         }
         failed = {s: bench.failed[key] for s, key in hashes.items() if key in bench.failed}
+        return found, failed
+
+    def judged(
+        self, configs: Mapping[str, Config], needed: str, stage: str
+    ) -> tuple[dict[str, Confirmed], dict[str, TrialResult]]:
+        """`interleaved` in all rounds that fit into the time, whose number `rounds` becomes.
+
+        Raises:
+            UserError: `needed` was not ok, or the time was too short for any statement.
+        """
+        found, failed = self.interleaved(configs, needed, stage, self.rounds, self.deadline)
+        done = len(found[needed].means_ms)
+        if done < self.rounds:
+            say(f"the time is over: {done} of {self.rounds} rounds")
+        if done < MIN_ROUNDS:
+            raise UserError(
+                f"--minutes was enough for {done} round(s); {MIN_ROUNDS} are the least that say "
+                "anything.\nWhat ran is kept: the same command goes on. Give more --minutes, or a "
+                "smaller measure.max_seconds."
+            )
+        self.rounds = done
         return found, failed
 
     def write(
@@ -207,9 +238,14 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
     found.add_argument("--preset-dir", metavar="DIR", help="where presets are looked for, too")
     found.add_argument(
         "--rounds",
-        type=at_least(3),
+        type=at_least(MIN_ROUNDS),
         default=8,
-        help="fresh processes of each configuration, at least 3 (default: %(default)s)",
+        help=f"fresh processes of each configuration, at least {MIN_ROUNDS} (default: %(default)s)",
+    )
+    found.add_argument(
+        "--minutes",
+        type=minutes,
+        help="begin no round that would not end within this time; what was done is reported",
     )
     found.add_argument(
         "--seed", type=at_least(0), default=0, help="another one measures anew (default: 0)"
@@ -266,6 +302,7 @@ def session(verb: str, arguments: argparse.Namespace) -> Session:
         folder=Path(arguments.out) if arguments.out else study_dir / verb,
         seed=arguments.seed,
         rounds=arguments.rounds,
+        deadline=Deadline(None if arguments.minutes is None else arguments.minutes * 60),
     )
 
 

@@ -18,6 +18,7 @@ from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.pairs import Pairs
 from openpi_opt.result import TrialResult
+from openpi_opt.search import deadline
 from openpi_opt.search.fresh import FreshRuns
 from openpi_opt.search.process import Place
 from openpi_opt.track.journal import Journal
@@ -121,7 +122,7 @@ def test_the_time_ends_it_at_a_whole_round_and_the_rest_can_follow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine()
-    monkeypatch.setattr(pairs.time, "monotonic", lambda: machine.now)
+    monkeypatch.setattr(deadline.time, "monotonic", lambda: machine.now)
     found = session(tmp_path, machine)
     measure(found, 20.0)
     assert 3 <= found.rounds <= 6  # each takes 3 s, and A and B went before

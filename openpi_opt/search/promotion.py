@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from openpi_opt.search import promise
 from openpi_opt.search.confirm import Confirmed, Subject, choose, gain
+from openpi_opt.search.deadline import Deadline
 from openpi_opt.search.noise import Fit, Noise, fit, noise_of
 from openpi_opt.search.promise import Costs, Plan, Promise, Tau
 
@@ -147,21 +148,30 @@ def draw_rounds(keys: Sequence[Key], count: int, seed: int) -> list[list[Key]]:
 
 
 def measure_rounds(
-    bench: Measurer, rounds: Sequence[Sequence[str]], needed: str
+    bench: Measurer,
+    rounds: Sequence[Sequence[str]],
+    needed: str,
+    deadline: Deadline | None = None,
 ) -> tuple[dict[str, list[float]], list[str]]:
     """The means of every configuration by round, and who was dropped.
 
-    A configuration that is not ok once is not run again: it cannot be judged any more.
+    A configuration that is not ok once is not run again: it cannot be judged any more. With a
+    `deadline` there may be fewer rounds, but only whole ones.
 
     Raises:
         BaselineError: `needed` was not ok.
     """
     found: dict[str, list[float]] = {key: [] for order in rounds for key in order}
     dropped: list[str] = []
-    places = (
-        (key, number) for number, order in enumerate(rounds) for key in order if key not in dropped
-    )
-    with closing(bench.means("confirmation", places)) as means:
+
+    def places() -> Iterator[Place]:
+        for number, order in enumerate(rounds):
+            done = sum(map(len, found.values())) / len(order)
+            if deadline is not None and not deadline.another(number, done):
+                return
+            yield from ((key, number) for key in order if key not in dropped)
+
+    with closing(bench.means("confirmation", places())) as means:
         for key, _, mean in means:
             if key in dropped:
                 continue  # it had been started ahead

@@ -22,7 +22,9 @@ from openpi_opt.knobs import BY_NAME
 from openpi_opt.knobs.base import Options
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.result import TrialResult
+from openpi_opt.search import deadline
 from openpi_opt.search.confirm import Confirmed, Subject
+from openpi_opt.search.deadline import Deadline
 from openpi_opt.search.devices import LEASES_VARIABLE
 from openpi_opt.search.fresh import FreshRuns
 from openpi_opt.search.steps import NO_EFFECT, Target
@@ -175,6 +177,45 @@ def test_the_ladder_takes_the_largest_gain_first_and_reaches_the_target(tmp_path
     assert last.measured.subject.key == found.target.config.hash()
     assert last.total.mean == pytest.approx(1 - 0.8 * 0.9 * 0.95 * 0.99, abs=0.002)
     assert {rung.step.verdict for rung in result.rungs[1:] if rung.step} == {"faster"}
+
+
+def test_the_time_ends_rounds_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rounds of three processes of 10 s each, after a way of some."""
+    sessions, now = Sessions(tmp_path, "ladder"), [0.0]
+    monkeypatch.setattr(deadline.time, "monotonic", lambda: now[0])
+
+    def timed(cfg: Config) -> TrialResult:
+        now[0] += 10.0
+        return speed(cfg, int(now[0]))
+
+    found, run = sessions(timed)
+    found.deadline = Deadline(None)
+    way = ladder.climb(found, 1)
+    found.deadline = Deadline(130.0)
+    result = ladder.measure(found, way)
+    assert found.rounds == 4
+    assert "the time is over: 4 of 6 rounds" in capsys.readouterr().err
+    assert {len(rung.measured.means_ms) for rung in result.rungs} == {4}
+    assert "4 fresh processes each" in ladder.table(found, result)
+    found, rest = sessions(timed)
+    assert len(ladder.measure(found, ladder.climb(found, 1)).rungs[0].measured.means_ms) == 6
+    assert len(run.ran) - 4 * 3 == len(run.ran) + len(rest.ran) - 6 * 3, "nothing ran twice"
+
+
+def test_too_short_a_time_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(deadline.time, "monotonic", lambda: now[0])
+
+    def timed(cfg: Config) -> TrialResult:
+        now[0] += 10.0
+        return speed(cfg)
+
+    found, _ = Sessions(tmp_path, "ablate")(timed)
+    found.deadline = Deadline(60.0)
+    with pytest.raises(UserError, match=r"enough for 1 round\(s\); 3 are the least"):
+        ablate.measure(found)
 
 
 def test_independent_knobs_come_in_the_order_of_their_gains(tmp_path: Path) -> None:
