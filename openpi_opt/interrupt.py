@@ -85,12 +85,22 @@ def inside(main: Callable[[], int], kept: str) -> int:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """What is not to be left half done: the first press waits for its end, the second does not."""
+    """What is not to be left half done: the first press waits for its end, the second does not.
+
+    In any thread but the main one, which is never interrupted, this does nothing.
+    """
+    import threading  # long since loaded, but not when this module is
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     _state.shields += 1
     try:
         yield
     finally:
         _state.shields -= 1
+    if pressed():
+        _on_alarm(signal.SIGALRM, sys._getframe())
 
 
 def over() -> None:

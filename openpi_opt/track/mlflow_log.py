@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from openpi_opt import interrupt
 from openpi_opt.config import Tracking
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError, masked
@@ -204,14 +205,15 @@ class MlflowLog:
         marked = self._marked(study_dir, parent)
         if record.uid in marked:
             return marked[record.uid]
-        run = self._run_of(record.uid)
-        if run is None:
-            run = self._create_run(record, parent)
-        run_id: str = run.info.run_id
-        if run.info.status == "RUNNING":
-            self._fill(record, study_dir, run_id)
-        marked[record.uid] = run_id
-        _mark(study_dir, {"uid": record.uid, "run_id": run_id, "parent": parent})
+        with interrupt.shielded():
+            run = self._run_of(record.uid)
+            if run is None:
+                run = self._create_run(record, parent)
+            run_id: str = run.info.run_id
+            if run.info.status == "RUNNING":
+                self._fill(record, study_dir, run_id)
+            marked[record.uid] = run_id
+            _mark(study_dir, {"uid": record.uid, "run_id": run_id, "parent": parent})
         return run_id
 
     def _create_run(self, record: Record, parent: str) -> Run:
@@ -263,10 +265,11 @@ class MlflowLog:
 
     def _create_parent(self, study: str) -> Run:
         """Make the parent run, ended: only `begin_study` promises that somebody will end it."""
-        run = self._connect().create_run(
-            self._experiment(), run_name=study, tags={STUDY_TAG: study, ROLE_TAG: "study"}
-        )
-        self._connect().set_terminated(run.info.run_id, "FINISHED")
+        client, experiment = self._connect(), self._experiment()
+        tags = {STUDY_TAG: study, ROLE_TAG: "study"}
+        with interrupt.shielded():
+            run = client.create_run(experiment, run_name=study, tags=tags)
+            client.set_terminated(run.info.run_id, "FINISHED")
         return run
 
     def _run_of(self, uid: str) -> Run | None:

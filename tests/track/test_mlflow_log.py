@@ -495,6 +495,46 @@ def test_ctrl_c_while_mlflow_is_imported_is_an_interruption(tmp_path: Path) -> N
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
+PRESSED = """
+import os, signal, sys
+from pathlib import Path
+from mlflow import MlflowClient
+from openpi_opt import cli, interrupt
+from openpi_opt.config import Tracking
+from openpi_opt.track.journal import Journal
+from openpi_opt.track.mlflow_log import MlflowLog
+from openpi_opt.track.store import Store
+
+made = MlflowClient.create_run
+
+def create_run(*args, **more):
+    run = made(*args, **more)
+    os.kill(os.getpid(), signal.SIGINT)
+    return run
+
+def main():
+    store, study = Store.open(sys.argv[1]), Path(sys.argv[2])
+    MlflowLog(store, Tracking()).sync(study, Journal.read(study))
+    return 0
+
+MlflowClient.create_run = create_run
+interrupt.arm()
+cli.run(main)
+"""
+
+
+def test_ctrl_c_leaves_no_run_half_made(log: MlflowLog, study: Path) -> None:
+    """Of the study the first time, of its trial the second time."""
+    keep(study, record(ok()))
+    argv = [sys.executable, "-c", PRESSED, str(log.store.path), str(study)]
+    for runs in (1, 2):
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert done.returncode == 130, done.stderr
+        ours = f"tags.`openpi_opt.study` = '{study.name}'"
+        found = log._connect().search_runs([log._experiment()], ours)
+        assert [run.info.status for run in found] == ["FINISHED"] * runs
+
+
 def test_what_a_kill_left_of_an_upload_is_gone_after_the_next(log: MlflowLog, study: Path) -> None:
     (item,) = keep(study, record(ok()))
     (study / "mlflow.tmp").mkdir()
