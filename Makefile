@@ -1,7 +1,8 @@
 # Two commands: `make sweep` and `make test`. Both set up .venv first, once.
 PYTHON ?= python3
 STORE ?= mlruns
-# Processes of tests, one core each. A file's tests stay together and in order.
+# Processes of tests, one core each. A file's tests stay together and in order. Not the files with the
+# most tests first, as is the default: those with few tests take the longest.
 WORKERS ?= 2
 export PYTHON
 py = .venv/bin/python
@@ -32,7 +33,7 @@ lint: .venv/installed
 	$(py) -m mypy
 
 test: .venv/installed lint
-	OMP_NUM_THREADS=1 $(py) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 $(py) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
 test-gpu: .venv/installed
 	$(py) -m pytest -m gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,13 @@ from openpi_opt.search.devices import LEASES_VARIABLE
 # A deadline for an example would fail on a machine that others use, too.
 settings.register_profile("openpi_opt", parent=settings(), deadline=None)
 settings.load_profile("openpi_opt")
+
+# A run in the background of a script, or by nohup, ignores these two, and so would all programs
+# that tests start. What is handled, and not ignored, begins in them as usual.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 @pytest.fixture(autouse=True, scope="session")
