@@ -6,6 +6,7 @@ All of the engine is real: processes, leases, claims, journal, Optuna and, with 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from benchmarks import sabotage
 from openpi_opt import cli
 from openpi_opt.config import Config
 from openpi_opt.machine import Gpu, Machine, TorchBuild
+from openpi_opt.search import child, devices
 from openpi_opt.search.display import Lines
 from openpi_opt.search.engines import connected
 from openpi_opt.search.plan import StudyRequest
@@ -39,6 +41,12 @@ def machine(gpus: int) -> Machine:
     return replace(MACHINE, gpus=made, torch=TorchBuild("stub", "12.8", None))
 
 
+def pretend_cores(count: int) -> None:
+    """Share out cores that are not there; a process cannot be pinned to those."""
+    devices._cores = lambda: list(range(count))  # type: ignore[assignment]
+    child._on_cores = lambda cores: contextlib.nullcontext()  # type: ignore[assignment]
+
+
 def compose(overrides: list[str], mlflow: bool = False, device: str = "cpu") -> Config:
     """The configuration of a seed."""
     seeds = [int(str(parse_override(line).value())) for line in overrides]
@@ -56,8 +64,8 @@ def sweep(store: Path, own: argparse.Namespace) -> StudyOutcome:
     """Run the study until every seed has a result."""
     stub = [sys.executable, str(Path(__file__).with_name("stub_trial.py"))]
     stub += ["--seconds", str(own.seconds), *(["--faults"] if own.faults else [])]
-    for name in ("started", "finished", "lengths", "times"):
-        stub += [f"--{name}", str(getattr(own, name))] if getattr(own, name) else []
+    for name in ("started", "finished", "lengths", "times", "imports", "dies", "events"):
+        stub += [] if getattr(own, name) is None else [f"--{name}", str(getattr(own, name))]
     settings = Settings.parse(
         {
             "executor": json.loads(own.executor),
@@ -66,7 +74,11 @@ def sweep(store: Path, own: argparse.Namespace) -> StudyOutcome:
             "n_trials": own.trials or own.seeds,
             "sampler": own.sampler,
             "baseline": False,
-            "devices": {"cpu_slots": own.slots, "gpus": own.devices or "all"},
+            "devices": {
+                "cpu_slots": own.slots,
+                "gpus": own.devices or "all",
+                "ahead": not own.no_ahead,
+            },
         }
     )
     space = Space.parse([f"weights.seed=range(0,{own.seeds})"])
@@ -91,6 +103,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--sampler", default="grid")
     options.add_argument("--slots", type=int, default=2)
     options.add_argument("--gpus", type=int, default=0, help="so many stub GPUs instead of cores")
+    options.add_argument("--cores", type=int, help="so many stub cores, on which nothing is pinned")
+    options.add_argument("--no-ahead", action="store_true", help="devices.ahead=false")
     options.add_argument("--devices", type=int, action="append", help="use this stub GPU only")
     options.add_argument("--study", default=STUDY)
     options.add_argument("--seconds", type=float, default=0.05)
@@ -102,6 +116,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--started", type=Path, help="file that gets a line for every start")
     options.add_argument("--finished", type=Path, help="file that gets the uid of every result")
     options.add_argument("--times", type=Path, help="file for when the work began and ended")
+    options.add_argument("--imports", type=float, help="seconds that each trial imports")
+    options.add_argument("--dies", type=int, help="seed that dies in its import")
+    options.add_argument("--events", type=Path, help="file for what each trial did when, as JSON")
     options.add_argument("--torn", type=float, default=0.0, help=sabotage.TORN)
     options.add_argument("--sabotage", choices=sabotage.WAYS, help="break the engine")
     return options
@@ -110,6 +127,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Sweep."""
     own = parser().parse_args()
+    if own.cores:
+        pretend_cores(own.cores)
     if own.torn:
         sabotage.tear(own.torn)
     if own.sabotage:

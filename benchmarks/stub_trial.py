@@ -36,12 +36,15 @@ def main() -> None:
     parser.add_argument("--times", type=Path, help="file for when the work began and ended")
     parser.add_argument("--lengths", type=Path, help="JSON list: seconds for each seed")
     parser.add_argument("--finished", type=Path, help="file that gets the uid of every result")
+    parser.add_argument("--imports", type=float, default=0.0, help="seconds before the gate")
+    parser.add_argument("--dies", type=int, help="seed that dies in its import")
+    parser.add_argument("--events", type=Path, help="file for what each trial did when, as JSON")
     parser.add_argument("--in-place", action="store_true")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--references", type=Path)
     parser.add_argument("--progress-fd", type=int, required=True)
-    parser.add_argument("--gate-fd", type=int, help="not waited for: there is nothing to measure")
+    parser.add_argument("--gate-fd", type=int)
     own = parser.parse_args()
     threading.Thread(target=_end_with_parent, args=(own.progress_fd,), daemon=True).start()
     config = json.loads(own.config.read_text())
@@ -50,11 +53,28 @@ def main() -> None:
         with own.started.open("a") as file:
             file.write(f"{seed}\n")
     fault = FAULTS[seed % len(FAULTS)] if own.faults else "ok"
+
+    def event(what: str) -> None:
+        if own.events is not None:
+            about = {"seed": seed, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "what": what}
+            line = json.dumps({**about, "pid": os.getpid(), "at": time.monotonic()})
+            with own.events.open("a") as file:
+                file.write(f"{line}\n")
+
+    event("began")
+    _say(own.progress_fd, "import")
+    time.sleep(own.imports)
+    if seed == own.dies:
+        os.abort()
+    event("imported")
+    pass_gate(own.progress_fd, own.gate_fd)
+    event("device")
     _say(own.progress_fd, "load")
     lengths = [own.seconds] if own.lengths is None else json.loads(own.lengths.read_text())
     time.sleep(lengths[seed % len(lengths)])
     _say(own.progress_fd, "compile")
     _misbehave(fault)
+    pass_gate(own.progress_fd, own.gate_fd)
     _say(own.progress_fd, "measure")
     known = json.loads(own.config.with_name("trial.json").read_text())
     mean_ms = {"nan": math.nan, "negative": -5.0}.get(fault, 10.0 + seed % 97)
@@ -66,6 +86,16 @@ def main() -> None:
     if own.times is not None:
         with own.times.open("a") as file:
             file.write(f"{began} {time.monotonic()}\n")
+    event("end")
+
+
+def pass_gate(progress_fd: int, gate_fd: int | None) -> None:
+    """As `openpi_opt.trial.Progress.gate`."""
+    if gate_fd is None:
+        return
+    _say(progress_fd, "wait")
+    if not os.read(gate_fd, 1):
+        sys.exit("the gate was closed")
 
 
 def _misbehave(fault: str) -> None:

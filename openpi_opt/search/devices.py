@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +32,8 @@ LEASES_VARIABLE = "OPENPI_OPT_LEASES"
 _FOLDER_MODE = 0o1777
 _FILE_MODE = 0o666
 _TOPOLOGY = Path("/sys/devices/system/cpu")
+# A share of fewer cores is not divided between a trial and the one that is started ahead of it.
+_CORES_OF_TWO = 8
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class Lease:
     def fds(self) -> tuple[int, ...]:
         """Descriptors for the trial to inherit."""
         return tuple(held.fd for held in self.locks)
+
+    def share(self, slot: Slot) -> Lease:
+        """A lease of another part of the same device: that is free when both are released."""
+        return Lease(slot, [held.share() for held in self.locks])
 
     def release(self) -> None:
         """Give the slot back. Twice does no harm."""
@@ -114,6 +120,23 @@ class Devices:
     def all(self) -> list[Slot]:
         """Every slot that was made so far."""
         return [slot for slots in self._slots.values() for slot in slots]
+
+    def seats(self, slot: Slot) -> tuple[Slot, ...]:
+        """Where trials are started on a slot: there, or on two halves of its cores.
+
+        Two where one trial may import while another has the GPU. They have equally many cores, and
+        no hardware thread of one is of a core of the other's.
+        """
+        if slot.gpu is None or not self.settings.ahead or len(slot.cores) < _CORES_OF_TWO:
+            return (slot,)
+        half = len(slot.cores) // 2
+        while half > 1 and _physical(slot.cores[half - 1]) == _physical(slot.cores[-half]):
+            half -= 1
+        halves = slot.cores[:half], slot.cores[-half:]
+        return tuple(
+            replace(slot, name=f"{slot.name}, seat {number}", cores=cores)
+            for number, cores in enumerate(halves, 1)
+        )
 
     def gpu_index(self, device: Device) -> int:
         """Index of a GPU that stands for all that are used: they are of one model."""
@@ -226,6 +249,51 @@ def lease(slot: Slot) -> Lease | None:
     return None
 
 
+class Wanting:
+    """Says of GPUs that this process waits for one of them, until `release` or its end.
+
+    A sweep that starts trials ahead never leaves its GPUs free for a moment, unless it sees this.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Held] = {}
+
+    def add(self, slots: Iterable[Slot]) -> None:
+        """Say it of these. Of a GPU one says it at a time, which is enough for all.
+
+        Raises:
+            UserError: the folder of leases cannot be used.
+        """
+        with _errors() as folder:
+            for slot in slots:
+                if slot.gpu is not None and slot.gpu.uuid not in self._held:
+                    held = locks.take(_wanted(folder, slot.gpu), _about(), _FILE_MODE)
+                    if held is not None:
+                        self._held[slot.gpu.uuid] = held
+
+    def __contains__(self, slot: Slot) -> bool:
+        return slot.gpu is not None and slot.gpu.uuid in self._held
+
+    def release(self) -> None:
+        """This process has one, or waits no more. Twice does no harm."""
+        while self._held:
+            self._held.popitem()[1].release()
+
+
+def is_wanted(slot: Slot) -> bool:
+    """Whether somebody waits for the slot's GPU, this process included.
+
+    Raises:
+        UserError: the folder of leases cannot be used.
+    """
+    with _errors() as folder:
+        return slot.gpu is not None and locks.is_held(_wanted(folder, slot.gpu))
+
+
+def _wanted(folder: Path, gpu: Gpu) -> Path:
+    return folder / f"{gpu.uuid}.wanted.lock"
+
+
 def measure_lock() -> Held | None:
     """The lock of those who want to measure alone on this host, or None while another has it.
 
@@ -314,6 +382,11 @@ def _model(gpu: Gpu) -> tuple[str, str, str]:
 def _cores() -> list[int]:
     """The cores that this process may use, hardware threads of one core beside each other."""
     return sorted(os.sched_getaffinity(0), key=_place_of)
+
+
+def _physical(core: int) -> tuple[int, int]:
+    """Package and core of a hardware thread."""
+    return _place_of(core)[:2]
 
 
 def _place_of(core: int) -> tuple[int, int, int]:

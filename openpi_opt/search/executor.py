@@ -7,7 +7,7 @@ trial started there, and its result as a future.
 from __future__ import annotations
 
 import contextlib
-import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,15 +16,21 @@ from typing import Literal, Protocol
 
 from openpi_opt.config import Config
 from openpi_opt.machine import Machine
-from openpi_opt.result import TrialResult
+from openpi_opt.result import Failed, TrialResult
 from openpi_opt.search import devices
 from openpi_opt.search.child import Stop
-from openpi_opt.search.devices import Devices, Lease, Slot
+from openpi_opt.search.devices import Devices, Lease, Slot, Wanting
 from openpi_opt.search.display import Display
+from openpi_opt.search.occupancy import Occupancy
 from openpi_opt.search.process import Place
+from openpi_opt.search.turns import Line, Turn
 from openpi_opt.track.store import Store
 
-_MOST_THREADS = 1024  # made when needed; there are never more trials than slots
+_MOST_THREADS = 1024  # made when needed; there are never more trials than two for each slot
+# Phases in which the device is not wanted yet; `start`, the first, is never told.
+_BEFORE_DEVICE = ("import", "wait")
+# A GPU that another sweep waits for is left to it for so long: it looks four times a second.
+_LEFT_TO_OTHERS_SECONDS = 1.0
 
 
 class Run(Protocol):
@@ -72,18 +78,23 @@ class Executor(Protocol):
     """Somewhere to run trials, used from one thread.
 
     `contended`: `free` would have yielded more, but others have them; ask again after a while.
+    `occupancy` knows when trials had the devices.
     """
 
     contended: bool
+    occupancy: Occupancy
 
     def suits(self, slot: Slot, cfg: Config) -> bool:
         """Whether `cfg` can run there; makes room for its kind of device known."""
 
     def count(self) -> int:
-        """How many trials can run at a time, if nobody else uses the devices."""
+        """How many trials can have a device at a time, if nobody else uses the devices."""
 
     def free(self) -> Iterator[Lease]:
         """Places that are free now, each leased; to be released by the caller when not used."""
+
+    def rest(self) -> None:
+        """There is nothing to start at the moment: others need not leave a place to this sweep."""
 
     def start(self, task: Task, lease: Lease) -> Future[TrialResult]:
         """Run a trial there. The lease stays the caller's to release, when the future is done.
@@ -102,7 +113,11 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """The devices of this host."""
+    """The devices of this host.
+
+    Where a slot has two seats, the next trial is started in the one while the other's has the
+    device, and waits at its gate (`turns`). Both have leases that share the device's lock.
+    """
 
     def __init__(self, run: Run, store: Store, machine: Machine, found: Devices, display: Display):
         self._run = run
@@ -113,10 +128,14 @@ class LocalExecutor:
         self._threads = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="trial")
         self._stop = Stop()
         self._started: set[Future[TrialResult]] = set()
-        self._ours: list[Lease] = []
+        self._ours: dict[Slot, list[Lease]] = {}  # by the whole slot
+        self._lines: dict[Slot, Line] = {}  # by the whole slot, of those with two seats
+        self._given_up: dict[Slot, float] = {}  # when, of those with two seats
+        self._wanting = Wanting()
         self._told = False
-        self._gates: list[int] | None = None  # of trials that are not to measure yet
+        self._loading: list[tuple[Line, Turn]] | None = None  # who is not to measure yet
         self.contended = False
+        self.occupancy = Occupancy()
 
     def suits(self, slot: Slot, cfg: Config) -> bool:
         """Whether it is of the kind, and the GPU, that the configuration names."""
@@ -131,52 +150,92 @@ class LocalExecutor:
         return len(self._devices.all())
 
     def free(self) -> Iterator[Lease]:
-        """Slots that nobody uses. Says once who has them when others have all of them."""
-        self._ours = [lease for lease in self._ours if lease.held]
-        ours = {lease.slot for lease in self._ours}
-        others = []
+        """Slots that nobody uses, then second seats of those that this sweep uses.
+
+        Says once who has the slots when others have all of them, and as long as that is so, to
+        other sweeps that this one waits.
+        """
+        self._forget_released()
+        others, left = [], 0
         for slot in self._devices.all():
-            if slot in ours:
+            if self._ours.get(slot):
                 continue
-            lease = devices.lease(slot)
+            if self._is_left_to_others(slot):
+                left += 1
+                continue
+            lease = None if self._is_stuck(slot) else devices.lease(slot)
             if lease is None:
                 others.append(slot)
             else:
                 self.contended = False
-                self._ours.append(lease)
+                self._wanting.release()
+                lease.slot = self._devices.seats(slot)[0]
+                self._ours[slot] = [lease]
                 yield lease
-        self.contended = bool(others)
-        if others and not any(lease.held for lease in self._ours) and not self._told:
+        self._forget_released()
+        for slot in self._devices.all():
+            lease = self._second(slot)
+            if lease is not None:
+                self._ours[slot].append(lease)
+                yield lease
+        self.contended = bool(others) or left > 0
+        if not others or left or any(self._held(slot) for slot in self._ours):
+            return
+        self._wanting.add(slot for slot in others if slot.gpu is not None)
+        if not self._told:
             self._told = True
             names = "; ".join(f"{slot.name} by {devices.holder(slot)}" for slot in others)
             self._display.note(f"waiting for a device: in use are {names}")
 
+    def rest(self) -> None:
+        """Do not ask others for their devices any more, until `free` is asked again."""
+        self._wanting.release()
+
     def start(self, task: Task, lease: Lease) -> Future[TrialResult]:
         """Start the process, and a thread that watches it."""
         slot = lease.slot
-        gate = self._gate()
+        whole = next(own for own, leases in self._ours.items() if lease in leases)
+        line = None
+        if len(self._devices.seats(whole)) > 1:
+            line = self._lines.setdefault(whole, Line(self._stop))
+        elif self._loading is not None:
+            line = Line(self._stop)  # of this trial alone
+        turn = None if line is None else line.join(measures=self._loading is None)
+        if self._loading is not None and line is not None and turn is not None:
+            self._loading.append((line, turn))
+        stay = self.occupancy.stay(whole.name)
+        if slot.gpu is None:
+            stay.begin()
+        else:
+            self.occupancy.imports_aside = True
         place = Place(
             slot=slot,
             uid=task.uid,
             caches=self._store.caches / task.machine_hash,
             fds=(*task.fds, *lease.fds),
             stop=self._stop,
-            gate=gate,
+            gate=None if turn is None else turn.gate,
         )
 
         def on_phase(name: str) -> None:
+            if name not in _BEFORE_DEVICE:
+                stay.begin()
             self._display.phase(slot.name, name)
 
-        def run() -> TrialResult:
+        def work() -> TrialResult:
             try:
-                return self._run(
+                result = self._run(
                     task.cfg, task.folder, self._store.references, on_phase, self._machine, place
                 )
             finally:
-                if gate is not None:
-                    os.close(gate)
+                stay.end()
+                if line is not None and turn is not None:
+                    line.leave(turn)
+            if turn is not None and turn.withdrawn and isinstance(result, Failed):
+                raise LostError(f"{whole.name} has a process that cannot be killed", "wait")
+            return result
 
-        future = self._threads.submit(run)
+        future = self._threads.submit(work)
         self._started.add(future)
         future.add_done_callback(self._started.discard)
         return future
@@ -184,26 +243,14 @@ class LocalExecutor:
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """Trials started in here load, compile and warm up, and measure when it ends."""
-        gates: list[int] = []
-        self._gates = gates
+        begun: list[tuple[Line, Turn]] = []
+        self._loading = begun
         try:
             yield
-            for gate in gates:
-                with contextlib.suppress(BrokenPipeError):  # it has ended
-                    os.write(gate, b".")
+            for line, turn in begun:
+                line.let_measure(turn)
         finally:
-            self._gates = None
-            for gate in gates:
-                os.close(gate)
-
-    def _gate(self) -> int | None:
-        """What a trial reads from at its two gates: the one before it loads is open."""
-        if self._gates is None:
-            return None
-        read, write = os.pipe()
-        self._gates.append(write)
-        os.write(write, b".")
-        return read
+            self._loading = None
 
     def stop(self, at_once: bool = False) -> None:
         """End all processes: with time to end themselves, or without."""
@@ -215,3 +262,40 @@ class LocalExecutor:
         # up to 3.12), and the trial that the thread was about to kill would outlive the sweep.
         wait(set(self._started))
         self._threads.shutdown(wait=True)
+        self._wanting.release()
+
+    def _held(self, slot: Slot) -> list[Lease]:
+        return [lease for lease in self._ours.get(slot, []) if lease.held]
+
+    def _forget_released(self) -> None:
+        for slot, leases in self._ours.items():
+            held = self._held(slot)
+            if leases and not held and len(self._devices.seats(slot)) > 1:
+                self._given_up[slot] = time.monotonic()
+            self._ours[slot] = held
+
+    def _is_left_to_others(self, slot: Slot) -> bool:
+        """Whether it was ours right now and somebody waits for it: sweeps take turns."""
+        given_up = self._given_up.get(slot)
+        if given_up is None or time.monotonic() - given_up > _LEFT_TO_OTHERS_SECONDS:
+            return False
+        return self._is_wanted(slot)
+
+    def _is_wanted(self, slot: Slot) -> bool:
+        """Whether another sweep or a confirmation waits for it."""
+        return slot not in self._wanting and devices.is_wanted(slot)
+
+    def _is_stuck(self, slot: Slot) -> bool:
+        """Whether a process of ours that could not be killed may still have it."""
+        line = self._lines.get(slot)
+        return line is not None and line.stuck
+
+    def _second(self, slot: Slot) -> Lease | None:
+        """The seat that is left of a slot of ours, unless somebody waits for it."""
+        taken = self._held(slot)
+        left = [
+            seat for seat in self._devices.seats(slot) if all(lease.slot != seat for lease in taken)
+        ]
+        if not (taken and left) or self._is_stuck(slot) or self._is_wanted(slot):
+            return None
+        return taken[0].share(left[0])

@@ -32,6 +32,10 @@ class Held:
     fd: int
     found: bool = False
 
+    def share(self) -> Held:
+        """The same lock once more: it is free when both are released."""
+        return Held(self.path, os.dup(self.fd), self.found)
+
     def release(self, remove: bool = False) -> None:
         """Let go. A child that inherited `fd` still holds the lock. Twice does no harm."""
         if self.fd < 0:

@@ -180,12 +180,17 @@ def _lease(
         # Its index as HIP counts in this process.
         own = next(gpu for gpu in visible.gpus_for(cfg.device) if gpu.uuid == uuid)
         slots = [Slot(slot.name, slot.device, own, slot.cores)]
-    while not stop.is_set:
-        for slot in slots:
-            lease = devices.lease(slot)
-            if lease is not None:
-                return lease
-        time.sleep(_POLL_SECONDS)
+    wanting = devices.Wanting()
+    try:
+        while not stop.is_set:
+            for slot in slots:
+                lease = devices.lease(slot)
+                if lease is not None:
+                    return lease
+            wanting.add(slots)
+            time.sleep(_POLL_SECONDS)
+    finally:
+        wanting.release()
     raise StoppedError("ended while it waited for a device")
 
 

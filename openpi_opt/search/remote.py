@@ -28,6 +28,7 @@ from openpi_opt.search.child import StoppedError
 from openpi_opt.search.devices import Lease, Slot
 from openpi_opt.search.display import Display
 from openpi_opt.search.executor import LostError, Task
+from openpi_opt.search.occupancy import Occupancy
 from openpi_opt.search.orders import (
     Answer,
     Description,
@@ -205,6 +206,7 @@ class RemoteExecutor:
         self._stop = threading.Event()
         self._at_once = threading.Event()
         self.contended = False
+        self.occupancy = Occupancy()
 
     def suits(self, slot: Slot, cfg: Config) -> bool:
         """Whether it is of the kind of device that the configuration names.
@@ -237,6 +239,9 @@ class RemoteExecutor:
                     self._tickets.append(ticket)
                     yield ticket
 
+    def rest(self) -> None:
+        """Nothing: nobody waits for this sweep's places."""
+
     def start(self, task: Task, lease: Lease) -> Future[TrialResult]:
         """Give the trial to the engine, and watch it in a thread."""
         # Made here: a name that was looked for in vain stays absent for a while on NFS.
@@ -253,7 +258,11 @@ class RemoteExecutor:
             lost=tuple(self._lost),
             command=tuple(self._nodes.command),
         )
-        return self._threads.submit(self._watch, order, task.cfg, lease.slot.name)
+        stay = self.occupancy.stay(lease.slot.name)
+        stay.begin()
+        future = self._threads.submit(self._watch, order, task.cfg, lease.slot.name)
+        future.add_done_callback(lambda _: stay.end())
+        return future
 
     def loading(self) -> contextlib.AbstractContextManager[None]:
         """Nothing is held up: trials are on other hosts than this one."""

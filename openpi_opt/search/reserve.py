@@ -47,17 +47,21 @@ def reserve(
             used.
     """
     slots = _admitted(cfg, machine, wanted, records)
-    told = False
-    while True:
-        for slot in slots:
-            lease = devices.lease(slot)
-            if lease is not None:
-                return lease
-        if not told:
-            told = True
-            names = "; ".join(f"{slot.name} by {devices.holder(slot)}" for slot in slots)
-            say(f"waiting for a device: in use are {names}{_hint(slots, wanted)}")
-        pause(_POLL_SECONDS)
+    told, wanting = False, devices.Wanting()
+    try:
+        while True:
+            for slot in slots:
+                lease = devices.lease(slot)
+                if lease is not None:
+                    return lease
+            wanting.add(slots)
+            if not told:
+                told = True
+                names = "; ".join(f"{slot.name} by {devices.holder(slot)}" for slot in slots)
+                say(f"waiting for a device: in use are {names}{_hint(slots, wanted)}")
+            pause(_POLL_SECONDS)
+    finally:
+        wanting.release()
 
 
 def _hint(slots: Sequence[Slot], wanted: int | str | None) -> str:

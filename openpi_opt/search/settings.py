@@ -53,12 +53,16 @@ class Objective(BaseModel):
 
 
 class DeviceSettings(BaseModel):
-    """Which devices a sweep may use. `gpus` names them by index or by the start of the UUID."""
+    """Which devices a sweep may use. `gpus` names them by index or by the start of the UUID.
+
+    With `ahead` a GPU's next trial is started, up to where it needs the GPU, while one has it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     gpus: Literal["all"] | list[StrictInt | str] = "all"
     cpu_slots: int = Field(1, ge=1)
+    ahead: bool = True
 
     @field_validator("gpus")
     @classmethod

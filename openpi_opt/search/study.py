@@ -27,7 +27,6 @@ from openpi_opt.search.executor import Executor, LocalExecutor, LostError, Run
 from openpi_opt.search.goals import check_limits, check_same, goals, settle, without_pruning
 from openpi_opt.search.ledger import Ledger
 from openpi_opt.search.lessons import Lessons
-from openpi_opt.search.occupancy import Occupancy
 from openpi_opt.search.optimizer import Optimizer, Proposal
 from openpi_opt.search.plan import Plan, StudyRequest, announce, make_plan, space_hash
 from openpi_opt.search.points import Compose, Points
@@ -188,7 +187,6 @@ class _Engine:
     _best: dict[str, float] = field(default_factory=dict)  # milliseconds, by context
     _left_out: dict[str, int] = field(default_factory=dict)
     hurried: bool = False  # by a second interruption
-    _occupancy: Occupancy = field(default_factory=Occupancy)
     _read: int = 0  # records of the journal that were looked at
 
     def run(self, plan: Plan) -> str:
@@ -254,10 +252,9 @@ class _Engine:
 
     def note_occupancy(self) -> None:
         """Say how busy the devices were, where several were to be kept busy."""
-        uses = self._occupancy.uses()
-        if self.executor.count() > 1 and self.trials.new > 1 and uses:
-            texts = ", ".join(use.text() for use in uses)
-            self.display.note(f"in use over {uses[0].span:.0f} s: {texts}")
+        text = self.executor.occupancy.text()
+        if self.executor.count() > 1 and self.trials.new > 1 and text:
+            self.display.note(text)
 
     def outcome(self, store: Store, ended: str) -> StudyOutcome:
         """All that is known of the points of this space, also from earlier runs.
@@ -293,6 +290,7 @@ class _Engine:
     def _fill(self, source: Source) -> None:
         """Start a trial on every device that is free, as long as there is something to try."""
         if source.ended and not self._ready:
+            self.executor.rest()
             return
         for lease in self.executor.free():
             try:
@@ -302,7 +300,6 @@ class _Engine:
                 else:
                     limit_ms = self._limit_ms(job)
                     future = self.trials.start(job, lease, limit_ms)
-                    self._occupancy.started(lease.slot.name, future)
                     self._running[future] = job
             except BaseException:
                 lease.release()

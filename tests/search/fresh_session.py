@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.stub_sweep import MACHINE
-from benchmarks.stub_trial import document
+from benchmarks.stub_trial import document, pass_gate
 from openpi_opt import cli
 from openpi_opt.config import Config
 from openpi_opt.search.fresh import FreshRuns, Planned
@@ -51,7 +51,8 @@ def trial() -> None:
         parser.add_argument(f"--{name}-fd", type=int)
     own = parser.parse_args()
     for _ in range(2):
-        _pass_gate(own)
+        pass_gate(own.progress_fd, own.gate_fd)
+        os.write(own.progress_fd, b'{"phase": "load"}\n')
     began = time.monotonic()
     with Path(own.trial[1], "starts.txt").open("a") as file:
         file.write(f"{os.getpid()}\n")
@@ -64,13 +65,6 @@ def trial() -> None:
     unfinished = own.result.with_suffix(".tmp")
     unfinished.write_text(json.dumps(document(config, known, 10.0)))
     unfinished.rename(own.result)
-
-
-def _pass_gate(own: argparse.Namespace) -> None:
-    os.write(own.progress_fd, b'{"phase": "wait"}\n')
-    if not os.read(own.gate_fd, 1):
-        sys.exit("the session is gone")
-    os.write(own.progress_fd, b'{"phase": "load"}\n')
 
 
 if __name__ == "__main__":
