@@ -345,6 +345,7 @@ def test_a_confirmation_that_waits_is_heard_as_well(tmp_path: Path) -> None:
 
     def pause(_: float) -> None:
         seconds.append(len(list(here.free())))
+        assert len(seconds) == 1, "taken again at once"
         mine.release()
 
     host = machine(gpu(0))
