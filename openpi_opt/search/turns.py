@@ -2,7 +2,8 @@
 
 A trial's process imports, then reads from its gate, a pipe, before it touches the device, and once
 more before it measures (`trial.Progress.gate`). Both gates are opened at once, when whatever was
-started before it is gone; the second one later while this process is busy itself. Closing the pipe, also by the death of this process, ends who waits.
+started before it is gone; the second one later while this process is busy itself. Closing the pipe,
+also by the death of this process, ends who waits.
 """
 
 from __future__ import annotations
