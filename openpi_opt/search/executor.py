@@ -247,10 +247,14 @@ class LocalExecutor:
         self._loading = begun
         try:
             yield
+        except BaseException:
             for line, turn in begun:
-                line.let_measure(turn)
+                line.withdraw(turn)
+            raise
         finally:
             self._loading = None
+        for line, turn in begun:
+            line.let_measure(turn)
 
     def stop(self, at_once: bool = False) -> None:
         """End all processes: with time to end themselves, or without."""

@@ -23,30 +23,36 @@ _GONE_MS = 2000
 
 @dataclass(eq=False)
 class Turn:
-    """A trial's place in a line. Its process inherits `gate`; `withdrawn` when it never gets on."""
+    """A trial's place in a line. Its process inherits `gate`.
+
+    `opened`: it may have the device. `withdrawn`: it never gets on. `ended`: it was waited for or
+    killed; `stuck`: in vain.
+    """
 
     gate: int
     measures: bool = True  # whether both gates are opened at once
     withdrawn: bool = False
+    ended: bool = False
     stuck: bool = False
+    opened: bool = False
     _write: int = -1
-    _opened: bool = False
 
     def open(self) -> None:
         """Let the process through its gates, now or when it comes to them."""
-        self._opened = True
+        self.opened = True
         self._let(_GATES if self.measures else _GATES - 1)
 
     def let_measure(self) -> None:
         """Let it through the second gate, too, when it may pass the first."""
         self.measures = True
-        if self._opened:
+        if self.opened:
             self._let(1)
 
     def withdraw(self) -> None:
-        """End the process at its gate."""
-        self.withdrawn = True
-        self.close()
+        """End the process at its gate; when it has ended, nothing."""
+        if not self.ended:
+            self.withdrawn = True
+            self.close()
 
     def is_gone(self, milliseconds: int) -> bool:
         """Whether the process, and all that inherited its gate, are gone; waits that long for it.
@@ -99,9 +105,16 @@ class Line:
         with self._lock:
             turn.let_measure()
 
+    def withdraw(self, turn: Turn) -> None:
+        """It is not needed any more: it ends at its next gate."""
+        with self._lock:
+            turn.withdraw()
+
     def leave(self, turn: Turn) -> None:
         """The trial has ended. The next one gets the device as soon as the process is gone."""
         os.close(turn.gate)
+        with self._lock:
+            turn.ended = True
         gone = turn.withdrawn or turn.is_gone(_GONE_MS)
         with self._lock:
             if gone:
@@ -109,7 +122,7 @@ class Line:
                 return
             turn.stuck = True
             for other in self._turns:
-                if not other.stuck:
+                if not other.opened:
                     other.withdraw()
 
     @property
