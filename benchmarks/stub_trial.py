@@ -62,8 +62,9 @@ def main() -> None:
                 file.write(f"{line}\n")
 
     event("began")
-    _say(own.progress_fd, "import")
-    time.sleep(own.imports)
+    if own.imports:
+        _say(own.progress_fd, "import")
+        time.sleep(own.imports)
     if seed == own.dies:
         os.abort()
     event("imported")
