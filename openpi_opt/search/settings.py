@@ -62,7 +62,7 @@ class DeviceSettings(BaseModel):
 
     gpus: Literal["all"] | list[StrictInt | str] = "all"
     cpu_slots: int = Field(1, ge=1)
-    ahead: bool = True
+    ahead: bool = False
 
     @field_validator("gpus")
     @classmethod
