@@ -260,7 +260,7 @@ Run = Callable[..., TrialResult]
 
 def made(folder: Path, run: Run, count: int = 1, **settings: object) -> LocalExecutor:
     host = machine(*map(gpu, range(count)))
-    given = Settings.parse({"devices": settings}).devices
+    given = Settings.parse({"devices": {"ahead": True, **settings}}).devices
     found = Devices(given, host)
     found.slots("cuda")
     return LocalExecutor(run, Store.open(folder / "store"), host, found, Silent())
@@ -294,7 +294,8 @@ def test_first_seats_come_first_and_second_ones_only_beside_a_trial(tmp_path: Pa
 def test_seats_are_halves_that_share_no_core(monkeypatch: pytest.MonkeyPatch) -> None:
     def seats(cores: int, threads: int = 1, **settings: object) -> list[tuple[int, ...]]:
         monkeypatch.setattr(devices, "_place_of", lambda core: (0, core // threads, core))
-        found = Devices(Settings.parse({"devices": settings}).devices, CPU)
+        given = Settings.parse({"devices": {"ahead": True, **settings}}).devices
+        found = Devices(given, CPU)
         slot = Slot("GPU 0", "cuda", gpu(0), tuple(range(cores)))
         return [seat.cores for seat in found.seats(slot)]
 
@@ -304,7 +305,7 @@ def test_seats_are_halves_that_share_no_core(monkeypatch: pytest.MonkeyPatch) ->
     assert seats(7) == [tuple(range(7))]
     assert seats(16, ahead=False) == [tuple(range(16))]
     cpu = Slot("CPU slot 0", "cpu", None, tuple(range(16)))
-    assert Devices(Settings().devices, CPU).seats(cpu) == (cpu,)
+    assert Devices(Settings.parse({"devices": {"ahead": True}}).devices, CPU).seats(cpu) == (cpu,)
 
 
 @pytest.mark.usefixtures("leases")
