@@ -30,7 +30,7 @@ from openpi_opt.search.devices import LEASES_VARIABLE
 from openpi_opt.search.display import Display, Silent
 from openpi_opt.search.engines import connected
 from openpi_opt.search.ledger import Ledger
-from openpi_opt.search.orders import Answer, Description, Order, Question, give_up
+from openpi_opt.search.orders import Answer, Description, Order, Question, give_up, read_note
 from openpi_opt.search.recovery import ALIVE, NODE_LOCK
 from openpi_opt.search.remote import Nodes
 from openpi_opt.search.settings import Settings
@@ -183,8 +183,12 @@ def test_what_is_lost_is_tried_once_more_and_then_recorded(fleet: Fleet) -> None
 
 
 def has_started(fleet: Fleet, seed: int, times: int) -> bool:
+    """And its node has said so; it writes that a moment later than the trial itself."""
     started = fleet.started() if fleet.starts.exists() else []
-    return started.count(seed) == times and len(fleet.processes()) == 1
+    folders = fleet.store.glob("studies/*/trials/*")
+    held = [folder for folder in folders if locks.is_held(folder / NODE_LOCK)]
+    said = [read_note(folder)[1] for folder in held]
+    return started.count(seed) == times and len(fleet.processes()) == 1 and said == ["load"]
 
 
 def test_a_job_that_is_requeued_begins_again_and_counts_once(tmp_path: Path) -> None:
