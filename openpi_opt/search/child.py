@@ -75,6 +75,10 @@ class Stop:
             self._set.set()
             os.write(self._write_fd, b".")  # never read: it wakes every watcher
 
+    def wait(self, seconds: float) -> bool:
+        """Wait so long, or until this is set; returns whether it is."""
+        return self._set.wait(seconds)
+
     def fileno(self) -> int:
         """A descriptor that can be read from once this is set."""
         return self._read_fd

@@ -74,7 +74,7 @@ class FreshRuns:
         machine: Machine,
         say: Callable[[str], None],
         run: Run = run_trial,
-        pause: Callable[[float], None] = time.sleep,
+        pause: Callable[[float], None] | None = None,
     ):
         self.journal, self.study_dir, self.log = journal, journal.study_dir, log
         self.machine = machine
@@ -206,7 +206,8 @@ class FreshRuns:
         try:
             self._end_orphans()
             self._lease = reserve(
-                cfg, self.machine, wanted, self.journal.records(), self._say, self._pause
+                *(cfg, self.machine, wanted, self.journal.records(), self._say),
+                pause=self._pause or time.sleep,
             )
             self.fingerprint(cfg)
             if self._lease.slot.gpu is not None:
@@ -235,7 +236,7 @@ class FreshRuns:
                     return self._start(cfg, folder, on_phase, gate)
 
             return self._without_process(each.config, folder) or self._unthrottled(
-                _quick(each.config), each.shown, start
+                _quick(each.config), each.shown, start, self._pause or turn.pause
             )
 
         return job
@@ -249,7 +250,11 @@ class FreshRuns:
         return record.result
 
     def _unthrottled(
-        self, cfg: Config, shown: str, start: Callable[[Config], TrialResult]
+        self,
+        cfg: Config,
+        shown: str,
+        start: Callable[[Config], TrialResult],
+        pause: Callable[[float], None],
     ) -> TrialResult:
         for attempt in range(MAX_THROTTLED + 1):
             result = start(cfg)
@@ -258,7 +263,7 @@ class FreshRuns:
             if attempt < MAX_THROTTLED:
                 wait = COOLING_S * 2**attempt
                 self._say(f"  {shown}: throttled, discarded; again in {wait:.0f} s")
-                self._pause(wait)
+                pause(wait)
         raise UserError(
             f"{shown}: the GPU's clock was throttled in {MAX_THROTTLED + 1} processes on end, so "
             "no latency would hold.\nCool it or raise its power limit. What is finished is kept: "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Ledger:
         self._fingerprints: dict[Platform, tuple[dict[str, Any], str]] = {}
         self._told_away = False
         self._early: list[Record] | None = []  # finished before the log was begun
-        self._log_opened = threading.Event()  # or it could not be
+        self._log_opened = Future[None]()  # also when the server is away; the backlog comes after
         self._log_is_open = False
         self.known_from = 0
         self.takes_pruned = False  # as an answer: only a sweep that prunes itself does
@@ -226,7 +226,8 @@ class Ledger:
         )
 
     def begin_log(self) -> None:
-        """Begin the study in MLflow, and deliver what is missing there. Takes seconds: the import.
+        """Begin the study in MLflow, which takes seconds: the import. What is missing there is
+        delivered afterwards, beside the trials.
 
         Raises:
             UserError: MLflow's database is of another version, or the experiment was deleted.
@@ -234,8 +235,7 @@ class Ledger:
         if self._log is None:
             return
         self._queue_begin()
-        self._log_opened.wait()
-        self.later.check()
+        self._log_opened.result()
 
     def deliver(self, record: Record) -> None:
         """Log a record to MLflow, if it takes it, and not now; the journal has it anyhow.
@@ -321,13 +321,29 @@ class Ledger:
         assert self._log is not None
         try:
             self._log.begin_study(self.study_dir)
-            # What an earlier sweep could not deliver; it also ends the runs that it left open.
+        except UserError as error:
+            self._log_opened.set_exception(error)
+            raise
+        except TrackingError as error:
+            self._away(error)
+            begun = False
+        else:
+            begun = True
+        self._log_is_open = True
+        self._log_opened.set_result(None)
+        if begun:
+            self._sync_log()
+
+    def _sync_log(self) -> None:
+        """Deliver what an earlier sweep could not, and end the runs that it left open.
+
+        It may take long, and nobody waits for it.
+        """
+        assert self._log is not None
+        try:
             self._log.sync(self.study_dir, self.journal)
         except TrackingError as error:
             self._away(error)
-        finally:
-            self._log_opened.set()
-        self._log_is_open = True
 
     def _away(self, error: TrackingError) -> None:
         """Say it once: the rest of the sweep would repeat it after every trial."""

@@ -23,7 +23,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from openpi_opt.search.child import Stop
+from openpi_opt.search.child import Stop, StoppedError
 
 R = TypeVar("R")
 
@@ -59,6 +59,15 @@ class Turn:
                 self._write = None
                 os.close(write)
             os.close(read)
+
+    def pause(self, seconds: float) -> None:
+        """Wait before another process of the job.
+
+        Raises:
+            StoppedError: all is to end.
+        """
+        if self._stop.wait(seconds):
+            raise StoppedError("ended while it paused")
 
     def open(self) -> None:
         """Let the process pass, if it still is there."""

@@ -167,6 +167,25 @@ def test_leaving_early_ends_all(course: Course) -> None:
     assert not _running(course)
 
 
+def test_a_pause_of_a_job_ends_with_all(course: Course) -> None:
+    paused: list[BaseException] = []
+
+    def cooling(turn: Turn) -> Ended:
+        try:
+            turn.pause(60)
+        except StoppedError as error:
+            paused.append(error)
+            raise
+        return course.job(1)(turn)
+
+    results = Relay([course.job(0), cooling]).results()
+    next(results)
+    began = time.monotonic()
+    results.close()
+    assert paused
+    assert time.monotonic() - began < 10
+
+
 def _running(course: Course) -> list[str]:
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     return [line for line in listed.stdout.splitlines() if str(course.folder) in line]

@@ -304,6 +304,27 @@ def test_the_first_trials_load_while_mlflow_begins_and_measure_afterwards(
     assert happened == ["loads", "begun", "measures", "measures"]
 
 
+def test_no_trial_waits_for_what_an_earlier_sweep_could_not_deliver(
+    sweep: Sweeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = threading.Event()
+
+    class Gated(FakeRun):
+        def __call__(self, cfg: Config, *rest: Any) -> TrialResult:
+            for _ in range(2):
+                assert os.read(rest[-1].gate, 1)
+            measured.set()
+            return self.judge(cfg)
+
+    monkeypatch.setattr("test_study.FakeRun", Gated)
+    monkeypatch.setattr(MlflowLog, "sync", lambda *_: happened.append(measured.wait(20)))
+    happened: list[bool] = []
+    for name in ("begin_study", "end_study", "deliver"):
+        monkeypatch.setattr(MlflowLog, name, lambda *_: None)
+    sweep("weights.seed=0", baseline=False, compose=tracked)
+    assert happened == [True]
+
+
 def test_a_log_that_is_refused_ends_the_trial_that_loads(
     sweep: Sweeps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
