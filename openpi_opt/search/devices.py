@@ -11,7 +11,7 @@ import getpass
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -280,6 +280,25 @@ class Wanting:
             self._held.popitem()[1].release()
 
 
+def wait_for(slots: Sequence[Slot], busy: Callable[[], None]) -> Lease:
+    """Take one of these slots; `busy` is called whenever none is free, and pauses or raises.
+
+    Raises:
+        UserError: the folder of leases cannot be used.
+    """
+    wanting = Wanting()
+    try:
+        while True:
+            for slot in slots:
+                taken = lease(slot)
+                if taken is not None:
+                    return taken
+            wanting.add(slots)
+            busy()
+    finally:
+        wanting.release()
+
+
 def is_wanted(slot: Slot) -> bool:
     """Whether somebody waits for the slot's GPU, this process included.
 
@@ -302,6 +321,12 @@ def measure_lock() -> Held | None:
     """
     with _errors() as folder:
         return locks.take(folder / "measure.lock", _about(), _FILE_MODE)
+
+
+def in_use(slots: Iterable[Slot]) -> str:
+    """That all of these are in use, and by whom, for people."""
+    names = "; ".join(f"{slot.name} by {holder(slot)}" for slot in slots)
+    return f"waiting for a device: in use are {names}"
 
 
 def holder(slot: Slot) -> str:

@@ -184,8 +184,7 @@ class LocalExecutor:
         self._wanting.add(slot for slot in others if slot.gpu is not None)
         if not self._told:
             self._told = True
-            names = "; ".join(f"{slot.name} by {devices.holder(slot)}" for slot in others)
-            self._display.note(f"waiting for a device: in use are {names}")
+            self._display.note(devices.in_use(others))
 
     def rest(self) -> None:
         """Do not ask others for their devices any more, until `free` is asked again."""

@@ -180,18 +180,12 @@ def _lease(
         # Its index as HIP counts in this process.
         own = next(gpu for gpu in visible.gpus_for(cfg.device) if gpu.uuid == uuid)
         slots = [Slot(slot.name, slot.device, own, slot.cores)]
-    wanting = devices.Wanting()
-    try:
-        while not stop.is_set:
-            for slot in slots:
-                lease = devices.lease(slot)
-                if lease is not None:
-                    return lease
-            wanting.add(slots)
-            time.sleep(_POLL_SECONDS)
-    finally:
-        wanting.release()
-    raise StoppedError("ended while it waited for a device")
+
+    def busy() -> None:
+        if stop.wait(_POLL_SECONDS):
+            raise StoppedError("ended while it waited for a device")
+
+    return devices.wait_for(slots, busy)
 
 
 @contextmanager

@@ -47,21 +47,16 @@ def reserve(
             used.
     """
     slots = _admitted(cfg, machine, wanted, records)
-    told, wanting = False, devices.Wanting()
-    try:
-        while True:
-            for slot in slots:
-                lease = devices.lease(slot)
-                if lease is not None:
-                    return lease
-            wanting.add(slots)
-            if not told:
-                told = True
-                names = "; ".join(f"{slot.name} by {devices.holder(slot)}" for slot in slots)
-                say(f"waiting for a device: in use are {names}{_hint(slots, wanted)}")
-            pause(_POLL_SECONDS)
-    finally:
-        wanting.release()
+    told = False
+
+    def busy() -> None:
+        nonlocal told
+        if not told:
+            told = True
+            say(f"{devices.in_use(slots)}{_hint(slots, wanted)}")
+        pause(_POLL_SECONDS)
+
+    return devices.wait_for(slots, busy)
 
 
 def _hint(slots: Sequence[Slot], wanted: int | str | None) -> str:
