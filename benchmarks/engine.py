@@ -31,17 +31,17 @@ from benchmarks.stub_sweep import MACHINE
 from benchmarks.stub_trial import document
 from openpi_opt import cli
 from openpi_opt.config import Config
+from openpi_opt.engine.display import Silent
+from openpi_opt.engine.plan import StudyRequest, space_hash
+from openpi_opt.engine.study import run_study
 from openpi_opt.paths import conf_dir
+from openpi_opt.process.controllers import Controllers
+from openpi_opt.process.run import run_trial
 from openpi_opt.result import parse_plain
-from openpi_opt.search.composing import SweepCompose
-from openpi_opt.search.controllers import Controllers
-from openpi_opt.search.display import Silent
-from openpi_opt.search.plan import StudyRequest, space_hash
-from openpi_opt.search.points import Points
-from openpi_opt.search.process import run_trial
-from openpi_opt.search.settings import Settings
-from openpi_opt.search.space import Space
-from openpi_opt.search.study import run_study
+from openpi_opt.space.composing import SweepCompose
+from openpi_opt.space.points import Points
+from openpi_opt.space.settings import Settings
+from openpi_opt.space.space import Space
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Record
 from openpi_opt.track.store import Store

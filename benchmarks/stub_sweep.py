@@ -16,16 +16,16 @@ from pathlib import Path
 from benchmarks import sabotage
 from openpi_opt import cli
 from openpi_opt.config import Config
+from openpi_opt.engine.display import Lines
+from openpi_opt.engine.plan import StudyRequest
+from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.machine import Gpu, Machine, TorchBuild
-from openpi_opt.search import child, devices
-from openpi_opt.search.display import Lines
-from openpi_opt.search.engines import connected
-from openpi_opt.search.plan import StudyRequest
-from openpi_opt.search.process import run_trial
-from openpi_opt.search.remote import Nodes
-from openpi_opt.search.settings import Settings
-from openpi_opt.search.space import Space, parse_override
-from openpi_opt.search.study import StudyOutcome, run_study
+from openpi_opt.process import child, devices
+from openpi_opt.process.run import run_trial
+from openpi_opt.remote.engines import connected
+from openpi_opt.remote.remote import Nodes
+from openpi_opt.space.settings import Settings
+from openpi_opt.space.space import Space, parse_override
 from openpi_opt.track.store import Store
 
 STUDY = "stub"

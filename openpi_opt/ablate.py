@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from openpi_opt import cli
+from openpi_opt.confirm.judge import Confirmed, Verdict, gain
 from openpi_opt.errors import UserError
-from openpi_opt.search.confirm import Confirmed, Verdict, gain
 from openpi_opt.target import Session, flagged, parser, percent, session, why
 from openpi_opt.track.plots import Bar
 

@@ -22,8 +22,8 @@ from openpi_opt.config import SECTIONS
 from openpi_opt.errors import UserError
 from openpi_opt.paths import conf_dir
 from openpi_opt.result import Energy, Ok, write_atomic
-from openpi_opt.search.settings import Settings, default_study_name
-from openpi_opt.search.space import parse_override
+from openpi_opt.space.settings import Settings, default_study_name
+from openpi_opt.space.space import parse_override
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal, utc_now
 from openpi_opt.track.mlflow_content import device

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from openpi_opt import cli
+from openpi_opt.confirm.judge import Confirmed, Gain, gain
+from openpi_opt.confirm.steps import Knobs
 from openpi_opt.errors import UserError
-from openpi_opt.search.confirm import Confirmed, Gain, gain
-from openpi_opt.search.steps import Knobs
 from openpi_opt.target import Session, flagged, parser, percent, session, why
 from openpi_opt.track.plots import Bar
 

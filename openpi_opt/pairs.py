@@ -22,18 +22,18 @@ from openpi_opt import cli
 from openpi_opt.cli import at_least, minutes, say
 from openpi_opt.compose import compose
 from openpi_opt.config import Config
+from openpi_opt.confirm import promise
+from openpi_opt.confirm.contenders import short
+from openpi_opt.confirm.deadline import Deadline
+from openpi_opt.confirm.fresh import FreshRuns, Planned
+from openpi_opt.confirm.judge import Gain
+from openpi_opt.confirm.paired import MIN_PAIRS, Compared, Spread, compare, spread_of
+from openpi_opt.confirm.promotion import draw_rounds
+from openpi_opt.engine.trials import refused
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
+from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
-from openpi_opt.search import promise
-from openpi_opt.search.confirm import Gain
-from openpi_opt.search.contenders import short
-from openpi_opt.search.deadline import Deadline
-from openpi_opt.search.fresh import FreshRuns, Planned
-from openpi_opt.search.paired import MIN_PAIRS, Compared, Spread, compare, spread_of
-from openpi_opt.search.promotion import draw_rounds
-from openpi_opt.search.reserve import DEVICE_HELP, gpu_name
-from openpi_opt.search.trials import refused
 from openpi_opt.target import flagged, percent, why
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal, utc_now

@@ -22,16 +22,16 @@ from pydantic import ValidationError
 
 from openpi_opt import cli, criteria, preset
 from openpi_opt.config import Config
+from openpi_opt.confirm import promise, promotion
+from openpi_opt.confirm.contenders import Contender, contenders, short
+from openpi_opt.confirm.fresh import FreshRuns, Planned
+from openpi_opt.confirm.judge import Confirmed, Subject, changed_knobs
+from openpi_opt.confirm.promotion import Judged, Mean, Place, Schedule, Stage, Wanted
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.paths import user_conf_dir
+from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
-from openpi_opt.search import promise, promotion
-from openpi_opt.search.confirm import Confirmed, Subject, changed_knobs
-from openpi_opt.search.contenders import Contender, contenders, short
-from openpi_opt.search.fresh import FreshRuns, Planned
-from openpi_opt.search.promotion import Judged, Mean, Place, Schedule, Stage, Wanted
-from openpi_opt.search.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.target import flagged
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError

@@ -125,7 +125,7 @@ def _main() -> int:
             sys.argv.append("--multirun")
             arguments.multirun = True
         _check(arguments)
-    from openpi_opt.search.hydra_errors import hydra_errors
+    from openpi_opt.space.hydra_errors import hydra_errors
 
     with hydra_errors(), watched():
         _hydra_main()
@@ -144,9 +144,9 @@ def _hydra_main(composed: DictConfig) -> None:
 def _run_single(composed: DictConfig, runtime: Any, overrides: list[str]) -> int:
     """One trial."""
     from openpi_opt.compose import trial_config
-    from openpi_opt.search.command import run_command_line
-    from openpi_opt.search.composing import check_sources, plain
-    from openpi_opt.search.space import Space
+    from openpi_opt.engine.command import run_command_line
+    from openpi_opt.space.composing import check_sources, plain
+    from openpi_opt.space.space import Space
 
     check_sources(runtime, overrides)
     values = plain(composed)
@@ -166,7 +166,7 @@ def _is_run(arguments: Namespace) -> bool:
 
 def _names_space(overrides: list[str]) -> bool:
     """Whether a named space is chosen: it sweeps, so it needs no -m."""
-    from openpi_opt.search.space import parse_override
+    from openpi_opt.space.space import parse_override
 
     read = [parse_override(line) for line in overrides]
     return any(o.key_or_group == "space" and o.value() not in ("none", None) for o in read)
@@ -178,7 +178,7 @@ def _check(arguments: Namespace) -> None:
     Raises:
         UserError: bad syntax, a sweep without -m, or a flag that does not fit here.
     """
-    from openpi_opt.search.space import parse_override
+    from openpi_opt.space.space import parse_override
 
     if arguments.experimental_rerun is not None:
         raise UserError(

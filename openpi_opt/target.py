@@ -15,15 +15,11 @@ from typing import Any
 from openpi_opt.cli import at_least, minutes, say
 from openpi_opt.compose import compose
 from openpi_opt.config import Config
-from openpi_opt.criteria import Criteria
-from openpi_opt.errors import UserError
-from openpi_opt.machine import probe
-from openpi_opt.result import Ok, TrialResult, write_atomic
-from openpi_opt.search.confirm import Confirmed, Subject
-from openpi_opt.search.contenders import contenders
-from openpi_opt.search.deadline import Deadline
-from openpi_opt.search.fresh import FreshRuns, Planned
-from openpi_opt.search.promotion import (
+from openpi_opt.confirm.contenders import contenders
+from openpi_opt.confirm.deadline import Deadline
+from openpi_opt.confirm.fresh import FreshRuns, Planned
+from openpi_opt.confirm.judge import Confirmed, Subject
+from openpi_opt.confirm.promotion import (
     BaselineError,
     Mean,
     Place,
@@ -31,9 +27,13 @@ from openpi_opt.search.promotion import (
     draw_rounds,
     measure_rounds,
 )
-from openpi_opt.search.reserve import DEVICE_HELP, gpu_name
-from openpi_opt.search.steps import Target
-from openpi_opt.search.trials import refused
+from openpi_opt.confirm.steps import Target
+from openpi_opt.criteria import Criteria
+from openpi_opt.engine.trials import refused
+from openpi_opt.errors import UserError
+from openpi_opt.machine import probe
+from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
+from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.mlflow_log import MlflowLog

@@ -30,8 +30,8 @@ from openpi_opt.errors import RefusedError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine, probe
 from openpi_opt.measure import power
-from openpi_opt.search.devices import measure_lock
-from openpi_opt.search.environment import (
+from openpi_opt.process.devices import measure_lock
+from openpi_opt.process.environment import (
     CACHES,
     child_environment,
     cleared_names,

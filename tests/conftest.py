@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from openpi_opt.search.devices import LEASES_VARIABLE
+from openpi_opt.process.devices import LEASES_VARIABLE
 
 # A deadline for an example would fail on a machine that others use, too.
 settings.register_profile("openpi_opt", parent=settings(), deadline=None)

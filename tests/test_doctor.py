@@ -20,7 +20,7 @@ from openpi_opt.audit import HAZARDS, REQUIRED, Finding, Host
 from openpi_opt.knobs.environment import REFUSED
 from openpi_opt.machine import AiterPackage, Gpu, Machine, TorchBuild
 from openpi_opt.paths import package_dir
-from openpi_opt.search.environment import cleared_names
+from openpi_opt.process.environment import cleared_names
 
 ROOT = Path(__file__).parent.parent
 H100 = Gpu(0, "GPU-abc", "NVIDIA H100", "nvidia", "sm90", 81_559, "570.1")

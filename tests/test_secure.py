@@ -1,6 +1,6 @@
 """What the source never does, and what of the user's environment is never written down.
 
-A real sweep with tokens in its environment is in `search/test_survives.py`.
+A real sweep with tokens in its environment is in `process/test_survives.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pytest
 from openpi_opt.config import Config
 from openpi_opt.machine import Machine, TorchBuild
 from openpi_opt.paths import package_dir
-from openpi_opt.search.environment import PASS_VARIABLE, child_environment
-from openpi_opt.search.process import run_trial
+from openpi_opt.process.environment import PASS_VARIABLE, child_environment
+from openpi_opt.process.run import run_trial
 from openpi_opt.track.journal import Journal
 
 ROOT = package_dir().parent
@@ -172,10 +172,8 @@ def test_every_promise_names_tests_that_exist() -> None:
         if not name and not test:
             continue
         file = name or file
-        path = next(
-            (p for p in (ROOT / "tests" / "search" / file, ROOT / "tests" / file) if p.is_file()),
-            None,
-        )
+        name = file.rsplit("/", 1)[-1]
+        path = next((p for p in (ROOT / "tests").rglob(name) if str(p).endswith(file)), None)
         if path is None:
             assert (ROOT / "openpi_opt" / file).is_file(), file
             continue

@@ -16,8 +16,8 @@ import torch
 from openpi_opt import trial
 from openpi_opt.config import Config
 from openpi_opt.machine import probe
+from openpi_opt.process.devices import LEASES_VARIABLE, measure_lock
 from openpi_opt.result import Failed, Ok, parse
-from openpi_opt.search.devices import LEASES_VARIABLE, measure_lock
 
 SMALL = {
     "model": {"name": "pi0_mini"},

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from hydra.core.config_store import ConfigStore
 
-from openpi_opt.search import sweeper
+from openpi_opt.engine import sweeper
 
 
 class OpenpiOptSweeper(sweeper.OpenpiOptSweeper):
-    """The sweeper of `openpi_opt.search.sweeper`; Hydra instantiates no class from elsewhere."""
+    """The sweeper of `openpi_opt.engine.sweeper`; Hydra instantiates no class from elsewhere."""
 
 
 # The option `hydra/sweeper: openpi_opt`. Its settings are keys of `conf/sweep.yaml`.

@@ -24,7 +24,11 @@ _GIT_TIMEOUT_S = 5
 _NOT_IN_A_TRIAL = frozenset(
     {
         "track",
-        "search",
+        "space",
+        "engine",
+        "confirm",
+        "remote",
+        "process",
         "analysis",
         "analyze.py",
         "audit.py",
@@ -32,7 +36,6 @@ _NOT_IN_A_TRIAL = frozenset(
         "cli.py",
         "compare.py",
         "compose.py",
-        "confirm.py",
         "data_only.py",
         "deploy.py",
         "doctor.py",
@@ -132,7 +135,7 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         part = file.relative_to(root).parts[0]
-        if part in _NOT_IN_A_TRIAL and file.name != "environment.py":  # search/environment.py
+        if part in _NOT_IN_A_TRIAL and file.name != "environment.py":  # process/environment.py
             continue
         content = file.read_bytes()
         digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode())

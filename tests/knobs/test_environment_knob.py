@@ -8,7 +8,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.knobs.environment import REFUSED, VARIABLES, Environment
 from openpi_opt.machine import Machine
 from openpi_opt.paths import conf_dir
-from openpi_opt.search.environment import child_environment, cleared_names
+from openpi_opt.process.environment import child_environment, cleared_names
 
 KNOB = Environment()
 

@@ -18,12 +18,13 @@ from openpi_opt.errors import UserError
 from openpi_opt.track.journal import Journal
 
 HERE = Path(__file__).parent
+SAMPLES = HERE.parent / "samples"
 
 
 def writer(study: Path, body: str) -> subprocess.Popen[str]:
     """A real process with a journal open in `j`; it prints what it did."""
     code = (
-        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        f"import sys; sys.path.insert(0, {str(SAMPLES)!r})\n"
         "from pathlib import Path\n"
         "from track_samples import *\n"
         "from openpi_opt.track.journal import Journal\n"

@@ -28,6 +28,7 @@ from openpi_opt.track.store import Store
 # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 HERE = Path(__file__).parent
+SAMPLES = HERE.parent / "samples"
 
 
 @pytest.fixture(autouse=True)
@@ -416,7 +417,7 @@ def test_not_a_database(tmp_path: Path, study: Path, content: bytes) -> None:
 def test_processes_that_begin_at_once_share_one_database(tmp_path: Path) -> None:
     """A fresh database opened by several processes is where MLflow itself breaks."""
     code = (
-        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        f"import sys; sys.path.insert(0, {str(SAMPLES)!r})\n"
         "from track_samples import *\n"
         "from openpi_opt.config import Tracking\n"
         "from openpi_opt.track.journal import Journal\n"

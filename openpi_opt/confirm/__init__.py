@@ -1,0 +1,1 @@
+"""What rounds of fresh processes prove."""

@@ -1,0 +1,375 @@
+"""Fresh processes outside of a sweep: for promotions, ladders and ablations.
+
+Each process has a place (what it is for, and its number there). Its record's uid is made from the
+place, the configuration and the fingerprint, so after an interruption the journal answers for
+every process that had finished, and only the missing ones run. All of them run on one device,
+leased as a sweep leases it; what a killed session left running is ended before the next begins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from openpi_opt.config import Config
+from openpi_opt.engine.executor import Run
+from openpi_opt.engine.trials import refused
+from openpi_opt.errors import UserError
+from openpi_opt.machine import Machine
+from openpi_opt.process.devices import Lease
+from openpi_opt.process.relay import Gate, Relay, Turn
+from openpi_opt.process.reserve import reserve
+from openpi_opt.process.run import Place, parse_result, run_trial
+from openpi_opt.process.survivors import end_marked
+from openpi_opt.result import Ok, TrialResult
+from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
+from openpi_opt.track.journal import Journal, Record
+from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
+from openpi_opt.track.store import Store
+
+# A throttled process is discarded and repeated, so often at most, after a pause that doubles.
+MAX_THROTTLED = 3
+COOLING_S = 15.0
+# What a process takes as long as none has been seen.
+_UNKNOWN_S = 60.0
+# Processes that import ahead of their turn (`search.relay`): each wants some cores for itself, and
+# more than these save little.
+_CORES_AHEAD = 4
+_MAX_AHEAD = 4
+# Phases before a process has the device, and those of a trial that a confirmation leaves out.
+_STARTING = ("start", "import", "wait")
+_ONCE = ("reference", "ceilings", "profile", "energy")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A process that is to run: its configuration, what is said of it, and its place.
+
+    With `retry` one that was not ok in an earlier session runs again, and else that is final.
+    """
+
+    config: Config
+    shown: str
+    place: tuple[str | int, ...]
+    retry: bool = False
+
+
+class FreshRuns:
+    """Runs a configuration in a fresh process, unless the journal has that very process."""
+
+    def __init__(
+        self,
+        store: Store,
+        journal: Journal,
+        log: MlflowLog | None,
+        machine: Machine,
+        say: Callable[[str], None],
+        run: Run = run_trial,
+        pause: Callable[[float], None] | None = None,
+    ):
+        self.journal, self.study_dir, self.log = journal, journal.study_dir, log
+        self.machine = machine
+        self._store, self._say, self._run, self._pause = store, say, run, pause
+        self._told_away = False
+        self._lease: Lease | None = None
+        self._fingerprint: dict[str, Any] | None = None
+        self._new: set[str] = set()  # processes of this session
+
+    def measure(self, planned: Planned) -> TrialResult:
+        """The result of one process: `in_turn` of it alone."""
+        [result] = self.in_turn([planned])
+        return result
+
+    def in_turn(self, planned: Iterable[Planned]) -> Generator[TrialResult, None, None]:
+        """The results of all `planned`, in order, some processes started ahead (`search.relay`).
+
+        A process that the journal has does not run again. `planned` is asked for the next ones when
+        the present one gets the device. Only within `alone`.
+
+        Raises:
+            UserError: the GPU stays throttled, or the store cannot be written.
+        """
+        assert self._lease is not None, "measure only within `alone`"
+        begun: list[tuple[Planned, str, TrialResult | None]] = []
+
+        def jobs() -> Iterator[Callable[[Turn], TrialResult | None]]:
+            for each in planned:
+                uid, known = self._known(each)
+                begun.append((each, uid, known))
+                if known is None:
+                    self._new.add(uid)
+                    yield self._job(each, self.study_dir / "confirm" / uid)
+                else:
+                    yield lambda _: None
+
+        ahead = min(_MAX_AHEAD, max(1, len(self._lease.slot.cores) // _CORES_AHEAD))
+        with closing(Relay(jobs(), ahead).results()) as results:
+            for number, result in enumerate(results):
+                each, uid, known = begun[number]
+                if known is not None:
+                    self._say(f"  {each.shown}: {_summary(known)} (known)")
+                    yield known
+                else:
+                    assert result is not None
+                    yield self._told(each.config, each.shown, uid, result)
+
+    def _known(self, each: Planned) -> tuple[str, TrialResult | None]:
+        """The identity of a process, and its result if it need not run."""
+        uid, attempt = self.uid(each.config, *each.place), 0
+        while (record := self.journal.by_uid(uid)) is not None:
+            if isinstance(record.result, Ok) or not each.retry or uid in self._new:
+                return uid, record.result
+            attempt += 1
+            uid = self.uid(each.config, *each.place, f"attempt {attempt}")
+        return uid, None
+
+    def uid(self, cfg: Config, *place: str | int) -> str:
+        """Identity of the process at `place` on this GPU: 32 hexadecimal digits."""
+        parts = [*map(str, place), cfg.hash(), self.fingerprint_hash(cfg)]
+        gpu = self.fingerprint(cfg)["gpu"]
+        if gpu is not None:  # another GPU, however equal, begins anew
+            parts.append(gpu["uuid"])
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+    def fingerprint(self, cfg: Config) -> dict[str, Any]:
+        """Machine and software that run `cfg`: after `alone` with the GPU that it took."""
+        if self._fingerprint is not None:
+            return self._fingerprint
+        platform, gpu = cfg.platform, self._lease and self._lease.slot.gpu
+        if gpu is not None:
+            index = self.machine.gpus_for(cfg.device).index(gpu)
+            platform = platform.model_copy(update={"gpu": index})
+        found = fingerprint(self.machine, platform)
+        if self._lease is not None:
+            self._fingerprint = found
+        return found
+
+    def fingerprint_hash(self, cfg: Config) -> str:
+        """Its hash."""
+        return fingerprint_hash(self.fingerprint(cfg))
+
+    def seconds(self, cfg: Config) -> float:
+        """What a process of `cfg` adds to a session, by the journal; 60 when it knows none.
+
+        Its own work is that of its last processes: kernels that compile once and are cached make
+        the first of a configuration the longest. Starting is shared by those that import side by
+        side, so that is the mean over the last processes of any configuration.
+        """
+        took = [_Took.of(record) for record in self.journal.records()]
+        ok = [each for each in took if each.ok]
+        if not ok:
+            return _UNKNOWN_S
+        mine = [each for each in ok if each.config_hash == cfg.hash()][-3:] or ok[-3:]
+        confirming = [each for each in ok if each.confirming]
+        starts = [each.starting(each.started) for each in confirming[:1] or mine]
+        starts += [each.starting(before.ended) for before, each in pairwise(confirming)]
+        # A session that was killed or asleep took longer than its processes.
+        starting = [min(max(0.0, each), _UNKNOWN_S) for each in starts[-2 * _MAX_AHEAD :]]
+        return sum(each.work for each in mine) / len(mine) + sum(starting) / len(starting)
+
+    def deliver(self, record: Record) -> None:
+        """Log a record to MLflow, if it takes it; the journal has it anyhow."""
+        if self.log is not None:
+            try:
+                self.log.deliver(record, self.study_dir)
+            except TrackingError as error:
+                if not self._told_away:
+                    self._say(f"note: {error}")
+                self._told_away = True
+
+    @contextmanager
+    def alone(self, cfg: Config, wanted: int | str | None = None) -> Iterator[None]:
+        """Keep others away from this study, and from the device that all processes run on.
+
+        The device is one that can run `cfg`, or the GPU that is `wanted`; waits until it is free.
+
+        Raises:
+            UserError: another promote, ladder or ablate runs on this study, or no such GPU.
+        """
+        lock = FileLock(self.study_dir / "confirm.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"study {self.study_dir.name}: another promote, ladder or ablate is running on it."
+                "\nThey would disturb each other. Wait for that one to end."
+            ) from None
+        try:
+            self._end_orphans()
+            self._lease = reserve(
+                *(cfg, self.machine, wanted, self.journal.records(), self._say),
+                pause=self._pause or time.sleep,
+            )
+            self.fingerprint(cfg)
+            if self._lease.slot.gpu is not None:
+                self._say(f"on {self._lease.slot.name} ({self._lease.slot.gpu.uuid})")
+            yield
+        finally:
+            if self._lease is not None:
+                self._lease.release()
+            lock.release()
+
+    def _end_orphans(self) -> None:
+        """End what a killed session left; it may hold the device that is to be leased."""
+        for folder in sorted((self.study_dir / "confirm").glob("*/")):
+            if self.journal.by_uid(folder.name) is None:
+                ended = end_marked(folder.name)
+                if ended:
+                    self._say(f"ended {ended} process(es) that a killed session left")
+
+    def _without_process(self, cfg: Config, folder: Path) -> TrialResult | None:
+        return refused(cfg, self.machine) or _left(folder, cfg)
+
+    def _job(self, each: Planned, folder: Path) -> Callable[[Turn], TrialResult]:
+        def job(turn: Turn) -> TrialResult:
+            def start(cfg: Config) -> TrialResult:
+                with turn.process() as (gate, on_phase):
+                    return self._start(cfg, folder, on_phase, gate)
+
+            return self._without_process(each.config, folder) or self._unthrottled(
+                _quick(each.config), each.shown, start, self._pause or turn.pause
+            )
+
+        return job
+
+    def _told(self, cfg: Config, shown: str, uid: str, result: TrialResult) -> TrialResult:
+        """A new result, kept in the journal, said and logged."""
+        folder = self.study_dir / "confirm" / uid
+        record = self._keep(cfg, result, uid, folder if folder.exists() else None)
+        self._say(f"  {shown}: {_summary(record.result)}")
+        self.deliver(record)
+        return record.result
+
+    def _unthrottled(
+        self,
+        cfg: Config,
+        shown: str,
+        start: Callable[[Config], TrialResult],
+        pause: Callable[[float], None],
+    ) -> TrialResult:
+        for attempt in range(MAX_THROTTLED + 1):
+            result = start(cfg)
+            if not throttled(result):
+                return result
+            if attempt < MAX_THROTTLED:
+                wait = COOLING_S * 2**attempt
+                self._say(f"  {shown}: throttled, discarded; again in {wait:.0f} s")
+                pause(wait)
+        raise UserError(
+            f"{shown}: the GPU's clock was throttled in {MAX_THROTTLED + 1} processes on end, so "
+            "no latency would hold.\nCool it or raise its power limit. What is finished is kept: "
+            "the same command continues."
+        )
+
+    def _start(
+        self,
+        cfg: Config,
+        folder: Path,
+        on_phase: Callable[[str], None],
+        gate: Gate,
+    ) -> TrialResult:
+        assert self._lease is not None, "measure only within `alone`"
+        place = Place(
+            slot=self._lease.slot,
+            uid=folder.name,
+            caches=self._store.caches / self.fingerprint_hash(cfg),
+            fds=self._lease.fds,
+            stop=gate.stop,
+            gate=gate.fd,
+        )
+        references, machine = self._store.references, self.machine
+        try:
+            return self._run(cfg, folder, references, on_phase, machine, place)
+        except OSError as error:
+            raise UserError(
+                f"cannot run a trial in {folder}: {error.strerror or error}.\n"
+                "Everything recorded before is kept. Free space, memory or permissions, then run "
+                "the same command again to continue."
+            ) from error
+
+    def _keep(self, cfg: Config, result: TrialResult, uid: str, folder: Path | None) -> Record:
+        return self.journal.append(
+            Record(
+                uid=uid,
+                study=self.study_dir.name,
+                role="confirm",
+                labels=cfg.labels(),
+                result=result.model_copy(update={"fingerprint": self.fingerprint(cfg)}),
+                trial_dir=folder and folder.relative_to(self.study_dir).as_posix(),
+                fingerprint_hash=self.fingerprint_hash(cfg),
+            )
+        )
+
+
+def _quick(cfg: Config) -> Config:
+    """Without what follows the latency and costs seconds: profile, trace and energy."""
+    off = dict.fromkeys(("kernels", "trace", "energy"), False)
+    return cfg.model_copy(update={"profile": cfg.profile.model_copy(update=off)})
+
+
+def _left(folder: Path, cfg: Config) -> TrialResult | None:
+    """A result that is whole on disk: its session was killed before it could record it."""
+    try:
+        parsed = parse_result((folder / "result.json").read_bytes(), cfg)
+    except FileNotFoundError:
+        return None
+    if isinstance(parsed, str) or throttled(parsed):
+        return None
+    note = "taken from disk: the session that ran it was killed before it was recorded"
+    return parsed.model_copy(update={"notes": [*parsed.notes, note]})
+
+
+def throttled(result: TrialResult) -> bool:
+    """Whether the SM clock was under 75% of its peak, nvbench's rule to discard a sample.
+
+    Read from the check `gpu_clock` of results that have checks.
+    """
+    checks = getattr(result, "checks", ())
+    return any(check.name == "gpu_clock" and check.status == "flag" for check in checks)
+
+
+@dataclass(frozen=True)
+class _Took:
+    """When a process was there, and what it did: seconds `booked` after its imports, and of these
+    the `work` that a process of a confirmation does, too."""
+
+    ok: bool
+    confirming: bool
+    config_hash: str
+    started: datetime
+    ended: datetime
+    booked: float
+    work: float
+
+    def starting(self, free: datetime) -> float:
+        """Seconds that it took besides, from when the device was free at the earliest."""
+        return (self.ended - max(self.started, free)).total_seconds() - self.booked
+
+    @staticmethod
+    def of(record: Record) -> _Took:
+        result = record.result
+        phases = {k: v for k, v in result.phase_seconds.items() if k not in _STARTING}
+        return _Took(
+            ok=isinstance(result, Ok),
+            confirming=record.role == "confirm",
+            config_hash=result.config_hash,
+            started=datetime.fromisoformat(result.started_at),
+            ended=datetime.fromisoformat(record.created_at.replace("Z", "+00:00")),
+            booked=sum(phases.values()),
+            work=sum(v for k, v in phases.items() if k not in _ONCE),
+        )
+
+
+def _summary(result: TrialResult) -> str:
+    if isinstance(result, Ok):
+        return f"{result.latency.mean_ms:.3f} ms"
+    return f"{result.outcome}: {result.reason.splitlines()[0] if result.reason else ''}"

@@ -1,0 +1,279 @@
+"""What a promotion can promise, and how many processes that takes.
+
+The promise: a configuration at least `GAIN` faster than the baseline is promoted with at least
+`PROBABILITY`; one that is not faster is promoted in fewer than 1% of promotions. The second half
+holds by the test's level whatever the spread is (`search.confirm`). The first half is power: it
+needs the spread between fresh processes (tau), measured before anything is compared. All of it is
+fixed before the first confirmation run; nothing here looks at one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import scipy  # its `stats` takes a second to load, so when it is used: --help does not
+from pydantic import BaseModel, ConfigDict
+
+from openpi_opt.confirm.noise import CONFIDENCE, Noise
+
+GAIN = 0.01
+PROBABILITY = 0.95
+# No wider gain is promised when time is short.
+WIDEST_GAIN = 0.9
+# Each of the two ways to promote wrongly (not faster than the baseline; not faster than a finalist
+# nearer to it) has this probability at most, over a whole promotion.
+TOTAL_ALPHA = 0.005
+MAX_FINALISTS = 5
+TAU_PROCESSES = 8
+# Where every contender is a finalist there is nothing to screen; so many degrees of freedom are
+# then measured on them for the noise.
+NOISE_FREEDOM = 12
+NOISE_SHARE = 0.25  # of the time, at most
+MIN_PAIRS = 3
+MIN_SCREENING = 2
+# Eight processes know tau to about a quarter. Planning with an upper bound at this confidence
+# instead of the estimate keeps the power above what is promised on average over the estimates.
+TAU_CONFIDENCE = CONFIDENCE
+# A contender is left out of screening when it is this many standard deviations of a difference
+# behind the slowest place among the finalists: below 1e-4 for one that belongs there.
+CUT = 6.0
+
+_MAX_RUNS = 1 << 20
+# Plans of more processes are not tried out: their means are normal whatever the noise is.
+_MAX_TRIED = 150
+# When a plan is tried out: the chance to become a finalist that screening has to give, and that to
+# be promoted. More than is promised, for the noise that was seen is a sample, and rare slow
+# processes are missing in many a sample.
+SELECTED = 0.99
+# Excess kurtosis of what was seen from which a plan tried out on it may still be too small.
+WILD = 5.0
+TRIED = 0.975
+# Tau is rounded up to this for planning: plans are then remembered, and err to the safe side.
+_TAU_STEP = 1e-5
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(61)
+
+
+@dataclass(frozen=True)
+class Tau:
+    """The spread between fresh processes: standard deviation of the logarithm of their means.
+
+    For the small values that occur this is the standard deviation relative to the mean.
+    """
+
+    value: float
+    processes: int
+
+    @property
+    def upper(self) -> float:
+        """Upper bound at `TAU_CONFIDENCE`: (n - 1) s² / tau² is chi-squared with n - 1 degrees."""
+        freedom = self.processes - 1
+        return self.value * math.sqrt(
+            freedom / float(scipy.stats.chi2.ppf(1 - TAU_CONFIDENCE, freedom))
+        )
+
+
+def spread(means_ms: Sequence[float]) -> Tau:
+    """Tau of the means of processes of one configuration, in milliseconds.
+
+    Raises:
+        ValueError: fewer than two processes.
+    """
+    if len(means_ms) < 2:
+        raise ValueError(f"need two or more processes, got {len(means_ms)}")
+    return Tau(float(np.std(np.log(means_ms), ddof=1)), len(means_ms))
+
+
+def level(finalists: int) -> float:
+    """One-sided level of each comparison with the baseline: `TOTAL_ALPHA` for all (Bonferroni).
+
+    The comparisons share the baseline's processes; Bonferroni needs no independence.
+    """
+    return TOTAL_ALPHA / max(1, finalists)
+
+
+def tie_level(finalists: int) -> float:
+    """One-sided level of each comparison among finalists: `TOTAL_ALPHA` for all their pairs."""
+    return TOTAL_ALPHA / max(1, finalists * (finalists - 1) // 2)
+
+
+def power(gain: float, tau: float, pairs: int, alpha: float) -> float:
+    """Probability that `pairs` pairs of processes show a true `gain` at one-sided level `alpha`.
+
+    The paired t test on logarithms: the statistic is noncentral t with `pairs` - 1 degrees of
+    freedom and noncentrality log(1 / (1 - gain)) sqrt(pairs) / (sqrt(2) tau).
+    """
+    if tau <= 0:
+        return 1.0
+    shift = -math.log1p(-gain) * math.sqrt(pairs / 2) / tau
+    critical = float(scipy.stats.t.isf(alpha, pairs - 1))
+    if shift > critical + 40:  # beyond what the noncentral t computes, and certain
+        return 1.0
+    return float(scipy.stats.nct.sf(critical, pairs - 1, shift))
+
+
+@lru_cache(maxsize=65_536)
+def pairs_needed(gain: float, tau: float, alpha: float, probability: float) -> int:
+    """The least number of pairs whose `power` is at least `probability`."""
+    high = MIN_PAIRS
+    while power(gain, tau, high, alpha) < probability:
+        if high >= _MAX_RUNS:
+            return high
+        high *= 2
+    low = max(MIN_PAIRS, high // 2)
+    while low < high:
+        middle = (low + high) // 2
+        if power(gain, tau, middle, alpha) >= probability:
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+@lru_cache(maxsize=65_536)
+def chance_selected(gain: float, tau: float, runs: int, contenders: int, finalists: int) -> float:
+    """Probability that the one contender that is faster by `gain` is among the finalists.
+
+    The others are equal, which is the hardest case, and each has `runs` processes. At the true
+    one's mean x the number of others below it is binomial; the integral over x is Gaussian
+    quadrature.
+    """
+    if contenders <= finalists:
+        return 1.0
+    shift = -math.log1p(-gain) * math.sqrt(runs) / tau if tau > 0 else math.inf
+    overtaken = scipy.stats.binom.cdf(
+        finalists - 1, contenders - 1, scipy.stats.norm.sf(_NODES + shift)
+    )
+    return float(np.sum(_WEIGHTS * overtaken) / math.sqrt(2 * math.pi))
+
+
+class Promise(BaseModel):
+    """What is kept: `gain` found with `probability`, for spreads between processes up to `tau`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gain: float
+    probability: float
+    tau: float
+
+
+class Plan(BaseModel):
+    """Processes per contender in screening, and pairs per finalist in confirmation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    screening: int
+    pairs: int
+    promise: Promise
+
+
+@dataclass(frozen=True)
+class Costs:
+    """How many there are, and what a process of each takes in seconds.
+
+    `known` counts screening processes that are there already: one per contender after a sweep.
+    """
+
+    contenders: int
+    finalists: int
+    contender_s: float = 1.0
+    baseline_s: float = 1.0
+    known: int = 1
+
+    def seconds(self, screening: int, pairs: int) -> float:
+        """Time that a plan takes. The finalists of a round share the round's baseline process."""
+        missing = max(0, screening - self.known) * self.contenders * self.contender_s
+        return missing + pairs * (self.finalists * self.contender_s + self.baseline_s)
+
+
+class TooShortError(Exception):
+    """Not even the widest plan fits; `least_s` seconds would do for it."""
+
+    def __init__(self, least_s: float):
+        super().__init__(f"at least {least_s:.0f} s are needed")
+        self.least_s = least_s
+
+
+def make_plan(
+    noise: Tau | Noise, costs: Costs, limit_s: float | None = None, screened: int = 0
+) -> Plan:
+    """The quickest plan that keeps the promise, or the best promise that fits into `limit_s`.
+
+    With a tau alone the noise is taken for normal. With `Noise` the plan is tried out on it and
+    grows until it keeps the promise there, too. No fewer screening processes than `screened` are
+    planned for each contender.
+
+    When time is short the gain is widened, in steps of 0.1%, and never the probability or the
+    level.
+
+    Raises:
+        TooShortError: not even `WIDEST_GAIN` could be shown within the limit.
+    """
+    bound = round(math.ceil(noise.upper / _TAU_STEP) * _TAU_STEP, 5)
+    seen = noise if isinstance(noise, Noise) else None
+
+    def quickest(gain: float) -> tuple[float, int, int]:
+        found = _quickest(gain, bound, costs, screened)
+        return found if seen is None else _tried(found, gain, seen, costs)
+
+    best = quickest(GAIN)
+    if limit_s is None or best[0] <= limit_s:
+        return _plan(GAIN, bound, best)
+    low, high = round(GAIN * 1000), round(WIDEST_GAIN * 1000)  # thousandths; low does not fit
+    widest = quickest(high / 1000)
+    if widest[0] > limit_s:
+        raise TooShortError(widest[0])
+    while high - low > 1:
+        middle = (low + high) // 2
+        if quickest(middle / 1000)[0] <= limit_s:
+            high = middle
+        else:
+            low = middle
+    return _plan(high / 1000, bound, quickest(high / 1000))
+
+
+def _plan(gain: float, bound: float, found: tuple[float, int, int]) -> Plan:
+    promise = Promise(gain=gain, probability=PROBABILITY, tau=bound)
+    return Plan(screening=found[1], pairs=found[2], promise=promise)
+
+
+def _tried(
+    plan: tuple[float, int, int], gain: float, noise: Noise, costs: Costs
+) -> tuple[float, int, int]:
+    """The plan for normal noise, with more processes where promotions drawn from the noise that
+    was seen fail too often."""
+    _, screening, pairs = plan
+    if noise.tau == 0 or pairs >= _MAX_TRIED:
+        return plan
+    alpha = level(costs.finalists)
+    chance = noise.chance_selected(gain, screening, costs.contenders, costs.finalists)
+    while chance < SELECTED and screening < _MAX_TRIED:
+        screening += max(1, screening // 8)
+        chance = noise.chance_selected(gain, screening, costs.contenders, costs.finalists)
+    while chance * noise.power(gain, pairs, alpha) < TRIED and pairs < _MAX_TRIED:
+        pairs += max(1, pairs // 12)
+    return costs.seconds(screening, pairs), screening, pairs
+
+
+@lru_cache(maxsize=65_536)
+def _quickest(gain: float, tau: float, costs: Costs, screened: int = 0) -> tuple[float, int, int]:
+    """Seconds, screening processes and pairs of the quickest plan.
+
+    Both stages use fresh processes of their own, so their probabilities multiply.
+    """
+    alpha = level(costs.finalists)
+    if costs.contenders <= costs.finalists:
+        pairs, screening = pairs_needed(gain, tau, alpha, PROBABILITY), screened
+        return costs.seconds(screening, pairs), screening, pairs
+    best = (math.inf, _MAX_RUNS, _MAX_RUNS)
+    screening = max(MIN_SCREENING, screened)
+    while screening < _MAX_RUNS and costs.seconds(screening, MIN_PAIRS) < best[0]:
+        chance = chance_selected(gain, tau, screening, costs.contenders, costs.finalists)
+        if chance > PROBABILITY:
+            pairs = pairs_needed(gain, tau, alpha, round(PROBABILITY / chance, 5))
+            best = min(best, (costs.seconds(screening, pairs), screening, pairs))
+        screening += max(1, screening // 16)  # every number up to 16, then steps of some 6%
+    return best

@@ -1,0 +1,1 @@
+"""The loop that keeps every device busy and keeps every result."""

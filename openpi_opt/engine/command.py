@@ -1,0 +1,193 @@
+"""A composed command line turned into a study, and the study's end as text on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from openpi_opt.compare import print_table
+from openpi_opt.criteria import Criteria
+from openpi_opt.engine.display import Display, Lines, Live
+from openpi_opt.engine.dry_run import print_dry_run
+from openpi_opt.engine.plan import StudyRequest
+from openpi_opt.engine.storage import hidden
+from openpi_opt.engine.study import StudyOutcome, run_study
+from openpi_opt.errors import UserError
+from openpi_opt.machine import probe
+from openpi_opt.paths import conf_dir
+from openpi_opt.remote.engines import connected
+from openpi_opt.remote.remote import Nodes
+from openpi_opt.result import Ok
+from openpi_opt.space.points import Compose, Points
+from openpi_opt.space.prepare import prepare, require_some
+from openpi_opt.space.settings import Settings, check_not_swept, default_study_name
+from openpi_opt.space.space import Space
+from openpi_opt.track.mlflow_content import reason
+from openpi_opt.track.report import Group, Row, groups, lossy, mean_ms
+from openpi_opt.track.store import DEFAULT_STORE, Store, check_study_name
+
+
+def run_command_line(
+    overrides: Sequence[str],
+    composed: Mapping[str, Any],
+    space: Space,
+    compose: Compose,
+    swept: bool,
+) -> int:
+    """Run the study that was asked for and print what came of it; returns the exit code.
+
+    Raises:
+        UserError: something that the user has to mend.
+    """
+    settings = Settings.parse(composed)
+    check_not_swept(space)
+    if not (swept or settings.space.is_empty()):
+        raise UserError("a space is a sweep. Add -m to try its combinations.")
+    name = default_study_name(overrides) if settings.study is None else settings.study
+    check_study_name(name)
+    with _nodes(settings) as nodes:
+        return _run(name, settings, space, compose, swept, nodes)
+
+
+@contextlib.contextmanager
+def _nodes(settings: Settings) -> Iterator[Nodes | None]:
+    """The nodes of the engine, asked; a dry run starts nothing, so it counts for this host."""
+    kind, cpu_slots = settings.executor.kind, settings.devices.cpu_slots
+    if kind == "local" or settings.dry_run is not None:
+        if kind != "local":
+            print(f"counted for this host: executor={kind} was not asked", file=sys.stderr)
+        yield None
+        return
+    with connected(settings.executor, cpu_slots) as engine:
+        assert engine is not None  # local was left above
+        yield Nodes.ask(engine, Store.open(settings.store), Lines(), cpu_slots)
+
+
+def _run(
+    name: str,
+    settings: Settings,
+    space: Space,
+    compose: Compose,
+    swept: bool,
+    nodes: Nodes | None,
+) -> int:
+    machine = probe() if nodes is None else nodes.machine
+    allow_lossy = settings.objective.allow_lossy
+    if space.sensible_only or settings.dry_run is not None:
+        Points(space, compose, machine).check()
+        space, found = prepare(space, compose, machine, allow_lossy)
+        if settings.dry_run is None:
+            require_some(space, found)
+    command = tuple(hidden(word) for word in sys.argv[1:])
+    request = StudyRequest(name, space, settings, machine, command, swept)
+    if settings.dry_run is not None:
+        points = Points(space, compose, machine, allow_lossy)
+        return print_dry_run(request, points, found, settings.dry_run)
+    # Ray prints what happened to its workers; stdout is for the result.
+    with _display() as display, contextlib.redirect_stdout(sys.stderr):
+        outcome = run_study(request, compose, display, nodes=nodes)
+    print_outcome(outcome, swept, allow_lossy)
+    return outcome.exit_code
+
+
+def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False) -> None:
+    """The table, the best of each context, and what to type next.
+
+    With `allow_lossy`, lossy trials compete for the best.
+    """
+    print(f"study {outcome.name}: {_count(outcome)}; {outcome.ended}")
+    criteria = outcome.criteria.allowing(allow_lossy)
+    print_table(outcome.records, criteria=criteria)
+    for line in outcome.left_out:
+        print(f"left out: {line}")
+    best = [row for group in groups(outcome.records, criteria=criteria) for row in _winners(group)]
+    if not best and any(criteria.over(record.result) for record in outcome.records):
+        print(f"best: none, nothing that may win keeps the limits ({criteria.limits_text()})")
+    if outcome.exit_code:
+        _print_reasons(outcome)
+    faster = any(row.record.role != "baseline" for row in best)
+    _print_next(outcome, swept and faster, " --allow-lossy" if allow_lossy else "")
+
+
+def _winners(group: Group) -> list[Row]:
+    """Print the best of a context, or its Pareto set, the fastest first; returns them."""
+    best = [row for row in group.rows if row.best]
+    for row in best:
+        print(_best_line(row))
+    front = sorted((row for row in group.rows if row.pareto), key=mean_ms)
+    if front:
+        ok = sum(row.ok is not None for row in group.rows)
+        print(f"Pareto set of {group.criteria.objectives_text()}: {len(front)} of {ok} ok trials")
+    for row in front:
+        print(_front_line(row, group.criteria))
+    return best + front
+
+
+def _front_line(row: Row, criteria: Criteria) -> str:
+    values = criteria.values(row.record.result)
+    assert values is not None
+    figures = zip(criteria.figures(), values, strict=True)
+    shown = ", ".join(figure.text(value) for figure, value in figures)
+    gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
+    return f"  trial {row.record.number} ({_what(row)}): {shown}{gain}"
+
+
+def _what(row: Row) -> str:
+    what = " ".join(f"{key}={text}" for key, text in row.differs.items()) or "baseline"
+    return what + (", lossy" if lossy(row.record) else "")
+
+
+def _best_line(row: Row) -> str:
+    assert row.ok is not None
+    latency = row.ok.latency
+    figures = f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms"
+    line = f"trial {row.record.number} ({_what(row)}), {figures}"
+    if row.record.role == "baseline":
+        return f"best: the baseline, {line}; nothing that was tried is faster"
+    gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
+    return f"best: {line}{gain}"
+
+
+def _count(outcome: StudyOutcome) -> str:
+    ok = sum(isinstance(record.result, Ok) for record in outcome.points)
+    before = len(outcome.records) - outcome.new
+    return f"{ok} of {len(outcome.points)} configurations ok" + (
+        f", {outcome.new} new" if before > 0 else ""
+    )
+
+
+def _print_reasons(outcome: StudyOutcome) -> None:
+    print("no configuration was ok:")
+    for record in outcome.points:
+        first = (reason(record).splitlines() or [""])[0]
+        print(f"  trial {record.number} {record.result.outcome}: {first}")
+        if record.trial_dir:
+            print(f"    log: {outcome.store.study_dir(outcome.name) / record.trial_dir}/log.txt")
+
+
+def _print_next(outcome: StudyOutcome, promotable: bool, flag: str) -> None:
+    store = (
+        ""
+        if outcome.store.path == Path(DEFAULT_STORE).absolute()
+        else (f" --store {outcome.store.path}")
+    )
+    print("next:")
+    print(f"  python -m openpi_opt.compare {outcome.name}{store}{flag}")
+    if promotable:
+        print(f"  python -m openpi_opt.promote {outcome.name}{store}{flag} --name NAME")
+    if conf_dir() == Path.cwd() / "conf" and not store:
+        print("  make ui")
+    else:
+        print(f"  mlflow ui --backend-store-uri {outcome.store.mlflow_uri}")
+
+
+@contextlib.contextmanager
+def _display() -> Iterator[Display]:
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    with Live() as live:
+        yield live

@@ -1,0 +1,1 @@
+"""One trial in one process on one device, watched: locks, devices, environment, the child."""

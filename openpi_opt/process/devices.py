@@ -1,0 +1,431 @@
+"""Where trials run: one slot for each GPU, or slots of cores on a CPU, leased host-wide.
+
+A lease is a lock in a folder that all users of the host share, one file for each GPU (by its UUID)
+and for each core of a CPU slot. The trial's process inherits it, so a device is free only when
+what ran on it is gone, also when the controller was killed.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from openpi_opt.config import Config
+from openpi_opt.errors import UserError
+from openpi_opt.machine import Device, Gpu, Machine
+from openpi_opt.process import locks
+from openpi_opt.process.locks import Held
+
+if TYPE_CHECKING:  # it brings Hydra, which a trial has no use for
+    from openpi_opt.space.settings import DeviceSettings
+
+# Not the user's own temporary folder: the users of a host have to meet here.
+LEASES = Path("/tmp/openpi_opt-leases")
+LEASES_VARIABLE = "OPENPI_OPT_LEASES"
+_FOLDER_MODE = 0o1777
+_FILE_MODE = 0o666
+_TOPOLOGY = Path("/sys/devices/system/cpu")
+# A share of fewer cores is not divided between a trial and the one that is started ahead of it.
+_CORES_OF_TWO = 8
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Room for one trial: a GPU with its share of the cores, or cores alone."""
+
+    name: str
+    device: Device
+    gpu: Gpu | None
+    cores: tuple[int, ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the locks that together are the lease."""
+        if self.gpu is not None:
+            return (self.gpu.uuid,)
+        return tuple(f"core-{core}" for core in self.cores)
+
+
+@dataclass
+class Lease:
+    """A slot that this process may use until `release`."""
+
+    slot: Slot
+    locks: list[Held]
+
+    @property
+    def held(self) -> bool:
+        """Whether it was not released yet."""
+        return any(held.fd >= 0 for held in self.locks)
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """Descriptors for the trial to inherit."""
+        return tuple(held.fd for held in self.locks)
+
+    def share(self, slot: Slot) -> Lease:
+        """A lease of another part of the same device: that is free when both are released."""
+        return Lease(slot, [held.share() for held in self.locks])
+
+    def release(self) -> None:
+        """Give the slot back. Twice does no harm."""
+        for held in self.locks:
+            held.release()
+
+
+@dataclass
+class Devices:
+    """The slots of a sweep, by kind of device."""
+
+    settings: DeviceSettings
+    machine: Machine
+    notes: list[str] = field(default_factory=list)
+    _slots: dict[Device, list[Slot]] = field(default_factory=dict)
+
+    def check(self, configs: Iterable[Config]) -> None:
+        """Refuse what `configs` could never run on, before anything begins.
+
+        Raises:
+            UserError: as `slots`; also GPUs that are named where everything runs on the CPU, and
+                a `platform.gpu` that is not among those used.
+        """
+        wanted = list(configs)
+        kinds = {cfg.device for cfg in wanted}
+        if self.settings.gpus != "all" and kinds == {"cpu"}:
+            raise UserError(self._no_use())
+        for device in sorted(kinds):
+            self.slots(device)
+        for cfg in wanted:
+            self._check_gpu(cfg)
+
+    def slots(self, device: Device) -> list[Slot]:
+        """Slots of one kind, made when first asked for.
+
+        Raises:
+            UserError: `devices` names a GPU that is not there, one twice, several at once, GPUs of
+                different models, or more CPU slots than cores.
+        """
+        if device not in self._slots:
+            make = self._cpu_slots if device == "cpu" else self._gpu_slots
+            self._slots[device] = make(device)
+        return self._slots[device]
+
+    def all(self) -> list[Slot]:
+        """Every slot that was made so far."""
+        return [slot for slots in self._slots.values() for slot in slots]
+
+    def seats(self, slot: Slot) -> tuple[Slot, ...]:
+        """Where trials are started on a slot: there, or on two halves of its cores.
+
+        Two where one trial may import while another has the GPU. They have equally many cores, and
+        no hardware thread of one is of a core of the other's.
+        """
+        if slot.gpu is None or not self.settings.ahead or len(slot.cores) < _CORES_OF_TWO:
+            return (slot,)
+        half = len(slot.cores) // 2
+        while half > 1 and _physical(slot.cores[half - 1]) == _physical(slot.cores[-half]):
+            half -= 1
+        halves = slot.cores[:half], slot.cores[-half:]
+        return tuple(
+            replace(slot, name=f"{slot.name}, seat {number}", cores=cores)
+            for number, cores in enumerate(halves, 1)
+        )
+
+    def gpu_index(self, device: Device) -> int:
+        """Index of a GPU that stands for all that are used: they are of one model."""
+        gpu = self.slots(device)[0].gpu
+        return 0 if gpu is None else self.machine.gpus_for(device).index(gpu)
+
+    def _cpu_slots(self, device: Device) -> list[Slot]:
+        cores, count = _cores(), self.settings.cpu_slots
+        if count > len(cores):
+            raise UserError(
+                f"devices.cpu_slots={count}: this process may use {len(cores)} core(s), and every "
+                f"slot needs one of its own.\nUse devices.cpu_slots=1 to {len(cores)}."
+            )
+        shares = [_share(cores, number, count) for number in range(count)]
+        return [Slot(f"CPU slot {n}", device, None, share) for n, share in enumerate(shares)]
+
+    def _gpu_slots(self, device: Device) -> list[Slot]:
+        gpus = self.machine.gpus_for(device)
+        self._check_names(gpus)
+        chosen = [gpu for gpu in gpus if self._is_chosen(gpu, gpus.index(gpu))]
+        same = [gpu for gpu in chosen if _model(gpu) == _model(chosen[0])]
+        if len(same) < len(chosen):
+            other = next(gpu for gpu in chosen if gpu not in same)
+            text = f"{chosen[0].name} and {other.name} cannot be compared with one another"
+            if self.settings.gpus != "all":
+                raise UserError(f"devices: {text}.\nName GPUs of one model with devices=[...].")
+            self.notes.append(f"{text}: only the {len(same)} of the first kind are used")
+        cores = _cores()
+        # Shares of all GPUs of the host, not of those chosen: a trial has the same surroundings
+        # whoever else is sweeping.
+        return [
+            Slot(f"GPU {gpu.index}", device, gpu, _share(cores, gpus.index(gpu), len(gpus)))
+            for gpu in same
+        ]
+
+    def _no_use(self) -> str:
+        """Why no GPU can be named here."""
+        given = f"devices={_text(self.settings.gpus)}"
+        if not self.machine.gpus:
+            return (
+                f"{given}: this machine has no GPU that is visible.\nLeave it out to run on the "
+                "CPU (devices.cpu_slots=N trials at a time), or check the driver and "
+                "*_VISIBLE_DEVICES; python -m openpi_opt.doctor looks."
+            )
+        return (
+            f"{given} names GPUs, but every configuration here runs on the CPU.\nLeave it out, or "
+            "use platform=cuda or platform=rocm with a torch that was built for it."
+        )
+
+    def _check_gpu(self, cfg: Config) -> None:
+        number = cfg.platform.gpu
+        if cfg.device == "cpu" or number is None:
+            return
+        gpu = self.machine.gpus_for(cfg.device)[number]
+        used = self.slots(cfg.device)
+        if all(slot.gpu != gpu for slot in used):
+            names = ", ".join(slot.name for slot in used)
+            raise UserError(
+                f"platform.gpu={number}: that GPU ({gpu.name}) is not among those to be used: "
+                f"{names}.\nName it with devices=[{number}], or leave platform.gpu out."
+            )
+
+    def _is_chosen(self, gpu: Gpu, position: int) -> bool:
+        if self.settings.gpus == "all":
+            return True
+        return any(_names(wanted, gpu, position) for wanted in self.settings.gpus)
+
+    def _check_names(self, gpus: tuple[Gpu, ...]) -> None:
+        if self.settings.gpus == "all":
+            return
+        given = f"devices={_text(self.settings.gpus)}"
+        there = ", ".join(f"{n} ({gpu.uuid})" for n, gpu in enumerate(gpus)) or "none of its kind"
+        advice = "Give each GPU once, by index or UUID: devices=[0,1], or devices=all."
+        named: dict[str, int | str] = {}
+        for wanted in self.settings.gpus:
+            found = [gpu for n, gpu in enumerate(gpus) if _names(wanted, gpu, n)]
+            if not found:
+                problem = f"there is no such GPU as {wanted}"
+            elif len(found) > 1:
+                problem = f"{wanted} is the beginning of {len(found)} UUIDs"
+            elif found[0].uuid in named:
+                problem = f"{named[found[0].uuid]} and {wanted} are the same GPU"
+            else:
+                named[found[0].uuid] = wanted
+                continue
+            raise UserError(f"{given}: {problem}. There is {there}.\n{advice}")
+
+
+def lease(slot: Slot) -> Lease | None:
+    """Take a slot, or None while any part of it is in use.
+
+    Raises:
+        UserError: the folder of leases cannot be used.
+    """
+    taken: list[Held] = []
+    about = _about()
+    with _errors() as folder:
+        try:
+            for key in slot.keys:
+                held = locks.take(folder / f"{key}.lock", about, _FILE_MODE)
+                if held is None:
+                    break
+                taken.append(held)
+        except BaseException:
+            Lease(slot, taken).release()
+            raise
+    if len(taken) == len(slot.keys):
+        return Lease(slot, taken)
+    Lease(slot, taken).release()
+    return None
+
+
+class Wanting:
+    """Says of GPUs that this process waits for one of them, until `release` or its end.
+
+    A sweep that starts trials ahead never leaves its GPUs free for a moment, unless it sees this.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Held] = {}
+
+    def add(self, slots: Iterable[Slot]) -> None:
+        """Say it of these. Of a GPU one says it at a time, which is enough for all.
+
+        Raises:
+            UserError: the folder of leases cannot be used.
+        """
+        with _errors() as folder:
+            for slot in slots:
+                if slot.gpu is not None and slot.gpu.uuid not in self._held:
+                    held = locks.take(_wanted(folder, slot.gpu), _about(), _FILE_MODE)
+                    if held is not None:
+                        self._held[slot.gpu.uuid] = held
+
+    def __contains__(self, slot: Slot) -> bool:
+        return slot.gpu is not None and slot.gpu.uuid in self._held
+
+    def release(self) -> None:
+        """This process has one, or waits no more. Twice does no harm."""
+        while self._held:
+            self._held.popitem()[1].release()
+
+
+def wait_for(slots: Sequence[Slot], busy: Callable[[], None]) -> Lease:
+    """Take one of these slots; `busy` is called whenever none is free, and pauses or raises.
+
+    Raises:
+        UserError: the folder of leases cannot be used.
+    """
+    wanting = Wanting()
+    try:
+        while True:
+            for slot in slots:
+                taken = lease(slot)
+                if taken is not None:
+                    return taken
+            wanting.add(slots)
+            busy()
+    finally:
+        wanting.release()
+
+
+def is_wanted(slot: Slot) -> bool:
+    """Whether somebody waits for the slot's GPU, this process included.
+
+    Raises:
+        UserError: the folder of leases cannot be used.
+    """
+    with _errors() as folder:
+        return slot.gpu is not None and locks.is_held(_wanted(folder, slot.gpu))
+
+
+def _wanted(folder: Path, gpu: Gpu) -> Path:
+    return folder / f"{gpu.uuid}.wanted.lock"
+
+
+def measure_lock() -> Held | None:
+    """The lock of those who want to measure alone on this host, or None while another has it.
+
+    Raises:
+        UserError: the folder of leases cannot be used.
+    """
+    with _errors() as folder:
+        return locks.take(folder / "measure.lock", _about(), _FILE_MODE)
+
+
+def in_use(slots: Iterable[Slot]) -> str:
+    """That all of these are in use, and by whom, for people."""
+    names = "; ".join(f"{slot.name} by {holder(slot)}" for slot in slots)
+    return f"waiting for a device: in use are {names}"
+
+
+def holder(slot: Slot) -> str:
+    """Who has a slot, for people."""
+    with _errors() as folder:
+        for key in slot.keys:
+            path = folder / f"{key}.lock"
+            if locks.is_held(path):
+                return _described(locks.note(path))
+    return "nobody"
+
+
+def leases_folder() -> Path:
+    """The folder that all users of this host share, made when absent.
+
+    Raises:
+        OSError: it cannot be made, or is no folder that can be written.
+    """
+    folder = Path(os.environ.get(LEASES_VARIABLE) or LEASES)
+    try:
+        folder.mkdir(mode=_FOLDER_MODE)
+    except FileExistsError:
+        pass
+    else:
+        folder.chmod(_FOLDER_MODE)  # whatever the umask is
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(f"{folder} is a link or a file, not a folder")
+    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+        raise PermissionError(f"{folder} lets users remove each other's files (no sticky bit)")
+    return folder
+
+
+@contextmanager
+def _errors() -> Iterator[Path]:
+    try:
+        yield leases_folder()
+    except OSError as error:
+        raise UserError(
+            f"the folder of device leases cannot be used: {error}.\n"
+            f"All users of the host need one that they can write; give it in {LEASES_VARIABLE}, "
+            "the same for all."
+        ) from error
+
+
+def _described(text: str) -> str:
+    try:
+        about = json.loads(text)
+        return f"process {about['pid']} of user {about['user']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _about() -> str:
+    return json.dumps({"user": _user(), "pid": os.getpid()})
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())
+
+
+def _names(wanted: int | str, gpu: Gpu, position: int) -> bool:
+    return position == wanted if isinstance(wanted, int) else gpu.uuid.startswith(wanted)
+
+
+def _text(gpus: Literal["all"] | list[int | str]) -> str:
+    """As it was typed."""
+    return gpus if isinstance(gpus, str) else f"[{','.join(map(str, gpus))}]"
+
+
+def _model(gpu: Gpu) -> tuple[str, str, str]:
+    return gpu.name, gpu.arch, gpu.driver
+
+
+def _cores() -> list[int]:
+    """The cores that this process may use, hardware threads of one core beside each other."""
+    return sorted(os.sched_getaffinity(0), key=_place_of)
+
+
+def _physical(core: int) -> tuple[int, int]:
+    """Package and core of a hardware thread."""
+    return _place_of(core)[:2]
+
+
+def _place_of(core: int) -> tuple[int, int, int]:
+    folder = _TOPOLOGY / f"cpu{core}" / "topology"
+    try:
+        package, number = ((folder / n).read_text() for n in ("physical_package_id", "core_id"))
+        return int(package), int(number), core
+    except (OSError, ValueError):  # hidden by a sandbox: in the order of their numbers
+        return 0, core, core
+
+
+def _share(cores: list[int], number: int, count: int) -> tuple[int, ...]:
+    """Share `number` of `count`; with fewer cores than shares, one core for several of them."""
+    size = len(cores) // count
+    if size == 0:
+        return (cores[number % len(cores)],)
+    return tuple(cores[number * size : (number + 1) * size])

@@ -1,0 +1,1 @@
+"""Trials on other hosts, by Ray or Slurm."""

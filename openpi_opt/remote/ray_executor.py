@@ -1,0 +1,224 @@
+"""Trials as tasks of a Ray cluster: one GPU each, wherever Ray has one free.
+
+Ray is given one function and JSON text, and is not asked to run anything again: a trial that was
+lost is the sweep's to repeat.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import socket
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from openpi_opt.config import Config
+from openpi_opt.engine.display import Display
+from openpi_opt.engine.executor import LostError
+from openpi_opt.errors import UserError
+from openpi_opt.machine import Device
+from openpi_opt.paths import package_dir
+from openpi_opt.remote import node
+from openpi_opt.remote.orders import Description, Order, Question
+from openpi_opt.space.settings import RaySettings
+
+_ANSWER_SECONDS = 120.0
+_REACH_SECONDS = 10.0
+_LOOK_AGAIN_SECONDS = 5.0
+
+
+class RayEngine:
+    """A Ray cluster that runs already, as an `Engine`."""
+
+    name = "ray"
+
+    def __init__(self, settings: RaySettings, cpu_slots: int):
+        """Connect to it.
+
+        Raises:
+            UserError: there is none at that address.
+        """
+        self._settings = settings
+        self._cpu_slots = cpu_slots
+        self._looked = -math.inf
+        self._known: list[dict[str, Any]] = []
+        _reach(settings.address)
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(
+                address=settings.address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env=_runtime_env(),
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise _no_cluster(settings.address, error) from error
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)  # ray puts its own there
+
+    def describe(self, question: Question, display: Display, folder: Path) -> list[Description]:
+        """Ask every node that has a GPU for a trial; if none has, every one with CPUs.
+
+        Raises:
+            UserError: there is no such node, or one does not answer.
+        """
+        nodes = self._with_gpus() or self._with_cpus()
+        if not nodes:
+            raise UserError(
+                f"executor=ray: no node of the cluster has room for a trial "
+                f"(executor.resources={self._settings.resources}, "
+                f"executor.cpus={self._settings.cpus})."
+            )
+        references = []
+        for found in nodes:
+            there = NodeAffinitySchedulingStrategy(found["NodeID"], soft=False)
+            asked = ray.remote(node.describe).options(
+                num_cpus=0, num_gpus=0, max_retries=0, scheduling_strategy=there
+            )
+            references.append(asked.remote(question.dumped()))
+        try:
+            answers = ray.get(references, timeout=_ANSWER_SECONDS)
+        except ray.exceptions.RayError as error:
+            raise UserError(
+                f"executor=ray: a node did not say what it is: {_first_line(error)}.\n"
+                "It needs openpi_opt with its packages in the Python that runs Ray there."
+            ) from error
+        return [Description.model_validate_json(answer) for answer in answers]
+
+    def slots(self, device: Device) -> int:
+        """What there is room for now, unless `executor.slots` says how many."""
+        if self._settings.slots is not None:
+            return self._settings.slots
+        if device == "cpu":
+            return self._cpu_slots * len(self._with_cpus())
+        return sum(int(found["Resources"]["GPU"]) for found in self._with_gpus())
+
+    def submit(self, order: Order, cfg: Config) -> RayHandle:
+        """Queue it; Ray starts it where its resources are free."""
+        task = ray.remote(node.run).options(
+            num_cpus=self._cpus(cfg.device),
+            num_gpus=0 if cfg.device == "cpu" else 1,
+            resources=self._settings.resources or None,
+            max_retries=0,
+            name=f"trial {order.uid[:12]}",
+        )
+        return RayHandle(task.remote(order.dumped()))
+
+    def close(self) -> None:
+        """Disconnect. The cluster goes on."""
+        ray.shutdown()
+
+    def _cpus(self, device: Device) -> float:
+        """Ray's CPUs for a trial, so that a node takes as many trials as it has devices for."""
+        if self._settings.cpus is not None:
+            return self._settings.cpus
+        if device == "cpu":
+            cpus = (found["Resources"]["CPU"] / self._cpu_slots for found in self._with_cpus())
+        else:
+            cpus = (
+                found["Resources"].get("CPU", 0) / found["Resources"]["GPU"]
+                for found in self._with_gpus()
+            )
+        return math.floor(min(cpus, default=0))
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        """Nodes that live and have the resources that were asked for."""
+        if time.monotonic() > self._looked + _LOOK_AGAIN_SECONDS:
+            wanted = self._settings.resources
+            self._known = [
+                found
+                for found in ray.nodes()
+                if found["Alive"]
+                and all(found["Resources"].get(key, 0) >= amount for key, amount in wanted.items())
+            ]
+            self._looked = time.monotonic()
+        return self._known
+
+    def _with_gpus(self) -> list[dict[str, Any]]:
+        return [found for found in self._nodes() if found["Resources"].get("GPU", 0) >= 1]
+
+    def _with_cpus(self) -> list[dict[str, Any]]:
+        least = max(self._cpu_slots, self._settings.cpus or 0)
+        return [found for found in self._nodes() if found["Resources"].get("CPU", 0) >= least]
+
+
+class RayHandle:
+    """One task."""
+
+    def __init__(self, reference: Any):
+        self._reference = reference
+
+    def wait(self, seconds: float, gone: bool) -> bool:
+        """Wait for its end; Ray itself notices a dead node."""
+        done, _ = ray.wait([self._reference], timeout=seconds)
+        return bool(done)
+
+    def answer(self) -> str:
+        """What it returned.
+
+        Raises:
+            LostError: Ray, the node or the worker process ended it.
+            UserError: the node of the sweep itself has no Ray any more.
+        """
+        try:
+            text: str = ray.get(self._reference)
+        except ray.exceptions.OutOfMemoryError as error:
+            raise LostError(_first_line(error), outcome="oom") from error
+        except ray.exceptions.RayTaskError:
+            raise  # of our own function: a defect, with the traceback of the node
+        except ray.exceptions.LocalRayletDiedError as error:
+            raise UserError(
+                f"executor=ray: the cluster is gone ({_first_line(error)}).\n"
+                "Everything recorded before is kept. Start it, then run the same command again."
+            ) from error
+        except ray.exceptions.RayError as error:
+            raise LostError(_first_line(error)) from error
+        return text
+
+    def cancel(self, at_once: bool) -> None:
+        """End it; `at_once` ends the worker process, and so the trial, which watches it."""
+        ray.cancel(self._reference, force=at_once)
+
+
+def _reach(address: str) -> None:
+    """Ray itself waits for many minutes for a host that does not answer.
+
+    Raises:
+        UserError: it is HOST:PORT and nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if "/" in address or not (host and port.isdecimal() and int(port) < 65_536):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> UserError:
+    said = (str(error).splitlines() or [""])[0]
+    return UserError(
+        f"executor.address={address}: no Ray cluster there ({said}).\n"
+        "Start one (ray start --head, and ray start --address=... on the other nodes), and run "
+        "the sweep on one of its nodes."
+    )
+
+
+def _runtime_env() -> dict[str, Any]:
+    """Lets workers import this very package, also from a checkout that is not installed."""
+    root = package_dir().parent
+    if root in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}:
+        return {}
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join([str(root), "${PYTHONPATH}"])}}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:400]

@@ -1,1 +1,0 @@
-"""Proposing configurations, running each in a process of its own, keeping what they gave."""

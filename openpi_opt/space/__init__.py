@@ -1,0 +1,1 @@
+"""From a command line to points, and from points to configurations."""

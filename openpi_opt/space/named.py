@@ -1,0 +1,92 @@
+"""Named search spaces, the options of the group `space`: sweeps and steps kept in a file.
+
+A named space stands for words on the command line. `sweep` holds sweeps in Hydra's syntax, as one
+would type them. `steps` is a list of points instead of a product: each step has a name and keeps
+the overrides of the steps before it. `start` holds points that a sampler begins with: every
+dimension at its default but for the overrides given. What the command line itself says of a key,
+or of the whole group, wins over the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from openpi_opt.errors import UserError
+from openpi_opt.space.dimensions import Bundles
+from openpi_opt.space.space import Space, parse_override
+
+if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
+
+# The name that the steps have among the dimensions; no group and no key is called so.
+STEP = "step"
+
+
+class NamedSpace(BaseModel):
+    """One file of `conf/space/`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sweep: tuple[str, ...] = ()
+    steps: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    start: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+
+    def is_empty(self) -> bool:
+        """Whether it adds no dimension: `space=none`."""
+        return not self.sweep and not self.steps
+
+    def join(self, arguments: Sequence[str], loader: ConfigLoader | None = None) -> Space:
+        """The search space of a command line together with this one.
+
+        Raises:
+            UserError: bad syntax on the command line or in the file.
+        """
+        if self.is_empty():
+            return Space.parse(arguments, loader)
+        taken = [_key(line) for line in arguments]
+        kept = [line for line in self.sweep if not _is_taken(_key(line), taken)]
+        space = Space.parse([*kept, *arguments], loader)
+        dimensions = dict(space.dimensions)
+        if self.steps:
+            dimensions = {STEP: Bundles.of(self._cumulative(taken)), **dimensions}
+        if not dimensions:
+            raise UserError(
+                "the command line gives one value to all that the space sweeps.\n"
+                "Leave out an override, or the space."
+            )
+        start = {name: _params(lines, taken, name) for name, lines in self.start.items()}
+        return Space(dimensions, space.fixed, space.orders, sensible_only=True, start=start)
+
+    def _cumulative(self, taken: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        standing: dict[str, str] = {}
+        for name, lines in self.steps.items():
+            for line in lines:
+                if not _is_taken(_key(line), taken):
+                    standing[_key(line)] = line
+            found[name] = tuple(standing.values())
+        return found
+
+
+def _params(lines: Iterable[str], taken: Sequence[str], name: str) -> dict[str, str]:
+    """The overrides of a start as swept keys and their texts."""
+    found = {}
+    for line in lines:
+        key, sign, text = line.partition("=")
+        if not sign:
+            raise UserError(f"start {name}: {line!r} is not an override. Write key=value.")
+        if not _is_taken(key, taken):
+            found[key] = text
+    return found
+
+
+def _key(line: str) -> str:
+    return parse_override(line).key_or_group
+
+
+def _is_taken(key: str, taken: Iterable[str]) -> bool:
+    """Whether the command line names the key itself, or chooses an option of its group."""
+    return any(key == other or key.startswith((f"{other}.", f"{other}@")) for other in taken)

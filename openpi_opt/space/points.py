@@ -1,0 +1,92 @@
+"""From points of a search space to configurations, and the check that a space makes sense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from openpi_opt.config import Config
+from openpi_opt.errors import UserError
+from openpi_opt.machine import Machine
+from openpi_opt.space.sensible import NotSensibleError, left_out
+from openpi_opt.space.space import Space
+
+Compose = Callable[[list[str]], Config]
+# A dimension with more values than this is checked at its ends and in the middle.
+_CHECKED_VALUES = 64
+
+
+class Points:
+    """Composes every point once.
+
+    Of a space that is `sensible_only`, points that a knob refuses are none, and lossy ones only
+    with `allow_lossy`.
+    """
+
+    def __init__(self, space: Space, compose: Compose, machine: Machine, allow_lossy: bool = False):
+        self._space = space
+        self._compose = compose
+        self._machine = machine
+        self._allow_lossy = allow_lossy
+        self._made: dict[tuple[str, ...], Config | UserError] = {}
+
+    def config(self, params: dict[str, str]) -> Config:
+        """The configuration of a point, with `auto` resolved.
+
+        Raises:
+            UserError: the point is none, for instance because its values contradict each other;
+                NotSensibleError where only a knob says so.
+        """
+        cfg = self._composed(params)
+        if self._space.sensible_only:
+            reason = left_out(cfg, self._machine, self._allow_lossy)
+            if reason is not None:
+                raise NotSensibleError(reason)
+        return cfg
+
+    def _composed(self, params: dict[str, str]) -> Config:
+        key = tuple(params.values())
+        if key not in self._made:
+            try:
+                composed = self._compose(self._space.overrides(params))
+                self._made[key] = composed.resolved(self._machine)
+            except UserError as error:
+                self._made[key] = error
+        made = self._made[key]
+        if isinstance(made, UserError):
+            raise made
+        return made
+
+    def check(self) -> list[Config]:
+        """Compose every value of every key once, before anything runs; the first point is first.
+
+        A value counts as wrong when it fails both with the first and with the last values of the
+        other keys: two values may well contradict each other and each be right with others.
+
+        Raises:
+            UserError: of the first wrong value.
+        """
+        texts = {key: _checked(d.texts()) for key, d in self._space.dimensions.items()}
+        first = {key: values[0] for key, values in texts.items()}
+        last = {key: values[-1] for key, values in texts.items()}
+        passed: list[Config] = []
+        for key, values in (texts or {"": [""]}).items():
+            for text in values:
+                passed.append(self._either(first, last, {key: text} if texts else {}))
+        return passed
+
+    def _either(self, first: dict[str, str], last: dict[str, str], value: dict[str, str]) -> Config:
+        try:
+            return self._composed({**first, **value})
+        except UserError as error:
+            if first == last:
+                raise
+            try:
+                return self._composed({**last, **value})
+            except UserError:
+                raise error from None
+
+
+def _checked(texts: Sequence[str]) -> Sequence[str]:
+    if len(texts) <= _CHECKED_VALUES:
+        return texts
+    return [texts[0], texts[len(texts) // 2], texts[-1]]

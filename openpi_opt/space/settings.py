@@ -1,0 +1,270 @@
+"""The keys of `conf/sweep.yaml` that steer a sweep and are no part of a trial."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from openpi_opt.criteria import LIMIT_NAMES, OBJECTIVES, Criteria, ObjectiveName, in_order
+from openpi_opt.errors import UserError
+from openpi_opt.space.named import NamedSpace
+from openpi_opt.space.space import Space, parse_override
+
+SamplerName = Literal["auto", "grid", "tpe", "random", "gp"]
+# Where a study is kept and what is looked at afterwards change no result.
+_NOT_IDENTITY = ("tracking", "limits", "profile", "hydra")
+# These settings say what is tried and what wins, so they are part of a study's identity.
+_DECIDING = ("space", "objective")
+_LONGEST_TEXT = 60
+_OBJECTIVES = ("objective", "objective.minimize")
+_JUDGING = tuple(f"limits.{name}" for name in LIMIT_NAMES)
+
+
+class Objective(BaseModel):
+    """What counts as better. Lossy configurations (FP8) win only when asked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    minimize: tuple[ObjectiveName, ...] = ("latency",)
+    allow_lossy: bool = False
+
+    @field_validator("minimize")
+    @classmethod
+    def _in_order(cls, value: tuple[ObjectiveName, ...]) -> tuple[ObjectiveName, ...]:
+        """As `Criteria` has them, which says what is admitted."""
+        try:
+            return Criteria(objectives=value).objectives
+        except ValidationError as error:
+            why = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(why) from None
+
+
+class DeviceSettings(BaseModel):
+    """Which devices a sweep may use. `gpus` names them by index or by the start of the UUID.
+
+    With `ahead` a GPU's next trial is started, up to where it needs the GPU, while one has it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gpus: Literal["all"] | list[StrictInt | str] = "all"
+    cpu_slots: int = Field(1, ge=1)
+    ahead: bool = False
+
+    @field_validator("gpus")
+    @classmethod
+    def _at_least_one(cls, value: Any) -> Any:
+        if not value or (isinstance(value, list) and "" in value):
+            raise ValueError("name at least one GPU, or all")
+        return value
+
+
+class LocalSettings(BaseModel):
+    """Trials run on this host."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["local"] = "local"
+
+
+class RaySettings(BaseModel):
+    """Trials run on the nodes of a Ray cluster: a task each, with one GPU.
+
+    `resources` names what a node must have (accelerator_type:H100, or its own), `cpus` says how
+    many of Ray's a trial takes (null: its share), `slots` how many trials run at a time (null: what
+    there is room for).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["ray"]
+    address: str = Field("auto", min_length=1)
+    slots: int | None = Field(None, ge=1, le=1000)
+    cpus: int | None = Field(None, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict)
+
+
+# One line without blanks and control characters, as sbatch takes it.
+SbatchText = Annotated[str, Field(pattern=r"^[!-~]+$", max_length=500)]
+
+
+class SlurmSettings(BaseModel):
+    """Trials run as jobs of Slurm, one each, `slots` of them queued or running at a time.
+
+    `gpus` of a job (0: trials on the CPU); `gres` instead, where a model has to be named. `minutes`
+    is a job's time limit (null: what the limits of the trial's phases add up to).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["slurm"]
+    cluster: Literal["slurm", "local"] = "slurm"
+    slots: int = Field(1, ge=1, le=1000)
+    gpus: Literal[0, 1] = 1
+    gres: SbatchText | None = None
+    cpus: int | None = Field(None, ge=1)
+    memory_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
+    minutes: int | None = Field(None, ge=1)
+    partition: SbatchText | None = None
+    account: SbatchText | None = None
+    qos: SbatchText | None = None
+    constraint: SbatchText | None = None
+    nodelist: SbatchText | None = None
+    exclude: SbatchText | None = None
+
+
+ExecutorSettings = Annotated[
+    LocalSettings | RaySettings | SlurmSettings, Field(discriminator="kind")
+]
+
+
+class Settings(BaseModel):
+    """How to search and where to keep what is found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    study: str | None = None
+    store: str = Field("mlruns", min_length=1)
+    n_trials: int = Field(50, ge=1)
+    sampler: SamplerName = "auto"
+    seed: int = Field(0, ge=0, lt=2**32)
+    baseline: bool = True
+    objective: Objective = Objective()
+    space: NamedSpace = NamedSpace()
+    dry_run: int | None = Field(None, ge=1)
+    fresh: bool = False
+    devices: DeviceSettings = DeviceSettings()
+    pruning: float | None = Field(None, ge=1, allow_inf_nan=False)
+    executor: ExecutorSettings = LocalSettings()
+    storage: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _chosen_elsewhere(self) -> Settings:
+        if self.executor.kind != "local" and self.devices.gpus != "all":
+            raise ValueError(
+                f"devices names GPUs of this host, and with executor={self.executor.kind} the "
+                "engine chooses. Leave out devices=[...]"
+            )
+        return self
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _gpus_alone(cls, value: Any) -> Any:
+        """`devices=[0,1]`, `devices=0` and `devices=all` name GPUs."""
+        if isinstance(value, (int, str)) and not isinstance(value, bool):
+            return {"gpus": value if value == "all" else [value]}
+        return {"gpus": value} if isinstance(value, list) else value
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _minimize_alone(cls, value: Any) -> Any:
+        """`objective=[latency,memory]` and `objective=latency` say what to minimise."""
+        value = [value] if isinstance(value, str) else value
+        return {"minimize": value} if isinstance(value, (list, tuple)) else value
+
+    @field_validator("study", "store", mode="before")
+    @classmethod
+    def _a_number_is_a_name_too(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, (int, float)) else value
+
+    @staticmethod
+    def parse(composed: Mapping[str, Any]) -> Settings:
+        """Pick the settings out of a composed mapping.
+
+        Raises:
+            UserError: a value of the wrong type or out of range.
+        """
+        picked = {name: composed[name] for name in Settings.model_fields if name in composed}
+        try:
+            return Settings.model_validate(picked)
+        except ValidationError as error:
+            raise UserError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if not first["loc"]:  # of several settings together; not all of them are to be shown
+        return first["msg"].removeprefix("Value error, ") + "."
+    # A union's errors name its member as well.
+    where = [part for n, part in enumerate(first["loc"]) if n != 1 or first["loc"][0] != "executor"]
+    name = ".".join(map(str, where))
+    if name == "sampler":
+        return f"sampler={first['input']}: unknown. Use one of {', '.join(get_args(SamplerName))}."
+    if name == "n_trials" and first["type"] == "greater_than_equal":
+        return f"n_trials={first['input']}: at least 1 trial is needed, or there is no sweep."
+    if name.startswith("objective.minimize."):
+        known = ", ".join(OBJECTIVES)
+        return f"objective={first['input']}: unknown. Use one or more of {known}."
+    return f"{name}={first['input']}: {first['msg'].removeprefix('Value error, ')}."
+
+
+def check_not_swept(space: Space) -> None:
+    """Refuse a sweep over a setting: one study has one of each.
+
+    Raises:
+        UserError: names the key.
+    """
+    for key in space.dimensions:
+        bare = key.lstrip("+~")
+        if bare in _JUDGING:
+            raise UserError(
+                f"{key} judges all trials of a study and cannot itself be swept.\n"
+                "Give it one value; another one later judges the same results anew."
+            )
+        if bare.split(".")[0] in Settings.model_fields:
+            hint = f"Give {key} one value and start one sweep for each."
+            if key == "devices":
+                hint = "Write several in one list: devices=[0,1]."
+            if bare in _OBJECTIVES:
+                hint = "Write several in one list: objective=[latency,memory]."
+            raise UserError(f"{key} steers the whole sweep and cannot itself be swept.\n{hint}")
+
+
+def identity(overrides: Sequence[str]) -> list[str]:
+    """The overrides that decide what is measured and what wins, in the order written."""
+    ignored = {*Settings.model_fields, *_NOT_IDENTITY} - {*_DECIDING}
+    deciding = (_plain_objective(line) for line in overrides if _head(line) not in ignored)
+    return [line for line in deciding if line]
+
+
+def _plain_objective(line: str) -> str:
+    """One spelling for the same objectives; none for the latency alone, which is the default."""
+    override = parse_override(line)
+    value = override.value()
+    if override.key_or_group not in _OBJECTIVES or not isinstance(value, (str, list)):
+        return line
+    return objective_text([value] if isinstance(value, str) else [str(name) for name in value])
+
+
+def objective_text(names: Sequence[str]) -> str:
+    """Objectives as a part of a study's identity, empty for the latency alone."""
+    return "" if [*names] == ["latency"] else f"objective={','.join(in_order(names))}"
+
+
+def default_study_name(overrides: Sequence[str], today: datetime | None = None) -> str:
+    """A name out of the UTC date and the overrides: the same command, the same day, the same name.
+
+    The text is for people and may be cut; the hash tells apart what reads the same.
+    """
+    deciding = identity(overrides)
+    day = (today or datetime.now(timezone.utc)).strftime("%Y%m%d")
+    text = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", "+".join(deciding))[:_LONGEST_TEXT].strip("-+.,")
+    digest = hashlib.sha256("\n".join(deciding).encode()).hexdigest()[:6]
+    return f"{day}-{text or 'defaults'}-{digest}"
+
+
+def _head(line: str) -> str:
+    return re.split(r"[./@]", parse_override(line).key_or_group)[0]

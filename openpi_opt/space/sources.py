@@ -1,0 +1,132 @@
+"""Where points come from: every combination in order, or a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from openpi_opt.space.optimizer import Optimizer, Proposal
+from openpi_opt.space.space import Space
+
+# A sampler that proposes this many known points on end has no new one to propose.
+MAX_REPEATS = 50
+# The same for combinations of a named space that are passed over: there may be many of them.
+MAX_PASSED_OVER = 2_000
+
+
+class Source(Protocol):
+    """Gives points until it has `ended`, with the reason."""
+
+    ended: str | None
+
+    def next(self) -> Proposal | None:
+        """The next point to look at; None when it has ended, or depends on what others measure."""
+
+    def position(self) -> str:
+        """How far this is, for the screen."""
+
+    def seen(self, config_hash: str | None, passed_over: bool = False) -> None:
+        """What became of the point: its configuration, or None when it is not to be tried.
+
+        `passed_over`: a combination of a named space that a knob refuses.
+        """
+
+    def wake(self) -> None:
+        """A trial ended: there may be something to propose again."""
+
+
+class Enumerated:
+    """Every combination in order, up to `limit` different configurations."""
+
+    def __init__(self, space: Space, limit: int):
+        self.ended: str | None = None
+        self._points: Iterator[dict[str, str]] = space.all()
+        self._limit = limit
+        self._total = min(space.combinations() or 0, limit)
+        self._number = 0
+        self._hashes: set[str] = set()
+
+    def next(self) -> Proposal | None:
+        """The next combination."""
+        if self.ended is None:
+            params = next(self._points, None)
+            if params is not None and len(self._hashes) < self._limit:
+                self._number += 1
+                return Proposal(params)
+            every = "every combination is tried"
+            self.ended = every if params is None else f"n_trials={self._limit} reached"
+        return None
+
+    def position(self) -> str:
+        """Number of the combination."""
+        return f"[{self._number}/{self._total}]"
+
+    def seen(self, config_hash: str | None, passed_over: bool = False) -> None:
+        """Count a configuration once."""
+        self._hashes |= {config_hash} if config_hash else set()
+
+    def wake(self) -> None:
+        """Nothing: the order is fixed."""
+
+
+class Sampled:
+    """What the sampler proposes, up to `limit` different configurations.
+
+    It begins with the points that the space names to start with: known good ones.
+    `open_hashes` tells the configurations that are being measured, here and by others, and then
+    makes the optimizer learn what others finished before.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, space: Space, limit: int, open_hashes: Callable[[], set[str]]
+    ):
+        self.ended: str | None = None
+        self._optimizer = optimizer
+        self._count = space.combinations()
+        self._sensible = space.count
+        self._limit = limit
+        self._open_hashes = open_hashes
+        self._known: set[str] = set()
+        self._repeats = self._passed_over = 0
+        self._starts = list(space.start.values())
+
+    def next(self) -> Proposal | None:
+        """Ask the sampler, unless there is enough."""
+        measured = self._open_hashes()  # first: what ends meanwhile is then among the tried
+        self._known = self._optimizer.tried | measured
+        self.ended = self._reason()
+        enough = len(self._known) >= self._limit  # if what is being measured comes to an end
+        if self.ended or enough:
+            return None
+        return Proposal(self._starts.pop(0)) if self._starts else self._optimizer.ask()
+
+    def position(self) -> str:
+        """Number of the configuration."""
+        return f"[{min(len(self._known) + 1, self._limit)}/{self._limit}]"
+
+    def seen(self, config_hash: str | None, passed_over: bool = False) -> None:
+        """Count proposals that hold nothing new."""
+        if config_hash is not None and config_hash not in self._known:
+            self._repeats = self._passed_over = 0
+        elif passed_over:
+            self._passed_over += 1
+        else:
+            self._repeats += 1
+
+    def wake(self) -> None:
+        """Ask the sampler again: it knows more now."""
+        self.ended, self._repeats, self._passed_over = None, 0, 0
+
+    def _reason(self) -> str | None:
+        if len(self._optimizer.tried) >= self._limit:
+            return f"n_trials={self._limit} reached"
+        if self._count is not None and len(self._optimizer.points) >= self._count:
+            return "every combination is tried"
+        if self._sensible is not None and len(self._optimizer.tried) >= self._sensible:
+            return "every sensible combination is tried"
+        if self._repeats >= MAX_REPEATS or self._passed_over >= MAX_PASSED_OVER:
+            return (
+                f"the last {self._repeats + self._passed_over} proposals held nothing new: the "
+                "space seems exhausted"
+            )
+        return None

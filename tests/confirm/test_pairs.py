@@ -1,0 +1,178 @@
+"""`pairs`: rounds, resuming, the end by time, the report; and two real processes in turn."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from search_samples import CPU, failed, ok
+
+from openpi_opt import pairs
+from openpi_opt.config import Config
+from openpi_opt.confirm import deadline
+from openpi_opt.confirm.fresh import FreshRuns
+from openpi_opt.errors import UserError
+from openpi_opt.pairs import Pairs
+from openpi_opt.process.run import Place
+from openpi_opt.result import TrialResult
+from openpi_opt.track.journal import Journal
+from openpi_opt.track.store import Store
+
+CONTEXT = {"model": {"name": "pi0_mini"}, "platform": {"device": "cpu"}}
+A = Config.parse(CONTEXT)
+B = Config.parse({**CONTEXT, "attention": {"vision": "sdpa"}})
+
+
+class Machine:
+    """Means with a scatter of 0.3%, B faster by a given share; every process takes a second."""
+
+    def __init__(self, faster: float = 0.0, break_after: int | None = None):
+        self.random = np.random.default_rng(5)
+        self.faster, self.break_after = faster, break_after
+        self.ran: list[Config] = []
+        self.now = 0.0
+
+    def __call__(self, cfg: Config, *_: object) -> TrialResult:
+        place = _[-1]
+        assert isinstance(place, Place)
+        assert place.gate is not None, "started ahead"
+        assert not cfg.profile.kernels
+        if self.break_after == len(self.ran):
+            raise KeyboardInterrupt
+        self.ran.append(cfg)
+        self.now += 1.0
+        level = 10.0 * (1 - self.faster * (cfg.hash() == B.hash()))
+        return ok(cfg, level * float(np.exp(self.random.normal(0, 0.003))))
+
+
+def session(folder: Path, machine: object, planned: int = 20) -> Pairs:
+    store = Store.open(folder)
+    journal = Journal.open(store.study_dir("s"))
+    said: list[str] = []
+    runs = FreshRuns(store, journal, None, CPU, said.append, machine)  # type: ignore[arg-type]
+    return Pairs(runs, A, B, planned, seed=0)
+
+
+def measure(found: Pairs, limit_s: float | None = None) -> None:
+    with found.runs.alone(A):
+        pairs.measure(found, limit_s)
+
+
+def test_every_round_has_the_three_in_random_order_and_all_count(tmp_path: Path) -> None:
+    machine = Machine(faster=0.02)
+    found = session(tmp_path, machine)
+    measure(found)
+    assert found.rounds == 20
+    assert len(machine.ran) == 62  # one unjudged of each
+    orders = [tuple(p.role for p in found.processes[at : at + 3]) for at in range(0, 60, 3)]
+    assert all(sorted(order) == sorted(pairs.ROLES) for order in orders)
+    assert len(set(orders)) > 3
+    assert {p.role for p in found.processes if p.mean_ms < 9.9} == {"B"}
+    pairs.write(found, tmp_path / "out")
+    document = json.loads((tmp_path / "out" / "pairs.json").read_text())
+    assert document["a_a"]["verdict"] in ("same", "ambiguous")
+    assert document["a_b"]["verdict"] == "faster"
+    assert document["a_b"]["ci95"][0] < -0.02 < document["a_b"]["ci95"][1]
+    assert document["a_b"]["sign_flip_p_value"] < 0.001
+    assert document["spread"]["low"] < 0.003 < document["spread"]["high"]
+    assert len(document["processes"]) == 60
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        f"pairs.{end}" for end in ("md", "json", "png", "svg")
+    }
+
+
+def test_flags_are_counted_below_the_tables(tmp_path: Path) -> None:
+    machine = Machine()
+
+    def shared(cfg: Config, *rest: object) -> TrialResult:
+        found = machine(cfg, *rest)
+        flags = ["gpu_shared", "drift"] if cfg.hash() == B.hash() else ["drift"]
+        return ok(cfg, found.latency.mean_ms, flags)  # type: ignore[union-attr]
+
+    found = session(tmp_path, shared, planned=4)
+    measure(found)
+    said = pairs.table(found).splitlines()
+    assert "- flagged drift: 12 of 12 processes" in said
+    assert "- flagged gpu_shared: 4 of 12 processes" in said
+
+
+def test_an_interrupted_one_goes_on_where_it_was(tmp_path: Path) -> None:
+    broken = Machine(break_after=11)
+    with pytest.raises(KeyboardInterrupt):
+        measure(session(tmp_path, broken))
+    rest = Machine()
+    found = session(tmp_path, rest)
+    measure(found)
+    assert len(broken.ran) == 11
+    assert len(rest.ran) == 62 - 11
+    assert found.rounds == 20
+    again = session(tmp_path, Machine(break_after=0))
+    measure(again)  # runs nothing
+    assert [p.mean_ms for p in again.processes] == [p.mean_ms for p in found.processes]
+    assert again.wall_s is None
+
+
+def test_the_time_ends_it_at_a_whole_round_and_the_rest_can_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine()
+    monkeypatch.setattr(deadline.time, "monotonic", lambda: machine.now)
+    found = session(tmp_path, machine)
+    measure(found, 20.0)
+    assert 3 <= found.rounds <= 6  # each takes 3 s, and A and B went before
+    assert len(machine.ran) == 2 + 3 * found.rounds
+    assert f"({found.planned} were planned; the time was over)" in pairs.table(found)
+    whole = session(tmp_path, machine)
+    measure(whole)
+    assert whole.rounds == 20
+    assert len(machine.ran) == 62
+
+
+def test_one_that_fails_ends_it(tmp_path: Path) -> None:
+    def fails(cfg: Config, *_: object) -> TrialResult:
+        return failed(cfg, "oom") if cfg.hash() == B.hash() else ok(cfg, 10.0)
+
+    with pytest.raises(UserError, match=r"B was not ok.*oom"):
+        measure(session(tmp_path, fails))
+
+
+def verb(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "openpi_opt.pairs", "model=pi0_mini", "platform=cpu"]
+    command += ["workload.steps=1", "workload.horizon=2", "measure.warmup=3", *arguments]
+    return subprocess.run(
+        [*command, "--no-mlflow"], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def test_real_processes_pass_their_gates(tmp_path: Path) -> None:
+    command = ["--b", "attention=sdpa", "--iterations", "10", "--minutes", "0.00001"]
+    done = verb(*command, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "was enough for 0 round(s)" in done.stderr
+    assert "Traceback" not in done.stderr
+    files = sorted(tmp_path.rglob("result.json"))
+    found = [json.loads(file.read_text()) for file in files]
+    assert [each["outcome"] for each in found] == ["ok", "ok"]
+    for each in found:
+        seconds = each["phase_seconds"]
+        assert {"start", "import", "wait", "load", "measure"} <= set(seconds)
+        assert 0.05 < seconds["start"] < 60
+        assert seconds["import"] > seconds["load"] / 100
+        assert each["latency"]["iterations"] == 10
+    assert "(known)" in verb(*command, cwd=tmp_path).stderr
+
+
+def test_bad_requests_end_with_two_and_no_traceback(tmp_path: Path) -> None:
+    for arguments, said in (
+        ([], "A and B compute the same"),
+        (["--b", "workload=openpi"], "cannot be compared"),
+        (["--b", "graph=manual"], "B (graph=manual) cannot run here"),
+        (["--b", "attention=sdp"], "sdp"),
+    ):
+        done = verb(*arguments, cwd=tmp_path)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+        assert said in done.stderr

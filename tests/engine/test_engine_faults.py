@@ -1,0 +1,247 @@
+"""The engine with real processes that misbehave or are killed; only the workload is a stub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from openpi_opt.paths import package_dir
+from openpi_opt.process import locks
+from openpi_opt.process.devices import LEASES_VARIABLE
+from openpi_opt.process.environment import TRIAL_VARIABLE
+from openpi_opt.process.survivors import end_marked
+from openpi_opt.result import Failed, Ok
+from openpi_opt.track.journal import Journal, Record
+
+
+class Host:
+    """A store, and sweeps of stubs on it in processes of their own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.store = folder / "store"
+        self.starts = folder / "starts.txt"
+        self.leases = folder / "leases"
+        self.env = os.environ | {
+            "PYTHONPATH": str(package_dir().parent),
+            LEASES_VARIABLE: str(self.leases),
+        }
+        self.env.pop("MLFLOW_TRACKING_URI", None)
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-m", "benchmarks.stub_sweep", str(self.store), *words]
+        return subprocess.Popen(
+            [*argv, "--started", str(self.starts), "--slots", "1"],
+            cwd=package_dir().parent,
+            env=self.env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *words: str) -> str:
+        process = self.start(*words)
+        _, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err
+        return err
+
+    @property
+    def study(self) -> Path:
+        return self.store / "studies" / "stub"
+
+    @property
+    def records(self) -> list[Record]:
+        return Journal.read(self.study).records()
+
+    def seeds(self) -> list[int]:
+        return [record.result.config["weights"]["seed"] for record in self.records]
+
+    def started(self) -> list[int]:
+        return [int(line) for line in self.starts.read_text().split()]
+
+    def processes(self) -> list[int]:
+        """Trials of this store that live, found by the mark, whatever they became."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    environ = (entry / "environ").read_bytes().decode(errors="replace")
+                    if TRIAL_VARIABLE in environ and str(self.leases) in environ:
+                        found.append(int(entry.name))
+        return found
+
+    def assert_tidy(self) -> None:
+        wait_for(lambda: not self.processes())
+        leases = list(self.leases.iterdir()) if self.leases.exists() else []
+        assert not [path for path in leases if locks.is_held(path)]
+        assert not list((self.study / "claims").iterdir())
+        assert not list((self.study / "controllers").glob("*-*"))
+        assert not list((self.study / "trials").glob("*/alive.lock"))
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    host = Host(tmp_path)
+    yield host
+    assert host.processes() == []
+
+
+def test_every_fault_of_a_trial_is_an_outcome_and_leaves_nothing(host: Host) -> None:
+    host.run("--faults", "--seeds", "22")
+    assert sorted(host.seeds()) == list(range(22))
+    outcomes = {
+        record.result.config["weights"]["seed"]: record.result
+        for record in host.records
+        if not isinstance(record.result, Ok)
+    }
+    assert {seed: result.outcome for seed, result in outcomes.items()} == {
+        1: "crashed",
+        3: "crashed",
+        5: "crashed",
+        7: "crashed",
+        9: "error",
+        11: "error",
+        13: "error",
+        15: "error",
+        21: "timeout",
+    }
+    assert all(isinstance(result, Failed) and result.reason for result in outcomes.values())
+    logs = [path.stat().st_size for path in host.study.glob("trials/*/log.txt")]
+    assert 4 * 2**20 < max(logs) < 6 * 2**20  # of the 200 MiB that one of them printed
+    host.assert_tidy()
+
+
+@pytest.mark.parametrize("moment", ["running", "written"])
+def test_a_killed_sweep_is_continued_and_no_finished_trial_repeated(
+    host: Host, moment: str
+) -> None:
+    """`written`: the controller stands still, so the trial ends before anything is journaled."""
+    sweep = host.start("--seeds", "4", "--seconds", "0.4")
+    wait_for(lambda: host.starts.exists() and len(host.started()) == 2)
+    if moment == "written":
+        sweep.send_signal(signal.SIGSTOP)
+        wait_for(lambda: len(list(host.study.glob("trials/*/result.json"))) == 2)
+    sweep.kill()
+    sweep.communicate()
+    before = len(host.records)
+    err = host.run("--seeds", "4", "--seconds", "0.01")
+    assert host.seeds() == [0, 1, 2, 3]
+    assert [record.number for record in host.records] == [0, 1, 2, 3]
+    repeated = [seed for seed in host.started() if host.started().count(seed) > 1]
+    assert repeated == ([] if moment == "written" else [1, 1])
+    if moment == "written":
+        assert "taken from disk" in err
+        assert "taken from disk" in host.records[before].result.notes[-1]
+    host.assert_tidy()
+
+
+def test_a_trial_that_outlives_its_sweep_is_ended_by_the_next(host: Host) -> None:
+    """Stopped, it does not see that its controller is gone."""
+    sweep = host.start("--seeds", "2", "--seconds", "0.5")
+    wait_for(lambda: host.processes() and host.starts.exists())
+    (trial,) = host.processes()
+    os.kill(trial, signal.SIGSTOP)
+    sweep.kill()
+    sweep.communicate()
+    assert host.processes() == [trial]
+    err = host.run("--seeds", "2", "--seconds", "0.01")
+    assert "ended 1 process(es)" in err
+    assert host.seeds() == [0, 1]
+    host.assert_tidy()
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+def test_sweeps_in_processes_of_their_own_share_one_study(host: Host) -> None:
+    sweeps = [host.start("--seeds", "12", "--seconds", "0.05", "--mlflow") for _ in range(2)]
+    wait_for(lambda: host.starts.exists() and len(host.started()) > 3)
+    sweeps[0].kill()  # the other one takes over
+    for sweep in sweeps:
+        _, err = sweep.communicate(timeout=180)
+    assert sweeps[1].returncode == 0, err
+    assert sorted(host.seeds()) == list(range(12))
+    assert [record.number for record in host.records] == list(range(12))
+    assert len(host.started()) <= 13  # the killed one's, perhaps, twice
+    host.run("--seeds", "12", "--mlflow")
+    assert open_runs(host.store) == []
+    host.assert_tidy()
+
+
+def open_runs(store: Path) -> list[str]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 12 + 1
+    return [run.info.run_id for run in runs if run.info.status == "RUNNING"]
+
+
+def test_an_interruption_says_what_is_kept_and_leaves_nothing(host: Host) -> None:
+    sweep = host.start("--seeds", "2", "--seconds", "30")
+    wait_for(host.processes)
+    sweep.send_signal(signal.SIGINT)
+    _, err = sweep.communicate(timeout=60)
+    assert sweep.returncode == 130
+    assert "0 finished trial(s) are kept, and 1 running ended" in err
+    assert "Traceback" not in err
+    wait_for(lambda: not host.processes())
+
+
+def test_only_marked_processes_are_ended() -> None:
+    argv = [sys.executable, "-c", "import time; time.sleep(60)"]
+    marked, stranger = (
+        subprocess.Popen(argv, env=os.environ | {TRIAL_VARIABLE: uid}) for uid in ("a" * 32, "b")
+    )
+    try:
+        wait_for(lambda: end_marked("a" * 32))
+        assert marked.wait(5) == -signal.SIGKILL
+        assert stranger.poll() is None
+        assert end_marked("a" * 32) == 0
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_child_that_inherited_a_lock_keeps_it(tmp_path: Path) -> None:
+    held = locks.take(tmp_path / "x.lock", json.dumps({"pid": 1}))
+    assert held is not None
+    child = subprocess.Popen(["sleep", "60"], pass_fds=[held.fd])
+    held.release()
+    assert locks.is_held(tmp_path / "x.lock")
+    assert locks.take(tmp_path / "x.lock") is None
+    child.kill()
+    child.wait()
+    again = locks.take(tmp_path / "x.lock")
+    assert again is not None
+    assert again.found
+    again.release(remove=True)
+    fresh = locks.take(tmp_path / "x.lock")
+    assert fresh is not None
+    assert not fresh.found
+    fresh.release()
+
+
+def test_a_link_in_place_of_a_lock_is_refused_and_its_target_untouched(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "soft.lock").symlink_to(victim)
+    (tmp_path / "hard.lock").hardlink_to(victim)
+    for name in ("soft.lock", "hard.lock"):
+        with pytest.raises(OSError, match=r"lock|symbolic"):
+            locks.take(tmp_path / name, "note")
+    assert victim.read_text() == "precious"

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from search_samples import CPU
+
+from openpi_opt.config import Config
+from openpi_opt.engine.display import Silent
+from openpi_opt.engine.executor import LocalExecutor
+from openpi_opt.errors import UserError
+from openpi_opt.machine import Gpu, Machine, TorchBuild
+from openpi_opt.process import devices, locks
+from openpi_opt.process.devices import LEASES_VARIABLE, Devices, Slot, lease
+from openpi_opt.space.settings import DeviceSettings, Settings
+from openpi_opt.track.store import Store
+
+CORES = list(range(16))
+
+
+def gpu(index: int, name: str = "H100") -> Gpu:
+    return Gpu(index, f"GPU-{index}a", name, "nvidia", "sm90", 80_000, "1")
+
+
+def machine(*gpus: Gpu) -> Machine:
+    return dataclasses.replace(CPU, gpus=gpus, torch=TorchBuild("2.13", "13.0", None))
+
+
+def found(given: object, *gpus: Gpu) -> Devices:
+    settings = Settings.parse({"devices": given}).devices
+    return Devices(settings, machine(*(gpus or tuple(map(gpu, range(4))))))
+
+
+@pytest.fixture(autouse=True)
+def _sixteen_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(devices, "_cores", lambda: CORES)
+    monkeypatch.setenv(LEASES_VARIABLE, str(tmp_path / "leases"))
+
+
+@pytest.mark.parametrize(
+    ("given", "indices"),
+    [
+        ("all", [0, 1, 2, 3]),
+        ([2, 0], [0, 2]),
+        (3, [3]),
+        (["GPU-1"], [1]),
+        ({"gpus": [1, "GPU-3a"]}, [1, 3]),
+        ({"cpu_slots": 2}, [0, 1, 2, 3]),
+    ],
+)
+def test_gpus_by_index_and_uuid(given: object, indices: list[int]) -> None:
+    slots = found(given).slots("cuda")
+    assert [slot.gpu and slot.gpu.index for slot in slots] == indices
+
+
+def test_a_gpu_has_the_same_cores_whoever_else_is_used() -> None:
+    (alone,) = found([2]).slots("cuda")
+    together = found("all").slots("cuda")
+    assert alone in together
+    assert [slot.cores for slot in together] == [tuple(CORES[n : n + 4]) for n in (0, 4, 8, 12)]
+
+
+def test_more_gpus_than_cores_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_cores", lambda: [5, 7])
+    assert [slot.cores for slot in found("all").slots("cuda")] == [(5,), (7,), (5,), (7,)]
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ([7], "no such GPU as 7"),
+        (4, "no such GPU as 4"),
+        ([-1], "no such GPU as -1"),
+        ([0, -4], "no such GPU as -4"),
+        (["GPU-9"], "no such GPU as GPU-9"),
+        (["1"], "no such GPU as 1"),  # in quotes it is no index
+        ("GPU-1A", "no such GPU as GPU-1A"),
+        ([2**70], "no such GPU as"),
+        ([0, 0], "0 and 0 are the same GPU"),
+        ([1, "GPU-1"], "1 and GPU-1 are the same GPU"),
+        (["GPU-"], "GPU- is the beginning of 4 UUIDs"),
+    ],
+)
+def test_a_gpu_that_cannot_be_told_is_refused(given: object, problem: str) -> None:
+    for use in (lambda at_hand: at_hand.slots("cuda"), lambda at_hand: at_hand.check([on("cuda")])):
+        with pytest.raises(UserError, match=problem) as error:
+            use(found(given))
+        assert str(error.value).startswith(f"devices=[{','.join(map(str, listed(given)))}]: ")
+        assert "3 (GPU-3a)" in str(error.value)
+        assert "devices=[0,1], or devices=all" in str(error.value)
+
+
+def listed(given: object) -> list[object]:
+    return given if isinstance(given, list) else [given]
+
+
+def on(device: str, gpu: int | None = None) -> Config:
+    return Config.parse({"platform": {"device": device, "gpu": gpu}})
+
+
+def test_gpus_that_are_named_without_any_are_refused() -> None:
+    with pytest.raises(UserError, match=r"devices=\[7\]: this machine has no GPU") as error:
+        Devices(Settings.parse({"devices": [7]}).devices, CPU).check([on("cpu")])
+    assert "cpu_slots" in str(error.value)
+    with pytest.raises(UserError, match=r"devices=\[0\] names GPUs, but .* on the CPU"):
+        found([0]).check([on("cpu")])
+    found([0]).check([on("cpu"), on("cuda")])
+    found("all").check([on("cpu")])
+
+
+def test_a_configuration_whose_gpu_is_not_used_is_refused() -> None:
+    """No slot would ever suit it, and the sweep would wait for ever."""
+    found([0, 2]).check([on("cuda", 2), on("cuda")])
+    with pytest.raises(UserError, match=r"platform.gpu=1: .*GPU 0, GPU 2") as error:
+        found([0, 2]).check([on("cuda", 2), on("cuda", 1)])
+    assert "devices=[1]" in str(error.value)
+    with pytest.raises(UserError, match=r"platform.gpu=1: that GPU \(A100\)"):
+        found("all", gpu(0), gpu(1, "A100")).check([on("cuda", 1)])
+
+
+names = st.one_of(st.integers(-9, 9), st.text(max_size=8), st.floats(), st.booleans(), st.none())
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(names, st.lists(names, max_size=4)))
+def test_wild_names_end_in_slots_or_a_user_error(given: object) -> None:
+    try:
+        slots = found(given).slots("cuda")
+    except UserError:
+        return
+    assert slots
+    assert len({slot.name for slot in slots}) == len(slots)
+    assert len(slots) == (4 if given == "all" else len(listed(given)))
+
+
+@pytest.mark.parametrize(
+    "given", [[], "", [""], {"cpu_slots": 0}, {"gpu": 1}, True, 1.5, [True], [0.0], [None], [[0]]]
+)
+def test_wrong_values_are_refused(given: object) -> None:
+    with pytest.raises(UserError, match="devices"):
+        found(given)
+
+
+def test_models_are_not_mixed() -> None:
+    mixed = gpu(0), gpu(1, "A100"), gpu(2)
+    by_default = found("all", *mixed)
+    assert [slot.name for slot in by_default.slots("cuda")] == ["GPU 0", "GPU 2"]
+    assert "A100" in by_default.notes[0]
+    with pytest.raises(UserError, match="H100 and A100"):
+        found([0, 1], *mixed).slots("cuda")
+
+
+def test_cpu_slots_share_the_cores_and_are_at_most_as_many() -> None:
+    slots = found({"cpu_slots": 3}).slots("cpu")
+    assert [len(slot.cores) for slot in slots] == [5, 5, 5]
+    assert len({core for slot in slots for core in slot.cores}) == 15
+    with pytest.raises(UserError, match=r"cpu_slots=17.*16 core"):
+        found({"cpu_slots": 17}).slots("cpu")
+
+
+def test_overlapping_cpu_slots_exclude_one_another() -> None:
+    one, (first, second) = found({"cpu_slots": 1}), found({"cpu_slots": 2}).slots("cpu")
+    (whole,) = one.slots("cpu")
+    held = lease(first)
+    assert held is not None
+    assert lease(whole) is None
+    other = lease(second)  # the failed attempt above left nothing behind
+    assert other is not None
+    for taken in (held, other):
+        taken.release()
+    again = lease(whole)
+    assert again is not None
+    again.release()
+
+
+def test_leases_are_for_all_users(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        held = lease(Slot("GPU 0", "cuda", gpu(0), (0,)))
+        assert held is not None
+        folder = (tmp_path / "leases").stat()
+        file = (tmp_path / "leases" / "GPU-0a.lock").stat()
+        assert stat.S_IMODE(folder.st_mode) == 0o1777
+        assert stat.S_IMODE(file.st_mode) == 0o666
+        assert f"process {os.getpid()} of user" in devices.holder(held.slot)
+    finally:
+        os.umask(before)
+        if held is not None:
+            held.release()
+    assert devices.holder(held.slot) == "nobody"
+
+
+def test_a_folder_that_somebody_prepared_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "leases").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="link"):
+        lease(Slot("GPU 0", "cuda", gpu(0), (0,)))
+    (tmp_path / "leases").unlink()
+    (tmp_path / "leases").mkdir()
+    (tmp_path / "leases").chmod(0o777)
+    with pytest.raises(UserError, match="sticky"):
+        lease(Slot("GPU 0", "cuda", gpu(0), (0,)))
+
+
+def test_who_has_all_devices_is_said_once(tmp_path: Path) -> None:
+    class Screen(Silent):
+        notes: list[str] = []  # noqa: RUF012
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    at_hand = found("all")
+    executor = LocalExecutor(
+        lambda *_: pytest.fail("nothing runs"),  # type: ignore[arg-type]
+        Store.open(tmp_path / "store"),
+        at_hand.machine,
+        at_hand,
+        Screen(),
+    )
+    slots = at_hand.slots("cuda")
+    taken = [locks.take(devices.leases_folder() / f"{slot.keys[0]}.lock") for slot in slots]
+    for _ in range(2):
+        assert list(executor.free()) == []
+        assert executor.contended
+    assert len(Screen.notes) == 1
+    assert taken[1] is not None
+    taken[1].release()
+    (mine,) = executor.free()
+    assert mine.slot == slots[1]
+    assert list(executor.free()) == []  # ours already
+    cfg = Config.parse({"platform": {"device": "cuda"}})
+    named = Config.parse({"platform": {"device": "cuda", "gpu": 2}})
+    assert executor.suits(slots[1], cfg)
+    assert [executor.suits(slot, named) for slot in slots] == [False, False, True, False]
+    for held in [mine, *taken]:
+        if held is not None:
+            held.release()
+
+
+def test_the_real_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert sorted(devices._cores()) == sorted(os.sched_getaffinity(0))
+    assert DeviceSettings().gpus == "all"

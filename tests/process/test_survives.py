@@ -1,0 +1,535 @@
+"""What a sweep survives, with real processes: interruptions, MLflow, disks, clocks, company."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import optuna
+import pytest
+from search_samples import CPU
+from test_engine_faults import Host, host, wait_for
+from test_real_trials import trials_of
+from test_study import compose
+
+from openpi_opt.config import Config
+from openpi_opt.engine.display import Silent
+from openpi_opt.engine.plan import StudyRequest
+from openpi_opt.engine.study import run_study
+from openpi_opt.paths import package_dir
+from openpi_opt.process import child, locks
+from openpi_opt.process.run import run_trial
+from openpi_opt.result import Failed
+from openpi_opt.space.settings import Settings
+from openpi_opt.space.space import Space
+from openpi_opt.track.journal import Journal
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+assert host  # a fixture of the neighbour
+ROOT = package_dir().parent
+QUICK = ["model=pi0_mini", "platform=cpu", "study=s", "workload.steps=1", "workload.horizon=2"]
+QUICK += ["measure.iterations=10", "measure.warmup=3", "measure.rel_ci=null", "profile=none"]
+QUICK += ["guard.inputs=2", "baseline=false"]
+
+
+class Shell:
+    """A command in the foreground of a terminal of its own, where Ctrl-C can be pressed."""
+
+    def __init__(self, folder: Path, argv: list[str], **env: str):
+        self.pid, self._terminal = pty.fork()
+        if self.pid == 0:
+            os.chdir(folder)
+            os.execve(sys.executable, [sys.executable, *argv], {**os.environ, **env})
+        self.shown = ""
+        self.code: int | None = None
+
+    def read(self, seconds: float) -> bool:
+        """Take what is printed; False when the terminal is closed."""
+        if select.select([self._terminal], [], [], seconds)[0]:
+            try:
+                chunk = os.read(self._terminal, 65536)
+            except OSError:  # nobody has it open any more
+                return False
+            self.shown += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", chunk.decode(errors="replace"))
+            return bool(chunk)
+        return True
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, self.shown
+            assert self.read(0.02), self.shown
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._terminal, b"\x03")
+
+    def close(self) -> None:
+        """Close the terminal under the command."""
+        os.close(self._terminal)
+
+    def end(self, seconds: float = 60) -> str:
+        deadline = time.monotonic() + seconds
+        while self.read(0.05):
+            assert time.monotonic() < deadline, self.shown
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self._terminal)
+        self.code = os.waitstatus_to_exitcode(status)
+        return " ".join(self.shown.split())
+
+
+def sweep_in(folder: Path, *words: str, **env: str) -> Shell:
+    path = os.pathsep.join(filter(None, [env.pop("site", ""), str(ROOT)]))
+    argv = ["-m", "openpi_opt.sweep", *words, *QUICK]
+    return Shell(folder, argv, PYTHONPATH=path, OPENPI_OPT_LEASES=str(folder / "leases"), **env)
+
+
+def held(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*.lock") if path.is_file() and locks.is_held(path)]
+
+
+def open_runs(uri: str) -> tuple[int, list[str]]:
+    """How many runs MLflow has, and the names of those that are still running."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    runs = client.search_runs(experiments)
+    return len(runs), [run.info.run_name for run in runs if run.info.status == "RUNNING"]
+
+
+def freeze(pid: int) -> None:
+    """Stop a process, and wait until it is: a SIGTERM sent at once could still be heeded."""
+    os.kill(pid, signal.SIGSTOP)
+    stat = Path(f"/proc/{pid}/stat")
+    wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+
+
+def test_one_ctrl_c_ends_gracefully_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    words = ["-m", "attention=aiter,sdpa"]  # the first has a result at once
+    shell = sweep_in(tmp_path, *words, **HIDDEN)
+    journal = tmp_path / "mlruns" / "studies" / "s" / "journal.jsonl"
+    shell.wait_for(lambda: list(trials_of(tmp_path)))
+    shell.press_ctrl_c()
+    said = shell.end()
+    assert shell.code == 130
+    assert "interrupted: the 1 finished trial(s) are kept, and 1 running ended" in said
+    assert "run the same command with study=s" in said
+    assert "Traceback" not in said
+    wait_for(lambda: not list(trials_of(tmp_path)))
+    assert held(tmp_path) == []
+    uri = f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    assert open_runs(uri) == (1 + 1, [])
+    before = journal.read_bytes()
+
+    shell = sweep_in(tmp_path, *words, **HIDDEN)
+    said = shell.end()
+    assert shell.code == 0, said
+    assert "attention=aiter unavailable" in said
+    assert "known, not run again" in said
+    assert journal.read_bytes().startswith(before)
+    records = Journal.read(journal.parent).records()
+    assert [(r.number, r.result.outcome) for r in records] == [(0, "unavailable"), (1, "ok")]
+    assert open_runs(uri) == (2 + 1, [])
+    assert_nothing_hidden_is_written(tmp_path, said)
+
+
+# Also in the environment of the sweep above.
+HIDDEN = {
+    "HF_TOKEN": "hidden-1",
+    "AWS_SECRET_ACCESS_KEY": "hidden-2",
+    "DATABASE_URL": "postgresql://me:hidden-3@db/x",
+    "FAVOURITE_COLOUR": "hidden-4",
+}
+
+
+def assert_nothing_hidden_is_written(folder: Path, said: str) -> None:
+    """Neither in journal, logs and configurations, nor in Optuna's and MLflow's databases."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"journal.jsonl", "mlflow.db", "optuna.db", "log.txt"} <= {path.name for path in files}
+    assert list((folder / "mlruns" / "artifacts").rglob("log.txt"))
+    assert [path for path in files if b"hidden-" in path.read_bytes()] == []
+    assert "hidden-" not in said
+
+
+LONG_GRACE = "from openpi_opt.process import child\nchild.GRACE_SECONDS = 600.0\n"
+
+
+def test_two_ctrl_c_end_now(tmp_path: Path) -> None:
+    """With a grace of minutes, and a trial that does not heed what comes first."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(LONG_GRACE)
+    shell = sweep_in(tmp_path, "-m", "weights.seed=0,1", "tracking=none", site=str(site))
+    shell.wait_for(lambda: list(trials_of(tmp_path)))
+    (trial,) = trials_of(tmp_path)
+    freeze(trial)
+    shell.press_ctrl_c()
+    shell.wait_for(lambda: "Ctrl-C again" in " ".join(shell.shown.split()))
+    time.sleep(0.5)
+    assert list(trials_of(tmp_path)) == [trial], "it has its grace"
+    shell.press_ctrl_c()
+    said = shell.end(30)
+    assert shell.code == 130, said
+    assert "Traceback" not in said
+    wait_for(lambda: not list(trials_of(tmp_path)))
+    assert held(tmp_path) == []
+
+
+class Server:
+    """MLflow's own server application on a port that stays the same."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            self.port = unused.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = {
+            **os.environ,
+            "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{self.folder}/server.db",
+            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(self.folder / "served"),
+            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+        }
+        command = [sys.executable, "-m", "flask", "--app", "mlflow.server:app", "run", "--port"]
+        with (self.folder / "server.log").open("a") as out:
+            self.process = subprocess.Popen(
+                [*command, str(self.port)],
+                stdout=out,
+                stderr=out,
+                cwd=self.folder,
+                env=environment,
+            )
+        wait_for(self._answers)
+        open_runs(self.uri)  # the first request makes its database
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.folder / "server.log").read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    found = Server(folder)
+    found.start()
+    yield found
+    found.signal(signal.SIGKILL)
+
+
+def test_a_server_that_hangs_dies_and_comes_back(host: Host, server: Server) -> None:
+    """No sweep stops for it; what it missed is delivered afterwards, once."""
+    host.env |= {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+    host.env |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    sweep = host.start("--seeds", "6", "--seconds", "0.5", "--mlflow")
+    wait_for(lambda: len(list(host.study.glob("delivered.jsonl"))) == 1)
+    server.signal(signal.SIGSTOP)  # accepts connections, and never answers
+    wait_for(lambda: len(host.started()) == 6)
+    server.signal(signal.SIGKILL)
+    _, said = sweep.communicate(timeout=90)
+    assert sweep.returncode == 0, said
+    assert said.count("warning: MLflow at") == 1
+    assert sorted(host.seeds()) == list(range(6)) == sorted(host.started())
+    server.start()
+    sync = [sys.executable, "-m", "openpi_opt.track", "sync", "--store", str(host.store)]
+    counts = []
+    for _ in range(2):
+        done = subprocess.run(sync, env=host.env, capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0, done.stderr
+        counts.append(int(done.stdout.split()[1]))
+    assert 2 <= counts[0] <= 6
+    assert counts[1] == 0
+    assert open_runs(server.uri) == (6 + 1, [])
+    host.assert_tidy()
+    interrupted_twice(host, server, while_ending_a_trial=False)
+    interrupted_twice(host, server, while_ending_a_trial=True)
+
+
+def interrupted_twice(host: Host, server: Server, while_ending_a_trial: bool) -> None:
+    """Two Ctrl-C do not wait for a server either, however long it is given."""
+    host.env |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "600"}
+    if while_ending_a_trial:
+        (host.folder / "sitecustomize.py").write_text(LONG_GRACE)
+        host.env["PYTHONPATH"] = os.pathsep.join([str(host.folder), host.env["PYTHONPATH"]])
+    sweep = host.start("--seeds", "7", "--seconds", "600", "--mlflow")
+    wait_for(host.processes)
+    server.signal(signal.SIGSTOP)
+    if while_ending_a_trial:
+        freeze(host.processes()[0])
+    sweep.send_signal(signal.SIGINT)
+    assert sweep.stderr is not None
+    said = next(line for line in sweep.stderr if line.startswith("interrupted"))
+    assert "6 finished trial(s) are kept, and 1 running ended" in said
+    if not while_ending_a_trial:
+        wait_for(lambda: not host.processes())
+    time.sleep(1)
+    assert sweep.poll() is None, "the first one waits for the trial and for MLflow"
+    assert bool(host.processes()) == while_ending_a_trial
+    sweep.send_signal(signal.SIGINT)
+    sweep.communicate(timeout=30)
+    assert sweep.returncode == 130
+    wait_for(lambda: not host.processes())
+    assert held(host.folder) == []
+    server.signal(signal.SIGCONT)
+
+
+def test_a_torn_line_is_mended_by_the_next_sweep(host: Host) -> None:
+    host.run("--seeds", "2")
+    with (host.study / "journal.jsonl").open("ab") as file:
+        file.write(b'{"schema_version":1,"uid":"0123')
+    said = host.run("--seeds", "3")
+    assert "the last line was torn" in said
+    assert [record.number for record in host.records] == [0, 1, 2]
+    assert host.started() == [0, 1, 2]
+
+
+SEEDS = 20
+
+
+def assert_clear_end(host: Host, sweep: subprocess.Popen[str]) -> str:
+    """A sweep that meets the end of its disk; what it says."""
+    _, said = sweep.communicate(timeout=90)
+    assert sweep.returncode == 2, said
+    assert said.count("error: ") == 1
+    assert "Traceback" not in said
+    assert 1 <= len(said.partition("error: ")[2].strip().splitlines()) <= 3, said
+    wait_for(lambda: not host.processes())
+    return said
+
+
+def finish(host: Host, *words: str) -> None:
+    """The same command with room: nothing was lost, broken or done twice but what was running."""
+    before = host.records
+    host.run("--seeds", str(SEEDS), *words)
+    assert host.records[: len(before)] == before
+    assert sorted(host.seeds()) == list(range(SEEDS))
+    assert [record.number for record in host.records] == list(range(SEEDS))
+    assert SEEDS <= len(host.started()) <= SEEDS + 2
+    host.assert_tidy()
+    storage = f"sqlite:///{host.store}/optuna.db"
+    (name,) = optuna.get_all_study_names(storage)
+    assert len(optuna.load_study(study_name=name, storage=storage).get_trials()) == SEEDS
+
+
+@pytest.mark.parametrize("tracking", [(), ("--mlflow",)], ids=["plain", "mlflow"])
+def test_a_full_disk_is_a_clear_end_and_corrupts_nothing(
+    host: Host, tracking: tuple[str, ...]
+) -> None:
+    """A small disk of its own that fills up amid the trials; mounting one takes root."""
+    host.store.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(host.store)]
+    done = subprocess.run(mount, capture_output=True)
+    if done.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+    try:
+        sweep = host.start("--seeds", str(SEEDS), "--seconds", "0.1", *tracking)
+        wait_for(lambda: host.starts.exists() and len(host.started()) > 5)
+        filler = host.store / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        said = assert_clear_end(host, sweep)
+        assert "space" in said or "full" in said, said
+        assert len(host.records) >= 4
+        filler.unlink()
+        finish(host, *tracking)
+        if tracking:
+            assert open_runs(f"sqlite:///{host.store}/mlflow.db") == (SEEDS + 1, [])
+    finally:
+        subprocess.run(["umount", "-l", str(host.store)], check=True)
+
+
+def test_a_file_that_may_not_grow_is_a_clear_end(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quota in small, met by Optuna's database."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40 * 1024, 40 * 1024))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", partial(subprocess.Popen, preexec_fn=limit))
+        sweep = host.start("--seeds", str(SEEDS))
+    assert_clear_end(host, sweep)
+    finish(host)
+
+
+JUMPS = """
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t id, struct timespec *t) {
+    int failed = syscall(SYS_clock_gettime, id, t);
+    if (!failed && id == CLOCK_REALTIME) t->tv_sec += (rand() % 21 - 10) * 86400;
+    return failed;
+}
+int gettimeofday(struct timeval *restrict t, void *restrict zone) {
+    struct timespec now;
+    int failed = clock_gettime(CLOCK_REALTIME, &now);
+    t->tv_sec = now.tv_sec;
+    t->tv_usec = now.tv_nsec / 1000;
+    return failed;
+}
+time_t time(time_t *t) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (t) *t = now.tv_sec;
+    return now.tv_sec;
+}
+"""
+
+
+def test_clock_jumps_do_not_matter(host: Host) -> None:
+    """By up to ten days, to and fro, at every look; leases, limits and liveness know no clock."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler for a clock that jumps")
+    source, library = host.folder / "jumps.c", host.folder / "jumps.so"
+    source.write_text(JUMPS)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    host.env["LD_PRELOAD"] = str(library)
+    sweeps = [host.start("--seeds", "8", "--seconds", "0.1", "--mlflow") for _ in range(2)]
+    for sweep in sweeps:
+        _, said = sweep.communicate(timeout=90)
+        assert sweep.returncode == 0, said
+    assert sorted(host.seeds()) == list(range(8)) == sorted(host.started())
+    assert [record.number for record in host.records] == list(range(8))
+    times = [record.created_at for record in host.records]
+    assert times != sorted(times), "the clock did jump"
+    assert open_runs(f"sqlite:///{host.store}/mlflow.db") == (8 + 1, [])
+    host.assert_tidy()
+
+
+def test_sweeps_that_start_at_the_same_instant_on_a_fresh_store(host: Host) -> None:
+    """Those of the clock that jumps do so with MLflow."""
+    sweeps = [host.start("--seeds", "9", "--seconds", "0.05") for _ in range(3)]
+    for sweep in sweeps:
+        _, said = sweep.communicate(timeout=90)
+        assert sweep.returncode == 0, said
+    assert sorted(host.seeds()) == list(range(9)) == sorted(host.started())
+    assert [record.number for record in host.records] == list(range(9))
+    storage = f"sqlite:///{host.store}/optuna.db"
+    (name,) = optuna.get_all_study_names(storage)
+    assert len(optuna.load_study(study_name=name, storage=storage).get_trials()) == 9
+    host.assert_tidy()
+
+
+def test_a_class_that_crashes_three_times_is_not_started_again(tmp_path: Path) -> None:
+    """And Optuna is told, so that it keeps away: PRUNED, not FAIL."""
+    script = tmp_path / "trial.py"
+    script.write_text(
+        "import argparse, json, os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\n"
+        "from benchmarks.stub_trial import document\n"
+        "parser = argparse.ArgumentParser()\n"
+        "for name in ('config', 'result'): parser.add_argument('--' + name, type=Path)\n"
+        "own, _ = parser.parse_known_args()\n"
+        "config = json.loads(own.config.read_text())\n"
+        "with Path(sys.argv[0]).with_name('starts').open('a') as file: file.write('.')\n"
+        "if config['knobs']['compile']['mode'] == 'default': os.abort()\n"
+        "known = json.loads(own.config.with_name('trial.json').read_text())\n"
+        "own.result.write_text(json.dumps(document(config, known, 5.0)))\n"
+    )
+    settings = Settings.parse(
+        {"store": str(tmp_path / "store"), "baseline": False, "sampler": "random", "n_trials": 14}
+    )
+    space = Space.parse(["compile=off,default", "weights.seed=range(0,7)"])
+    run = partial(run_trial, command=[sys.executable, str(script)])
+    outcome = run_study(StudyRequest("s", space, settings, CPU), compose, Silent(), run)
+    assert (tmp_path / "starts").read_text() == "." * (7 + 3)
+    (line,) = outcome.left_out
+    assert "compile=default" in line
+    assert "crashed" in line
+    storage = f"sqlite:///{tmp_path}/store/optuna.db"
+    (name,) = optuna.get_all_study_names(storage)
+    trials = optuna.load_study(study_name=name, storage=storage).get_trials()
+    states = [trial.state.name for trial in trials]
+    assert states.count("COMPLETE") == 7
+    assert states.count("PRUNED") > 3, "those that were not started too"
+    assert set(states) == {"COMPLETE", "PRUNED"}
+
+
+def test_gigabytes_on_stdout_cost_neither_disk_nor_memory(tmp_path: Path) -> None:
+    code = "import os\nblock = b'x' * (1 << 20)\nfor _ in range(2048): os.write(1, block)"
+    argv = [sys.executable, "-c", code]
+    tracemalloc.start()
+    try:
+        ended = child.run_command(
+            argv, dict(os.environ), {"start": 120.0}, tmp_path / "log.txt", print
+        )
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert ended.returncode == 0
+    assert (tmp_path / "log.txt").stat().st_size < 6 * 2**20
+    assert peak < 16 * 2**20
+    assert b"bytes left out" in (tmp_path / "log.txt").read_bytes()
+
+
+@contextlib.contextmanager
+def memory_group(mib: int) -> Iterator[Path]:
+    """A cgroup of at most so much memory inside of this process's own; skips where not allowed."""
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    own = {kind: path for _, kind, path in lines}
+    root = Path("/sys/fs/cgroup")
+    old = "memory" in own
+    parent = root / ("memory" if old else "") / own["memory" if old else ""].lstrip("/")
+    group = parent / f"openpi_opt-test-{os.getpid()}"
+    limit = "memory.limit_in_bytes" if old else "memory.max"
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(mib * 2**20))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    try:
+        yield group
+    finally:
+        wait_for(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+def test_the_kernels_oom_killer_is_an_outcome_of_its_own(tmp_path: Path) -> None:
+    code = (
+        "import os, sys\n"
+        "open(sys.argv[1], 'w').write(str(os.getpid()))\n"
+        "blocks = [b'x' * (8 << 20) for _ in range(64)]\n"
+    )
+    cfg = Config.parse({"platform": {"device": "cpu"}})
+    with memory_group(100) as group:
+        command = [sys.executable, "-c", code, str(group / "cgroup.procs")]
+        result = run_trial(cfg, tmp_path / "t", tmp_path, print, CPU, command=command)
+    assert isinstance(result, Failed)
+    assert result.outcome == "oom"
+    assert "out-of-memory killer" in result.reason

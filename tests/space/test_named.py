@@ -1,0 +1,257 @@
+"""Spaces that have a name: what they add to a command line, and what they leave to it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+from space_samples import MACHINES, CommandLines, command_lines
+
+from openpi_opt.config import Config
+from openpi_opt.errors import UserError
+from openpi_opt.knobs import KNOBS
+from openpi_opt.paths import conf_dir
+from openpi_opt.space.named import NamedSpace
+from openpi_opt.space.points import Points
+from openpi_opt.space.prepare import prepare, require_some
+from openpi_opt.space.schema_keys import key_values
+from openpi_opt.space.sensible import NotSensibleError
+from openpi_opt.space.space import Space, parse_override
+
+FILES = sorted((conf_dir() / "space").glob("*.yaml"))
+STEPS = NamedSpace(
+    steps={
+        "one": ("compile=default", "attention=sdpa"),
+        "two": ("graph=manual",),
+        "three": ("attention=eager", "attention.denoise=sdpa"),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def lines() -> CommandLines:
+    return command_lines()
+
+
+def points(space: Space) -> list[list[str]]:
+    return [space.overrides(point) for point in space.all()]
+
+
+def test_a_sweep_is_as_if_it_were_typed() -> None:
+    named = NamedSpace(sweep=("attention=eager,sdpa", "compile=off,default"))
+    typed = Space.parse([*named.sweep, "weights.seed=1"])
+    joined = named.join(["weights.seed=1"])
+    assert points(joined) == points(typed)
+    assert joined.hash() == typed.hash()
+    assert joined.sensible_only
+
+
+@pytest.mark.parametrize(
+    ("typed", "left"),
+    [
+        (["attention=sdpa"], []),
+        (["attention=sdpa,eager"], ["attention"]),
+        (["attention.vision=sdpa"], ["attention.denoise"]),
+        (["attention.denoise=sdpa", "+attention.vision=x"], []),
+        (["attentio=sdpa", "attention.den=1"], ["attention.vision", "attention.denoise"]),
+        (["~attention"], []),
+    ],
+)
+def test_what_the_command_line_names_wins(typed: list[str], left: list[str]) -> None:
+    named = NamedSpace(
+        sweep=("attention.vision=eager,sdpa", "attention.denoise=eager,sdpa", "seed_=1,2")
+    )
+    assert [*named.join(typed).dimensions] == (
+        ["seed_", *left] if left == ["attention"] else [*left, "seed_"]
+    )
+
+
+def test_a_space_of_which_nothing_is_left() -> None:
+    with pytest.raises(UserError, match="Leave out an override"):
+        NamedSpace(sweep=("attention=eager,sdpa",)).join(["attention=aiter"])
+
+
+def test_steps_keep_what_stood_before_and_replace_what_is_said_again() -> None:
+    assert points(STEPS.join([])) == [
+        ["compile=default", "attention=sdpa"],
+        ["compile=default", "attention=sdpa", "graph=manual"],
+        ["compile=default", "attention=eager", "graph=manual", "attention.denoise=sdpa"],
+    ]
+
+
+def test_the_command_line_wins_over_steps_too_and_multiplies_them() -> None:
+    space = STEPS.join(["graph=none", "workload=seed_b1,openpi"])
+    assert points(space)[2:4] == [
+        ["graph=none", "compile=default", "attention=sdpa", f"workload={w}"]
+        for w in ("seed_b1", "openpi")
+    ]
+    assert space.combinations() == 6
+
+
+def test_the_order_of_steps_is_no_part_of_the_identity_but_their_content_is() -> None:
+    turned = NamedSpace(steps={"b": ("graph=manual",), "a": ("compile=default",)}).join([])
+    space = NamedSpace(steps={"a": ("graph=manual",)}).join([])
+    other = NamedSpace(steps={"a": ("graph=none",)}).join([])
+    assert space.hash() != other.hash()
+    assert turned.hash() == turned.hash() != space.hash()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_space_composes_on_every_machine(lines: CommandLines, file: Path) -> None:
+    space, compose = lines(f"space={file.stem}")
+    if file.stem == "none":
+        assert not space.dimensions
+        return
+    for name, machine in MACHINES.items():
+        if file.stem == "compile" and name not in ("cpu", "h100"):  # a second each
+            continue
+        Points(space, compose, machine).check()
+        ready, found = prepare(space, compose, machine, allow_lossy=False)
+        assert 0 < found.distinct <= found.sensible, name
+        for params in [*ready.start.values(), next(iter(ready.all()))]:
+            assert params.keys() == ready.dimensions.keys()
+            Points(space, compose, machine).check()
+    assert (
+        space.start.keys()
+        == NamedSpace.model_validate(yaml.safe_load(file.read_text())).start.keys()
+    )
+
+
+def test_every_start_runs_somewhere(lines: CommandLines) -> None:
+    for file in FILES:
+        space, compose = lines(f"space={file.stem}")
+        ran = set()
+        for machine in (MACHINES["cpu"], MACHINES["h100"]) if space.start else ():
+            ready, _ = prepare(space, compose, machine, allow_lossy=False)
+            for name, params in ready.start.items():
+                try:
+                    ran.add((name, Points(ready, compose, machine).config(params).hash()))
+                except NotSensibleError:
+                    continue
+        assert {name for name, _ in ran} == set(space.start)
+
+
+def test_full_sweeps_every_knob_and_every_option_there_is(lines: CommandLines) -> None:
+    space, _ = lines("space=full")
+    heads = {key.split(".")[0] for key in space.dimensions}
+    assert heads == {knob.name for knob in KNOBS}
+    for head in heads & set(space.dimensions):
+        options = {file.stem for file in (conf_dir() / head).glob("*.yaml")}
+        assert set(space.dimensions[head].texts()) == options
+    for key in set(space.dimensions) - heads:
+        if not key.startswith("compile.inductor"):
+            assert len(space.dimensions[key].texts()) == len(key_values(key)), key
+
+
+def test_full_sweeps_every_switch_of_a_knob_whose_options_it_does_not_sweep(
+    lines: CommandLines,
+) -> None:
+    space, _ = lines("space=full")
+    for knob in KNOBS:
+        if knob.name not in space.dimensions:
+            keys = {f"{knob.name}.{field}" for field in knob.options_type.model_fields}
+            assert {key for key in keys if key_values(key)} <= set(space.dimensions)
+
+
+def test_the_ladder_has_the_seven_steps_of_the_seeds(lines: CommandLines) -> None:
+    space, compose = lines("space=ladder", "platform=cuda")
+    configs = [Points(space, compose, MACHINES["h100"]).config(params) for params in space.all()]
+    changes = [
+        {name for name in cfg.knobs if cfg.knobs[name] != before.knobs[name]}
+        for before, cfg in itertools.pairwise(configs)
+    ]
+    assert changes == [
+        {"graph"},
+        {"attention"},
+        {"fusion"},
+        {"fusion"},
+        {"compile"},
+        {"vision", "compile"},
+    ]
+    assert configs[-1].knobs["compile"] == lines_option("compile", "seeds")
+
+
+def lines_option(group: str, option: str) -> object:
+    values = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text())
+    return Config.parse({group: values}).knobs[group]
+
+
+def test_dead_values_go_and_the_default_comes_first(lines: CommandLines) -> None:
+    space, compose = lines("space=attention")
+    ready, _ = prepare(space, compose, MACHINES["cpu"], allow_lossy=False)
+    assert {key: list(d.texts()) for key, d in ready.dimensions.items()} == {
+        "attention.vision": ["eager", "sdpa", "flash", "math"],
+        "attention.prefill": ["eager", "sdpa", "flash", "math"],
+        "attention.denoise": ["eager", "sdpa", "flash", "math"],
+        "compile": ["off", "default"],
+        "graph": ["none"],
+    }
+    assert ready.count == ready.combinations() == 128
+
+
+def test_lossy_options_take_part_only_when_asked(lines: CommandLines) -> None:
+    space, compose = lines("space=full", "platform=cuda")
+    machine = MACHINES["h100"]
+    without, _ = prepare(space, compose, machine, allow_lossy=False)
+    allowed, _ = prepare(space, compose, machine, allow_lossy=True)
+    assert "fp8" not in without.dimensions["blas"].texts()
+    assert "fp8" in allowed.dimensions["blas"].texts()
+    typed, compose = lines("space=attention", "blas=fp8", "platform=cuda", "graph=none")
+    _, found = prepare(typed, compose, machine, allow_lossy=False)
+    assert {reason.kind for reason in found.left_out} >= {"lossy"}
+    with pytest.raises(UserError, match=r"objective\.allow_lossy=true"):
+        require_some(typed, found)
+
+
+def test_what_a_knob_refuses_is_no_point_of_a_named_space_and_one_of_a_typed_one(
+    lines: CommandLines,
+) -> None:
+    space, compose = lines("space=attention")
+    refused = {**next(iter(space.all())), "graph": "manual"}
+    with pytest.raises(NotSensibleError, match="graph=manual"):
+        Points(space, compose, MACHINES["cpu"]).config(refused)
+    typed, compose = lines("graph=manual,none")
+    assert Points(typed, compose, MACHINES["cpu"]).config({"graph": "manual"})
+
+
+@pytest.mark.parametrize(
+    ("start", "word"),
+    [({"a": ("graph=manual",)}, "graph"), ({"a": ("nonsense",)}, "nonsense")],
+)
+def test_a_start_that_the_space_does_not_sweep(lines: CommandLines, start: dict, word: str) -> None:
+    _, compose = lines()
+    named = NamedSpace(sweep=("attention=eager,sdpa",), start=start)
+    with pytest.raises(UserError, match=word):
+        prepare(named.join([]), compose, MACHINES["cpu"], allow_lossy=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("attention.denoise", ["eager", "sdpa", "aiter", "triton"]),
+        ("fusion.qkv", [False, True]),
+        ("simplify.kv_buffer", [False, True]),
+        ("compile.inductor.freezing", [None, False, True]),
+        ("compile.inductor.triton.multi_kernel", [None, 0, 1, 2, 3]),
+        ("workload.batch_size", []),
+        ("compile.inductor.max_fusion_size", []),
+        ("compile.inductor", []),
+        ("attention.speed", []),
+        ("attention", []),
+        ("nothing.at.all", []),
+    ],
+)
+def test_values_of_a_key_come_from_the_schema(key: str, expected: list) -> None:
+    found = key_values(key)
+    assert found[:1] == expected[:1]
+    assert set(map(repr, found)) >= set(map(repr, expected))
+    assert bool(found) == bool(expected)
+
+
+def test_glob_over_a_key() -> None:
+    space = Space.parse(["compile.inductor.triton.multi_kernel=glob(*,exclude=[2,'3'])"])
+    texts = space.dimensions["compile.inductor.triton.multi_kernel"].texts()
+    assert list(texts) == ["null", "0", "1"]
+    assert [parse_override(f"x={text}").value() for text in texts] == [None, 0, 1]
