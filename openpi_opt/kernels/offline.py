@@ -32,6 +32,8 @@ from triton.runtime.jit import JITFunction
 
 _TYPES = {
     torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e4m3fnuz: "*fp8e4b8",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
@@ -237,7 +239,7 @@ def _variant(kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def _kind(value: Any, constexpr: bool) -> str:
-    if constexpr or (type(value) is int and value == 1):
+    if constexpr or value is None or (type(value) is int and value == 1):
         return "constexpr"
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]

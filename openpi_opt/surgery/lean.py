@@ -106,7 +106,8 @@ class LeanPolicy(Pi0Policy):
             if self.config.family == "pi0":
                 self._fold_time()
             else:
-                self.time_table = self.modulation_table
+                assert isinstance(self.expert, AdaptiveTower)
+                self.time_table = self.expert.constants(self.modulation_table)
         if not self.plan.fixed_layout:
             return
         layout, horizon = self.layout, self.plan.horizon
@@ -231,6 +232,10 @@ class LeanPolicy(Pi0Policy):
         buffered = [past for past in caches if isinstance(past, BufferedKeysValues)]
         return [BufferedKeysValues(p.keys, p.values, p.filled + 1) for p in buffered] or joined
 
+    def embed_state(self, state: Tensor) -> Tensor:
+        """As in `Pi0Policy`; no step reads a state whose token was run once."""
+        return state if self.plan.state_once else super().embed_state(state)
+
     def modulations(self, features: Tensor) -> Tensor:
         """As in `Pi0Policy`; `features` are a row of `time_table`, whatever that holds."""
         return features if self.plan.time_mlp else super().modulations(features)
@@ -249,7 +254,7 @@ class LeanPolicy(Pi0Policy):
         mixed = self.action_time_mlp_out(F.silu(hidden))
         if plan.state_once:
             return mixed
-        return torch.cat((self.state_proj(state)[:, None], mixed), dim=1)
+        return torch.cat((state, mixed), dim=1)
 
     def denoise_step(
         self, x_t: Tensor, features: Tensor, state: Tensor, cache: PrefixCache
@@ -266,7 +271,7 @@ class LeanPolicy(Pi0Policy):
         visibility = self._suffix_visibility()
         how = Attending(self.suffix_rope(), visibility, self.ops.attention_denoise)
         hidden = self.run_expert(suffix, features, how, cache.layers, plan.horizon)
-        return self.action_out_proj(hidden.float())
+        return self.advance(x_t, hidden, features)
 
     def _suffix_visibility(self) -> Visibility:
         """As `suffix_visibility`; without a state among them, tokens see all there is."""

@@ -26,9 +26,15 @@ from openpi_opt.pi0.precision import cast
 from openpi_opt.pi0.workload import make_inputs
 from openpi_opt.surgery import fused
 from openpi_opt.surgery.buffer import with_room
-from openpi_opt.surgery.expert import FusedExpertLayer, FusedExpertTower, fuse_expert_layers
+from openpi_opt.surgery.expert import (
+    FusedAdaptiveTower,
+    FusedExpertLayer,
+    FusedExpertTower,
+    fuse_expert_layers,
+)
 from openpi_opt.surgery.folded import fold_norms
-from openpi_opt.surgery.towers import gemma_layers
+from openpi_opt.surgery.suffix import SuffixPolicy, fuse_suffix
+from openpi_opt.surgery.towers import expert_layers, gemma_layers
 
 HALF, FULL = torch.float16, torch.float32
 TOLERANCE = {HALF: 1.5e-3, FULL: 2e-6}
@@ -53,7 +59,7 @@ def mini(dtype: torch.dtype, folded: bool = False) -> tuple[Pi0Policy, Pi0Policy
     plain.expert.double()
     fused.fuse_qkv(policy)
     fused.fuse_gate_up(policy)
-    fuse_expert_layers(policy, {"block_n": 16})
+    fuse_expert_layers(policy, {"attention": {"block_n": 16}, "down": {"split_k": 2}})
     return plain, policy
 
 
@@ -177,6 +183,11 @@ def test_what_is_not_fused_is_refused() -> None:
     fused.fuse_qkv(policy)
     with pytest.raises(ValueError, match="fuse_gate_up"):
         fuse_expert_layers(policy)
+    fused.fuse_gate_up(policy)
+    with pytest.raises(ValueError, match="'up'"):
+        fuse_expert_layers(policy, {"up": {}})
+    with pytest.raises(ValueError, match="time MLP"):
+        fuse_suffix(policy, tf32=False)
 
 
 KNOBS = {
@@ -188,11 +199,13 @@ ONCE = {"state_once": True, "last_layer": True}
 REST = {"fold_norms": True, "time_mlp": True, "kv_buffer": True, "rope_tables": True}
 
 
-def configuration(dtype: str, simplify: dict[str, bool], **knobs: Any) -> Config:
+def configuration(
+    dtype: str, simplify: dict[str, bool], model: str = "pi0_mini", **knobs: Any
+) -> Config:
     workload = {"active_cameras": [False, True], "prompt_slots": 6, "prompt_tokens": 4}
     return Config.parse(
         {
-            "model": {"name": "pi0_mini"},
+            "model": {"name": model},
             "platform": {"device": "cpu"},
             "workload": {**workload, "horizon": 3, "steps": 2, "batch_size": 1},
             "precision": {"dtype": dtype},
@@ -208,31 +221,82 @@ def answers(cfg: Config) -> tuple[Pi0Policy, Callable[[Inputs], Tensor], Inputs]
     return policy, runtime.apply_knobs(policy, cfg).call, inputs
 
 
-CASES: dict[str, tuple[str, dict[str, bool], bool]] = {
-    "plain, compiled": ("float32", {}, True),
-    "state once": ("float32", ONCE, False),
-    "the rest": ("float32", REST, False),
-    "all, compiled": ("float32", {**ONCE, **REST}, True),
-    "all, float16": ("float16", {**ONCE, **REST}, False),
+ALL_OF_IT = {**ONCE, **REST}
+SUFFIX = {"fusion": {**KNOBS["fusion"], "suffix": True}}
+MANY = {"gemm": {"backend": "triton_skinny", "max_rows": 2}}
+FP8 = {"blas": {"backend": "fp8", "fp8": {"stages": ["denoise"]}}}
+# Precision, simplify, other knobs, whether compiled.
+CASES: dict[str, tuple[str, dict[str, bool], dict[str, Any], bool]] = {
+    "plain, compiled": ("float32", {}, {}, True),
+    "state once": ("float32", ONCE, {}, False),
+    "the rest": ("float32", REST, {}, False),
+    "all, compiled": ("float32", ALL_OF_IT, {}, True),
+    "all, float16": ("float16", ALL_OF_IT, {}, False),
+    "suffix": ("float32", REST, SUFFIX, False),
+    "suffix, state once, compiled": ("float32", ALL_OF_IT, SUFFIX, True),
+    "more rows than the kernels are for": ("float32", REST, MANY, False),
 }
+PI05: dict[str, tuple[str, dict[str, bool], dict[str, Any], bool]] = {
+    "compiled": ("float32", REST, {}, True),
+    "suffix, compiled": ("float32", REST, SUFFIX, True),
+    "float16": ("float16", REST, SUFFIX, False),
+    "many rows": ("float32", REST, MANY, False),
+}
+LIMITS = {"float32": 1e-5, "float16": 3e-3}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_policy_of_such_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`check` refuses float32 and the CPU; here they tell mistakes from rounding."""
-    dtype, simplify, compiled = CASES[name]
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers instead of four, and a compiler that only traces."""
     compile_ = torch.compile
 
     def traced(function: Any, **settings: Any) -> Any:
         return compile_(function, fullgraph=True, dynamic=False, backend="aot_eager")
 
-    monkeypatch.setitem(MODELS, SHALLOW.name, SHALLOW)
+    for family in ("pi0", "pi05"):
+        config = dataclasses.replace(SHALLOW, name=f"{family}_mini", family=family)
+        monkeypatch.setitem(MODELS, config.name, config)
     monkeypatch.setattr(torch, "compile", traced)
     torch._dynamo.reset()
-    _, plain, inputs = answers(configuration("float32", {}))
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize(
+    ("model", "name"), [*(("pi0_mini", n) for n in CASES), *(("pi05_mini", n) for n in PI05)]
+)
+def test_a_policy_of_such_layers(model: str, name: str) -> None:
+    """`check` refuses float32 and the CPU; here they tell mistakes from rounding."""
+    dtype, simplify, more, compiled = (CASES if model == "pi0_mini" else PI05)[name]
+    _, plain, inputs = answers(configuration("float32", {}, model))
     mode = {"mode": "default" if compiled else "off"}
-    policy, call, _ = answers(configuration(dtype, simplify, **KNOBS, compile=mode))
-    assert isinstance(policy.expert, FusedExpertTower)
+    cfg = configuration(dtype, simplify, model, **{**KNOBS, **more}, compile=mode)
+    policy, call, _ = answers(cfg)
+    assert isinstance(policy.expert, FusedExpertTower | FusedAdaptiveTower)
+    assert isinstance(policy, SuffixPolicy) == (more == SUFFIX)
     out = call(inputs)
-    assert error(out, plain(inputs)) < {"float32": 1e-5, "float16": 3e-3}[dtype]
+    assert error(out, plain(inputs)) < LIMITS[dtype]
     assert torch.equal(out, call(inputs))
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize("model", ["pi0_mini", "pi05_mini"])
+def test_a_policy_with_fp8_weights(model: str) -> None:
+    """As a plain policy whose weights hold the FP8 values."""
+    knobs: dict[str, Any] = {**KNOBS, **SUFFIX, **FP8}
+    policy, call, inputs = answers(configuration("float32", REST, model, **knobs))
+    stored, plain, _ = answers(configuration("float32", REST, model, **{**KNOBS, **SUFFIX}))
+    before = plain(inputs)
+    pairs = zip(expert_layers(stored.expert), expert_layers(policy.expert), strict=True)
+    for theirs, mine in pairs:
+        for module, name in (
+            ("self_attn", "qkv_proj"),
+            ("self_attn", "o_proj"),
+            ("mlp", "gate_up_proj"),
+            ("mlp", "down_proj"),
+        ):
+            fp8 = getattr(getattr(mine, module), name)
+            values = fp8.weight_fp8.float() * fp8.weight_scales[:, None]
+            getattr(getattr(theirs, module), name).weight.copy_(values)
+    # A shift of pi05 meets the weights as they were, so that part of the bias is not compared.
+    assert error(call(inputs), plain(inputs)) < 1e-5
+    assert 1e-4 < error(call(inputs), before) < 0.2
