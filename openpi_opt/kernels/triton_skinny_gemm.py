@@ -140,9 +140,12 @@ def _linear(
     last block of a column adds the splits.
     """
     n: tl.constexpr = shape.n
+    rows: tl.constexpr = shape.rows
+    block_n: tl.constexpr = launch.block_n
+    dtype: tl.constexpr = x.dtype.element_ty
     split, column_block = tl.program_id(0), tl.program_id(1)
-    row = tl.arange(0, shape.rows)
-    column = column_block * launch.block_n + tl.arange(0, launch.block_n)
+    row = tl.arange(0, rows)
+    column = column_block * block_n + tl.arange(0, block_n)
     second = weight + n * stride_weight
     if launch.prefetch:
         prefetch_rows(weight, column, stride_weight, split * shape.span, shape.span,
@@ -152,12 +155,12 @@ def _linear(
                           launch.prefetch)  # fmt: skip
     follow(launch.dependent)
     live = (row < m)[:, None]
-    acc = tl.zeros((shape.rows, launch.block_n), tl.float32)
-    up = tl.zeros((shape.rows, launch.block_n), tl.float32)
-    squares = tl.zeros((shape.rows, shape.rows), tl.float32)
+    acc = tl.zeros((rows, block_n), tl.float32)
+    up = tl.zeros((rows, block_n), tl.float32)
+    squares = tl.zeros((rows, rows), tl.float32)
     for offset in range(0, shape.span, launch.block_k):
         begin = split * shape.span + offset
-        w = _weights(weight, column, begin, stride_weight, x.dtype.element_ty, shape, launch)
+        w = _weights(weight, column, begin, stride_weight, dtype, shape, launch)
         inner = begin + tl.arange(0, launch.block_k)
         keep = live if shape.even else live & (inner < shape.k)[None, :]
         a = tl.load(x + row[:, None] * stride_x + inner[None, :], mask=keep, other=0.0)
@@ -168,7 +171,7 @@ def _linear(
                 a = (a.to(tl.float32) * (1.0 + g)[None, :]).to(a.dtype)
         acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
         if shape.gated:
-            w = _weights(second, column, begin, stride_weight, x.dtype.element_ty, shape, launch)
+            w = _weights(second, column, begin, stride_weight, dtype, shape, launch)
             up = tl.dot(a, tl.trans(w), up, input_precision="ieee")
     if eps is not None:
         # The diagonal of x x^T: summing squares in registers took 2.8 us more on an H100, since
@@ -191,12 +194,12 @@ def _linear(
     else:
         place = row[:, None] * n + column[None, :]
         keep = live & (column < n)[None, :]
-        tl.store(partial + split * shape.rows * n + place, acc, mask=keep)
+        tl.store(partial + split * rows * n + place, acc, mask=keep)
         if counter is not None:  # noqa: SIM102 (Triton has no `and` that stops early)
             if arrived_last(counter + column_block, launch.split_k - 1):
-                acc = tl.zeros((shape.rows, launch.block_n), tl.float32)
+                acc = tl.zeros((rows, block_n), tl.float32)
                 for other in range(launch.split_k):
-                    acc += tl.load(partial + other * shape.rows * n + place, mask=keep, other=0.0)
+                    acc += tl.load(partial + other * rows * n + place, mask=keep, other=0.0)
                 _finish(acc, factor, bias, residual, out, row, column, m, stride_residual, n)
 
 

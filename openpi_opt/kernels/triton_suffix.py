@@ -30,15 +30,17 @@ def _embed(
     precision: tl.constexpr, launch: tl.constexpr,
 ):  # fmt: skip
     """One tile [block_m, block_n] of the action tokens, and of the state tokens before them."""
-    column = tl.program_id(0) * launch.block_n + tl.arange(0, launch.block_n)
-    row = tl.program_id(1) * launch.block_m + tl.arange(0, launch.block_m)
+    block_m: tl.constexpr = launch.block_m
+    block_n: tl.constexpr = launch.block_n
+    column = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    row = tl.program_id(1) * block_m + tl.arange(0, block_m)
     kept, live = column < width, row < rows
     follow(launch.dependent)
     action = tl.arange(0, actions_padded)
     inside = (action < actions)[None, :]
     x = tl.load(x_t + row[:, None] * actions + action[None, :], mask=live[:, None] & inside,
                 other=0.0)  # fmt: skip
-    acc = tl.zeros((launch.block_m, launch.block_n), tl.float32)
+    acc = tl.zeros((block_m, block_n), tl.float32)
     for begin in range(0, width, launch.block_k):
         inner = begin + tl.arange(0, launch.block_k)
         held = inner < width
