@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from filelock import FileLock
 
 from openpi_opt import runtime
 from openpi_opt.compose import compose
@@ -33,7 +34,7 @@ from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.workload import make_inputs
 
 REPLAYS = 30
-WARM_S = 1.0
+WARM_S = 0.5
 
 
 def _config(words: str) -> tuple[Config, str | None]:
@@ -69,9 +70,11 @@ def contend(words: str, folder: Path, out: TextIO) -> None:
         print(json.dumps({"failed": refusal}), file=out, flush=True)
         return
     device = torch.device("cuda")
-    policy = runtime.build_policy(cfg, device)
+    with FileLock(folder / "memory.lock"):  # in float32 a policy takes 14 GB
+        policy = runtime.build_policy(cfg, device)
+        call = runtime.apply_knobs(policy, cfg).call
+        torch.cuda.empty_cache()
     inputs = make_inputs(runtime.workload_of(cfg), policy.config, 0, device)
-    call = runtime.apply_knobs(policy, cfg).call
     actions = call(inputs).cpu()
     print(json.dumps({"ready_s": time.monotonic() - began}), file=out, flush=True)
     for line in sys.stdin:

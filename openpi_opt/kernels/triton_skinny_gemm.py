@@ -209,12 +209,13 @@ def _add_splits(
     launch: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """`block` columns of one row: the sum over splits of `_linear`, and what its end adds."""
+    splits: tl.constexpr = launch.split_k
     follow(launch.dependent)
     row = tl.program_id(0) + tl.arange(0, 1)
     column = tl.program_id(1) * block + tl.arange(0, block)
     keep = (column < shape.n)[None, :]
     acc = tl.zeros((1, block), tl.float32)
-    for split in tl.static_range(launch.split_k):
+    for split in tl.static_range(splits):
         place = (split * shape.rows + row)[:, None] * shape.n + column[None, :]
         acc += tl.load(partial + place, mask=keep, other=0.0)
     _finish(acc, factor, bias, residual, out, row, column, m, stride_residual, shape.n)
