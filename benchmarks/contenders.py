@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,7 +32,7 @@ from openpi_opt.machine import probe
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.workload import make_inputs
 
-REPLAYS = 30
+REPLAYS = 3
 WARM_S = 0.5
 
 
@@ -53,7 +52,7 @@ def _reference(cfg: Config, folder: Path, inputs: Inputs) -> torch.Tensor:
     load = cfg.workload
     file = folder / f"{cfg.model.name}-{load.name}-{load.batch_size}-{load.horizon}.pt"
     if not file.exists():
-        policy = runtime.build_policy(cfg, torch.device("cuda"))
+        policy = runtime.build_policy(cfg, runtime.torch_device(cfg))
         with torch.no_grad():
             torch.save(policy.sample_actions(inputs).cpu(), file)
         del policy
@@ -69,7 +68,7 @@ def contend(words: str, folder: Path, out: TextIO) -> None:
     if refusal is not None:
         print(json.dumps({"failed": refusal}), file=out, flush=True)
         return
-    device = torch.device("cuda")
+    device = runtime.torch_device(cfg)
     with FileLock(folder / "memory.lock"):  # in float32 a policy takes 14 GB
         policy = runtime.build_policy(cfg, device)
         call = runtime.apply_knobs(policy, cfg).call
@@ -88,18 +87,16 @@ def contend(words: str, folder: Path, out: TextIO) -> None:
 
 
 def _measure(call: Any, inputs: Inputs) -> list[float]:
-    """Milliseconds of `REPLAYS` calls, after a second of the same load."""
-    until = time.monotonic() + WARM_S
-    while time.monotonic() < until:
+    """Milliseconds of `REPLAYS` calls, after half a second of the same load."""
+    wait = torch.cuda.synchronize if inputs.images.is_cuda else lambda: None
+    until, times = time.monotonic() + WARM_S, []
+    while len(times) < REPLAYS:
+        began = time.perf_counter()
         call(inputs)
-        torch.cuda.synchronize()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        call(inputs)
-        mark.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in pairwise(marks)]
+        wait()
+        if time.monotonic() > until:
+            times.append((time.perf_counter() - began) * 1000)
+    return times
 
 
 class Contender:
@@ -131,7 +128,12 @@ class Contender:
 
 def contest(contenders: list[Contender], rounds: int) -> None:
     """Wait for all, then measure in turn."""
-    alive = [contender for contender in contenders if contender.read()]
+    alive = []
+    for contender in contenders:
+        if contender.read():
+            alive.append(contender)
+        took = contender.facts.get("ready_s") or contender.facts.get("failed")
+        print(f"{contender.name}: {took}", file=sys.stderr, flush=True)
     for number in range(rounds):
         for contender in alive if number % 2 == 0 else reversed(alive):
             if contender.ask("measure"):
