@@ -138,8 +138,9 @@ class Measure(Section):
 class Profile(Section):
     """What is looked at after the timed iterations; never during them.
 
-    `energy`: over `energy_seconds` of calls; auto: where the machine tells it, true: refuse the
-    trial where it does not. `roofline`: against ceilings that were measured once on this machine,
+    `energy`: over `energy_seconds` of calls; auto: where the machine tells it, and in a sweep of
+    trials about as fast as the best so far; true: always, and refuse the trial where the machine
+    does not tell it. `roofline`: against ceilings that were measured once on this machine,
     or the vendor's.
     """
 
@@ -170,8 +171,9 @@ class Limits(Section):
     """Longest time in seconds for each phase of a trial; past it the trial is ended.
 
     `latency_ms`: a call that is surely slower is not measured to the end (see `pruning`).
-    With it, `peak_mib`, `compile_seconds` (of the first call, as it was seen: shorter with warm
-    caches) and `rel_l2` (the guard's) judge results: above one of them a trial is never the best.
+    `best_ms`: the fastest of the sweep so far, for `profile.energy=auto`; the sweep fills it in.
+    With `latency_ms`, `peak_mib`, `compile_seconds` (of the first call, as it was seen: shorter with
+    warm caches) and `rel_l2` (the guard's) judge results: above one a trial is never the best.
     They change no measurement, so they are no part of a configuration's identity.
     """
 
@@ -185,6 +187,7 @@ class Limits(Section):
     energy: float = Field(300, gt=0)
     ceilings: float = Field(300, gt=0)
     latency_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    best_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
     peak_mib: float | None = Field(None, gt=0, allow_inf_nan=False)
     compile_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     rel_l2: float | None = Field(None, gt=0, allow_inf_nan=False)
