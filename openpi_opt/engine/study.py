@@ -491,7 +491,7 @@ class _Engine:
     def _race(self, job: Job) -> Race:
         """What a trial runs against; a baseline is to compare with, however slow."""
         pruning, best = self.request.settings.pruning, self._best.get(job.cfg.context_hash())
-        if best is None or job.proposal is None or self.criteria.several:
+        if best is None or job.proposal is None or self.criteria.objectives != ("latency",):
             return Race()
         assert pruning != "auto"  # settled before anything runs
         return Race(best, None if pruning is None else pruning * best)
