@@ -33,7 +33,7 @@ from openpi_opt.machine import probe
 from openpi_opt.paths import user_conf_dir
 from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
-from openpi_opt.target import flagged
+from openpi_opt.rounds import flagged
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import DEFAULT_STORE, Store
