@@ -15,11 +15,11 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openpi_opt.engine.storage import OptunaStorage, hidden
 from optuna.storages import BaseStorage
 from sqlalchemy.engine import URL, make_url
 from test_engine_faults import Host, wait_for
 
-from openpi_opt.engine.storage import OptunaStorage, hidden
 from openpi_opt.errors import UserError
 from openpi_opt.track.store import Store
 

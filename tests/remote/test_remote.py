@@ -48,7 +48,7 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir()
-        script = Path(__file__).with_name("ray_cluster.py")
+        script = Path(__file__).parents[1] / "samples" / "ray_cluster.py"
         with (folder / "log.txt").open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(script), str(folder)],
