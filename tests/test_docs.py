@@ -11,9 +11,7 @@ TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs"
 
 
-@pytest.mark.parametrize(
-    ("document", "least"), [("engine.md", 50), ("measurement.md", 90)]
-)
+@pytest.mark.parametrize(("document", "least"), [("engine.md", 50), ("measurement.md", 90)])
 def test_every_test_that_is_named_exists(document: str, least: int) -> None:
     text = (DOCS / document).read_text(encoding="utf-8")
     source, named = "", 0

@@ -6,7 +6,6 @@ A real sweep with tokens in its environment is in `process/test_survives.py`.
 from __future__ import annotations
 
 import ast
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import optuna
 import pytest
+from hosts import Host, wait_for
 from search_samples import CPU
-from test_engine_faults import Host, host, wait_for
 from test_real_trials import trials_of
 from test_study import compose
 
@@ -39,7 +39,6 @@ from openpi_opt.space.space import Space
 from openpi_opt.track.journal import Journal
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
-assert host  # a fixture of the neighbour
 ROOT = package_dir().parent
 QUICK = ["model=pi0_mini", "platform=cpu", "study=s", "workload.steps=1", "workload.horizon=2"]
 QUICK += ["measure.iterations=10", "measure.warmup=3", "measure.rel_ci=null", "profile=none"]
