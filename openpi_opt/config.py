@@ -13,10 +13,18 @@ from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from openpi_opt import checkpoint_file
 from openpi_opt.errors import UserError
+from openpi_opt.figures import LIMITS
 from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.knobs.base import Options
 from openpi_opt.machine import Device, Machine
@@ -71,7 +79,12 @@ class Weights(Section):
 
 
 class Workload(Section):
-    """What is inferred. `prompt_tokens` of the `prompt_slots` are valid, the rest is padding."""
+    """What is inferred. `prompt_tokens` of the `prompt_slots` are valid, the rest is padding.
+
+    `layout: exact` is built for these cameras and this number of tokens and refuses others;
+    `flexible` serves any prompt up to `prompt_slots` and any of `active_cameras` without another
+    capture, and is measured with these.
+    """
 
     name: str = "custom"
     active_cameras: tuple[bool, ...] = (True, True, True)
@@ -80,6 +93,7 @@ class Workload(Section):
     horizon: int = Field(10, ge=1)
     steps: int = Field(10, ge=1)
     batch_size: int = Field(1, ge=1)
+    layout: Literal["exact", "flexible"] = "exact"
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -138,8 +152,9 @@ class Measure(Section):
 class Profile(Section):
     """What is looked at after the timed iterations; never during them.
 
-    `energy`: over `energy_seconds` of calls; auto: where the machine tells it, true: refuse the
-    trial where it does not. `roofline`: against ceilings that were measured once on this machine,
+    `energy`: over `energy_seconds` of calls; auto: where the machine tells it, and in a sweep of
+    trials about as fast as the best so far; true: always, and refuse the trial where the machine
+    does not tell it. `roofline`: against ceilings that were measured once on this machine,
     or the vendor's.
     """
 
@@ -166,13 +181,20 @@ class Guard(Section):
     lossy_cap: float = Field(0.10, gt=0)
 
 
-class Limits(Section):
+_JUDGED: dict[str, Any] = {
+    name: (float | None, Field(None, gt=0, allow_inf_nan=False)) for name in LIMITS
+}
+
+
+class Limits(create_model("_Judged", __base__=Section, **_JUDGED)):  # type: ignore[misc]
     """Longest time in seconds for each phase of a trial; past it the trial is ended.
 
     `latency_ms`: a call that is surely slower is not measured to the end (see `pruning`).
-    With it, `peak_mib`, `compile_seconds` (of the first call, as it was seen: shorter with warm
-    caches) and `rel_l2` (the guard's) judge results: above one of them a trial is never the best.
-    They change no measurement, so they are no part of a configuration's identity.
+    `best_ms`: the fastest of the sweep so far, for `profile.energy=auto`; the sweep fills it in.
+    `latency_ms` and the limits of all other figures (`figures.LIMITS`) judge results: above one of
+    them a trial is never the best. They change no measurement, so they are no part of a
+    configuration's identity. `compile_seconds` is the first call as it was seen: less with warm
+    caches.
     """
 
     load: float = Field(600, gt=0)
@@ -185,9 +207,7 @@ class Limits(Section):
     energy: float = Field(300, gt=0)
     ceilings: float = Field(300, gt=0)
     latency_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
-    peak_mib: float | None = Field(None, gt=0, allow_inf_nan=False)
-    compile_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
-    rel_l2: float | None = Field(None, gt=0, allow_inf_nan=False)
+    best_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 class Tracking(Section):

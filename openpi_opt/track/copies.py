@@ -155,20 +155,21 @@ class Copies:
     def _take(self, line: bytes) -> None:
         message = json.loads(line)
         self._left = message.get("left", self._left)
-        note = message.get("note")
-        if note and note not in self._told:
-            self._told.add(note)
-            self._say(note)
+        if "note" in message:
+            self._say_once(message["about"], message["note"])
 
     def _tell_late(self) -> None:
-        if "late" not in self._told:
-            self._told.add("late")
-            self._say(
-                masked(
-                    f"warning: MLflow at {self._uri} has not answered for {LATE_S:.0f} s. Trials "
-                    f"go on and the journal keeps them; later: {self._command}"
-                )
-            )
+        self._say_once(
+            "mlflow",
+            f"warning: MLflow at {self._uri} has not answered for {LATE_S:.0f} s. Trials go on and "
+            f"the journal keeps them; later: {self._command}",
+        )
+
+    def _say_once(self, about: str, note: str) -> None:
+        """The rest of a sweep would repeat it after every trial."""
+        if about not in self._told:
+            self._told.add(about)
+            self._say(masked(note))
 
 
 def sync_command(store: Store, study: str = "") -> str:

@@ -1,8 +1,9 @@
 """`python -m openpi_opt.track follow`: the process that `copies.Copies` starts.
 
 It reads an order on stdin, copies what the journal has and gets, and says on stdout, one JSON
-object a line, what MLflow still lacks (`left`) and what is wrong (`note`). "finish" on stdin makes
-it copy the rest and end; the end of stdin without that word means that the verb was killed.
+object a line, what MLflow still lacks (`left`) and what is wrong (`note`, `about` one of the two).
+"finish" on stdin makes it copy the rest and end. The end of stdin without that word means that the
+verb was killed.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class _Follower:
         try:
             self.optuna.update(self.journal.records())
         except CopyError as error:
-            _tell(note=f"warning: {error}")
+            _tell(about="optuna", note=f"warning: {error}")
             if error.final:
                 self.optuna = None
             else:
@@ -121,12 +122,15 @@ class _Follower:
             work()
         except TrackingError as error:
             if str(error):
-                _tell(note=f"warning: {error}")
+                _tell(about="mlflow", note=f"warning: {error}")
             return False
         except UserError as error:  # the user's to mend: nothing can be delivered before
             text = " ".join(masked(str(error)).split())
             later = sync_command(self.store, self.study_dir.name)
-            _tell(note=f"warning: {text} Results are kept in the journal; afterwards: {later}")
+            _tell(
+                about="mlflow",
+                note=f"warning: {text} Results are kept in the journal; afterwards: {later}",
+            )
             self.log = None
         return True
 

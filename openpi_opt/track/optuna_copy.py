@@ -2,13 +2,15 @@
 
 One Optuna study for each search space of a study, called `STUDY SPACE`. It holds one trial for each
 record of the journal, in order, so a trial's number there is its number in the tables. A record of
-another space, a baseline or a confirmation is a trial without parameters in state FAIL.
+another space, a baseline (also where it is a point of the space) or a confirmation is a trial
+without parameters in state FAIL.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -50,6 +52,8 @@ def write_space(study_dir: Path, space: str, distributions: Mapping[str, BaseDis
     """Keep what Optuna has to know of a search space beside the journal."""
     from optuna.distributions import distribution_to_json
 
+    if (study_dir / "spaces" / f"{space}.json").exists():
+        return
     content = {key: distribution_to_json(found) for key, found in distributions.items()}
     folder = study_dir / "spaces"
     folder.mkdir(exist_ok=True)
@@ -159,7 +163,9 @@ class OptunaCopy:
             directions=["minimize" for _ in criteria.objectives],
             load_if_exists=True,
         )
-        study.set_metric_names(list(criteria.objectives))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(criteria.objectives))
         self._studies[space] = study
         return study
 

@@ -118,10 +118,8 @@ def test_a_locked_database_of_optunas_holds_back_nothing(host: Host) -> None:
     database.rollback()
     database.close()
     host.run("--seeds", "4")
-    spaces = {record.space for record in host.records}
-    assert len(spaces) == 4  # another number of seeds is another space
     url = f"sqlite:///{host.store}/optuna.db"
-    for name in optuna.get_all_study_names(url):
+    for name in optuna.get_all_study_names(url):  # a range of other seeds is another space
         assert len(optuna.load_study(study_name=name, storage=url).trials) == 4
 
 
