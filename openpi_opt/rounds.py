@@ -40,7 +40,6 @@ from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
-from openpi_opt.track.mlflow_log import MlflowLog
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
 # The fewest rounds that say anything.
@@ -373,11 +372,11 @@ def open_session(
     """
     store = Store.open(arguments.store)
     journal = Journal.open(study_dir, sys.argv[1:])
-    log = MlflowLog(store, cfg.tracking) if arguments.mlflow and cfg.tracking.mlflow else None
+    tracking = cfg.tracking if arguments.mlflow and cfg.tracking.mlflow else None
     return Session(
         verb=verb,
         config=cfg,
-        runs=FreshRuns(store, journal, log, probe(), cli.say),
+        runs=FreshRuns(store, journal, tracking, probe(), cli.say),
         folder=Path(arguments.out) if arguments.out else study_dir / verb,
         seed=arguments.seed,
         rounds=arguments.rounds,
