@@ -18,7 +18,7 @@ from openpi_opt.robot.statistics import Scale, Statistics, read_openpi
 from openpi_opt.robot.tokenizer import discretised
 from openpi_opt.robot.transform import Transforms
 
-EXACT = dict(rtol=1e-12, atol=1e-12)
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 class Letters:
@@ -167,7 +167,8 @@ def test_droid_says_its_state_in_the_prompt_of_pi05(tmp_path: Path) -> None:
     assert state.tolist() == joined.tolist()
     q = raw(8, 8)[0]
     normalised = (joined - q["q01"]) / (q["q99"] - q["q01"] + 1e-6) * 2 - 1
-    numbers = " ".join(str(int(np.floor((x + 1) * 128))) for x in normalised)
+    steps = np.clip(np.floor((normalised + 1) * 128), -1, 255).astype(int)
+    numbers = " ".join(map(str, steps))
     assert bytes(seen.tokens[0].tolist()).decode() == f"do something|{numbers}"
     assert made.actions(np.zeros((15, 32)), state).shape == (15, 8)
 
@@ -228,9 +229,8 @@ def test_a_robot_of_ones_own_is_a_small_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("cameras: {base_0_rgb: top}\nstate: [arm, hand]\nactions: 3\n")
     robot = spec.load(str(file))
-    stats = Statistics(
-        Scale(np.zeros(0), np.ones(0), 0.0), Scale(np.zeros(0), np.ones(0), 0.0), file
-    )
+    untouched = Scale(np.zeros(0), np.ones(0), 0.0)
+    stats = Statistics(untouched, untouched, file)
     made = Transforms(robot, "pi0", stats, Letters(), 32)  # type: ignore[arg-type]
     top = np.zeros((9, 9, 3), np.uint8)
     seen, state = made.observation({"top": top, "arm": [1, 2], "hand": 3.0, "prompt": "go"})

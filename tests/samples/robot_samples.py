@@ -114,9 +114,8 @@ def libero(seed: int = 0, height: int = 240, width: int = 320) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    raw_text = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw_text)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="pi0_mini", choices=["pi0_mini", "pi05_mini"])
     arguments = parser.parse_args()
