@@ -200,9 +200,14 @@ REST = {"fold_norms": True, "time_mlp": True, "kv_buffer": True, "rope_tables": 
 
 
 def configuration(
-    dtype: str, simplify: dict[str, bool], model: str = "pi0_mini", **knobs: Any
+    dtype: str,
+    simplify: dict[str, bool],
+    model: str = "pi0_mini",
+    layout: str = "exact",
+    **knobs: Any,
 ) -> Config:
-    workload = {"active_cameras": [False, True], "prompt_slots": 6, "prompt_tokens": 4}
+    workload: dict[str, Any] = {"active_cameras": [False, True], "prompt_slots": 6}
+    workload |= {"prompt_tokens": 4, "layout": layout}
     return Config.parse(
         {
             "model": {"name": model},
@@ -300,3 +305,20 @@ def test_a_policy_with_fp8_weights(model: str) -> None:
     # A shift of pi05 meets the weights as they were, so that part of the bias is not compared.
     assert error(call(inputs), plain(inputs)) < 1e-5
     assert 1e-4 < error(call(inputs), before) < 0.2
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize("name", ["state once", "the rest"])
+def test_such_a_policy_in_a_flexible_layout(name: str) -> None:
+    """Both attention kernels read the lengths; what is masked or padding is never seen."""
+    dtype, simplify, _, _ = CASES[name]
+    triton = {**KNOBS, "attention": {**KNOBS["attention"], "prefill": "triton"}}
+    _, plain, inputs = answers(configuration("float32", {}))
+    _, call, _ = answers(configuration(dtype, simplify, layout="flexible", **triton))
+    for tokens in (6, 1):
+        mask = torch.arange(6)[None] < tokens
+        other = inputs._replace(token_mask=mask)
+        expected = plain(other)
+        spoilt = other.images.clone()
+        spoilt[:, 0] = torch.nan
+        assert error(call(other._replace(images=spoilt)), expected) < 1e-5
