@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from openpi_opt.machine import probe
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.workload import make_inputs
 
-REPLAYS = 3
+REPLAYS = 30
 WARM_S = 0.5
 
 
@@ -110,6 +111,7 @@ class Contender:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.contenders", "--contend", words, "--folder", folder],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True,
+            env={"TORCHINDUCTOR_COMPILE_THREADS": "4", **os.environ},
         )  # fmt: skip
 
     def read(self) -> bool:

@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from openpi_opt.kernels import triton_decode, triton_skinny_gemm
 from openpi_opt.kernels.fp8 import device_arch, fp8_dtype
+from openpi_opt.kernels.launch import Launch
 from openpi_opt.kernels.triton_common import arch, padded
 from openpi_opt.pi0 import weights
 from openpi_opt.pi0.config import PI0, PI0_MINI
@@ -145,11 +147,12 @@ def _policy(work: Workload) -> Pi0Policy:
 def entries(work: Workload) -> dict[str, tuple[str, Any]]:
     """The five launches of a layer: name -> which table, and the key in it."""
     name, m = arch(torch.empty(1, device="cuda")), padded(work.rows)
-    found: dict[str, tuple[str, Any]] = {
-        key: ("gemm", (name, m, *SHAPES[key], KINDS[key], *(["fp8"] if work.fp8 else [])))
-        for key in SHAPES
-    }
-    found["attention"] = ("decode", (name, work.rows * 8 <= 128))
+    found: dict[str, tuple[str, Any]] = {}
+    for key, shape in SHAPES.items():
+        gain = ", gain" if work.adaptive and KINDS[key] != "plain" else ""
+        kind = KINDS[key] + gain
+        found[key] = ("gemm", (name, m, *shape, kind, *(["fp8"] if work.fp8 else [])))
+    found["attention"] = ("decode", (name, m))
     return found
 
 
@@ -190,20 +193,14 @@ def variants(name: str, launch: Any) -> Iterator[Any]:
 
 def changed(launch: Any, values: dict[str, int]) -> Any:
     """`launch` with these values."""
-    return (
-        launch._replace(**values)
-        if hasattr(launch, "_replace")
-        else dataclasses.replace(launch, **values)
-    )
+    return dataclasses.replace(launch, **values)
 
 
-def fields(launch: Any) -> dict[str, int]:
-    """Its parameters."""
-    return launch._asdict() if hasattr(launch, "_asdict") else dataclasses.asdict(launch)
+_WORKER: dict[str, Any] = {}
 
 
-def compile_ahead(work: Workload, jobs: list[tuple[str, Any]]) -> None:
-    """Run in a worker: fill Triton's cache on disk with variants of single launches."""
+def _start_worker(work: Workload) -> None:
+    """In a worker: one layer, to compile launches with."""
     start(work)
     chain = Chain(work)
     chain.policy.expert.layers = chain.policy.expert.layers[:1]
@@ -212,39 +209,31 @@ def compile_ahead(work: Workload, jobs: list[tuple[str, Any]]) -> None:
         row = chain.policy.time_table
         per = (row.shape[1] - 2 * PI0.expert.width) // PI0.expert.depth
         chain.policy.time_table = torch.cat((row[:, :per], row[:, -2 * PI0.expert.width :]), 1)
-    for name, launch in jobs:
-        table, key = entries(work)[name]
-        before = TABLES[table][key]
-        TABLES[table][key] = launch
-        try:
-            chain.step()
-        except REFUSED:
-            continue
-        finally:
-            TABLES[table][key] = before
+    _WORKER.update(chain=chain, places=entries(work))
 
 
-def compile_all(work: Workload) -> None:
-    """Compile the first round's variants in parallel."""
-    jobs = [
-        (name, launch)
-        for name, (table, key) in entries(work).items()
-        for launch in set(variants(name, TABLES[table][key]))
-    ]
-    workers = max(1, min(14, (os.cpu_count() or 2) - 2))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for future in [pool.submit(compile_ahead, work, jobs[i::workers]) for i in range(workers)]:
-            future.result()
+def _compile(name: str, launch: Launch) -> None:
+    """In a worker: fill Triton's cache on disk with one launch."""
+    table, key = _WORKER["places"][name]
+    before = TABLES[table][key]
+    TABLES[table][key] = launch
+    try:
+        _WORKER["chain"].step()
+    except REFUSED:
+        return
+    finally:
+        TABLES[table][key] = before
 
 
 class Tuning:
     """Coordinate descent over the launches of one chain, until a deadline."""
 
-    def __init__(self, work: Workload, deadline: float, say: Callable[[str], None]) -> None:
-        start(work)
+    def __init__(
+        self, work: Workload, seconds: float, pool: ProcessPoolExecutor, say: Callable[[str], None]
+    ) -> None:
+        self.pool, self.deadline = pool, time.monotonic() + seconds
         self.chain, self.places = Chain(work), entries(work)
-        self.deadline, self.say = deadline, say
+        self.say = say
         self.expected = self.chain.step().double()
         self.best = self.chain.microseconds()
         self.record: list[dict[str, Any]] = [{"us": self.best, "what": "start"}]
@@ -259,61 +248,73 @@ class Tuning:
         table, key = self.places[name]
         TABLES[table][key] = launch
 
-    def attempt(self, changes: dict[str, Any], what: str) -> bool:
-        """Keep the changes if the chain gets faster by more than 0.2% and computes the same."""
+    def tried(self, changes: dict[str, Launch], what: str) -> float:
+        """Microseconds of a pass with these launches; infinite where they fail or compute else."""
         before = {name: self.now(name) for name in changes}
-        if before == changes or time.monotonic() > self.deadline:
-            return False
         for name, launch in changes.items():
             self.put(name, launch)
-        taken = False
+        found: dict[str, Any] = {"what": what}
         try:
             out = self.chain.step().double()
-            error = float((out - self.expected).norm() / self.expected.norm())
-            us = self.chain.microseconds()
-            taken = us < self.best * 0.998 and error < 2e-2
-            self.record.append({"us": us, "what": what, "error": error, "taken": taken})
+            found["error"] = float((out - self.expected).norm() / self.expected.norm())
+            found["us"] = self.chain.microseconds()
         except REFUSED as failure:
-            self.record.append({"what": what, "failed": type(failure).__name__})
-        if taken:
-            self.best = us
-            self.say(f"{us:9.1f}  {what}")
-        else:
-            for name, launch in before.items():
-                self.put(name, launch)
-        return taken
+            found["failed"] = type(failure).__name__
+        for name, launch in before.items():
+            self.put(name, launch)
+        self.record.append(found)
+        right = "us" in found and found["error"] < 2e-2
+        return float(found["us"]) if right else math.inf
+
+    def take_best(self, choices: list[dict[str, Launch]]) -> bool:
+        """Try all, keep the fastest if it gains more than 0.2%."""
+        self.compile([job for choice in choices for job in choice.items()])
+        times: list[float] = []
+        for choice in choices:
+            if time.monotonic() < self.deadline:
+                times.append(self.tried(choice, str(choice)))
+        if not times or min(times) > self.best * 0.998:
+            return False
+        self.best = min(times)
+        chosen = choices[times.index(self.best)]
+        for name, launch in chosen.items():
+            self.put(name, launch)
+        self.say(f"{self.best:9.1f}  {chosen}")
+        return True
+
+    def compile(self, jobs: list[tuple[str, Launch]]) -> None:
+        """Compile launches in parallel; measuring one then takes a fifth of a second."""
+        wait([self.pool.submit(_compile, *job) for job in set(jobs)])
 
     def run(self) -> None:
         """All launches beside their predecessors first, then each parameter of each launch."""
-        for dependent, prefetch in PREFETCH:
-            self.attempt(
-                {
-                    name: changed(self.now(name), {"dependent": dependent})
-                    if name == "attention"
-                    else changed(self.now(name), {"dependent": dependent, "prefetch": prefetch})
-                    for name in self.places
-                },
-                f"all: dependent={dependent} prefetch={prefetch}",
-            )
-        improved = True
+        beside = [
+            {
+                name: changed(
+                    self.now(name),
+                    {"dependent": d} if name == "attention" else {"dependent": d, "prefetch": p},
+                )
+                for name in self.places
+            }
+            for d, p in PREFETCH
+        ]
+        improved = self.take_best(beside) or True
         while improved and time.monotonic() < self.deadline:
             improved = False
             for name in ("attention", *SHAPES):
-                for launch in variants(name, self.now(name)):
-                    now = fields(self.now(name))
-                    new = {k: v for k, v in fields(launch).items() if v != now[k]}
-                    if new and self.attempt({name: changed(self.now(name), new)}, f"{name}: {new}"):
-                        improved = True
+                launches = dict.fromkeys(variants(name, self.now(name)))
+                improved |= self.take_best([{name: launch} for launch in launches])
 
 
 def tune(work: Workload, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """Compile ahead, tune, report."""
+    """Tune a chain, report."""
     start(work)
-    began = time.monotonic()
-    compile_all(work)
-    tuning = Tuning(work, time.monotonic() + seconds, say)
-    say(f"{work}: compiled in {time.monotonic() - began:.0f} s; start {tuning.best / 18:.2f} us")
-    tuning.run()
+    workers = max(1, min(13, (os.cpu_count() or 2) - 2))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (work,)) as pool:
+        tuning = Tuning(work, seconds, pool, say)
+        say(f"{work}: start {tuning.best / 18:.2f} us a layer")
+        tuning.run()
     say(f"{work}: {tuning.best:.1f} us a step, {tuning.best / 18:.2f} a layer")
     return {"work": dataclasses.asdict(work), "us": tuning.best, "tried": tuning.record,
             "entries": [f"{tuning.places[name][1]}: {tuning.now(name)},"

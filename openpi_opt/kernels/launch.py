@@ -58,8 +58,10 @@ class Launch:
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Launch))
 _OF_ALL = ("num_warps", "num_stages", "dependent", "waves_per_eu", "matrix_instr_nonkdim")
+DECODE = ("block_m", "block_n", "blocks", "fused", *_OF_ALL)
+FLASH = ("block_m", "block_n", *_OF_ALL[:2], *_OF_ALL[3:])
 LINEAR = ("block_n", "block_k", "split_k", "fused", "prefetch", *_OF_ALL)
-"""What `triton_skinny_gemm` reads."""
+"""What `triton_decode`, `triton_attention` and `triton_skinny_gemm` read."""
 
 
 def encoded(names: Sequence[str], overrides: Mapping[str, int] | None) -> list[int]:

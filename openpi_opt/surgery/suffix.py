@@ -45,6 +45,8 @@ class SuffixPolicy(LeanPolicy):
     def advance(self, x_t: Tensor, hidden: Tensor, features: Tensor) -> Tensor:
         """As in `Pi0Policy`, with the final norm."""
         expert, out = self.expert, self.action_out_proj
+        gain: Tensor | None
+        shift: Tensor | None
         if isinstance(expert, FusedAdaptiveTower):
             gain, shift = expert.last_norm(features)
         else:
