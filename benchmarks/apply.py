@@ -1,7 +1,10 @@
 import json, sys
+
 for path in sys.argv[1:]:
-    try: d = json.load(open(path))
-    except OSError: continue
+    try:
+        d = json.load(open(path))
+    except OSError:
+        continue
     for r in d["results"]:
         for e in r["entries"]:
             key = e.split("):")[0]

@@ -12,6 +12,7 @@ policy in float32. For a quick decision: what is claimed is confirmed by `openpi
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import statistics
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from filelock import FileLock
 
 from openpi_opt import runtime
 from openpi_opt.compose import compose
@@ -65,17 +65,18 @@ def _reference(cfg: Config, folder: Path, inputs: Inputs) -> torch.Tensor:
 def contend(words: str, folder: Path, out: TextIO) -> None:
     """A contender: prepares, says so on `out`, and measures for each line it is sent."""
     began = time.monotonic()
+    faulthandler.dump_traceback_later(240, exit=True)
     cfg, refusal = _config(words)
     if refusal is not None:
         print(json.dumps({"failed": refusal}), file=out, flush=True)
         return
     device = runtime.torch_device(cfg)
-    with FileLock(folder / "memory.lock"):  # in float32 a policy takes 14 GB
-        policy = runtime.build_policy(cfg, device)
-        call = runtime.apply_knobs(policy, cfg).call
-        torch.cuda.empty_cache()
+    policy = runtime.build_policy(cfg, device)
+    call = runtime.apply_knobs(policy, cfg).call
+    torch.cuda.empty_cache()
     inputs = make_inputs(runtime.workload_of(cfg), policy.config, 0, device)
     actions = call(inputs).cpu()
+    faulthandler.cancel_dump_traceback_later()
     print(json.dumps({"ready_s": time.monotonic() - began}), file=out, flush=True)
     for line in sys.stdin:
         if line.startswith("reference"):
@@ -118,7 +119,7 @@ class Contender:
         """The next answer; False when there is none or it says that the process failed."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        self.facts |= json.loads(line) if line else {"failed": self.log.read_text()[-600:]}
+        self.facts |= json.loads(line) if line else {"failed": self.log.read_text()[-3000:]}
         return "failed" not in self.facts
 
     def ask(self, what: str) -> bool:

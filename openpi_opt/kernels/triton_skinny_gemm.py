@@ -80,6 +80,9 @@ TABLE: dict[Key, Launch] = {
     ("sm90", 16, 2048, 1024, "plain"): _entry(32, 256, 1, 2, 4),  # 4.6, 4.9
     ("sm90", 16, 256, 1024, "plain"): _entry(16, 256, 4, 4, 3),  # 3.3, 4.3
     ("sm90", 16, 4096, 1024, "plain"): _entry(32, 512, 1, 4, 3),  # 5.7, 5.7
+    ("sm90", 64, 2560, 1024, "normed"): Launch(
+        block_n=32, block_k=128, num_warps=4, num_stages=4, fused=1
+    ),
     ("sm90", 64, 2560, 1024, "plain"): _entry(32, 256, 1, 4, 3),  # 5.5, 5.1
     ("sm90", 64, 4096, 1024, "gated"): _entry(32, 64, 1, 4, 5),  # 9.4, 8.4 (its product)
 }
@@ -278,7 +281,7 @@ def default_launch(x: Tensor, n: int, k: int, kind: Kind, fp8: bool = False) -> 
     """
     name, rows = arch(x), padded(as_rows(x).shape[0])
     key: Key = (name, rows, n, k, kind)
-    found = TABLE.get((*key, "fp8") if fp8 else key)
+    found = TABLE.get((*key, "fp8"), TABLE.get(key)) if fp8 else TABLE.get(key)
     if found is not None and x.element_size() == 2:  # the table is that of 16-bit types
         return found
     launch = _by_rule(x, n, k, kind, name)
