@@ -20,12 +20,13 @@ from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.executor import Executor, LocalExecutor, LostError, Run
-from openpi_opt.engine.goals import check_limits, check_same, goals, settle, without_pruning
+from openpi_opt.engine.goals import check_limits, check_same, goals, settle, with_pruning
 from openpi_opt.engine.ledger import Ledger
 from openpi_opt.engine.lessons import Lessons
+from openpi_opt.engine.pace import Pace, Timed
 from openpi_opt.engine.plan import Plan, StudyRequest, announce, make_plan, space_hash
 from openpi_opt.engine.recovery import forget
-from openpi_opt.engine.trials import Job, Trials, cannot_run, label, lost_result, refused
+from openpi_opt.engine.trials import Job, Race, Trials, cannot_run, label, lost_result, refused
 from openpi_opt.errors import UserError
 from openpi_opt.process.devices import Devices, Slot
 from openpi_opt.process.environment import cleared_names
@@ -92,13 +93,14 @@ def run_study(
     checked = points.check()
     first = checked[0]
     criteria = goals(request.settings.objective, first, request.machine)
-    request = without_pruning(request, criteria, display)
     found = Devices(request.settings.devices, request.machine)
     if nodes is None:
         found.check(checked)
     plan = make_plan(request)
+    request = with_pruning(request, plan, criteria, display)
     store = Store.open(request.settings.store)
     check_same(criteria, store.study_dir(request.name))
+    pace = Pace(request.settings.minutes)
     executor: Executor
     if nodes is None:
         found.slots(first.device)
@@ -125,7 +127,9 @@ def run_study(
             *(request, store, plan, space, ledger, criteria, machine_hash, display)
         )
         trials = Trials(ledger, executor, request.machine, display, space)
-        engine = _Engine(request, points, ledger, optimizer, trials, executor, display, criteria)
+        engine = _Engine(
+            request, points, ledger, optimizer, trials, executor, display, criteria, pace
+        )
         ended = engine.run(plan)
         engine.note_passed_over()
         engine.note_occupancy()
@@ -177,6 +181,7 @@ class _Engine:
     executor: Executor
     display: Display
     criteria: Criteria
+    pace: Pace
     _ready: list[Job] = field(default_factory=list)  # claimed, without a device
     _waiting: list[Job] = field(default_factory=list)  # measured by somebody else
     _running: dict[Future[TrialResult], Job] = field(default_factory=dict)
@@ -225,10 +230,13 @@ class _Engine:
 
     def _source(self, plan: Plan) -> Source:
         """Where the points come from."""
-        space, limit = self.request.space, self.request.settings.n_trials
+        space, limit = self.request.space, self.request.settings.most_trials
+        source: Source
         if plan.enumerated:
-            return Enumerated(space, limit)
-        return Sampled(self.optimizer, space, limit, self._open_hashes)
+            source = Enumerated(space, limit)
+        else:
+            source = Sampled(self.optimizer, space, limit, self._open_hashes)
+        return Timed(source, self.pace)
 
     def _end(self) -> None:
         """End what still runs; a second interruption ends it at once."""
@@ -298,8 +306,8 @@ class _Engine:
                 if job is None:
                     lease.release()
                 else:
-                    limit_ms = self._limit_ms(job)
-                    future = self.trials.start(job, lease, limit_ms)
+                    future = self.trials.start(job, lease, self._race(job))
+                    self.pace.began(job.uid)
                     self._running[future] = job
             except BaseException:
                 lease.release()
@@ -467,6 +475,7 @@ class _Engine:
         MLflow, which may be slow or away, last.
         """
         record = self.trials.keep(job, result)
+        self.pace.ended(job.uid)
         self._tell(job, record)
         self.ledger.deliver(record)
         self.display.end(job.position, job.title, record, known=False)
@@ -479,15 +488,16 @@ class _Engine:
             title = label(job.cfg, job.role, job.params)
             self.display.end(job.position, title, record, known=True)
 
-    def _limit_ms(self, job: Job) -> float | None:
-        """Above this a trial is hopeless; a baseline is to compare with, however slow."""
+    def _race(self, job: Job) -> Race:
+        """What a trial runs against; a baseline is to compare with, however slow."""
         pruning, best = self.request.settings.pruning, self._best.get(job.cfg.context_hash())
-        if pruning is None or best is None or job.proposal is None:
-            return None
-        return pruning * best
+        if best is None or job.proposal is None or self.criteria.objectives != ("latency",):
+            return Race()
+        assert pruning != "auto"  # settled before anything runs
+        return Race(best, None if pruning is None else pruning * best)
 
     def _note_best(self, result: TrialResult) -> None:
-        if self.request.settings.pruning is None or not isinstance(result, Ok):
+        if not isinstance(result, Ok):
             return
         if self.criteria.over(result):  # fast perhaps, but never the best
             return
