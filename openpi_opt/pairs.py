@@ -31,7 +31,6 @@ from openpi_opt.confirm.paired import MIN_PAIRS, Compared, Spread, compare, spre
 from openpi_opt.confirm.promotion import draw_rounds
 from openpi_opt.engine.trials import refused
 from openpi_opt.errors import UserError
-from openpi_opt.machine import probe
 from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.target import flagged, percent, why
@@ -96,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: A and B cannot be compared or run, or the time was too short for any statement.
     """
     arguments = _parser().parse_args(argv)
-    machine = probe()
+    machine = cli.this_machine()
     a, b = (
         _config(arguments, own).resolved(machine) for own in (arguments.a or [], arguments.b or [])
     )

@@ -28,7 +28,6 @@ from openpi_opt.confirm.fresh import FreshRuns, Planned
 from openpi_opt.confirm.judge import Confirmed, Subject, changed_knobs
 from openpi_opt.confirm.promotion import Judged, Mean, Place, Schedule, Stage, Wanted
 from openpi_opt.errors import UserError
-from openpi_opt.machine import probe
 from openpi_opt.paths import user_conf_dir
 from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _say_what_is_judged(judged_by)
     tracking = candidates[0].config.tracking  # as the study was run
     log = MlflowLog(store, tracking) if arguments.mlflow and tracking.mlflow else None
-    runs = FreshRuns(store, journal, log, probe(), cli.say)
+    runs = FreshRuns(store, journal, log, cli.this_machine(), cli.say)
     wanted = Wanted(
         seed=secrets.randbits(32),
         finalists=arguments.finalists,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openpi_opt import cli
 from openpi_opt.cli import at_least, minutes, say
 from openpi_opt.compose import compose
 from openpi_opt.config import Config
@@ -31,7 +32,6 @@ from openpi_opt.confirm.steps import Target
 from openpi_opt.criteria import Criteria
 from openpi_opt.engine.trials import refused
 from openpi_opt.errors import UserError
-from openpi_opt.machine import probe
 from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.track import plots
@@ -268,7 +268,7 @@ def session(verb: str, arguments: argparse.Namespace) -> Session:
         UserError: no such study or preset, or a target that this machine cannot run or that is
             the baseline.
     """
-    machine = probe()
+    machine = cli.this_machine()
     studies = Store.open(arguments.store, create=False).studies() if _exists(arguments) else []
     is_study = len(arguments.what) == 1 and (
         arguments.what[0] in studies or "=" not in arguments.what[0]

@@ -268,11 +268,11 @@ def select(gpus: Iterable[Gpu], variable: str, value: str | None) -> Selected:
             continue
         if item in ("", "-1") and (item == "-1" or len(items) == 1):
             break  # on purpose
-        there = ", ".join(f"{gpu.index} ({gpu.uuid})" for gpu in known) or "none"
+        there = ", ".join(str(gpu.index) for gpu in known)
         why = "is named twice" if len(named) == 1 else "names no GPU" if not named else "is unclear"
         found.troubles.append(
             Trouble(
-                f"{variable}={value}", f"{item!r} {why}, and ends the list; there is {there}",
+                f"{variable}={value}", f"{item!r} {why} (there is {there}), and ends the list",
                 f"name GPUs that exist, each once, or unset {variable}", hides=not found.gpus,
             )
         )  # fmt: skip
