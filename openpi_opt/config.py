@@ -51,12 +51,13 @@ class Section(BaseModel):
 class Model(Section):
     """Which network: the 3.5 B policy, its successor of 3.6 B, or either graph in small for CPUs.
 
-    `rope_frequencies` is part of the model's definition: openpi's and LeRobot's PyTorch round the
-    rotary frequencies to bfloat16, JAX keeps them in float32.
+    `rope_frequencies` is part of the model's definition: openpi's PyTorch rounds the rotary
+    frequencies to bfloat16, and so does LeRobot's in its bfloat16 mode; JAX and LeRobot's default
+    keep them in float32. `auto` does as the checkpoint's origin does, and rounds without one.
     """
 
     name: Literal["auto", "pi0", "pi0_mini", "pi05", "pi05_mini"] = "auto"
-    rope_frequencies: Literal["bfloat16", "float32"] = "bfloat16"
+    rope_frequencies: Literal["auto", "bfloat16", "float32"] = "auto"
 
     @property
     def family(self) -> checkpoint_file.Family:
@@ -327,12 +328,22 @@ class Config(BaseModel):
             name = family if roomy else small
         return self.model_copy(
             update={
-                "model": self.model.model_copy(update={"name": name}),
+                "model": self.model.model_copy(
+                    update={"name": name, "rope_frequencies": self.rope_frequencies()}
+                ),
                 "weights": weights,
                 "platform": self.platform.model_copy(update={"device": device}),
                 "measure": measure,
             }
         )
+
+    def rope_frequencies(self) -> checkpoint_file.RopeFrequencies:
+        """The model's, those of its checkpoint's origin where it says `auto`."""
+        given = self.model.rope_frequencies
+        if given != "auto":
+            return given
+        path = self.weights.path
+        return "bfloat16" if path is None else checkpoint_file.rope_frequencies(path)
 
     def canonical(self) -> Config:
         """The same configuration with options that have no effect set to neutral values."""

@@ -60,9 +60,7 @@ def build_policy(cfg: Config, device: torch.device) -> Pi0Policy:
     Raises:
         openpi_opt.pi0.checkpoint.CheckpointError: the checkpoint does not fit the model.
     """
-    config = dataclasses.replace(
-        MODELS[cfg.model.name], rope_frequencies=cfg.model.rope_frequencies
-    )
+    config = dataclasses.replace(MODELS[cfg.model.name], rope_frequencies=cfg.rope_frequencies())
     policy = weights.build(config, device, steps=cfg.workload.steps)
     if cfg.weights.path is not None:
         checkpoint.load(policy, Path(cfg.weights.path))
