@@ -45,7 +45,8 @@ pre { padding: .8em; overflow-x: auto; } .big { font-size: 1.25em; }
 <th class="n">95% interval</th><th class="n">std</th><th class="n">p99</th>
 <th class="n">vs baseline</th><th class="n">kernels</th></tr>
 {% for row in part.rows %}<tr{% if row.best %} class="best"{% endif %}>
-<td class="n">{{ row.number }}</td><td>{{ row.differs }}</td><td>{{ row.outcome }}</td><td class="n">{{ row.mean }}</td>
+<td class="n">{{ row.number }}</td><td>{{ row.differs }}</td><td>{{ row.outcome }}</td>
+<td class="n">{{ row.mean }}</td>
 <td class="n">{{ row.interval }}</td><td class="n">{{ row.std }}</td>
 <td class="n">{{ row.p99 }}</td><td class="n">{{ row.ratio }}</td>
 <td class="n">{{ row.kernels }}</td></tr>{% endfor %}</table>
