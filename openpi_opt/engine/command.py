@@ -106,6 +106,8 @@ def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False)
     best = [row for group in groups(outcome.records, criteria=criteria) for row in _winners(group)]
     if not best and any(criteria.over(record.result) for record in outcome.records):
         print(f"best: none, nothing that may win keeps the limits ({criteria.limits_text()})")
+    for line in outcome.remarks:
+        print(line)
     if outcome.exit_code:
         _print_reasons(outcome)
     faster = any(row.record.role != "baseline" for row in best)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
@@ -33,7 +34,8 @@ from openpi_opt.process.environment import cleared_names
 from openpi_opt.process.run import run_trial
 from openpi_opt.remote.remote import Nodes, RemoteExecutor
 from openpi_opt.result import Ok, TrialResult
-from openpi_opt.space.optimizer import Optimizer, Proposal
+from openpi_opt.space.neighbours import NOISE, Neighbours
+from openpi_opt.space.optimizer import Chooser, Copy, Optimizer, Proposal
 from openpi_opt.space.points import Compose, Points
 from openpi_opt.space.sensible import LeftOut, NotSensibleError
 from openpi_opt.space.sources import Enumerated, Sampled, Source
@@ -48,7 +50,8 @@ _POLL_SECONDS = 0.25
 class StudyOutcome:
     """What there is now: the records of the points of this space, and of their baselines.
 
-    `left_out` says which classes of combinations were not tried, and why.
+    `left_out` says which classes of combinations were not tried, and why; `remarks` what is known
+    of the best one's neighbours.
     """
 
     name: str
@@ -58,6 +61,7 @@ class StudyOutcome:
     ended: str
     new: int
     left_out: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     criteria: Criteria = field(default_factory=Criteria)
 
     @property
@@ -124,7 +128,7 @@ def run_study(
         machine_hash = ledger.fingerprint_hash(first)
         space = space_hash(request.space, machine_hash, criteria.objectives)
         optimizer = _optimizer(
-            *(request, store, plan, space, ledger, criteria, machine_hash, display)
+            *(request, store, plan, space, ledger, criteria, machine_hash, display, points, pace)
         )
         trials = Trials(ledger, executor, request.machine, display, space)
         engine = _Engine(
@@ -149,6 +153,8 @@ def _optimizer(
     criteria: Criteria,
     machine_hash: str,
     display: Display,
+    points: Points,
+    pace: Pace,
 ) -> Optimizer:
     settings = request.settings
 
@@ -158,13 +164,13 @@ def _optimizer(
 
     # Sweeps that begin at the same time are not to propose the same.
     seed = settings.seed + 7919 * ledger.others
+    study = f"{request.name}#{space}"
     optimizer = Optimizer.open(
-        *(store, f"{request.name}#{space}", request.space, plan.sampler, seed),
-        later=ledger.later.add,
+        request.space,
+        Chooser(plan.sampler, seed, points, pace.patience),
+        Copy(store, study, settings.storage, ledger.later.add, display.note),
         criteria=criteria,
         known=known,
-        storage=settings.storage,
-        say=display.note,
     )
     if settings.fresh:
         optimizer.forget()
@@ -191,6 +197,8 @@ class _Engine:
     _lessons: Lessons = field(default_factory=Lessons)
     _best: dict[str, float] = field(default_factory=dict)  # milliseconds, by context
     _left_out: dict[str, int] = field(default_factory=dict)
+    _used: Callable[[], float] = float  # the part of the number of trials that is used
+    neighbours: Neighbours | None = None  # where a sampler chooses
     hurried: bool = False  # by a second interruption
     _read: int = 0  # records of the journal that were looked at
 
@@ -235,8 +243,21 @@ class _Engine:
         if plan.enumerated:
             source = Enumerated(space, limit)
         else:
-            source = Sampled(self.optimizer, space, limit, self._open_hashes)
+            source = sampled = Sampled(
+                *(self.optimizer, space, limit, self._open_hashes), self._neighbours()
+            )
+            self._used = sampled.share
         return Timed(source, self.pace)
+
+    def _neighbours(self) -> Neighbours | None:
+        """Those of the best point, where one objective says which that is."""
+        if self.criteria.several:
+            return None
+        self.neighbours = Neighbours(
+            *(self.optimizer, self.request.space, self.points),
+            share=lambda: max(self._used(), self.pace.share()),
+        )
+        return self.neighbours
 
     def _end(self) -> None:
         """End what still runs; a second interruption ends it at once."""
@@ -293,7 +314,22 @@ class _Engine:
                 if text in self._left_out
             ],
             criteria=self.criteria,
+            remarks=self._remarks(),
         )
+
+    def _remarks(self) -> list[str]:
+        """How much the best of a sampled study is known to be the best, and a simpler one."""
+        if self.neighbours is None:
+            return []
+        near, simpler = self.neighbours.text(self.optimizer.tried), self.neighbours.simplest()
+        lines = [near] if near else []
+        if simpler is not None:
+            cfg = self.points.config(simpler[0])
+            lines.append(
+                f"simplest within {NOISE:.1%} of the best: {simpler[1]:.3f} ms, "
+                f"{label(cfg, 'trial', {})}"
+            )
+        return lines
 
     def _fill(self, source: Source) -> None:
         """Start a trial on every device that is free, as long as there is something to try."""

@@ -29,6 +29,8 @@ from openpi_opt.criteria import Criteria, pareto
 from openpi_opt.engine.storage import OptunaStorage
 from openpi_opt.errors import UserError
 from openpi_opt.result import Pruned, TrialResult
+from openpi_opt.space.features import PARTS, SECONDS, TOTAL, mean_ms, parts, seconds
+from openpi_opt.space.points import Points
 from openpi_opt.space.space import Space
 from openpi_opt.track.store import Store
 
@@ -63,28 +65,77 @@ def _at_once(work: Callable[[], None]) -> None:
     work()
 
 
+def _impatient() -> float:
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Who proposes: a sampler by its name, with its seed.
+
+    `stages` also needs the `points` of the space, and may ask how much a trial's seconds count.
+    """
+
+    sampler: str
+    seed: int = 0
+    points: Points | None = None
+    patience: Callable[[], float] = _impatient
+
+    def begin(self, space: Space, known: int) -> BaseSampler:
+        """The sampler; one that knows trials is seeded differently than one that knows none."""
+        import optuna
+
+        seed = (self.seed + known) % 2**32
+        if self.sampler == "stages":
+            from openpi_opt.space.stages import StagesSampler
+
+            assert self.points is not None
+            return StagesSampler(space, self.points, seed, self.patience)
+        if self.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        if self.sampler == "gp":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return optuna.samplers.GPSampler(seed=seed)
+        return optuna.samplers.TPESampler(seed=seed)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Where Optuna's copy of a study is kept.
+
+    `later` is given the work of writing it, `storage` names its place (None: sqlite in the store),
+    and `say` is told when it is on a server that goes away.
+    """
+
+    store: Store
+    study: str
+    storage: str | None = None
+    later: Later = _at_once
+    say: Callable[[str], None] = _nothing
+
+
 class Optimizer:
     """One search space of one study. Make it with `open`."""
 
     def __init__(
         self,
-        copy: optuna.Study,
-        copy_lock: FileLock,
+        study: optuna.Study,
+        lock: FileLock,
         space: Space,
-        later: Later,
         criteria: Criteria,
+        copy: Copy,
         storage: OptunaStorage,
-        say: Callable[[str], None],
     ):
-        self._copy = copy
-        self._copy_lock = copy_lock  # of all who write to that database
+        self._copy = study
+        self._copy_lock = lock  # of all who write to that database
         self._storage = storage
-        self._say = say
+        self._say = copy.say
+        self._later = copy.later
         self._copy_is_away = False
         self._criteria = criteria
         self._space = space
         self._distributions = space.distributions()
-        self._later = later
         self._study: optuna.Study
         self._finished: list[FrozenTrial] = []
         self._asked: dict[int, optuna.Trial] = {}  # by the numbers of their proposals
@@ -96,24 +147,17 @@ class Optimizer:
 
     @staticmethod
     def open(
-        store: Store,
-        name: str,
         space: Space,
-        sampler: str,
-        seed: int,
-        allow_lossy: bool = False,
-        later: Later = _at_once,
+        chooser: Chooser,
+        copy: Copy,
         criteria: Criteria | None = None,
         known: Callable[[str], TrialResult | None] = lambda config_hash: None,
-        storage: str | None = None,
-        say: Callable[[str], None] = _nothing,
     ) -> Optimizer:
-        """Create or continue the study `name`, which is one of these objectives.
+        """Create or continue a study, which is one of these objectives.
 
         A continued study seeds its sampler anew, or random proposals would begin again with the
-        ones already made. `later` is given the work of writing the copy, `storage` names the place
-        of the copy, and `say` is told when it is on a server that goes away; `known` finds the
-        result of a configuration, by which its trial in the copy is judged.
+        ones already made. `known` finds the result of a configuration, by which its trial in the
+        copy is judged.
 
         Raises:
             UserError: the database is damaged, of another version of Optuna, or not writable.
@@ -121,20 +165,20 @@ class Optimizer:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        criteria = (criteria or Criteria()).allowing(allow_lossy)
-        place = OptunaStorage.of(store, storage)
-        lock = FileLock(store.path / "optuna.lock", thread_local=False)
+        criteria = criteria or Criteria()
+        place = OptunaStorage.of(copy.store, copy.storage)
+        lock = FileLock(copy.store.path / "optuna.lock", thread_local=False)
         with place.errors(), lock:
             # Several processes that create the tables at once break the database for good.
-            copy = optuna.create_study(
+            study = optuna.create_study(
                 storage=place.open(),
-                study_name=place.study_name(name),
+                study_name=place.study_name(copy.study),
                 directions=_directions(criteria),
                 load_if_exists=True,
             )
-            optimizer = Optimizer(copy, lock, space, later, criteria, place, say)
+            optimizer = Optimizer(study, lock, space, criteria, copy, place)
             count = optimizer._load(known)
-        optimizer._begin(_sampler(sampler, (seed + count) % 2**32))
+        optimizer._begin(chooser.begin(space, count))
         return optimizer
 
     def forget(self) -> None:
@@ -142,8 +186,10 @@ class Optimizer:
         self.tried.clear()
         self.points.clear()
 
-    def ask(self) -> Proposal:
-        """Let the sampler choose a point."""
+    def ask(self, params: Mapping[str, str] | None = None) -> Proposal:
+        """Let the sampler choose a point; with `params`, it takes that one as its own choice."""
+        if params is not None:
+            self._study.enqueue_trial(self._space.values(params))
         trial = self._study.ask(self._distributions)
         number = next(self._numbers)
         self._asked[number] = trial
@@ -164,6 +210,8 @@ class Optimizer:
                 trial.set_constraint(key, violation)
             for step, seen in finished.intermediate_values.items():
                 trial.report(seen, step)
+            for name, value in finished.user_attrs.items():
+                trial.set_user_attr(name, value)
             self._study.tell(trial, finished.values, state=finished.state)
             self._keep(finished, copy=not self.has(proposal.params))
         self._remember(proposal.params, result.config_hash)
@@ -200,6 +248,39 @@ class Optimizer:
         if learn:
             self._keep(self._frozen(proposal.params, None), copy=True)
 
+    def best(self) -> tuple[dict[str, str], float] | None:
+        """The point with the least first objective, and that; None while there is none."""
+        found = _best(self._finished, 1)
+        if not found or any(excess > 0 for excess in found[0].constraints.values()):
+            return None
+        return self._space.texts(found[0].params), found[0].values[0]
+
+    def cost(self) -> Callable[[dict[str, str]], float] | None:
+        """What the sampler expects of points, to order them by; None where it does not say."""
+        guess = getattr(self._study.sampler, "guess", None)
+        if guess is None:
+            return None
+        found: Callable[[dict[str, str]], float] = guess(self._study.get_trials(deepcopy=False))
+        return found
+
+    def within(self, factor: float) -> list[tuple[dict[str, str], float]]:
+        """The points at most `factor` times the best's first objective, with theirs."""
+        best = self.best()
+        feasible = [t for t in self._finished if all(c <= 0 for c in t.constraints.values())]
+        return [
+            (self._space.texts(trial.params), trial.values[0])
+            for trial in feasible
+            if best is not None and trial.values and trial.values[0] <= factor * best[1]
+        ]
+
+    def value(self, params: Mapping[str, str]) -> float | None:
+        """The first objective of a point that was told; None where it has none."""
+        point = self._point(params)
+        for trial in reversed(self._finished):
+            if trial.values and self._point(self._space.texts(trial.params)) == point:
+                return float(trial.values[0])
+        return None
+
     def has(self, params: Mapping[str, str]) -> bool:
         """Whether the outcome of this point was told."""
         return self._point(params) in self.points
@@ -220,7 +301,7 @@ class Optimizer:
             distributions=self._distributions,
             values=values,
             state=states.PRUNED if values is None else states.COMPLETE,
-            user_attrs={} if result is None else {HASH_ATTRIBUTE: result.config_hash},
+            user_attrs={} if result is None else _attributes(result),
             intermediate_values=seen,
             constraints={} if result is None else self._constraints(result),
         )
@@ -323,6 +404,17 @@ class Optimizer:
         return tuple(params[key] for key in self._space.dimensions)
 
 
+def _attributes(result: TrialResult) -> dict[str, str | float | dict[str, float]]:
+    """What a trial tells beside its objectives; `sampler=stages` learns from it."""
+    found = {
+        HASH_ATTRIBUTE: result.config_hash,
+        PARTS: parts(result),
+        TOTAL: mean_ms(result),
+        SECONDS: seconds(result),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
 def _outcome(trial: FrozenTrial) -> tuple[object, ...]:
     """What makes two trials of a copy the same one."""
     return trial.state, tuple(trial.values or ()), *sorted(trial.params.items())
@@ -367,15 +459,3 @@ def _best(finished: Iterable[FrozenTrial], count: int) -> list[FrozenTrial]:
             break
         chosen |= {id(trial): trial for trial, _ in turn}
     return list(chosen.values())[:count]
-
-
-def _sampler(name: str, seed: int) -> BaseSampler:
-    import optuna
-
-    if name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    if name == "gp":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.GPSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed)

@@ -24,7 +24,7 @@ from openpi_opt.figures import LIMITS, OBJECTIVES
 from openpi_opt.space.named import NamedSpace
 from openpi_opt.space.space import Space, parse_override
 
-SamplerName = Literal["auto", "grid", "tpe", "random", "gp"]
+SamplerName = Literal["auto", "grid", "stages", "tpe", "random", "gp"]
 # Where a study is kept and what is looked at afterwards change no result.
 _NOT_IDENTITY = ("tracking", "limits", "profile", "hydra")
 # These settings say what is tried and what wins, so they are part of a study's identity.

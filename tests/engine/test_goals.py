@@ -20,7 +20,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.measure import power
 from openpi_opt.result import Memory, Ok, TrialResult
 from openpi_opt.space import optimizer as module
-from openpi_opt.space.optimizer import Optimizer, Proposal
+from openpi_opt.space.optimizer import Chooser, Copy, Optimizer, Proposal
 from openpi_opt.space.settings import Objective, Settings, default_study_name
 from openpi_opt.space.space import Space
 from openpi_opt.track.report import rows
@@ -141,7 +141,7 @@ def test_optuna_is_told_by_how_much_a_limit_is_violated_and_again_when_it_change
 
     def open_(**limits: float) -> Optimizer:
         criteria = Criteria(limits=limits)  # type: ignore[arg-type]
-        return Optimizer.open(store, "s", space, "tpe", 0, criteria=criteria, known=results.get)
+        return Optimizer.open(space, Chooser("tpe"), Copy(store, "s"), criteria, results.get)
 
     def told(optimizer: Optimizer) -> list[dict[str, float]]:
         found = []
@@ -173,7 +173,7 @@ def test_tpe_keeps_away_from_what_is_over_a_limit(tmp_path: Path, several: bool)
     criteria = Criteria(
         objectives=("latency", "memory") if several else ("latency",), limits={"peak_mib": 500.0}
     )
-    optimizer = Optimizer.open(Store.open(tmp_path), "s", space, "tpe", 0, criteria=criteria)
+    optimizer = Optimizer.open(space, Chooser("tpe"), Copy(Store.open(tmp_path), "s"), criteria)
     over = []
     for _ in range(50):
         proposal = optimizer.ask()
@@ -192,7 +192,7 @@ def test_what_several_objectives_have_seen_is_bounded_and_keeps_the_pareto_set(
         monkeypatch.setattr(module, name, value)
     space = Space.parse(["weights.seed=range(0,1000)"])
     criteria = Criteria(objectives=("latency", "memory"), limits={"peak_mib": 950.0})
-    optimizer = Optimizer.open(Store.open(tmp_path), "s", space, "tpe", 0, criteria=criteria)
+    optimizer = Optimizer.open(space, Chooser("tpe"), Copy(Store.open(tmp_path), "s"), criteria)
     waiting = optimizer.ask()
     figures = [(1.0, 999.0), (5.0, 100.0), (3.0, 300.0), *((50.0 + n, 500.0) for n in range(30))]
     for seed, (latency, memory) in enumerate(figures):

@@ -10,11 +10,12 @@ from search_samples import FakeRun, ok
 from space_samples import MACHINES, CommandLines, command_lines
 
 from openpi_opt.config import Config
+from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Silent
 from openpi_opt.engine.plan import StudyRequest, make_plan, space_hash
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.result import TrialResult
-from openpi_opt.space.optimizer import Optimizer
+from openpi_opt.space.optimizer import Chooser, Copy, Optimizer
 from openpi_opt.space.prepare import prepare
 from openpi_opt.space.sensible import left_out
 from openpi_opt.space.settings import Settings
@@ -134,7 +135,8 @@ def test_tpe_is_drawn_to_lossy_regions_only_when_they_may_win(
 ) -> None:
     space = Space.parse(["blas=torch,fp8", "weights.seed=0,1,2,3"])
     store = Store.open(tmp_path / "store")
-    optimizer = Optimizer.open(store, "s", space, "tpe", 0, allow_lossy)
+    criteria = Criteria(allow_lossy=allow_lossy)
+    optimizer = Optimizer.open(space, Chooser("tpe"), Copy(store, "s"), criteria)
     lossy = []
     for _ in range(40):
         proposal = optimizer.ask()

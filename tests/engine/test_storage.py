@@ -100,11 +100,11 @@ def test_stores_that_open_an_empty_database_at_once(tmp_path: Path, postgres: Po
     url = postgres.url("rush")
     code = """
 import sys
-from openpi_opt.space.optimizer import Optimizer
+from openpi_opt.space.optimizer import Chooser, Copy, Optimizer
 from openpi_opt.space.space import Space
 from openpi_opt.track.store import Store
 space = Space.parse(["weights.seed=1,2"])
-Optimizer.open(Store.open(sys.argv[1]), "s#1", space, "random", 0, storage=sys.argv[2])
+Optimizer.open(space, Chooser("random"), Copy(Store.open(sys.argv[1]), "s#1", sys.argv[2]))
 """
     argv = [sys.executable, "-c", code]
     opening = [

@@ -13,7 +13,7 @@ from search_samples import failed, ok
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.space import optimizer as module
-from openpi_opt.space.optimizer import Optimizer, Proposal
+from openpi_opt.space.optimizer import Chooser, Copy, Optimizer, Proposal
 from openpi_opt.space.space import Space
 from openpi_opt.track.store import Store
 
@@ -26,7 +26,7 @@ def open_(tmp_path: Path) -> Open:
     store = Store.open(tmp_path / "store")
 
     def make(sampler: str = "tpe", seed: int = 0, space: Space = SPACE) -> Optimizer:
-        return Optimizer.open(store, "study#1", space, sampler, seed)
+        return Optimizer.open(space, Chooser(sampler, seed), Copy(store, "study#1"))
 
     return make
 
@@ -102,7 +102,7 @@ def test_the_same_seed_proposes_the_same_and_a_continued_study_goes_on(
         return [proposal.params for proposal in proposals]
 
     store = Store.open(tmp_path / "other")
-    elsewhere = Optimizer.open(store, "study#1", SPACE, "random", 3)
+    elsewhere = Optimizer.open(SPACE, Chooser("random", 3), Copy(store, "study#1"))
     first = propose(open_("random", 3))
     assert first == propose(elsewhere)
     assert first != propose(open_("random", 3))
@@ -146,6 +146,16 @@ def test_the_sampler_sees_the_fastest_and_the_latest(
     assert len(optimizer.tried) >= 20
     again = open_(space=Space.parse(["weights.seed=range(0,1000)"]))
     assert again.tried == optimizer.tried
+
+
+def test_of_many_trials_the_sampler_keeps_the_fastest_and_not_only_a_few(open_: Open) -> None:
+    optimizer = open_(space=Space.parse(["weights.seed=range(0,2000)"]))
+    points = [({"weights.seed": str(n)}, ok(Config.parse({}), 5.0 + n)) for n in range(1300)]
+    optimizer.learn(points)
+    seen = sorted(trial.value for trial in optimizer._study.get_trials() if trial.value)
+    assert len(seen) == 1000
+    assert seen[:200] == [5.0 + n for n in range(200)]
+    assert seen[-1] == 5.0 + 1299
 
 
 def test_giving_up_is_no_lesson_unless_it_is_meant_as_one(open_: Open) -> None:
@@ -199,11 +209,12 @@ def test_a_database_of_another_version_is_refused(open_: Open, tmp_path: Path) -
 def test_processes_that_begin_at_once_share_one_database(tmp_path: Path) -> None:
     code = """
 import sys
-from openpi_opt.space.optimizer import Optimizer
+from openpi_opt.space.optimizer import Chooser, Copy, Optimizer
 from openpi_opt.space.space import Space
 from openpi_opt.track.store import Store
 space = Space.parse(["a=range(9000)"])
-optimizer = Optimizer.open(Store.open(sys.argv[1]), "s#1", space, "random", 7919 * int(sys.argv[2]))
+chooser = Chooser("random", 7919 * int(sys.argv[2]))
+optimizer = Optimizer.open(space, chooser, Copy(Store.open(sys.argv[1]), "s#1"))
 optimizer.give_up(optimizer.ask(), learn=True)
 """
     argv = [sys.executable, "-c", code, str(tmp_path / "fresh")]
