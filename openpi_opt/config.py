@@ -79,7 +79,12 @@ class Weights(Section):
 
 
 class Workload(Section):
-    """What is inferred. `prompt_tokens` of the `prompt_slots` are valid, the rest is padding."""
+    """What is inferred. `prompt_tokens` of the `prompt_slots` are valid, the rest is padding.
+
+    `layout: exact` is built for these cameras and this number of tokens and refuses others;
+    `flexible` serves any prompt up to `prompt_slots` and any of `active_cameras` without another
+    capture, and is measured with these.
+    """
 
     name: str = "custom"
     active_cameras: tuple[bool, ...] = (True, True, True)
@@ -88,6 +93,7 @@ class Workload(Section):
     horizon: int = Field(10, ge=1)
     steps: int = Field(10, ge=1)
     batch_size: int = Field(1, ge=1)
+    layout: Literal["exact", "flexible"] = "exact"
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

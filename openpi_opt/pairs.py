@@ -22,13 +22,12 @@ from openpi_opt import cli
 from openpi_opt.cli import at_least, minutes, say
 from openpi_opt.compose import compose
 from openpi_opt.config import Config
-from openpi_opt.confirm import promise
+from openpi_opt.confirm import power
 from openpi_opt.confirm.contenders import short
-from openpi_opt.confirm.deadline import Deadline
 from openpi_opt.confirm.fresh import FreshRuns, Planned
 from openpi_opt.confirm.judge import Gain
 from openpi_opt.confirm.paired import MIN_PAIRS, Compared, Spread, compare, spread_of
-from openpi_opt.confirm.promotion import draw_rounds
+from openpi_opt.confirm.rounds import Deadline, draw_rounds
 from openpi_opt.engine.trials import refused
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
@@ -252,8 +251,8 @@ def _spread(found: Pairs) -> Spread:
 
 def _rounds_for(spread: Spread) -> int:
     """Rounds by which a promotion with one finalist finds 1%, planned with this spread."""
-    tau = promise.Tau(spread.tau, spread.processes).upper
-    return promise.pairs_needed(promise.GAIN, tau, promise.level(1), promise.PROBABILITY)
+    tau = power.Tau(spread.tau, spread.processes - 1).upper
+    return power.pairs_needed(power.GAIN, tau, power.level(1), power.PROBABILITY)
 
 
 def _phases(found: Pairs) -> dict[str, float]:
@@ -273,7 +272,7 @@ def _plain(compared: Compared) -> dict[str, Any]:
         "spread_between_processes": compared.spread,
         "verdict": judged.verdict,
         "gain": {"mean": judged.mean, "at_least": judged.low, "at_most": judged.high},
-        "confidence": 1 - promise.level(1),
+        "confidence": 1 - power.level(1),
         "differences": compared.differences,
     }
 
@@ -303,7 +302,7 @@ def table(found: Pairs) -> str:
     for role in ROLES:
         means = found.means(role)
         mean = sum(means) / len(means)
-        between = promise.spread(means).value
+        between = power.spread(means).value
         lines.append(f"| {role} | {mean:.3f} | {between:.3%} |")
     lines += [
         "",
@@ -329,7 +328,7 @@ def _remarks(found: Pairs) -> list[str]:
     spread = _spread(found)
     seconds = _phases(found)
     shown = ", ".join(f"{name} {took:.1f}" for name, took in seconds.items() if took >= 0.05)
-    level, b = promise.level(1), dict(_compared(found))["B"]
+    level, b = power.level(1), dict(_compared(found))["B"]
     lines = [
         f"- spread between processes of A (tau): {spread.tau:.3%} in {spread.processes} processes "
         f"(95% interval {spread.low:.3%} to {spread.high:.3%}, excess kurtosis "
@@ -339,7 +338,7 @@ def _remarks(found: Pairs) -> list[str]:
         f"- the verdict is the promotion's for one finalist, one-sided level {level:g} each way: "
         f"B takes {_bounds(b.judged)} than A",
         f"- with this spread a promotion of one finalist plans {_rounds_for(spread)} rounds to "
-        f"find {promise.GAIN:.0%} with {promise.PROBABILITY:.0%} probability",
+        f"find {power.GAIN:.0%} with {power.PROBABILITY:.0%} probability",
         f"- seconds of a process on average: {shown}"
         + (f"; one after another every {found.wall_s:.1f} s" if found.wall_s else ""),
     ]

@@ -22,11 +22,12 @@ from pydantic import ValidationError
 
 from openpi_opt import cli, criteria, preset
 from openpi_opt.config import Config
-from openpi_opt.confirm import promise, promotion
+from openpi_opt.confirm import power, promotion, simulate
 from openpi_opt.confirm.contenders import Contender, contenders, short
 from openpi_opt.confirm.fresh import FreshRuns, Planned
 from openpi_opt.confirm.judge import Confirmed, Subject, changed_knobs
-from openpi_opt.confirm.promotion import Judged, Mean, Place, Schedule, Stage, Wanted
+from openpi_opt.confirm.promotion import Judged, Schedule, Wanted
+from openpi_opt.confirm.rounds import Mean, NeededError, Place, Stage
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.paths import user_conf_dir
@@ -46,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: nothing to promote, an existing name, or a machine that cannot run it.
     """
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--simulate" in words:
+        return simulate.main(words)
+    arguments = _parser().parse_args(words)
     folder = Path(arguments.preset_dir) if arguments.preset_dir else None
     path = preset.preset_path(arguments.name, folder)
     if path.exists() and not arguments.force:
@@ -122,15 +126,15 @@ def confirm(
     )
     try:
         judged = promotion.run(bench, Subject(baseline.hash()), subjects, wanted)
-    except promotion.BaselineError:
+    except NeededError:
         raise UserError(
             "the baseline did not end ok, so no gain can be stated; see above.\n"
             "Mend the cause, then begin anew with --again."
         ) from None
-    except promise.TooShortError as error:
+    except power.TooShortError as error:
         raise UserError(
             f"--minutes {(wanted.limit_s or 0) / 60:g} is too short to show even a gain of "
-            f"{promise.WIDEST_GAIN:.0%}: "
+            f"{power.WIDEST_GAIN:.0%}: "
             f"at least {math.ceil(error.least_s / 60)} minutes are needed.\n"
             "The processes that ran are kept. Give more --minutes, or fewer --finalists."
         ) from None
@@ -299,7 +303,7 @@ def _provenance(
             "verdict": gain.verdict,
             "mean": round(gain.mean, 4),
             "at_least": round(gain.low, 4),
-            "confidence": 1 - promise.TOTAL_ALPHA,
+            "confidence": 1 - power.TOTAL_ALPHA,
         },
         "spread_between_processes": schedule.tau and round(schedule.tau, 5),
         "promise": schedule.promise and schedule.promise.model_dump(),
@@ -372,7 +376,7 @@ def paired_spread(baseline: Confirmed, candidate: Confirmed) -> float:
         math.log(mine / plain)
         for mine, plain in zip(candidate.means_ms, baseline.means_ms, strict=True)
     ]
-    return promise.spread([math.exp(value) for value in logs]).value / math.sqrt(2)
+    return power.spread([math.exp(value) for value in logs]).value / math.sqrt(2)
 
 
 def _say_what_is_judged(judged_by: criteria.Criteria) -> None:
@@ -414,13 +418,7 @@ def _parser() -> argparse.ArgumentParser:
         "--preset-dir", metavar="DIR", help="where NAME.yaml goes (default: conf/preset)"
     )
     parser.add_argument("--force", action="store_true", help="replace an existing preset")
-    parser.add_argument(
-        "--finalists",
-        type=int,
-        choices=range(1, promise.MAX_FINALISTS + 1),
-        default=promise.MAX_FINALISTS,
-        help="candidates, at most (default: %(default)s)",
-    )
+    simulate.add_finalists(parser)
     parser.add_argument(
         "--minutes",
         type=cli.minutes,
@@ -443,6 +441,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--allow-lossy", action="store_true", help="let lossy configurations (FP8) be the best"
+    )
+    parser.add_argument(
+        "--simulate",
+        action="store_true",
+        help="no study: draw sweeps, promote them with this very code, and print how often that is "
+        "wrong (`--simulate --help` has its options)",
     )
     criteria.add_arguments(parser)
     parser.add_argument(

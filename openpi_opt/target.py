@@ -16,12 +16,12 @@ from openpi_opt.cli import at_least, minutes, say
 from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.confirm.contenders import contenders
-from openpi_opt.confirm.deadline import Deadline
 from openpi_opt.confirm.fresh import FreshRuns, Planned
 from openpi_opt.confirm.judge import Confirmed, Subject
-from openpi_opt.confirm.promotion import (
-    BaselineError,
+from openpi_opt.confirm.rounds import (
+    Deadline,
     Mean,
+    NeededError,
     Place,
     Stage,
     draw_rounds,
@@ -85,8 +85,8 @@ class Session:
         bench = _Bench(self, {cfg.hash(): cfg for cfg in configs.values()}, keys, stage)
         order = draw_rounds(list(keys), rounds, seed)
         try:
-            means, _ = measure_rounds(bench, order, central, deadline)
-        except BaselineError:
+            means, _ = measure_rounds(bench, order, [central], deadline)
+        except NeededError:
             raise UserError(
                 f"there is nothing to compare with: {needed} ended {why(bench.failed[central])}"
             ) from None

@@ -13,7 +13,7 @@ from search_samples import CPU, failed, ok
 
 from openpi_opt import pairs
 from openpi_opt.config import Config
-from openpi_opt.confirm import deadline
+from openpi_opt.confirm import rounds
 from openpi_opt.confirm.fresh import FreshRuns
 from openpi_opt.errors import UserError
 from openpi_opt.pairs import Pairs
@@ -120,7 +120,7 @@ def test_the_time_ends_it_at_a_whole_round_and_the_rest_can_follow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine()
-    monkeypatch.setattr(deadline.time, "monotonic", lambda: machine.now)
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: machine.now)
     found = session(tmp_path, machine)
     measure(found, 20.0)
     assert 3 <= found.rounds <= 6  # each takes 3 s, and A and B went before

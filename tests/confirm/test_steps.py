@@ -17,10 +17,10 @@ from search_samples import CPU, FakeRun, failed, ok
 
 from openpi_opt import ablate, ladder
 from openpi_opt.config import Config
-from openpi_opt.confirm import deadline
-from openpi_opt.confirm.deadline import Deadline
+from openpi_opt.confirm import rounds
 from openpi_opt.confirm.fresh import FreshRuns
 from openpi_opt.confirm.judge import Confirmed, Subject
+from openpi_opt.confirm.rounds import Deadline
 from openpi_opt.confirm.steps import NO_EFFECT, Target
 from openpi_opt.engine.trials import refused
 from openpi_opt.errors import UserError
@@ -184,7 +184,7 @@ def test_the_time_ends_rounds_and_the_same_command_goes_on(
 ) -> None:
     """Rounds of three processes of 10 s each, after a way of some."""
     sessions, now = Sessions(tmp_path, "ladder"), [0.0]
-    monkeypatch.setattr(deadline.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: now[0])
 
     def timed(cfg: Config) -> TrialResult:
         now[0] += 10.0
@@ -206,7 +206,7 @@ def test_the_time_ends_rounds_and_the_same_command_goes_on(
 
 def test_too_short_a_time_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(deadline.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: now[0])
 
     def timed(cfg: Config) -> TrialResult:
         now[0] += 10.0
