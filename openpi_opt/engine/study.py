@@ -514,7 +514,9 @@ class _Engine:
         self.pace.ended(job.uid)
         self._tell(job, record)
         self.ledger.deliver(record)
-        self.display.end(job.position, job.title, record, known=False)
+        self.display.end(
+            *(job.position, job.title, record), known=False, remark=self._remark(record)
+        )
 
     def _answer(self, job: Job, record: Record, shown: bool) -> None:
         """A job whose result is known."""
@@ -523,6 +525,17 @@ class _Engine:
         if shown and job.proposal is not None:
             title = label(job.cfg, job.role, job.params)
             self.display.end(job.position, title, record, known=True)
+
+    def _remark(self, record: Record) -> str:
+        """How a result stands against the best so far, and how the sweep gets on."""
+        result = record.result
+        best, words = self._best.get(result.context_hash), []
+        if best is not None and isinstance(result, Ok):
+            gain = result.latency.mean_ms / best - 1
+            words.append("best so far" if gain <= 0 else f"{gain:+.1%} to the best")
+        if record.role == "trial" and self.request.swept:
+            words.append(f"[{self.pace.text()}]")
+        return ", ".join(words[:-1]) + " " + words[-1] if words else ""
 
     def _race(self, job: Job) -> Race:
         """What a trial runs against; a baseline is to compare with, however slow."""
