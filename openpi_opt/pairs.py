@@ -36,7 +36,6 @@ from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.target import flagged, percent, why
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal, utc_now
-from openpi_opt.track.mlflow_log import MlflowLog
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
 Role = Literal["A", "A again", "B"]
@@ -102,10 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(a, b, machine)
     store = Store.open(arguments.store)
     study_dir = store.study_dir(arguments.study or f"{_VERB}-{a.hash()[:6]}-{b.hash()[:6]}")
-    log = MlflowLog(store, a.tracking) if arguments.mlflow and a.tracking.mlflow else None
+    tracking = a.tracking if arguments.mlflow and a.tracking.mlflow else None
     journal = Journal.open(study_dir, sys.argv[1:])
     found = Pairs(
-        FreshRuns(store, journal, log, machine, say), a, b, arguments.pairs, arguments.seed
+        FreshRuns(store, journal, tracking, machine, say), a, b, arguments.pairs, arguments.seed
     )
     with found.runs.alone(a, arguments.device):
         measure(found, None if arguments.minutes is None else arguments.minutes * 60)

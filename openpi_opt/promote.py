@@ -35,7 +35,7 @@ from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.target import flagged
 from openpi_opt.track.journal import Journal, Record
-from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
+from openpi_opt.track.mlflow_log import leave_tag
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
 _PIPE_WIDTH = 160
@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     judged_by = criteria.of_arguments(arguments, journal.study_dir)
     candidates = contenders(journal.records(), criteria=judged_by)
     _say_what_is_judged(judged_by)
-    tracking = candidates[0].config.tracking  # as the study was run
-    log = MlflowLog(store, tracking) if arguments.mlflow and tracking.mlflow else None
-    runs = FreshRuns(store, journal, log, probe(), cli.say)
+    known = candidates[0].config.tracking  # as the study was run
+    tracking = known if arguments.mlflow and known.mlflow else None
+    runs = FreshRuns(store, journal, tracking, probe(), cli.say)
     wanted = Wanted(
         seed=secrets.randbits(32),
         finalists=arguments.finalists,
@@ -71,7 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with runs.alone(candidates[0].config.resolved(runs.machine), arguments.device):
         bench, judged = confirm(runs, candidates, wanted, arguments.again, judged_by)
-    _print_table(bench, judged)
+        _print_table(bench, judged)
+        return _write(bench, judged, arguments, path, judged_by)
+
+
+def _write(
+    bench: ProcessBench,
+    judged: Judged,
+    arguments: argparse.Namespace,
+    path: Path,
+    judged_by: criteria.Criteria,
+) -> int:
+    """Write the winner's preset, and have its run in MLflow tagged; 1 when there is none."""
     winner = bench.configs[judged.winner.subject.key]
     over = bench.over[judged.winner.subject.key]
     if over:  # only the baseline: others above a limit were dropped
@@ -81,12 +92,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             "smaller gains apart; --limit NAME=VALUE judges by another limit."
         )
         return 1
-    run_id = _tag(runs, winner, arguments.name)
-    provenance = _provenance(arguments.study, run_id, winner, judged, runs)
+    runs = bench.runs
+    record = _record_of(runs.journal, winner)
+    provenance = _provenance(arguments.study, record, winner, judged, runs)
     preset.write(
         path, winner, provenance | ({"limits": judged_by.limits} if judged_by.limits else {})
     )
+    if record is not None:
+        leave_tag(runs.study_dir, record.uid, "openpi_opt.preset", arguments.name)
     cli.say(f"wrote {path}")
+    folder = Path(arguments.preset_dir) if arguments.preset_dir else None
     cli.say(f"use it: {_usage(arguments.name, folder)}")
     return 0
 
@@ -255,19 +270,6 @@ def _schedule_path(folder: Path, digest: str, again: bool) -> Path:
     return folder / f"schedule-{digest}-{number}.json"
 
 
-def _tag(runs: FreshRuns, cfg: Config, name: str) -> str | None:
-    """Tag the winner's run in MLflow; its id, or None when MLflow does not have it."""
-    record = _record_of(runs.journal, cfg)
-    if runs.log is None or record is None:
-        return None
-    try:
-        runs.log.deliver(record, runs.study_dir)
-        return runs.log.tag_run(record.uid, "openpi_opt.preset", name)
-    except TrackingError as error:
-        cli.say(f"note: {error}")
-        return None
-
-
 def _record_of(journal: Journal, cfg: Config) -> Record | None:
     """The study's record of a configuration: the trial, or failing that its last confirmation."""
     same = [r for r in journal.records() if r.result.config_hash == cfg.hash()]
@@ -277,7 +279,7 @@ def _record_of(journal: Journal, cfg: Config) -> Record | None:
 
 
 def _provenance(
-    study: str, run_id: str | None, cfg: Config, judged: Judged, runs: FreshRuns
+    study: str, record: Record | None, cfg: Config, judged: Judged, runs: FreshRuns
 ) -> dict[str, Any]:
     winner, schedule = judged.winner, judged.schedule
     low, high = winner.ci95_ms()
@@ -285,7 +287,7 @@ def _provenance(
     fp = runs.fingerprint(cfg)
     return {
         "study": study,
-        "mlflow_run_id": run_id,
+        "trial": record and record.uid,
         "promoted_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "config_hash": cfg.hash(),
         "machine": {"gpu": fp["gpu"] and fp["gpu"]["name"], "cpu": fp["cpu"]},

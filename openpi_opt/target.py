@@ -36,7 +36,6 @@ from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
-from openpi_opt.track.mlflow_log import MlflowLog
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
 # The fewest rounds that say anything.
@@ -294,11 +293,11 @@ def session(verb: str, arguments: argparse.Namespace) -> Session:
             "take away.\nGive a study with a faster configuration, or preset=NAME."
         )
     journal = Journal.open(study_dir, sys.argv[1:])
-    log = MlflowLog(store, cfg.tracking) if arguments.mlflow and cfg.tracking.mlflow else None
+    tracking = cfg.tracking if arguments.mlflow and cfg.tracking.mlflow else None
     return Session(
         verb=verb,
         target=target,
-        runs=FreshRuns(store, journal, log, machine, say),
+        runs=FreshRuns(store, journal, tracking, machine, say),
         folder=Path(arguments.out) if arguments.out else study_dir / verb,
         seed=arguments.seed,
         rounds=arguments.rounds,

@@ -2,9 +2,9 @@
 
 It knows nothing of Hydra: a point of the space becomes a configuration through the `compose` that
 it is given, and a configuration a result through `run`. One thread decides, journals and tells;
-each trial has a thread that watches its process, and copies for Optuna's database and MLflow are
-made in one more. Several sweeps may work on one study: claims keep them from measuring anything
-twice, and the journal tells each what the others found.
+each trial has a thread that watches its process, and a process of its own makes the copies for
+Optuna's database and MLflow (`track/copies.py`). Several sweeps may work on one study: claims keep
+them from measuring anything twice, and the journal tells each what the others found.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ from openpi_opt.process.run import run_trial
 from openpi_opt.remote.remote import Nodes, RemoteExecutor
 from openpi_opt.result import Ok, TrialResult
 from openpi_opt.space.neighbours import NOISE, Neighbours
-from openpi_opt.space.optimizer import Chooser, Copy, Optimizer, Proposal
+from openpi_opt.space.optimizer import Optimizer, Proposal
 from openpi_opt.space.points import Compose, Points
 from openpi_opt.space.sensible import LeftOut, NotSensibleError
 from openpi_opt.space.sources import Enumerated, Sampled, Source
+from openpi_opt.track.copies import Copies
 from openpi_opt.track.journal import Record
+from openpi_opt.track.optuna_copy import write_space
 from openpi_opt.track.store import Store
 
 # How often to look what other sweeps have finished, while there is something to wait for.
@@ -116,19 +118,25 @@ def run_study(
     for text in [*found.notes, *([f"{count} trials at a time"] if count > 1 else [])]:
         display.note(text)
     ledger = Ledger.open(
-        *(store, request.name, first.tracking, request.command, request.machine, display),
+        *(store, request.name, request.command, request.machine, display),
         gpu_index=found.gpu_index,
         fresh=request.settings.fresh,
         nodes=None if nodes is None else nodes.fingerprint,
     )
     ledger.takes_pruned = request.settings.pruning is not None
     engine: _Engine | None = None
+    copies: Copies | None = None
+    hurried = True
     try:
         settle(criteria, ledger, display)
         machine_hash = ledger.fingerprint_hash(first)
         space = space_hash(request.space, machine_hash, criteria.objectives)
-        optimizer = _optimizer(
-            *(request, store, plan, space, ledger, criteria, machine_hash, display, points, pace)
+        optimizer = _optimizer(request, plan, ledger, criteria, points, pace)
+        with ledger.planning():
+            write_space(ledger.study_dir, space, request.space.distributions())
+        copies = Copies(
+            *(store, ledger.study_dir, first.tracking, display.note),
+            storage=request.settings.storage,
         )
         trials = Trials(ledger, executor, request.machine, display, space)
         engine = _Engine(
@@ -138,43 +146,32 @@ def run_study(
         engine.note_passed_over()
         engine.note_occupancy()
         ledger.draw()
+        hurried = False
     finally:
         executor.close()
-        ledger.close(at_once=engine is not None and engine.hurried)
+        ledger.close()
+        if copies is not None:
+            copies.close(len(ledger.journal), at_once=hurried)
     return engine.outcome(store, ended)
 
 
 def _optimizer(
     request: StudyRequest,
-    store: Store,
     plan: Plan,
-    space: str,
     ledger: Ledger,
     criteria: Criteria,
-    machine_hash: str,
-    display: Display,
     points: Points,
     pace: Pace,
 ) -> Optimizer:
     settings = request.settings
-
-    def known(config_hash: str) -> TrialResult | None:
-        record = ledger.journal.find(config_hash, machine_hash)
-        return None if record is None else record.result
-
-    # Sweeps that begin at the same time are not to propose the same.
-    seed = settings.seed + 7919 * ledger.others
-    study = f"{request.name}#{space}"
-    optimizer = Optimizer.open(
-        request.space,
-        Chooser(plan.sampler, seed, points, pace.patience),
-        Copy(store, study, settings.storage, ledger.later.add, display.note),
-        criteria=criteria,
-        known=known,
+    # Neither sweeps that begin at the same time nor one that goes on are to propose the same.
+    seed = settings.seed + 7919 * ledger.others + len(ledger.journal)
+    return Optimizer(
+        *(request.space, plan.sampler, seed, criteria),
+        allow_lossy=settings.objective.allow_lossy,
+        points=points,
+        patience=pace.patience,
     )
-    if settings.fresh:
-        optimizer.forget()
-    return optimizer
 
 
 @dataclass
@@ -207,9 +204,6 @@ class _Engine:
         try:
             self._begin()
             source = self._source(plan)
-            with self.executor.loading():
-                self._fill(source)
-                self.ledger.begin_log()  # imports MLflow: seconds, in which the first trials load
             while True:
                 self._look_at_waiting(source)
                 self._fill(source)
@@ -229,7 +223,10 @@ class _Engine:
 
     def _begin(self) -> None:
         """Take in what is known, and name what trials do not inherit."""
-        self._learn(copy=self.ledger.others == 0)  # a killed sweep did not get to it
+        if self.request.settings.fresh:  # the sampler keeps what it learned
+            self._learn(known_from=0)
+            self.optimizer.forget()
+        self._learn()
         cleared = cleared_names()
         if cleared:
             self.display.note(
@@ -507,13 +504,11 @@ class _Engine:
     def _finish(self, job: Job, result: TrialResult) -> None:
         """Keep a result, and tell it.
 
-        The order matters: what is in the journal is safe, so Optuna hears of it only then, and
-        MLflow, which may be slow or away, last.
+        The order matters: what is in the journal is safe, so Optuna hears of it only then.
         """
         record = self.trials.keep(job, result)
         self.pace.ended(job.uid)
         self._tell(job, record)
-        self.ledger.deliver(record)
         self.display.end(
             *(job.position, job.title, record), known=False, remark=self._remark(record)
         )
@@ -568,16 +563,17 @@ class _Engine:
             shown = " ".join(f"{key}={value}" for key, value in sorted(known.pairs))
             self.display.note(f"no more of {shown}: {known.seen} of it ended {known.way}")
 
-    def _learn(self, copy: bool = False) -> None:
+    def _learn(self, known_from: int | None = None) -> None:
         """Take in what other sweeps recorded for this space, and earlier ones."""
         new = self.ledger.journal.since(self._read)
         self._read += len(new)
-        known_from, space = self.ledger.known_from, self.trials.space
+        known_from = self.ledger.known_from if known_from is None else known_from
+        space = self.trials.space
         ours = [record for record in new if record.space == space and record.number >= known_from]
         # A point that is asked is told, when its job looks at the journal.
         open_points = [job.params for job in [*self._waiting, *self._running.values()]]
         found = [record for record in ours if record.params not in open_points]
-        self.optimizer.learn(((record.params, record.result) for record in found), copy)
+        self.optimizer.learn((record.params, record.result) for record in found)
         for record in found:
             self._note_best(record.result)
             self._teach(record.params, record.result)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from machine_samples import CPU
 from search_samples import failed, ok
 
 from openpi_opt.config import Config
 from openpi_opt.space.neighbours import BEGINS, Neighbours
-from openpi_opt.space.optimizer import Chooser, Copy, Optimizer, Proposal
+from openpi_opt.space.optimizer import Optimizer, Proposal
 from openpi_opt.space.points import Points
 from openpi_opt.space.sources import Sampled
 from openpi_opt.space.space import Space
-from openpi_opt.track.store import Store
 
 SWITCHES = ("last_layer", "fold_norms", "time_mlp", "rope_tables")
 SPACE = Space.parse([*(f"simplify.{name}=false,true" for name in SWITCHES)])
@@ -32,9 +29,9 @@ def latency(params: dict[str, str]) -> float:
 
 
 @pytest.fixture
-def search(tmp_path: Path) -> tuple[Optimizer, Neighbours]:
+def search() -> tuple[Optimizer, Neighbours]:
     points = Points(SPACE, compose, CPU)
-    optimizer = Optimizer.open(SPACE, Chooser("random"), Copy(Store.open(tmp_path), "s"))
+    optimizer = Optimizer(SPACE, "random", 0)
     return optimizer, Neighbours(optimizer, SPACE, points, share=lambda: 1.0)
 
 

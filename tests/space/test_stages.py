@@ -17,14 +17,13 @@ from openpi_opt.knobs import KNOBS
 from openpi_opt.knobs.base import STAGES
 from openpi_opt.result import Kernels
 from openpi_opt.space.features import IDLE, PARTS, SECONDS, TOTAL, features, parts, touched
-from openpi_opt.space.optimizer import Chooser, Copy, Optimizer
+from openpi_opt.space.optimizer import Optimizer
 from openpi_opt.space.points import Points
 from openpi_opt.space.prepare import prepare
 from openpi_opt.space.settings import Settings
 from openpi_opt.space.space import Space
 from openpi_opt.space.stage_model import Seen, StageModel
 from openpi_opt.space.stages import RANDOM, Map, StagesSampler
-from openpi_opt.track.store import Store
 
 H100 = MACHINES["h100"]
 
@@ -201,15 +200,16 @@ def test_the_default_of_a_large_space_and_what_is_not_for_it() -> None:
         plan(objective=["latency", "memory"], sampler="stages")
 
 
-def test_it_is_a_sampler_of_optuna(full: tuple[Space, Points], tmp_path: object) -> None:
+def test_it_is_a_sampler_of_optuna_and_a_continued_study_knows_the_parts(
+    full: tuple[Space, Points],
+) -> None:
     space, points = full
-    store = Store.open(str(tmp_path))
-    for _ in range(2):  # a continued study knows the parts
-        optimizer = Optimizer.open(space, Chooser("stages", 0, points), Copy(store, "s"))
-        for number in range(3):
-            proposal = optimizer.ask()
-            cfg = points.config(proposal.params)
-            optimizer.tell(proposal, ok(cfg, 5.0 + number))
-    trials = optimizer._study.get_trials()
-    assert len(trials) == 6
-    assert {trial.user_attrs[TOTAL] for trial in trials} == {5.0, 6.0, 7.0}
+    optimizer, found = Optimizer(space, "stages", 0, points=points), []
+    for number in range(3):
+        proposal = optimizer.ask()
+        found.append((proposal.params, ok(points.config(proposal.params), 5.0 + number)))
+        optimizer.tell(proposal, found[-1][1])
+    continued = Optimizer(space, "stages", 1, points=points)
+    continued.learn(found)
+    for each in (optimizer, continued):
+        assert [t.user_attrs[TOTAL] for t in each._study.get_trials()] == [5.0, 6.0, 7.0]
