@@ -23,9 +23,9 @@ from filelock import FileLock
 from openpi_opt.config import Tracking
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError, masked
+from openpi_opt.track import curve, pareto
 from openpi_opt.track import mlflow_content as content
 from openpi_opt.track import mlflow_database as database
-from openpi_opt.track import pareto
 from openpi_opt.track.copies import sync_command
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.store import Store
@@ -128,6 +128,8 @@ class MlflowLog:
         """
         with self._talking(study_dir.name), _study_lock(study_dir):
             self._apply_tags(study_dir)
+            for path in curve.files(study_dir):
+                _upload(self._connect(), self._parent(study_dir), path)
         criteria = Criteria.load(study_dir)
         if criteria is None:
             return
