@@ -13,7 +13,7 @@ help:
 	@echo "make sweep      set up .venv and run the first sweep (attention=aiter,sdpa)"
 	@echo "make test       set up .venv and run linters, type checker and tests"
 	@echo "make test-gpu   the tests that need a GPU"
-	@echo "make ui         MLflow UI on http://127.0.0.1:5000 (STORE=mlruns)"
+	@echo "make ui         MLflow on http://127.0.0.1:5000, with the latest study open (STORE=mlruns)"
 	@echo "make bench      what a trial costs beside its own time, and how fast commands begin"
 	@echo "make stress     300 random kills of sweeps and trials, and what was lost (5 to 10 minutes)"
 	@echo "make compare    slots busy beside Hydra's own Optuna sweeper (installs it in build/)"
@@ -39,7 +39,7 @@ test-gpu: .venv/installed
 	$(py) -m pytest -m gpu
 
 ui: .venv/installed
-	$(py) -m mlflow ui --backend-store-uri sqlite:///$(abspath $(STORE))/mlflow.db --host 127.0.0.1 --port 5000
+	$(py) -m openpi_opt.ui --store $(STORE) --port 5000
 
 bench: .venv/installed
 	$(py) -m benchmarks.bench

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from openpi_opt import cli
 from openpi_opt.compare import print_table
 from openpi_opt.engine.display import Display, Lines, Live
 from openpi_opt.engine.dry_run import print_dry_run
 from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.errors import UserError, hidden
-from openpi_opt.machine import probe
 from openpi_opt.paths import conf_dir
 from openpi_opt.remote.engines import connected
 from openpi_opt.remote.remote import Nodes
@@ -74,7 +74,7 @@ def _run(
     swept: bool,
     nodes: Nodes | None,
 ) -> int:
-    machine = probe() if nodes is None else nodes.machine
+    machine = cli.this_machine() if nodes is None else nodes.machine
     allow_lossy = settings.objective.allow_lossy
     if space.sensible_only or settings.dry_run is not None:
         Points(space, compose, machine).check()
