@@ -19,6 +19,7 @@ from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.paths import conf_dir, user_conf_dir
 from openpi_opt.preset import check_name, config_root
+from openpi_opt.provenance import named
 
 # Keys of conf/sweep.yaml that steer the sweep and are no part of a trial's configuration.
 CONTROL_KEYS = (
@@ -62,6 +63,7 @@ def compose(
     if preset is not None:
         check_name(preset)
         chosen.insert(0, f"preset={preset}")
+    chosen = named(chosen, preset_dir)
     try:
         with (
             _search_path(preset_dir) as search,

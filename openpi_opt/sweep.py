@@ -27,6 +27,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.figures import LIMITS, OBJECTIVES
 from openpi_opt.paths import conf_dir, user_conf_dir
 from openpi_opt.preset import config_root
+from openpi_opt.provenance import named
 
 if TYPE_CHECKING:
     from openpi_opt.config import Config
@@ -102,7 +103,7 @@ def _take_own_flags() -> Namespace:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--fresh", action="store_true")
     own, rest = parser.parse_known_args()
-    sys.argv[1:] = [_objective(_devices(word)) for word in rest]
+    sys.argv[1:] = named([_objective(_devices(word)) for word in rest], own.preset_dir)
     if own.fresh:
         sys.argv.append("fresh=true")
     return own
