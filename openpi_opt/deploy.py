@@ -170,10 +170,10 @@ def load_policy(
             lacks, or an environment variable that had to be set before the process started.
     """
     start = time.perf_counter()
-    folder = Path(preset_dir) if preset_dir else None
+    where = Path(preset_dir) if preset_dir else None
     if preset is not None:  # `auto` becomes a name
-        preset = named([f"preset={preset}", *overrides], folder)[0].removeprefix("preset=")
-    cfg = compose(list(overrides), preset, folder)
+        preset = named([f"preset={preset}", *overrides], where)[0].removeprefix("preset=")
+    cfg = compose(list(overrides), preset, where)
     if checkpoint is not None:
         path = checkpoint_file.inspect(os.fspath(checkpoint))
         weights = Weights(kind="checkpoint", path=path)
@@ -190,7 +190,7 @@ def load_policy(
         if refusal is not None:
             raise UserError(f"preset {preset or 'baseline'} is {refusal.outcome}: {refusal.reason}")
     if preset is not None:
-        warn(preset, folder, machine, cfg.platform)
+        warn(preset, where, machine, cfg.platform)
     _require_environment(cfg)
     transforms = _transforms(robot, tokenizer, norm_stats, cfg)
     for name, folder in CACHES.items():
