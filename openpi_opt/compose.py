@@ -29,6 +29,7 @@ CONTROL_KEYS = (
     "seed",
     "baseline",
     "fresh",
+    "keep_source",
     "devices",
     "pruning",
     "objective",

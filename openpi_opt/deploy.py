@@ -15,6 +15,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import probe
 from openpi_opt.observation import Observation, to_inputs
+from openpi_opt.process.environment import knob_variables
 
 
 class ReadyPolicy:
@@ -83,7 +84,7 @@ def load_policy(
 
 
 def _require_environment(cfg: Config) -> None:
-    wanted = {k: v for knob in KNOBS for k, v in knob.environment(cfg).items()}
+    wanted = knob_variables(cfg)
     missing = {k: v for k, v in wanted.items() if os.environ.get(k) != v}
     if missing:
         text = " ".join(f"{name}={value}" for name, value in missing.items())

@@ -92,10 +92,13 @@ def _take_own_flags() -> Namespace:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--keep-source", action="store_true")
     own, rest = parser.parse_known_args()
     sys.argv[1:] = [_objective(_devices(word)) for word in rest]
     if own.fresh:
         sys.argv.append("fresh=true")
+    if own.keep_source:
+        sys.argv.append("keep_source=true")
     return own
 
 

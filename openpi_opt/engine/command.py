@@ -100,10 +100,11 @@ def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False)
     """
     print(f"study {outcome.name}: {_count(outcome)}; {outcome.ended}")
     criteria = outcome.criteria.allowing(allow_lossy)
-    print_table(outcome.records, criteria=criteria)
+    print_table(outcome.records, criteria=criteria, kept=outcome.kept)
     for line in outcome.left_out:
         print(f"left out: {line}")
-    best = [row for group in groups(outcome.records, criteria=criteria) for row in _winners(group)]
+    found = groups(outcome.records, criteria=criteria, kept=outcome.kept)
+    best = [row for group in found for row in _winners(group)]
     if not best and any(criteria.over(record.result) for record in outcome.records):
         print(f"best: none, nothing that may win keeps the limits ({criteria.limits_text()})")
     if outcome.exit_code:

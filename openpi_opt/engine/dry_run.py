@@ -10,6 +10,7 @@ from pathlib import Path
 
 from openpi_opt.config import Config
 from openpi_opt.engine.goals import check_same, goals
+from openpi_opt.engine.known import Known
 from openpi_opt.engine.plan import Plan, StudyRequest, make_plan
 from openpi_opt.engine.trials import label
 from openpi_opt.errors import UserError
@@ -71,6 +72,9 @@ class _Known:
     journal: Journal | None
     _hashes: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._known = Known(self.request.machine, self.request.settings.keep_source)
+
     def record(self, cfg: Config) -> Record | None:
         """The record of an equal configuration on an equal machine."""
         if self.journal is None:
@@ -79,7 +83,7 @@ class _Known:
         if platform not in self._hashes:
             seen = fingerprint(self.request.machine, cfg.platform)
             self._hashes[platform] = fingerprint_hash(seen)
-        return self.journal.find(cfg.hash(), self._hashes[platform])
+        return self.journal.find(cfg.hash(), self._hashes[platform], self._known.answers)
 
     def remark(self, cfg: Config) -> str:
         """What there is to say behind a configuration."""

@@ -47,8 +47,8 @@ class Knob(Generic[O]):
     """One dimension of choice. Subclasses override what they need.
 
     `check`, `canonical`, `environment` and `label` run in the controller (no torch); `configure`,
-    `fold`, `transform` and `wrap` run in the trial, in this order, over all knobs in the order of
-    `openpi_opt.knobs.KNOBS`.
+    `fold`, `transform` and `wrap` run in the trial, in this order, over the knobs that act, in the
+    order of `openpi_opt.knobs.KNOBS`.
     """
 
     name: ClassVar[str]
@@ -65,6 +65,13 @@ class Knob(Generic[O]):
     def canonical(self, cfg: Config) -> O:
         """Options with everything that has no effect under `cfg` set to its neutral value."""
         return self.of(cfg)
+
+    def acts(self, cfg: Config) -> bool:
+        """Whether the knob is applied: by default unless its canonical options are the defaults.
+
+        What is not applied cannot change a number, so its module is no part of a result's identity.
+        """
+        return bool(self.canonical(cfg) != self.options_type())
 
     def environment(self, cfg: Config) -> Mapping[str, str]:
         """Variables that must be in the process environment before torch is imported."""

@@ -62,6 +62,10 @@ class Precision(Knob[PrecisionOptions]):
             return options.model_copy(update={"tf32": False})
         return options
 
+    def acts(self, cfg: Config) -> bool:
+        """Always: the default casts, too."""
+        return True
+
     def environment(self, cfg: Config) -> Mapping[str, str]:
         """hipBLASLt uses the reduced format only when told so by this variable, too."""
         if self.canonical(cfg).tf32 and cfg.platform.device == "rocm":

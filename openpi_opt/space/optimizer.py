@@ -105,6 +105,7 @@ class Optimizer:
         later: Later = _at_once,
         criteria: Criteria | None = None,
         known: Callable[[str], TrialResult | None] = lambda config_hash: None,
+        answers: Callable[[str], bool] = lambda config_hash: True,
         storage: str | None = None,
         say: Callable[[str], None] = _nothing,
     ) -> Optimizer:
@@ -113,7 +114,8 @@ class Optimizer:
         A continued study seeds its sampler anew, or random proposals would begin again with the
         ones already made. `later` is given the work of writing the copy, `storage` names the place
         of the copy, and `say` is told when it is on a server that goes away; `known` finds the
-        result of a configuration, by which its trial in the copy is judged.
+        result of a configuration, by which its trial in the copy is judged. A trial of the copy
+        counts only if the result of its configuration still `answers`.
 
         Raises:
             UserError: the database is damaged, of another version of Optuna, or not writable.
@@ -133,7 +135,7 @@ class Optimizer:
                 load_if_exists=True,
             )
             optimizer = Optimizer(copy, lock, space, later, criteria, place, say)
-            count = optimizer._load(known)
+            count = optimizer._load(known, answers)
         optimizer._begin(_sampler(sampler, (seed + count) % 2**32))
         return optimizer
 
@@ -274,7 +276,9 @@ class Optimizer:
             self._study.enqueue_trial(trial.params)
             self._asked[number] = self._study.ask(self._distributions)
 
-    def _load(self, known: Callable[[str], TrialResult | None]) -> int:
+    def _load(
+        self, known: Callable[[str], TrialResult | None], answers: Callable[[str], bool]
+    ) -> int:
         """Take in the copy; returns how many trials it has."""
         trials = self._copy.get_trials(deepcopy=False)
         for copied in trials:
@@ -283,8 +287,10 @@ class Optimizer:
                 continue
             if trial.params.keys() != self._distributions.keys():
                 continue
-            self._finished.append(trial)
             config_hash = trial.user_attrs.get(HASH_ATTRIBUTE)
+            if config_hash and not answers(config_hash):
+                continue
+            self._finished.append(trial)
             if config_hash:
                 self._remember(self._space.texts(trial.params), config_hash)
         return len(trials)

@@ -146,6 +146,7 @@ class Settings(BaseModel):
     space: NamedSpace = NamedSpace()
     dry_run: int | None = Field(None, ge=1)
     fresh: bool = False
+    keep_source: bool = False
     devices: DeviceSettings = DeviceSettings()
     pruning: float | None = Field(None, ge=1, allow_inf_nan=False)
     executor: ExecutorSettings = LocalSettings()
