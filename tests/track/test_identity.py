@@ -31,17 +31,17 @@ HERE = 1
 '''
 
 
-def with_files(**files: str) -> Ok:
-    return ok().model_copy(update={"files": {k.replace("__", "/"): v for k, v in files.items()}})
+def with_files(files: dict[str, str]) -> Ok:
+    return ok().model_copy(update={"files": files})
 
 
 def test_files_that_are_what_they_were_answer(tmp_path: Path) -> None:
     same = identity.content_hash(package_dir() / "kernels" / "attention.py")
-    assert identity.changes(with_files(**{"kernels/attention.py": same})) == []
-    changed = with_files(**{"kernels/attention.py": "0" * 12, "gone.py": same})
+    assert identity.changes(with_files({"kernels/attention.py": same})) == []
+    changed = with_files({"kernels/attention.py": "0" * 12, "gone.py": same})
     assert identity.changes(changed) == ["kernels/attention.py", "gone.py"]
-    assert identity.changes(with_files(**{identity.WHOLE: source_hash()})) == []
-    assert identity.changes(with_files(**{identity.WHOLE: "0" * 12})) == [identity.WHOLE]
+    assert identity.changes(with_files({identity.WHOLE: source_hash()})) == []
+    assert identity.changes(with_files({identity.WHOLE: "0" * 12})) == [identity.WHOLE]
 
 
 def test_the_order_of_a_trials_own_knobs_counts_and_other_knobs_do_not(
@@ -50,7 +50,7 @@ def test_the_order_of_a_trials_own_knobs_counts_and_other_knobs_do_not(
     cfg = config(attention={"vision": "sdpa"})
     registry = identity.imported(cfg)["knobs/__init__.py"]
     assert registry == "precision attention"
-    trial = with_files(**{"knobs/__init__.py": registry})
+    trial = with_files({"knobs/__init__.py": registry})
 
     class Other(Knob[Options]):
         name = "other"
@@ -102,7 +102,7 @@ def test_a_new_knob_or_option_changes_no_hash(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_changed_default_is_not_answered_by_what_was_the_default() -> None:
     """The record's own values decide, whatever its hash says."""
-    other = with_files().model_copy(update={"config": config(graph={"mode": "manual"}).dump()})
+    other = with_files({}).model_copy(update={"config": config(graph={"mode": "manual"}).dump()})
     assert identity.changes(other) == ["a default of its options"]
 
 
