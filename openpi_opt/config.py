@@ -13,10 +13,18 @@ from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from openpi_opt import checkpoint_file
 from openpi_opt.errors import UserError
+from openpi_opt.figures import LIMITS
 from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.knobs.base import Options
 from openpi_opt.machine import Device, Machine
@@ -166,13 +174,18 @@ class Guard(Section):
     lossy_cap: float = Field(0.10, gt=0)
 
 
-class Limits(Section):
+_JUDGED: dict[str, Any] = {
+    name: (float | None, Field(None, gt=0, allow_inf_nan=False)) for name in LIMITS
+}
+
+
+class Limits(create_model("_Judged", __base__=Section, **_JUDGED)):  # type: ignore[misc]
     """Longest time in seconds for each phase of a trial; past it the trial is ended.
 
     `latency_ms`: a call that is surely slower is not measured to the end (see `pruning`).
-    With it, `peak_mib`, `compile_seconds` (of the first call, as it was seen: shorter with warm
-    caches) and `rel_l2` (the guard's) judge results: above one of them a trial is never the best.
-    They change no measurement, so they are no part of a configuration's identity.
+    It and the limits of all other figures (`figures.LIMITS`) judge results: above one of them a
+    trial is never the best. They change no measurement, so they are no part of a configuration's
+    identity. `compile_seconds` is the first call as it was seen: less with warm caches.
     """
 
     load: float = Field(600, gt=0)
@@ -185,9 +198,6 @@ class Limits(Section):
     energy: float = Field(300, gt=0)
     ceilings: float = Field(300, gt=0)
     latency_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
-    peak_mib: float | None = Field(None, gt=0, allow_inf_nan=False)
-    compile_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
-    rel_l2: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 class Tracking(Section):

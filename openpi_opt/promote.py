@@ -380,9 +380,14 @@ def _say_what_is_judged(judged_by: criteria.Criteria) -> None:
         cli.say(f"limits: {judged_by.limits_text()}; what is above one of them is not promoted")
     if judged_by.several:
         cli.say(
-            f"note: the study minimises {judged_by.objectives_text()}; the latency is what is "
+            f"note: the study minimises {judged_by.objectives_text()}; the mean latency is what is "
             "confirmed, of the fastest that keep the limits. --limit NAME=VALUE leads to the "
             "others of the Pareto set"
+        )
+    elif judged_by.objectives != ("latency",):
+        cli.say(
+            f"note: the study minimises {judged_by.objectives_text()}; the mean latency of those "
+            f"with the least {judged_by.objectives_text()} is what is confirmed"
         )
 
 

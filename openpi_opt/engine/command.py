@@ -117,7 +117,7 @@ def _winners(group: Group) -> list[Row]:
     """Print the best of a context, or its Pareto set, the fastest first; returns them."""
     best = [row for row in group.rows if row.best]
     for row in best:
-        print(_best_line(row))
+        print(_best_line(row, group.criteria))
     front = sorted((row for row in group.rows if row.pareto), key=mean_ms)
     if front:
         ok = sum(row.ok is not None for row in group.rows)
@@ -141,10 +141,13 @@ def _what(row: Row) -> str:
     return what + (", lossy" if lossy(row.record) else "")
 
 
-def _best_line(row: Row) -> str:
+def _best_line(row: Row, criteria: Criteria) -> str:
     assert row.ok is not None
     latency = row.ok.latency
     figures = f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms"
+    for figure in criteria.figures():
+        if figure.key != "mean_ms":
+            figures += f", {figure.name} {figure.text(figure.value(row.ok))}"
     line = f"trial {row.record.number} ({_what(row)}), {figures}"
     if row.record.role == "baseline":
         return f"best: the baseline, {line}; nothing that was tried is faster"

@@ -6,11 +6,12 @@ import dataclasses
 from pathlib import Path
 
 from openpi_opt.config import Config
-from openpi_opt.criteria import LIMIT_NAMES, Criteria
+from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.ledger import Ledger
 from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.errors import UserError
+from openpi_opt.figures import LIMITS
 from openpi_opt.machine import Machine
 from openpi_opt.measure import power
 from openpi_opt.space.settings import Objective
@@ -35,7 +36,7 @@ def check_limits(criteria: Criteria, cfg: Config) -> None:
     Raises:
         UserError: names the limit.
     """
-    for name in LIMIT_NAMES:
+    for name in LIMITS:
         own, shared = getattr(cfg.limits, name), criteria.limits.get(name)
         if own != shared:
             raise UserError(
@@ -46,7 +47,7 @@ def check_limits(criteria: Criteria, cfg: Config) -> None:
 
 def without_pruning(request: StudyRequest, criteria: Criteria, display: Display) -> StudyRequest:
     """The request without `pruning` where that would end what may be the answer; says so."""
-    if request.settings.pruning is None or not criteria.several:
+    if request.settings.pruning is None or criteria.objectives == ("latency",):
         return request
     display.note(
         f"pruning={request.settings.pruning:g} is off: with {criteria.objectives_text()} to "

@@ -18,8 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-from openpi_opt.criteria import LIMIT_NAMES, OBJECTIVES, Criteria, ObjectiveName, in_order
+from openpi_opt.criteria import Criteria, ObjectiveName, in_order
 from openpi_opt.errors import UserError
+from openpi_opt.figures import LIMITS, OBJECTIVES
 from openpi_opt.space.named import NamedSpace
 from openpi_opt.space.space import Space, parse_override
 
@@ -30,7 +31,7 @@ _NOT_IDENTITY = ("tracking", "limits", "profile", "hydra")
 _DECIDING = ("space", "objective")
 _LONGEST_TEXT = 60
 _OBJECTIVES = ("objective", "objective.minimize")
-_JUDGING = tuple(f"limits.{name}" for name in LIMIT_NAMES)
+_JUDGING = tuple(f"limits.{name}" for name in LIMITS)
 
 
 class Objective(BaseModel):

@@ -20,6 +20,7 @@ from rich.text import Text
 from openpi_opt.cli import print_uncut
 from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria, pareto
+from openpi_opt.figures import Figure
 from openpi_opt.result import FILES_SINCE, Ok
 from openpi_opt.track import identity
 from openpi_opt.track.fingerprint import differences
@@ -124,17 +125,19 @@ def print_table(
     allow_lossy: bool = False,
     criteria: Criteria | None = None,
     stages: bool = False,
+    columns: Sequence[Figure] = (),
     kept: Mapping[str, str] | None = None,
 ) -> None:
     """Print the table on stdout: folded to the terminal, uncut in a pipe or a file.
 
+    `columns` are figures to show beside those by which the study is judged.
     With `stages` a second one follows, of the stages against their floors. On a terminal too
     narrow for its numbers the lines run over: nothing is left out.
     """
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     with console.capture() as capture:
         for group in groups(records, allow_lossy, criteria, kept):
-            print_uncut(console, _table(group))
+            print_uncut(console, _table(group, columns))
             console.print(*_below(group), sep="\n", overflow="fold")
             if stages and (floors := _floors(group)):
                 console.print()
@@ -164,7 +167,7 @@ def _group(
         if isinstance(record.result, Ok)
     }
     candidates = [r for r in records if r.uid not in stale and _may_win(r, criteria)]
-    best = None if criteria.several else _best(candidates)
+    best = None if criteria.several else _best(candidates, criteria)
     front = _pareto(records, candidates, criteria) if criteria.several else []
     columns = _varying(records)
     found = [
@@ -227,11 +230,11 @@ def _may_win(record: Record, criteria: Criteria) -> bool:
     )
 
 
-def _best(candidates: Sequence[Record]) -> Record | None:
+def _best(candidates: Sequence[Record], criteria: Criteria) -> Record | None:
     found = [
-        (record.result.latency.mean_ms, record.number, record)
+        (values, record.number, record)
         for record in candidates
-        if isinstance(record.result, Ok)
+        if (values := criteria.values(record.result)) is not None
     ]
     return min(found, key=lambda item: item[:2])[2] if found else None
 
@@ -299,7 +302,8 @@ def _title(record: Record) -> str:
 def _footnotes(records: Sequence[Record], found: Sequence[Row], criteria: Criteria) -> list[str]:
     notes = []
     if any(row.best for row in found):
-        notes.append("* lowest mean of one process; python -m openpi_opt.promote confirms it")
+        least = "mean" if criteria.figures()[0].key == "mean_ms" else criteria.figures()[0].name
+        notes.append(f"* lowest {least} of one process; python -m openpi_opt.promote confirms it")
     if any(row.pareto for row in found):
         notes.append(
             f"* Pareto set of {criteria.objectives_text()}: no other is as good in all of them and "
@@ -349,7 +353,7 @@ def _overs(found: Sequence[Row], criteria: Criteria) -> list[str]:
     return notes
 
 
-def _table(group: Group) -> Table:
+def _table(group: Group, columns: Sequence[Figure] = ()) -> Table:
     ok = [row.ok for row in group.rows if row.ok]
     kinds = {result.kernels.kind for result in ok if result.kernels}
     view = Table(
@@ -363,8 +367,8 @@ def _table(group: Group) -> Table:
     heads = ["#", *knobs, "outcome", "mean ± std ms", _count_name(kinds), "vs.\nbaseline"]
     limits = [_of_limit(row) for row in group.rows]
     heads += ["of\nlimit"] if any(limits) else []
-    shown = group.criteria.shown()
-    heads += [figure.head for figure in shown]
+    shown = list(dict.fromkeys([*group.criteria.shown(), *columns]))
+    heads += [figure.head or figure.title for figure in shown]
     body = [
         [
             _number(row),
@@ -386,12 +390,6 @@ def _table(group: Group) -> Table:
     for row, line in zip(group.rows, body, strict=True):
         view.add_row(*map(Text, line), style=_style(row))
     return view
-
-
-def stages_of_limit(ok: Ok) -> dict[str, float]:
-    """By stage, the share of the machine's limit that it reaches, where both are known."""
-    found = ok.roofline.stages if ok.roofline else {}
-    return {name: stage.fraction for name, stage in found.items() if stage.fraction is not None}
 
 
 def _floors(group: Group) -> Table | None:
