@@ -9,13 +9,13 @@ from pathlib import Path
 from torch import Tensor
 
 from openpi_opt import checkpoint_file, runtime
-from openpi_opt.compose import compose
 from openpi_opt.config import Config, Weights
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import probe
 from openpi_opt.observation import Observation, to_inputs
 from openpi_opt.process.environment import knob_variables
+from openpi_opt.space.compose import compose
 
 
 class ReadyPolicy:

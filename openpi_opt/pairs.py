@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 from openpi_opt import cli
 from openpi_opt.cli import at_least, minutes, say
-from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.confirm import promise
 from openpi_opt.confirm.contenders import short
@@ -34,6 +33,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
+from openpi_opt.space.compose import compose
 from openpi_opt.target import flagged, percent, why
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal, utc_now

@@ -108,8 +108,8 @@ def confirm(
     current = [c for c in others if c.fingerprint_hash == here and not c.changed]
     if others and not current:
         cli.say(
-            "note: the study was measured with another machine, software or version of this "
-            "package: its order is used, its numbers are not"
+            "note: the study was measured with another machine or software, or before this package "
+            "changed: its order is used, its numbers are not"
         )
     wanted = replace(wanted, known=int(bool(current) or not others))
     others = current or others

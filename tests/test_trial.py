@@ -61,7 +61,7 @@ def test_a_right_trial_says_how_fast_and_how_sure(tmp_path: Path) -> None:
     assert latency["clock"] == "wall"
     assert document["fingerprint"]["torch"]["version"]
     assert latency["iterations"] == latency["samples_ms"]["count"] == 10
-    assert document["schema_version"] == 2
+    assert document["schema_version"] == 3
     flagged = {check["name"] for check in document["checks"]}
     assert {"warmup", "first_run", "spread", "compile_time", "environment"} <= flagged
     assert latency["min_ms"] <= latency["p50_ms"] <= latency["p95_ms"]

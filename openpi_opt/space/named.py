@@ -10,16 +10,12 @@ or of the whole group, wins over the file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from openpi_opt.errors import UserError
 from openpi_opt.space.dimensions import Bundles
-from openpi_opt.space.space import Space, parse_override
-
-if TYPE_CHECKING:
-    from hydra.core.config_loader import ConfigLoader
+from openpi_opt.space.space import Options, Space, parse_override
 
 # The name that the steps have among the dimensions; no group and no key is called so.
 STEP = "step"
@@ -38,17 +34,17 @@ class NamedSpace(BaseModel):
         """Whether it adds no dimension: `space=none`."""
         return not self.sweep and not self.steps
 
-    def join(self, arguments: Sequence[str], loader: ConfigLoader | None = None) -> Space:
+    def join(self, arguments: Sequence[str], options: Options | None = None) -> Space:
         """The search space of a command line together with this one.
 
         Raises:
             UserError: bad syntax on the command line or in the file.
         """
         if self.is_empty():
-            return Space.parse(arguments, loader)
+            return Space.parse(arguments, options)
         taken = [_key(line) for line in arguments]
         kept = [line for line in self.sweep if not _is_taken(_key(line), taken)]
-        space = Space.parse([*kept, *arguments], loader)
+        space = Space.parse([*kept, *arguments], options)
         dimensions = dict(space.dimensions)
         if self.steps:
             dimensions = {STEP: Bundles.of(self._cumulative(taken)), **dimensions}

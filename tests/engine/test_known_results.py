@@ -42,7 +42,6 @@ class Copy:
         self.folder = folder
         pyc = shutil.ignore_patterns("__pycache__")
         shutil.copytree(package_dir(), folder / "openpi_opt", ignore=pyc)
-        shutil.copytree(package_dir().parent / "hydra_plugins", folder / "hydra_plugins")
         shutil.copytree(conf_dir(), folder / "conf")
 
     def edit(self, path: str, old: str, new: str) -> None:

@@ -1,4 +1,4 @@
-"""A point put together section by section is the one that Hydra composes, or is left to it."""
+"""A point that is put together without Hydra is the one that Hydra composes, or is left to it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from space_samples import CommandLines, command_lines
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
+from openpi_opt.space.compose import Composer, trial_config
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,9 @@ def test_equal_to_hydra(lines: CommandLines, words: list[str]) -> None:
     for _ in range(4):
         point = {key: chosen.choice(d.texts()) for key, d in space.dimensions.items()}
         overrides = space.overrides(point)
-        assembled = compose._assemble(overrides)
-        assert assembled is not None
-        assert assembled == compose.by_hydra(overrides).config
+        values = compose._assembled(overrides)
+        assert values is not None
+        assert trial_config(values) == by_hydra(compose, overrides)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +82,12 @@ def test_equal_to_hydra_in_what_is_refused_and_in_what_is_odd(
     _, compose = lines()
     rest = ["graph=manual", "compile=default", "compile.scope=call"]
     words = [*overrides, *rest]
-    expected = outcome(lambda: compose.by_hydra(words).config)
+    expected = outcome(lambda: by_hydra(compose, words))
     assert [outcome(lambda: compose(words)) for _ in range(2)] == [expected] * 2
+
+
+def by_hydra(compose: Composer, overrides: list[str]) -> Config:
+    return trial_config(compose.compose(overrides).values)
 
 
 def outcome(call: Callable[[], Config]) -> Config | str:
@@ -124,4 +129,4 @@ def test_options_with_a_life_of_their_own(tmp_path: Path, overrides: list[str]) 
     )
     _, compose = command_lines(tmp_path)()
     assert compose(["graph=none"]).knobs["precision"].dtype == "bfloat16"
-    assert compose(overrides) == compose.by_hydra(overrides).config
+    assert compose(overrides) == by_hydra(compose, overrides)
