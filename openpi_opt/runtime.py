@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openpi_opt.knobs import KNOBS
+from openpi_opt.knobs.base import Configuration
 from openpi_opt.pi0 import checkpoint, weights
 from openpi_opt.pi0.config import MODELS
 from openpi_opt.pi0.policy import Pi0Policy
@@ -39,7 +40,7 @@ def torch_device(cfg: Config) -> torch.device:
     return torch.device("cpu" if cfg.platform.device == "cpu" else "cuda")
 
 
-def workload_of(cfg: Config) -> Workload:
+def workload_of(cfg: Configuration) -> Workload:
     """The policy's view of the workload section."""
     names = [field.name for field in dataclasses.fields(Workload)]
     return Workload(**{name: getattr(cfg.workload, name) for name in names})
