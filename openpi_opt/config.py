@@ -79,7 +79,12 @@ class Weights(Section):
 
 
 class Workload(Section):
-    """What is inferred. `prompt_tokens` of the `prompt_slots` are valid, the rest is padding."""
+    """What is inferred. `prompt_tokens` of the `prompt_slots` are valid, the rest is padding.
+
+    `layout: exact` is built for these cameras and this number of tokens and refuses others;
+    `flexible` serves any prompt up to `prompt_slots` and any of `active_cameras` without another
+    capture, and is measured with these.
+    """
 
     name: str = "custom"
     active_cameras: tuple[bool, ...] = (True, True, True)
@@ -88,6 +93,7 @@ class Workload(Section):
     horizon: int = Field(10, ge=1)
     steps: int = Field(10, ge=1)
     batch_size: int = Field(1, ge=1)
+    layout: Literal["exact", "flexible"] = "exact"
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -146,8 +152,9 @@ class Measure(Section):
 class Profile(Section):
     """What is looked at after the timed iterations; never during them.
 
-    `energy`: over `energy_seconds` of calls; auto: where the machine tells it, true: refuse the
-    trial where it does not. `roofline`: against ceilings that were measured once on this machine,
+    `energy`: over `energy_seconds` of calls; auto: where the machine tells it, and in a sweep of
+    trials about as fast as the best so far; true: always, and refuse the trial where the machine
+    does not tell it. `roofline`: against ceilings that were measured once on this machine,
     or the vendor's.
     """
 
@@ -183,9 +190,11 @@ class Limits(create_model("_Judged", __base__=Section, **_JUDGED)):  # type: ign
     """Longest time in seconds for each phase of a trial; past it the trial is ended.
 
     `latency_ms`: a call that is surely slower is not measured to the end (see `pruning`).
-    It and the limits of all other figures (`figures.LIMITS`) judge results: above one of them a
-    trial is never the best. They change no measurement, so they are no part of a configuration's
-    identity. `compile_seconds` is the first call as it was seen: less with warm caches.
+    `best_ms`: the fastest of the sweep so far, for `profile.energy=auto`; the sweep fills it in.
+    `latency_ms` and the limits of all other figures (`figures.LIMITS`) judge results: above one of
+    them a trial is never the best. They change no measurement, so they are no part of a
+    configuration's identity. `compile_seconds` is the first call as it was seen: less with warm
+    caches.
     """
 
     load: float = Field(600, gt=0)
@@ -198,6 +207,7 @@ class Limits(create_model("_Judged", __base__=Section, **_JUDGED)):  # type: ign
     energy: float = Field(300, gt=0)
     ceilings: float = Field(300, gt=0)
     latency_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    best_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 class Tracking(Section):

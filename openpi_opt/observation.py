@@ -89,11 +89,11 @@ def to_inputs(
     )
     _check_shapes(inputs, config, workload)
     if layout is not None:
-        given = Layout.of(inputs.image_mask.cpu(), inputs.token_mask.cpu())
-        if given != layout:
+        refusal = layout.refusal(inputs.image_mask.cpu(), inputs.token_mask.cpu())
+        if refusal is not None:
             raise ValueError(
-                f"this policy was built for {layout}, the observation has {given}. Load the policy "
-                "for this workload, for instance load_policy(..., overrides=['workload=...'])."
+                f"{refusal}. Load the policy for this workload, for instance "
+                "load_policy(..., overrides=['workload.layout=flexible'])."
             )
     dtypes = (torch.float32, torch.bool, torch.int64, torch.bool, torch.float32, torch.float32)
     return Inputs(*(t.to(device, dtype) for t, dtype in zip(inputs, dtypes, strict=True)))

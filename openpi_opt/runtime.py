@@ -42,8 +42,16 @@ def torch_device(cfg: Config) -> torch.device:
 
 def workload_of(cfg: Configuration) -> Workload:
     """The policy's view of the workload section."""
-    names = [field.name for field in dataclasses.fields(Workload)]
-    return Workload(**{name: getattr(cfg.workload, name) for name in names})
+    given = cfg.workload
+    return Workload(
+        active_cameras=given.active_cameras,
+        prompt_slots=given.prompt_slots,
+        prompt_tokens=given.prompt_tokens,
+        horizon=given.horizon,
+        steps=given.steps,
+        batch_size=given.batch_size,
+        flexible=given.layout == "flexible",
+    )
 
 
 def build_policy(cfg: Config, device: torch.device) -> Pi0Policy:

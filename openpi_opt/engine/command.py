@@ -14,9 +14,8 @@ from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Display, Lines, Live
 from openpi_opt.engine.dry_run import print_dry_run
 from openpi_opt.engine.plan import StudyRequest
-from openpi_opt.engine.storage import hidden
 from openpi_opt.engine.study import StudyOutcome, run_study
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, hidden
 from openpi_opt.machine import Machine, probe
 from openpi_opt.paths import conf_dir
 from openpi_opt.remote.engines import connected
@@ -185,7 +184,7 @@ def _print_next(outcome: StudyOutcome, promotable: bool, flag: str) -> None:
     if conf_dir() == Path.cwd() / "conf" and not store:
         print("  make ui")
     else:
-        print(f"  mlflow ui --backend-store-uri {outcome.store.mlflow_uri}")
+        print(f"  make ui STORE={outcome.store.path}")
 
 
 @contextlib.contextmanager
