@@ -65,7 +65,7 @@ def render(cfg: Config, provenance: dict[str, Any]) -> str:
     body: dict[str, Any] = {}
     for knob in KNOBS:
         chosen = cfg.canonical().knobs[knob.name]
-        option = _option_of(knob, chosen)
+        option = option_of(knob, chosen)
         if option is None:
             body[knob.name] = chosen.model_dump(mode="json")
         else:
@@ -77,7 +77,7 @@ def render(cfg: Config, provenance: dict[str, Any]) -> str:
     return head + yaml.safe_dump(document, sort_keys=False, width=100, allow_unicode=True)
 
 
-def _option_of(knob: AnyKnob, chosen: Options) -> str | None:
+def option_of(knob: AnyKnob, chosen: Options) -> str | None:
     """The option file of a knob that says exactly `chosen`; keys it leaves out are defaults."""
     for file in sorted((conf_dir() / knob.name).glob("*.yaml")):
         if knob.options_type.model_validate(read(file).body) == chosen:

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from openpi_opt.cli import CONTINUED, run
 from openpi_opt.errors import UserError
 from openpi_opt.figures import LIMITS, OBJECTIVES
+from openpi_opt.knobs import BY_NAME
 from openpi_opt.paths import conf_dir
 from openpi_opt.space.compose import Composer
 from openpi_opt.space.errors import user_errors
@@ -117,8 +118,8 @@ def _show(arguments: Namespace, own: Namespace) -> int:
     """Hydra's verbs that print something."""
     from hydra._internal.hydra import Hydra
 
-    # What `--help` says of objectives and limits is what `figures` has.
-    for kind, known in (("objectives", OBJECTIVES), ("limits", LIMITS)):
+    # What `--help` says of these is what the registries have.
+    for kind, known in (("objectives", OBJECTIVES), ("limits", LIMITS), ("knobs", BY_NAME)):
         text = ", ".join(known)
         OmegaConf.register_new_resolver(f"openpi_opt.{kind}", lambda text=text: text, replace=True)
     composer = _composer(arguments, own)

@@ -1,10 +1,11 @@
 """Named search spaces, the options of the group `space`: sweeps and steps kept in a file.
 
 A named space stands for words on the command line. `sweep` holds sweeps in Hydra's syntax, as one
-would type them. `steps` is a list of points instead of a product: each step has a name and keeps
-the overrides of the steps before it. `start` holds points that a sampler begins with: every
-dimension at its default but for the overrides given. What the command line itself says of a key,
-or of the whole group, wins over the file.
+would type them. With `knobs` every knob of the registry is swept, too: by its options, or by each of
+its switches if it is among `switches`. `steps` is a list of points instead of a product: each step
+has a name and keeps the overrides of the steps before it. `start` holds points that a sampler begins
+with: every dimension at its default but for the overrides given. What the command line itself says
+of a key, or of the whole group, wins over the file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from collections.abc import Iterable, Sequence
 from pydantic import BaseModel, ConfigDict, Field
 
 from openpi_opt.errors import UserError
+from openpi_opt.knobs import KNOBS
 from openpi_opt.space.dimensions import Bundles
+from openpi_opt.space.schema_keys import key_values
 from openpi_opt.space.space import Options, Space, parse_override
 
 # The name that the steps have among the dimensions; no group and no key is called so.
@@ -27,12 +30,14 @@ class NamedSpace(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sweep: tuple[str, ...] = ()
+    knobs: bool = False
+    switches: tuple[str, ...] = ()
     steps: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     start: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
     def is_empty(self) -> bool:
         """Whether it adds no dimension: `space=none`."""
-        return not self.sweep and not self.steps
+        return not self.sweep and not self.steps and not self.knobs
 
     def join(self, arguments: Sequence[str], options: Options | None = None) -> Space:
         """The search space of a command line together with this one.
@@ -43,7 +48,7 @@ class NamedSpace(BaseModel):
         if self.is_empty():
             return Space.parse(arguments, options)
         taken = [_key(line) for line in arguments]
-        kept = [line for line in self.sweep if not _is_taken(_key(line), taken)]
+        kept = [line for line in self._lines() if not _is_taken(_key(line), taken)]
         space = Space.parse([*kept, *arguments], options)
         dimensions = dict(space.dimensions)
         if self.steps:
@@ -55,6 +60,18 @@ class NamedSpace(BaseModel):
             )
         start = {name: _params(lines, taken, name) for name, lines in self.start.items()}
         return Space(dimensions, space.fixed, space.orders, sensible_only=True, start=start)
+
+    def _lines(self) -> list[str]:
+        """The sweeps, of the registry and of the file."""
+        found: list[str] = []
+        for knob in KNOBS if self.knobs else ():
+            keys = [f"{knob.name}.{name}" for name in knob.options_type.model_fields]
+            found += (
+                [key for key in keys if key_values(key)]
+                if knob.name in self.switches
+                else [knob.name]
+            )
+        return [*(f"{key}=glob(*)" for key in found), *self.sweep]
 
     def _cumulative(self, taken: Sequence[str]) -> dict[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {}

@@ -6,17 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+from command_samples import HEAD, CommandLine
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_command_line import HEAD, CommandLine, command
 
 from openpi_opt import preset
 from openpi_opt.errors import UserError, masked
 from openpi_opt.space import compose as composing
 from openpi_opt.space.files import check_option
 from openpi_opt.track.store import Store
-
-assert command  # a fixture of the neighbour
 
 CODE = "{_target_: logging.FileHandler, filename: PROOF}"
 EVIL = {

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_samples import PRESETS, CommandLine
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """A working folder of its own, and nothing left behind of what `main` sets."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "conf" / "preset"
+    folder.mkdir(parents=True)
+    for name, text in PRESETS.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return CommandLine(tmp_path)
