@@ -176,6 +176,6 @@ def test_memory_that_runs_out_is_an_outcome_of_its_own(
 def test_recorded_results_of_format_1_can_be_read(path: Path) -> None:
     result = parse(path.read_bytes())
     assert isinstance(result, Ok)
-    assert result.schema_version in (1, 2)
+    assert result.schema_version in (1, 2, 3)
     assert parse(result.model_dump_json()) == result
     assert result.latency.mean_ms == pytest.approx(float(np.mean(result.latency.samples_ms)))
