@@ -112,25 +112,6 @@ def test_a_store_that_cannot_be_written(command: CommandLine) -> None:
     assert "store=file" in command.error("-m", "attention=sdpa", "store=file")
 
 
-@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
-def test_a_database_of_a_newer_mlflow_loses_nothing(command: CommandLine) -> None:
-    import sqlite3
-
-    from openpi_opt.config import Tracking
-    from openpi_opt.track.mlflow_log import MlflowLog
-    from openpi_opt.track.store import Store
-
-    store = Store.open("mlruns")
-    store.study_dir("s").mkdir(parents=True)
-    MlflowLog(store, Tracking()).begin_study(store.study_dir("s"))
-    with sqlite3.connect(command.folder / "mlruns" / "mlflow.db") as database:
-        database.execute("UPDATE alembic_version SET version_num = 'fffffffffff0'")
-    database.close()
-    before = (command.folder / "mlruns" / "mlflow.db").read_bytes()
-    assert "MLflow" in command.error("-m", "attention=sdpa", "study=s")
-    assert (command.folder / "mlruns" / "mlflow.db").read_bytes() == before
-
-
 def composed(command: CommandLine, capsys: pytest.CaptureFixture, *words: str) -> str:
     command(*words, "--cfg", "job", "--package", "attention")
     return capsys.readouterr().out.replace("# @package attention\n", "")
