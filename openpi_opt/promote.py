@@ -29,7 +29,6 @@ from openpi_opt.confirm.judge import Confirmed, Subject, changed_knobs
 from openpi_opt.confirm.promotion import Judged, Schedule, Wanted
 from openpi_opt.confirm.rounds import Mean, NeededError, Place, Stage
 from openpi_opt.errors import UserError
-from openpi_opt.machine import probe
 from openpi_opt.paths import user_conf_dir
 from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _say_what_is_judged(judged_by)
     known = candidates[0].config.tracking  # as the study was run
     tracking = known if arguments.mlflow and known.mlflow else None
-    runs = FreshRuns(store, journal, tracking, probe(), cli.say)
+    runs = FreshRuns(store, journal, tracking, cli.this_machine(), cli.say)
     wanted = Wanted(
         seed=secrets.randbits(32),
         finalists=arguments.finalists,

@@ -376,7 +376,7 @@ def open_session(
     return Session(
         verb=verb,
         config=cfg,
-        runs=FreshRuns(store, journal, tracking, probe(), cli.say),
+        runs=FreshRuns(store, journal, tracking, cli.this_machine(), cli.say),
         folder=Path(arguments.out) if arguments.out else study_dir / verb,
         seed=arguments.seed,
         rounds=arguments.rounds,

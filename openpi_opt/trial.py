@@ -39,6 +39,7 @@ from openpi_opt.process.environment import (
 )
 from openpi_opt.track import identity
 from openpi_opt.track.fingerprint import fingerprint
+from openpi_opt.vendor import BY_DEVICE
 
 if TYPE_CHECKING:
     from openpi_opt.measure.clock import Timing
@@ -232,7 +233,8 @@ def _run_checked(
     from openpi_opt.pi0.workload import make_inputs
 
     device = runtime.torch_device(cfg)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    accelerator = BY_DEVICE[cfg.device].accelerator()
+    if accelerator is not None and not accelerator.is_available():
         raise RefusedError("unavailable", f"torch {torch.__version__} sees no usable GPU")
     policy = runtime.build_policy(cfg, device)
     workload = runtime.workload_of(cfg)

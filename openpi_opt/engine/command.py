@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from openpi_opt import cli
 from openpi_opt.compare import print_table
 from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Display, Lines, Live
@@ -16,7 +17,7 @@ from openpi_opt.engine.dry_run import print_dry_run
 from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.errors import UserError, hidden
-from openpi_opt.machine import Machine, probe
+from openpi_opt.machine import Machine
 from openpi_opt.paths import conf_dir
 from openpi_opt.remote.engines import connected
 from openpi_opt.remote.remote import Nodes
@@ -70,7 +71,7 @@ def _nodes(settings: Settings) -> Iterator[Nodes | None]:
 
 
 def _machine(nodes: Nodes | None) -> Machine:
-    return probe() if nodes is None else nodes.machine
+    return cli.this_machine() if nodes is None else nodes.machine
 
 
 def _run(request: StudyRequest, compose: Compose, nodes: Nodes | None) -> int:
