@@ -26,7 +26,7 @@ from openpi_opt.space.space import Space
 MAX_WALK = 20_000
 SAMPLE = 2_000
 # Of processor time, for each of the two estimates.
-SAMPLE_SECONDS = 1.5
+SAMPLE_SECONDS = 0.75
 # A dimension with more values than this is not looked through value by value.
 _MAX_LOOKED_THROUGH = 64
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from command_samples import PRESETS, CommandLine
 
+from openpi_opt.space import prepare
+
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
@@ -15,3 +17,9 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
     for name, text in PRESETS.items():
         (folder / f"{name}.yaml").write_text(text)
     return CommandLine(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates are as long as tests of them need."""
+    monkeypatch.setattr(prepare, "SAMPLE_SECONDS", 0.25)

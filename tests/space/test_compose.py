@@ -149,13 +149,13 @@ provenance:
 @pytest.mark.parametrize(
     ("overrides", "found"),
     [
-        ([], (50, 48, 1, "bfloat16")),
-        (["workload.batch_size=2"], (50, 48, 2, "bfloat16")),
-        (["++workload.batch_size=2"], (50, 48, 2, "bfloat16")),
+        ([], (50, 48, 1, "auto")),
+        (["workload.batch_size=2"], (50, 48, 2, "auto")),
+        (["++workload.batch_size=2"], (50, 48, 2, "auto")),
         (["+workload.batch_size=2"], None),
         (["++model.rope_frequencies=float32"], (50, 48, 1, "float32")),
-        (["workload=openpi"], (50, 48, 1, "bfloat16")),
-        (["workload=seed_b1", "workload.steps=3"], (10, 20, 1, "bfloat16")),
+        (["workload=openpi"], (50, 48, 1, "auto")),
+        (["workload=seed_b1", "workload.steps=3"], (10, 20, 1, "auto")),
     ],
     ids=str,
 )

@@ -90,8 +90,7 @@ def test_declared_options_are_no_code(tmp_path: Path) -> None:
 
 
 def test_a_new_knob_or_option_changes_no_hash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The values are those of the first release of format 3: a default that changes changes them,
-    and with it the meaning of what others recorded."""
+    """The values are those of the first results of format 3."""
     cfg = config(attention={"vision": "sdpa"})
     assert (config().hash(), cfg.hash()) == ("a916e8012c9e", "34507208a0a7")
     assert cfg.context_hash() == "09593186f51a"
