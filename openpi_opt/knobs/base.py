@@ -86,6 +86,9 @@ class Configuration(Protocol):
         """The resolved device."""
 
 
+# The stages of an inference, as a profile names them.
+STAGES = ("vision", "prefill", "denoise")
+
 O = TypeVar("O", bound=Options)  # noqa: E741
 
 
@@ -107,6 +110,17 @@ class Knob(Generic[O]):
 
     name: ClassVar[str]
     options_type: type[O]
+    # Stages whose time an option can change, by the option's dotted name below the knob or the
+    # first part of it. What is not named can change all of them. A search learns by it: a stage's
+    # time teaches nothing about an option that does not touch the stage.
+    stages: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    @classmethod
+    def touches(cls, option: str) -> tuple[str, ...]:
+        """The stages that the option (dotted, below the knob) can change."""
+        parts = option.split(".")
+        names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        return next((cls.stages[name] for name in names if name in cls.stages), STAGES)
 
     def of(self, cfg: Configuration) -> O:
         """This knob's options in `cfg`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from openpi_opt.knobs.base import Configuration, Knob, Options, switches_label
 
@@ -51,6 +51,13 @@ class Simplify(Knob[SimplifyOptions]):
 
     name = "simplify"
     options_type = SimplifyOptions
+    stages: ClassVar = {
+        "last_layer": ("prefill",),
+        "time_mlp": ("denoise",),
+        "state_once": ("prefill", "denoise"),
+        "kv_buffer": ("prefill", "denoise"),
+        "rope_tables": ("prefill", "denoise"),
+    }
 
     def canonical(self, cfg: Configuration) -> SimplifyOptions:
         """A fused expert layer needs no buffer; pi05 has no state token to run once."""

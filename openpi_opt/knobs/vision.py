@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from openpi_opt.knobs.base import Configuration, Knob, Options
 
@@ -35,6 +35,7 @@ class Vision(Knob[VisionOptions]):
 
     name = "vision"
     options_type = VisionOptions
+    stages: ClassVar = {"cameras": ("vision",)}
 
     def canonical(self, cfg: Configuration) -> VisionOptions:
         """Nothing to skip without masked tokens; one camera left is one pass either way."""

@@ -24,9 +24,9 @@ from openpi_opt.config import Tracking
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError, masked
 from openpi_opt.result import Ok
+from openpi_opt.track import curve, mlflow_study, pareto
 from openpi_opt.track import mlflow_content as content
 from openpi_opt.track import mlflow_database as database
-from openpi_opt.track import mlflow_study, pareto
 from openpi_opt.track.copies import sync_command
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_study import ROLE_TAG, STUDY_TAG
@@ -147,7 +147,7 @@ class MlflowLog:
         client.set_tag(parent, content.NOTE_TAG, text[: content.MAX_TAG])
         key = mlflow_study.VIEW_TAG + mlflow_study.view_key(study)
         client.set_experiment_tag(self._experiment(), key, mlflow_study.view(study, records))
-        for path in sorted(study_dir.glob("report/*")):
+        for path in [*curve.files(study_dir), *sorted(study_dir.glob("report/*"))]:
             _upload(client, parent, path)
 
     def page(self, server: str, study: str) -> str:
