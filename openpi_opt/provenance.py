@@ -12,13 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from openpi_opt import cli
 from openpi_opt.config import Platform
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine, probe
 from openpi_opt.paths import conf_dir, user_conf_dir
+from openpi_opt.space.files import read
 from openpi_opt.track.fingerprint import fingerprint
 
 _AUTO = "preset=auto"
@@ -29,17 +28,17 @@ _DECISIVE = ("torch", "triton", "aiter")
 def presets(folders: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """The provenance of every preset in `folders`, by name; the first folder wins.
 
-    A file that is no YAML mapping is left out: whoever asks for it by name hears why.
+    A file that is not data is left out: whoever asks for it by name hears why.
     """
     found: dict[str, dict[str, Any]] = {}
     for folder in folders:
         for file in sorted(folder.glob("*.yaml")):
             try:
-                document = yaml.safe_load(file.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError):
+                known = read(file).body.get("provenance")
+            except UserError:
                 continue
-            if isinstance(document, dict) and isinstance(document.get("provenance"), dict):
-                found.setdefault(file.stem, document["provenance"])
+            if isinstance(known, dict):
+                found.setdefault(file.stem, known)
     return found
 
 
@@ -49,7 +48,7 @@ def folders(preset_dir: Path | None) -> list[Path]:
     return [*given, user_conf_dir() / "preset", conf_dir() / "preset"]
 
 
-def named(overrides: Sequence[str], preset_dir: Path | None) -> list[str]:
+def resolve_auto(overrides: Sequence[str], preset_dir: Path | None) -> list[str]:
     """The overrides with the name of a preset in place of `preset=auto`; says which it is.
 
     Raises:

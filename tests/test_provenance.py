@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from openpi_opt import load_policy, preset, provenance
-from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
+from openpi_opt.space.compose import compose
 from openpi_opt.track.fingerprint import fingerprint
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -93,9 +93,9 @@ def test_auto_is_a_name_like_any_other(here: Path, capsys: pytest.CaptureFixture
     cfg = compose(words, "auto", here)
     assert cfg.knobs["attention"] != cfg.baseline().knobs["attention"]
     assert "preset=auto: mine (x, pi0_mini, workload w, 3.0 ms)" in capsys.readouterr().err
-    assert provenance.named(["preset=auto", *words], here) == ["preset=mine", *words]
+    assert provenance.resolve_auto(["preset=auto", *words], here) == ["preset=mine", *words]
     with pytest.raises(UserError, match="preset=auto"):
-        provenance.named(["preset=auto", "platform=cpu", "model=pi05"], here)
+        provenance.resolve_auto(["preset=auto", "platform=cpu", "model=pi05"], here)
 
 
 def test_another_machine_is_told_and_the_same_is_not() -> None:
