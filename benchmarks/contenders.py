@@ -5,8 +5,9 @@
 
 Every process compiles and captures once, beside the others, and then waits; the controller lets
 them measure one after the other, round after round, so that a clock that moves moves all alike. A
-process that waits does not disturb. The distance is that of the actions from the plain eager
-policy in float32. For a quick decision: what is claimed is confirmed by `openpi_opt.promote`.
+process that waits does not disturb. `tree=FOLDER` runs another checkout, with this file in it. The
+distance is that of the actions from the plain eager policy in float32. For a quick decision: what
+is claimed is confirmed by `openpi_opt.promote`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from typing import Any, TextIO
 import torch
 
 from openpi_opt import runtime
-from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import probe
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.workload import make_inputs
+from openpi_opt.space.compose import compose
 
 REPLAYS = 30
 WARM_S = 0.5
@@ -65,7 +66,7 @@ def _reference(cfg: Config, folder: Path, inputs: Inputs) -> torch.Tensor:
 def contend(words: str, folder: Path, out: TextIO) -> None:
     """A contender: prepares, says so on `out`, and measures for each line it is sent."""
     began = time.monotonic()
-    faulthandler.dump_traceback_later(240, exit=True)
+    faulthandler.dump_traceback_later(150, exit=True)
     cfg, refusal = _config(words)
     if refusal is not None:
         print(json.dumps({"failed": refusal}), file=out, flush=True)
@@ -109,10 +110,14 @@ class Contender:
         self.medians: list[float] = []
         self.facts: dict[str, Any] = {}
         self.log = folder / f"{name}.log"
+        tree = next((w.removeprefix("tree=") for w in words.split() if w.startswith("tree=")), ".")
+        variables = {"TORCHINDUCTOR_COMPILE_THREADS": "4", **os.environ}
+        variables["PYTHONPATH"] = f"{Path(tree).resolve()}:{os.environ.get('PYTHONPATH', '')}"
+        words = " ".join(w for w in words.split() if not w.startswith("tree="))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.contenders", "--contend", words, "--folder", folder],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True,
-            env={"TORCHINDUCTOR_COMPILE_THREADS": "4", **os.environ},
+            env=variables, cwd=tree,
         )  # fmt: skip
 
     def read(self) -> bool:

@@ -18,6 +18,7 @@ class FusionOptions(Options):
     [8192, 1024]. `vision_qkv`: SigLIP, [3456, 1152] with bias. `vision_mlp`: SigLIP's GELU in the
     GEMM before it. `expert_layer`: a layer of the action expert is six launches of own kernels; it
     needs the first two. `suffix`: one own kernel before the expert's layers and one after them.
+    `vision_patches`: SigLIP's patch convolution as one GEMM, [1152, 588], float32 or TF32.
     """
 
     qkv: bool = False
@@ -26,10 +27,11 @@ class FusionOptions(Options):
     vision_mlp: bool = False
     expert_layer: bool = False
     suffix: bool = False
+    vision_patches: bool = False
 
 
 _PROJECTIONS = ("qkv", "gate_up", "vision_qkv")
-_MORE = ("vision_mlp", "expert_layer", "suffix")
+_MORE = ("vision_mlp", "expert_layer", "suffix", "vision_patches")
 
 
 class Fusion(Knob[FusionOptions]):
@@ -51,6 +53,9 @@ class Fusion(Knob[FusionOptions]):
     stay as they are. `elementwise` goes on to act outside of these layers. Source:
     Dexmal/realtime-vla, whose decoder is such a chain of Triton kernels;
     `openpi_opt.surgery.expert`.
+
+    `vision_patches` is exact: kernel and stride of the convolution are the same. cuDNN computed it
+    in float32 for 75 us although TF32 was on (H100); `precision.tf32` decides for the product.
 
     `suffix` (NVIDIA and AMD, not run on AMD) makes one kernel of the action projection with the
     folded time MLP and the state's token, and one of the final norm, the projection to actions and
@@ -102,6 +107,8 @@ class Fusion(Knob[FusionOptions]):
             fused.fuse_vision_qkv(policy)
         if options.vision_mlp:
             fused.fuse_vision_mlp(policy)
+        if options.vision_patches:
+            fused.fuse_vision_patches(policy)
         if options.expert_layer:
             from openpi_opt.surgery.expert import fuse_expert_layers
             from openpi_opt.surgery.lean import LeanPolicy

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openpi_opt.kernels.linear_gelu import linear_gelu
@@ -105,6 +106,19 @@ class FusedVisionMlp(siglip.Mlp):
         return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
 
 
+class PatchProduct(siglip.Embeddings):
+    """The patch convolution, whose stride is its kernel's size, as one product: [1152, 588]."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, 3, 224, 224] float32 in [-1, 1] -> [N, 256, W] float32, rows of patches in order."""
+        convolution = self.patch_embedding
+        size = convolution.kernel_size[0]
+        patches = images.unfold(2, size, size).unfold(3, size, size)  # [N, 3, 16, 16, 14, 14]
+        rows = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        weight = convolution.weight.flatten(1)
+        return F.linear(rows, weight, convolution.bias) + self.position_embedding.weight
+
+
 def fuse_qkv(policy: Pi0Policy) -> None:
     """One GEMM for q, k and v in every layer of both Gemma towers (row 13)."""
     for layer in decoder_layers(policy):
@@ -139,3 +153,8 @@ def fuse_vision_mlp(policy: Pi0Policy) -> None:
     """GELU in the GEMM before it in every SigLIP layer."""
     for layer in vision_layers(policy.vision):
         layer.mlp.__class__ = FusedVisionMlp
+
+
+def fuse_vision_patches(policy: Pi0Policy) -> None:
+    """SigLIP's patch convolution as a product of float32, or of TF32 where that is on."""
+    policy.vision.embeddings.__class__ = PatchProduct
