@@ -42,7 +42,7 @@ MAX_THROTTLED = 3
 COOLING_S = 15.0
 # What a process takes as long as none has been seen.
 _UNKNOWN_S = 60.0
-# Processes that import ahead of their turn (`search.relay`): each wants some cores for itself, and
+# Processes that import ahead of their turn (`process.relay`): each wants some cores for itself, and
 # more than these save little.
 _CORES_AHEAD = 4
 _MAX_AHEAD = 4
@@ -91,7 +91,7 @@ class FreshRuns:
         return result
 
     def in_turn(self, planned: Iterable[Planned]) -> Generator[TrialResult, None, None]:
-        """The results of all `planned`, in order, some processes started ahead (`search.relay`).
+        """The results of all `planned`, in order, some processes started ahead (`process.relay`).
 
         A process that the journal has does not run again. `planned` is asked for the next ones when
         the present one gets the device. Only within `alone`.
