@@ -35,7 +35,7 @@ from openpi_opt.engine.display import Silent
 from openpi_opt.engine.plan import StudyRequest, space_hash
 from openpi_opt.engine.study import run_study
 from openpi_opt.paths import conf_dir
-from openpi_opt.process.controllers import Controllers
+from openpi_opt.process.locks import Controllers
 from openpi_opt.process.run import run_trial
 from openpi_opt.result import parse_plain
 from openpi_opt.space.composing import SweepCompose

@@ -30,7 +30,7 @@ from openpi_opt.confirm.promotion import Judged, Mean, Place, Schedule, Stage, W
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.paths import user_conf_dir
-from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
+from openpi_opt.process.devices import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.target import flagged
 from openpi_opt.track.journal import Journal, Record

@@ -107,7 +107,7 @@ def run_study(
         executor = RemoteExecutor(nodes, store, display, first.device)
     count = executor.count()
     announce(request, first, store, plan, display)
-    for text in [*found.notes, *([f"{count} trials at a time"] if count > 1 else [])]:
+    for text in [*found.notes, *([f"up to {count} trials at a time"] if count > 1 else [])]:
         display.note(text)
     ledger = Ledger.open(
         *(store, request.name, first.tracking, request.command, request.machine, display),
@@ -128,7 +128,7 @@ def run_study(
         engine = _Engine(request, points, ledger, optimizer, trials, executor, display, criteria)
         ended = engine.run(plan)
         engine.note_passed_over()
-        engine.note_occupancy()
+        engine.note_measured()
         ledger.draw()
     finally:
         executor.close()
@@ -188,15 +188,15 @@ class _Engine:
     _left_out: dict[str, int] = field(default_factory=dict)
     hurried: bool = False  # by a second interruption
     _read: int = 0  # records of the journal that were looked at
+    _started: float = field(default_factory=time.monotonic)
 
     def run(self, plan: Plan) -> str:
         """Keep the devices busy until there is nothing more to try; returns why that is."""
         try:
             self._begin()
             source = self._source(plan)
-            with self.executor.loading():
-                self._fill(source)
-                self.ledger.begin_log()  # imports MLflow: seconds, in which the first trials load
+            self._fill(source)
+            self.ledger.begin_log()  # imports MLflow: seconds, in which the first trials load
             while True:
                 self._look_at_waiting(source)
                 self._fill(source)
@@ -250,11 +250,12 @@ class _Engine:
         for reason, number in self._passed_over.most_common():
             self.display.note(f"passed over {number}, {reason.kind}: {reason.reason}")
 
-    def note_occupancy(self) -> None:
-        """Say how busy the devices were, where several were to be kept busy."""
-        text = self.executor.occupancy.text()
-        if self.executor.count() > 1 and self.trials.new > 1 and text:
-            self.display.note(text)
+    def note_measured(self) -> None:
+        """Say for how much of the time a trial had each device for itself."""
+        seconds = time.monotonic() - self._started
+        shares = [f"{name} {had / seconds:.0%}" for name, had in self.executor.measured().items()]
+        if shares and self.trials.new > 1:
+            self.display.note(f"measured in {seconds:.0f} s: {', '.join(shares)} of the time")
 
     def outcome(self, store: Store, ended: str) -> StudyOutcome:
         """All that is known of the points of this space, also from earlier runs.

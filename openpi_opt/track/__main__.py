@@ -9,7 +9,7 @@ from pathlib import Path
 
 from openpi_opt.cli import CONTINUED, run
 from openpi_opt.config import Tracking
-from openpi_opt.process.controllers import Controllers
+from openpi_opt.process.locks import Controllers
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import DEFAULT_STORE, Store

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.storages import BaseStorage
 from sqlalchemy.engine import URL, make_url
-from test_engine_faults import Host, wait_for
+from stub_host import Host, wait_for
 
 from openpi_opt.engine.storage import OptunaStorage, hidden
 from openpi_opt.errors import UserError

@@ -22,7 +22,7 @@ from pathlib import Path
 import optuna
 import pytest
 from search_samples import CPU
-from test_engine_faults import Host, host, wait_for
+from stub_host import Host, host, wait_for
 from test_real_trials import trials_of
 from test_study import compose
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from search_samples import CPU
-from test_engine_faults import Host, wait_for
+from stub_host import Host, wait_for
 from test_real_trials import Terminal
 
 from openpi_opt.config import Config, Platform, Tracking
