@@ -11,16 +11,26 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from functools import reduce
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from openpi_opt import checkpoint_file
 from openpi_opt.errors import UserError
+from openpi_opt.figures import LIMITS
 from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.knobs.base import Options
 from openpi_opt.machine import Device, Machine
 from openpi_opt.paths import content_of
+from openpi_opt.vendor import BY_DEVICE, DEVICES
 
 MIN_WARMUP = 3
 MIN_ITERATIONS = 10
@@ -41,12 +51,13 @@ class Section(BaseModel):
 class Model(Section):
     """Which network: the 3.5 B policy, its successor of 3.6 B, or either graph in small for CPUs.
 
-    `rope_frequencies` is part of the model's definition: openpi's and LeRobot's PyTorch round the
-    rotary frequencies to bfloat16, JAX keeps them in float32.
+    `rope_frequencies` is part of the model's definition: openpi's PyTorch rounds the rotary
+    frequencies to bfloat16, and so does LeRobot's in its bfloat16 mode; JAX and LeRobot's default
+    keep them in float32. `auto` does as the checkpoint's origin does, and rounds without one.
     """
 
     name: Literal["auto", "pi0", "pi0_mini", "pi05", "pi05_mini"] = "auto"
-    rope_frequencies: Literal["bfloat16", "float32"] = "bfloat16"
+    rope_frequencies: Literal["auto", "bfloat16", "float32"] = "auto"
 
     @property
     def family(self) -> checkpoint_file.Family:
@@ -71,7 +82,12 @@ class Weights(Section):
 
 
 class Workload(Section):
-    """What is inferred. `prompt_tokens` of the `prompt_slots` are valid, the rest is padding."""
+    """What is inferred. `prompt_tokens` of the `prompt_slots` are valid, the rest is padding.
+
+    `layout: exact` is built for these cameras and this number of tokens and refuses others;
+    `flexible` serves any prompt up to `prompt_slots` and any of `active_cameras` without another
+    capture, and is measured with these.
+    """
 
     name: str = "custom"
     active_cameras: tuple[bool, ...] = (True, True, True)
@@ -80,6 +96,7 @@ class Workload(Section):
     horizon: int = Field(10, ge=1)
     steps: int = Field(10, ge=1)
     batch_size: int = Field(1, ge=1)
+    layout: Literal["exact", "flexible"] = "exact"
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -93,10 +110,16 @@ class Workload(Section):
         return self
 
 
+def _known_device(device: str) -> str:
+    if device not in ("auto", *DEVICES):
+        raise ValueError(f"unknown, use auto or one of {', '.join(DEVICES)}")
+    return device
+
+
 class Platform(Section):
     """Where the trial runs. `gpu` counts the visible GPUs of that kind; None: any free one."""
 
-    device: Literal["auto", "cpu", "cuda", "rocm"] = "auto"
+    device: Annotated[str, AfterValidator(_known_device)] = "auto"
     gpu: int | None = Field(None, ge=0)
 
 
@@ -138,8 +161,9 @@ class Measure(Section):
 class Profile(Section):
     """What is looked at after the timed iterations; never during them.
 
-    `energy`: over `energy_seconds` of calls; auto: where the machine tells it, true: refuse the
-    trial where it does not. `roofline`: against ceilings that were measured once on this machine,
+    `energy`: over `energy_seconds` of calls; auto: where the machine tells it, and in a sweep of
+    trials about as fast as the best so far; true: always, and refuse the trial where the machine
+    does not tell it. `roofline`: against ceilings that were measured once on this machine,
     or the vendor's.
     """
 
@@ -166,13 +190,20 @@ class Guard(Section):
     lossy_cap: float = Field(0.10, gt=0)
 
 
-class Limits(Section):
+_JUDGED: dict[str, Any] = {
+    name: (float | None, Field(None, gt=0, allow_inf_nan=False)) for name in LIMITS
+}
+
+
+class Limits(create_model("_Judged", __base__=Section, **_JUDGED)):  # type: ignore[misc]
     """Longest time in seconds for each phase of a trial; past it the trial is ended.
 
     `latency_ms`: a call that is surely slower is not measured to the end (see `pruning`).
-    With it, `peak_mib`, `compile_seconds` (of the first call, as it was seen: shorter with warm
-    caches) and `rel_l2` (the guard's) judge results: above one of them a trial is never the best.
-    They change no measurement, so they are no part of a configuration's identity.
+    `best_ms`: the fastest of the sweep so far, for `profile.energy=auto`; the sweep fills it in.
+    `latency_ms` and the limits of all other figures (`figures.LIMITS`) judge results: above one of
+    them a trial is never the best. They change no measurement, so they are no part of a
+    configuration's identity. `compile_seconds` is the first call as it was seen: less with warm
+    caches.
     """
 
     load: float = Field(600, gt=0)
@@ -185,9 +216,7 @@ class Limits(Section):
     energy: float = Field(300, gt=0)
     ceilings: float = Field(300, gt=0)
     latency_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
-    peak_mib: float | None = Field(None, gt=0, allow_inf_nan=False)
-    compile_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
-    rel_l2: float | None = Field(None, gt=0, allow_inf_nan=False)
+    best_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 class Tracking(Section):
@@ -279,7 +308,7 @@ class Config(BaseModel):
         device = _resolve_device(self.platform, machine)
         measure = self.measure
         if measure.max_seconds is None:
-            seconds = CPU_SECONDS if device == "cpu" else GPU_SECONDS
+            seconds = GPU_SECONDS if BY_DEVICE[device].is_gpu else CPU_SECONDS
             measure = measure.model_copy(update={"max_seconds": seconds})
         # Not in `parse`, by which documents are read whose defaults were others.
         _check_time(measure, self.limits)
@@ -289,7 +318,9 @@ class Config(BaseModel):
         name = self.model.name
         if name == "auto":
             gpus = machine.gpus_for(device)
-            roomy = bool(gpus) and gpus[self.platform.gpu or 0].memory_mib >= PI0_MEMORY_MIB
+            # A GPU that tells no memory of its own shares the host's.
+            own = gpus[self.platform.gpu or 0].memory_mib or machine.memory_mib if gpus else 0
+            roomy = own >= PI0_MEMORY_MIB
             family = "pi0" if weights.path is None else checkpoint_file.family(weights.path)
             small: Literal["pi0_mini", "pi05_mini"] = (
                 "pi05_mini" if family == "pi05" else "pi0_mini"
@@ -297,12 +328,22 @@ class Config(BaseModel):
             name = family if roomy else small
         return self.model_copy(
             update={
-                "model": self.model.model_copy(update={"name": name}),
+                "model": self.model.model_copy(
+                    update={"name": name, "rope_frequencies": self.rope_frequencies()}
+                ),
                 "weights": weights,
                 "platform": self.platform.model_copy(update={"device": device}),
                 "measure": measure,
             }
         )
+
+    def rope_frequencies(self) -> checkpoint_file.RopeFrequencies:
+        """The model's, those of its checkpoint's origin where it says `auto`."""
+        given = self.model.rope_frequencies
+        if given != "auto":
+            return given
+        path = self.weights.path
+        return "bfloat16" if path is None else checkpoint_file.rope_frequencies(path)
 
     def canonical(self) -> Config:
         """The same configuration with options that have no effect set to neutral values."""
@@ -408,26 +449,21 @@ def _check_time(measure: Measure, limits: Limits) -> None:
 
 
 def _resolve_device(platform: Platform, machine: Machine) -> Device:
-    usable = machine.usable_device()
-    if platform.device == "auto":
-        device: Device = usable
-    else:
-        device = platform.device
-    gpus = machine.gpus_for(device)
-    if device != "cpu" and not gpus:
+    device = machine.usable_device() if platform.device == "auto" else platform.device
+    gpus, vendor = machine.gpus_for(device), BY_DEVICE[device]
+    if vendor.is_gpu and not gpus:
+        said = "".join(f"{trouble}. " for trouble in machine.troubles if trouble.hides)
         raise UserError(
-            f"platform={device}: this machine has no {device.upper()} GPU that is visible. "
+            f"platform={device}: this machine has no {device.upper()} GPU that is visible. {said}"
             "Use platform=cpu or platform=auto, or check the driver and *_VISIBLE_DEVICES."
         )
-    build = machine.torch
-    has = {"cpu": True, "cuda": bool(build and build.cuda), "rocm": bool(build and build.hip)}
-    if not has[device]:
-        version = build.version if build else "none"
+    if not machine.built_for(device):
+        version = machine.torch.version if machine.torch else "none"
         raise UserError(
             f"platform={device}: the installed torch ({version}) was not built for it. "
             "Install the torch build of your GPU vendor, or use platform=cpu."
         )
-    if device != "cpu" and platform.gpu is not None and platform.gpu >= len(gpus):
+    if vendor.is_gpu and platform.gpu is not None and platform.gpu >= len(gpus):
         raise UserError(
             f"platform.gpu={platform.gpu}: this machine shows {len(gpus)} GPU(s), "
             f"counted from 0. Use platform.gpu=0 to {len(gpus) - 1}."

@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +24,7 @@ from openpi_opt.config import MIN_ITERATIONS, MIN_WARMUP
 from openpi_opt.machine import Device
 from openpi_opt.measure.stats import Clock
 from openpi_opt.pi0.inputs import Inputs
+from openpi_opt.vendor import BY_DEVICE
 
 T = TypeVar("T")
 
@@ -68,7 +70,8 @@ def time_calls(
     if iterations < MIN_ITERATIONS:
         raise ValueError(f"iterations={iterations}: at least {MIN_ITERATIONS} are needed")
     warm_up(lambda observation: call(upload(observation)), observations, warmup, device)
-    begin = _time_on_cpu if device == "cpu" else _time_on_gpu
+    accelerator = BY_DEVICE[device].accelerator()
+    begin = _time_on_cpu if accelerator is None else partial(_time_on_gpu, accelerator)
     with _no_garbage_collection():
         start_ns = time.monotonic_ns()
         timing = begin(call, observations, upload, iterations)
@@ -101,8 +104,8 @@ def warm_up(
 
 def synchronise(device: Device) -> None:
     """Wait until the current GPU has finished; on a CPU there is nothing to wait for."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+    if (accelerator := BY_DEVICE[device].accelerator()) is not None:
+        accelerator.synchronize()
 
 
 def _time_on_cpu(
@@ -123,27 +126,28 @@ def _time_on_cpu(
 
 
 def _time_on_gpu(
+    accelerator: Any,
     call: Callable[[T], object],
     observations: Sequence[T],
     upload: Callable[[T], T],
     iterations: int,
 ) -> Timing:
-    starts = _ready_events(iterations)
-    ends = _ready_events(iterations)
+    starts = _ready_events(accelerator, iterations)
+    ends = _ready_events(accelerator, iterations)
     wall_ns = [0] * iterations
     upload_ns = [0] * iterations
     for i in range(iterations):
         observation = observations[i % len(observations)]
-        torch.cuda.synchronize()
+        accelerator.synchronize()
         start_ns = time.perf_counter_ns()
         inputs = upload(observation)
-        torch.cuda.synchronize()
+        accelerator.synchronize()
         upload_ns[i] = time.perf_counter_ns() - start_ns
         start_ns = time.perf_counter_ns()
         starts[i].record()
         actions = call(inputs)
         ends[i].record()
-        torch.cuda.synchronize()
+        accelerator.synchronize()
         wall_ns[i] = time.perf_counter_ns() - start_ns
         del actions, inputs
     samples_ms = [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
@@ -151,12 +155,12 @@ def _time_on_gpu(
     return Timing(samples_ms, wall_ms, "device_events", upload_ms)
 
 
-def _ready_events(count: int) -> list[torch.cuda.Event]:
+def _ready_events(accelerator: Any, count: int) -> list[Any]:
     """Timing events that exist on the device: torch creates them at the first `record`."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+    events = [accelerator.Event(enable_timing=True) for _ in range(count)]
     for event in events:
         event.record()
-    torch.cuda.synchronize()
+    accelerator.synchronize()
     return events
 
 

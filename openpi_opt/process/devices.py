@@ -177,10 +177,11 @@ class Devices:
 
     def _cpu_slots(self, device: Device) -> list[Slot]:
         cores, count = _cores(), self.settings.cpu_slots
-        if count > len(cores):
+        most = self.machine.threads(len(cores))
+        if count > most:
             raise UserError(
-                f"devices.cpu_slots={count}: this process may use {len(cores)} core(s), and every "
-                f"slot needs one of its own.\nUse devices.cpu_slots=1 to {len(cores)}."
+                f"devices.cpu_slots={count}: this process may use {most} core(s), and every "
+                f"slot needs one of its own.\nUse devices.cpu_slots=1 to {most}."
             )
         shares = [_share(cores, number, count) for number in range(count)]
         return [Slot(f"CPU slot {n}", device, None, share) for n, share in enumerate(shares)]

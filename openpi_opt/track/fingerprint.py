@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from openpi_opt.config import Platform
-from openpi_opt.machine import Device, Gpu, Machine
+from openpi_opt.machine import Gpu, Machine
 from openpi_opt.paths import package_dir
 
 # ROCm and nightly builds of torch bring Triton under names of their own.
@@ -144,10 +144,11 @@ def source_hash() -> str:
 
 
 def _gpu(machine: Machine, platform: Platform | None) -> Gpu | None:
-    device: Device = machine.usable_device()
     index = 0
     if platform is not None and platform.device != "auto":
         device, index = platform.device, platform.gpu or 0
+    else:
+        device = machine.usable_device()
     gpus = machine.gpus_for(device)
     if len(gpus) == 1:  # in a trial, which sees its own only
         return gpus[0]

@@ -7,23 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stub_host import Host, wait_for
+from hosts import Host, wait_for
 
 from openpi_opt.process import locks
 from openpi_opt.process.child import end_marked
 from openpi_opt.process.environment import TRIAL_VARIABLE
 from openpi_opt.result import Failed, Ok
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
-    host = Host(tmp_path)
-    yield host
-    assert host.processes() == []
 
 
 def test_every_fault_of_a_trial_is_an_outcome_and_leaves_nothing(host: Host) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hosts import Host, wait_for
 from search_samples import CPU, failed, ok
-from stub_host import Host, wait_for
 from test_child import LIMITS, SAY
 from test_devices import gpu, machine
 

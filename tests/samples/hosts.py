@@ -1,4 +1,4 @@
-"""A store, and sweeps of stubs on it in processes of their own: what fault tests look at."""
+"""A host with a store, and sweeps of stubs on it in processes of their own."""
 
 from __future__ import annotations
 
@@ -10,11 +10,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
+
 from openpi_opt.paths import package_dir
 from openpi_opt.process import locks
 from openpi_opt.process.devices import LEASES_VARIABLE
 from openpi_opt.process.environment import TRIAL_VARIABLE
 from openpi_opt.track.journal import Journal, Record
+from openpi_opt.track.optuna_copy import OptunaCopy
+from openpi_opt.track.store import Store
+
+
+def optuna_study(store: Path, name: str) -> optuna.Study:
+    """The copy of a study with one space, made now."""
+    study_dir = store / "studies" / name
+    OptunaCopy(Store(store), study_dir).update(Journal.read(study_dir).records())
+    url = f"sqlite:///{store}/optuna.db"
+    (found,) = optuna.get_all_study_names(url)
+    return optuna.load_study(study_name=found, storage=url)
 
 
 class Host:
