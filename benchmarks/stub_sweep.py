@@ -56,6 +56,7 @@ def sweep(store: Path, own: argparse.Namespace) -> StudyOutcome:
     """Run the study until every seed has a result."""
     stub = [sys.executable, str(Path(__file__).with_name("stub_trial.py"))]
     stub += ["--seconds", str(own.seconds), *(["--faults"] if own.faults else [])]
+    stub += ["--escapes"] if own.escapes else []
     for name in (
         "started",
         "finished",
@@ -108,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--gpus", type=int, default=0, help="so many stub GPUs instead of cores")
     options.add_argument("--prepare", type=int, default=1, help="trials beside each other")
     options.add_argument("--measures", type=float, help="seconds with the device")
+    options.add_argument("--escapes", action="store_true", help="every third trial leaves a daemon")
     options.add_argument("--together", type=int, help="ask when so many have imported")
     options.add_argument(
         "--ticks", type=Path, help="file for when trials and children of theirs ran"

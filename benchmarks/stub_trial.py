@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--finished", type=Path, help="file that gets the uid of every result")
     parser.add_argument("--imports", type=float, default=0.0, help="seconds before it loads")
     parser.add_argument("--measures", type=float, default=0.0, help="seconds with the device")
+    parser.add_argument("--escapes", action="store_true", help="every third leaves a daemon")
     parser.add_argument("--together", type=int, default=0, help="ask when so many have imported")
     parser.add_argument("--ticks", type=Path, help="file for when it and a child of it ran")
     parser.add_argument("--dies", type=int, help="seed that dies in its import")
@@ -81,7 +82,7 @@ def main() -> None:
     while own.together and own.events.read_text().count('"imported"') < own.together:
         time.sleep(0.01)
     _say(own.progress_fd, "compile")
-    _misbehave(fault)
+    _misbehave("escape" if own.escapes and seed % 3 == 0 else fault, own.result)
     pass_gate(own.progress_fd, own.gate_fd)
     _say(own.progress_fd, "measure")
     event("device")
@@ -127,7 +128,7 @@ def pass_gate(progress_fd: int, gate_fd: int | None) -> None:
         sys.exit("the gate was closed")
 
 
-def _misbehave(fault: str) -> None:
+def _misbehave(fault: str, result: Path) -> None:
     if fault == "segfault":
         os.kill(os.getpid(), signal.SIGSEGV)
     elif fault == "abort":
@@ -146,7 +147,7 @@ def _misbehave(fault: str) -> None:
     elif fault == "escape" and os.fork() == 0:  # a daemon with every descriptor and no variable
         os.setsid()
         if os.fork() == 0:
-            os.execve("/bin/sleep", ["sleep", "3600"], {})
+            os.execve("/bin/sleep", [str(result), "3600"], {})
         os._exit(0)
     elif fault == "flood":
         line = b"x" * 65_535 + b"\n"

@@ -545,17 +545,20 @@ def _text(path: Path) -> str:
 def end_marked(uid: str) -> int:
     """End this user's processes on this host that belong to trial `uid`; returns how many.
 
-    They are found by their cgroup, where there is one, and by the mark in their environment, which
-    only the trial and what it started have. A process number says nothing: it may belong to a
-    stranger by now. Returns when they are gone, or after a while when the kernel keeps them.
+    They are found by their cgroup, where there is one, below the trial's watcher, and by the mark
+    in their environment, which only the trial and what it started have. A process number says
+    nothing: it may belong to a stranger by now. Returns when they are gone, or after a while when
+    the kernel keeps them.
     """
     mark = f"{TRIAL_VARIABLE}={uid}".encode()
     ended: set[int] = set()
     deadline = time.monotonic() + _ORPHAN_SECONDS
     while time.monotonic() < deadline:
         own = _own_processes()
-        found = [each for each in own if mark in _words(each.pid, "environ")]
         watchers = [each for each in own if mark in _words(each.pid, "cmdline")]
+        found = [each for each in own if mark in _words(each.pid, "environ")]
+        below = [each for root in watchers for each in watcher.descendants(root.pid)]
+        found += [each for each in below if each.lives]
         if not found and not watchers:
             break
         # Again and again: one of them may have started another in between. A watcher ends by

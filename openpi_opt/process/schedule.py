@@ -66,6 +66,8 @@ class Room:
         seen = self._seen.get(cfg.context_hash())
         if seen is not None:
             return Need(seen.device * _MARGIN + _CONTEXT_MIB, seen.host * _MARGIN)
+        if cfg.model.name == "auto":
+            cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"name": "pi0"})})
         weights = sum(stage.weights for stage in stage_work(cfg).values()) / 2**20
         whole = _COPIES * weights + _CONTEXT_MIB
         return Need(whole, whole)
@@ -219,9 +221,10 @@ class Schedule:
             DeviceLostError: nobody gets on any more.
             StoppedError: all is to end.
         """
+        need = self.room.need(cfg)
         gate, write = os.pipe()
         stopped = os.memfd_create("stopped")
-        turn = Turn(gate, stopped, self, entry, self.room.need(cfg), write, alone)
+        turn = Turn(gate, stopped, self, entry, need, write, alone)
         try:
             with self.changed:
                 self._let_in(turn)
