@@ -35,6 +35,7 @@ CONTROL_KEYS = (
     "objective",
     "dry_run",
     "space",
+    "start",
     "executor",
     "storage",
     "provenance",

@@ -60,15 +60,28 @@ def config_root(folder: Path) -> Iterator[Path]:
         yield Path(root)
 
 
-def write(path: Path, cfg: Config, provenance: dict[str, Any]) -> None:
-    """Write the preset atomically.
+def check_free(path: Path) -> None:
+    """Raise UserError where there is a preset already."""
+    if path.exists():
+        raise UserError(f"preset {path} exists. Choose another --name, or --force to replace it.")
+
+
+def write(path: Path, cfg: Config, provenance: dict[str, Any], replace: bool = False) -> None:
+    """Write the preset, whole or not at all, and never over another unless `replace`.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: there is a preset of this name, or the folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, render(cfg, provenance))
+        try:
+            write_atomic(path, render(cfg, provenance), replace)
+        except FileExistsError:
+            raise UserError(
+                f"preset {path} was written by another promotion meanwhile, and is left as it is."
+                "\nWhat was measured is kept: the same command with another --name, or --force, "
+                "takes no new process."
+            ) from None
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror}. Choose another --preset-dir."

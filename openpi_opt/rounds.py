@@ -29,6 +29,7 @@ from openpi_opt.confirm.rounds import (
     Place,
     Stage,
     draw_rounds,
+    flagged,
     measure_rounds,
 )
 from openpi_opt.confirm.steps import Target
@@ -280,19 +281,6 @@ def refusal(cfg: Config, machine: Any) -> str | None:
     """Why this machine cannot run a configuration; None when it can."""
     found = refused(cfg, machine)
     return None if found is None else why(found)
-
-
-def flagged(processes: Iterable[Sequence[str]]) -> list[str]:
-    """A line for each check that flagged processes: `flagged host_shared: 5 of 24 processes`.
-
-    `processes` has the flags of each, as `result.Ok.flags` gives them.
-    """
-    every = list(processes)
-    names = [name for flags in every for name in {flag.partition(":")[0] for flag in flags}]
-    return [
-        f"flagged {name}: {names.count(name)} of {len(every)} processes"
-        for name in sorted(set(names))
-    ]
 
 
 def percent(value: float) -> str:

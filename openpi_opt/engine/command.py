@@ -10,7 +10,6 @@ from typing import Any
 
 from openpi_opt import cli
 from openpi_opt.compare import print_table
-from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Display, Lines, Live
 from openpi_opt.engine.dry_run import print_dry_run
 from openpi_opt.engine.plan import StudyRequest
@@ -20,12 +19,13 @@ from openpi_opt.paths import conf_dir
 from openpi_opt.remote.engines import connected
 from openpi_opt.remote.remote import Nodes
 from openpi_opt.result import Ok
+from openpi_opt.space.named import chosen_starts
 from openpi_opt.space.points import Compose, Points
 from openpi_opt.space.prepare import prepare, require_some
 from openpi_opt.space.settings import Settings, check_not_swept, default_study_name
 from openpi_opt.space.space import Space
 from openpi_opt.track.mlflow_content import reason
-from openpi_opt.track.report import Group, Row, groups, lossy, mean_ms
+from openpi_opt.track.report import Group, Row, groups, lossy, mean_ms, shared, what
 from openpi_opt.track.store import DEFAULT_STORE, Store, check_study_name
 
 
@@ -43,6 +43,7 @@ def run_command_line(
     """
     settings = Settings.parse(composed)
     check_not_swept(space)
+    space = chosen_starts(space, settings.start)
     if not (swept or settings.space.is_empty()):
         raise UserError("a space is a sweep. Add -m to try its combinations.")
     name = default_study_name(overrides) if settings.study is None else settings.study
@@ -105,6 +106,8 @@ def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False)
     best = [row for group in groups(outcome.records, criteria=criteria) for row in _winners(group)]
     if not best and any(criteria.over(record.result) for record in outcome.records):
         print(f"best: none, nothing that may win keeps the limits ({criteria.limits_text()})")
+    for line in outcome.remarks:
+        print(line)
     if outcome.exit_code:
         _print_reasons(outcome)
     faster = any(row.record.role != "baseline" for row in best)
@@ -115,38 +118,41 @@ def _winners(group: Group) -> list[Row]:
     """Print the best of a context, or its Pareto set, the fastest first; returns them."""
     best = [row for row in group.rows if row.best]
     for row in best:
-        print(_best_line(row, group.criteria))
+        print(_best_line(row, group))
     front = sorted((row for row in group.rows if row.pareto), key=mean_ms)
     if front:
         ok = sum(row.ok is not None for row in group.rows)
         print(f"Pareto set of {group.criteria.objectives_text()}: {len(front)} of {ok} ok trials")
     for row in front:
-        print(_front_line(row, group.criteria))
+        print(_front_line(row, group))
     return best + front
 
 
-def _front_line(row: Row, criteria: Criteria) -> str:
+def _front_line(row: Row, group: Group) -> str:
+    criteria = group.criteria
     values = criteria.values(row.record.result)
     assert values is not None
     figures = zip(criteria.figures(), values, strict=True)
     shown = ", ".join(figure.text(value) for figure, value in figures)
     gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
-    return f"  trial {row.record.number} ({_what(row)}): {shown}{gain}"
+    return f"  trial {row.record.number} ({_what(row, group)}): {shown}{gain}"
 
 
-def _what(row: Row) -> str:
-    what = " ".join(f"{key}={text}" for key, text in row.differs.items()) or "baseline"
-    return what + (", lossy" if lossy(row.record) else "")
+def _what(row: Row, group: Group) -> str:
+    """What tells it apart from the baseline."""
+    words = [*(f"{key}={text}" for key, text in shared(group).items()), what(row, group)]
+    found = " ".join(word for word in words if word != "nothing else")
+    return found + (", lossy" if lossy(row.record) else "")
 
 
-def _best_line(row: Row, criteria: Criteria) -> str:
+def _best_line(row: Row, group: Group) -> str:
     assert row.ok is not None
     latency = row.ok.latency
     figures = f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms"
-    for figure in criteria.figures():
+    for figure in group.criteria.figures():
         if figure.key != "mean_ms":
             figures += f", {figure.name} {figure.text(figure.value(row.ok))}"
-    line = f"trial {row.record.number} ({_what(row)}), {figures}"
+    line = f"trial {row.record.number} ({_what(row, group)}), {figures}"
     if row.record.role == "baseline":
         return f"best: the baseline, {line}; nothing that was tried is faster"
     gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""

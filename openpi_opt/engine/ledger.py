@@ -17,7 +17,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.machine import Device, Gpu, Machine
 from openpi_opt.process.locks import Claims, Controllers, Held
 from openpi_opt.result import Pruned, TrialResult
-from openpi_opt.track import pareto
+from openpi_opt.track import curve, pareto
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record, Role
 from openpi_opt.track.store import Store
@@ -212,8 +212,8 @@ class Ledger:
         )
 
     def draw(self) -> None:
-        """Leave the Pareto sets as data and plots in the study's folder, where there are several
-        objectives.
+        """Leave plots and their data in the study's folder: the best so far against minutes, or
+        the Pareto sets where there are several objectives.
 
         Raises:
             UserError: the folder cannot be written.
@@ -221,6 +221,7 @@ class Ledger:
         self.refresh()
         with _user_errors(self.study_dir):
             pareto.write(self.study_dir, self.journal.records())
+            curve.write(self.study_dir, self.journal.records())
 
     def close(self) -> None:
         """Leave the study."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
@@ -33,6 +34,7 @@ from openpi_opt.process.environment import cleared_names
 from openpi_opt.process.run import run_trial
 from openpi_opt.remote.remote import Nodes, RemoteExecutor
 from openpi_opt.result import Ok, TrialResult
+from openpi_opt.space.neighbours import NOISE, Neighbours
 from openpi_opt.space.optimizer import Optimizer, Proposal
 from openpi_opt.space.points import Compose, Points
 from openpi_opt.space.sensible import LeftOut, NotSensibleError
@@ -50,7 +52,8 @@ _POLL_SECONDS = 0.25
 class StudyOutcome:
     """What there is now: the records of the points of this space, and of their baselines.
 
-    `left_out` says which classes of combinations were not tried, and why.
+    `left_out` says which classes of combinations were not tried, and why; `remarks` what is known
+    of the best one's neighbours.
     """
 
     name: str
@@ -60,6 +63,7 @@ class StudyOutcome:
     ended: str
     new: int
     left_out: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     criteria: Criteria = field(default_factory=Criteria)
 
     @property
@@ -127,7 +131,7 @@ def run_study(
         settle(criteria, ledger, display)
         machine_hash = ledger.fingerprint_hash(first)
         space = space_hash(request.space, machine_hash, criteria.objectives)
-        optimizer = _optimizer(request, plan, ledger, criteria)
+        optimizer = _optimizer(request, plan, ledger, criteria, points, pace)
         with ledger.planning():
             write_space(ledger.study_dir, space, request.space.distributions())
         copies = Copies(
@@ -151,13 +155,22 @@ def run_study(
     return engine.outcome(store, ended)
 
 
-def _optimizer(request: StudyRequest, plan: Plan, ledger: Ledger, criteria: Criteria) -> Optimizer:
+def _optimizer(
+    request: StudyRequest,
+    plan: Plan,
+    ledger: Ledger,
+    criteria: Criteria,
+    points: Points,
+    pace: Pace,
+) -> Optimizer:
     settings = request.settings
     # Neither sweeps that begin at the same time nor one that goes on are to propose the same.
     seed = settings.seed + 7919 * ledger.others + len(ledger.journal)
     return Optimizer(
         *(request.space, plan.sampler, seed, criteria),
         allow_lossy=settings.objective.allow_lossy,
+        points=points,
+        patience=pace.patience,
     )
 
 
@@ -181,6 +194,8 @@ class _Engine:
     _lessons: Lessons = field(default_factory=Lessons)
     _best: dict[str, float] = field(default_factory=dict)  # milliseconds, by context
     _left_out: dict[str, int] = field(default_factory=dict)
+    _used: Callable[[], float] = float  # the part of the number of trials that is used
+    neighbours: Neighbours | None = None  # where a sampler chooses
     hurried: bool = False  # by a second interruption
     _read: int = 0  # records of the journal that were looked at
     _started: float = field(default_factory=time.monotonic)
@@ -226,8 +241,21 @@ class _Engine:
         if plan.enumerated:
             source = Enumerated(space, limit)
         else:
-            source = Sampled(self.optimizer, space, limit, self._open_hashes)
+            source = sampled = Sampled(
+                *(self.optimizer, space, limit, self._open_hashes), self._neighbours()
+            )
+            self._used = sampled.share
         return Timed(source, self.pace)
+
+    def _neighbours(self) -> Neighbours | None:
+        """Those of the best point, where one objective says which that is."""
+        if self.criteria.several:
+            return None
+        self.neighbours = Neighbours(
+            *(self.optimizer, self.request.space, self.points),
+            share=lambda: max(self._used(), self.pace.share()),
+        )
+        return self.neighbours
 
     def _end(self) -> None:
         """End what still runs; a second interruption ends it at once."""
@@ -285,7 +313,22 @@ class _Engine:
                 if text in self._left_out
             ],
             criteria=self.criteria,
+            remarks=self._remarks(),
         )
+
+    def _remarks(self) -> list[str]:
+        """How much the best of a sampled study is known to be the best, and a simpler one."""
+        if self.neighbours is None:
+            return []
+        near, simpler = self.neighbours.text(self.optimizer.tried), self.neighbours.simplest()
+        lines = [near] if near else []
+        if simpler is not None:
+            cfg = self.points.config(simpler[0])
+            lines.append(
+                f"simplest within {NOISE:.1%} of the best: {simpler[1]:.3f} ms, "
+                f"{label(cfg, 'trial', {})}"
+            )
+        return lines
 
     def _fill(self, source: Source) -> None:
         """Start a trial on every device that is free, as long as there is something to try."""
@@ -468,7 +511,9 @@ class _Engine:
         record = self.trials.keep(job, result)
         self.pace.ended(job.uid)
         self._tell(job, record)
-        self.display.end(job.position, job.title, record, known=False)
+        self.display.end(
+            *(job.position, job.title, record), known=False, remark=self._remark(record)
+        )
 
     def _answer(self, job: Job, record: Record, shown: bool) -> None:
         """A job whose result is known."""
@@ -477,6 +522,17 @@ class _Engine:
         if shown and job.proposal is not None:
             title = label(job.cfg, job.role, job.params)
             self.display.end(job.position, title, record, known=True)
+
+    def _remark(self, record: Record) -> str:
+        """How a result stands against the best so far, and how the sweep gets on."""
+        result = record.result
+        best, words = self._best.get(result.context_hash), []
+        if best is not None and isinstance(result, Ok):
+            gain = result.latency.mean_ms / best - 1
+            words.append("best so far" if gain <= 0 else f"{gain:+.1%} to the best")
+        if record.role == "trial" and self.request.swept:
+            words.append(f"[{self.pace.text()}]")
+        return ", ".join(words[:-1]) + " " + words[-1] if words else ""
 
     def _race(self, job: Job) -> Race:
         """What a trial runs against; a baseline is to compare with, however slow."""

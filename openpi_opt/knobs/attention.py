@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from openpi_opt.knobs.base import Knob, Options, Refusal
 
@@ -87,6 +87,15 @@ class Attention(Knob[AttentionOptions]):
 
     name = "attention"
     options_type = AttentionOptions
+    # The state token, run once, is attention of the denoising kind in the prefill.
+    stages: ClassVar = {
+        "vision": ("vision",),
+        "prefill": ("prefill",),
+        "denoise": ("prefill", "denoise"),
+        "launch_vision": ("vision",),
+        "launch_prefill": ("prefill",),
+        "launch_denoise": ("prefill", "denoise"),
+    }
 
     def check(self, cfg: Config, machine: Machine) -> Refusal | None:
         """Triton kernels need a GPU; AMD's aiter also the package and a 16-bit precision."""

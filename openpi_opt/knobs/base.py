@@ -32,6 +32,9 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# The stages of an inference, as a profile names them.
+STAGES = ("vision", "prefill", "denoise")
+
 O = TypeVar("O", bound=Options)  # noqa: E741
 
 
@@ -53,6 +56,17 @@ class Knob(Generic[O]):
 
     name: ClassVar[str]
     options_type: type[O]
+    # Stages whose time an option can change, by the option's dotted name below the knob or the
+    # first part of it. What is not named can change all of them. A search learns by it: a stage's
+    # time teaches nothing about an option that does not touch the stage.
+    stages: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    @classmethod
+    def touches(cls, option: str) -> tuple[str, ...]:
+        """The stages that the option (dotted, below the knob) can change."""
+        parts = option.split(".")
+        names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        return next((cls.stages[name] for name in names if name in cls.stages), STAGES)
 
     def of(self, cfg: Config) -> O:
         """This knob's options in `cfg`."""

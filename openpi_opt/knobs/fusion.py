@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from openpi_opt.knobs.base import Knob, Options, Refusal
 
@@ -52,6 +52,13 @@ class Fusion(Knob[FusionOptions]):
 
     name = "fusion"
     options_type = FusionOptions
+    stages: ClassVar = {
+        "qkv": ("prefill", "denoise"),
+        "gate_up": ("prefill", "denoise"),
+        "vision_qkv": ("vision",),
+        "vision_mlp": ("vision",),
+        "expert_layer": ("prefill", "denoise"),
+    }
 
     def check(self, cfg: Config, machine: Machine) -> Refusal | None:
         """The fused expert layer needs a GPU, and its parts among the other options."""

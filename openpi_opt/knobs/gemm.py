@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,8 @@ class Gemm(Knob[GemmOptions]):
 
     name = "gemm"
     options_type = GemmOptions
+    # Few rows: the denoising steps, and the state token where it is run once.
+    stages: ClassVar = {"backend": ("prefill", "denoise"), "max_rows": ("prefill", "denoise")}
 
     def check(self, cfg: Config, machine: Machine) -> Refusal | None:
         """Triton compiles for GPUs only."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from openpi_opt.knobs.base import Knob, Options, switches_label
 
@@ -52,6 +52,13 @@ class Simplify(Knob[SimplifyOptions]):
 
     name = "simplify"
     options_type = SimplifyOptions
+    stages: ClassVar = {
+        "last_layer": ("prefill",),
+        "time_mlp": ("denoise",),
+        "state_once": ("prefill", "denoise"),
+        "kv_buffer": ("prefill", "denoise"),
+        "rope_tables": ("prefill", "denoise"),
+    }
 
     def canonical(self, cfg: Config) -> SimplifyOptions:
         """A fused expert layer needs no buffer; pi05 has no state token to run once."""

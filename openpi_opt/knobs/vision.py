@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from openpi_opt.knobs.base import Knob, Options
 
@@ -36,6 +36,7 @@ class Vision(Knob[VisionOptions]):
 
     name = "vision"
     options_type = VisionOptions
+    stages: ClassVar = {"cameras": ("vision",)}
 
     def canonical(self, cfg: Config) -> VisionOptions:
         """Nothing to skip without masked tokens; one camera left is one pass either way."""

@@ -9,6 +9,7 @@ or of the whole group, wins over the file.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -57,8 +58,20 @@ class NamedSpace(BaseModel):
                 "the command line gives one value to all that the space sweeps.\n"
                 "Leave out an override, or the space."
             )
-        start = {name: _params(lines, taken, name) for name, lines in self.start.items()}
+        start = {
+            name: _params(lines, taken, name) for name, lines in self._starts(arguments).items()
+        }
         return Space(dimensions, space.fixed, space.orders, sensible_only=True, start=start)
+
+    def _starts(self, arguments: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """The file's, or those of `space.start={...}`, which Hydra would add to the file's."""
+        given = [parse_override(line) for line in arguments if _key(line) == "space.start"]
+        if not given:
+            return self.start
+        value = given[-1].value()
+        if not isinstance(value, dict):
+            raise UserError("space.start names points: {NAME: [key=value]}, or {} for none.")
+        return {str(name): tuple(map(str, lines)) for name, lines in value.items()}
 
     def _cumulative(self, taken: Sequence[str]) -> dict[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {}
@@ -69,6 +82,24 @@ class NamedSpace(BaseModel):
                     standing[_key(line)] = line
             found[name] = tuple(standing.values())
         return found
+
+
+def chosen_starts(space: Space, names: Sequence[str] | None) -> Space:
+    """The space with these of its starting points, in this order; None for all of them.
+
+    Raises:
+        UserError: a name that the space does not have.
+    """
+    if names is None:
+        return space
+    unknown = [name for name in names if name not in space.start]
+    if unknown:
+        known = ", ".join(space.start) or "none"
+        raise UserError(
+            f"start=[{','.join(names)}]: the space has no point {', '.join(unknown)}; it has "
+            f"{known}.\nUse start=[] to begin blind, or leave it out for all of them."
+        )
+    return dataclasses.replace(space, start={name: space.start[name] for name in names})
 
 
 def _params(lines: Iterable[str], taken: Sequence[str], name: str) -> dict[str, str]:

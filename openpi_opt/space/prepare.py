@@ -97,6 +97,13 @@ def _check_starts(space: Space) -> None:
                 f"space: start {name} names {', '.join(unknown)}, which the space does not sweep.\n"
                 "Take it out, or sweep it."
             )
+        for key, text in params.items():
+            values = space.dimensions[key].texts()
+            if space.dimensions[key].count() is not None and text not in values:
+                raise UserError(
+                    f"space: start {name} says {key}={text}, and the space has {', '.join(values)}."
+                    "\nTake it out, or add the value."
+                )
 
 
 def _kept(dimension: Dimension, alive: Iterable[str]) -> Dimension:

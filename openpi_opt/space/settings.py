@@ -24,7 +24,7 @@ from openpi_opt.process.devices import DeviceSettings
 from openpi_opt.space.named import NamedSpace
 from openpi_opt.space.space import Space, parse_override
 
-SamplerName = Literal["auto", "grid", "tpe", "random", "gp"]
+SamplerName = Literal["auto", "grid", "stages", "tpe", "random", "gp"]
 # Where a study is kept and what is looked at afterwards change no result.
 _NOT_IDENTITY = ("tracking", "limits", "profile", "hydra")
 # These settings say what is tried and what wins, so they are part of a study's identity.
@@ -128,6 +128,7 @@ class Settings(BaseModel):
     baseline: bool = True
     objective: Objective = Objective()
     space: NamedSpace = NamedSpace()
+    start: tuple[str, ...] | None = None
     dry_run: int | None = Field(None, ge=1)
     fresh: bool = False
     devices: DeviceSettings = DeviceSettings()
@@ -165,6 +166,12 @@ class Settings(BaseModel):
         """`objective=[latency,memory]` and `objective=latency` say what to minimise."""
         value = [value] if isinstance(value, str) else value
         return {"minimize": value} if isinstance(value, (list, tuple)) else value
+
+    @field_validator("start", mode="before")
+    @classmethod
+    def _all_or_one(cls, value: Any) -> Any:
+        """`start=all` and `start=NAME`."""
+        return None if value == "all" else [value] if isinstance(value, str) else value
 
     @field_validator("study", "store", mode="before")
     @classmethod

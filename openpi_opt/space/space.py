@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
     from optuna.distributions import BaseDistribution
 
+MOST_VALUES = 64  # of one key, for `few_values`
 _PLAIN_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
 _NOT_WORDS = ("null", "true", "false", "inf", "nan")  # what the grammar reads as something else
 
@@ -145,6 +146,12 @@ class Space:
             random.Random((self.orders or {})[key]).shuffle(shuffled)
             return shuffled
         return texts
+
+
+def few_values(space: Space) -> bool:
+    """Whether every key has a list of values, few enough for a sampler to look at each."""
+    counts = [dimension.count() for dimension in space.dimensions.values()]
+    return all(count is not None and count <= MOST_VALUES for count in counts)
 
 
 @lru_cache(maxsize=4096)

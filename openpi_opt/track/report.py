@@ -17,20 +17,24 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from openpi_opt.cli import print_uncut
+from openpi_opt.cli import least_width, print_uncut
 from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria, pareto
 from openpi_opt.figures import Figure
-from openpi_opt.result import Ok
+from openpi_opt.result import Ok, Pruned
 from openpi_opt.track.fingerprint import differences
 from openpi_opt.track.journal import Record
 from openpi_opt.track.mlflow_content import device, one_line, reason
 
 MAX_REASON = 300
 MIN_FOLDED = 8  # a knob's column may fold its text down to this many characters
-# Wide enough that a table in a pipe or a file is never cut.
+# Below a table in a pipe or a file each remark is one line; the table itself is this wide at most
+# as long as its figures allow it.
 PIPE_WIDTH = 1_000
+TABLE_WIDTH = 120
+WHAT = "what differs"
 STALE_MARK = "†"
+_FIGURES_WIDTH = 60  # of the columns beside those of the keys
 DATASHEET_MARK = "‡"
 
 
@@ -126,13 +130,27 @@ def print_table(
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     with console.capture() as capture:
         for group in groups(records, allow_lossy, criteria):
-            print_uncut(console, _table(group, columns))
+            _print(console, _table(group, columns))
             console.print(*_below(group), sep="\n", overflow="fold")
             if stages and (floors := _floors(group)):
                 console.print()
                 print_uncut(console, floors)
     for line in capture.get().splitlines():
         print(line.rstrip())
+
+
+def _print(console: Console, view: Table) -> None:
+    """A table as wide as it has to be, and no wider than `TABLE_WIDTH` if it can be folded."""
+    natural = console.measure(view, options=console.options.update(width=PIPE_WIDTH)).maximum
+    if min(natural, console.width) > TABLE_WIDTH:
+        view.width = max(TABLE_WIDTH, least_width(view))
+    print_uncut(console, view)
+
+
+def _widths(group: Group) -> list[int]:
+    """Of the columns, if each key has one."""
+    rows = [row.differs for row in group.rows]
+    return [max(len(key), *(len(differs[key]) for differs in rows)) + 2 for key in rows[0]]
 
 
 def _group(records: Sequence[Record], title: str, criteria: Criteria) -> Group:
@@ -163,6 +181,26 @@ def _group(records: Sequence[Record], title: str, criteria: Criteria) -> Group:
         for record in records
     ]
     return Group(title, found, _footnotes(records, found, criteria), criteria)
+
+
+def what(row: Row, group: Group) -> str:
+    """What tells the trial apart: what varies and is not at its default, without what all share."""
+    plain, common = Config.parse({}).labels(), shared(group)
+    shown = {k: text for k, text in row.differs.items() if text not in ("", plain.get(k))}
+    shown = {k: text for k, text in shown.items() if common.get(k) != text}
+    rest = "baseline" if row.record.role == "baseline" else "nothing else" if common else "defaults"
+    return " ".join(f"{key}={text}" for key, text in shown.items()) or rest
+
+
+def shared(group: Group) -> dict[str, str]:
+    """What all trials have in common, unlike the baseline; nothing where there is one trial."""
+    trials = [row.differs for row in group.rows if row.record.role != "baseline"]
+    if len(trials) < 2:
+        return {}
+    plain = Config.parse({}).labels()
+    first = trials[0]
+    same = {key for key in first if all(other.get(key) == first[key] for other in trials)}
+    return {key: text for key, text in first.items() if key in same and text != plain.get(key)}
 
 
 def mean_ms(row: Row) -> float:
@@ -318,16 +356,20 @@ def _overs(found: Sequence[Row], criteria: Criteria) -> list[str]:
 
 
 def _table(group: Group, columns: Sequence[Figure] = ()) -> Table:
-    ok = [row.ok for row in group.rows if row.ok]
+    counted = [row.record.result for row in group.rows]
+    ok = [result for result in counted if isinstance(result, Ok | Pruned)]
     kinds = {result.kernels.kind for result in ok if result.kernels}
+    single = sum(_widths(group)) > TABLE_WIDTH - _FIGURES_WIDTH
+    common = " ".join(f"{key}={text}" for key, text in shared(group).items())
+    title = f"{group.title}\nall trials: {common}" if single and common else group.title
     view = Table(
-        title=Text(group.title),
+        title=Text(title),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
     )
-    knobs = list(group.rows[0].differs)
+    knobs = [WHAT] if single else list(group.rows[0].differs)
     heads = ["#", *knobs, "outcome", "mean ± std ms", _count_name(kinds), "vs.\nbaseline"]
     limits = [_of_limit(row) for row in group.rows]
     heads += ["of\nlimit"] if any(limits) else []
@@ -336,7 +378,7 @@ def _table(group: Group, columns: Sequence[Figure] = ()) -> Table:
     body = [
         [
             _number(row),
-            *row.differs.values(),
+            *([what(row, group)] if single else row.differs.values()),
             _outcome(row),
             *_numbers(row, kinds),
             *([limit] if any(limits) else []),
@@ -462,6 +504,10 @@ def _number(row: Row) -> str:
 
 def _numbers(row: Row, kinds: AbstractSet[str]) -> list[str]:
     """Mean and std, kernels, ratio: empty where the outcome has none."""
+    pruned = row.record.result
+    if isinstance(pruned, Pruned):
+        count = str(pruned.kernels.total) if pruned.kernels else ""
+        return [f"above {pruned.seen_low_ms:.3f}", count, ""]
     if row.ok is None:
         return ["", "", ""]
     latency, kernels = row.ok.latency, row.ok.kernels
