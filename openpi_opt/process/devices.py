@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator
 
@@ -57,7 +57,7 @@ class DeviceSettings(BaseModel):
 
     gpus: Literal["all"] | list[StrictInt | str] = "all"
     cpu_slots: int = Field(1, ge=1)
-    prepare: Literal["auto"] | int = Field("auto", ge=1, le=64)
+    prepare: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
 
     @field_validator("gpus")
     @classmethod

@@ -133,7 +133,7 @@ class Turn:
         with self._schedule.changed:
             self._child = None
             if not gone:
-                self._schedule.lose()
+                self._schedule.lose(self)
 
 
 @dataclass(eq=False)
@@ -257,10 +257,10 @@ class Schedule:
             turn._child.resume()
         os.write(turn._write, b".")
 
-    def lose(self) -> None:
-        """Something that cannot be killed is on the device: nobody gets it any more."""
+    def lose(self, by: Turn) -> None:
+        """Something of `by` that cannot be killed is on the device: nobody gets it any more."""
         self.lost = True
-        self._withdraw([turn for turn in self._turns if turn is not self.taken])
+        self._withdraw([turn for turn in self._turns if turn not in (by, self.taken)])
         self.changed.notify_all()
 
     def _let_in(self, turn: Turn) -> None:

@@ -257,6 +257,24 @@ def test_sweeps_of_two_users_take_turns_on_one_gpu(tmp_path: Path) -> None:
     hosts[0].assert_all_free()
 
 
+class Killable:
+    """A child that is never there; when it is killed, its job reads that at the gate."""
+
+    paused = False
+
+    def __init__(self, turn: Turn):
+        self.turn = turn
+
+    def pause(self, seconds: float) -> list[str]:
+        return []
+
+    def resume(self) -> None:
+        return
+
+    def kill(self) -> None:
+        os.write(self.turn._write, b"k")
+
+
 class Jobs:
     """Jobs on a schedule, without processes: each asks, and goes on when it is told."""
 
@@ -289,9 +307,11 @@ class Jobs:
         """A job that asks when `ready`, and takes note when it has the device."""
 
         def run(turn: Turn) -> TrialResult:
+            turn.began(Killable(turn))  # type: ignore[arg-type]
             assert ready is None or ready.wait(20)
             turn.asks()
-            assert os.read(turn.gate, 1)
+            if os.read(turn.gate, 1) == b"k":
+                return failed(CUDA)
             self.order.append(name)
             return ok(CUDA, 1.0)
 
@@ -469,6 +489,7 @@ def test_a_gpu_that_somebody_waits_for_is_given_up(
     mine.release()
     assert list(here.free()) == [], "left to who waits"
     theirs = next(there.free())
+    assert list(here.free()) == []
     assert list(there.free()) == [], "now the first one waits"
     theirs.release()
     assert list(there.free()) == []
