@@ -31,9 +31,11 @@ Phase = Literal[
     "ceilings",
 ]
 CacheState = Literal["cold", "partly", "warm"]
-# Format 2 packs the samples and adds what says how sure a latency is. Format 1 is read: what it
-# lacks has the value None or is empty.
-SCHEMA_VERSION = 2
+# Format 2 packs the samples and adds what says how sure a latency is; format 3 has the files that
+# the trial imported, and hashes without defaults. Earlier ones are read: what they lack has the
+# value None or is empty, and their hashes are renewed (`track.identity.renewed`).
+SCHEMA_VERSION = 3
+FILES_SINCE = 3
 
 
 class _Part(BaseModel):
@@ -271,11 +273,16 @@ class Energy(_Part):
 
 
 class _Common(_Part):
-    schema_version: Literal[1, 2] = 2
+    """What every result has. `files` are those of this package that the trial imported, with a hash
+    of their content; empty where no process was started.
+    """
+
+    schema_version: Literal[1, 2, 3] = 3
     config: dict[str, Any]
     config_hash: str
     context_hash: str
     fingerprint: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
     started_at: str
     phase_seconds: dict[str, float] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt import cli
-from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.confirm.contenders import contenders, short
 from openpi_opt.confirm.fresh import FreshRuns, Planned
@@ -39,6 +38,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.process.devices import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
+from openpi_opt.space.compose import compose
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import DEFAULT_STORE, Store

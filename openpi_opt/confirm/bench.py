@@ -46,7 +46,7 @@ def confirm(
     baseline = candidates[0].config.resolved(runs.machine).baseline()
     here = runs.fingerprint_hash(baseline)
     others = [c for c in candidates if not c.config.is_baseline()]
-    current = [c for c in others if c.fingerprint_hash == here]
+    current = [c for c in others if c.fingerprint_hash == here and not c.changed]
     if others and not current:
         cli.say(
             "note: the study was measured with another machine or software: its order is used, "

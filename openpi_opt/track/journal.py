@@ -12,7 +12,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from openpi_opt import result as results
 from openpi_opt.errors import UserError, masked
 from openpi_opt.result import TrialResult, write_atomic
+from openpi_opt.track import identity
 from openpi_opt.track.fingerprint import package_version
 
 SCHEMA_VERSION = 1
@@ -87,7 +88,7 @@ class Journal:
         self._lock = FileLock(study_dir / "journal.lock", timeout=LOCK_TIMEOUT_S)
         self._records: list[Record] = []
         self._by_uid: dict[str, Record] = {}
-        self._by_hashes: dict[tuple[str, str], Record] = {}
+        self._by_hashes: dict[tuple[str, str], list[Record]] = {}
         self._read_to = 0  # bytes of the file that are in memory
         self._lines = 0  # that were read
 
@@ -142,9 +143,15 @@ class Journal:
         """Number of the record that is appended next, if nobody else appends one."""
         return self._records[-1].number + 1 if self._records else 0
 
-    def find(self, config_hash: str, fingerprint_hash: str) -> Record | None:
-        """The newest measurement of a configuration, leaving out those made to confirm one."""
-        return self._by_hashes.get((config_hash, fingerprint_hash))
+    def find(
+        self,
+        config_hash: str,
+        fingerprint_hash: str,
+        answers: Callable[[Record], bool] = lambda record: True,
+    ) -> Record | None:
+        """The newest measurement of a configuration that `answers`, leaving out confirmations."""
+        found = self._by_hashes.get((config_hash, fingerprint_hash), [])
+        return next(filter(answers, reversed(found)), None)
 
     def by_uid(self, uid: str) -> Record | None:
         """The record of that uid."""
@@ -198,10 +205,12 @@ class Journal:
         self._read_to += len(data)
 
     def _take(self, record: Record) -> None:
+        record = _renewed(record)
         self._records.append(record)
         self._by_uid[record.uid] = record
         if record.role != "confirm":
-            self._by_hashes[record.result.config_hash, record.fingerprint_hash] = record
+            key = record.result.config_hash, record.fingerprint_hash
+            self._by_hashes.setdefault(key, []).append(record)
 
     def _take_new_lines(self) -> bytes:
         """Read on from where reading ended; returns what follows the last newline."""
@@ -296,6 +305,15 @@ def _read_header(study_dir: Path) -> Header | None:
         return Header.model_validate_json(text)
     except ValidationError:
         raise _unreadable(text, str(path)) from None
+
+
+def _renewed(record: Record) -> Record:
+    """A record of an earlier format under the hashes of today."""
+    result = identity.renewed(record.result)
+    if result is record.result:
+        return record
+    machine = identity.renewed_fingerprint(result, record.fingerprint_hash)
+    return record.model_copy(update={"result": result, "fingerprint_hash": machine})
 
 
 def _sealed(line: bytes) -> bytes:
