@@ -32,6 +32,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.paths import conf_dir, user_conf_dir
 from openpi_opt.preset import check_name
+from openpi_opt.provenance import resolve_auto
 from openpi_opt.space.errors import user_errors
 from openpi_opt.space.files import PRESETS, Folder, PresetFolder, preset_parents, read
 from openpi_opt.space.settings import Settings
@@ -260,6 +261,7 @@ def compose(
     if preset is not None:
         check_name(preset)
         chosen.insert(0, f"preset={preset}")
+    chosen = resolve_auto(chosen, preset_dir)
     values = Composer(preset_dir).compose(chosen).values
     provenance = values.get("provenance") or {}
     keys = [parse_override(line).key_or_group.split(".") for line in overrides]
