@@ -137,8 +137,10 @@ class Composer:
         for line in overrides:
             if head(parse_override(line)) == "hydra":
                 raise UserError(f"{line}: Hydra's own settings have no effect here. Leave it out.")
+        # `NamedSpace.join` reads these points: Hydra would add them to the file's.
+        lines = [line for line in overrides if parse_override(line).key_or_group != "space.start"]
         with _hydra(), user_errors():
-            composed = self.loader.load_configuration(self._name, [*overrides], RunMode.RUN)
+            composed = self.loader.load_configuration(self._name, lines, RunMode.RUN)
             choices = {
                 str(group): str(option)
                 for group, option in composed.hydra.runtime.choices.items()
