@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -38,6 +39,8 @@ LIBRARIES = {
     "ck": ("rocm", "ck"),
 }
 _FP8_MIN_SM = 89
+# Addresses so far apart lie in the same memory channel of an MI300.
+_CHANNEL_BYTES = 512
 # aiter names no FP8 format for gfx940 and gfx941, and has no such CK kernels for others.
 _AITER_FP8_ARCHS = ("gfx942", "gfx950")
 _FP8_ARCHS = ("gfx940", "gfx941", "gfx942", "gfx950", "gfx1200", "gfx1201")
@@ -85,13 +88,17 @@ class Fp8Options(Options):
 
 
 class BlasOptions(Options):
-    """`backend` computes the linear layers, `library` is torch's own preference among BLAS."""
+    """`backend` computes the linear layers, `library` is torch's own preference among BLAS.
+
+    `pad_strides` keeps weights whose rows are multiples of 512 bytes with 256 bytes between them.
+    """
 
     backend: Literal["torch", "aiter", "fp8"] = "torch"
     library: Literal["default", "cublas", "cublaslt", "rocblas", "hipblaslt", "ck"] = "default"
     aiter: AiterOptions = AiterOptions()
     tunableop: TunableOpOptions = TunableOpOptions()
     fp8: Fp8Options = Fp8Options()
+    pad_strides: bool = False
 
 
 class Blas(Knob[BlasOptions]):
@@ -105,6 +112,9 @@ class Blas(Knob[BlasOptions]):
     - `fp8`, both: `torch._scaled_mm`, or on AMD aiter's `gemm_a8w8` (`fp8.gemm`; 1.57x reported for
       single products in sunxxuns/openpi-1); static scales per tensor. Lossy. sm89, gfx942 and
       newer; on the CPU it runs as a reference. Not run on AMD.
+    - `pad_strides`, both: rows of weights at multiples of 512 bytes meet in the same channels of an
+      MI300's memory (AMD's workload tuning guide: leading dimension K + 128). Exact. Not run on
+      AMD.
     """
 
     name = "blas"
@@ -119,6 +129,7 @@ class Blas(Knob[BlasOptions]):
             _aiter_problem(cfg, options.aiter, machine) if options.backend == "aiter" else None,
             _fp8_problem(cfg, options.fp8, machine) if options.backend == "fp8" else None,
             _nothing_left_for_gemm(cfg, options),
+            _padding_problem(cfg, options),
         ]
         return next((problem for problem in problems if problem is not None), None)
 
@@ -142,6 +153,7 @@ class Blas(Knob[BlasOptions]):
             aiter=aiter,
             tunableop=tunable,
             fp8=Fp8Options(stages=ordered, gemm=fp8.gemm, fast_accum=fast),
+            pad_strides=options.pad_strides,
         )
 
     def files(self, cfg: Config) -> Mapping[str, str]:
@@ -189,6 +201,8 @@ class Blas(Knob[BlasOptions]):
             _route_to_aiter(policy, cfg, options.aiter)
         elif options.backend == "fp8":
             _to_fp8(policy, cfg, options.fp8)
+        if options.pad_strides:
+            _pad_strides(policy)
 
     def wrap(self, call: Call, cfg: Config) -> Call:
         """After the first call: did aiter serve anything, and what did TunableOp find?"""
@@ -198,7 +212,7 @@ class Blas(Knob[BlasOptions]):
 
             call = _after_first(call, lookups().require_some)
         if options.tunableop.mode == "tune":
-            call = _after_first(call, _finish_tuning)
+            call = _after_first(call, partial(_finish_tuning, options.tunableop.file))
         return call
 
     def notes(self, cfg: Config) -> list[str]:
@@ -215,6 +229,8 @@ class Blas(Knob[BlasOptions]):
         words: list[str] = [options.backend]
         if options.library != "default":
             words.append(options.library)
+        if options.pad_strides:
+            words.append("pad_strides")
         for name in ("aiter", "tunableop", "fp8"):
             group = getattr(options, name)
             default = type(group)()
@@ -287,7 +303,8 @@ def _aiter_missing(option: str, cfg: Config, machine: Machine) -> Refusal | None
         return Refusal("unavailable", f"{option} needs an AMD GPU with ROCm")
     if machine.aiter is None or machine.aiter.kind != "amd":
         return Refusal(
-            "unavailable", f"{option} needs AMD's aiter (amd-aiter, from its source repository)"
+            "unavailable",
+            f"{option} needs AMD's aiter (pip install --pre amd-aiter, or its source)",
         )
     return None
 
@@ -305,6 +322,22 @@ def _nothing_left_for_gemm(cfg: Config, options: BlasOptions) -> Refusal | None:
         "invalid",
         f"blas={options.backend} takes every linear layer and leaves none to the kernel of gemm; "
         f"use gemm=torch or restrict {lever}",
+    )
+
+
+def _padding_problem(cfg: Config, options: BlasOptions) -> Refusal | None:
+    """Own kernels and aiter read rows without gaps."""
+    if not options.pad_strides:
+        return None
+    rivals = [
+        *([f"blas={options.backend}"] if options.backend != "torch" else []),
+        *(["gemm=triton_skinny"] if cfg.knobs["gemm"].backend != "torch" else []),  # type: ignore[attr-defined]
+        *(["fusion.expert_layer=true"] if cfg.knobs["fusion"].expert_layer else []),  # type: ignore[attr-defined]
+    ]
+    if not rivals:
+        return None
+    return Refusal(
+        "invalid", f"blas.pad_strides is for torch's products; {rivals[0]} reads dense weights"
     )
 
 
@@ -359,13 +392,27 @@ def _start_tunableop(options: TunableOpOptions) -> None:
         )
 
 
-def _finish_tuning() -> None:
-    """No tuning while measuring or capturing; an empty result means that nothing was tuned."""
+def _finish_tuning(file: str) -> None:
+    """No tuning while measuring or capturing; an empty result means that nothing was tuned.
+
+    torch 2.9 writes the file at exit, and only while tuning is on, so it is written here. From 2.10
+    on each result is written at once, and `write_file` is gone (torch/cuda/tunable.py).
+    """
     import torch
 
-    torch.cuda.tunable.tuning_enable(False)
-    if not torch.cuda.tunable.get_results():
+    tunable = torch.cuda.tunable
+    if not tunable.get_results():
         raise RefusedError("unavailable", "blas.tunableop: no product went through TunableOp")
+    write = getattr(tunable, "write_file", None)
+    if write is not None:
+        write(file)
+    tunable.tuning_enable(False)
+    if not Path(file).is_file():
+        raise RefusedError(
+            "unavailable",
+            f"blas.tunableop.mode=tune: torch {torch.__version__} found results and did not write "
+            f"{file}, so mode=use would have nothing to read",
+        )
 
 
 def _aiter_package() -> Path:
@@ -390,6 +437,27 @@ def _route_to_aiter(policy: Pi0Policy, cfg: Config, options: AiterOptions) -> No
         if options.preshuffle:
             shuffled = tuned_gemm.shuffled_weight(plain, options.preshuffle_multiple)
         tuned_gemm.become(plain, options.max_rows, shuffled, options.preshuffle_min_rows)
+
+
+def _pad_strides(policy: Pi0Policy) -> None:
+    """Lay the weights [N, K] that need it into [N, K + 256 bytes], of which layers see K."""
+    from openpi_opt.pi0.layers import Linear
+
+    padded = 0
+    for layer in policy.modules():
+        weight = layer.weight.data if isinstance(layer, Linear) else None
+        if weight is None or weight.stride(0) * weight.element_size() % _CHANNEL_BYTES:
+            continue
+        rows, columns = weight.shape
+        room = weight.new_empty(rows, columns + _CHANNEL_BYTES // 2 // weight.element_size())
+        layer.weight.data = room[:, :columns].copy_(weight)
+        padded += 1
+    if not padded:
+        raise RefusedError(
+            "invalid",
+            f"blas.pad_strides: no weight of this model has rows of a multiple of {_CHANNEL_BYTES} "
+            "bytes",
+        )
 
 
 def _to_fp8(policy: Pi0Policy, cfg: Config, options: Fp8Options) -> None:
