@@ -38,6 +38,10 @@ LIBRARIES = {
     "hipblaslt": ("rocm", "cublaslt"),
     "ck": ("rocm", "ck"),
 }
+_OVERRIDES = {
+    "hipblaslt": "HIPBLASLT_TUNING_OVERRIDE_FILE",
+    "rocblas": "ROCBLAS_TENSILE_GEMM_OVERRIDE_PATH",
+}
 _FP8_MIN_SM = 89
 # Addresses so far apart lie in the same memory channel of an MI300.
 _CHANNEL_BYTES = 512
@@ -49,12 +53,15 @@ _CALIBRATION_SEEDS = range(1_000_003, 1_000_007)
 
 
 class AiterOptions(Options):
-    """`max_rows`: larger products stay with torch (None: none do). `table`: a tuned CSV.
+    """`stages`: whose layers go to aiter. `max_rows`: larger products stay with torch (None: none).
+
+    `table` is a tuned CSV (`python -m openpi_opt.tune gemm`), merged with those that aiter brings.
 
     `preshuffle` keeps a second copy of the weights whose widths are multiples of
     `preshuffle_multiple`, for products of at least `preshuffle_min_rows` rows.
     """
 
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = STAGES
     max_rows: Annotated[int, Field(ge=1)] | None = None
     table: str | None = None
     preshuffle: bool = False
@@ -87,6 +94,17 @@ class Fp8Options(Options):
     fast_accum: bool = True
 
 
+class OverrideOptions(Options):
+    """Files of AMD's tuners by which its libraries choose other solutions than their own.
+
+    `hipblaslt` is read by HIPBLASLT_TUNING_OVERRIDE_FILE, `rocblas` by
+    ROCBLAS_TENSILE_GEMM_OVERRIDE_PATH.
+    """
+
+    hipblaslt: str | None = None
+    rocblas: str | None = None
+
+
 class BlasOptions(Options):
     """`backend` computes the linear layers, `library` is torch's own preference among BLAS.
 
@@ -99,6 +117,7 @@ class BlasOptions(Options):
     tunableop: TunableOpOptions = TunableOpOptions()
     fp8: Fp8Options = Fp8Options()
     pad_strides: bool = False
+    overrides: OverrideOptions = OverrideOptions()
 
 
 class Blas(Knob[BlasOptions]):
@@ -130,6 +149,7 @@ class Blas(Knob[BlasOptions]):
             _fp8_problem(cfg, options.fp8, machine) if options.backend == "fp8" else None,
             _nothing_left_for_gemm(cfg, options),
             _padding_problem(cfg, options),
+            _override_problem(cfg, options.overrides),
         ]
         return next((problem for problem in problems if problem is not None), None)
 
@@ -137,8 +157,10 @@ class Blas(Knob[BlasOptions]):
         """Without the settings of backends that are not chosen."""
         options = self.of(cfg)
         aiter = options.aiter if options.backend == "aiter" else AiterOptions()
+        routed = tuple(stage for stage in STAGES if stage in aiter.stages)
+        aiter = aiter.model_copy(update={"stages": routed})
         if not aiter.preshuffle:
-            aiter = AiterOptions(max_rows=aiter.max_rows, table=aiter.table)
+            aiter = AiterOptions(stages=routed, max_rows=aiter.max_rows, table=aiter.table)
         fp8 = options.fp8 if options.backend == "fp8" else Fp8Options()
         ordered = tuple(stage for stage in STAGES if stage in fp8.stages)
         fast = fp8.fast_accum if cfg.platform.device == "cuda" else True
@@ -154,6 +176,7 @@ class Blas(Knob[BlasOptions]):
             tunableop=tunable,
             fp8=Fp8Options(stages=ordered, gemm=fp8.gemm, fast_accum=fast),
             pad_strides=options.pad_strides,
+            overrides=options.overrides,
         )
 
     def files(self, cfg: Config) -> Mapping[str, str]:
@@ -164,6 +187,9 @@ class Blas(Knob[BlasOptions]):
             found["aiter.table"] = options.aiter.table
         if options.tunableop.mode == "use":
             found["tunableop.file"] = options.tunableop.file
+        for library, path in options.overrides.model_dump().items():
+            if path is not None:
+                found[f"overrides.{library}"] = path
         return found
 
     def lossy(self, cfg: Config) -> bool:
@@ -172,9 +198,13 @@ class Blas(Knob[BlasOptions]):
 
     def environment(self, cfg: Config) -> Mapping[str, str]:
         """Let aiter log each lookup: that is how a silent fallback to torch is noticed."""
+        found = {}
+        for library, path in self.of(cfg).overrides.model_dump().items():
+            if path is not None:
+                found[_OVERRIDES[library]] = str(Path(path).absolute())
         if self._uses_aiter(cfg):
-            return {"AITER_LOG_TUNED_CONFIG": "1", "AITER_LOG_LEVEL": "INFO"}
-        return {}
+            found |= {"AITER_LOG_TUNED_CONFIG": "1", "AITER_LOG_LEVEL": "INFO"}
+        return found
 
     def _uses_aiter(self, cfg: Config) -> bool:
         options = self.canonical(cfg)
@@ -231,7 +261,7 @@ class Blas(Knob[BlasOptions]):
             words.append(options.library)
         if options.pad_strides:
             words.append("pad_strides")
-        for name in ("aiter", "tunableop", "fp8"):
+        for name in ("aiter", "tunableop", "fp8", "overrides"):
             group = getattr(options, name)
             default = type(group)()
             words += [
@@ -275,6 +305,19 @@ def _tunableop_problem(cfg: Config, options: TunableOpOptions) -> Refusal | None
     return None
 
 
+def _override_problem(cfg: Config, options: OverrideOptions) -> Refusal | None:
+    for library, path in options.model_dump().items():
+        if path is None:
+            continue
+        key = f"blas.overrides.{library}"
+        if LIBRARIES[library][0] != cfg.platform.device:
+            return Refusal("unavailable", f"{key} needs ROCm, where {library} is")
+        problem = _file_problem(key, path, f"{library}-bench writes such a file")
+        if problem is not None:
+            return problem
+    return None
+
+
 def _file_problem(key: str, path: str, advice: str) -> Refusal | None:
     """Why a file of the user's cannot be read, or None."""
     if not Path(path).is_file():
@@ -314,7 +357,8 @@ def _nothing_left_for_gemm(cfg: Config, options: BlasOptions) -> Refusal | None:
     if cfg.knobs["gemm"].backend == "torch":  # type: ignore[attr-defined]
         return None
     all_fp8 = options.backend == "fp8" and len(set(options.fp8.stages)) == len(STAGES)
-    all_aiter = options.backend == "aiter" and options.aiter.max_rows is None
+    every_stage = len(set(options.aiter.stages)) == len(STAGES)
+    all_aiter = options.backend == "aiter" and options.aiter.max_rows is None and every_stage
     if not (all_fp8 or all_aiter):
         return None
     lever = "blas.fp8.stages" if all_fp8 else "blas.aiter.max_rows"
@@ -432,7 +476,11 @@ def _route_to_aiter(policy: Pi0Policy, cfg: Config, options: AiterOptions) -> No
     # Only layers that run: what a fusion has replaced needs no shuffled copy.
     with fp8.seen_inputs([policy]) as reached:
         _calibration_runs(policy, cfg, 1)
+    towers = _towers(policy)
+    routed = {m for stage in options.stages for tower in towers[stage] for m in tower.modules()}
     for plain in reached:
+        if plain not in routed and len(set(options.stages)) < len(STAGES):
+            continue
         shuffled = None
         if options.preshuffle:
             shuffled = tuned_gemm.shuffled_weight(plain, options.preshuffle_multiple)
@@ -460,16 +508,21 @@ def _pad_strides(policy: Pi0Policy) -> None:
         )
 
 
-def _to_fp8(policy: Pi0Policy, cfg: Config, options: Fp8Options) -> None:
-    from openpi_opt.kernels import fp8
-    from openpi_opt.kernels.aiter import import_part
-
+def _towers(policy: Pi0Policy) -> dict[str, list[torch.nn.Module]]:
+    """By stage, the modules whose linear layers are its products."""
     model = policy.paligemma_with_expert.paligemma.model
-    towers: dict[str, list[torch.nn.Module]] = {
+    return {
         "vision": [policy.vision, model.multi_modal_projector],
         "prefill": [policy.language],
         "denoise": [policy.expert],
     }
+
+
+def _to_fp8(policy: Pi0Policy, cfg: Config, options: Fp8Options) -> None:
+    from openpi_opt.kernels import fp8
+    from openpi_opt.kernels.aiter import import_part
+
+    towers = _towers(policy)
     chosen = [tower for stage in options.stages for tower in towers[stage]]
     dtype = fp8.fp8_dtype(fp8.device_arch(policy.device))
 

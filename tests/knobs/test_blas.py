@@ -375,6 +375,42 @@ def test_aiter_that_served_nothing_ends_the_trial(monkeypatch: pytest.MonkeyPatc
     assert KNOB.notes(cfg)
 
 
+def test_files_of_the_libraries_own_tuners(tmp_path: Path) -> None:
+    file = tmp_path / "solutions.txt"
+    raw = {"blas": {"overrides": {"hipblaslt": str(file)}}}
+    assert outcome(raw, MI300X) == "invalid"
+    file.write_text("Git Version: abc\n")
+    assert outcome(raw, MI300X) is None
+    assert outcome(raw, H100) == "unavailable"
+    cfg = config(raw, MI300X)
+    assert KNOB.environment(cfg) == {"HIPBLASLT_TUNING_OVERRIDE_FILE": str(file)}
+    before = cfg.hash()
+    file.write_text("Git Version: abd\n")
+    assert config(raw, MI300X).hash() != before, "by content"
+
+
+def test_aiter_gets_the_layers_of_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    from openpi_opt.kernels import aiter as package
+    from openpi_opt.kernels.tuned_gemm import TunedLinear
+
+    monkeypatch.setattr(package, "import_part", lambda module, option: None)
+    routed = {}
+    for stages in (["vision"], ["prefill", "denoise"], ["vision", "prefill", "denoise"]):
+        cfg = config(
+            {**WORKLOAD, "blas": {"backend": "aiter", "aiter": {"stages": stages}}}, MI300X
+        )
+        policy = runtime.build_policy(cfg, torch.device("cpu"))
+        blas._route_to_aiter(policy, cfg, KNOB.of(cfg).aiter)
+        found = [name for name, m in policy.named_modules() if isinstance(m, TunedLinear)]
+        routed[stages[0], len(stages)] = set(found)
+    vision, others, every = routed.values()
+    assert vision
+    assert others
+    assert not vision & others
+    assert vision | others <= every
+    assert all("vision" in name or "projector" in name for name in vision)
+
+
 # --- padded rows ---------------------------------------------------------------------------------
 
 

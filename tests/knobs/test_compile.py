@@ -76,7 +76,7 @@ def test_composable_kernel_is_refused_where_it_is_not_to_be_had(
     backends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone it would end `error` in the compile phase, and beside others be left out silently."""
-    raw = of("max_autotune", max_autotune_gemm_backends=backends)
+    raw = of("max_autotune_no_cudagraphs", max_autotune_gemm_backends=backends)
     for on, words in ((H100, "is AMD's"), (CPU, "is AMD's"), (MI300X, "ck4inductor")):
         refusal = KNOB.check(config(raw, on), on)
         assert refusal is not None
