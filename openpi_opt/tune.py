@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from openpi_opt import cli
-from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.confirm.contenders import contenders
 from openpi_opt.errors import RefusedError, UserError
@@ -28,6 +27,7 @@ from openpi_opt.kernels.aiter_tables import (
     write_untuned,
 )
 from openpi_opt.machine import find_aiter, probe
+from openpi_opt.space.compose import compose
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import DEFAULT_STORE, Store
 

@@ -19,6 +19,7 @@ _BYTES = {
 }  # fmt: skip
 _MEMORY = re.compile(r"^\s+((?:global|buffer)_load|ds_read(?:2(?:st64)?)?)_(\w+)", re.MULTILINE)
 _MFMA = re.compile(r"^\s+v_mfma_(\w+)", re.MULTILINE)
+_FEW = 8
 _WAIT = re.compile(r"^\s+s_waitcnt", re.MULTILINE)
 
 
@@ -26,8 +27,9 @@ _WAIT = re.compile(r"^\s+s_waitcnt", re.MULTILINE)
 class Instructions:
     """`loads` and `lds_reads` count by bytes per lane, `mfma` by shape and type.
 
-    `narrow` names the loads that are judged too narrow, with their number: all below 4 bytes, and
-    those of 4 where they are at least half of all.
+    `narrow` names the loads that are judged too narrow, with their number: from memory all below 4
+    bytes, and those of 4 where they are at least half; from LDS more than a few below 8, for sums
+    over waves read single words.
     """
 
     loads: dict[int, int]
@@ -64,7 +66,7 @@ def instructions(amdgcn: str) -> Instructions:
     narrow = {
         name: count
         for (name, size, in_lds), count in sorted(names.items())
-        if size < 4 or (size == 4 and 2 * count >= (reads if in_lds else loads).total())
+        if (count > _FEW and size < 8 if in_lds else size < 4 or _much(count, size, loads))
     }
     return Instructions(
         loads=dict(sorted(loads.items(), reverse=True)),
@@ -73,6 +75,10 @@ def instructions(amdgcn: str) -> Instructions:
         waits=len(_WAIT.findall(amdgcn)),
         narrow=narrow,
     )
+
+
+def _much(count: int, size: int, loads: Counter[int]) -> bool:
+    return size == 4 and 2 * count >= loads.total()
 
 
 def _widths(what: str, counts: dict[int, int]) -> str:

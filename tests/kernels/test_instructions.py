@@ -27,7 +27,8 @@ def test_widths_products_and_waits_are_counted() -> None:
 @pytest.mark.parametrize(
     ("line", "count", "narrow"),
     [
-        ("ds_read_u16_d16_hi v1, v2", 1, {"ds_read_u16": 1}),
+        ("ds_read_u16_d16_hi v1, v2", 40, {"ds_read_u16": 40}),
+        ("ds_read_b32 v1, v2", 8, {}),
         ("global_load_ushort v1, v[2:3], off", 3, {"global_load_ushort": 3}),
         ("buffer_load_dword v1, v2, s[0:3], 0 offen", 1, {"buffer_load_dword": 1}),
         ("ds_read2_b32 v[0:1], v2 offset1:1", 9, {}),
