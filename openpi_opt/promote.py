@@ -21,7 +21,7 @@ from openpi_opt.confirm.fresh import FreshRuns
 from openpi_opt.confirm.promotion import Judged, Wanted
 from openpi_opt.confirm.provenance import of_promotion
 from openpi_opt.paths import user_conf_dir
-from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
+from openpi_opt.process.devices import DEVICE_HELP, gpu_name
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import leave_tag
 from openpi_opt.track.store import DEFAULT_STORE, Store

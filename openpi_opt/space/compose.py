@@ -137,8 +137,10 @@ class Composer:
         for line in overrides:
             if head(parse_override(line)) == "hydra":
                 raise UserError(f"{line}: Hydra's own settings have no effect here. Leave it out.")
+        # `NamedSpace.join` reads these points: Hydra would add them to the file's.
+        lines = [line for line in overrides if parse_override(line).key_or_group != "space.start"]
         with _hydra(), user_errors():
-            composed = self.loader.load_configuration(self._name, [*overrides], RunMode.RUN)
+            composed = self.loader.load_configuration(self._name, lines, RunMode.RUN)
             choices = {
                 str(group): str(option)
                 for group, option in composed.hydra.runtime.choices.items()
@@ -260,9 +262,10 @@ def compose(
         check_name(preset)
         chosen.insert(0, f"preset={preset}")
     chosen = resolve_auto(chosen, preset_dir)
-    values = Composer(preset_dir).compose(chosen).values
+    with _HYDRA:  # the grammar's parser has no lock of its own
+        values = Composer(preset_dir).compose(chosen).values
+        keys = [parse_override(line).key_or_group.split(".") for line in overrides]
     provenance = values.get("provenance") or {}
-    keys = [parse_override(line).key_or_group.split(".") for line in overrides]
     for section in ("model", "workload"):
         named = [key for key in keys if key[0] == section]
         if section in provenance and [section] not in named:
