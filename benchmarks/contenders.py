@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -180,8 +181,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.contend is not None:
         out, sys.stdout = sys.stdout, sys.stderr
-        contend(options.contend, options.folder, out)
-        return
+        try:
+            contend(options.contend, options.folder, out)
+        except BaseException:
+            print(json.dumps({"failed": traceback.format_exc()[-1500:]}), file=out, flush=True)
+            raise
+        finally:
+            os._exit(0)  # workers of the compiler may keep a failed process from ending
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         given = [text.partition(":")[::2] for text in options.contenders]
