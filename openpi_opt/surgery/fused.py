@@ -120,7 +120,7 @@ class PatchProduct(siglip.Embeddings):
 
 
 def fuse_qkv(policy: Pi0Policy) -> None:
-    """One GEMM for q, k and v in every layer of both Gemma towers (row 13)."""
+    """One GEMM for q, k and v in every layer of both Gemma towers."""
     for layer in decoder_layers(policy):
         attention = layer.self_attn
         if isinstance(layer, KeysValuesLayer):
@@ -133,7 +133,7 @@ def fuse_qkv(policy: Pi0Policy) -> None:
 
 
 def fuse_gate_up(policy: Pi0Policy) -> None:
-    """One GEMM for gate and up in every layer of both Gemma towers (row 13)."""
+    """One GEMM for gate and up in every layer of both Gemma towers."""
     for layer in decoder_layers(policy):
         if not isinstance(layer, KeysValuesLayer):
             layer.mlp.gate_up_proj = FusedLinear((layer.mlp.gate_proj, layer.mlp.up_proj))
@@ -141,7 +141,7 @@ def fuse_gate_up(policy: Pi0Policy) -> None:
 
 
 def fuse_vision_qkv(policy: Pi0Policy) -> None:
-    """One GEMM for q, k and v in every SigLIP layer (row 13)."""
+    """One GEMM for q, k and v in every SigLIP layer."""
     for layer in vision_layers(policy.vision):
         attention = layer.self_attn
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)

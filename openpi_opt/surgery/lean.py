@@ -1,7 +1,5 @@
 """The policy's stages without the work that a known layout and fixed time steps make needless.
 
-Rows are those of the facts sheet's table of simplifications, named at each field of `Plan`.
-
 Letters: B batch, C cameras, L prompt slots, N valid prefix tokens, H horizon, A action dim, W
 language width, E expert width, D head dim.
 """
@@ -31,20 +29,20 @@ class Plan:
     horizon: int = 0
     """H of every call; needed by the fields that need a layout"""
     separate_cameras: bool = False
-    """one vision pass for each camera instead of one for all (row 14, backwards)"""
+    """one vision pass for each camera instead of one for all"""
     skip_masked: bool = False
-    """encode and prefill valid tokens only (rows 2 to 4); needs a layout. A flexible one says which
+    """encode and prefill valid tokens only; needs a layout. A flexible one says which
     cameras never come; these are left out"""
     time_mlp: bool = False
-    """pi0: fold the time features and `action_in_proj` into `action_time_mlp_in` (rows 7 and 8);
-    pi05: compute the modulations of all norms once for each step (row 9)"""
+    """pi0: fold the time features and `action_in_proj` into `action_time_mlp_in`;
+    pi05: compute the modulations of all norms once for each step"""
     state_once: bool = False
-    """run the state token once and keep its keys and values (rows 5 and 6); needs a layout, and a
+    """run the state token once and keep its keys and values; needs a layout, and a
     model that has one"""
     kv_buffer: bool = False
     """write a step's keys and values behind the prefix's in place; needs a layout"""
     rope_tables: bool = False
-    """keep the rotary tables of prefix and suffix (row 17); needs a layout. In a flexible layout
+    """keep the rotary tables of prefix and suffix; needs a layout. In a flexible layout
     the suffix's rows are looked up once a call"""
 
     @property
@@ -321,7 +319,7 @@ class LeanPolicy(Pi0Policy):
 
 
 def tabulate_modulations(policy: Pi0Policy) -> None:
-    """Compute the modulations of pi05's norms for every step, unless that was done (row 9).
+    """Compute the modulations of pi05's norms for every step, unless that was done.
 
     In float64, from the weights as they are, rounded once -> the buffer `modulation_table`
     [steps, M, 3E] float32. Called before the cast, the table holds no rounded weight.
