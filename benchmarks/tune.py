@@ -1,6 +1,6 @@
 """Tune the kernels of the action expert where they run: in the chain of one denoising step.
 
-    python -m benchmarks.tune --out tune.json [--rows 11,51,pi05:50,fp8:11] [--seconds 100]
+    python -m benchmarks.tune --out tune.json [--rows 11,51,pi05:50] [--seconds 100]
 
 A kernel that starts beside its predecessor and fetches its weights early makes others faster or
 slower, so times of single kernels do not add up. Here the 18 fused layers of the full model are
@@ -30,7 +30,6 @@ import triton
 from torch import Tensor
 
 from openpi_opt.kernels import triton_decode, triton_skinny_gemm
-from openpi_opt.kernels.fp8 import device_arch, fp8_dtype
 from openpi_opt.kernels.launch import Launch
 from openpi_opt.kernels.triton_common import arch, padded
 from openpi_opt.pi0 import weights
@@ -39,7 +38,7 @@ from openpi_opt.pi0.gemma import Attending, KeysValues, Rope, rope_at
 from openpi_opt.pi0.ops import Segment, Visibility, eager_attention
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.precision import cast
-from openpi_opt.surgery.expert import FusedAdaptiveTower, fuse_expert_layers, quantise_expert
+from openpi_opt.surgery.expert import FusedAdaptiveTower, fuse_expert_layers
 from openpi_opt.surgery.folded import fold_norms
 from openpi_opt.surgery.fused import fuse_gate_up, fuse_qkv
 from openpi_opt.surgery.lean import lean
@@ -59,19 +58,18 @@ PREFETCH = [(0, 0), (1, 0), (1, 128), (1, 512), (1, 1024), (2, 0), (2, 512)]
 
 @dataclass(frozen=True)
 class Workload:
-    """Rows of a step, and of which model; `fp8` weights or bfloat16 ones."""
+    """Rows of a step, and of which model."""
 
     rows: int
     adaptive: bool
-    fp8: bool
 
     @classmethod
     def parse(cls, text: str) -> Workload:
-        """`51`, `pi05:50`, `fp8:11`."""
-        *words, rows = text.split(":")
-        if unknown := set(words) - {"pi05", "fp8"}:
-            raise SystemExit(f"{text}: {sorted(unknown)} are not pi05 or fp8")
-        return cls(int(rows), "pi05" in words, "fp8" in words)
+        """`51`, or `pi05:50`."""
+        model, _, rows = text.rpartition(":")
+        if model not in ("", "pi05"):
+            raise SystemExit(f"{text}: {model} is not pi05")
+        return cls(int(rows), model == "pi05")
 
     @property
     def stored(self) -> int:
@@ -139,8 +137,6 @@ def _policy(work: Workload) -> Pi0Policy:
     fuse_gate_up(policy)
     fuse_expert_layers(policy)
     policy.fill_buffers()
-    if work.fp8:
-        quantise_expert(policy, fp8_dtype(device_arch(policy.device)))
     return policy
 
 
@@ -151,7 +147,7 @@ def entries(work: Workload) -> dict[str, tuple[str, Any]]:
     for key, shape in SHAPES.items():
         gain = ", gain" if work.adaptive and KINDS[key] != "plain" else ""
         kind = KINDS[key] + gain
-        found[key] = ("gemm", (name, m, *shape, kind, *(["fp8"] if work.fp8 else [])))
+        found[key] = ("gemm", (name, m, *shape, kind))
     found["attention"] = ("decode", (name, m))
     return found
 
@@ -167,7 +163,7 @@ def start(work: Workload) -> None:
         else:
             n, k = SHAPES[name]
             x = torch.empty(work.rows, k, dtype=torch.bfloat16, device="cuda")
-            TABLES[table][key] = triton_skinny_gemm.default_launch(x, n, k, key[4], work.fp8)
+            TABLES[table][key] = triton_skinny_gemm.default_launch(x, n, k, key[4])
 
 
 def variants(name: str, launch: Any) -> Iterator[Any]:
@@ -325,7 +321,7 @@ def main() -> None:
     """Tune for each workload, print, write JSON."""
     parser = argparse.ArgumentParser(description="Tune the action expert's chain of kernels.")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of all measurements")
-    parser.add_argument("--rows", default="11", help="comma-separated: rows, pi05:rows, fp8:rows")
+    parser.add_argument("--rows", default="11", help="comma-separated: rows, pi05:rows")
     parser.add_argument("--seconds", type=float, default=100, help="time for each")
     options = parser.parse_args()
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}

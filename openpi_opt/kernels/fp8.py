@@ -82,26 +82,6 @@ class Fp8Linear(Linear):
         return out.view(*x.shape[:-1], self.out_features)
 
 
-class WeightOnlyFp8Linear(Linear):
-    """A linear layer whose weight is read as FP8 by the kernel of few rows, one scale a feature.
-
-    Activations keep their dtype, so nothing is calibrated: `surgery.expert` passes `weight_fp8` and
-    `weight_scales` to `triton_skinny_gemm`.
-    """
-
-    weight_fp8: Tensor
-    weight_scales: Tensor
-
-
-def become_weight_only(linear: Linear, dtype: torch.dtype) -> None:
-    """Turn `linear` into a `WeightOnlyFp8Linear` in place, with weight_scales [N] float32."""
-    weight = linear.weight.detach()
-    scales = scale_for(weight.abs().amax(1), dtype)
-    linear.register_buffer("weight_fp8", quantise(weight, scales[:, None], dtype), persistent=False)
-    linear.register_buffer("weight_scales", scales, persistent=False)
-    linear.__class__ = specialised(WeightOnlyFp8Linear, type(linear))
-
-
 def become(
     linear: Linear, largest_input: Tensor, dtype: torch.dtype, fast_accum: bool = True
 ) -> Fp8Linear:

@@ -32,8 +32,6 @@ from triton.runtime.jit import JITFunction
 
 _TYPES = {
     torch.bfloat16: "*bf16",
-    torch.float8_e4m3fn: "*fp8e4nv",
-    torch.float8_e4m3fnuz: "*fp8e4b8",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",

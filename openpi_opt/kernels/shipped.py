@@ -7,7 +7,6 @@ kernel, or a new way to call one, gets its case here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,9 +20,8 @@ from openpi_opt.kernels import (
     triton_skinny_gemm,
     triton_suffix,
 )
-from openpi_opt.kernels.fp8 import fp8_dtype
 from openpi_opt.kernels.launch import LINEAR, encoded
-from openpi_opt.kernels.triton_skinny_gemm import arch, skinny_linear
+from openpi_opt.kernels.triton_skinny_gemm import skinny_linear
 from openpi_opt.pi0.config import PI0
 from openpi_opt.pi0.gemma import EPS, Rope
 from openpi_opt.pi0.ops import SEE_ALL, Padding, Segment, Visibility
@@ -95,26 +93,25 @@ def skinny() -> None:
 def expert_layer() -> None:
     """The products of a fused layer: of the state token alone, of 11, 21 and 51 rows.
 
-    Of pi0, of pi05 (gain, shift and gate of each step), and with FP8 weights.
+    Of pi0, and of pi05 with gain, shift and gate of each step.
     """
     for rows in (1, 11, 21, 51):
-        for family, dtype in product(("pi0", "pi05"), (torch.bfloat16, fp8_dtype(arch(_empty(1))))):
-            _products(rows, family == "pi05", dtype)
+        for adaptive in (False, True):
+            _products(rows, adaptive)
 
 
-def _products(rows: int, adaptive: bool, dtype: torch.dtype) -> None:
-    def vector(size: int, needed: bool) -> Tensor | None:
-        return _empty(size, dtype=torch.float32) if needed else None
+def _products(rows: int, adaptive: bool) -> None:
+    def vector(size: int) -> Tensor | None:
+        return _empty(size, dtype=torch.float32) if adaptive else None
 
-    scaled = dtype != torch.bfloat16
     x, seen, hidden = (_empty(1, rows, width) for width in (_WIDTH, _HEADS * _HEAD_DIM, _MLP))
-    gain, gate = vector(_WIDTH, True), vector(_WIDTH, adaptive or scaled)
+    gain, gate = _empty(_WIDTH, dtype=torch.float32), vector(_WIDTH)
     for features, gated in ((_QKV, False), (2 * _MLP, True)):
-        bias, factor = vector(features, adaptive), vector(features, scaled)
-        weight = _empty(features, _WIDTH, dtype=dtype)
-        skinny_linear(x, weight, bias, None, gain, EPS, factor, gated)
-    skinny_linear(seen, _empty(_WIDTH, _HEADS * _HEAD_DIM, dtype=dtype), residual=x, factor=gate)
-    skinny_linear(hidden, _empty(_WIDTH, _MLP, dtype=dtype), residual=x, factor=gate)
+        for norm in (gain, None):
+            weight = _empty(features, _WIDTH)
+            skinny_linear(x, weight, vector(features), None, norm, EPS, None, gated)
+    skinny_linear(seen, _empty(_WIDTH, _HEADS * _HEAD_DIM), residual=x, factor=gate)
+    skinny_linear(hidden, _empty(_WIDTH, _MLP), residual=x, factor=gate)
 
 
 def layer_attention() -> None:

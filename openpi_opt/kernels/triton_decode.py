@@ -176,7 +176,8 @@ def _split(
     place = (pair * splits + split) * rows_padded + row
     column = tl.arange(0, block_d)
     keep = live[:, None] & (column < width)[None, :]
-    mean = (acc / tl.where(total > 0, total, 1.0)[:, None]).to(partial.dtype.element_ty)
+    inverse = 1.0 / tl.where(total > 0, total, 1.0)
+    mean = (acc * inverse[:, None]).to(partial.dtype.element_ty)
     tl.store(partial + place[:, None] * width + column[None, :], mean, mask=keep)
     tl.store(sums + place * 2, top, mask=live)
     tl.store(sums + place * 2 + 1, total, mask=live)

@@ -8,7 +8,7 @@ what follows is done in the same launch: a factor for each feature, bias, residu
 of a fused projection, and RMSNorm before it (the row's scale is applied to the result, so one pass
 over x is enough).
 
-The factor is the gate of pi05's branches or the scale of an FP8 weight. A shift of pi05's norms is
+The factor is the gate of pi05's branches. A shift of pi05's norms is
 a bias here: norm(x) W^T + shift W^T, the second of which is a constant of the step.
 
 With a split, each block writes a partial result and the last block of a column (`fused`), or a
@@ -47,12 +47,8 @@ from openpi_opt.kernels.triton_common import (
 from openpi_opt.pi0 import ops
 
 MAX_ROWS = 64
-# Half of 2^120: applied to x before the product and to the sum after it, both stay in the range of
-# float32.
-_UP = tl.constexpr(2.0**60)
 
 Kind = Literal["plain", "normed", "gated", "normed, gain", "gated, gain"]
-Key = tuple[str, int, int, int, Kind] | tuple[str, int, int, int, Kind, Literal["fp8"]]
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -68,8 +64,8 @@ def _entry(
 
 # By architecture, rows padded to 16, 32 or 64, N, K, what else the kernel does (`gated`, with or
 # without norm, and `normed` need the whole sum over K in one block; a gain of the norm has its own
-# entry), and `fp8` weights.
-TABLE: dict[Key, Launch] = {
+# entry).
+TABLE: dict[tuple[str, int, int, int, Kind], Launch] = {
     # H100, by benchmarks/expert.py: the chain of one denoising step's 18 layers.
     ("sm90", 16, 2560, 1024, "normed"): _entry(32, 512, 1, 2, 4, 512),
     ("sm90", 16, 1024, 2048, "plain"): _entry(32, 128, 2, 4, 4, 512),
@@ -99,58 +95,17 @@ class _Shape:
     gated: bool
     rows: int
     """M padded to 16, 32 or 64"""
-    moved: bool
-    """FP8 weights become bfloat16 by their bits: `_as_bfloat16`"""
 
 
 @triton.jit
-def _as_bfloat16(w):
-    """e4m3fn -> bfloat16 * 2^-120: the bits of both, moved to their places, four at a time.
-
-    bfloat16 has four exponent bits more, so that the value is 2^-120 of what it says, subnormals
-    included. NVIDIA's conversions go through float16 and float32 at a quarter of the rate of these
-    integer instructions: they took 34 us a layer where bfloat16 weights take 28 (H100, 11 rows).
-    448, the largest, stays; NaN becomes 480.
-    """
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 a, b, s;
-        prmt.b32 a, $2, 0, 0x1404;
-        prmt.b32 b, $2, 0, 0x3424;
-        and.b32 s, a, 0x80008000;
-        shr.b32 a, a, 4;
-        lop3.b32 $0, a, 0x07F007F0, s, 0xEA;
-        and.b32 s, b, 0x80008000;
-        shr.b32 b, b, 4;
-        lop3.b32 $1, b, 0x07F007F0, s, 0xEA;
-        }
-        """,
-        "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _converted(w, dtype: tl.constexpr, moved: tl.constexpr):
-    """A weight as the product takes it; `moved`: by `_as_bfloat16`."""
-    if moved:
-        return _as_bfloat16(w)
-    return w.to(dtype)
-
-
-@triton.jit
-def _weights(
-    weight, column, begin, stride, dtype: tl.constexpr, shape: tl.constexpr, launch: tl.constexpr
-):
-    """Rows `column` of the weight, columns from `begin` on -> [block_n, block_k] of `dtype`."""
+def _weights(weight, column, begin, stride, shape: tl.constexpr, launch: tl.constexpr):
+    """Rows `column` of the weight, columns from `begin` on -> [block_n, block_k]."""
     inner = begin + tl.arange(0, launch.block_k)
     pointers = weight + column[:, None] * stride + inner[None, :]
     if shape.even:
-        w = tl.load(pointers, eviction_policy="evict_first")
-        return _converted(w, dtype, shape.moved)
+        return tl.load(pointers, eviction_policy="evict_first")
     inside = (column < shape.n)[:, None] & (inner < shape.k)[None, :]
-    # Not `other=0.0`: Triton has no FP8 zero.
-    return tl.where(inside, _converted(tl.load(pointers, mask=inside), dtype, shape.moved), 0.0)
+    return tl.load(pointers, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -189,7 +144,6 @@ def _linear(
     n: tl.constexpr = shape.n
     rows: tl.constexpr = shape.rows
     block_n: tl.constexpr = launch.block_n
-    dtype: tl.constexpr = x.dtype.element_ty
     split, column_block = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, rows)
     column = column_block * block_n + tl.arange(0, block_n)
@@ -207,7 +161,7 @@ def _linear(
     squares = tl.zeros((rows, rows), tl.float32)
     for offset in range(0, shape.span, launch.block_k):
         begin = split * shape.span + offset
-        w = _weights(weight, column, begin, stride_weight, dtype, shape, launch)
+        w = _weights(weight, column, begin, stride_weight, shape, launch)
         inner = begin + tl.arange(0, launch.block_k)
         keep = live if shape.even else live & (inner < shape.k)[None, :]
         a = tl.load(x + row[:, None] * stride_x + inner[None, :], mask=keep, other=0.0)
@@ -216,15 +170,10 @@ def _linear(
             if gain is not None:
                 g = tl.load(gain + inner, mask=inner < shape.k, other=0.0).to(tl.float32)
                 a = (a.to(tl.float32) * (1.0 + g)[None, :]).to(a.dtype)
-        if shape.moved:
-            a = (a.to(tl.float32) * _UP).to(a.dtype)
         acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
         if shape.gated:
-            w = _weights(second, column, begin, stride_weight, dtype, shape, launch)
+            w = _weights(second, column, begin, stride_weight, shape, launch)
             up = tl.dot(a, tl.trans(w), up, input_precision="ieee")
-    if shape.moved:
-        acc = acc * _UP
-        up = up * _UP
     if eps is not None:
         # The diagonal of x x^T: summing squares in registers took 2.8 us more on an H100, since
         # x then had to leave shared memory by another way than for the product.
@@ -273,15 +222,14 @@ def _add_splits(
     _finish(acc, factor, bias, residual, out, row, column, m, stride_residual, shape.n)
 
 
-def default_launch(x: Tensor, n: int, k: int, kind: Kind, fp8: bool = False) -> Launch:
+def default_launch(x: Tensor, n: int, k: int, kind: Kind) -> Launch:
     """The measured parameters of this shape and architecture, or a choice by rule.
 
     The rule: tiles of 32 features, and as many splits as give every processor a block (132 on an
     H100, 304 on an MI300X) while a block keeps at least 256 input features.
     """
     name, rows = arch(x), padded(as_rows(x).shape[0])
-    key: Key = (name, rows, n, k, kind)
-    found = TABLE.get((*key, "fp8"), TABLE.get(key)) if fp8 else TABLE.get(key)
+    found = TABLE.get((name, rows, n, k, kind))
     if found is not None and x.element_size() == 2:  # the table is that of 16-bit types
         return found
     launch = _by_rule(x, n, k, kind, name)
@@ -335,8 +283,7 @@ class _Product:
         rows, inner = self.x.shape
         if rows > MAX_ROWS:
             raise ValueError(f"{rows} rows: this kernel is for at most {MAX_ROWS}")
-        fp8 = self.weight.element_size() == 1
-        table = default_launch(self.x, self.features, inner, self.kind, fp8)
+        table = default_launch(self.x, self.features, inner, self.kind)
         chosen = applied(table, overrides)
         if self.kind != "plain":
             chosen = dataclasses.replace(chosen, split_k=1)
@@ -349,12 +296,7 @@ class _Product:
         (m, k), n = self.x.shape, self.features
         span = triton.cdiv(triton.cdiv(k, launch.split_k), launch.block_k) * launch.block_k
         even = n % launch.block_n == 0 and k == span * launch.split_k
-        moved = (
-            self.weight.dtype == torch.float8_e4m3fn
-            and self.x.dtype == torch.bfloat16
-            and arch(self.x).startswith("sm")
-        )
-        return _Shape(n, k, span, even, self.gated, padded(m), moved)
+        return _Shape(n, k, span, even, self.gated, padded(m))
 
     def _prefetchable(self, launch: Launch) -> bool:
         """Whether a block's part of the weight is whole pieces of `prefetch` bytes, 2^n of them."""
@@ -413,9 +355,8 @@ def skinny_linear(
 
     With `eps`, norm is Gemma's RMSNorm by `gain` [K] (None: a gain of 1); without, x is taken as
     it is. `gated`: weight, factor and bias have 2N rows, of which the first N are gate and the
-    others up, and the result is gelu_tanh(gate) * up; there is no residual then. The weight has
-    x's dtype, or is FP8 and `factor` its scale. Sums are float32 up to the one rounding at the
-    end. `launch`: see `launch.encoded`.
+    others up, and the result is gelu_tanh(gate) * up; there is no residual then. Sums
+    are float32 up to the one rounding at the end. `launch`: see `launch.encoded`.
     """
     if gated and residual is not None:
         raise ValueError("a gated product adds no residual")

@@ -359,9 +359,7 @@ def _nothing_left_for_gemm(cfg: Configuration, options: BlasOptions) -> Refusal 
     """Layers that are routed here do not reach the kernel of knob `gemm`; some must be left."""
     if cfg.knobs["gemm"].backend == "torch":  # type: ignore[attr-defined]
         return None
-    fused = cfg.knobs["fusion"].expert_layer  # type: ignore[attr-defined]
-    stages = set(options.fp8.stages)
-    all_fp8 = options.backend == "fp8" and len(stages) == len(STAGES) and not fused
+    all_fp8 = options.backend == "fp8" and len(set(options.fp8.stages)) == len(STAGES)
     every_stage = len(set(options.aiter.stages)) == len(STAGES)
     all_aiter = options.backend == "aiter" and options.aiter.max_rows is None and every_stage
     if not (all_fp8 or all_aiter):
@@ -528,15 +526,8 @@ def _to_fp8(policy: Pi0Policy, cfg: Configuration, options: Fp8Options) -> None:
     from openpi_opt.kernels.aiter import import_part
 
     dtype = fp8.fp8_dtype(fp8.device_arch(policy.device))
-    stages = list(options.stages)
-    weights_only = "denoise" in stages and _reads_fp8_weights(cfg)
-    if weights_only:
-        from openpi_opt.surgery.expert import quantise_expert
-
-        stages.remove("denoise")
-        quantise_expert(policy, dtype)
     towers = _towers(policy)
-    chosen = [tower for stage in stages for tower in towers[stage]]
+    chosen = [tower for stage in options.stages for tower in towers[stage]]
 
     def run() -> None:
         _calibration_runs(policy, cfg, len(_CALIBRATION_SEEDS))
@@ -544,17 +535,8 @@ def _to_fp8(policy: Pi0Policy, cfg: Configuration, options: Fp8Options) -> None:
     aiter = options.gemm == "aiter"
     if aiter:
         import_part("aiter.ops.gemm_op_a8w8", "blas.fp8.gemm=aiter")
-    if stages and not fp8.convert(chosen, run, dtype, options.fast_accum, aiter):
+    if not fp8.convert(chosen, run, dtype, options.fast_accum, aiter):
         raise RefusedError("invalid", "blas=fp8 found no linear layer to replace")
-
-
-def _reads_fp8_weights(cfg: Configuration) -> bool:
-    """Whether the expert's products are those of fused layers, whose kernel takes FP8 weights."""
-    simplify, workload = cfg.knobs["simplify"], cfg.workload
-    state = cfg.model.family == "pi0" and not simplify.state_once  # type: ignore[attr-defined]
-    rows = workload.batch_size * (workload.horizon + state)
-    fused = cfg.knobs["fusion"].expert_layer  # type: ignore[attr-defined]
-    return bool(fused and rows <= cfg.knobs["gemm"].max_rows)  # type: ignore[attr-defined]
 
 
 def _calibration_runs(policy: Pi0Policy, cfg: Configuration, count: int) -> None:

@@ -49,8 +49,7 @@ class Fusion(Knob[FusionOptions]):
     differ. Of pi05 it needs `simplify.time_mlp`: gain, shift and gate of a step are its constants.
     It is made of the kernels of `attention.denoise=triton` and `gemm=triton_skinny`, and these must
     be chosen, so that no other choice is overruled. Of more than `gemm.max_rows` rows (batches) the
-    products are torch's. With FP8 in the denoising stage the kernels read FP8 weights; activations
-    stay as they are. `elementwise` goes on to act outside of these layers. Source:
+    products are torch's. `elementwise` and `blas` go on to act outside of these layers. Source:
     Dexmal/realtime-vla, whose decoder is such a chain of Triton kernels;
     `openpi_opt.surgery.expert`.
 
@@ -158,6 +157,8 @@ def _layer_contradiction(cfg: Configuration, options: FusionOptions) -> str | No
         return "computes the expert's products by the own Triton kernel; use gemm=triton_skinny"
     if blas.backend == "aiter":  # type: ignore[attr-defined]
         return "leaves none of the expert's products to aiter; use another blas"
+    if blas.backend == "fp8" and "denoise" in blas.fp8.stages:  # type: ignore[attr-defined]
+        return "leaves none of the expert's products to FP8; take denoise out of blas.fp8.stages"
     if cfg.model.family == "pi05" and not simplify.time_mlp:  # type: ignore[attr-defined]
         return "needs the constants of each step of pi05; use simplify.time_mlp=true"
     return None

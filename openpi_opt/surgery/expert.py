@@ -28,7 +28,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from openpi_opt.kernels.fp8 import WeightOnlyFp8Linear, become_weight_only
 from openpi_opt.kernels.launch import LINEAR, encoded
 from openpi_opt.kernels.triton_decode import CachedAttention, cached_attention
 from openpi_opt.kernels.triton_rotary import rotary
@@ -114,14 +113,10 @@ def _linear(
     gated: bool = False,
 ) -> Tensor:
     """norm(x) @ weight^T * factor + bias + residual: see `skinny_linear`, in one launch."""
-    weight = linear.weight
-    if isinstance(linear, WeightOnlyFp8Linear):
-        # A gate of pi05 holds the scales of the weight already: `FusedAdaptiveTower.constants`.
-        weight, factor = linear.weight_fp8, linear.weight_scales if factor is None else factor
-    elif x.shape[0] * x.shape[1] > kernels.max_rows:
+    if x.shape[0] * x.shape[1] > kernels.max_rows:
         return _plain(linear, x, bias, residual, gain, eps, factor, gated)
     launch = kernels.launches[name]
-    out: Tensor = skinny_linear(x, weight, bias, residual, gain, eps, factor, gated, launch)
+    out: Tensor = skinny_linear(x, linear.weight, bias, residual, gain, eps, factor, gated, launch)
     return out
 
 
@@ -210,13 +205,11 @@ class FusedAdaptiveTower(AdaptiveTower):
         for index, layer in enumerate(expert_layers(self)):
             attention, mlp = cast(FusedAttention, layer.self_attn), cast(FusedMlp, layer.mlp)
             branches = (
-                (attention.qkv_proj, attention.o_proj, modulations[:, 2 * index]),
-                (mlp.gate_up_proj, mlp.down_proj, modulations[:, 2 * index + 1]),
+                (attention.qkv_proj, modulations[:, 2 * index]),
+                (mlp.gate_up_proj, modulations[:, 2 * index + 1]),
             )
-            for into, out_of, rows in branches:
+            for into, rows in branches:
                 scale, shift, gate = rows.double().chunk(3, dim=1)
-                if isinstance(out_of, WeightOnlyFp8Linear):
-                    gate = gate * out_of.weight_scales
                 columns += [scale, shift @ into.weight.double().T, gate]
         scale, shift, _ = modulations[:, -1].double().chunk(3, dim=1)
         return torch.cat((*columns, scale, shift), dim=1).float()
@@ -296,12 +289,3 @@ def fuse_expert_layers(
         layer.__class__ = FusedAdaptiveLayer if adaptive else FusedExpertLayer
         cast(FusedExpertLayer, layer).kernels = kernels
     policy.expert.__class__ = FusedAdaptiveTower if adaptive else FusedExpertTower
-
-
-def quantise_expert(policy: Pi0Policy, dtype: torch.dtype) -> None:
-    """Let the fused layers read weights of the FP8 `dtype`, with a scale for each feature."""
-    for layer in expert_layers(policy.expert):
-        attention, mlp = cast(FusedAttention, layer.self_attn), cast(FusedMlp, layer.mlp)
-        for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
-            become_weight_only(linear, dtype)
-    policy.fill_buffers()

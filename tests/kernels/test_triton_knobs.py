@@ -89,6 +89,10 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "float32": ({"precision": {"dtype": "float32"}}, "16-bit"),
     "another attention": ({"attention": {**TRITON, "denoise": "sdpa"}}, "attention.denoise=triton"),
     "another gemm": ({"gemm": {}}, "gemm=triton_skinny"),
+    "fp8": (
+        {"blas": {"backend": "fp8", "fp8": {"stages": ["vision", "denoise"]}}},
+        "blas.fp8.stages",
+    ),
     "aiter": ({"blas": {"backend": "aiter", "aiter": {"max_rows": 8}}}, "aiter"),
     "pi05": ({"model": {"name": "pi05_mini"}}, "simplify.time_mlp"),
     "suffix": ({"fusion": {"suffix": True}}, "simplify.time_mlp"),
@@ -126,7 +130,7 @@ def test_the_expert_layer_overrules_no_other_option(name: str) -> None:
     "raw",
     [
         {"workload": {"horizon": 31, "batch_size": 3}},
-        {"blas": {"backend": "fp8"}},
+        {"blas": {"backend": "fp8", "fp8": {"stages": ["vision", "prefill"]}}},
         {"model": {"name": "pi05_mini"}, "simplify": {"time_mlp": True}},
         {"fusion": {**ALL_FUSED, "suffix": True}, "simplify": {"time_mlp": True}},
         {"precision": {"dtype": "float16"}},
