@@ -287,7 +287,7 @@ def _measure(
     folder: Path,
     monitor: Monitor | None,
 ) -> dict[str, Any]:
-    from openpi_opt.measure import checks, clock, compilation, guard, memory
+    from openpi_opt.measure import checks, clock, compilation, guard, memory, warm
 
     device = cfg.device
     if any(knob.times_kernels(cfg) for knob in KNOBS):
@@ -313,6 +313,12 @@ def _measure(
         return {"outcome": "wrong", "guard": report, "reason": guard.explain(report)}
     with measuring_alone(cfg, progress):
         progress.enter("measure")
+        warm.warm(
+            lambda: prepared.call(inputs[0]),
+            device,
+            lambda: None if monitor is None else monitor.read().sm_clock_mhz,
+            lambda: clock.synchronise(device),
+        )
         hopeless = _hopeless(prepared, observations, cfg)
         if hopeless is not None:
             counted = _counted(prepared, inputs, cfg, progress, folder)
