@@ -30,9 +30,10 @@ Phase = Literal[
     "ceilings",
 ]
 CacheState = Literal["cold", "partly", "warm"]
-# Format 2 packs the samples and adds what says how sure a latency is. Format 1 is read: what it
-# lacks has the value None or is empty.
-SCHEMA_VERSION = 2
+# Format 2 packs the samples and adds what says how sure a latency is. Format 3 adds what the guard
+# saw of the structure and of the timed calls. Earlier formats are read: what they lack is None or
+# empty.
+SCHEMA_VERSION = 3
 
 
 class _Part(BaseModel):
@@ -176,10 +177,63 @@ class KernelRow(_Part):
     total_ms: float
 
 
-class GuardReport(_Part):
-    """Distance of the actions from the float32 reference, the worst over the inputs.
+class TimedReport(_Part):
+    """What watching the timed calls showed; see `openpi_opt.guarding.witness`.
 
-    `plain_rel_l2` is the distance of the plain eager policy in the same precision.
+    Of `calls` timed calls, each with new content, `compared` were compared with the reference
+    (`rel_l2`, the worst; None where not finite) and `repeated` were made again and compared with
+    themselves. `problem` says what is wrong. `seed` is that of the contents.
+    """
+
+    passed: bool
+    calls: int
+    compared: int
+    rel_l2: float | None
+    tolerance: float
+    repeated: int
+    repeated_rel_l2: float
+    seed: int
+    problem: str | None = None
+
+
+class LocalCheck(_Part):
+    """A kind of operation without float32 form, against its own rounding written plainly.
+
+    `rel_l2` is the distance of the worst of `calls` calls, `tolerance` what it may be, and `place`
+    where in the policy that was.
+    """
+
+    name: str
+    place: str
+    rel_l2: float | None
+    tolerance: float
+    calls: int
+
+
+class StructureReport(_Part):
+    """The candidate's structure apart from rounding; see `openpi_opt.guarding.structure`.
+
+    `rel_l2` is the worst distance of its float32 form from the float32 reference, `local` are the
+    operations that have no such form, `unchecked` those that nothing but the candidate's own
+    precision checks, with the reason. `problem` says what is wrong.
+    """
+
+    passed: bool
+    rel_l2: float | None
+    tolerance: float
+    case: str
+    large_logits_rel_l2: float | None = None
+    local: list[LocalCheck] = Field(default_factory=list)
+    unchecked: list[str] = Field(default_factory=list)
+    problem: str | None = None
+
+
+class GuardReport(_Part):
+    """Distance of the actions from the float32 reference, that of the worst case.
+
+    The worst is the one nearest to, or farthest beyond, its tolerance; `case` names it.
+    `plain_rel_l2` is the distance of the plain eager policy in the same precision. Format 3 adds
+    `case`, `structure` and `timed`, None in earlier documents.
     """
 
     passed: bool
@@ -189,6 +243,9 @@ class GuardReport(_Part):
     plain_rel_l2: float
     tolerance: float
     inputs: int
+    case: str | None = None
+    structure: StructureReport | None = None
+    timed: TimedReport | None = None
 
 
 class Memory(_Part):
@@ -261,7 +318,7 @@ class Energy(_Part):
 
 
 class _Common(_Part):
-    schema_version: Literal[1, 2] = 2
+    schema_version: Literal[1, 2, 3] = 3
     config: dict[str, Any]
     config_hash: str
     context_hash: str

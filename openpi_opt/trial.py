@@ -40,9 +40,10 @@ from openpi_opt.process.environment import (
 from openpi_opt.track.fingerprint import fingerprint
 
 if TYPE_CHECKING:
+    from openpi_opt.guarding.question import Question
+    from openpi_opt.guarding.witness import Witness
     from openpi_opt.measure.clock import Timing
     from openpi_opt.measure.gpu_state import Monitor
-    from openpi_opt.measure.guard import Reference
     from openpi_opt.pi0.inputs import Inputs
     from openpi_opt.runtime import Prepared
 
@@ -196,6 +197,7 @@ def _import_all(cfg: Config) -> None:
     import torch
 
     from openpi_opt import runtime  # noqa: F401
+    from openpi_opt.guarding import question  # noqa: F401
     from openpi_opt.measure import (  # noqa: F401
         checks,
         clock,
@@ -223,21 +225,20 @@ def _run_checked(
     import torch
 
     from openpi_opt import runtime
-    from openpi_opt.measure import clock, compilation, guard
-    from openpi_opt.pi0.workload import make_inputs
+    from openpi_opt.guarding import question
+    from openpi_opt.measure import compilation
 
     device = runtime.torch_device(cfg)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RefusedError("unavailable", f"torch {torch.__version__} sees no usable GPU")
     policy = runtime.build_policy(cfg, device)
-    workload = runtime.workload_of(cfg)
-    seeds = range(cfg.workload.seed, cfg.workload.seed + cfg.guard.inputs)
-    observations = [make_inputs(workload, policy.config, seed, "cpu") for seed in seeds]
-    inputs = [clock.upload(observation, device) for observation in observations]
     progress.enter("reference")
     gpus = machine.gpus_for(cfg.device)
     arch = gpus[0].arch if gpus else machine.cpu
-    reference = guard.obtain(policy, inputs, cfg, arch, references)
+    asked = question.ask(policy, cfg, arch, references)
+    seen = asked.structure()
+    if not seen.passed:
+        return _wrong(asked.wrong_structure(seen))
     if policy.dtype != torch.float32:
         # Cast for the reference; the candidate must not depend on whether that was known already.
         progress.enter("load")
@@ -247,25 +248,30 @@ def _run_checked(
     if cfg.canonical().knobs["compile"] != cfg.baseline().knobs["compile"]:
         compilation.observe()
     prepared = runtime.apply_knobs(policy, cfg)
-    found = _measure(prepared, observations, inputs, reference, cfg, progress, folder, monitor)
+    found = _measure(prepared, asked, seen, progress, folder, monitor)
     if found["outcome"] == "ok":
-        _explain(found, prepared, inputs, cfg, machine, progress, references.with_name("ceilings"))
+        _explain(found, prepared, asked, machine, progress, references.with_name("ceilings"))
     return found
+
+
+def _wrong(report: results.GuardReport) -> dict[str, Any]:
+    from openpi_opt.measure import guard
+
+    return {"outcome": "wrong", "guard": report, "reason": guard.explain(report)}
 
 
 def _measure(
     prepared: Prepared,
-    observations: list[Inputs],
-    inputs: list[Inputs],
-    reference: Reference,
-    cfg: Config,
+    asked: Question,
+    seen: results.StructureReport,
     progress: Progress,
     folder: Path,
     monitor: Monitor | None,
 ) -> dict[str, Any]:
-    from openpi_opt.measure import checks, clock, compilation, guard, memory, profile
+    from openpi_opt.measure import checks, clock, compilation, memory, profile
 
-    device = cfg.device
+    cfg, device = asked.cfg, asked.cfg.device
+    inputs = [clock.upload(item, asked.device) for item in asked.observations]
     progress.enter("compile")
     memory.reset_peak(device)
     triton_counts = compilation.watch_triton() if device != "cpu" else lambda: (0, 0)
@@ -276,20 +282,27 @@ def _measure(
     progress.enter("warmup")
     clock.warm_up(prepared.call, inputs, cfg.measure.warmup, device)
     progress.enter("guard")
-    report = guard.check(prepared.call, inputs, reference, cfg.guard, cfg.lossy())
+    report = asked.check(prepared.call, prepared.policy.layout, seen)
     if not report.passed:
-        return {"outcome": "wrong", "guard": report, "reason": guard.explain(report)}
+        return _wrong(report)
+    # Before the timing, whose inputs and outputs are kept for the guard and are not the policy's.
+    peak = memory.peak(device)
     progress.gate()
+    witness = asked.witness()
     with measuring_alone(cfg, progress):
         progress.enter("measure")
-        hopeless = _hopeless(prepared, observations, cfg)
+        hopeless = _hopeless(prepared, witness, cfg)
         if hopeless is not None:
             return {"outcome": "pruned", "guard": report, **hopeless}
         compiled = compilation.graphs()
-        timed = _timed(prepared, observations, inputs[0], cfg, monitor)
+        timed = _timed(prepared, witness, inputs[0], cfg, monitor)
     latency = timed.latency
     compiled_in_all = compilation.found(late=compilation.graphs() - compiled)
-    peak = memory.peak(device)
+    progress.enter("guard")
+    watched = asked.judge(witness, prepared.call, latency.wall_samples_ms)
+    report = report.model_copy(update={"timed": watched, "passed": watched.passed})
+    if not report.passed:
+        return _wrong(report)
     kernels, table, overhead_ms = None, [], None
     notes = [note for knob in KNOBS for note in knob.notes(cfg)]
     if cfg.profile.kernels:
@@ -317,14 +330,14 @@ def _measure(
         "compilation": compiled_in_all,
         "gpu": timed.gpu,
         "checks": [
-            *checks.of_latency(latency, cfg.measure.warmup, len(observations)),
+            *checks.of_latency(latency, cfg.measure.warmup, watched.calls),
             *checks.of_start(first_call_seconds, compiled_in_all),
             *timed.checks,
         ],
     }
 
 
-def _hopeless(prepared: Prepared, observations: list[Inputs], cfg: Config) -> dict[str, Any] | None:
+def _hopeless(prepared: Prepared, witness: Witness, cfg: Config) -> dict[str, Any] | None:
     """What the first calls show, when they are surely above `limits.latency_ms`."""
     limit = cfg.limits.latency_ms
     if limit is None:
@@ -333,7 +346,7 @@ def _hopeless(prepared: Prepared, observations: list[Inputs], cfg: Config) -> di
 
     from openpi_opt.measure import stats
 
-    samples = np.asarray(_block(prepared, observations, cfg)(cfg.measure.iterations).samples_ms)
+    samples = np.asarray(_block(prepared, witness, cfg)(cfg.measure.iterations).samples_ms)
     mean = float(samples.mean())
     low = mean - _SURELY * stats.mean_half_width(samples)
     if low <= limit:
@@ -354,30 +367,21 @@ class _Timed(NamedTuple):
     checks: list[results.Check]
 
 
-def _block(prepared: Prepared, observations: list[Inputs], cfg: Config) -> Callable[[int], Timing]:
-    """Times so many calls."""
-    from openpi_opt import runtime
+def _block(prepared: Prepared, witness: Witness, cfg: Config) -> Callable[..., Timing]:
+    """Times so many calls; with `compared` some of them are compared with the reference, later."""
     from openpi_opt.measure import clock
 
-    target = runtime.torch_device(cfg)
-
-    def block(iterations: int) -> Timing:
+    def block(iterations: int, compared: bool = False) -> Timing:
+        witness.begin(iterations, compared)
         # Warm again, shortly: copies to the host, planning or a reading came in between.
-        return clock.time_calls(
-            prepared.call,
-            observations,
-            lambda observation: clock.upload(observation, target),
-            MIN_WARMUP,
-            iterations,
-            cfg.device,
-        )
+        return clock.time_calls(prepared.call, witness, MIN_WARMUP, iterations, cfg.device)
 
     return block
 
 
 def _timed(
     prepared: Prepared,
-    observations: list[Inputs],
+    witness: Witness,
     inputs: Inputs,
     cfg: Config,
     monitor: Monitor | None,
@@ -385,7 +389,7 @@ def _timed(
     """Plan, then time; what the GPU's driver says is read right before and right after."""
     from openpi_opt.measure import checks, clock, gpu_state, planning, stats
 
-    block = _block(prepared, observations, cfg)
+    block = _block(prepared, witness, cfg)
 
     def under_load() -> results.GpuState | None:
         if monitor is None:
@@ -400,7 +404,7 @@ def _timed(
     throttled = None if monitor is None else monitor.throttled_ms()
     wait = checks.HostWait()
     started = time.monotonic()
-    timing = block(plan.iterations)
+    timing = block(plan.iterations, compared=True)
     seconds = time.monotonic() - started
     found = [wait.check(seconds)]
     throttled_after = None if monitor is None else monitor.throttled_ms()
@@ -423,16 +427,17 @@ def _timed(
 def _explain(
     found: dict[str, Any],
     prepared: Prepared,
-    inputs: list[Inputs],
-    cfg: Config,
+    asked: Question,
     machine: Machine,
     progress: Progress,
     ceilings_folder: Path,
 ) -> None:
     """Add energy and roofline to what was measured; nothing here can disturb the latency."""
-    from openpi_opt.measure import ceilings, roofline
+    from openpi_opt.measure import ceilings, clock, roofline
 
+    cfg = asked.cfg
     if cfg.profile.energy:
+        inputs = [clock.upload(item, asked.device) for item in asked.observations]
         energy, notes = power.measure(
             prepared.call, inputs, cfg, machine, found["throughput_hz"], progress.enter
         )
