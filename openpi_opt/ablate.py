@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from openpi_opt import cli
-from openpi_opt.confirm.judge import Confirmed, Verdict, gain
+from openpi_opt.confirm.judge import Confirmed, Verdict
 from openpi_opt.errors import UserError
-from openpi_opt.target import Session, flagged, parser, percent, session, why
-from openpi_opt.track.plots import Bar
+from openpi_opt.rounds import Session, interval, percent, target_parser, target_session, why
+from openpi_opt.rounds import table as markdown
+from openpi_opt.track.plots import Bar, effects_figure
 
 WHOLE = "all knobs"
-# One-sided level of each bound of the 95% intervals.
-ALPHA = 0.025
-_STAGE = "ablation"
-# What the configuration without the knob being so says of the knob.
+_HEADS = "without", "mean ms", "interval", "time added", "interval", "the knob"
+# What the verdict on the configuration without the knob says of the knob.
 _SAYS: dict[Verdict, str] = {
     "slower": "helps",
     "same": "makes no difference",
@@ -37,25 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: nothing to take away, or the configuration itself does not run.
     """
     arguments = _parser().parse_args(argv)
-    found = session("ablate", arguments)
-    with found.runs.alone(found.target.config, arguments.device):
+    found = target_session("ablate", arguments)
+    with found.alone(arguments.device):
         ablation = measure(found)
-    found.write(
-        document(found, ablation),
-        table(found, ablation),
-        f"ablation of {found.runs.study_dir.name}\n{found.subtitle()}",
-        "time added when the knob is taken away, in % (95% interval)",
-        [
-            Bar(
-                label=f"without {loss.knobs}",
-                value=100 * loss.added,
-                low=100 * loss.low,
-                high=100 * loss.high,
-                text=f"{percent(loss.added)}, {loss.says}",
-            )
-            for loss in ablation.losses
-        ],
-    )
+    found.write(document(found, ablation), table(found, ablation), _figure(found, ablation))
     return 0
 
 
@@ -73,12 +57,13 @@ class Loss:
 
 @dataclass(frozen=True)
 class Ablation:
-    """The whole configuration, the losses (largest first), what failed, what cannot be alone."""
+    """The whole configuration, the losses (largest first), what failed, remarks and flags."""
 
     whole: Confirmed
     losses: list[Loss]
     failed: dict[str, str]
     remarks: dict[str, str]
+    flagged: list[str]
 
 
 def measure(found: Session) -> Ablation:
@@ -89,32 +74,31 @@ def measure(found: Session) -> Ablation:
     """
     target = found.target
     moves = target.removals()
-    labels = {target.label(names): names for names in moves.sets}
+    every = frozenset(target.knobs)
+    labels = {f"without {target.label(names)}": names for names in moves.sets}
     if not labels:
         raise UserError(
             "no knob can be taken away: "
             + "; ".join(f"{name} {reason}" for name, reason in moves.refused.items())
         )
-    every = frozenset(target.knobs)
-    configs = {f"without {label}": target.having(every - names) for label, names in labels.items()}
-    measured, failed = found.judged({WHOLE: target.config, **configs}, WHOLE, _STAGE)
-    whole = measured[WHOLE]
+    configs = {shown: target.having(every - names) for shown, names in labels.items()}
+    measured = found.judged({WHOLE: target.config, **configs}, [WHOLE], "ablation")
     losses = []
-    for label in labels:
-        entry = measured.get(f"without {label}")
-        if entry is not None:
-            change = gain(whole.means_ms, entry.means_ms, ALPHA)
-            says = _SAYS[change.verdict]
-            losses.append(Loss(label, entry, -change.mean, -change.high, -change.low, says))
+    for shown, names in labels.items():
+        if shown in measured:
+            change, label = measured.change(WHOLE, shown), target.label(names)
+            shares = -change.mean, -change.high, -change.low
+            losses.append(Loss(label, measured.confirmed(shown), *shares, _SAYS[change.verdict]))
     losses.sort(key=lambda loss: -loss.added)
-    reasons = {shown: why(r) for shown, r in failed.items()}
-    return Ablation(whole, losses, reasons, moves.refused)
+    failed = {shown: why(result) for shown, result in measured.failed.items()}
+    whole = measured.confirmed(WHOLE)
+    return Ablation(whole, losses, failed, moves.refused, measured.flagged())
 
 
 def document(found: Session, ablation: Ablation) -> dict[str, Any]:
     """The ablation as plain data."""
     return {
-        **found.about(),
+        **found.about_target(),
         "whole": {"mean_ms": ablation.whole.mean_ms, "means_ms": ablation.whole.means_ms},
         "without": [
             {
@@ -130,35 +114,45 @@ def document(found: Session, ablation: Ablation) -> dict[str, Any]:
         ],
         "failed": ablation.failed,
         "remarks": ablation.remarks,
-        "flagged": flagged(found.flags.get(_STAGE, ())),
+        "flagged": ablation.flagged,
     }
 
 
 def table(found: Session, ablation: Ablation) -> str:
     """The ablation as Markdown."""
-    low, high = ablation.whole.ci95_ms()
-    lines = [
-        f"{found.subtitle()}; intervals are 95%.",
-        "",
-        "| without | mean ms | interval | time added | interval | the knob |",
-        "|---|---|---|---|---|---|",
-        f"| (nothing: all knobs) | {ablation.whole.mean_ms:.3f} | {low:.3f} to {high:.3f} | | | |",
-    ]
+
+    def shown(entry: Confirmed) -> list[str]:
+        return [f"{entry.mean_ms:.3f}", interval(*entry.ci95_ms(), "{:.3f}".format)]
+
+    rows = [["(nothing: all knobs)", *shown(ablation.whole), "", "", ""]]
     for loss in ablation.losses:
-        low, high = loss.measured.ci95_ms()
-        cells = [loss.knobs, f"{loss.measured.mean_ms:.3f}", f"{low:.3f} to {high:.3f}"]
-        cells += [percent(loss.added), f"{percent(loss.low)} to {percent(loss.high)}", loss.says]
-        lines.append(f"| {' | '.join(cells)} |")
-    flags = flagged(found.flags.get(_STAGE, ()))
-    lines += [""] if ablation.failed or ablation.remarks or flags else []
-    lines += [f"- {shown}: {reason}" for shown, reason in ablation.failed.items()]
-    lines += [f"- {name} taken away alone: {reason}" for name, reason in ablation.remarks.items()]
-    lines += [f"- {line}" for line in flags]
-    return "\n".join(lines) + "\n"
+        share = [percent(loss.added), interval(loss.low, loss.high), loss.says]
+        rows.append([loss.knobs, *shown(loss.measured), *share])
+    remarks = [f"{name}: {reason}" for name, reason in ablation.failed.items()]
+    remarks += [f"{name} taken away alone: {why}" for name, why in ablation.remarks.items()]
+    return found.report(markdown(_HEADS, rows), [*remarks, *ablation.flagged])
+
+
+def _figure(found: Session, ablation: Ablation) -> Any:
+    bars = [
+        Bar(
+            f"without {loss.knobs}",
+            100 * loss.added,
+            100 * loss.low,
+            100 * loss.high,
+            f"{percent(loss.added)}, {loss.says}",
+        )
+        for loss in ablation.losses
+    ]
+    return effects_figure(
+        f"ablation of {found.runs.study_dir.name}\n{found.subtitle()}",
+        "time added when the knob is taken away, in % (95% interval)",
+        bars,
+    )
 
 
 def _parser() -> Any:
-    return parser(
+    return target_parser(
         "ablate",
         "Take each knob away from a configuration and measure what that costs, in fresh "
         "interleaved processes.",

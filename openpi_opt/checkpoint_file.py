@@ -10,6 +10,7 @@ from openpi_opt.errors import UserError
 
 _PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
 Family = Literal["pi0", "pi05"]
+RopeFrequencies = Literal["bfloat16", "float32"]
 _LARGEST_HEADER = 100_000_000  # the format's own limit in bytes
 
 
@@ -41,6 +42,50 @@ def family(given: str) -> Family:
     names = [name for file in _files(Path(given), given) for name in _header(file)[1]]
     found = any(name.removeprefix("model.").startswith("time_mlp_in.") for name in names)
     return "pi05" if found else "pi0"
+
+
+def shape(given: str, name: str) -> tuple[int, ...]:
+    """Of the tensor that openpi calls `name`, in a checkpoint that `inspect` admits.
+
+    Raises:
+        UserError: as `inspect`, and for a checkpoint without it.
+    """
+    for file in _files(Path(given), given):
+        for stored, item in _header(file)[1].items():
+            if stored.removeprefix("model.") == name:
+                return tuple(item["shape"])
+    raise UserError(f"{given} has no tensor {name}; it is no checkpoint of pi0 or pi05.")
+
+
+def rope_frequencies(given: str) -> RopeFrequencies:
+    """How the code that made the checkpoint `inspect` admits keeps its rotary frequencies.
+
+    openpi's PyTorch casts them with the rest to bfloat16, always. LeRobot does in its bfloat16
+    mode, and its default is float32; its files have names with the prefix `model.`, or a
+    config.json with a `type` beside them, which says the `dtype`.
+
+    Raises:
+        UserError: as `inspect`.
+    """
+    path = Path(given)
+    settings = _settings(path if path.is_dir() else path.parent)
+    names = [name for file in _files(path, given) for name in _header(file)[1]]
+    lerobot = "type" in settings or any(name.startswith("model.") for name in names)
+    return "float32" if lerobot and settings.get("dtype") != "bfloat16" else "bfloat16"
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint's folder; empty where there is none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} holds no JSON object; it is no checkpoint's configuration.")
+    return settings
 
 
 def _files(path: Path, given: str) -> list[Path]:

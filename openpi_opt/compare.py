@@ -16,6 +16,7 @@ from typing import Any
 
 from openpi_opt import criteria
 from openpi_opt.cli import run
+from openpi_opt.figures import FIGURES, Figure
 from openpi_opt.result import (
     Compilation,
     Energy,
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: study {arguments.study} has no finished trial yet", file=sys.stderr)
     judged_by = criteria.of_arguments(arguments, study_dir)
     if arguments.format == "table":
-        print_table(records, criteria=judged_by, stages=True)
+        print_table(records, criteria=judged_by, stages=True, columns=arguments.columns)
         return 0
     found = sorted(rows(records, criteria=judged_by), key=lambda row: row.record.number)
     plain = [trial(row, study_dir, judged_by) for row in found]
@@ -153,6 +154,15 @@ def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _columns(text: str) -> list[Figure]:
+    unknown = [key for key in text.split(",") if key not in FIGURES]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"{unknown[0]!r} is no figure; they are {', '.join(FIGURES)}"
+        )
+    return [FIGURES[key] for key in text.split(",")]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m openpi_opt.compare",
@@ -167,6 +177,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--allow-lossy", action="store_true", help="let lossy configurations (FP8) be the best"
+    )
+    parser.add_argument(
+        "--columns",
+        type=_columns,
+        default=[],
+        metavar="A,B",
+        help="show these figures too, as p95_ms,p99_ms; `python -m openpi_opt.figures` lists them",
     )
     criteria.add_arguments(parser, objectives=True)
     return parser

@@ -25,6 +25,7 @@ CONTROL_KEYS = (
     "study",
     "store",
     "n_trials",
+    "minutes",
     "sampler",
     "seed",
     "baseline",

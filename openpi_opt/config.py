@@ -13,10 +13,18 @@ from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from openpi_opt import checkpoint_file
 from openpi_opt.errors import UserError
+from openpi_opt.figures import LIMITS
 from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.knobs.base import Options
 from openpi_opt.machine import Device, Machine
@@ -41,12 +49,13 @@ class Section(BaseModel):
 class Model(Section):
     """Which network: the 3.5 B policy, its successor of 3.6 B, or either graph in small for CPUs.
 
-    `rope_frequencies` is part of the model's definition: openpi's and LeRobot's PyTorch round the
-    rotary frequencies to bfloat16, JAX keeps them in float32.
+    `rope_frequencies` is part of the model's definition: openpi's PyTorch rounds the rotary
+    frequencies to bfloat16, and so does LeRobot's in its bfloat16 mode; JAX and LeRobot's default
+    keep them in float32. `auto` does as the checkpoint's origin does, and rounds without one.
     """
 
     name: Literal["auto", "pi0", "pi0_mini", "pi05", "pi05_mini"] = "auto"
-    rope_frequencies: Literal["bfloat16", "float32"] = "bfloat16"
+    rope_frequencies: Literal["auto", "bfloat16", "float32"] = "auto"
 
     @property
     def family(self) -> checkpoint_file.Family:
@@ -71,7 +80,12 @@ class Weights(Section):
 
 
 class Workload(Section):
-    """What is inferred. `prompt_tokens` of the `prompt_slots` are valid, the rest is padding."""
+    """What is inferred. `prompt_tokens` of the `prompt_slots` are valid, the rest is padding.
+
+    `layout: exact` is built for these cameras and this number of tokens and refuses others;
+    `flexible` serves any prompt up to `prompt_slots` and any of `active_cameras` without another
+    capture, and is measured with these.
+    """
 
     name: str = "custom"
     active_cameras: tuple[bool, ...] = (True, True, True)
@@ -80,6 +94,7 @@ class Workload(Section):
     horizon: int = Field(10, ge=1)
     steps: int = Field(10, ge=1)
     batch_size: int = Field(1, ge=1)
+    layout: Literal["exact", "flexible"] = "exact"
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -138,8 +153,9 @@ class Measure(Section):
 class Profile(Section):
     """What is looked at after the timed iterations; never during them.
 
-    `energy`: over `energy_seconds` of calls; auto: where the machine tells it, true: refuse the
-    trial where it does not. `roofline`: against ceilings that were measured once on this machine,
+    `energy`: over `energy_seconds` of calls; auto: where the machine tells it, and in a sweep of
+    trials about as fast as the best so far; true: always, and refuse the trial where the machine
+    does not tell it. `roofline`: against ceilings that were measured once on this machine,
     or the vendor's.
     """
 
@@ -170,13 +186,20 @@ class Guard(Section):
     observations: str | None = None
 
 
-class Limits(Section):
+_JUDGED: dict[str, Any] = {
+    name: (float | None, Field(None, gt=0, allow_inf_nan=False)) for name in LIMITS
+}
+
+
+class Limits(create_model("_Judged", __base__=Section, **_JUDGED)):  # type: ignore[misc]
     """Longest time in seconds for each phase of a trial; past it the trial is ended.
 
     `latency_ms`: a call that is surely slower is not measured to the end (see `pruning`).
-    With it, `peak_mib`, `compile_seconds` (of the first call, as it was seen: shorter with warm
-    caches) and `rel_l2` (the guard's) judge results: above one of them a trial is never the best.
-    They change no measurement, so they are no part of a configuration's identity.
+    `best_ms`: the fastest of the sweep so far, for `profile.energy=auto`; the sweep fills it in.
+    `latency_ms` and the limits of all other figures (`figures.LIMITS`) judge results: above one of
+    them a trial is never the best. They change no measurement, so they are no part of a
+    configuration's identity. `compile_seconds` is the first call as it was seen: less with warm
+    caches.
     """
 
     load: float = Field(600, gt=0)
@@ -189,9 +212,7 @@ class Limits(Section):
     energy: float = Field(300, gt=0)
     ceilings: float = Field(300, gt=0)
     latency_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
-    peak_mib: float | None = Field(None, gt=0, allow_inf_nan=False)
-    compile_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
-    rel_l2: float | None = Field(None, gt=0, allow_inf_nan=False)
+    best_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 class Tracking(Section):
@@ -301,12 +322,22 @@ class Config(BaseModel):
             name = family if roomy else small
         return self.model_copy(
             update={
-                "model": self.model.model_copy(update={"name": name}),
+                "model": self.model.model_copy(
+                    update={"name": name, "rope_frequencies": self.rope_frequencies()}
+                ),
                 "weights": weights,
                 "platform": self.platform.model_copy(update={"device": device}),
                 "measure": measure,
             }
         )
+
+    def rope_frequencies(self) -> checkpoint_file.RopeFrequencies:
+        """The model's, those of its checkpoint's origin where it says `auto`."""
+        given = self.model.rope_frequencies
+        if given != "auto":
+            return given
+        path = self.weights.path
+        return "bfloat16" if path is None else checkpoint_file.rope_frequencies(path)
 
     def canonical(self) -> Config:
         """The same configuration with options that have no effect set to neutral values."""

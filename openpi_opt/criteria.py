@@ -8,60 +8,40 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from openpi_opt.config import Limits
 from openpi_opt.errors import UserError
+from openpi_opt.figures import LIMITS, OBJECTIVES, Figure
 from openpi_opt.result import Ok, Pruned, TrialResult, write_atomic
 
-ObjectiveName = Literal["latency", "memory", "energy", "guard"]
-LimitName = Literal["latency_ms", "peak_mib", "compile_seconds", "rel_l2"]
-LIMIT_NAMES: tuple[LimitName, ...] = get_args(LimitName)
 _FILE = "criteria.json"
 
 
-class Figure(NamedTuple):
-    """A figure of an ok trial. All are better when they are smaller."""
+def _known(names: Iterable[str]) -> AfterValidator:
+    known = list(names)
 
-    name: str
-    head: str
-    unit: str
-    form: str
-    value: Callable[[Ok], float | None]
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(f"unknown, use one of {', '.join(known)}")
+        return name
 
-    def cell(self, result: Ok) -> str:
-        """Its text without a unit; empty where it was not measured."""
-        value = self.value(result)
-        return "" if value is None else format(value, self.form)
-
-    def text(self, value: float) -> str:
-        """A value of it with its unit."""
-        return f"{value:{self.form}} {self.unit}".strip()
+    return AfterValidator(check)
 
 
-def _joule(result: Ok) -> float | None:
-    return None if result.energy is None else result.energy.joule
-
-
-FIGURES = {
-    "latency_ms": Figure("latency", "mean\nms", "ms", ".3f", lambda ok: ok.latency.mean_ms),
-    "peak_mib": Figure("peak memory", "peak\nMiB", "MiB", ",.1f", lambda ok: ok.memory.peak_mib),
-    "joule": Figure("energy of a call", "J", "J", ".3f", _joule),
-    "rel_l2": Figure("rel. L2 of the guard", "rel. L2", "", ".3g", lambda ok: ok.guard.rel_l2),
-    "compile_seconds": Figure(
-        "first call", "compile\ns", "s", ".1f", lambda ok: ok.compile_seconds
-    ),
-}
-OBJECTIVES: dict[ObjectiveName, str] = {
-    "latency": "latency_ms",
-    "memory": "peak_mib",
-    "energy": "joule",
-    "guard": "rel_l2",
-}
+ObjectiveName = Annotated[str, _known(OBJECTIVES)]
+LimitName = Annotated[str, _known(LIMITS)]
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -87,18 +67,18 @@ class Criteria(BaseModel):
     def _with_latency_and_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(names)) < len(names):
             raise ValueError("each objective is named once")
-        if "latency" not in names:
+        if not any(OBJECTIVES[name].unit == "ms" for name in names):
             raise ValueError(
-                "latency must be among the objectives: by it configurations are confirmed and "
-                f"promoted. The Pareto set of [{','.join(['latency', *names])}] holds the least "
-                f"{names[0]} as well"
+                "latency (or its p95 or p99) must be among the objectives: by it configurations "
+                f"are confirmed and promoted. The Pareto set of [{','.join(['latency', *names])}] "
+                f"holds the least {names[0]} as well"
             )
         return tuple(in_order(names))
 
     @staticmethod
     def of(objectives: Sequence[ObjectiveName], allow_lossy: bool, limits: Limits) -> Criteria:
         """Those of a sweep."""
-        given = {name: getattr(limits, name) for name in LIMIT_NAMES}
+        given = {name: getattr(limits, name) for name in LIMITS}
         return Criteria(
             objectives=tuple(objectives),
             allow_lossy=allow_lossy,
@@ -142,12 +122,12 @@ class Criteria(BaseModel):
 
     def figures(self) -> list[Figure]:
         """Of the objectives, in their order."""
-        return [FIGURES[OBJECTIVES[name]] for name in self.objectives]
+        return [OBJECTIVES[name] for name in self.objectives]
 
     def shown(self) -> list[Figure]:
         """What a table shows beside the latency: the other objectives, then what is limited."""
-        keys = [*(OBJECTIVES[name] for name in self.objectives), *self.limits]
-        return [FIGURES[key] for key in dict.fromkeys(keys) if key != "latency_ms"]
+        found = [*self.figures(), *(LIMITS[name] for name in self.limits)]
+        return [figure for figure in dict.fromkeys(found) if figure.key != "mean_ms"]
 
     def values(self, result: TrialResult) -> tuple[float, ...] | None:
         """The objectives of a result; None unless it is ok and has them all."""
@@ -170,7 +150,7 @@ class Criteria(BaseModel):
     def over(self, result: TrialResult) -> dict[str, str]:
         """By limit that a result does not keep, what it has instead: {"peak_mib": "912.0 MiB"}."""
         return {
-            name: FIGURES[name].text(value)
+            name: LIMITS[name].text(value)
             for name, value in self._limited(result).items()
             if value > self.limits[name]
         }
@@ -187,13 +167,9 @@ class Criteria(BaseModel):
     def _limited(self, result: TrialResult) -> dict[LimitName, float]:
         found: dict[LimitName, float | None] = {}
         if isinstance(result, Ok):
-            found = {name: FIGURES[name].value(result) for name in self.limits}
+            found = {name: LIMITS[name].value(result) for name in self.limits}
         elif isinstance(result, Pruned):
-            seen: dict[LimitName, float | None] = {
-                "latency_ms": result.seen_low_ms,
-                "rel_l2": result.guard.rel_l2,
-            }
-            found = {name: seen[name] for name in self.limits if name in seen}
+            found = {name: LIMITS[name].seen(result) for name in self.limits}
         return {name: value for name, value in found.items() if value is not None}
 
 
@@ -225,7 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser, objectives: bool = False) -> 
         type=_limit,
         default=[],
         metavar="NAME=VALUE",
-        help=f"judge by this limit instead of the sweep's: {', '.join(LIMIT_NAMES)}; "
+        help=f"judge by this limit instead of the sweep's: {', '.join(LIMITS)}; "
         "NAME=none lifts one. May be given several times",
     )
     if objectives:
@@ -256,8 +232,8 @@ def of_arguments(arguments: argparse.Namespace, study_dir: Path) -> Criteria:
 
 def _limit(text: str) -> tuple[str, float | None]:
     name, _, value = text.partition("=")
-    if name not in LIMIT_NAMES:
-        raise argparse.ArgumentTypeError(f"{text}: no limit; they are {', '.join(LIMIT_NAMES)}")
+    if name not in LIMITS:
+        raise argparse.ArgumentTypeError(f"{text}: no limit; they are {', '.join(LIMITS)}")
     if value in ("none", "null"):
         return name, None
     try:

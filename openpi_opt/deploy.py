@@ -2,43 +2,137 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from openpi_opt import checkpoint_file, runtime
 from openpi_opt.compose import compose
 from openpi_opt.config import Config, Weights
 from openpi_opt.errors import UserError
+from openpi_opt.guest import as_measured
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import probe
-from openpi_opt.observation import Observation, to_inputs
+from openpi_opt.observation import Array, Observation, to_inputs
+from openpi_opt.pi0.config import MODELS
+from openpi_opt.pi0.inputs import Inputs
+from openpi_opt.pi0.workload import make_inputs
+from openpi_opt.process.environment import CACHES
+from openpi_opt.robot.spec import load as load_robot
+from openpi_opt.robot.statistics import load as load_statistics
+from openpi_opt.robot.statistics import read_openpi
+from openpi_opt.robot.tokenizer import Tokenizer
+from openpi_opt.robot.transform import Transforms
+
+_LOG = logging.getLogger(__name__)
 
 
 class ReadyPolicy:
-    """A policy with a configuration's optimisations applied; made by `load_policy`."""
+    """A policy with a configuration's optimisations applied; made by `load_policy`.
 
-    def __init__(self, prepared: runtime.Prepared, cfg: Config):
+    Threads may share it: calls take turns, and no call sees another's inputs.
+    """
+
+    def __init__(
+        self,
+        prepared: runtime.Prepared,
+        cfg: Config,
+        load_seconds: float = 0.0,
+        transforms: Transforms | None = None,
+    ):
         self.config = cfg
+        self.load_seconds = load_seconds
+        self.transforms = transforms
+        self.first_answer_seconds: float | None = None
         self._prepared = prepared
         self._workload = runtime.workload_of(cfg)
 
-    def sample_actions(self, observation: Observation, noise: Tensor | None = None) -> Tensor:
+    def sample_actions(self, observation: Observation, noise: Array | None = None) -> Tensor:
         """Normalised actions [B, H, A] float32 on the policy's device.
 
-        The first call compiles and captures; make one before the robot waits for it. `noise`
-        [B, H, A] makes the call repeatable; None draws it.
+        The first call compiles and captures; `warm_up` does it before the robot waits. `noise`
+        [B, H, A] makes the call repeatable; None draws it. The caller's default dtype and device,
+        autocast and inference mode have no effect.
 
         Raises:
-            ValueError: shapes or masks other than the workload's.
+            ValueError: names the field that is not what the policy takes (`Observation`).
         """
+        with as_measured():
+            return self.call(self.upload(observation, noise))
+
+    def infer(self, obs: Mapping[str, Any], noise: Array | None = None) -> dict[str, Any]:
+        """A robot's raw observation -> `actions` [H, n] float32 in its units, and `policy_timing`.
+
+        The observation is what openpi's policy of this robot takes (`conf/robot`). Timing in
+        milliseconds: `transform_ms` both ways, `upload_ms`, `model_ms`, `download_ms` and, as
+        openpi calls what its own reports, `infer_ms`, the model's.
+
+        Raises:
+            UserError: the policy was loaded without a robot, or for batches.
+            ValueError: names the key of the observation that is not what the robot sends.
+        """
+        if self.transforms is None or self._workload.batch_size != 1:
+            raise UserError(
+                "infer takes one observation of a robot: load_policy(..., robot='libero', "
+                "tokenizer=FILE) with workload.batch_size=1."
+            )
+        times = [time.perf_counter()]
+
+        def lap() -> None:
+            if self._prepared.policy.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+        observation, state = self.transforms.observation(obs)
+        lap()
+        with as_measured():
+            inputs = self.upload(observation, noise)
+            lap()
+            actions = self.call(inputs)
+            lap()
+            normalised = actions[0].double().cpu().numpy()
+            lap()
+        robot_actions = self.transforms.actions(normalised, state)
+        if not np.isfinite(robot_actions).all():
+            raise ValueError("the actions are not finite; none are given to the robot")
+        lap()
+        before, upload, model, download, after = (1e3 * float(d) for d in np.diff(times))
+        timing = {"infer_ms": model, "model_ms": model, "transform_ms": before + after}
+        timing |= {"upload_ms": upload, "download_ms": download}
+        return {"actions": robot_actions, "policy_timing": timing}
+
+    def upload(self, observation: Observation, noise: Array | None = None) -> Inputs:
+        """The checked inputs on the policy's device; inside of `guest.as_measured`."""
         policy = self._prepared.policy
-        inputs = to_inputs(
+        return to_inputs(
             observation, noise, policy.config, self._workload, policy.layout, policy.device
         )
+
+    def call(self, inputs: Inputs) -> Tensor:
+        """Actions [B, H, A] of uploaded inputs; inside of `guest.as_measured`."""
         return self._prepared.call(inputs)
+
+    def warm_up(self) -> float:
+        """Compile and capture with a random observation -> the seconds that it took.
+
+        Calling it again takes one inference. `first_answer_seconds` keeps the first time.
+        """
+        with as_measured():
+            start = time.perf_counter()
+            policy = self._prepared.policy
+            inputs = make_inputs(self._workload, policy.config, 0, policy.device)
+            self.call(inputs).cpu()
+            seconds = time.perf_counter() - start
+        if self.first_answer_seconds is None:
+            self.first_answer_seconds = seconds
+        return seconds
 
 
 def load_policy(
@@ -47,8 +141,14 @@ def load_policy(
     *,
     overrides: Sequence[str] = (),
     preset_dir: str | os.PathLike[str] | None = None,
+    robot: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    norm_stats: str | os.PathLike[str] | None = None,
 ) -> ReadyPolicy:
     """A ready policy with the knobs of `preset`, on this machine.
+
+    Compilers keep what they made in `~/.cache/openpi_opt` (or where TORCHINDUCTOR_CACHE_DIR and
+    TRITON_CACHE_DIR say), so that the next process starts faster.
 
     Args:
         preset: name of a preset; None is the baseline, the plain eager policy.
@@ -56,21 +156,29 @@ def load_policy(
             weights, which are for measuring only.
         overrides: Hydra overrides like those of `sweep`, for instance `["workload=openpi"]`.
             Model and workload are those with which the preset was promoted unless given here;
-            with a checkpoint the model is the full one that it holds, `pi0` or `pi05`.
+            with a checkpoint the model is the one that it holds.
         preset_dir: folder of the preset, when promoted with `--preset-dir`.
+        robot: name in `conf/robot`, or a YAML file, of whom `infer` takes raw observations.
+        tokenizer: PaliGemma's SentencePiece file, for its prompts.
+        norm_stats: openpi's norm_stats.json, where it is not in the checkpoint's `assets`.
 
     Raises:
         UserError: unknown preset or override, unusable checkpoint, an option that this machine
             lacks, or an environment variable that had to be set before the process started.
     """
+    start = time.perf_counter()
     cfg = compose(
         list(overrides), preset=preset, preset_dir=Path(preset_dir) if preset_dir else None
     )
     if checkpoint is not None:
         path = checkpoint_file.inspect(os.fspath(checkpoint))
         weights = Weights(kind="checkpoint", path=path)
-        model = cfg.model.model_copy(update={"name": checkpoint_file.family(path)})
+        update: dict[str, str] = {"name": _model(path)}
+        if not any("model.rope_frequencies" in override for override in overrides):
+            update["rope_frequencies"] = checkpoint_file.rope_frequencies(path)
+        model = cfg.model.model_copy(update=update)
         cfg = cfg.model_copy(update={"weights": weights, "model": model})
+        _LOG.info("%s: %s, rope_frequencies %s", path, model.name, model.rope_frequencies)
     machine = probe()
     cfg = cfg.resolved(machine)
     for knob in KNOBS:
@@ -78,8 +186,50 @@ def load_policy(
         if refusal is not None:
             raise UserError(f"preset {preset or 'baseline'} is {refusal.outcome}: {refusal.reason}")
     _require_environment(cfg)
+    transforms = _transforms(robot, tokenizer, norm_stats, cfg)
+    for name, folder in CACHES.items():
+        os.environ.setdefault(name, str(Path("~/.cache/openpi_opt").expanduser() / folder))
     device = runtime.torch_device(cfg)
-    return ReadyPolicy(runtime.apply_knobs(runtime.build_policy(cfg, device), cfg), cfg)
+    with as_measured():
+        prepared = runtime.apply_knobs(runtime.build_policy(cfg, device), cfg)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return ReadyPolicy(prepared, cfg, time.perf_counter() - start, transforms)
+
+
+def _transforms(
+    robot: str | None,
+    tokenizer: str | os.PathLike[str] | None,
+    norm_stats: str | os.PathLike[str] | None,
+    cfg: Config,
+) -> Transforms | None:
+    """What `infer` needs, or None without a robot."""
+    if robot is None:
+        if tokenizer is not None or norm_stats is not None:
+            raise UserError("tokenizer and norm_stats belong to a robot: give robot= as well.")
+        return None
+    spec, family = load_robot(robot), cfg.model.family
+    if tokenizer is None:
+        raise UserError(
+            f"robot={robot} needs tokenizer=FILE: PaliGemma's SentencePiece model, which openpi "
+            "downloads from gs://big_vision/paligemma_tokenizer.model."
+        )
+    if norm_stats is not None:
+        statistics = read_openpi(Path(norm_stats), family)
+    elif cfg.weights.path is not None:
+        path = Path(cfg.weights.path)
+        statistics = load_statistics(path if path.is_dir() else path.parent, spec.asset_id, family)
+    else:
+        raise UserError(f"robot={robot} needs a checkpoint with statistics, or norm_stats=FILE.")
+    action_dim = MODELS[cfg.model.name].action_dim
+    return Transforms(spec, family, statistics, Tokenizer(os.fspath(tokenizer)), action_dim)
+
+
+def _model(path: str) -> str:
+    """The model that a checkpoint holds; the small ones are told by the width of their expert."""
+    name: str = checkpoint_file.family(path)
+    width = checkpoint_file.shape(path, "action_in_proj.weight")[0]
+    return f"{name}_mini" if width == MODELS[f"{name}_mini"].expert.width else name
 
 
 def _require_environment(cfg: Config) -> None:

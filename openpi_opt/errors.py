@@ -6,12 +6,23 @@ import re
 from typing import Literal
 
 _IN_URL = re.compile(r"(?<=://)[^/\s'\"]*@")
+# As much as can be: a password may have been pasted with any character in it.
+_CREDENTIALS = re.compile(r"://.*@", re.DOTALL)
+_QUERY = re.compile(r"(://[^?]*)\?.*", re.DOTALL)
 _IN_QUERY = re.compile(r"\b(password|passwd|pwd|token|secret|api_?key)=[^&\s'\"]+", re.IGNORECASE)
 
 
 def masked(text: str) -> str:
     """A text without the users, passwords and tokens in its URLs: for messages and records."""
     return _IN_QUERY.sub(r"\1=***", _IN_URL.sub("***@", text))
+
+
+def hidden(word: str) -> str:
+    """A word of a command line without the credentials and the query of a URL in it.
+
+    `masked` is for sentences; here all that is in the word may be password.
+    """
+    return _QUERY.sub(r"\1?...", _CREDENTIALS.sub("://...@", word))
 
 
 class UserError(Exception):

@@ -20,95 +20,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from openpi_opt import cli
 from openpi_opt.config import SECTIONS
 from openpi_opt.errors import UserError
+from openpi_opt.figures import FIGURES
 from openpi_opt.paths import conf_dir
-from openpi_opt.result import Energy, Ok, write_atomic
+from openpi_opt.result import write_atomic
 from openpi_opt.space.settings import Settings, default_study_name
 from openpi_opt.space.space import parse_override
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal, utc_now
 from openpi_opt.track.mlflow_content import device
-from openpi_opt.track.report import Row, flag_lines, rows, stages_of_limit
+from openpi_opt.track.report import Row, flag_lines, rows
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
 # Keys of an experiment's command line that the sweep does not have.
 _OWN_KEYS = ("experiment", "out")
 # What says how to search and to measure does not tell configurations apart.
 _NO_KNOBS = {*Settings.model_fields, *SECTIONS} - {"model", "weights", "workload"}
-
-
-class Column(BaseModel):
-    """A figure of an ok trial: what it is called, how it is shown, and its interval if known."""
-
-    model_config = ConfigDict(frozen=True)
-
-    title: str
-    value: Callable[[Ok], Any]
-    text: str = "{:.3f}"
-    interval: Callable[[Ok], tuple[float | None, float | None]] | None = None
-    log: bool = False
-
-
-def _batch(ok: Ok) -> float:
-    return float(ok.config["workload"]["batch_size"])
-
-
-def _energy(name: str) -> Callable[[Ok], Any]:
-    assert name in Energy.model_fields
-    return lambda ok: ok.energy and getattr(ok.energy, name)
-
-
-def _rates(ok: Ok) -> tuple[float, float | None]:
-    """A rate's interval is the latency's, turned round; one that reaches 0 ms has no upper end."""
-    latency, per_call = ok.latency, 1e3 * _batch(ok)
-    low = latency.ci95_low_ms
-    return per_call / latency.ci95_high_ms, per_call / low if low > 0 else None
-
-
-def _interval_ms(ok: Ok) -> tuple[float, float]:
-    return ok.latency.ci95_low_ms, ok.latency.ci95_high_ms
-
-
-def _percent_of_limit(ok: Ok) -> float | None:
-    fraction = ok.roofline.fraction if ok.roofline else None
-    return None if fraction is None else 100 * fraction
-
-
-def _stages(ok: Ok) -> str | None:
-    found = stages_of_limit(ok)
-    return ", ".join(f"{name} {fraction:.0%}" for name, fraction in found.items()) or None
-
-
-COLUMNS = {
-    "mean_ms": Column(
-        title="latency, ms",
-        value=lambda ok: ok.latency.mean_ms,
-        interval=_interval_ms,
-        log=True,
-    ),
-    "ci95_ms": Column(
-        title="95% interval, ms", value=_interval_ms, text="{0[0]:.3f} to {0[1]:.3f}"
-    ),
-    "samples_per_s": Column(
-        title="samples/s", value=lambda ok: ok.throughput_hz, text="{:.2f}", interval=_rates
-    ),
-    "ms_per_sample": Column(
-        title="ms per sample", value=lambda ok: ok.latency.mean_ms / _batch(ok)
-    ),
-    "floor_ms": Column(title="floor, ms", value=lambda ok: ok.roofline and ok.roofline.floor_ms),
-    "roofline": Column(title="% of roofline", value=_percent_of_limit, text="{:.1f}"),
-    "stages": Column(title="by stage", value=_stages, text="{}"),
-    "peak_mib": Column(
-        title="peak memory, MiB", value=lambda ok: ok.memory.peak_mib, text="{:.0f}"
-    ),
-    "joule": Column(title="J per call", value=_energy("joule")),
-    "watt": Column(title="mean W", value=_energy("watt"), text="{:.1f}"),
-    "idle_watt": Column(title="idle W", value=_energy("idle_watt"), text="{:.1f}"),
-    "samples_per_joule": Column(title="samples/J", value=_energy("inferences_per_joule")),
-    "hz_per_watt": Column(title="Hz per W", value=_energy("hz_per_watt"), text="{:.4f}"),
-    "hz_per_limit_watt": Column(
-        title="Hz per W of the power limit", value=_energy("hz_per_limit_watt"), text="{:.4f}"
-    ),
-}
 
 
 class Experiment(BaseModel):
@@ -138,7 +64,7 @@ class Experiment(BaseModel):
         found = Experiment.model_validate(
             yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
         )
-        unknown = {*found.columns, *found.panels} - set(COLUMNS)
+        unknown = {*found.columns, *found.panels} - set(FIGURES)
         assert not unknown, f"{name}: no such column {unknown}"
         return found
 
@@ -273,7 +199,7 @@ def _series(found: Sequence[Row], experiment: Experiment, command: Sequence[str]
 
 def _entry(row: Row, series: str, experiment: Experiment) -> dict[str, Any]:
     """One line of the table as plain data; figures are None where the outcome has none."""
-    figures = {key: COLUMNS[key].value(row.ok) if row.ok else None for key in experiment.columns}
+    figures = {key: FIGURES[key].value(row.ok) if row.ok else None for key in experiment.columns}
     return {
         "configuration": series,
         experiment.x: _x(row, experiment),
@@ -291,7 +217,7 @@ def _markdown(
     experiment: Experiment, study: str, found: Sequence[Row], table: Sequence[dict[str, Any]]
 ) -> str:
     heads = ["configuration", experiment.x.split(".")[-1]]
-    heads += [*(COLUMNS[key].title for key in experiment.columns), "trial"]
+    heads += [*(FIGURES[key].title for key in experiment.columns), "trial"]
     lines = [f"# {_heading(experiment, found)}", "", f"Study `{study}`.", ""]
     lines += [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for entry in table:
@@ -314,7 +240,7 @@ def _cell(entry: dict[str, Any], key: str) -> str:
     if entry["outcome"] != "ok":
         return str(entry["outcome"])
     mark = "~ " if entry["noisy"] and key == "mean_ms" else ""
-    return mark + COLUMNS[key].text.format(value) if value is not None else "not measured"
+    return mark + FIGURES[key].plain(value) if value is not None else "not measured"
 
 
 def _document(
@@ -354,7 +280,7 @@ def _panels(
     """One for each figure that at least one trial has."""
     panels = []
     for key in experiment.panels:
-        column = COLUMNS[key]
+        column = FIGURES[key]
         points: dict[str, list[plots.Point]] = {}
         for row in found:
             value = column.value(row.ok) if row.ok else None

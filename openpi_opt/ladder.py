@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from openpi_opt import cli
-from openpi_opt.confirm.judge import Confirmed, Gain, gain
+from openpi_opt.confirm.judge import Confirmed, Gain
 from openpi_opt.confirm.steps import Knobs
 from openpi_opt.errors import UserError
-from openpi_opt.target import Session, flagged, parser, percent, session, why
-from openpi_opt.track.plots import Bar
+from openpi_opt.rounds import Session, interval, percent, target_parser, target_session, why
+from openpi_opt.rounds import table as markdown
+from openpi_opt.track.plots import Bar, effects_figure
 
 BASELINE = "baseline"
-# One-sided level of each bound of a step's 95% interval.
-ALPHA = 0.025
-_STAGE = "rung"
+_HEADS = ["added", "mean ms", "interval", "saved by the step", "interval", "verdict"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,17 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: nothing to add, or the baseline or the target does not run.
     """
     arguments = _parser().parse_args(argv)
-    found = session("ladder", arguments)
-    with found.runs.alone(found.target.config, arguments.device):
-        way = climb(found, arguments.screening)
-        ladder = measure(found, way)
-    found.write(
-        document(found, ladder),
-        table(found, ladder),
-        f"ladder to {found.runs.study_dir.name}\n{found.subtitle()}",
-        "latency of one inference in ms (95% interval of the mean over processes)",
-        _bars(ladder),
-    )
+    found = target_session("ladder", arguments)
+    with found.alone(arguments.device):
+        ladder = measure(found, climb(found, arguments.screening))
+    found.write(document(found, ladder), table(found, ladder), _figure(found, ladder))
     return 0
 
 
@@ -70,11 +62,12 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Rungs from the baseline up, what failed when measured, and the way's remarks."""
+    """Rungs from the baseline up, what failed when measured, the way's remarks, and flags."""
 
     rungs: list[Rung]
     failed: dict[str, str]
     way: Way
+    flagged: list[str]
 
 
 def climb(found: Session, screening: int) -> Way:
@@ -119,13 +112,12 @@ def _best(
     below = target.label(have) or BASELINE
     labels = {f"{target.label(names)} on {below}": names for names in candidates}
     configs = {shown: target.having(have | names) for shown, names in labels.items()}
-    stage = f"way {len(have)}"
-    measured, failed = found.interleaved(
-        {below: target.having(have), **configs}, below, stage, screening
+    tried = found.interleaved(
+        {below: target.having(have), **configs}, [below], f"way {len(have)}", screening
     )
-    failures = {labels[shown]: why(result) for shown, result in failed.items()}
-    means = {labels[shown]: entry.mean_ms for shown, entry in measured.items() if shown != below}
-    return (min(means, key=lambda names: means[names]) if means else None), failures
+    failures = {labels[shown]: why(result) for shown, result in tried.failed.items()}
+    means = {names: tried.confirmed(s).mean_ms for s, names in labels.items() if s in tried}
+    return min(means, key=lambda names: means[names], default=None), failures
 
 
 def measure(found: Session, way: Way) -> Ladder:
@@ -139,74 +131,63 @@ def measure(found: Session, way: Way) -> Ladder:
     for names in way.additions:
         have |= names
         configs[f"+ {target.label(names)}"] = target.having(have)
-    measured, failed = found.judged(configs, BASELINE, _STAGE)
-    bottom = below = measured[BASELINE]
-    rungs = [Rung(BASELINE, bottom, None, None)]
+    measured = found.judged(configs, [BASELINE], "rung")
+    below = BASELINE
+    rungs = [Rung(BASELINE, measured.confirmed(BASELINE), None, None)]
     for added in list(configs)[1:]:
         if added in measured:
-            entry = measured[added]
-            step, total = (gain(m.means_ms, entry.means_ms, ALPHA) for m in (below, bottom))
-            rungs.append(Rung(added, entry, step, total))
-            below = entry
+            step, total = (measured.change(before, added) for before in (below, BASELINE))
+            rungs.append(Rung(added, measured.confirmed(added), step, total))
+            below = added
     if len(rungs) == 1:
         raise UserError("no rung above the baseline ended ok; see above.")
-    reasons = {a: why(r) for a, r in failed.items()}
-    return Ladder(rungs, reasons, way)
+    reasons = {added: why(result) for added, result in measured.failed.items()}
+    return Ladder(rungs, reasons, way, measured.flagged())
 
 
 def document(found: Session, ladder: Ladder) -> dict[str, Any]:
     """The ladder as plain data."""
-    rungs = []
-    for rung in ladder.rungs:
-        low, high = rung.measured.ci95_ms()
-        rungs.append(
+    return {
+        **found.about_target(),
+        "rungs": [
             {
                 "added": rung.added,
                 "mean_ms": rung.measured.mean_ms,
-                "ci95_ms": [low, high],
+                "ci95_ms": list(rung.measured.ci95_ms()),
                 "means_ms": rung.measured.means_ms,
                 "config_hash": rung.measured.subject.key,
                 "step": _plain(rung.step),
                 "total": _plain(rung.total),
             }
-        )
-    return {
-        **found.about(),
-        "rungs": rungs,
+            for rung in ladder.rungs
+        ],
         "failed": ladder.failed,
         "remarks": ladder.way.remarks,
         "without_effect": ladder.way.idle,
-        "flagged": flagged(found.flags.get(_STAGE, ())),
+        "flagged": ladder.flagged,
     }
 
 
 def table(found: Session, ladder: Ladder) -> str:
     """The ladder as Markdown."""
-    lines = [
-        f"{found.subtitle()}; intervals are 95%.",
-        "",
-        "| added | mean ms | interval | saved by the step | interval | verdict | of the baseline |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for rung in ladder.rungs:
-        low, high = rung.measured.ci95_ms()
-        cells = [rung.added, f"{rung.measured.mean_ms:.3f}", f"{low:.3f} to {high:.3f}"]
-        if rung.step and rung.total:
-            step = rung.step
-            cells += [percent(step.mean), f"{percent(step.low)} to {percent(step.high)}"]
-            cells += [step.verdict, f"{1 - rung.total.mean:.2%}"]
+        measured, step = rung.measured, rung.step
+        cells = [
+            rung.added,
+            f"{measured.mean_ms:.3f}",
+            interval(*measured.ci95_ms(), "{:.3f}".format),
+        ]
+        if step and rung.total:
+            cells += [percent(step.mean), interval(step.low, step.high), step.verdict]
+            cells += [f"{1 - rung.total.mean:.2%}"]
         else:
             cells += ["", "", "", "100%"]
-        lines.append(f"| {' | '.join(cells)} |")
-    flags = flagged(found.flags.get(_STAGE, ()))
-    lines += [""] if ladder.failed or ladder.way.remarks or ladder.way.idle or flags else []
-    lines += [
-        f"- {added}: failed when measured, {reason}" for added, reason in ladder.failed.items()
-    ]
-    lines += [f"- {name} alone: {reason}" for name, reason in ladder.way.remarks.items()]
-    lines += [f"- {name}: changes nothing on top of the others" for name in ladder.way.idle]
-    lines += [f"- {line}" for line in flags]
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    remarks = [f"{added}: failed when measured, {why}" for added, why in ladder.failed.items()]
+    remarks += [f"{name} alone: {reason}" for name, reason in ladder.way.remarks.items()]
+    remarks += [f"{name}: changes nothing on top of the others" for name in ladder.way.idle]
+    return found.report(markdown([*_HEADS, "of the baseline"], rows), [*remarks, *ladder.flagged])
 
 
 def _plain(found: Gain | None) -> dict[str, Any] | None:
@@ -215,22 +196,26 @@ def _plain(found: Gain | None) -> dict[str, Any] | None:
     return {"mean": found.mean, "ci95": [found.low, found.high], "verdict": found.verdict}
 
 
-def _bars(ladder: Ladder) -> list[Bar]:
-    return [
+def _figure(found: Session, ladder: Ladder) -> Any:
+    bars = [
         Bar(
-            label=rung.added,
-            value=rung.measured.mean_ms,
-            low=rung.measured.ci95_ms()[0],
-            high=rung.measured.ci95_ms()[1],
-            text=f"{rung.measured.mean_ms:.2f} ms"
+            rung.added,
+            rung.measured.mean_ms,
+            *rung.measured.ci95_ms(),
+            f"{rung.measured.mean_ms:.2f} ms"
             + (f", {percent(-rung.step.mean)} by the step" if rung.step else ""),
         )
         for rung in ladder.rungs
     ]
+    return effects_figure(
+        f"ladder to {found.runs.study_dir.name}\n{found.subtitle()}",
+        "latency of one inference in ms (95% interval of the mean over processes)",
+        bars,
+    )
 
 
 def _parser() -> Any:
-    found = parser(
+    found = target_parser(
         "ladder",
         "Add the knobs of a configuration one at a time, greedy by gain, from the baseline on, and "
         "measure each step in fresh interleaved processes.",

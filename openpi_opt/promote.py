@@ -22,19 +22,20 @@ from pydantic import ValidationError
 
 from openpi_opt import cli, criteria, preset
 from openpi_opt.config import Config
-from openpi_opt.confirm import promise, promotion
+from openpi_opt.confirm import power, promotion, simulate
 from openpi_opt.confirm.contenders import Contender, contenders, short
 from openpi_opt.confirm.fresh import FreshRuns, Planned
 from openpi_opt.confirm.judge import Confirmed, Subject, changed_knobs
-from openpi_opt.confirm.promotion import Judged, Mean, Place, Schedule, Stage, Wanted
+from openpi_opt.confirm.promotion import Judged, Schedule, Wanted
+from openpi_opt.confirm.rounds import Mean, NeededError, Place, Stage
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.paths import user_conf_dir
 from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
-from openpi_opt.target import flagged
+from openpi_opt.rounds import flagged
 from openpi_opt.track.journal import Journal, Record
-from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
+from openpi_opt.track.mlflow_log import leave_tag
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
 _PIPE_WIDTH = 160
@@ -46,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: nothing to promote, an existing name, or a machine that cannot run it.
     """
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--simulate" in words:
+        return simulate.main(words)
+    arguments = _parser().parse_args(words)
     folder = Path(arguments.preset_dir) if arguments.preset_dir else None
     path = preset.preset_path(arguments.name, folder)
     if path.exists() and not arguments.force:
@@ -56,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     judged_by = criteria.of_arguments(arguments, journal.study_dir)
     candidates = contenders(journal.records(), criteria=judged_by)
     _say_what_is_judged(judged_by)
-    tracking = candidates[0].config.tracking  # as the study was run
-    log = MlflowLog(store, tracking) if arguments.mlflow and tracking.mlflow else None
-    runs = FreshRuns(store, journal, log, probe(), cli.say)
+    known = candidates[0].config.tracking  # as the study was run
+    tracking = known if arguments.mlflow and known.mlflow else None
+    runs = FreshRuns(store, journal, tracking, probe(), cli.say)
     wanted = Wanted(
         seed=secrets.randbits(32),
         finalists=arguments.finalists,
@@ -67,7 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with runs.alone(candidates[0].config.resolved(runs.machine), arguments.device):
         bench, judged = confirm(runs, candidates, wanted, arguments.again, judged_by)
-    _print_table(bench, judged)
+        _print_table(bench, judged)
+        return _write(bench, judged, arguments, path, judged_by)
+
+
+def _write(
+    bench: ProcessBench,
+    judged: Judged,
+    arguments: argparse.Namespace,
+    path: Path,
+    judged_by: criteria.Criteria,
+) -> int:
+    """Write the winner's preset, and have its run in MLflow tagged; 1 when there is none."""
     winner = bench.configs[judged.winner.subject.key]
     over = bench.over[judged.winner.subject.key]
     if over:  # only the baseline: others above a limit were dropped
@@ -77,12 +92,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             "smaller gains apart; --limit NAME=VALUE judges by another limit."
         )
         return 1
-    run_id = _tag(runs, winner, arguments.name)
-    provenance = _provenance(arguments.study, run_id, winner, judged, runs)
+    runs = bench.runs
+    record = _record_of(runs.journal, winner)
+    provenance = _provenance(arguments.study, record, winner, judged, runs)
     preset.write(
         path, winner, provenance | ({"limits": judged_by.limits} if judged_by.limits else {})
     )
+    if record is not None:
+        leave_tag(runs.study_dir, record.uid, "openpi_opt.preset", arguments.name)
     cli.say(f"wrote {path}")
+    folder = Path(arguments.preset_dir) if arguments.preset_dir else None
     cli.say(f"use it: {_usage(arguments.name, folder)}")
     return 0
 
@@ -122,15 +141,15 @@ def confirm(
     )
     try:
         judged = promotion.run(bench, Subject(baseline.hash()), subjects, wanted)
-    except promotion.BaselineError:
+    except NeededError:
         raise UserError(
             "the baseline did not end ok, so no gain can be stated; see above.\n"
             "Mend the cause, then begin anew with --again."
         ) from None
-    except promise.TooShortError as error:
+    except power.TooShortError as error:
         raise UserError(
             f"--minutes {(wanted.limit_s or 0) / 60:g} is too short to show even a gain of "
-            f"{promise.WIDEST_GAIN:.0%}: "
+            f"{power.WIDEST_GAIN:.0%}: "
             f"at least {math.ceil(error.least_s / 60)} minutes are needed.\n"
             "The processes that ran are kept. Give more --minutes, or fewer --finalists."
         ) from None
@@ -251,19 +270,6 @@ def _schedule_path(folder: Path, digest: str, again: bool) -> Path:
     return folder / f"schedule-{digest}-{number}.json"
 
 
-def _tag(runs: FreshRuns, cfg: Config, name: str) -> str | None:
-    """Tag the winner's run in MLflow; its id, or None when MLflow does not have it."""
-    record = _record_of(runs.journal, cfg)
-    if runs.log is None or record is None:
-        return None
-    try:
-        runs.log.deliver(record, runs.study_dir)
-        return runs.log.tag_run(record.uid, "openpi_opt.preset", name)
-    except TrackingError as error:
-        cli.say(f"note: {error}")
-        return None
-
-
 def _record_of(journal: Journal, cfg: Config) -> Record | None:
     """The study's record of a configuration: the trial, or failing that its last confirmation."""
     same = [r for r in journal.records() if r.result.config_hash == cfg.hash()]
@@ -273,7 +279,7 @@ def _record_of(journal: Journal, cfg: Config) -> Record | None:
 
 
 def _provenance(
-    study: str, run_id: str | None, cfg: Config, judged: Judged, runs: FreshRuns
+    study: str, record: Record | None, cfg: Config, judged: Judged, runs: FreshRuns
 ) -> dict[str, Any]:
     winner, schedule = judged.winner, judged.schedule
     low, high = winner.ci95_ms()
@@ -281,7 +287,7 @@ def _provenance(
     fp = runs.fingerprint(cfg)
     return {
         "study": study,
-        "mlflow_run_id": run_id,
+        "trial": record and record.uid,
         "promoted_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "config_hash": cfg.hash(),
         "machine": {"gpu": fp["gpu"] and fp["gpu"]["name"], "cpu": fp["cpu"]},
@@ -299,7 +305,7 @@ def _provenance(
             "verdict": gain.verdict,
             "mean": round(gain.mean, 4),
             "at_least": round(gain.low, 4),
-            "confidence": 1 - promise.TOTAL_ALPHA,
+            "confidence": 1 - power.TOTAL_ALPHA,
         },
         "spread_between_processes": schedule.tau and round(schedule.tau, 5),
         "promise": schedule.promise and schedule.promise.model_dump(),
@@ -372,7 +378,7 @@ def paired_spread(baseline: Confirmed, candidate: Confirmed) -> float:
         math.log(mine / plain)
         for mine, plain in zip(candidate.means_ms, baseline.means_ms, strict=True)
     ]
-    return promise.spread([math.exp(value) for value in logs]).value / math.sqrt(2)
+    return power.spread([math.exp(value) for value in logs]).value / math.sqrt(2)
 
 
 def _say_what_is_judged(judged_by: criteria.Criteria) -> None:
@@ -380,9 +386,14 @@ def _say_what_is_judged(judged_by: criteria.Criteria) -> None:
         cli.say(f"limits: {judged_by.limits_text()}; what is above one of them is not promoted")
     if judged_by.several:
         cli.say(
-            f"note: the study minimises {judged_by.objectives_text()}; the latency is what is "
+            f"note: the study minimises {judged_by.objectives_text()}; the mean latency is what is "
             "confirmed, of the fastest that keep the limits. --limit NAME=VALUE leads to the "
             "others of the Pareto set"
+        )
+    elif judged_by.objectives != ("latency",):
+        cli.say(
+            f"note: the study minimises {judged_by.objectives_text()}; the mean latency of those "
+            f"with the least {judged_by.objectives_text()} is what is confirmed"
         )
 
 
@@ -409,13 +420,7 @@ def _parser() -> argparse.ArgumentParser:
         "--preset-dir", metavar="DIR", help="where NAME.yaml goes (default: conf/preset)"
     )
     parser.add_argument("--force", action="store_true", help="replace an existing preset")
-    parser.add_argument(
-        "--finalists",
-        type=int,
-        choices=range(1, promise.MAX_FINALISTS + 1),
-        default=promise.MAX_FINALISTS,
-        help="candidates, at most (default: %(default)s)",
-    )
+    simulate.add_finalists(parser)
     parser.add_argument(
         "--minutes",
         type=cli.minutes,
@@ -438,6 +443,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--allow-lossy", action="store_true", help="let lossy configurations (FP8) be the best"
+    )
+    parser.add_argument(
+        "--simulate",
+        action="store_true",
+        help="no study: draw sweeps, promote them with this very code, and print how often that is "
+        "wrong (`--simulate --help` has its options)",
     )
     criteria.add_arguments(parser)
     parser.add_argument(

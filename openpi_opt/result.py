@@ -142,6 +142,13 @@ class Compilation(_Part):
     late: int
 
 
+class CacheEntries(_Part):
+    """Compiled code of the first call: entries found in the caches that trials share, and made."""
+
+    found: int = Field(ge=0)
+    compiled: int = Field(ge=0)
+
+
 class Kernels(_Part):
     """What one inference launched.
 
@@ -334,7 +341,8 @@ class Ok(_Common):
     `launch_overhead_ms` is the wall time of a call without the time in which the GPU was busy
     (`kernels.busy_ms`): what launching, waiting and gaps cost. None on a CPU and without a profile.
     `compile_seconds` is the first call; `compile_cache` says whether code for it was compiled
-    (cold), was in the caches that trials share (warm), or some of both. None: there was none.
+    (cold), was in the caches that trials share (warm), or some of both, `cache_entries` how many
+    were there and how many not. None: there was none.
     """
 
     outcome: Literal["ok"] = "ok"
@@ -342,6 +350,7 @@ class Ok(_Common):
     throughput_hz: float
     compile_seconds: float
     compile_cache: CacheState | None = None
+    cache_entries: CacheEntries | None = None
     guard: GuardReport
     memory: Memory
     kernels: Kernels | None
@@ -361,7 +370,8 @@ class Ok(_Common):
 class Pruned(_Common):
     """The actions are right, and the call is surely slower than `limit_ms`, so it was left at that.
 
-    `seen_*` is what the first calls after the warm-up showed: enough for that, no latency.
+    `seen_*` is what the first calls after the warm-up showed: enough for that, no latency. The
+    kernels are counted all the same.
     """
 
     outcome: Literal["pruned"] = "pruned"
@@ -371,6 +381,11 @@ class Pruned(_Common):
     seen_mean_ms: float = Field(gt=0, allow_inf_nan=False)
     seen_low_ms: float = Field(allow_inf_nan=False)
     seen_calls: int = Field(ge=1)
+    kernels: Kernels | None = None
+    kernel_table: list[KernelRow] = Field(default_factory=list)
+    compile_seconds: float | None = None
+    compile_cache: CacheState | None = None
+    cache_entries: CacheEntries | None = None
 
 
 class Wrong(_Common):

@@ -41,8 +41,16 @@ def torch_device(cfg: Config) -> torch.device:
 
 def workload_of(cfg: Config) -> Workload:
     """The policy's view of the workload section."""
-    names = [field.name for field in dataclasses.fields(Workload)]
-    return Workload(**{name: getattr(cfg.workload, name) for name in names})
+    given = cfg.workload
+    return Workload(
+        active_cameras=given.active_cameras,
+        prompt_slots=given.prompt_slots,
+        prompt_tokens=given.prompt_tokens,
+        horizon=given.horizon,
+        steps=given.steps,
+        batch_size=given.batch_size,
+        flexible=given.layout == "flexible",
+    )
 
 
 def build_policy(cfg: Config, device: torch.device) -> Pi0Policy:
@@ -51,9 +59,7 @@ def build_policy(cfg: Config, device: torch.device) -> Pi0Policy:
     Raises:
         openpi_opt.pi0.checkpoint.CheckpointError: the checkpoint does not fit the model.
     """
-    config = dataclasses.replace(
-        MODELS[cfg.model.name], rope_frequencies=cfg.model.rope_frequencies
-    )
+    config = dataclasses.replace(MODELS[cfg.model.name], rope_frequencies=cfg.rope_frequencies())
     policy = weights.build(config, device, steps=cfg.workload.steps)
     if cfg.weights.path is not None:
         checkpoint.load(policy, Path(cfg.weights.path))

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from openpi_opt.cli import CONTINUED, run
 from openpi_opt.data_only import check_option, watched
 from openpi_opt.errors import UserError
+from openpi_opt.figures import LIMITS, OBJECTIVES
 from openpi_opt.paths import conf_dir, user_conf_dir
 from openpi_opt.preset import config_root
 
@@ -54,6 +55,13 @@ class UserConf(SearchPathPlugin):
             search_path.append("working folder", f"file://{folder}")
 
 
+def _register_help() -> None:
+    """What `--help` says of objectives and limits is what `figures` has."""
+    for name, known in (("objectives", OBJECTIVES), ("limits", LIMITS)):
+        text = ", ".join(known)
+        OmegaConf.register_new_resolver(f"openpi_opt.{name}", lambda text=text: text, replace=True)
+
+
 def main() -> int:
     """Run the command line; 0 when at least one trial was ok, else 1.
 
@@ -70,6 +78,7 @@ def main() -> int:
 
 def _sweep() -> int:
     """The command line without experiments."""
+    _register_help()
     with ExitStack() as stack:
         own = _take_own_flags()
         if own.preset_dir is not None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from openpi_opt import cli
 from openpi_opt import result as results
-from openpi_opt.config import MIN_WARMUP, Config
+from openpi_opt.config import MIN_ITERATIONS, MIN_WARMUP, Config
 from openpi_opt.errors import RefusedError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine, probe
@@ -51,6 +51,8 @@ _EXCLUSIVE_POLL_SECONDS = 0.05
 
 # Half-widths of the 95% interval of the mean, about four standard errors.
 _SURELY = 2
+# A trial within this factor of the fastest so far is worth its energy.
+_ABOUT = 1.01
 
 Result = results.Ok | results.Pruned | results.Wrong | results.Refused | results.Failed
 
@@ -268,7 +270,7 @@ def _measure(
     folder: Path,
     monitor: Monitor | None,
 ) -> dict[str, Any]:
-    from openpi_opt.measure import checks, clock, compilation, memory, profile
+    from openpi_opt.measure import checks, clock, compilation, memory
 
     cfg, device = asked.cfg, asked.cfg.device
     inputs = [clock.upload(item, asked.device) for item in asked.observations]
@@ -278,7 +280,12 @@ def _measure(
     started = time.monotonic()
     prepared.call(inputs[0]).cpu()
     first_call_seconds = time.monotonic() - started
-    compile_cache = compilation.cache_state(*triton_counts())
+    entries = compilation.cache_entries(*triton_counts())
+    first_call = {
+        "compile_seconds": first_call_seconds,
+        "compile_cache": compilation.cache_state(entries),
+        "cache_entries": entries,
+    }
     progress.enter("warmup")
     clock.warm_up(prepared.call, inputs, cfg.measure.warmup, device)
     progress.enter("guard")
@@ -293,7 +300,8 @@ def _measure(
         progress.enter("measure")
         hopeless = _hopeless(prepared, witness, cfg)
         if hopeless is not None:
-            return {"outcome": "pruned", "guard": report, **hopeless}
+            counted = _counted(prepared, inputs, cfg, progress, folder)
+            return {"outcome": "pruned", "guard": report, **first_call, **counted, **hopeless}
         compiled = compilation.graphs()
         timed = _timed(prepared, witness, inputs[0], cfg, monitor)
     latency = timed.latency
@@ -303,29 +311,18 @@ def _measure(
     report = report.model_copy(update={"timed": watched, "passed": watched.passed})
     if not report.passed:
         return _wrong(report)
-    kernels, table, overhead_ms = None, [], None
-    notes = [note for knob in KNOBS for note in knob.notes(cfg)]
-    if cfg.profile.kernels:
-        progress.enter("profile")
-        trace = folder / "trace.json.gz" if cfg.profile.trace else None
-        profiled = profile.profile_call(
-            prepared.call, inputs[0], device, trace, uncaptured=prepared.uncaptured
-        )
-        kernels, table = profiled.kernels, profiled.table
-        notes += profiled.notes
-        if kernels.busy_ms is not None:
-            overhead_ms = latency.wall_mean_ms - kernels.busy_ms
+    counted = _counted(prepared, inputs, cfg, progress, folder)
+    kernels, overhead_ms = counted["kernels"], None
+    if kernels is not None and kernels.busy_ms is not None:
+        overhead_ms = latency.wall_mean_ms - kernels.busy_ms
     return {
         "outcome": "ok",
         "latency": latency,
         "throughput_hz": cfg.workload.batch_size * 1000.0 / latency.mean_ms,
-        "compile_seconds": first_call_seconds,
-        "compile_cache": compile_cache,
+        **first_call,
+        **counted,
         "guard": report,
         "memory": peak,
-        "kernels": kernels,
-        "kernel_table": table,
-        "notes": notes,
         "launch_overhead_ms": overhead_ms,
         "compilation": compiled_in_all,
         "gpu": timed.gpu,
@@ -337,8 +334,28 @@ def _measure(
     }
 
 
+def _counted(
+    prepared: Prepared, inputs: list[Inputs], cfg: Config, progress: Progress, folder: Path
+) -> dict[str, Any]:
+    """Kernels of one call, as `profile` asks, and what there is to say of the configuration."""
+    from openpi_opt.measure import profile
+
+    notes = [note for knob in KNOBS for note in knob.notes(cfg)]
+    if not cfg.profile.kernels:
+        return {"kernels": None, "notes": notes}
+    progress.enter("profile")
+    trace = folder / "trace.json.gz" if cfg.profile.trace else None
+    found = profile.profile_call(
+        prepared.call, inputs[0], cfg.device, trace, uncaptured=prepared.uncaptured
+    )
+    return {"kernels": found.kernels, "kernel_table": found.table, "notes": [*notes, *found.notes]}
+
+
 def _hopeless(prepared: Prepared, witness: Witness, cfg: Config) -> dict[str, Any] | None:
-    """What the first calls show, when they are surely above `limits.latency_ms`."""
+    """What the first calls show, when they are surely above `limits.latency_ms`.
+
+    Looks after `MIN_ITERATIONS` calls, and once more after all that are measured at least.
+    """
     limit = cfg.limits.latency_ms
     if limit is None:
         return None
@@ -346,9 +363,16 @@ def _hopeless(prepared: Prepared, witness: Witness, cfg: Config) -> dict[str, An
 
     from openpi_opt.measure import stats
 
-    samples = np.asarray(_block(prepared, witness, cfg)(cfg.measure.iterations).samples_ms)
-    mean = float(samples.mean())
-    low = mean - _SURELY * stats.mean_half_width(samples)
+    block, taken = _block(prepared, witness, cfg), 0
+    mean = low = 0.0
+    samples: list[float] = []
+    for calls in dict.fromkeys((MIN_ITERATIONS, cfg.measure.iterations)):
+        samples += block(calls - taken).samples_ms
+        taken = calls
+        mean = float(np.mean(samples))
+        low = mean - _SURELY * stats.mean_half_width(np.asarray(samples))
+        if low > limit or mean < limit:  # surely above it, or nothing that says so
+            break
     if low <= limit:
         return None
     return {
@@ -436,7 +460,14 @@ def _explain(
     from openpi_opt.measure import ceilings, clock, roofline
 
     cfg = asked.cfg
-    if cfg.profile.energy:
+    best_ms = cfg.limits.best_ms
+    slower = best_ms is not None and found["latency"].mean_ms > _ABOUT * best_ms
+    if cfg.profile.energy == "auto" and slower:
+        found["notes"].append(
+            f"No energy: the sweep has {best_ms:.3f} ms, and this trial is slower "
+            "(profile.energy=true measures it in every trial)."
+        )
+    elif cfg.profile.energy:
         inputs = [clock.upload(item, asked.device) for item in asked.observations]
         energy, notes = power.measure(
             prepared.call, inputs, cfg, machine, found["throughput_hz"], progress.enter

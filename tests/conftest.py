@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hosts import Host
 from hypothesis import settings
 
 from openpi_opt.process.devices import LEASES_VARIABLE
@@ -30,3 +31,34 @@ def _leases_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         folder = tmp_path_factory.getbasetemp() / "leases"
         patch.setenv(LEASES_VARIABLE, str(folder))
         yield folder
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    """A host whose sweeps leave no process."""
+    host = Host(tmp_path)
+    yield host
+    assert host.processes() == []
+
+
+class _NoCopies:
+    def __init__(self, *arguments: object, **more: object):
+        pass
+
+    def close(self, *arguments: object, **more: object) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _no_copies_in_this_process(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process for each of hundreds of small sweeps would take minutes; `copies` has it back."""
+    if "copies" not in request.fixturenames:
+        for module in ("engine.study", "confirm.fresh"):
+            monkeypatch.setattr(f"openpi_opt.{module}.Copies", _NoCopies)
+
+
+@pytest.fixture
+def copies() -> None:
+    """Sweeps in this process make their copies for MLflow and Optuna."""

@@ -6,7 +6,6 @@ A real sweep with tokens in its environment is in `process/test_survives.py`.
 from __future__ import annotations
 
 import ast
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,20 +162,3 @@ def test_a_command_is_recorded_without_its_passwords(tmp_path: Path) -> None:
     text = (tmp_path / "s" / "study.json").read_text()
     assert "hidden" not in text
     assert "storage=postgresql://***@db/x" in text
-
-
-def test_every_promise_names_tests_that_exist() -> None:
-    text = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
-    file, found = "", 0
-    for name, test in re.findall(r"`([\w./]*\.py)?(?:::(\w+))?`", text):
-        if not name and not test:
-            continue
-        file = name or file
-        name = file.rsplit("/", 1)[-1]
-        path = next((p for p in (ROOT / "tests").rglob(name) if str(p).endswith(file)), None)
-        if path is None:
-            assert (ROOT / "openpi_opt" / file).is_file(), file
-            continue
-        found += 1
-        assert f"def {test}(" in path.read_text(encoding="utf-8") or not test, f"{file}::{test}"
-    assert found > 50

@@ -25,7 +25,9 @@ class Contender:
 def contenders(
     records: Sequence[Record], allow_lossy: bool = False, criteria: Criteria | None = None
 ) -> list[Contender]:
-    """The different configurations of a study that are right, fastest first, without the baseline.
+    """The different configurations of a study that are right, best first, without the baseline.
+
+    The best is the least of the study's objective, or of the mean latency where it has several.
 
     Lossy ones (FP8) do not compete with the others unless `allow_lossy`, and those above a limit of
     `criteria` not at all. When only the baseline itself was `ok`, it is the only element.
@@ -49,6 +51,8 @@ def contenders(
         )
     newest: dict[str, Contender] = {}
     over: dict[str, bool] = {}  # by its newest measurement
+    order: dict[str, float] = {}
+    first = criteria.figures()[0]
     for record, result in ok:
         cfg = _unlimited(Config.load(result.config))
         if not cfg.is_baseline() and (criteria.allow_lossy or not cfg.lossy()):
@@ -56,8 +60,9 @@ def contenders(
             newest[config_hash] = Contender(
                 cfg, record.number, result.latency.mean_ms, record.fingerprint_hash
             )
+            order[config_hash] = result.latency.mean_ms if criteria.several else first.value(result)
             over[config_hash] = bool(criteria.over(result))
-    within = [contender for key, contender in newest.items() if not over[key]]
+    within = sorted((key for key in newest if not over[key]), key=order.__getitem__)
     if newest and not within:
         raise UserError(
             f"none of the {len(newest)} configurations of this study keeps its limits "
@@ -67,7 +72,7 @@ def contenders(
         )
     record, result = ok[0]
     plain = _unlimited(Config.load(result.config)).baseline()
-    return sorted(within, key=lambda c: c.mean_ms) or [
+    return [newest[key] for key in within] or [
         Contender(plain, record.number, result.latency.mean_ms, record.fingerprint_hash)
     ]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from openpi_opt.config import Config
+from openpi_opt.config import Config, Tracking
 from openpi_opt.engine.executor import Run
 from openpi_opt.engine.trials import refused
 from openpi_opt.errors import UserError
@@ -31,9 +31,9 @@ from openpi_opt.process.reserve import reserve
 from openpi_opt.process.run import Place, parse_result, run_trial
 from openpi_opt.process.survivors import end_marked
 from openpi_opt.result import Ok, TrialResult
+from openpi_opt.track.copies import Copies
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
-from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import Store
 
 # A throttled process is discarded and repeated, so often at most, after a pause that doubles.
@@ -70,16 +70,15 @@ class FreshRuns:
         self,
         store: Store,
         journal: Journal,
-        log: MlflowLog | None,
+        tracking: Tracking | None,
         machine: Machine,
         say: Callable[[str], None],
         run: Run = run_trial,
         pause: Callable[[float], None] | None = None,
     ):
-        self.journal, self.study_dir, self.log = journal, journal.study_dir, log
-        self.machine = machine
+        self.journal, self.study_dir = journal, journal.study_dir
+        self.machine, self._tracking = machine, tracking
         self._store, self._say, self._run, self._pause = store, say, run, pause
-        self._told_away = False
         self._lease: Lease | None = None
         self._fingerprint: dict[str, Any] | None = None
         self._new: set[str] = set()  # processes of this session
@@ -176,16 +175,6 @@ class FreshRuns:
         starting = [min(max(0.0, each), _UNKNOWN_S) for each in starts[-2 * _MAX_AHEAD :]]
         return sum(each.work for each in mine) / len(mine) + sum(starting) / len(starting)
 
-    def deliver(self, record: Record) -> None:
-        """Log a record to MLflow, if it takes it; the journal has it anyhow."""
-        if self.log is not None:
-            try:
-                self.log.deliver(record, self.study_dir)
-            except TrackingError as error:
-                if not self._told_away:
-                    self._say(f"note: {error}")
-                self._told_away = True
-
     @contextmanager
     def alone(self, cfg: Config, wanted: int | str | None = None) -> Iterator[None]:
         """Keep others away from this study, and from the device that all processes run on.
@@ -203,8 +192,14 @@ class FreshRuns:
                 f"study {self.study_dir.name}: another promote, ladder or ablate is running on it."
                 "\nThey would disturb each other. Wait for that one to end."
             ) from None
+        copies: Copies | None = None
+        hurried = True
         try:
             self._end_orphans()
+            if self._tracking is not None:
+                copies = Copies(
+                    self._store, self.study_dir, self._tracking, self._say, optuna=False
+                )
             self._lease = reserve(
                 *(cfg, self.machine, wanted, self.journal.records(), self._say),
                 pause=self._pause or time.sleep,
@@ -213,10 +208,13 @@ class FreshRuns:
             if self._lease.slot.gpu is not None:
                 self._say(f"on {self._lease.slot.name} ({self._lease.slot.gpu.uuid})")
             yield
+            hurried = False
         finally:
             if self._lease is not None:
                 self._lease.release()
             lock.release()
+            if copies is not None:
+                copies.close(len(self.journal), at_once=hurried)
 
     def _end_orphans(self) -> None:
         """End what a killed session left; it may hold the device that is to be leased."""
@@ -242,11 +240,10 @@ class FreshRuns:
         return job
 
     def _told(self, cfg: Config, shown: str, uid: str, result: TrialResult) -> TrialResult:
-        """A new result, kept in the journal, said and logged."""
+        """A new result, kept in the journal and said."""
         folder = self.study_dir / "confirm" / uid
         record = self._keep(cfg, result, uid, folder if folder.exists() else None)
         self._say(f"  {shown}: {_summary(record.result)}")
-        self.deliver(record)
         return record.result
 
     def _unthrottled(

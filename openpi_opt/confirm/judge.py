@@ -4,7 +4,7 @@ The best of many equal configurations looks faster than the baseline nearly alwa
 that chose the finalists say nothing about their gain. In confirmation every configuration runs
 once per round, in an order drawn anew for each round, so that drift of the machine meets all
 alike. A gain is judged from the paired differences of the rounds only, with a one-sided Student
-interval on the log scale; the number of rounds is fixed beforehand (`search.promise`).
+interval on the log scale; the number of rounds is fixed beforehand (`confirm.power`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import scipy  # its `stats` takes a second to load, so when it is used: --help does not
 
 from openpi_opt.config import Config
-from openpi_opt.confirm.promise import GAIN
+from openpi_opt.confirm.power import GAIN
 from openpi_opt.knobs import KNOBS
 
 Verdict = Literal["faster", "same", "ambiguous", "slower"]

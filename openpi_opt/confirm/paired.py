@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy  # its `stats` takes a second to load, so when it is used: --help does not
 
-from openpi_opt.confirm import promise
+from openpi_opt.confirm import power
 from openpi_opt.confirm.judge import Gain, gain
 
 CONFIDENCE = 0.95
@@ -63,7 +63,7 @@ def compare(first_ms: Sequence[float], second_ms: Sequence[float], seed: int = 0
         )
     first, second = np.log(first_ms), np.log(second_ms)
     differences = second - first
-    judged = gain(first_ms, second_ms, promise.level(1))
+    judged = gain(first_ms, second_ms, power.level(1))
     if not np.any(differences != differences[0]):  # no scatter, so no test
         certain = float(differences[0] == 0)
         same = math.expm1(float(differences[0]))
@@ -116,7 +116,7 @@ def spread_of(means_ms: Sequence[float]) -> Spread:
     if len(means_ms) < 4:
         raise ValueError(f"need four or more processes, got {len(means_ms)}")
     logs = np.log(means_ms)
-    tau, freedom = promise.spread(means_ms), len(logs) - 1
+    tau, freedom = power.spread(means_ms), len(logs) - 1
     tail = (1 - CONFIDENCE) / 2
     low, high = (
         tau.value * math.sqrt(freedom / float(scipy.stats.chi2.ppf(q, freedom)))

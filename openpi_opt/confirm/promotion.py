@@ -1,34 +1,36 @@
 """The course of a promotion, whatever measures: processes, or the simulator.
 
-    tau        the baseline alone, in fresh processes
-    screening  contenders, until each has the planned number of processes; the best are finalists
+    tau           the baseline alone, in fresh processes
+    screening     contenders, until each has the planned number of processes; the best are finalists
     confirmation  baseline and finalists once per round, in random order; nothing else is judged
 
-Who measures is a `Bench`. `promote` gives one that starts processes, `confirm --simulate` one that
+Who measures is a `Bench`. `promote` gives one that starts processes, `promote --simulate` one that
 draws numbers, so what is simulated is what runs.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 import numpy as np
+import scipy  # its `stats` takes a second to load, so when it is used: --help does not
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from openpi_opt.confirm import promise
-from openpi_opt.confirm.deadline import Deadline
+from openpi_opt.confirm import power
 from openpi_opt.confirm.judge import Confirmed, Subject, choose, gain
-from openpi_opt.confirm.noise import Fit, Noise, fit, noise_of
-from openpi_opt.confirm.promise import Costs, Plan, Promise, Tau
+from openpi_opt.confirm.power import Costs, Plan, Promise, Tau
+from openpi_opt.confirm.rounds import Measurer, NeededError, draw_rounds, measure_rounds
 
-Stage = Literal["tau", "screening", "confirmation"]
-Key = TypeVar("Key", bound=str)
+# Neighbours in time whose average is the drift: more than a round of confirmation has, so that
+# what is left is what differs within a round.
+WINDOW = 15
+_TURNS = 4
 
 
 class Schedule(BaseModel):
@@ -49,22 +51,6 @@ class Schedule(BaseModel):
     tau: float | None
     tau_processes: int
     promise: Promise | None
-
-
-# A configuration's key, and the number of its process in the stage.
-Place = tuple[str, int]
-# With the mean latency of that process in ms; None: it was not ok.
-Mean = tuple[str, int, float | None]
-
-
-class Measurer(Protocol):
-    """Who measures."""
-
-    def means(self, stage: Stage, places: Iterable[Place]) -> Generator[Mean, None, None]:
-        """Mean latency in ms of one fresh process for each place, in order; None: not ok.
-
-        Some places are asked for before the means of those in front of them are there.
-        """
 
 
 class Bench(Measurer, Protocol):
@@ -93,10 +79,10 @@ class Wanted:
     """
 
     seed: int
-    finalists: int = promise.MAX_FINALISTS
+    finalists: int = power.MAX_FINALISTS
     rounds: int | None = None
     limit_s: float | None = None
-    tau_processes: int = promise.TAU_PROCESSES
+    tau_processes: int = power.TAU_PROCESSES
     known: int = 1
 
 
@@ -111,23 +97,19 @@ class Judged:
     dropped: list[str] = field(default_factory=list)
 
 
-class BaselineError(Exception):
-    """The baseline did not end ok, so there is nothing to compare with."""
-
-
 def run(bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: Wanted) -> Judged:
     """Measure what is missing, judge, choose.
 
     Raises:
-        BaselineError: the baseline was not ok once.
-        promise.TooShortError: nothing can be shown within the time.
+        NeededError: the baseline was not ok once.
+        power.TooShortError: nothing can be shown within the time.
     """
     schedule = bench.schedule()
     if schedule is None:
         schedule = _prepare(bench, baseline, contenders, wanted)
         bench.keep(schedule)
     subjects = {s.key: s for s in [baseline, *contenders]}
-    found, dropped = measure_rounds(bench, schedule.rounds, baseline.key)
+    found, dropped = measure_rounds(bench, schedule.rounds, [baseline.key])
     base = Confirmed(baseline, found[baseline.key])
     candidates = [
         Confirmed(subjects[key], found[key], gain(base.means_ms, found[key], schedule.alpha))
@@ -138,100 +120,65 @@ def run(bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: 
     return Judged(schedule, base, candidates, winner, dropped)
 
 
-def draw_rounds(keys: Sequence[Key], count: int, seed: int) -> list[list[Key]]:
-    """`count` rounds, each all of `keys` in an order of its own: every order is as likely.
-
-    So within each pair of a round either is first with probability 1/2.
-    """
-    drawn = random.Random(seed)
-    return [drawn.sample(list(keys), len(keys)) for _ in range(count)]
-
-
-def measure_rounds(
-    bench: Measurer,
-    rounds: Sequence[Sequence[str]],
-    needed: str,
-    deadline: Deadline | None = None,
-) -> tuple[dict[str, list[float]], list[str]]:
-    """The means of every configuration by round, and who was dropped.
-
-    A configuration that is not ok once is not run again: it cannot be judged any more. With a
-    `deadline` there may be fewer rounds, but only whole ones.
-
-    Raises:
-        BaselineError: `needed` was not ok.
-    """
-    found: dict[str, list[float]] = {key: [] for order in rounds for key in order}
-    dropped: list[str] = []
-
-    def places() -> Iterator[Place]:
-        for number, order in enumerate(rounds):
-            done = sum(map(len, found.values())) / len(order)
-            if deadline is not None and not deadline.another(number, done):
-                return
-            yield from ((key, number) for key in order if key not in dropped)
-
-    with closing(bench.means("confirmation", places())) as means:
-        for key, _, mean in means:
-            if key in dropped:
-                continue  # it had been started ahead
-            if mean is not None:
-                found[key].append(mean)
-            elif key == needed:
-                raise BaselineError
-            else:
-                dropped.append(key)
-    return found, dropped
-
-
 def _prepare(
     bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: Wanted
 ) -> Schedule:
-    places = min(wanted.finalists, len(contenders), promise.MAX_FINALISTS)
-    if not contenders:
+    places = min(wanted.finalists, len(contenders), power.MAX_FINALISTS)
+    if not contenders or wanted.rounds is not None:
         pairs = wanted.rounds or wanted.tau_processes
-        return _schedule(baseline, [], pairs, wanted)
-    if wanted.rounds is not None:
-        first = _Screening(bench, contenders, wanted)
-        return _schedule(baseline, first.best(places), wanted.rounds, wanted)
-    means = _measure_tau(bench, baseline, wanted.tau_processes)
-    tau = promise.spread(means)
-    contenders = _near(contenders, places, tau) if wanted.known else contenders
+        fastest = sorted(contenders, key=lambda s: s.first_ms)[:places]
+        return _schedule(baseline, [s.key for s in fastest], pairs, wanted)
+    costs = expected(bench, baseline, contenders, wanted)
+    if wanted.limit_s is not None and wanted.limit_s < costs.least_s:
+        raise power.TooShortError(costs.least_s)
+    baseline_tau = _measure_tau(bench, baseline, wanted.tau_processes)
+    contenders = _near(contenders, places, baseline_tau) if wanted.known else contenders
     alone = len(contenders) <= places
-    screening = _Screening(bench, contenders, wanted, only_new=alone)
-    costs = Costs(
-        contenders=len(contenders),
-        finalists=places,
-        contender_s=_mean([bench.seconds(s.key) for s in contenders]),
-        baseline_s=bench.seconds(baseline.key),
-        known=screening.runs,
-    )
-    least = _for_noise(costs, wanted.limit_s) if alone else 0
-    plan = promise.make_plan(tau, costs, wanted.limit_s, least)
-    bench.note(_beginning(tau, costs, plan))
+    screening = _Screening(bench, contenders, 0 if alone else wanted.known)
+    costs = expected(bench, baseline, contenders, wanted)
+    first = power.make_plan(baseline_tau, costs, wanted.limit_s)
+    bench.note(_beginning(baseline_tau, costs, first))
+    runs = _for_noise(costs, wanted.limit_s) if alone else power.MIN_SCREENING
     # What the processes of screening differ by is seen before confirmation begins, and none of them
     # is judged: the plan may follow it.
     while True:
-        screening.run(plan.screening)
-        fit = screening.fit()
-        noise = noise_of(np.log(means).tolist(), fit)
-        plan = promise.make_plan(noise, costs, wanted.limit_s, screening.runs)
+        screening.run(runs)
+        seen = screening.settled()
+        tau = power.of_pair(baseline_tau, seen.tau)
+        plan = power.make_plan(tau, costs, wanted.limit_s, screening.runs)
         if plan.screening <= screening.runs:
             break
-    bench.note(explain(noise, costs, plan, wanted.limit_s))
-    return _schedule(baseline, screening.best(places), plan.pairs, wanted, tau, plan.promise)
+        runs = plan.screening
+    bench.note(explain(tau, seen.tails, costs, plan, wanted.limit_s))
+    return _schedule(
+        baseline, screening.best(places), plan.pairs, wanted, baseline_tau, plan.promise
+    )
+
+
+def expected(
+    bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: Wanted
+) -> Costs:
+    """What the processes of a promotion cost, as far as is known."""
+    places = min(wanted.finalists, len(contenders), power.MAX_FINALISTS)
+    return Costs(
+        contenders=len(contenders),
+        finalists=places,
+        contender_s=float(np.mean([bench.seconds(s.key) for s in contenders])),
+        baseline_s=bench.seconds(baseline.key),
+        known=0 if len(contenders) <= places else wanted.known,
+    )
 
 
 def _for_noise(costs: Costs, limit_s: float | None) -> int:
-    """Processes of each finalist that show their noise, where there is nobody to leave out.
+    """Processes of each finalist that show their spread, where nobody is screened out.
 
     They take a part of the time only; less than two of each show nothing.
     """
-    wanted = 1 + math.ceil(promise.NOISE_FREEDOM / costs.contenders)
+    wanted = 1 + math.ceil(power.NOISE_FREEDOM / costs.contenders)
     if limit_s is not None:
         one_each = costs.contenders * costs.contender_s
-        wanted = min(wanted, int(promise.NOISE_SHARE * limit_s / one_each))
-    return wanted if wanted >= promise.MIN_SCREENING else 0
+        wanted = min(wanted, int(power.NOISE_SHARE * limit_s / one_each))
+    return wanted if wanted >= power.MIN_SCREENING else 0
 
 
 def _schedule(
@@ -247,22 +194,22 @@ def _schedule(
         finalists=finalists,
         rounds=draw_rounds([baseline.key, *finalists], pairs, wanted.seed),
         seed=wanted.seed,
-        alpha=promise.level(len(finalists)),
-        tie_alpha=promise.tie_level(len(finalists)),
+        alpha=power.level(len(finalists)),
+        tie_alpha=power.tie_level(len(finalists)),
         tau=tau and tau.value,
-        tau_processes=tau.processes if tau else 0,
+        tau_processes=wanted.tau_processes if tau else 0,
         promise=kept,
     )
 
 
-def _measure_tau(bench: Bench, baseline: Subject, processes: int) -> list[float]:
+def _measure_tau(bench: Bench, baseline: Subject, processes: int) -> Tau:
     found: list[float] = []
     with closing(bench.means("tau", ((baseline.key, n) for n in range(processes)))) as means:
-        for _, _, mean in means:
+        for key, _, mean in means:
             if mean is None:
-                raise BaselineError
+                raise NeededError(key)
             found.append(mean)
-    return found
+    return power.spread(found)
 
 
 def _near(contenders: Sequence[Subject], places: int, tau: Tau) -> list[Subject]:
@@ -270,31 +217,27 @@ def _near(contenders: Sequence[Subject], places: int, tau: Tau) -> list[Subject]
     if len(contenders) <= places:
         return list(contenders)
     last = sorted(s.first_ms for s in contenders)[places - 1]
-    limit = last * math.exp(promise.CUT * math.sqrt(2) * tau.upper)
+    limit = last * math.exp(power.CUT * math.sqrt(2) * tau.upper)
     return [s for s in contenders if s.first_ms <= limit]
 
 
 class _Screening:
     """Processes of the contenders, in turns and in random order; those that fail are out.
 
-    The study's process counts as the first when it is `known`, unless `only_new` ones are to count.
-    `runs` is the number of processes that each has.
+    The study's process counts as the first when `known` is 1. `runs` is the number of processes
+    that each contender has.
     """
 
-    def __init__(
-        self, bench: Bench, contenders: Sequence[Subject], wanted: Wanted, only_new: bool = False
-    ):
-        self._bench = bench
+    def __init__(self, bench: Bench, contenders: Sequence[Subject], known: int):
+        self._bench, self._known, self.runs = bench, known, known
         # The same order after an interruption: it is the order of time, too.
         self._seed = zlib.crc32("\n".join(s.key for s in contenders).encode())
-        self._known = 0 if only_new else wanted.known
-        self.runs = self._known
         self._first = [(s.key, math.log(s.first_ms)) for s in contenders]
         self._left = [s.key for s in contenders]
         self._new: list[tuple[str, float]] = []
 
     def run(self, runs: int) -> None:
-        """Measure until each contender has so many processes."""
+        """Measure until each contender has `runs` processes."""
         # The first rounds are the same however many are drawn.
         rounds = draw_rounds([key for key, _ in self._first], runs - self._known, self._seed)
         places = (
@@ -313,59 +256,106 @@ class _Screening:
                     self._new.append((key, math.log(mean)))
         self.runs = max(self.runs, runs)
 
-    def fit(self) -> Fit:
+    def settled(self) -> Settled:
         """Levels of those left, and what their processes differ by."""
         series = [self._first, self._new] if self._known else [self._new]
-        return fit([[(key, log) for key, log in each if key in self._left] for each in series])
+        return settle([[(key, log) for key, log in each if key in self._left] for each in series])
 
     def best(self, places: int) -> list[str]:
         """The fastest, best first; without any process of its own one keeps the study's place."""
-        levels = {**dict(self._first), **self.fit().levels}
+        levels = {**dict(self._first), **self.settled().levels}
         return sorted(self._left, key=lambda key: levels[key])[:places]
 
 
+@dataclass(frozen=True)
+class Settled:
+    """Levels of configurations on the log scale, free of drift, with the tau that is left.
+
+    `tails` is the excess kurtosis of what is left: 0 for normal noise, large where few processes
+    are slow by far more than the others differ.
+    """
+
+    levels: dict[str, float]
+    tau: Tau
+    tails: float
+
+
+def settle(series: Sequence[Sequence[tuple[str, float]]]) -> Settled:
+    """Settle processes that ran one after another, given as (configuration, log of its mean).
+
+    Each series is a stretch of time of its own. The drift that all share is the moving average over
+    `WINDOW` neighbours of what is left beside the levels; both are taken off in turns. The order of
+    the configurations is random, so the two hardly mix.
+    """
+    every = [list(each) for each in series if each]
+    keys = list(dict.fromkeys(key for each in every for key, _ in each))
+    if not keys:
+        return Settled({}, Tau(0.0, 0), 0.0)
+    place = {key: number for number, key in enumerate(keys)}
+    who = np.array([place[key] for each in every for key, _ in each])
+    logs = np.array([log for each in every for _, log in each])
+    ends = np.cumsum([len(each) for each in every])[:-1]
+    drift = np.zeros(len(logs))
+    for _ in range(_TURNS):
+        levels = np.bincount(who, logs - drift) / np.bincount(who)
+        drift = np.concatenate([_smooth(part) for part in np.split(logs - levels[who], ends)])
+    left = logs - drift - levels[who]
+    taken = len(keys) - 1 + sum(max(1.0, len(each) / WINDOW) for each in every)
+    freedom = math.floor(len(left) - taken)
+    tau = Tau(math.sqrt(float(left @ left) / freedom), freedom) if freedom > 0 else Tau(0.0, 0)
+    tails = float(scipy.stats.kurtosis(left)) if np.any(left != left[0]) else 0.0
+    return Settled(dict(zip(keys, levels.tolist(), strict=True)), tau, tails)
+
+
+def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Moving average [n] over `WINDOW` neighbours, fewer at the ends."""
+    window = np.ones(min(WINDOW, 2 * len(values) - 1))
+    sums, counts = (np.convolve(v, window, "same") for v in (values, np.ones(len(values))))
+    return sums[: len(values)] / counts[: len(values)]
+
+
 def _beginning(tau: Tau, costs: Costs, plan: Plan) -> str:
-    minutes = costs.seconds(plan.screening, plan.pairs) / 60
     return (
-        f"spread between processes: {tau.value:.2%} in {tau.processes} processes of the baseline; "
-        f"so about {plan.pairs} rounds and {minutes:.0f} minutes, to be planned when the "
+        f"spread between processes: {tau.value:.2%} in {tau.freedom + 1} processes of the "
+        f"baseline; so about {plan.pairs} rounds and "
+        f"{duration(costs.seconds(plan.screening, plan.pairs))}, to be planned when the "
         f"{costs.contenders} contender(s) have shown theirs"
     )
 
 
-def explain(noise: Noise, costs: Costs, plan: Plan, limit_s: float | None) -> str:
+def explain(tau: Tau, tails: float, costs: Costs, plan: Plan, limit_s: float | None) -> str:
     """The noise, what it takes, and the promise that is kept, in plain words."""
     kept = plan.promise
-    minutes = costs.seconds(plan.screening, plan.pairs) / 60
     lines = [
-        f"spread between processes: {noise.tau:.2%} in a pair (planned for up to {kept.tau:.2%}, "
-        f"and for tails as they were seen)"
+        f"spread between processes: {tau.value:.2%} in a pair (planned for up to {kept.tau:.2%})"
     ]
-    if kept.gain > promise.GAIN:
-        full = promise.make_plan(noise, costs, screened=plan.screening)
-        needed = costs.seconds(full.screening, full.pairs) / 60
+    if kept.gain > power.GAIN and limit_s is not None:
+        full = power.make_plan(tau, costs, screened=plan.screening)
         lines.append(
-            f"a gain of {promise.GAIN:.0%} cannot be promised in {(limit_s or 0) / 60:.0f} "
-            f"minutes: that takes about {needed:.0f} (--minutes)"
+            f"a gain of {power.GAIN:.0%} cannot be promised in {duration(limit_s)}: that takes "
+            f"about {duration(costs.seconds(full.screening, full.pairs))} (--minutes)"
         )
     lines.append(
         f"promise: a configuration at least {kept.gain:.1%} faster than the baseline is promoted "
         f"with at least {kept.probability:.0%} probability, one that is not faster in fewer than "
         "1% of promotions"
     )
-    if noise.excess_kurtosis > promise.WILD:
+    if tails > power.WILD:
         lines.append(
             "note: a few processes were slow by far more than the others differ (excess kurtosis "
-            f"{noise.excess_kurtosis:.0f}); with so rare a noise a true gain may be found some "
-            "percent less often than promised"
+            f"{tails:.0f}); with so rare a noise a true gain may be found some percent less often "
+            "than promised"
         )
     lines.append(
         f"plan: {plan.screening} process(es) for each of {costs.contenders} contender(s) in "
         f"screening, then {plan.pairs} rounds of the baseline and {costs.finalists} finalist(s); "
-        f"about {minutes:.0f} minutes"
+        f"about {duration(costs.seconds(plan.screening, plan.pairs))}"
     )
     return "\n".join(lines)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else 0.0
+def duration(seconds: float) -> str:
+    """Seconds in words: `45 seconds`, `12 minutes`."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} seconds"
+    return f"{math.ceil(seconds / 60)} minutes"

@@ -13,9 +13,8 @@ from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Display, Lines, Live
 from openpi_opt.engine.dry_run import print_dry_run
 from openpi_opt.engine.plan import StudyRequest
-from openpi_opt.engine.storage import hidden
 from openpi_opt.engine.study import StudyOutcome, run_study
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, hidden
 from openpi_opt.machine import probe
 from openpi_opt.paths import conf_dir
 from openpi_opt.remote.engines import connected
@@ -116,7 +115,7 @@ def _winners(group: Group) -> list[Row]:
     """Print the best of a context, or its Pareto set, the fastest first; returns them."""
     best = [row for row in group.rows if row.best]
     for row in best:
-        print(_best_line(row))
+        print(_best_line(row, group.criteria))
     front = sorted((row for row in group.rows if row.pareto), key=mean_ms)
     if front:
         ok = sum(row.ok is not None for row in group.rows)
@@ -140,10 +139,13 @@ def _what(row: Row) -> str:
     return what + (", lossy" if lossy(row.record) else "")
 
 
-def _best_line(row: Row) -> str:
+def _best_line(row: Row, criteria: Criteria) -> str:
     assert row.ok is not None
     latency = row.ok.latency
     figures = f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms"
+    for figure in criteria.figures():
+        if figure.key != "mean_ms":
+            figures += f", {figure.name} {figure.text(figure.value(row.ok))}"
     line = f"trial {row.record.number} ({_what(row)}), {figures}"
     if row.record.role == "baseline":
         return f"best: the baseline, {line}; nothing that was tried is faster"
@@ -181,7 +183,7 @@ def _print_next(outcome: StudyOutcome, promotable: bool, flag: str) -> None:
     if conf_dir() == Path.cwd() / "conf" and not store:
         print("  make ui")
     else:
-        print(f"  mlflow ui --backend-store-uri {outcome.store.mlflow_uri}")
+        print(f"  make ui STORE={outcome.store.path}")
 
 
 @contextlib.contextmanager

@@ -131,7 +131,7 @@ def _print_reasons(found: Count | Sample) -> None:
 
 def _print_enumerated(request: StudyRequest, points: Points, known: _Known, limit: int) -> None:
     """Every configuration once, in the order in which they would run."""
-    listed = list(itertools.islice(_enumerated(request, points), request.settings.n_trials))
+    listed = list(itertools.islice(_enumerated(request, points), request.settings.most_trials))
     print("would run, in this order:" if listed else "nothing would run")
     for number, (params, cfg) in enumerate(listed[:limit], start=1):
         print(f"  {number:>3}  {label(cfg, 'trial', params)}{known.remark(cfg)}")

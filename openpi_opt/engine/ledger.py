@@ -1,9 +1,8 @@
-"""Keeping results: the journal first, then whoever wants a copy."""
+"""Keeping results: claims, folders of trials, and the journal, which is the truth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from openpi_opt import interrupt
-from openpi_opt.config import Config, Platform, Tracking
-from openpi_opt.engine.background import Background
+from openpi_opt.config import Config, Platform
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.recovery import Started, recover, runs_elsewhere
 from openpi_opt.errors import UserError
@@ -24,21 +22,19 @@ from openpi_opt.result import Pruned, TrialResult
 from openpi_opt.track import pareto
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record, Role
-from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import Store
 
 
 class Ledger:
     """The records of one study, shared by the sweeps that work on it. Make it with `open`.
 
-    Only the thread that opened it may use it; deliveries happen in a thread of their own.
+    Only the thread that opened it may use it.
     """
 
     def __init__(
         self,
         study_dir: Path,
         journal: Journal,
-        log: MlflowLog | None,
         machine: Machine,
         display: Display,
         controllers: Controllers,
@@ -49,17 +45,11 @@ class Ledger:
         self.journal = journal
         self.claims = Claims(study_dir)
         self.controllers = controllers
-        self.later = Background()
-        self._log = log
         self._machine = machine
         self._display = display
         self._gpu_index = gpu_index
         self._nodes = nodes
         self._fingerprints: dict[Platform, tuple[dict[str, Any], str]] = {}
-        self._told_away = False
-        self._early: list[Record] | None = []  # finished before the log was begun
-        self._log_opened = Future[None]()  # also when the server is away; the backlog comes after
-        self._log_is_open = False
         self.known_from = 0
         self.takes_pruned = False  # as an answer: only a sweep that prunes itself does
         self.others = 0  # sweeps that were at work already
@@ -69,7 +59,6 @@ class Ledger:
     def open(
         store: Store,
         study: str,
-        tracking: Tracking,
         command: Sequence[str],
         machine: Machine,
         display: Display,
@@ -90,11 +79,10 @@ class Ledger:
         journal = Journal.open(study_dir, command)
         for text in journal.notes:
             display.note(f"note: {text}")
-        log = MlflowLog(store, tracking) if tracking.mlflow else None
         with _user_errors(study_dir):
             controllers = Controllers.join(study_dir)
             ledger = Ledger(
-                *(study_dir, journal, log, machine, display, controllers),
+                *(study_dir, journal, machine, display, controllers),
                 gpu_index=gpu_index,
                 nodes=nodes,
             )
@@ -104,7 +92,7 @@ class Ledger:
                     ledger.known_from = journal.next_number if fresh else 0
                     ledger.others = controllers.others()
             except BaseException:
-                ledger._leave(at_once=log is None or not log.begun)
+                ledger.close()
                 raise
         return ledger
 
@@ -225,32 +213,6 @@ class Ledger:
             )
         )
 
-    def begin_log(self) -> None:
-        """Begin the study in MLflow, which takes seconds: the import. What is missing there is
-        delivered afterwards, beside the trials.
-
-        Raises:
-            UserError: MLflow's database is of another version, or the experiment was deleted.
-        """
-        if self._log is None:
-            return
-        self._queue_begin()
-        self._log_opened.result()
-
-    def deliver(self, record: Record) -> None:
-        """Log a record to MLflow, if it takes it, and not now; the journal has it anyhow.
-
-        Raises:
-            UserError: of an earlier delivery, for instance an experiment that was deleted.
-        """
-        self.later.check()
-        if self._log is None:
-            return
-        if self._early is None:
-            self.later.add(lambda: self._deliver(record))
-        else:
-            self._early.append(record)
-
     def draw(self) -> None:
         """Leave the Pareto sets as data and plots in the study's folder, where there are several
         objectives.
@@ -262,94 +224,13 @@ class Ledger:
         with _user_errors(self.study_dir):
             pareto.write(self.study_dir, self.journal.records())
 
-    def close(self, at_once: bool = False) -> None:
-        """Wait for the deliveries and leave the study; the last sweep ends MLflow's run.
-
-        `at_once`, or when interrupted: without MLflow, which the next sweep or `track sync` brings
-        up to date.
-        """
-        try:
-            if not at_once:
-                if self._early is not None and self._log is not None:
-                    self._queue_begin()
-                self.later.finish(self._say_waiting)
-        except KeyboardInterrupt:
-            at_once = True
-            raise
-        finally:
-            self._leave(at_once)
-
-    def _leave(self, at_once: bool) -> None:
+    def close(self) -> None:
+        """Leave the study."""
         with interrupt.shielded(), self.controllers.alone():
-            try:
-                if not at_once and self._log is not None and (self._log_is_open or self._log.begun):
-                    self.refresh()
-                    self._log.judge(self.study_dir, self.journal.records())
-                    if self.controllers.others() == 0:
-                        self._log.end_study(self.study_dir)
-            except TrackingError as error:
-                self._away(error)
-            finally:
-                self.controllers.leave()
-
-    def _say_waiting(self) -> None:
-        if self._log is None:  # Optuna's copies, which are made on this host
-            return
-        self._display.note(
-            "waiting for MLflow to take the last results; the journal has them (Ctrl-C: end now; "
-            "`python -m openpi_opt.track sync` delivers them)"
-        )
+            self.controllers.leave()
 
     def _recover(self) -> None:
         recover(self.study_dir, self.journal, self.controllers, self.claims, self._display.note)
-
-    def _deliver(self, record: Record) -> None:
-        assert self._log is not None
-        try:
-            self._log.deliver(record, self.study_dir)
-        except TrackingError as error:
-            self._away(error)
-
-    def _queue_begin(self) -> None:
-        """In the thread of deliveries, and before them: Ctrl-C breaks MLflow's import."""
-        self.later.add(self._begin_log)
-        early, self._early = self._early, None
-        for record in early or ():
-            self.deliver(record)
-
-    def _begin_log(self) -> None:
-        assert self._log is not None
-        try:
-            self._log.begin_study(self.study_dir)
-        except UserError as error:
-            self._log_opened.set_exception(error)
-            raise
-        except TrackingError as error:
-            self._away(error)
-            begun = False
-        else:
-            begun = True
-        self._log_is_open = True
-        self._log_opened.set_result(None)
-        if begun:
-            self._sync_log()
-
-    def _sync_log(self) -> None:
-        """Deliver what an earlier sweep could not, and end the runs that it left open.
-
-        It may take long, and nobody waits for it.
-        """
-        assert self._log is not None
-        try:
-            self._log.sync(self.study_dir, self.journal)
-        except TrackingError as error:
-            self._away(error)
-
-    def _away(self, error: TrackingError) -> None:
-        """Say it once: the rest of the sweep would repeat it after every trial."""
-        if not self._told_away:
-            self._told_away = True
-            self._display.note(f"warning: {error}")
 
     def _fingerprint(self, cfg: Config, gpu: Gpu | None) -> tuple[dict[str, Any], str]:
         platform = cfg.platform

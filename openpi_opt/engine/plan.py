@@ -47,7 +47,8 @@ def make_plan(request: StudyRequest) -> Plan:
     Raises:
         UserError: every combination was asked for and there is no end of them.
     """
-    asked, limit = request.settings.sampler, request.settings.n_trials
+    asked, limit = request.settings.sampler, request.settings.most_trials
+    minutes = request.settings.minutes
     raw = request.space.combinations()
     if not request.swept or raw == 1:
         return Plan(True, "grid", "1 configuration")
@@ -68,7 +69,10 @@ def make_plan(request: StudyRequest) -> Plan:
         return Plan(True, "grid", f"{known}, {some} (sampler {asked})")
     name = "tpe" if asked == "auto" else asked
     shown = "auto: tpe" if asked == "auto" else name
-    return Plan(False, name, f"{known}, at most {limit} by n_trials (sampler {shown})")
+    bounds = [f"{minutes:g} minutes"] if minutes is not None else []
+    if minutes is None or request.settings.n_trials is not None:
+        bounds.append(f"at most {limit} by n_trials")
+    return Plan(False, name, f"{known}, {' and '.join(bounds)} (sampler {shown})")
 
 
 def announce(

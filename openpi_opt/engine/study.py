@@ -2,9 +2,9 @@
 
 It knows nothing of Hydra: a point of the space becomes a configuration through the `compose` that
 it is given, and a configuration a result through `run`. One thread decides, journals and tells;
-each trial has a thread that watches its process, and copies for Optuna's database and MLflow are
-made in one more. Several sweeps may work on one study: claims keep them from measuring anything
-twice, and the journal tells each what the others found.
+each trial has a thread that watches its process, and a process of its own makes the copies for
+Optuna's database and MLflow (`track/copies.py`). Several sweeps may work on one study: claims keep
+them from measuring anything twice, and the journal tells each what the others found.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.executor import Executor, LocalExecutor, LostError, Run
-from openpi_opt.engine.goals import check_limits, check_same, goals, settle, without_pruning
+from openpi_opt.engine.goals import check_limits, check_same, goals, settle, with_pruning
 from openpi_opt.engine.ledger import Ledger
 from openpi_opt.engine.lessons import Lessons
+from openpi_opt.engine.pace import Pace, Timed
 from openpi_opt.engine.plan import Plan, StudyRequest, announce, make_plan, space_hash
 from openpi_opt.engine.recovery import forget
-from openpi_opt.engine.trials import Job, Trials, cannot_run, label, lost_result, refused
+from openpi_opt.engine.trials import Job, Race, Trials, cannot_run, label, lost_result, refused
 from openpi_opt.errors import UserError
 from openpi_opt.process.devices import Devices, Slot
 from openpi_opt.process.environment import cleared_names
@@ -36,7 +37,9 @@ from openpi_opt.space.optimizer import Optimizer, Proposal
 from openpi_opt.space.points import Compose, Points
 from openpi_opt.space.sensible import LeftOut, NotSensibleError
 from openpi_opt.space.sources import Enumerated, Sampled, Source
+from openpi_opt.track.copies import Copies
 from openpi_opt.track.journal import Record
+from openpi_opt.track.optuna_copy import write_space
 from openpi_opt.track.store import Store
 
 # How often to look what other sweeps have finished, while there is something to wait for.
@@ -92,13 +95,14 @@ def run_study(
     checked = points.check()
     first = checked[0]
     criteria = goals(request.settings.objective, first, request.machine)
-    request = without_pruning(request, criteria, display)
     found = Devices(request.settings.devices, request.machine)
     if nodes is None:
         found.check(checked)
     plan = make_plan(request)
+    request = with_pruning(request, plan, criteria, display)
     store = Store.open(request.settings.store)
     check_same(criteria, store.study_dir(request.name))
+    pace = Pace(request.settings.minutes)
     executor: Executor
     if nodes is None:
         found.slots(first.device)
@@ -110,61 +114,51 @@ def run_study(
     for text in [*found.notes, *([f"{count} trials at a time"] if count > 1 else [])]:
         display.note(text)
     ledger = Ledger.open(
-        *(store, request.name, first.tracking, request.command, request.machine, display),
+        *(store, request.name, request.command, request.machine, display),
         gpu_index=found.gpu_index,
         fresh=request.settings.fresh,
         nodes=None if nodes is None else nodes.fingerprint,
     )
     ledger.takes_pruned = request.settings.pruning is not None
     engine: _Engine | None = None
+    copies: Copies | None = None
+    hurried = True
     try:
         settle(criteria, ledger, display)
         machine_hash = ledger.fingerprint_hash(first)
         space = space_hash(request.space, machine_hash, criteria.objectives)
-        optimizer = _optimizer(
-            *(request, store, plan, space, ledger, criteria, machine_hash, display)
+        optimizer = _optimizer(request, plan, ledger, criteria)
+        with ledger.planning():
+            write_space(ledger.study_dir, space, request.space.distributions())
+        copies = Copies(
+            *(store, ledger.study_dir, first.tracking, display.note),
+            storage=request.settings.storage,
         )
         trials = Trials(ledger, executor, request.machine, display, space)
-        engine = _Engine(request, points, ledger, optimizer, trials, executor, display, criteria)
+        engine = _Engine(
+            request, points, ledger, optimizer, trials, executor, display, criteria, pace
+        )
         ended = engine.run(plan)
         engine.note_passed_over()
         engine.note_occupancy()
         ledger.draw()
+        hurried = False
     finally:
         executor.close()
-        ledger.close(at_once=engine is not None and engine.hurried)
+        ledger.close()
+        if copies is not None:
+            copies.close(len(ledger.journal), at_once=hurried)
     return engine.outcome(store, ended)
 
 
-def _optimizer(
-    request: StudyRequest,
-    store: Store,
-    plan: Plan,
-    space: str,
-    ledger: Ledger,
-    criteria: Criteria,
-    machine_hash: str,
-    display: Display,
-) -> Optimizer:
+def _optimizer(request: StudyRequest, plan: Plan, ledger: Ledger, criteria: Criteria) -> Optimizer:
     settings = request.settings
-
-    def known(config_hash: str) -> TrialResult | None:
-        record = ledger.journal.find(config_hash, machine_hash)
-        return None if record is None else record.result
-
-    # Sweeps that begin at the same time are not to propose the same.
-    seed = settings.seed + 7919 * ledger.others
-    optimizer = Optimizer.open(
-        *(store, f"{request.name}#{space}", request.space, plan.sampler, seed),
-        later=ledger.later.add,
-        criteria=criteria,
-        known=known,
-        storage=settings.storage,
-        say=display.note,
+    # Neither sweeps that begin at the same time nor one that goes on are to propose the same.
+    seed = settings.seed + 7919 * ledger.others + len(ledger.journal)
+    return Optimizer(
+        *(request.space, plan.sampler, seed, criteria),
+        allow_lossy=settings.objective.allow_lossy,
     )
-    if settings.fresh:
-        optimizer.forget()
-    return optimizer
 
 
 @dataclass
@@ -177,6 +171,7 @@ class _Engine:
     executor: Executor
     display: Display
     criteria: Criteria
+    pace: Pace
     _ready: list[Job] = field(default_factory=list)  # claimed, without a device
     _waiting: list[Job] = field(default_factory=list)  # measured by somebody else
     _running: dict[Future[TrialResult], Job] = field(default_factory=dict)
@@ -194,9 +189,6 @@ class _Engine:
         try:
             self._begin()
             source = self._source(plan)
-            with self.executor.loading():
-                self._fill(source)
-                self.ledger.begin_log()  # imports MLflow: seconds, in which the first trials load
             while True:
                 self._look_at_waiting(source)
                 self._fill(source)
@@ -216,7 +208,10 @@ class _Engine:
 
     def _begin(self) -> None:
         """Take in what is known, and name what trials do not inherit."""
-        self._learn(copy=self.ledger.others == 0)  # a killed sweep did not get to it
+        if self.request.settings.fresh:  # the sampler keeps what it learned
+            self._learn(known_from=0)
+            self.optimizer.forget()
+        self._learn()
         cleared = cleared_names()
         if cleared:
             self.display.note(
@@ -225,10 +220,13 @@ class _Engine:
 
     def _source(self, plan: Plan) -> Source:
         """Where the points come from."""
-        space, limit = self.request.space, self.request.settings.n_trials
+        space, limit = self.request.space, self.request.settings.most_trials
+        source: Source
         if plan.enumerated:
-            return Enumerated(space, limit)
-        return Sampled(self.optimizer, space, limit, self._open_hashes)
+            source = Enumerated(space, limit)
+        else:
+            source = Sampled(self.optimizer, space, limit, self._open_hashes)
+        return Timed(source, self.pace)
 
     def _end(self) -> None:
         """End what still runs; a second interruption ends it at once."""
@@ -298,8 +296,8 @@ class _Engine:
                 if job is None:
                     lease.release()
                 else:
-                    limit_ms = self._limit_ms(job)
-                    future = self.trials.start(job, lease, limit_ms)
+                    future = self.trials.start(job, lease, self._race(job))
+                    self.pace.began(job.uid)
                     self._running[future] = job
             except BaseException:
                 lease.release()
@@ -463,12 +461,11 @@ class _Engine:
     def _finish(self, job: Job, result: TrialResult) -> None:
         """Keep a result, and tell it.
 
-        The order matters: what is in the journal is safe, so Optuna hears of it only then, and
-        MLflow, which may be slow or away, last.
+        The order matters: what is in the journal is safe, so Optuna hears of it only then.
         """
         record = self.trials.keep(job, result)
+        self.pace.ended(job.uid)
         self._tell(job, record)
-        self.ledger.deliver(record)
         self.display.end(job.position, job.title, record, known=False)
 
     def _answer(self, job: Job, record: Record, shown: bool) -> None:
@@ -479,15 +476,16 @@ class _Engine:
             title = label(job.cfg, job.role, job.params)
             self.display.end(job.position, title, record, known=True)
 
-    def _limit_ms(self, job: Job) -> float | None:
-        """Above this a trial is hopeless; a baseline is to compare with, however slow."""
+    def _race(self, job: Job) -> Race:
+        """What a trial runs against; a baseline is to compare with, however slow."""
         pruning, best = self.request.settings.pruning, self._best.get(job.cfg.context_hash())
-        if pruning is None or best is None or job.proposal is None:
-            return None
-        return pruning * best
+        if best is None or job.proposal is None or self.criteria.objectives != ("latency",):
+            return Race()
+        assert pruning != "auto"  # settled before anything runs
+        return Race(best, None if pruning is None else pruning * best)
 
     def _note_best(self, result: TrialResult) -> None:
-        if self.request.settings.pruning is None or not isinstance(result, Ok):
+        if not isinstance(result, Ok):
             return
         if self.criteria.over(result):  # fast perhaps, but never the best
             return
@@ -509,16 +507,17 @@ class _Engine:
             shown = " ".join(f"{key}={value}" for key, value in sorted(known.pairs))
             self.display.note(f"no more of {shown}: {known.seen} of it ended {known.way}")
 
-    def _learn(self, copy: bool = False) -> None:
+    def _learn(self, known_from: int | None = None) -> None:
         """Take in what other sweeps recorded for this space, and earlier ones."""
         new = self.ledger.journal.since(self._read)
         self._read += len(new)
-        known_from, space = self.ledger.known_from, self.trials.space
+        known_from = self.ledger.known_from if known_from is None else known_from
+        space = self.trials.space
         ours = [record for record in new if record.space == space and record.number >= known_from]
         # A point that is asked is told, when its job looks at the journal.
         open_points = [job.params for job in [*self._waiting, *self._running.values()]]
         found = [record for record in ours if record.params not in open_points]
-        self.optimizer.learn(((record.params, record.result) for record in found), copy)
+        self.optimizer.learn((record.params, record.result) for record in found)
         for record in found:
             self._note_best(record.result)
             self._teach(record.params, record.result)

@@ -70,6 +70,20 @@ class Job:
                 held.release(remove=done)
 
 
+@dataclass(frozen=True)
+class Race:
+    """What a trial runs against: the fastest so far, and the mean above which it is hopeless."""
+
+    best_ms: float | None = None
+    limit_ms: float | None = None
+
+    def limits(self, cfg: Config) -> Config:
+        """The same configuration, hash included; the user's own limit may be lower."""
+        given = [ms for ms in (cfg.limits.latency_ms, self.limit_ms) if ms is not None]
+        changed = {"best_ms": self.best_ms, "latency_ms": min(given, default=None)}
+        return cfg.model_copy(update={"limits": cfg.limits.model_copy(update=changed)})
+
+
 @dataclass
 class Trials:
     """Starts jobs and keeps their results."""
@@ -86,8 +100,9 @@ class Trials:
         job.claim = self.ledger.claim(job.cfg, self._space(job))
         return job.claim is not None
 
-    def start(self, job: Job, lease: Lease, limit_ms: float | None = None) -> Future[TrialResult]:
-        """Start the trial's process; past `limit_ms` it is not measured to the end.
+    def start(self, job: Job, lease: Lease, race: Race) -> Future[TrialResult]:
+        """Start the trial's process; what is surely slower than its race is not measured to the
+        end.
 
         Raises:
             UserError: its folder cannot be made.
@@ -103,7 +118,7 @@ class Trials:
         assert job.claim is not None
         self.display.begin(lease.slot.name, f"{job.position} {job.title}")
         task = Task(
-            cfg=job.cfg if limit_ms is None else _limited(job.cfg, limit_ms),
+            cfg=race.limits(job.cfg),
             uid=job.uid,
             folder=job.folder,
             machine_hash=self.ledger.fingerprint_hash(job.cfg),
@@ -130,13 +145,6 @@ class Trials:
     def _space(self, job: Job) -> str:
         """A baseline is no point of the space."""
         return "" if job.proposal is None else self.space
-
-
-def _limited(cfg: Config, limit_ms: float) -> Config:
-    """The same configuration, hash included; the user's own limit may be lower."""
-    own = cfg.limits.latency_ms
-    lower = limit_ms if own is None else min(own, limit_ms)
-    return cfg.model_copy(update={"limits": cfg.limits.model_copy(update={"latency_ms": lower})})
 
 
 def cannot_run(folder: Path, error: OSError) -> UserError:

@@ -8,7 +8,8 @@ Independent noise triggers no shortcut that depends on the data. So these are, i
 - `other noise`: the same observation with another noise to start from;
 - `black`, `white and grey`: frames without content, which are not masked;
 - `other masks`: rows of one batch with different cameras and prompt lengths, for policies that were
-  built for no layout and so claim to read the masks;
+  built for no layout or a flexible one, and so claim to read the masks. The first has cameras that
+  the workload leaves out;
 - `recorded`: the user's observations, `guard.observations`.
 
 Letters: B batch, C cameras, L prompt slots, H horizon, A action dim.
@@ -50,7 +51,7 @@ class Case:
         if layout is None:
             return True
         try:
-            return Layout.of(self.inputs.image_mask, self.inputs.token_mask) == layout
+            return layout.refusal(self.inputs.image_mask, self.inputs.token_mask) is None
         except ValueError:  # rows with masks of their own
             return False
 
@@ -74,11 +75,10 @@ def cases(
         Case("black", with_frames(other, [-1.0], last)),
         Case("white and grey", with_frames(other, [1.0, 0.0], first)),
     ]
-    found += [
-        Case(f"other masks {i}", masked(make_inputs(workload, config, seed + _OTHER_SEEDS + 1 + i,
-                                                    "cpu"), i))
-        for i in range(2)
-    ]  # fmt: skip
+    everything = tuple(True for _ in workload.active_cameras)
+    for i, cameras in enumerate((everything, workload.active_cameras, workload.active_cameras)):
+        inputs = make_inputs(workload, config, seed + _OTHER_SEEDS + 1 + i, "cpu")
+        found.append(Case(f"other masks {i}", masked(inputs, i, cameras)))
     if observations is not None:
         found += recorded(Path(observations), workload, config, other.noise)
     return found
@@ -112,19 +112,16 @@ def with_frames(inputs: Inputs, levels: list[float], like: Inputs) -> Inputs:
     return inputs._replace(images=images)
 
 
-def masked(inputs: Inputs, which: int) -> Inputs:
-    """Masks that differ from row to row: cameras in turn, prompts of 1 to L tokens.
-
-    Row r of case `which` sees the cameras of bit pattern r + which + 1, never none.
-    """
-    batch, cameras = inputs.image_mask.shape
-    slots = inputs.token_mask.shape[1]
+def masked(inputs: Inputs, which: int, cameras: tuple[bool, ...]) -> Inputs:
+    """Masks that differ from row to row: some of `cameras` in turn, prompts of 1 to L tokens."""
+    batch, slots = inputs.token_mask.shape
     image_mask, token_mask = inputs.image_mask.clone(), inputs.token_mask.clone()
-    patterns = 2**cameras - 1
+    active = [index for index, on in enumerate(cameras) if on]
     lengths = [1, slots, (slots + 1) // 2]
     for row in range(batch):
-        pattern = ((row + which) * 5) % patterns + 1
-        image_mask[row] = torch.tensor([bool(pattern >> c & 1) for c in range(cameras)])
+        pattern = ((row + which) * 5) % (2 ** len(active) - 1) + 1  # never none
+        image_mask[row] = False
+        image_mask[row, [c for i, c in enumerate(active) if pattern >> i & 1]] = True
         token_mask[row] = torch.arange(slots) < lengths[(row + which) % len(lengths)]
     return inputs._replace(image_mask=image_mask, token_mask=token_mask)
 

@@ -3,7 +3,9 @@
 Flash kernels take no arbitrary mask, and Pi0 needs two: masked cameras and padding in the prefix,
 and a state token that does not see the actions in the suffix. Both are exact without a mask once
 the layout is declared: a masked key has weight exactly zero, so leaving it out changes nothing,
-and queries that see different keys go into different calls (`Visibility.segments`). Passing
+and queries that see different keys go into different calls (`Visibility.segments`). Where lengths
+change from call to call (`Visibility.padding`) a backend needs the mask, or kernels of its own that
+read them. Passing
 `is_causal=True` instead would be a different function: torch aligns it to the upper left when
 there are fewer queries than keys.
 
@@ -69,7 +71,7 @@ def segmented(core: Core) -> Attention:
     """Run a kernel once per segment, over exactly the keys that the segment sees."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
-        if visibility.segments is None:
+        if visibility.segments is None or visibility.padding is not None:
             return core(q, k, v, scale, visibility.mask)
         parts = [_one(core, q, k, v, scale, segment) for segment in visibility.segments]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -127,21 +129,27 @@ def sdpa_by(name: str) -> Core:
 
 
 def require_sdpa(
-    name: str, stage: str, q: tuple[int, int, int, int], k: tuple[int, int, int, int], like: Tensor
+    name: str,
+    stage: str,
+    q: tuple[int, int, int, int],
+    k: tuple[int, int, int, int],
+    like: Tensor,
+    masked: bool = False,
 ) -> None:
     """Run a backend of torch once, on zeros q [B, S, Hq, D] and k [B, T, Hkv, D].
 
     dtype and device are those of `like`. What torch lets a backend take depends on widths, dtype,
-    GPU and build, and only torch knows it.
+    GPU, build and whether there is a mask, and only torch knows it.
 
     Raises:
         RefusedError: torch has no kernel of this backend for this call, with torch's reasons.
     """
     keys = like.new_zeros(k)
+    mask = like.new_ones((q[0], 1, q[1], k[1]), dtype=torch.bool) if masked else None
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            sdpa_by(name)(like.new_zeros(q), keys, keys, 1.0, None)
+            sdpa_by(name)(like.new_zeros(q), keys, keys, 1.0, mask)
         except RuntimeError as error:
             if not str(error).startswith(_NO_KERNEL):
                 raise

@@ -10,6 +10,7 @@ without the graph.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -30,11 +31,16 @@ class CapturedCall:
 
     The graph is captured at the first call. Later inputs must have the same shapes and dtypes. The
     returned actions are a copy: the static output is overwritten by the next replay.
+
+    Threads take turns: there is one set of static inputs. On the device a call waits for the one
+    before it, which may have run on another stream.
     """
 
     def __init__(self, call: Callable[[Inputs], Tensor]):
         self._call = call
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._turn = threading.Lock()
+        self._done: torch.cuda.Event | None = None
         self._inputs: Inputs
         self._output: Tensor
 
@@ -45,8 +51,14 @@ class CapturedCall:
             CaptureError: at the first call, when the capture fails.
             ValueError: shapes or dtypes other than those captured.
         """
+        with self._turn:
+            return self._replay(inputs)
+
+    def _replay(self, inputs: Inputs) -> Tensor:
         if self._graph is None:
             self._capture(inputs)
+        if self._done is not None:
+            self._done.wait()
         for name, static, new in zip(Inputs._fields, self._inputs, inputs, strict=True):
             if static.shape != new.shape:
                 raise ValueError(
@@ -60,7 +72,10 @@ class CapturedCall:
             static.copy_(new)
         assert self._graph is not None
         self._graph.replay()
-        return self._output.clone()
+        actions = self._output.clone()
+        if self._done is not None:
+            self._done.record()
+        return actions
 
     def _capture(self, inputs: Inputs) -> None:
         self._inputs = Inputs(*(tensor.clone() for tensor in inputs))
@@ -77,7 +92,7 @@ class CapturedCall:
                 self._output = self._call(self._inputs)
         except RuntimeError as error:
             raise CaptureError(f"graph capture failed: {error}") from error
-        self._graph = graph
+        self._graph, self._done = graph, torch.cuda.Event()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from openpi_opt.kernels import (
 )
 from openpi_opt.pi0.config import PI0
 from openpi_opt.pi0.gemma import EPS, Rope
-from openpi_opt.pi0.ops import SEE_ALL, Segment, Visibility
+from openpi_opt.pi0.ops import SEE_ALL, Padding, Segment, Visibility
 
 MODULES = (
     triton_activation,
@@ -57,6 +57,19 @@ def prefill() -> None:
     """Attention of the prefix."""
     q, k = _empty(1, _PREFIX, 8, 256), _empty(1, _PREFIX, 1, 256)
     triton_attention.attention()(q, k, k, SEE_ALL, 0.0625)
+
+
+def flexible() -> None:
+    """Attention of prefix and step in a flexible layout: lengths are read on the device."""
+    slots = 816  # three cameras, 48 slots of the prompt
+    padding = Padding(_empty(1, dtype=torch.int32), slots)
+    q, k = _empty(1, slots, 8, 256), _empty(1, slots, 1, 256)
+    everything = Visibility(None, (Segment(0, slots, None),), padding)
+    triton_attention.attention()(q, k, k, everything, 0.0625)
+    state = Visibility(None, (Segment(0, 1, slots + 1), Segment(1, 11, None)), padding)
+    q, new = _empty(1, 11, 8, 256), _empty(1, 11, 1, 256)
+    rope = Rope(_empty(1, 11, 128), _empty(1, 11, 128))
+    triton_decode.cached_attention()(q, (k, k), (new, new), rope, state, 0.0625)
 
 
 def vision() -> None:
@@ -115,6 +128,7 @@ CASES: tuple[Callable[[], None], ...] = (
     decode,
     decode_cached,
     prefill,
+    flexible,
     vision,
     skinny,
     skinny_51,

@@ -56,10 +56,11 @@ TABLE: dict[tuple[str, int], Launch] = {
 
 @triton.jit
 def _flash(
-    q, k, v, mask, out, keys, rows, group, lead, lead_keys, scale,
+    q, k, v, mask, lengths, out, keys, padding_end, rows, group, lead, lead_keys, scale,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
     stride_vh, stride_mb, stride_mq, stride_mk,
     width: tl.constexpr, kv_heads: tl.constexpr, masked: tl.constexpr, bounded: tl.constexpr,
+    padded_keys: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr, tail: tl.constexpr,
     aligned: tl.constexpr, key_blocks: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +85,13 @@ def _flash(
     seen = tl.where(token < lead, lead_keys, keys)
     top = tl.full((block_m,), LOWEST, tl.float32)
     total = tl.zeros((block_m,), tl.float32)
-    for block in range(key_blocks):
+    blocks = key_blocks
+    if padded_keys:
+        length = tl.load(lengths + batch)
+        # Padding that reaches the last key: what lies in it is not even read.
+        last = tl.where(padding_end >= keys, tl.minimum(length, keys), keys)
+        blocks = tl.cdiv(last, block_n)
+    for block in range(blocks):
         key = block * block_n + tl.arange(0, block_n)
         inside = key < keys
         tile = load_rows(k, key, stride_ks, inside, first, block_d)
@@ -95,6 +102,8 @@ def _flash(
         logits = logits * scale
         if bounded:
             visible = key[None, :] < seen[:, None]
+            if padded_keys:
+                visible = visible & ((key < length) | (key >= padding_end))[None, :]
             if masked:
                 cell = token[:, None] * stride_mq + key[None, :] * stride_mk
                 allowed = tl.load(
@@ -152,13 +161,14 @@ def default_launch(q: Tensor) -> Launch:
 @torch.library.custom_op("openpi_opt::triton_flash_attention", mutates_args=())
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
-    scale: float, launch: Sequence[int],
+    scale: float, launch: Sequence[int], padding: Tensor | None = None, padding_end: int = 0,
 ) -> Tensor:  # fmt: skip
     """q [B, S, Hq, D], k and v [B, T, Hkv, D] -> [B, S, Hq, D].
 
     The first `lead` queries see `lead_keys` keys (at least one), the others `keys`. mask: bool
     [B, T], or broadcastable to [B, 1, S, T], or None. A query that the mask lets see no
-    key gets zeros. `launch`: see `triton_common.encoded`.
+    key gets zeros. padding: [B] int32, read on the device: no query sees the keys [padding[b],
+    padding_end); without a mask key 0 must be seen. `launch`: see `triton_common.encoded`.
     """
     chosen = applied(default_launch(q), launch)
     batch, tokens, heads, width = q.shape
@@ -168,11 +178,14 @@ def flash_attention(
     seen, *mask_strides = mask_arguments(mask, batch, tokens, k.shape[1], q)
     block_d, tail = tiles(width)
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
-    bounded = mask is not None or lead > 0 or keys % chosen.block_n != 0
+    tail_block = keys % chosen.block_n != 0
+    bounded = mask is not None or padding is not None or lead > 0 or tail_block
     _flash[(triton.cdiv(tokens * group, chosen.block_m), batch * kv_heads)](
-        q, k, v, seen, out, keys, tokens * group, group, lead, lead_keys, scale * LOG2_E,
+        q, k, v, seen, q if padding is None else padding, out, keys, padding_end,
+        tokens * group, group, lead, lead_keys, scale * LOG2_E,
         *strides, *mask_strides, width=width,
-        kv_heads=kv_heads, masked=mask is not None, bounded=bounded, block_m=chosen.block_m,
+        kv_heads=kv_heads, masked=mask is not None, bounded=bounded,
+        padded_keys=padding is not None, block_m=chosen.block_m,
         block_n=chosen.block_n, block_d=block_d, tail=tail,
         aligned=math.gcd(16, *strides), key_blocks=triton.cdiv(keys, chosen.block_n),
         num_warps=chosen.num_warps, num_stages=chosen.num_stages,
@@ -184,7 +197,7 @@ def flash_attention(
 @flash_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
-    scale: float, launch: Sequence[int],
+    scale: float, launch: Sequence[int], padding: Tensor | None = None, padding_end: int = 0,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape)
 
@@ -196,7 +209,7 @@ def attention(overrides: Mapping[str, int] | None = None) -> Attention:
     def flash(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
         seen = bounds(visibility, k.shape[1])
         return flash_attention(
-            q, k, v, seen.lead, seen.lead_keys, seen.keys, seen.mask, scale, launch
+            q, k, v, seen.lead, seen.lead_keys, seen.keys, seen.mask, scale, launch, *seen.padded
         )
 
     return flash

@@ -103,12 +103,13 @@ def _turned(a, b, cos, sin, token, stride, live, half: tl.constexpr, block: tl.c
 
 @triton.jit
 def _split(
-    q, past_k, past_v, new_k, new_v, cos, sin, mask, out, partial, sums, counter,
-    past_keys, new_keys, past_splits, rows, rows_padded, group, lead, lead_keys, scale,
+    q, past_k, past_v, new_k, new_v, cos, sin, mask, lengths, out, partial, sums, counter,
+    past_keys, new_keys, past_splits, padding_end, rows, rows_padded, group, lead, lead_keys, scale,
     stride_qb, stride_qs, stride_qh, stride_pkb, stride_pks, stride_pkh,
     stride_pvb, stride_pvs, stride_pvh, stride_nkb, stride_nks, stride_nkh,
     stride_nvb, stride_nvs, stride_nvh, stride_mb, stride_mq, stride_mk, stride_tb, stride_ts,
     width: tl.constexpr, kv_heads: tl.constexpr, masked: tl.constexpr, rotating: tl.constexpr,
+    padded_keys: tl.constexpr,
     fused: tl.constexpr, dependent: tl.constexpr, prefetch: tl.constexpr, splits: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_h: tl.constexpr, block_d: tl.constexpr,
     blocks: tl.constexpr,
@@ -129,6 +130,8 @@ def _split(
         prefetch_rows(past_v + batch * stride_pvb + kv_head * stride_pvh, ahead, stride_pvs, 0,
                       width, prefetch)  # fmt: skip
     follow(dependent)
+    if padded_keys:  # loaded beside queries and keys: only what they yield is compared with it
+        length = tl.load(lengths + batch)
     # Heads in halves: the rotary embedding turns one against the other.
     left = load_rows(q + batch * stride_qb, place, 1, live, half, block_h)
     right = load_rows(q + batch * stride_qb + half, place, 1, live, half, block_h)
@@ -165,6 +168,9 @@ def _split(
         logits = tl.dot(left, tl.trans(keys), input_precision="ieee")
         logits = tl.dot(right, tl.trans(others), logits, input_precision="ieee") * scale
         visible = inside[None, :] & (key[None, :] < seen[:, None])
+        if padded_keys:
+            number = key + offset
+            visible = visible & ((number < length) | (number >= padding_end))[None, :]
         if masked:
             place = token[:, None] * stride_mq + (key + offset)[None, :] * stride_mk
             allowed = tl.load(
@@ -231,7 +237,7 @@ def default_launch(q: Tensor, kv_heads: int) -> Launch:
 def _run(
     q: Tensor, past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor] | None, lead: int,
     lead_keys: int, past_keys: int, mask: Tensor | None, scale: float, launch: Launch,
-    rope: tuple[Tensor, Tensor] | None = None,
+    padding: tuple[Tensor | None, int], rope: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Both public operators; `past_keys` keys of `past` are used, and all of `new`.
 
@@ -257,11 +263,13 @@ def _run(
     turns = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)) if rope else (0, 0)
     seen, *mask_strides = mask_arguments(mask, batch, tokens, past_keys + new_keys, q)
     _split[(splits, row_blocks, pairs)](
-        q, k, v, new_k, new_v, cos, sin, seen, out, partial, sums, counter,
-        past_keys, new_keys, past_splits, rows, rows_padded, group, lead, lead_keys,
-        scale * LOG2_E, *(s for t in (q, k, v, new_k, new_v) for s in t.stride()[:3]),
-        *mask_strides, *turns, width=width, kv_heads=kv_heads, masked=mask is not None,
-        rotating=rope is not None, fused=bool(launch.fused), dependent=launch.dependent,
+        q, k, v, new_k, new_v, cos, sin, seen, q if padding[0] is None else padding[0], out,
+        partial, sums, counter, past_keys, new_keys, past_splits, padding[1], rows,
+        rows_padded, group, lead, lead_keys, scale * LOG2_E,
+        *(s for t in (q, k, v, new_k, new_v) for s in t.stride()[:3]), *mask_strides,
+        *turns, width=width, kv_heads=kv_heads, masked=mask is not None,
+        rotating=rope is not None, padded_keys=padding[0] is not None,
+        fused=bool(launch.fused), dependent=launch.dependent,
         prefetch=_prefetch(k, v, launch), splits=splits, block_m=launch.block_m,
         block_n=launch.block_n, block_h=padded(width // 2), block_d=padded(width),
         blocks=launch.blocks, num_warps=launch.num_warps, num_stages=launch.num_stages,
@@ -287,42 +295,46 @@ def _prefetch(k: Tensor, v: Tensor, launch: Launch) -> int:
 @torch.library.custom_op("openpi_opt::triton_decode_attention", mutates_args=())
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
-    scale: float, launch: Sequence[int],
+    scale: float, launch: Sequence[int], padding: Tensor | None = None, padding_end: int = 0,
 ) -> Tensor:  # fmt: skip
     """q [B, S, Hq, D], k and v [B, T, Hkv, D] -> [B, S, Hq, D].
 
     The first `lead` queries see `lead_keys` keys, the others `keys`. mask: bool [B, T], or
     broadcastable to [B, 1, S, T], or None. A query that sees no key gets
-    zeros. `launch`: see `triton_common.encoded`.
+    zeros. padding: [B] int32, read on the device: no query sees the keys [padding[b],
+    padding_end), which must be finite. `launch`: see `triton_common.encoded`.
     """
     chosen = applied(default_launch(q, k.shape[2]), launch)
     full = mask if mask is None or keys == k.shape[1] else mask[..., :keys]
-    return _run(q, (k, v), None, lead, lead_keys, keys, full, scale, chosen)
+    padded_keys = (padding, padding_end)
+    return _run(q, (k, v), None, lead, lead_keys, keys, full, scale, chosen, padded_keys)
 
 
 @torch.library.custom_op("openpi_opt::triton_decode_attention_rotary", mutates_args=())
 def decode_attention_rotary(
     q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, cos: Tensor,
     sin: Tensor, lead: int, lead_keys: int, mask: Tensor | None, scale: float,
-    launch: Sequence[int],
+    launch: Sequence[int], padding: Tensor | None = None, padding_end: int = 0,
 ) -> Tensor:  # fmt: skip
     """As `decode_attention`, with cached keys [B, P, Hkv, D] and new ones [B, T - P, Hkv, D] apart.
 
     q and the new keys come before their rotary embedding (cos and sin [B or 1, S, D/2]) and are
-    rotated on the way, rounded as by `triton_rotary`; cached keys are rotated already. `lead_keys`
-    and the mask count cached keys first, then new ones.
+    rotated on the way, rounded as by `triton_rotary`; cached keys are rotated already. `lead_keys`,
+    padding and mask count cached keys first, then new ones.
     """
     chosen = applied(default_launch(q, past_k.shape[2]), launch)
     past, new = (past_k, past_v), (new_k, new_v)
     keys = past_k.shape[1]
-    return _run(q, past, new, lead, lead_keys, keys, mask, scale, chosen, (cos, sin))
+    padded_keys = (padding, padding_end)
+    rope = (cos, sin)
+    return _run(q, past, new, lead, lead_keys, keys, mask, scale, chosen, padded_keys, rope)
 
 
 @decode_attention_rotary.register_fake
 def _(
     q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, cos: Tensor,
     sin: Tensor, lead: int, lead_keys: int, mask: Tensor | None, scale: float,
-    launch: Sequence[int],
+    launch: Sequence[int], padding: Tensor | None = None, padding_end: int = 0,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape)
 
@@ -330,7 +342,7 @@ def _(
 @decode_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
-    scale: float, launch: Sequence[int],
+    scale: float, launch: Sequence[int], padding: Tensor | None = None, padding_end: int = 0,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape)
 
@@ -342,7 +354,7 @@ def attention(overrides: Mapping[str, int] | None = None) -> Attention:
     def decode(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
         seen = bounds(visibility, k.shape[1])
         return decode_attention(
-            q, k, v, seen.lead, seen.lead_keys, seen.keys, seen.mask, scale, launch
+            q, k, v, seen.lead, seen.lead_keys, seen.keys, seen.mask, scale, launch, *seen.padded
         )
 
     return decode
@@ -373,7 +385,16 @@ def cached_attention(overrides: Mapping[str, int] | None = None) -> CachedAttent
         if seen.keys != keys:
             raise ValueError(f"the last queries must see all {keys} keys, not {seen.keys}")
         return decode_attention_rotary(
-            q, *past, *new, *rope, seen.lead, seen.lead_keys, seen.mask, scale, launch
+            q,
+            *past,
+            *new,
+            *rope,
+            seen.lead,
+            seen.lead_keys,
+            seen.mask,
+            scale,
+            launch,
+            *seen.padded,
         )
 
     return decode

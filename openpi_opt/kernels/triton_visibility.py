@@ -1,8 +1,9 @@
 """What the Triton attention kernels know about who sees which key.
 
-Pi0 needs three cases, and each kernel serves all of them in one call: every query sees the first
-n keys; the first few queries (the state token) see fewer keys than the others (the actions); any
-bool mask. The first two cost a comparison, the last reads the mask.
+Pi0 needs four cases, and each kernel serves all of them in one call: every query sees the first
+n keys; the first few queries (the state token) see fewer keys than the others (the actions); keys
+between a length that is read on the device and a constant are padding; any bool mask. The first
+three cost comparisons, the last reads the mask.
 """
 
 from __future__ import annotations
@@ -12,17 +13,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openpi_opt.pi0.ops import Segment, Visibility
+from openpi_opt.pi0.ops import Padding, Segment, Visibility
 
 
 class Bounds(NamedTuple):
-    """Queries [0, lead) see the keys [0, lead_keys), the others [0, keys), where `mask` allows."""
+    """Queries [0, lead) see the keys [0, lead_keys), the others [0, keys), where `mask` allows.
+
+    None sees the keys of `padding`.
+    """
 
     lead: int
     lead_keys: int
     keys: int
     mask: Tensor | None
     """bool, broadcastable to [B, 1, S, T]"""
+    padding: Padding | None = None
+
+    @property
+    def padded(self) -> tuple[Tensor | None, int]:
+        """The padding as the kernels' operators take it."""
+        return (None, 0) if self.padding is None else self.padding
 
 
 def bounds(visibility: Visibility, keys: int) -> Bounds:
@@ -39,7 +49,7 @@ def bounds(visibility: Visibility, keys: int) -> Bounds:
     first, last = _count(segments[0], keys), _count(segments[-1], keys)
     if len(segments) <= 2 and first is not None and last is not None:
         lead = segments[0].stop if len(segments) == 2 else 0
-        return Bounds(lead, first, last, None)
+        return Bounds(lead, first, last, None, visibility.padding)
     if visibility.mask is None:
         raise ValueError("segments with keys by index need the mask that says the same")
     return Bounds(0, keys, keys, visibility.mask)

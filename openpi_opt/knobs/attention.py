@@ -22,6 +22,7 @@ SDPA_DEVICES = {
     "math": ("cpu", "cuda", "rocm"),
 }
 _SIXTEEN_BITS = ("flash", "cudnn")  # on a GPU
+_WITHOUT_MASK = ("flash", "aiter")
 
 
 class TritonLaunch(Options):
@@ -93,6 +94,8 @@ class Attention(Knob[AttentionOptions]):
             problem = _sdpa_problem(name, devices, cfg) if name in self._backends(cfg) else None
             if problem is not None:
                 return problem
+        if (problem := _no_mask(self.of(cfg), cfg)) is not None:
+            return problem
         if "triton" in self._backends(cfg) and cfg.platform.device == "cpu":
             return Refusal(
                 "unavailable",
@@ -137,13 +140,11 @@ class Attention(Knob[AttentionOptions]):
     def transform(self, policy: Pi0Policy, cfg: Config) -> None:
         """Put the backend of each stage into the policy's operations."""
         from openpi_opt.kernels import attention as backends
-        from openpi_opt.pi0.inputs import Layout
+        from openpi_opt.runtime import workload_of
 
-        options, workload = self.of(cfg), cfg.workload
+        options = self.of(cfg)
         if self._backends(cfg) != {"eager"}:
-            policy.declare_layout(
-                Layout(workload.active_cameras, workload.prompt_slots, workload.prompt_tokens)
-            )
+            policy.declare_layout(workload_of(cfg).layout)
         for stage in STAGES:
             launch = options.launch(stage).canonical(stage, cfg.platform.device).given()
             name = getattr(options, stage)
@@ -206,15 +207,35 @@ def _require(policy: Pi0Policy, cfg: Config, stage: str, name: str) -> None:
     assert layout is not None
     vision, gemma = policy.config.vision, policy.config.language
     batch, heads, kv_heads, width = workload.batch_size, gemma.heads, gemma.kv_heads, gemma.head_dim
-    keys = {"prefill": layout.prefix_valid, "denoise": layout.prefix_valid + 1 + workload.horizon}
+    valid = layout.prefix_slots if layout.flexible else layout.prefix_valid
+    keys = {"prefill": valid, "denoise": valid + 1 + workload.horizon}
     rows = {"prefill": [layout.prefix_slots], "denoise": [1, workload.horizon]}  # 1: the state
+    if layout.flexible:  # one call with a mask
+        rows["denoise"] = [1 + workload.horizon]
+    masked = layout.flexible and stage != "vision"
     if stage == "vision":
         heads = kv_heads = vision.heads
         width = vision.head_dim
     like = policy.time_table.new_empty(0, dtype=policy.dtype)
     for queries in rows.get(stage, [vision.tokens]):
         q = (batch, queries, heads, width)
-        require_sdpa(name, stage, q, (batch, keys.get(stage, vision.tokens), kv_heads, width), like)
+        k = (batch, keys.get(stage, vision.tokens), kv_heads, width)
+        require_sdpa(name, stage, q, k, like, masked)
+
+
+def _no_mask(options: AttentionOptions, cfg: Config) -> Refusal | None:
+    """Backends without a mask cannot leave out what only the device knows."""
+    if cfg.workload.layout == "exact":
+        return None
+    for stage in ("prefill", "denoise"):
+        name = getattr(options, stage)
+        if name in _WITHOUT_MASK:
+            return Refusal(
+                "invalid",
+                f"attention.{stage}={name} takes no mask, which workload.layout=flexible needs; "
+                f"use attention.{stage}=triton or sdpa, or workload.layout=exact",
+            )
+    return None
 
 
 def _missing_aiter(machine: Machine) -> str | None:

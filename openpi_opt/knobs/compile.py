@@ -92,21 +92,24 @@ class InductorOptions(Options):
 
 
 class CompileOptions(Options):
-    """`mode` is torch.compile's; `scope` what is compiled: each stage, or the whole call.
+    """`mode` is torch.compile's; `scope` what is compiled: each stage, the whole call, or layers.
 
     The whole call unrolls the denoising steps into one graph: more to fuse across, and about
-    `steps` times as long to compile.
+    `steps` times as long to compile. `layer` compiles each kind of layer once and reuses the code
+    for all layers of that kind; nothing is fused across layers or compiled outside of them.
+    Measured on an H100: the first call takes 14 to 21 s instead of 36 to 71 s, a call 1.3 to 4.7%
+    longer. So it is a cheap first look.
     """
 
     mode: Literal[
         "off", "default", "reduce_overhead", "max_autotune", "max_autotune_no_cudagraphs"
     ] = "off"
-    scope: Literal["stage", "call"] = "stage"
+    scope: Literal["stage", "call", "layer"] = "stage"
     inductor: InductorOptions = InductorOptions()
 
 
 class Compile(Knob[CompileOptions]):
-    """Compile with Inductor: each stage (vision, prefill, one denoising step), or the whole call.
+    """Compile with Inductor: each stage (vision, prefill, one denoising step), call or layer.
 
     All vendors. Sources: torch.compile's modes; the MI350 and MI300X configurations of
     sunxxuns/openpi-1 (TORCH_COMPILE_MODE, OPENPI_* Inductor switches), of which `compile=seeds` is
@@ -149,12 +152,15 @@ class Compile(Knob[CompileOptions]):
             return
         from openpi_opt.kernels.compiled import CompiledCall
 
-        names = STAGES if options.scope == "stage" else ("sample_actions",)
         settings = _settings(options)
-        for name in names:
-            setattr(policy, name, _compiled(getattr(policy, name), settings))
-        captured = options.mode in CAPTURING
-        call = CompiledCall(policy.sample_actions, len(names), captured)
+        if options.scope == "layer":
+            parts = _compile_layers(policy, settings)
+        else:
+            names = STAGES if options.scope == "stage" else ("sample_actions",)
+            for name in names:
+                setattr(policy, name, _compiled(getattr(policy, name), settings))
+            parts = len(names)
+        call = CompiledCall(policy.sample_actions, parts, options.mode in CAPTURING)
         policy.sample_actions = call  # type: ignore[method-assign]
 
     def float32_form(self, cfg: Config) -> CompileOptions:
@@ -172,7 +178,7 @@ class Compile(Knob[CompileOptions]):
         """The mode, the scope where it is not the default, and the options that were chosen."""
         if options.mode == "off":
             return "off"
-        words = [options.mode, *(["call"] if options.scope == "call" else [])]
+        words = [options.mode, *([options.scope] if options.scope != "stage" else [])]
         return " ".join([*words, *(f"{k}={v}" for k, v in options.inductor.chosen().items())])
 
 
@@ -209,6 +215,12 @@ def _assigned(body: list[ast.stmt]) -> list[str]:
 def _double_capture(cfg: Config, options: CompileOptions) -> Refusal | None:
     if options.mode not in CAPTURING:
         return None
+    if options.scope == "layer":
+        return Refusal(
+            "invalid",
+            f"compile={options.mode} would capture each layer by itself with compile.scope=layer; "
+            "use compile.scope=stage, or compile=default with graph=manual",
+        )
     if cfg.platform.device == "cpu":
         return Refusal(
             "unavailable",
@@ -281,6 +293,21 @@ def _settings(options: CompileOptions) -> dict[str, Any]:
         raise RefusedError("unavailable", f"this torch has no Inductor option {', '.join(missing)}")
     mode = torch._inductor.list_mode_options(options.mode.replace("_", "-"))
     return {**mode, **chosen}
+
+
+def _compile_layers(policy: Pi0Policy, settings: dict[str, Any]) -> int:
+    """Compile the layers of the three towers; returns how many graphs that can take at most.
+
+    Dynamo finds the code of an earlier layer by its guards. A kind is a class and the shapes of its
+    weights; it takes two graphs where the state token goes through the layers alone.
+    """
+    from openpi_opt.surgery.towers import decoder_layers, vision_layers
+
+    kinds = set()
+    for layer in (*vision_layers(policy.vision), *decoder_layers(policy)):
+        layer.compile(fullgraph=True, dynamic=False, options=settings)
+        kinds.add((type(layer), *(tuple(weight.shape) for weight in layer.parameters())))
+    return 2 * len(kinds)
 
 
 def _compiled(function: Any, settings: dict[str, Any]) -> Any:

@@ -27,7 +27,8 @@ class Vision(Knob[VisionOptions]):
     nothing shifts. It drops masked cameras before the tower and masked cameras and padding of the
     prompt before the prefix, which then is all valid and needs no mask. Which tokens these are is
     the workload's layout, declared once, not read from the masks: a batch with other masks is
-    refused before it reaches the policy.
+    refused before it reaches the policy. In a flexible layout it drops the cameras that
+    `workload.active_cameras` rules out; which of the others came is known on the device only.
 
     Source: sunxxuns/openpi-1 (`OPENPI_BATCH_SIGLIP`, `OPENPI_SKIP_MASKED_IMAGES`), reported on
     MI350 with batched cameras and nothing skipped.
@@ -39,7 +40,8 @@ class Vision(Knob[VisionOptions]):
     def canonical(self, cfg: Config) -> VisionOptions:
         """Nothing to skip without masked tokens; one camera left is one pass either way."""
         options, workload = self.of(cfg), cfg.workload
-        padded = workload.prompt_tokens < workload.prompt_slots
+        exact = workload.layout == "exact"
+        padded = exact and workload.prompt_tokens < workload.prompt_slots
         skip = options.skip_masked and (padded or not all(workload.active_cameras))
         encoded = sum(workload.active_cameras) if skip else len(workload.active_cameras)
         cameras = "batched" if encoded == 1 else options.cameras

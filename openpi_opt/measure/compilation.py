@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from openpi_opt.result import CacheState, Compilation
+from openpi_opt.result import CacheEntries, CacheState, Compilation
 
 _LIMIT = 100_000  # Dynamo keeps 64 records by default
 _REASON = 200  # characters of a graph break's reason
@@ -64,8 +64,8 @@ def watch_triton() -> Callable[[], tuple[int, int]]:
     return lambda: (counts[True], counts[False])
 
 
-def cache_state(triton_found: int = 0, triton_compiled: int = 0) -> CacheState | None:
-    """Where compiled code came from up to now, by the counters of Inductor and those of Triton.
+def cache_entries(triton_found: int = 0, triton_compiled: int = 0) -> CacheEntries | None:
+    """Compiled code found and made up to now, by the counters of Inductor and those of Triton.
 
     None when nothing was compiled or loaded.
     """
@@ -77,6 +77,11 @@ def cache_state(triton_found: int = 0, triton_compiled: int = 0) -> CacheState |
         found += inductor["fxgraph_cache_hit"]
         found += dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
         compiled += inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"]
-    if found == compiled == 0:
+    return CacheEntries(found=found, compiled=compiled) if found or compiled else None
+
+
+def cache_state(entries: CacheEntries | None) -> CacheState | None:
+    """Whether all code was compiled, none was, or some; None where there was none."""
+    if entries is None:
         return None
-    return "warm" if compiled == 0 else "cold" if found == 0 else "partly"
+    return "warm" if entries.compiled == 0 else "cold" if entries.found == 0 else "partly"

@@ -180,6 +180,7 @@ class _Plan:
         workload, model = cfg.workload, MODELS[cfg.model.name]
         active = sum(workload.active_cameras)
         skip = knobs["vision"].skip_masked
+        trimmed = skip and workload.layout == "exact"
         precision = knobs["precision"]
         outer = "tf32" if precision.tf32 else "float32"
         blas = knobs["blas"]
@@ -187,7 +188,7 @@ class _Plan:
             model=model,
             batch=workload.batch_size,
             cameras=active if skip else len(workload.active_cameras),
-            prompt=workload.prompt_tokens if skip else workload.prompt_slots,
+            prompt=workload.prompt_tokens if trimmed else workload.prompt_slots,
             valid=active * model.vision.tokens + workload.prompt_tokens,
             horizon=workload.horizon,
             steps=workload.steps,

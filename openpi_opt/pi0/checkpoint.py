@@ -1,7 +1,8 @@
 """Reading and writing weights as openpi's PyTorch code and LeRobot store them (safetensors only).
 
 Loading is strict: every tensor of the file must find its place with the right shape and every place
-must be filled, otherwise nothing is changed and the error names the tensors.
+must be filled, otherwise nothing is changed and the error names the tensors. A tensor that holds
+NaN or infinity ends the loading, too; the policy is then filled in part.
 """
 
 import json
@@ -86,6 +87,7 @@ def load(policy: Pi0Policy, path: str | os.PathLike[str]) -> None:
         _check(path, entries, {name: tuple(target.shape) for name, target in targets.items()})
         for name, entry in entries.items():
             targets[name].copy_(_read(handles[entry.file], entry))
+            _check_finite(path, entry, targets[name])
 
 
 def save(policy: Pi0Policy, path: str | os.PathLike[str]) -> None:
@@ -178,6 +180,18 @@ def _read(handle: Any, entry: Entry) -> torch.Tensor:
         raise CheckpointError(
             f"{entry.file}: tensor {entry.stored_name} cannot be read ({error})."
         ) from error
+
+
+def _check_finite(path: Path, entry: Entry, loaded: torch.Tensor) -> None:
+    """Raise CheckpointError for values that are not finite."""
+    # The sum needs no memory, and finite values whose sum overflows are looked at one by one.
+    if bool(loaded.sum().isfinite()) or bool(loaded.isfinite().all()):
+        return
+    wrong = int((~loaded.isfinite()).sum())
+    raise CheckpointError(
+        f"{path}: tensor {entry.stored_name} holds NaN or infinity in {wrong} of {loaded.numel()} "
+        "values. The checkpoint is damaged; take another one."
+    )
 
 
 def openpi_name(stored: str) -> str | None:

@@ -6,6 +6,7 @@ Letters: B batch, C cameras, L prompt slots, P prefix slots, H horizon, A action
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -32,12 +33,16 @@ class Layout:
 
     The prefix is all cameras' tokens in order, then the prompt slots, of which the first
     `prompt_tokens` are valid.
+
+    A `flexible` layout only bounds them: each element has its own masks, within these cameras and
+    slots, and they are read on the device.
     """
 
     cameras: tuple[bool, ...]
     prompt_slots: int
     prompt_tokens: int
     tokens_per_camera: int = 256
+    flexible: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_tokens <= self.prompt_slots:
@@ -48,6 +53,11 @@ class Layout:
         if self.prefix_valid < 1:
             raise ValueError(
                 "No prefix token is valid: enable at least one camera or prompt token."
+            )
+        if self.flexible and self.prompt_tokens != self.prompt_slots:
+            raise ValueError(
+                f"A flexible layout takes any prompt up to its {self.prompt_slots} slots; "
+                f"prompt_tokens, {self.prompt_tokens}, must be as many."
             )
 
     @property
@@ -72,6 +82,21 @@ class Layout:
         return all(self.cameras[:active]) and (
             active == len(self.cameras) or self.prompt_tokens == 0
         )
+
+    def refusal(self, image_mask: Tensor, token_mask: Tensor) -> str | None:
+        """Why masks [B, C] and [B, L] on the host cannot be served, or None."""
+        if not self.flexible:
+            given = Layout.of(image_mask, token_mask, self.tokens_per_camera)
+            return None if given == self else f"this policy was built for {self}, not for {given}"
+        cameras = torch.tensor(self.cameras)
+        extra = (image_mask & ~cameras).any(0).nonzero().flatten().tolist()
+        if extra:
+            return f"image_mask has camera {extra[0]}, which active_cameras leaves out"
+        empty = ~(image_mask.any(1) | token_mask.any(1))
+        if bool(empty.any()):
+            row = empty.nonzero().flatten().tolist()[0]
+            return f"image_mask and token_mask have nothing valid in element {row} of the batch"
+        return None
 
     def valid_index(self) -> list[int]:
         """The slots of the valid prefix tokens, in order."""

@@ -28,18 +28,28 @@ class Segment(NamedTuple):
     """None: all keys; int n: the first n; int64 [n] on the device: those at these indices"""
 
 
+class Padding(NamedTuple):
+    """Keys [start, stop) of each element of the batch, which no query sees."""
+
+    start: Tensor
+    """[B] int32, read on the device: another call may have another one"""
+    stop: int
+
+
 @dataclass(frozen=True)
 class Visibility:
     """Which keys each query sees, said in two equivalent ways.
 
     `mask` is bool and broadcastable to [B, 1, S, T]; None means that every query sees every key.
     `segments` is the static equivalent for backends that take no mask: together the segments cover
-    every query once. It is None when the policy has no declared layout.
+    every query once. It is None when the policy has no declared layout. With `padding`, the
+    segments and the padding together are the equivalent: its keys are in no segment.
     What a masked *query* computes is read by nobody, so both only need to be right about keys.
     """
 
     mask: Tensor | None
     segments: tuple[Segment, ...] | None
+    padding: Padding | None = None
 
 
 SEE_ALL = Visibility(mask=None, segments=None)

@@ -22,10 +22,19 @@ from torch.profiler import record_function
 
 from openpi_opt.pi0.adaptive import AdaptiveTower
 from openpi_opt.pi0.config import Pi0Config
-from openpi_opt.pi0.gemma import Attending, GemmaTower, KeysValues, Past, rope_at, rope_frequencies
+from openpi_opt.pi0.gemma import (
+    Attending,
+    GemmaTower,
+    KeysValues,
+    Past,
+    Rope,
+    rope_at,
+    rope_frequencies,
+)
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.layers import Linear
-from openpi_opt.pi0.ops import Ops, Segment, Visibility
+from openpi_opt.pi0.ops import Ops, Padding, Segment, Visibility
+from openpi_opt.pi0.packing import packed, packing
 from openpi_opt.pi0.schedule import step_size, time_features
 from openpi_opt.pi0.siglip import VisionTower
 
@@ -36,9 +45,24 @@ class PrefixCache(NamedTuple):
     layers: Sequence[Past]
     """for each layer, rotated keys and values [B, N, Hkv, D]"""
     valid_count: Tensor
-    """[B or 1] int64: valid prefix tokens, the position of the first suffix token"""
+    """[B or 1] integer: valid prefix tokens, the position of the first suffix token"""
     mask: Tensor | None
     """[B, N] bool: the keys that may be seen; None when only valid keys were kept"""
+    rope: Rope | None = None
+    """rotary tables of the suffix, where they were looked up with the prefix"""
+
+
+class Prefix(NamedTuple):
+    """The prefix tokens as they enter the language model."""
+
+    tokens: Tensor
+    """[B, P, W]"""
+    positions: Tensor
+    """[B or 1, P] int64"""
+    valid_count: Tensor
+    """[B or 1] integer"""
+    mask: Tensor
+    """[B or 1, P] bool: valid tokens"""
 
 
 class PaliGemmaModel(nn.Module):
@@ -164,16 +188,19 @@ class Pi0Policy(nn.Module):
         """Promise that every later batch has the masks of `layout`; None takes the promise back.
 
         The masks in the inputs are then not read (reading them would synchronise): who declares
-        compares them with `Layout.of` on the host. Visibilities get their static `segments`, and
+        asks `Layout.refusal` on the host. Visibilities get their static `segments`, and
         the prefix cache keeps the valid keys only. That is exact: a masked key's weight is
         exactly 0 and positions count valid tokens only.
+
+        A flexible layout promises only its bounds. Masks are read on the device, which packs the
+        valid tokens (`packing`); visibilities get `segments` and the `padding` behind those.
         """
-        if layout is not None:
-            if layout.tokens_per_camera != self.config.vision.tokens:
-                raise ValueError(
-                    f"The layout has {layout.tokens_per_camera} tokens a camera; "
-                    f"{self.config.name} has {self.config.vision.tokens}."
-                )
+        if layout is not None and layout.tokens_per_camera != self.config.vision.tokens:
+            raise ValueError(
+                f"The layout has {layout.tokens_per_camera} tokens a camera; "
+                f"{self.config.name} has {self.config.vision.tokens}."
+            )
+        if layout is not None and not layout.flexible:
             index = torch.tensor(layout.valid_index())
             mask = torch.zeros(1, layout.prefix_slots, dtype=torch.bool)
             mask[:, index] = True
@@ -202,16 +229,11 @@ class Pi0Policy(nn.Module):
     ) -> PrefixCache:
         """Image tokens [B, C*256, W], prompt [B, L] and their masks -> the prefix cache."""
         x = torch.cat((image_tokens, self.embed_prompt(tokens)), dim=1)
-        if self.layout is None:
-            camera_mask = image_mask.repeat_interleave(self.config.vision.tokens, dim=1)
-            mask = torch.cat((camera_mask, token_mask), dim=1)
-            positions, count = mask.cumsum(1) - 1, mask.sum(1)
-        else:
-            mask, positions, count = self.layout_mask, self.layout_positions, self.layout_count
+        x, positions, count, mask = self.arrange(x, image_mask, token_mask)
         rope = rope_at(positions, self.frequencies, self.dtype)
-        how = Attending(rope, self.prefix_visibility(mask), self.ops.attention_prefill)
+        how = Attending(rope, self.prefix_visibility(mask, count), self.ops.attention_prefill)
         _, caches = self.language(x, how)
-        if self.layout is None:
+        if self.layout is None or self.layout.flexible:
             return PrefixCache(caches, count, mask)
         if not self.layout.all_valid:
             caches = [
@@ -224,11 +246,27 @@ class Pi0Policy(nn.Module):
         """`prefill` of a batch of observations, given its image tokens [B, C*256, W]."""
         return self.prefill(image_tokens, inputs.tokens, inputs.image_mask, inputs.token_mask)
 
-    def prefix_visibility(self, mask: Tensor) -> Visibility:
-        """Every prefix query sees every valid prefix token; mask [B or 1, P] bool."""
+    def arrange(self, x: Tensor, image_mask: Tensor, token_mask: Tensor) -> Prefix:
+        """Tokens [B, P, W], masks [B, C] and [B, L] -> the prefix as the layout has it."""
         layout = self.layout
+        if layout is not None and not layout.flexible:
+            return Prefix(x, self.layout_positions, self.layout_count, self.layout_mask)
+        camera_mask = image_mask.repeat_interleave(self.config.vision.tokens, dim=1)
+        mask = torch.cat((camera_mask, token_mask), dim=1)
+        if layout is None:
+            return Prefix(x, mask.cumsum(1) - 1, mask.sum(1), mask)
+        order, length, valid = packing(mask)
+        positions = torch.arange(x.shape[1], device=self.device)[None]
+        return Prefix(packed(x, order), positions, length, valid)
+
+    def prefix_visibility(self, mask: Tensor, count: Tensor) -> Visibility:
+        """Every prefix query sees the `count` [B or 1] valid tokens; mask [B or 1, P] bool."""
+        layout, slots = self.layout, mask.shape[1]
         if layout is None:
             return Visibility(mask[:, None, None, :], None)
+        if layout.flexible:
+            everything = (Segment(0, slots, None),)
+            return Visibility(mask[:, None, None, :], everything, Padding(count, slots))
         if layout.all_valid:
             return Visibility(None, (Segment(0, layout.prefix_slots, None),))
         keys = layout.prefix_valid if layout.leading else self.layout_index
@@ -239,16 +277,30 @@ class Pi0Policy(nn.Module):
         if self.config.state_tokens == 0:
             if cache.mask is None:
                 return Visibility(None, (Segment(0, horizon, None),))
-            return Visibility(F.pad(cache.mask, (0, horizon), value=True)[:, None, None, :], None)
+            return self.padded_visibility(cache, None, (Segment(0, horizon, None),), horizon)
         prefix = cache.layers[0].keys.shape[1]
         queries = torch.arange(horizon + 1, device=self.device)
         keys = torch.arange(prefix + horizon + 1, device=self.device)
         mask = (queries[:, None] > 0) | (keys[None, :] <= prefix)
+        segments = (Segment(0, 1, prefix + 1), Segment(1, horizon + 1, None))
         if cache.mask is None:
-            segments = (Segment(0, 1, prefix + 1), Segment(1, horizon + 1, None))
             return Visibility(mask[None, None], segments)
-        prefix_mask = F.pad(cache.mask, (0, horizon + 1), value=True)
-        return Visibility(mask[None, None] & prefix_mask[:, None, None, :], None)
+        return self.padded_visibility(cache, mask[None, None], segments, horizon + 1)
+
+    def padded_visibility(
+        self, cache: PrefixCache, mask: Tensor | None, segments: tuple[Segment, ...], more: int
+    ) -> Visibility:
+        """What queries see of a prefix of which `cache.mask` is valid, and of `more` keys after.
+
+        `mask` (broadcastable to [B, 1, S, N + more]) and `segments` say it for a prefix that is
+        valid as a whole.
+        """
+        assert cache.mask is not None
+        seen = F.pad(cache.mask, (0, more), value=True)[:, None, None, :]
+        seen = seen if mask is None else seen & mask
+        if self.layout is None:
+            return Visibility(seen, None)
+        return Visibility(seen, segments, Padding(cache.valid_count, cache.mask.shape[1]))
 
     def embed_suffix(self, x_t: Tensor, features: Tensor, state: Tensor) -> Tensor:
         """x_t [B, H, A], time features [E], state [B, A] -> tokens [B, S, E], all float32.

@@ -15,7 +15,9 @@ from openpi_opt.pi0.inputs import Inputs, Layout
 class Workload:
     """One kind of call; every field counts things (tokens, actions, Euler steps, observations).
 
-    `active_cameras` has one entry for each camera slot; False is a masked slot.
+    `active_cameras` has one entry for each camera slot; False is a masked slot. With `flexible`,
+    calls may have fewer cameras and any number of prompt tokens up to `prompt_slots`; without it
+    every call has exactly these.
     """
 
     active_cameras: tuple[bool, ...]
@@ -24,6 +26,7 @@ class Workload:
     horizon: int
     steps: int
     batch_size: int
+    flexible: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompt_slots", "prompt_tokens", "horizon", "steps", "batch_size"):
@@ -42,8 +45,9 @@ class Workload:
 
     @property
     def layout(self) -> Layout:
-        """The masks of every batch of this workload, for cameras of 256 tokens."""
-        return Layout(tuple(self.active_cameras), self.prompt_slots, self.prompt_tokens)
+        """The masks of every batch of this workload, or their bounds; 256 tokens a camera."""
+        tokens = self.prompt_slots if self.flexible else self.prompt_tokens
+        return Layout(tuple(self.active_cameras), self.prompt_slots, tokens, flexible=self.flexible)
 
 
 def make_inputs(

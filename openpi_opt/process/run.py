@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from openpi_opt import result as results
 from openpi_opt.config import Config, Limits
-from openpi_opt.criteria import LIMIT_NAMES
+from openpi_opt.figures import LIMITS
 from openpi_opt.machine import Machine, probe
 from openpi_opt.process.child import Ended, Stop, run_command
 from openpi_opt.process.devices import Slot
@@ -102,7 +102,7 @@ def run_trial(
 
 def phase_limits(limits: Limits) -> dict[str, float]:
     """Seconds for every phase of `result.Phase`."""
-    own: dict[str, float] = limits.model_dump(exclude=set[str](LIMIT_NAMES))
+    own: dict[str, float] = limits.model_dump(exclude=set(LIMITS))
     return own | {phase: own[name] for phase, name in _BORROWED_LIMITS.items()} | _UNLIMITED
 
 

@@ -18,8 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-from openpi_opt.criteria import LIMIT_NAMES, OBJECTIVES, Criteria, ObjectiveName, in_order
+from openpi_opt.criteria import Criteria, ObjectiveName, in_order
 from openpi_opt.errors import UserError
+from openpi_opt.figures import LIMITS, OBJECTIVES
 from openpi_opt.space.named import NamedSpace
 from openpi_opt.space.space import Space, parse_override
 
@@ -29,8 +30,10 @@ _NOT_IDENTITY = ("tracking", "limits", "profile", "hydra")
 # These settings say what is tried and what wins, so they are part of a study's identity.
 _DECIDING = ("space", "objective")
 _LONGEST_TEXT = 60
+_DEFAULT_TRIALS = 50
+_TRIALS_WITHOUT_LIMIT = 1_000_000
 _OBJECTIVES = ("objective", "objective.minimize")
-_JUDGING = tuple(f"limits.{name}" for name in LIMIT_NAMES)
+_JUDGING = tuple(f"limits.{name}" for name in LIMITS)
 
 
 class Objective(BaseModel):
@@ -138,7 +141,8 @@ class Settings(BaseModel):
 
     study: str | None = None
     store: str = Field("mlruns", min_length=1)
-    n_trials: int = Field(50, ge=1)
+    n_trials: int | None = Field(None, ge=1)
+    minutes: float | None = Field(None, gt=0, allow_inf_nan=False)
     sampler: SamplerName = "auto"
     seed: int = Field(0, ge=0, lt=2**32)
     baseline: bool = True
@@ -147,9 +151,16 @@ class Settings(BaseModel):
     dry_run: int | None = Field(None, ge=1)
     fresh: bool = False
     devices: DeviceSettings = DeviceSettings()
-    pruning: float | None = Field(None, ge=1, allow_inf_nan=False)
+    pruning: Annotated[float, Field(ge=1, allow_inf_nan=False)] | Literal["auto"] | None = "auto"
     executor: ExecutorSettings = LocalSettings()
     storage: str | None = Field(None, min_length=1)
+
+    @property
+    def most_trials(self) -> int:
+        """`n_trials`; where it is null, 50, or with `minutes` as many as fit."""
+        if self.n_trials is not None:
+            return self.n_trials
+        return _DEFAULT_TRIALS if self.minutes is None else _TRIALS_WITHOUT_LIMIT
 
     @model_validator(mode="after")
     def _chosen_elsewhere(self) -> Settings:
@@ -199,7 +210,8 @@ def _explain(error: ValidationError) -> str:
     if not first["loc"]:  # of several settings together; not all of them are to be shown
         return first["msg"].removeprefix("Value error, ") + "."
     # A union's errors name its member as well.
-    where = [part for n, part in enumerate(first["loc"]) if n != 1 or first["loc"][0] != "executor"]
+    unions = ("executor", "pruning")
+    where = [part for n, part in enumerate(first["loc"]) if n != 1 or first["loc"][0] not in unions]
     name = ".".join(map(str, where))
     if name == "sampler":
         return f"sampler={first['input']}: unknown. Use one of {', '.join(get_args(SamplerName))}."

@@ -17,7 +17,9 @@ MAX_PASSED_OVER = 2_000
 class Source(Protocol):
     """Gives points until it has `ended`, with the reason."""
 
-    ended: str | None
+    @property
+    def ended(self) -> str | None:
+        """Why there are no more points; None while there may be."""
 
     def next(self) -> Proposal | None:
         """The next point to look at; None when it has ended, or depends on what others measure."""

@@ -33,7 +33,8 @@ class Plan:
     separate_cameras: bool = False
     """one vision pass for each camera instead of one for all (row 14, backwards)"""
     skip_masked: bool = False
-    """encode and prefill valid tokens only (rows 2 to 4); needs a layout"""
+    """encode and prefill valid tokens only (rows 2 to 4); needs a layout. A flexible one says which
+    cameras never come; these are left out"""
     time_mlp: bool = False
     """pi0: fold the time features and `action_in_proj` into `action_time_mlp_in` (rows 7 and 8);
     pi05: compute the modulations of all norms once for each step (row 9)"""
@@ -43,7 +44,8 @@ class Plan:
     kv_buffer: bool = False
     """write a step's keys and values behind the prefix's in place; needs a layout"""
     rope_tables: bool = False
-    """keep the rotary tables of prefix and suffix (row 17); needs a layout"""
+    """keep the rotary tables of prefix and suffix (row 17); needs a layout. In a flexible layout
+    the suffix's rows are looked up once a call"""
 
     @property
     def fixed_layout(self) -> bool:
@@ -52,7 +54,7 @@ class Plan:
 
 
 class FixedRope(nn.Module):
-    """The rotary tables of positions [1, S] that never change, stored or computed anew."""
+    """The rotary tables of positions [1, S] that never change, stored or computed each time."""
 
     positions: Tensor
     frequencies: Tensor
@@ -72,11 +74,18 @@ class FixedRope(nn.Module):
         ):
             self.register_buffer(name, value, persistent=False)
 
-    def forward(self) -> Rope:
-        """Cosines and sines [1, S, D/2]."""
+    def forward(self, start: int = 0, stop: int | None = None) -> Rope:
+        """Cosines and sines [1, S, D/2], or the rows [start, stop) of them."""
+        rows = slice(start, stop)
         if self.stored:
-            return Rope(self.cos, self.sin)
-        return rope_at(self.positions, self.frequencies, self.dtype)
+            return Rope(self.cos[:, rows], self.sin[:, rows])
+        return rope_at(self.positions[:, rows], self.frequencies, self.dtype)
+
+    def at(self, positions: Tensor) -> Rope:
+        """Of these positions [B, S] among the table's, which begins at 0."""
+        if self.stored:
+            return Rope(self.cos[0, positions], self.sin[0, positions])
+        return rope_at(positions, self.frequencies, self.dtype)
 
 
 class LeanPolicy(Pi0Policy):
@@ -84,8 +93,8 @@ class LeanPolicy(Pi0Policy):
 
     plan: Plan
     prefix_rope: FixedRope
-    state_rope: FixedRope
-    suffix_rope: FixedRope
+    rope: FixedRope
+    slots: int
     suffix_mask: Tensor
     action_weight: Tensor
     modulation_table: Tensor
@@ -115,16 +124,18 @@ class LeanPolicy(Pi0Policy):
                 f"{self.plan} needs a declared layout and a horizon: batches of one kind, with "
                 "the same masks in every element. Leave these simplifications out for others."
             )
-        valid, stored = layout.prefix_valid, self.plan.rope_tables
+        stored = self.plan.rope_tables
+        # N: what is not skipped, or is behind a length that only the device knows, stays.
+        kept = layout.flexible and not self.plan.skip_masked
+        self.slots = valid = layout.prefix_slots if kept else layout.prefix_valid
         states = self.config.state_tokens
         if self.plan.state_once and not states:
             raise ValueError(f"{self.plan}: {self.config.name} has no state token to run once.")
         positions = torch.arange(valid + states + horizon, device=self.device)[None]
-        prefix = positions[:, :valid] if self.plan.skip_masked else self.layout_positions
-        first = valid + states if self.plan.state_once else valid
+        packed = self.plan.skip_masked or layout.flexible
+        prefix = positions[:, :valid] if packed else self.layout_positions
         self.prefix_rope = FixedRope(prefix, self, stored)
-        self.state_rope = FixedRope(positions[:, valid : valid + 1], self, stored)
-        self.suffix_rope = FixedRope(positions[:, first:], self, stored)
+        self.rope = FixedRope(positions, self, stored)
         mask = (positions[0, valid:, None] > valid) | (positions <= valid)
         self.register_buffer("suffix_mask", mask[None, None], persistent=False)
 
@@ -153,7 +164,7 @@ class LeanPolicy(Pi0Policy):
         return torch.cat([encode(image) for image in images.split(1, dim=1)], dim=1)
 
     def _active(self, images: Tensor) -> Tensor:
-        """The images of the cameras that the layout says are active; a view where it can be."""
+        """[B, C, ...] of the cameras that the layout says are active; a view where it can be."""
         assert self.layout is not None
         cameras = [index for index, active in enumerate(self.layout.cameras) if active]
         first, last = cameras[0], cameras[-1]
@@ -171,18 +182,20 @@ class LeanPolicy(Pi0Policy):
     ) -> PrefixCache:
         """As in `Pi0Policy`; with `state_once` the cache holds the state [B, A], too.
 
-        The masks are not read: the layout says what they are.
+        The masks are read in a flexible layout only; another one says what they are.
         """
         if not self.plan.fixed_layout:
             return super().prefill(image_tokens, tokens, image_mask, token_mask)
         assert self.layout is not None
         if self.plan.skip_masked:
             tokens = tokens[:, : self.layout.prompt_tokens]
+            image_mask = self._active(image_mask)
         x = torch.cat((image_tokens, self.embed_prompt(tokens)), dim=1)
-        visibility = self.prefix_visibility(self.layout_mask)
+        x, _, count, mask = self.arrange(x, image_mask, token_mask)
+        visibility = self.prefix_visibility(mask, count)
         how = Attending(self.prefix_rope(), visibility, self.ops.attention_prefill)
         _, own = self.language(x, how)
-        if not (self.plan.skip_masked or self.layout.all_valid):
+        if not (self.layout.flexible or self.plan.skip_masked or self.layout.all_valid):
             index = self.layout_index
             own = [
                 KeysValues(c.keys.index_select(1, index), c.values.index_select(1, index))
@@ -192,10 +205,13 @@ class LeanPolicy(Pi0Policy):
         if self.plan.kv_buffer:
             rows = self.config.state_tokens + self.plan.horizon
             caches = [with_room(cache, rows) for cache in own]
+        cache = PrefixCache(caches, count, mask if self.layout.flexible else None)
         if self.plan.state_once:
             assert state is not None
-            caches = self._with_state(caches, state)
-        return PrefixCache(caches, self.layout_count, None)
+            caches = self._with_state(cache, state)
+        looked_up = self.layout.flexible and self.plan.rope_tables
+        rope = self._rope_after(count, self.plan.state_once) if looked_up else None
+        return PrefixCache(caches, count, cache.mask, rope)
 
     def prefill_of(self, inputs: Inputs, image_tokens: Tensor) -> PrefixCache:
         """As in `Pi0Policy`; a state token that is run once belongs to the prefill."""
@@ -205,26 +221,37 @@ class LeanPolicy(Pi0Policy):
             image_tokens, inputs.tokens, inputs.image_mask, inputs.token_mask, inputs.state
         )
 
-    def prefix_visibility(self, mask: Tensor) -> Visibility:
+    def prefix_visibility(self, mask: Tensor, count: Tensor) -> Visibility:
         """Without masked tokens every query sees every key."""
-        if not self.plan.skip_masked or self.layout is None:
-            return super().prefix_visibility(mask)
+        if not self.plan.skip_masked or self.layout is None or self.layout.flexible:
+            return super().prefix_visibility(mask, count)
         return Visibility(None, (Segment(0, self.layout.prefix_valid, None),))
 
-    def _with_state(self, caches: Sequence[Past], state: Tensor) -> list[Past]:
+    def _rope_after(self, count: Tensor, start: int, stop: int | None = None) -> Rope:
+        """Rotary tables of the suffix tokens [start, stop), the first of which follows `count`."""
+        assert self.layout is not None
+        total = self.config.state_tokens + self.plan.horizon
+        stop = total if stop is None else stop
+        if not self.layout.flexible:
+            return self.rope(self.slots + start, self.slots + stop)
+        return self.rope.at(count[:, None] + torch.arange(start, stop, device=self.device))
+
+    def _with_state(self, cache: PrefixCache, state: Tensor) -> list[Past]:
         """Append the state's keys and values to each layer's; its last layer needs no more.
 
         It sees the prefix and itself, and nothing in it depends on time or actions.
         """
         x = self.state_proj(state)[:, None].to(self.dtype)
-        itself = Visibility(None, (Segment(0, 1, None),))
-        how = Attending(self.state_rope(), itself, self.ops.attention_denoise)
+        itself = self._seen(cache, None, (Segment(0, 1, None),), 1)
+        rope = self._rope_after(cache.valid_count, 0, 1)
+        how = Attending(rope, itself, self.ops.attention_denoise)
+        caches = cache.layers
         assert isinstance(self.expert, GemmaTower)
         *layers, last = gemma_layers(self.expert)
         joined: list[Past] = []
         for layer, past in zip(layers, caches[:-1], strict=True):
-            x, cache = layer(x, how, past)
-            joined.append(cache)
+            x, own = layer(x, how, past)
+            joined.append(own)
         k, v = keys_values(last, last.input_layernorm(x))
         joined.append(caches[-1].joined(self.ops.rotary(k, *how.rope), v))
         # Not `_replace`: Dynamo of torch 2.11 cannot return what that makes.
@@ -263,19 +290,29 @@ class LeanPolicy(Pi0Policy):
                 f"The horizon is {x_t.shape[1]}; this policy was built for {plan.horizon}."
             )
         suffix = self.embed_suffix(x_t, features, state).to(self.dtype)
-        visibility = self._suffix_visibility()
-        how = Attending(self.suffix_rope(), visibility, self.ops.attention_denoise)
+        rope = cache.rope
+        if rope is None:
+            rope = self._rope_after(cache.valid_count, plan.state_once)
+        visibility = self._suffix_visibility(cache)
+        how = Attending(rope, visibility, self.ops.attention_denoise)
         hidden = self.run_expert(suffix, features, how, cache.layers, plan.horizon)
         return self.action_out_proj(hidden.float())
 
-    def _suffix_visibility(self) -> Visibility:
+    def _suffix_visibility(self, cache: PrefixCache) -> Visibility:
         """As `suffix_visibility`; without a state among them, tokens see all there is."""
-        assert self.layout is not None
-        horizon, valid = self.plan.horizon, self.layout.prefix_valid
-        if self.plan.state_once or not self.config.state_tokens:
-            return Visibility(None, (Segment(0, horizon, None),))
-        segments = (Segment(0, 1, valid + 1), Segment(1, horizon + 1, None))
-        return Visibility(self.suffix_mask, segments)
+        horizon, states = self.plan.horizon, self.config.state_tokens
+        if self.plan.state_once or not states:
+            return self._seen(cache, None, (Segment(0, horizon, None),), states + horizon)
+        segments = (Segment(0, 1, self.slots + 1), Segment(1, horizon + 1, None))
+        return self._seen(cache, self.suffix_mask, segments, 1 + horizon)
+
+    def _seen(
+        self, cache: PrefixCache, mask: Tensor | None, segments: tuple[Segment, ...], more: int
+    ) -> Visibility:
+        """`padded_visibility` where there is padding."""
+        if cache.mask is None:
+            return Visibility(mask, segments)
+        return self.padded_visibility(cache, mask, segments, more)
 
 
 def tabulate_modulations(policy: Pi0Policy) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from openpi_opt.cli import CONTINUED, run
 from openpi_opt.config import Tracking
 from openpi_opt.process.controllers import Controllers
+from openpi_opt.track.follow import follow
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import DEFAULT_STORE, Store
@@ -22,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: an unknown study or store, a damaged journal, a database of another version.
     """
     arguments = _parser().parse_args(argv)
+    if arguments.verb == "follow":
+        return follow(end_if_left)
     store = Store.open(arguments.store, create=False)
     for name in arguments.study or store.studies():
         study_dir = store.find_study(name)
@@ -31,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         log = MlflowLog(store, _tracking(journal))
         try:
             count = log.sync(study_dir, journal, verify=True)
-            _end_if_left(study_dir, log)
+            log.judge(study_dir, journal.records())
+            end_if_left(study_dir, log)
         except TrackingError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -39,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _end_if_left(study_dir: Path, log: MlflowLog) -> None:
-    """End the study's run when no sweep works on it: MLflow was away when the last one left."""
+def end_if_left(study_dir: Path, log: MlflowLog) -> None:
+    """End the study's run in MLflow when no sweep works on it any more."""
     controllers = Controllers.join(study_dir)
     with controllers.alone():
         try:
@@ -55,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m openpi_opt.track",
         description="Deliver studies from their journals to MLflow.",
     )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
+    verbs.add_parser("follow", help="what a verb starts to copy its results while it works")
     sync = verbs.add_parser(
         "sync",
         help="deliver what MLflow does not have yet",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt.config import Config
+from openpi_opt.figures import metrics as figures
 from openpi_opt.result import Gpu, Kernels, Ok, Pruned, Roofline, Wrong
 from openpi_opt.track.journal import Record
 
@@ -126,48 +127,15 @@ def one_line(text: str, limit: int) -> str:
 
 
 def _ok_metrics(result: Ok) -> dict[str, float]:
-    latency = result.latency.model_dump(
-        include={
-            "mean_ms",
-            "std_ms",
-            "min_ms",
-            "p50_ms",
-            "p95_ms",
-            "p99_ms",
-            "ci95_low_ms",
-            "ci95_high_ms",
-            "p50_low_ms",
-            "p50_high_ms",
-            "rel_ci",
-            "effective_samples",
-            "iterations",
-            "wall_mean_ms",
-            "upload_ms",
-        },
-        exclude_none=True,
-    )
-    found = {f"latency/{name}": value for name, value in latency.items()}
+    found = {name: value for name, value in figures(result).items() if value is not None}
     if result.checks:  # documents of format 1 have none
         found["checks/flagged"] = len(result.flags())
-    found["throughput/hz"] = result.throughput_hz
-    found["compile/seconds"] = result.compile_seconds
-    found["memory/peak_mib"] = result.memory.peak_mib
     if result.kernels is not None:
         found |= _kernel_metrics(result.kernels)
-    if result.launch_overhead_ms is not None:
-        found["launch/overhead_ms"] = result.launch_overhead_ms
-    if result.compilation is not None:
-        counts = result.compilation
-        found["compile/graphs"] = counts.graphs
-        found["compile/recompilations"] = counts.recompilations
-        found["compile/graph_breaks"] = sum(counts.graph_breaks.values())
     if result.gpu is not None:
         found |= _gpu_metrics(result.gpu)
     if result.roofline is not None:
         found |= _roofline_metrics(result.roofline)
-    if result.energy is not None:
-        energy = result.energy.model_dump(exclude={"method"})
-        found |= {f"energy/{name}": value for name, value in energy.items() if value is not None}
     return found
 
 
@@ -181,8 +149,8 @@ def _gpu_metrics(gpu: Gpu) -> dict[str, float]:
 
 
 def _roofline_metrics(roofline: Roofline) -> dict[str, float]:
-    """Floors and fractions that are known."""
-    found = {"fraction": roofline.fraction, "floor_ms": roofline.floor_ms}
+    """Floors and fractions of stages that are known."""
+    found: dict[str, float | None] = {}
     for name, stage in roofline.stages.items():
         found |= {f"{name}_fraction": stage.fraction, f"{name}_floor_ms": stage.floor_ms}
     return {f"roofline/{key}": value for key, value in found.items() if value is not None}

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from openpi_opt.errors import UserError
+from openpi_opt.track.store import Store, sqlite_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-SQLITE = "sqlite:///"
 _CHATTY = ("mlflow.store", "mlflow.tracking", "alembic", "urllib3.connectionpool")
 
 
-def connect(uri: str) -> MlflowClient:
-    """A client; the database of a `sqlite:///` URI is checked, and made when absent.
+def connect(server: str | None, store: Store) -> MlflowClient:
+    """A client of a tracking server, or of the store's own database.
+
+    That one is checked, made when absent, and led to its artifacts when the store was moved.
 
     Raises:
         UserError: the database is of another version of MLflow, or not a database.
@@ -29,8 +31,10 @@ def connect(uri: str) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised as well
     from mlflow import MlflowClient
 
-    if uri.startswith(SQLITE):
-        _prepare(Path(uri[len(SQLITE) :].split("?")[0]))
+    if server is None:
+        _prepare(store.mlflow_db)
+        _find_artifacts(store)
+    uri = server or sqlite_url(store.mlflow_db)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -74,6 +78,35 @@ def _prepare(path: Path) -> None:
     _check_version(path)
 
 
+def _find_artifacts(store: Store) -> None:
+    """Lead runs to the artifacts of this store, where it was moved, copied or mounted elsewhere.
+
+    MLflow keeps the absolute folder that an experiment was made with (mlflow/mlflow#3144), so a
+    moved store would show no files and write new ones to the old place.
+    """
+    here = store.artifacts.as_uri()
+    connection = sqlite3.connect(store.mlflow_db, timeout=20)
+    try:
+        with connection:
+            ours = "artifact_location LIKE 'file:%/artifacts' AND artifact_location <> ?"
+            rows = connection.execute(
+                f"SELECT DISTINCT artifact_location FROM experiments WHERE {ours}", (here,)
+            ).fetchall()
+            for (old,) in rows:
+                connection.execute(
+                    "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?",
+                    (here, old),
+                )
+                begin = len(old) + 1
+                connection.execute(
+                    "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
+                    "WHERE substr(artifact_uri, 1, ?) = ?",
+                    (here, begin, begin, f"{old}/"),
+                )
+    finally:
+        connection.close()
+
+
 def _create(path: Path) -> None:
     """Make the database under another name and rename it.
 
@@ -84,9 +117,8 @@ def _create(path: Path) -> None:
 
     unfinished = path.with_name(f".{path.name}.new")
     unfinished.unlink(missing_ok=True)
-    client = MlflowClient(
-        tracking_uri=f"{SQLITE}{unfinished}", registry_uri=f"{SQLITE}{unfinished}"
-    )
+    uri = sqlite_url(unfinished)
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     client.search_experiments(max_results=1)
     os.replace(unfinished, path)
 
@@ -107,7 +139,7 @@ def _check_version(path: Path) -> None:
             return
         raise UserError(
             f"{path} is a database of an older MLflow than the installed {mlflow.__version__}.\n"
-            f"Copy the file, then run: mlflow db upgrade {SQLITE}{path}\n"
+            f"Copy the file, then run: mlflow db upgrade sqlite:///{path}\n"
             "Or use another store with store=DIR. The journals of the studies are not affected."
         )
     raise UserError(

@@ -10,24 +10,23 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from openpi_opt import interrupt
 from openpi_opt.config import Tracking
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError, masked
 from openpi_opt.track import mlflow_content as content
 from openpi_opt.track import mlflow_database as database
 from openpi_opt.track import pareto
+from openpi_opt.track.copies import sync_command
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.store import Store
 
@@ -39,13 +38,13 @@ STUDY_TAG = "openpi_opt.study"
 UID_TAG = "openpi_opt.uid"
 ROLE_TAG = "openpi_opt.role"
 PARENT_TAG = "mlflow.parentRunId"
-# A server that is away must not hold up the sweep after every trial.
-RETRY_AFTER_S = 60.0
+TAGS_FILE = "tags.jsonl"
 # MLflow's own defaults let one call to a dead server block for four minutes, send usage statistics
 # out, and print links on stdout, which belongs to the verb. What the user has set stays.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
@@ -67,19 +66,16 @@ class MlflowLog:
     def __init__(self, store: Store, tracking: Tracking):
         self.store = store
         self.experiment = tracking.experiment
-        self.begun = False  # a run that is to be ended
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or store.mlflow_uri
+        self.server = os.environ.get("MLFLOW_TRACKING_URI") or None
         self._client: MlflowClient | None = None
         self._experiment_id: str | None = None
         self._parents: dict[str, str] = {}
         self._delivered: dict[str, dict[str, str]] = {}
-        self._away_until = 0.0
 
     def begin_study(self, study_dir: Path) -> str:
         """Find or make the study's parent run and mark it running; returns its id."""
         with self._talking(study_dir.name), _study_lock(study_dir):
             parent = self._parent(study_dir)
-            self.begun = True
             self._connect().update_run(parent, status="RUNNING")
             return parent
 
@@ -91,41 +87,47 @@ class MlflowLog:
     def deliver(self, record: Record, study_dir: Path) -> str:
         """Log one record, once; returns the id of its run.
 
-        A run of the same uid that is complete is left alone; one that a killed controller left
-        open is completed. Right after a failure this fails at once, without asking again.
+        A run of the same uid that is complete is left alone; one that a kill left open is
+        completed.
         """
-        if time.monotonic() < self._away_until:
-            raise TrackingError(self._line(record.study, "was away a moment ago"))
         with self._talking(record.study), _study_lock(study_dir):
             return self._deliver(record, study_dir)
 
-    def sync(self, study_dir: Path, journal: Journal, verify: bool = False) -> int:
+    def sync(
+        self,
+        study_dir: Path,
+        journal: Journal,
+        verify: bool = False,
+        told: Callable[[int], None] = lambda left: None,
+    ) -> int:
         """Deliver every record that has not been; returns how many were.
 
         What `delivered.jsonl` lists is taken as delivered while the study's parent run is the one
-        that it was delivered under; `verify` asks the server for each instead.
+        that it was delivered under; `verify` asks the server for each instead. `told` hears after
+        each record how many are left.
         """
-        count = 0
         study = study_dir.name
         with self._talking(study):
             with _study_lock(study_dir):
                 parent = self._parent(study_dir)
             if verify:
                 self._delivered[parent] = self._complete_runs(study)
-            for record in journal.records():
-                if record.uid in self._marked(study_dir, parent):
-                    continue
+            marked = self._marked(study_dir, parent)
+            missing = [record for record in journal.records() if record.uid not in marked]
+            told(len(missing))
+            for left, record in zip(reversed(range(len(missing))), missing, strict=True):
                 with _study_lock(study_dir):  # for each, so that a running sweep need not wait
                     self._deliver(record, study_dir)
-                count += 1
-        self.judge(study_dir, journal.records())
-        return count
+                told(left)
+        return len(missing)
 
     def judge(self, study_dir: Path, records: Sequence[Record]) -> None:
         """Bring the marks of the Pareto set and of limits up to date, on trials and on the study.
 
         A study of one objective that never had a limit has none.
         """
+        with self._talking(study_dir.name), _study_lock(study_dir):
+            self._apply_tags(study_dir)
         criteria = Criteria.load(study_dir)
         if criteria is None:
             return
@@ -187,33 +189,26 @@ class MlflowLog:
             client.set_tag(parent, pareto.PARETO_TAG, ", ".join(front)[: content.MAX_TAG])
             client.log_metric(parent, "pareto/trials", len(front))
 
-    def tag_run(self, uid: str, key: str, value: str) -> str:
-        """Set a tag on the run of a delivered record; returns the run's id."""
-        with self._talking(""):
-            run = self._run_of(uid)
-            if run is None:
-                raise TrackingError(
-                    f"MLflow has no run of the trial {uid}; deliver it first: "
-                    + self._sync_command("")
-                )
-            run_id: str = run.info.run_id
-            self._connect().set_tag(run_id, key, value[: content.MAX_TAG])
-            return run_id
+    def _apply_tags(self, study_dir: Path) -> None:
+        """Set the tags that verbs left with `leave_tag`, on the runs that are there."""
+        for tag in read_lines(study_dir / TAGS_FILE):
+            run = self._run_of(tag["uid"])
+            if run is not None and run.data.tags.get(tag["key"]) != tag["value"]:
+                self._connect().set_tag(run.info.run_id, tag["key"], tag["value"])
 
     def _deliver(self, record: Record, study_dir: Path) -> str:
         parent = self._parent(study_dir)
         marked = self._marked(study_dir, parent)
         if record.uid in marked:
             return marked[record.uid]
-        with interrupt.shielded():
-            run = self._run_of(record.uid)
-            if run is None:
-                run = self._create_run(record, parent)
-            run_id: str = run.info.run_id
-            if run.info.status == "RUNNING":
-                self._fill(record, study_dir, run_id)
-            marked[record.uid] = run_id
-            _mark(study_dir, {"uid": record.uid, "run_id": run_id, "parent": parent})
+        run = self._run_of(record.uid)
+        if run is None:
+            run = self._create_run(record, parent)
+        run_id: str = run.info.run_id
+        if run.info.status == "RUNNING":
+            self._fill(record, study_dir, run_id)
+        marked[record.uid] = run_id
+        _mark(study_dir, {"uid": record.uid, "run_id": run_id, "parent": parent})
         return run_id
 
     def _create_run(self, record: Record, parent: str) -> Run:
@@ -250,16 +245,22 @@ class MlflowLog:
 
     def _parent(self, study_dir: Path) -> str:
         """Id of the study's parent run, found or made (under the study's lock)."""
+        from mlflow.entities import ViewType
+
         study = study_dir.name
         if study not in self._parents:
             client = self._connect()
             found = client.search_runs(
                 [self._experiment()],
                 f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{ROLE_TAG}` = 'study'",
-                max_results=1,
+                ViewType.ALL,
                 order_by=["attributes.start_time ASC"],
             )
-            run = found[0] if found else self._create_parent(study)
+            active = [run for run in found if run.info.lifecycle_stage == "active"]
+            run = [*active, *found, None][0] or self._create_parent(study)
+            if run.info.lifecycle_stage == "deleted":
+                # MLflow's dialog deletes a parent and leaves its trials (mlflow/mlflow#2347).
+                client.restore_run(run.info.run_id)
             self._parents[study] = run.info.run_id
         return self._parents[study]
 
@@ -267,9 +268,8 @@ class MlflowLog:
         """Make the parent run, ended: only `begin_study` promises that somebody will end it."""
         client, experiment = self._connect(), self._experiment()
         tags = {STUDY_TAG: study, ROLE_TAG: "study"}
-        with interrupt.shielded():
-            run = client.create_run(experiment, run_name=study, tags=tags)
-            client.set_terminated(run.info.run_id, "FINISHED")
+        run = client.create_run(experiment, run_name=study, tags=tags)
+        client.set_terminated(run.info.run_id, "FINISHED")
         return run
 
     def _run_of(self, uid: str) -> Run | None:
@@ -312,13 +312,12 @@ class MlflowLog:
         if self._client is None:
             for name, value in _ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
-            self._client = database.connect(self.uri)
+            self._client = database.connect(self.server, self.store)
         return self._client
 
     def _experiment(self) -> str:
         if self._experiment_id is None:
-            local = self.uri.startswith(database.SQLITE)
-            artifacts = self.store.artifacts.as_uri() if local else None
+            artifacts = None if self.server else self.store.artifacts.as_uri()
             self._experiment_id = database.find_or_create_experiment(
                 self._connect(), self.experiment, artifacts
             )
@@ -327,25 +326,24 @@ class MlflowLog:
     @contextmanager
     def _talking(self, study: str) -> Iterator[None]:
         """Turn what MLflow raises into one line."""
-        # Before: while Ctrl-C interrupts MLflow's import, asking would import the torso of it.
-        unreachable = database.unreachable()
+        try:
+            unreachable = database.unreachable()
+        except Exception as error:  # whatever a broken installation raises when it is imported
+            raise UserError(
+                f"MLflow cannot be imported: {type(error).__name__}: "
+                f"{content.one_line(str(error), 200)}.\nMend the installation (pip install mlflow)."
+            ) from error
         try:
             yield
         except unreachable as error:
-            self._away_until = time.monotonic() + RETRY_AFTER_S
             raise TrackingError(self._line(study, content.one_line(str(error), 200))) from error
-        self._away_until = 0.0
 
     def _line(self, study: str, why: str) -> str:
         line = (
-            f"MLflow at {self.uri}: {why}. Results are kept in the journal; deliver them later: "
-            + self._sync_command(study)
+            f"MLflow at {self.server or self.store.mlflow_db}: {why}. Results are kept in the "
+            "journal; deliver them later: " + sync_command(self.store, study)
         )
         return masked(line)
-
-    def _sync_command(self, study: str) -> str:
-        words = ["python", "-m", "openpi_opt.track", "sync", *([study] if study else [])]
-        return shlex.join([*words, "--store", str(self.store.path)])
 
 
 @contextmanager
@@ -396,23 +394,34 @@ def _milliseconds(*candidates: str) -> int:
     return int(time.time() * 1000)
 
 
+def leave_tag(study_dir: Path, uid: str, key: str, value: str) -> None:
+    """Have a tag set on the run of a record, when MLflow has it."""
+    _append(study_dir / TAGS_FILE, {"uid": uid, "key": key, "value": value[: content.MAX_TAG]})
+
+
 def _mark(study_dir: Path, mark: dict[str, str]) -> None:
-    """Note a delivery. Begins with a newline, so that a torn line before it does no harm."""
-    with (study_dir / "delivered.jsonl").open("a", encoding="utf-8") as file:
-        file.write("\n" + json.dumps(mark))
+    """Note a delivery."""
+    _append(study_dir / "delivered.jsonl", mark)
+
+
+def _append(path: Path, line: dict[str, str]) -> None:
+    """Begins with a newline, so that a torn line before it does no harm."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(line))
 
 
 def _read_marks(study_dir: Path, parent: str) -> dict[str, str]:
-    path = study_dir / "delivered.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    marks = [mark for mark in map(_parse_mark, lines) if mark.get("parent") == parent]
+    marks = [m for m in read_lines(study_dir / "delivered.jsonl") if m.get("parent") == parent]
     return {mark["uid"]: mark["run_id"] for mark in marks if {"uid", "run_id"} <= mark.keys()}
 
 
-def _parse_mark(line: str) -> dict[str, Any]:
-    """An unreadable mark is no mark: the server is asked instead."""
-    try:
-        mark = json.loads(line)
-    except ValueError:
-        return {}
-    return mark if isinstance(mark, dict) else {}
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a line that cannot be read is none."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        with suppress(ValueError):
+            parsed = json.loads(line)
+            if isinstance(parsed, dict):
+                found.append(parsed)
+    return found

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from openpi_opt.criteria import FIGURES, OBJECTIVES, Criteria
+from openpi_opt.criteria import Criteria
+from openpi_opt.figures import OBJECTIVES
 from openpi_opt.result import write_atomic
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Record
@@ -86,8 +87,7 @@ def document(study: str, found: Sequence[Group], criteria: Criteria) -> dict[str
 def objectives(row: Row, criteria: Criteria) -> dict[str, float | None]:
     """The trial's figure of each objective, None where it has none."""
     return {
-        name: FIGURES[OBJECTIVES[name]].value(row.ok) if row.ok else None
-        for name in criteria.objectives
+        name: OBJECTIVES[name].value(row.ok) if row.ok else None for name in criteria.objectives
     }
 
 
@@ -131,8 +131,8 @@ def _panels(group: Group) -> list[plots.Panel]:
                 plots.Panel(
                     title=f"{first.name} and {figure.name}",
                     series=series,
-                    x_label=f"{first.name}, {first.unit}",
-                    y_label=", ".join(filter(None, [figure.name, figure.unit])),
+                    x_label=first.title,
+                    y_label=figure.title,
                 )
             )
     return panels

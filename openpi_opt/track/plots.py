@@ -289,17 +289,8 @@ class Bar:
     text: str = ""
 
 
-def effects(path: Path, title: str, axis: str, rows: Sequence[Bar]) -> None:
-    """Draw horizontal bars with intervals, the first on top. Needs no display.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    effects_figure(title, axis, rows).savefig(path, dpi=130)
-
-
 def effects_figure(title: str, axis: str, rows: Sequence[Bar]) -> Figure:
-    """The figure that `effects` saves: long labels are folded, rows are as high as they need."""
+    """Horizontal bars with intervals, the first on top; long labels are folded."""
     from matplotlib.figure import Figure  # takes half a second: only whoever draws pays
 
     labels = [textwrap.fill(row.label, _LABEL_COLUMNS, break_on_hyphens=False) for row in rows]

@@ -20,6 +20,7 @@ from rich.text import Text
 from openpi_opt.cli import print_uncut
 from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria, pareto
+from openpi_opt.figures import Figure
 from openpi_opt.result import Ok
 from openpi_opt.track.fingerprint import differences
 from openpi_opt.track.journal import Record
@@ -114,16 +115,18 @@ def print_table(
     allow_lossy: bool = False,
     criteria: Criteria | None = None,
     stages: bool = False,
+    columns: Sequence[Figure] = (),
 ) -> None:
     """Print the table on stdout: folded to the terminal, uncut in a pipe or a file.
 
+    `columns` are figures to show beside those by which the study is judged.
     With `stages` a second one follows, of the stages against their floors. On a terminal too
     narrow for its numbers the lines run over: nothing is left out.
     """
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     with console.capture() as capture:
         for group in groups(records, allow_lossy, criteria):
-            print_uncut(console, _table(group))
+            print_uncut(console, _table(group, columns))
             console.print(*_below(group), sep="\n", overflow="fold")
             if stages and (floors := _floors(group)):
                 console.print()
@@ -143,7 +146,7 @@ def _group(records: Sequence[Record], title: str, criteria: Criteria) -> Group:
         if isinstance(record.result, Ok)
     }
     candidates = [record for record in records if _may_win(record, newest, criteria)]
-    best = None if criteria.several else _best(candidates)
+    best = None if criteria.several else _best(candidates, criteria)
     front = _pareto(records, candidates, criteria) if criteria.several else []
     columns = _varying(records)
     found = [
@@ -194,11 +197,11 @@ def _may_win(record: Record, newest: str, criteria: Criteria) -> bool:
     )
 
 
-def _best(candidates: Sequence[Record]) -> Record | None:
+def _best(candidates: Sequence[Record], criteria: Criteria) -> Record | None:
     found = [
-        (record.result.latency.mean_ms, record.number, record)
+        (values, record.number, record)
         for record in candidates
-        if isinstance(record.result, Ok)
+        if (values := criteria.values(record.result)) is not None
     ]
     return min(found, key=lambda item: item[:2])[2] if found else None
 
@@ -266,7 +269,8 @@ def _title(record: Record) -> str:
 def _footnotes(records: Sequence[Record], found: Sequence[Row], criteria: Criteria) -> list[str]:
     notes = []
     if any(row.best for row in found):
-        notes.append("* lowest mean of one process; python -m openpi_opt.promote confirms it")
+        least = "mean" if criteria.figures()[0].key == "mean_ms" else criteria.figures()[0].name
+        notes.append(f"* lowest {least} of one process; python -m openpi_opt.promote confirms it")
     if any(row.pareto for row in found):
         notes.append(
             f"* Pareto set of {criteria.objectives_text()}: no other is as good in all of them and "
@@ -313,7 +317,7 @@ def _overs(found: Sequence[Row], criteria: Criteria) -> list[str]:
     return notes
 
 
-def _table(group: Group) -> Table:
+def _table(group: Group, columns: Sequence[Figure] = ()) -> Table:
     ok = [row.ok for row in group.rows if row.ok]
     kinds = {result.kernels.kind for result in ok if result.kernels}
     view = Table(
@@ -327,8 +331,8 @@ def _table(group: Group) -> Table:
     heads = ["#", *knobs, "outcome", "mean ± std ms", _count_name(kinds), "vs.\nbaseline"]
     limits = [_of_limit(row) for row in group.rows]
     heads += ["of\nlimit"] if any(limits) else []
-    shown = group.criteria.shown()
-    heads += [figure.head for figure in shown]
+    shown = list(dict.fromkeys([*group.criteria.shown(), *columns]))
+    heads += [figure.head or figure.title for figure in shown]
     body = [
         [
             _number(row),
@@ -350,12 +354,6 @@ def _table(group: Group) -> Table:
     for row, line in zip(group.rows, body, strict=True):
         view.add_row(*map(Text, line), style=_style(row))
     return view
-
-
-def stages_of_limit(ok: Ok) -> dict[str, float]:
-    """By stage, the share of the machine's limit that it reaches, where both are known."""
-    found = ok.roofline.stages if ok.roofline else {}
-    return {name: stage.fraction for name, stage in found.items() if stage.fraction is not None}
 
 
 def _floors(group: Group) -> Table | None:

@@ -29,8 +29,8 @@ class Store:
         """Use the folder `path`: make it and check that it can be written, or only read it.
 
         Raises:
-            UserError: not a folder, not writable, absent (with `create=False`), or a path that
-                SQLite URLs cannot carry.
+            UserError: not a folder, not writable, absent (with `create=False`), or a path with
+                control characters.
         """
         folder = Path(path).expanduser().absolute()
         _check_path(folder, path)
@@ -45,14 +45,14 @@ class Store:
         return Store(folder)
 
     @property
-    def mlflow_uri(self) -> str:
+    def mlflow_db(self) -> Path:
         """MLflow's database."""
-        return f"sqlite:///{self.path}/mlflow.db"
+        return self.path / "mlflow.db"
 
     @property
-    def optuna_url(self) -> str:
+    def optuna_db(self) -> Path:
         """Optuna's database."""
-        return f"sqlite:///{self.path}/optuna.db"
+        return self.path / "optuna.db"
 
     @property
     def artifacts(self) -> Path:
@@ -112,6 +112,13 @@ class Store:
         return self.study_dir(name)
 
 
+def sqlite_url(path: Path) -> str:
+    """The URL of a sqlite file for SQLAlchemy, which decodes `%` in it. Imports SQLAlchemy."""
+    from sqlalchemy.engine import URL
+
+    return URL.create("sqlite", database=str(path)).render_as_string()
+
+
 def check_study_name(name: str) -> None:
     """Refuse a name that could leave its folder or needs quoting somewhere.
 
@@ -137,10 +144,10 @@ def _hint(name: str, known: list[str]) -> str:
 
 
 def _check_path(folder: Path, given: str | Path) -> None:
-    if "?" in str(folder) or not str(folder).isprintable():
+    if not str(folder).isprintable():
         raise UserError(
-            f"store={str(given)!r}: a store's path may hold no '?' and no control characters, "
-            "which database URLs cannot carry.\nGive another folder with store=DIR."
+            f"store={str(given)!r}: a store's path may hold no control characters, which tables "
+            "cannot show.\nGive another folder with store=DIR."
         )
 
 

@@ -13,12 +13,13 @@ from search_samples import CPU, failed, ok
 
 from openpi_opt import pairs
 from openpi_opt.config import Config
-from openpi_opt.confirm import deadline
+from openpi_opt.confirm import rounds
 from openpi_opt.confirm.fresh import FreshRuns
 from openpi_opt.errors import UserError
 from openpi_opt.pairs import Pairs
 from openpi_opt.process.run import Place
 from openpi_opt.result import TrialResult
+from openpi_opt.rounds import Deadline, Session
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import Store
 
@@ -49,30 +50,29 @@ class Machine:
         return ok(cfg, level * float(np.exp(self.random.normal(0, 0.003))))
 
 
-def session(folder: Path, machine: object, planned: int = 20) -> Pairs:
+def measure(
+    folder: Path, machine: object, planned: int = 20, limit_s: float | None = None
+) -> Pairs:
     store = Store.open(folder)
     journal = Journal.open(store.study_dir("s"))
     said: list[str] = []
     runs = FreshRuns(store, journal, None, CPU, said.append, machine)  # type: ignore[arg-type]
-    return Pairs(runs, A, B, planned, seed=0)
-
-
-def measure(found: Pairs, limit_s: float | None = None) -> None:
-    with found.runs.alone(A):
-        pairs.measure(found, limit_s)
+    session = Session("pairs", A, runs, folder / "out", 0, planned, Deadline(limit_s))
+    with session.alone(None):
+        return pairs.measure(session, B)
 
 
 def test_every_round_has_the_three_in_random_order_and_all_count(tmp_path: Path) -> None:
     machine = Machine(faster=0.02)
-    found = session(tmp_path, machine)
-    measure(found)
+    found = measure(tmp_path, machine)
     assert found.rounds == 20
     assert len(machine.ran) == 62  # one unjudged of each
-    orders = [tuple(p.role for p in found.processes[at : at + 3]) for at in range(0, 60, 3)]
+    processes = found.measured.processes
+    orders = [tuple(p.shown for p in processes[at : at + 3]) for at in range(0, 60, 3)]
     assert all(sorted(order) == sorted(pairs.ROLES) for order in orders)
     assert len(set(orders)) > 3
-    assert {p.role for p in found.processes if p.mean_ms < 9.9} == {"B"}
-    pairs.write(found, tmp_path / "out")
+    assert {p.shown for p in processes if p.result.latency.mean_ms < 9.9} == {"B"}
+    found.session.write(pairs.document(found), pairs.table(found), pairs.figure(found))
     document = json.loads((tmp_path / "out" / "pairs.json").read_text())
     assert document["a_a"]["verdict"] in ("same", "ambiguous")
     assert document["a_b"]["verdict"] == "faster"
@@ -93,8 +93,7 @@ def test_flags_are_counted_below_the_tables(tmp_path: Path) -> None:
         flags = ["gpu_shared", "drift"] if cfg.hash() == B.hash() else ["drift"]
         return ok(cfg, found.latency.mean_ms, flags)  # type: ignore[union-attr]
 
-    found = session(tmp_path, shared, planned=4)
-    measure(found)
+    found = measure(tmp_path, shared, planned=4)
     said = pairs.table(found).splitlines()
     assert "- flagged drift: 12 of 12 processes" in said
     assert "- flagged gpu_shared: 4 of 12 processes" in said
@@ -103,31 +102,27 @@ def test_flags_are_counted_below_the_tables(tmp_path: Path) -> None:
 def test_an_interrupted_one_goes_on_where_it_was(tmp_path: Path) -> None:
     broken = Machine(break_after=11)
     with pytest.raises(KeyboardInterrupt):
-        measure(session(tmp_path, broken))
+        measure(tmp_path, broken)
     rest = Machine()
-    found = session(tmp_path, rest)
-    measure(found)
+    found = measure(tmp_path, rest)
     assert len(broken.ran) == 11
     assert len(rest.ran) == 62 - 11
     assert found.rounds == 20
-    again = session(tmp_path, Machine(break_after=0))
-    measure(again)  # runs nothing
-    assert [p.mean_ms for p in again.processes] == [p.mean_ms for p in found.processes]
-    assert again.wall_s is None
+    again = measure(tmp_path, Machine(break_after=0))  # runs nothing
+    assert again.measured.means(*pairs.ROLES) == found.measured.means(*pairs.ROLES)
+    assert again.session.wall_s is None
 
 
 def test_the_time_ends_it_at_a_whole_round_and_the_rest_can_follow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine()
-    monkeypatch.setattr(deadline.time, "monotonic", lambda: machine.now)
-    found = session(tmp_path, machine)
-    measure(found, 20.0)
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: machine.now)
+    found = measure(tmp_path, machine, limit_s=20.0)
     assert 3 <= found.rounds <= 6  # each takes 3 s, and A and B went before
     assert len(machine.ran) == 2 + 3 * found.rounds
     assert f"({found.planned} were planned; the time was over)" in pairs.table(found)
-    whole = session(tmp_path, machine)
-    measure(whole)
+    whole = measure(tmp_path, machine)
     assert whole.rounds == 20
     assert len(machine.ran) == 62
 
@@ -136,8 +131,8 @@ def test_one_that_fails_ends_it(tmp_path: Path) -> None:
     def fails(cfg: Config, *_: object) -> TrialResult:
         return failed(cfg, "oom") if cfg.hash() == B.hash() else ok(cfg, 10.0)
 
-    with pytest.raises(UserError, match=r"B was not ok.*oom"):
-        measure(session(tmp_path, fails))
+    with pytest.raises(UserError, match=r"nothing to compare with: B ended oom"):
+        measure(tmp_path, fails)
 
 
 def verb(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -17,10 +17,10 @@ from search_samples import CPU, FakeRun, failed, ok
 
 from openpi_opt import ablate, ladder
 from openpi_opt.config import Config
-from openpi_opt.confirm import deadline
-from openpi_opt.confirm.deadline import Deadline
+from openpi_opt.confirm import rounds
 from openpi_opt.confirm.fresh import FreshRuns
 from openpi_opt.confirm.judge import Confirmed, Subject
+from openpi_opt.confirm.rounds import Deadline
 from openpi_opt.confirm.steps import NO_EFFECT, Target
 from openpi_opt.engine.trials import refused
 from openpi_opt.errors import UserError
@@ -29,7 +29,7 @@ from openpi_opt.knobs.base import Options
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.process.devices import LEASES_VARIABLE
 from openpi_opt.result import TrialResult
-from openpi_opt.target import Session, session
+from openpi_opt.rounds import Session, target_session
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.plots import Bar
@@ -159,7 +159,7 @@ class Sessions:
         folder = self.store.path / "out"
         self.open.close()  # an earlier session has ended
         self.open.enter_context(runs.alone(target(raw).config))
-        return Session(self.verb, target(raw), runs, folder, seed=0, rounds=6), run
+        return Session(self.verb, target(raw).config, runs, folder, seed=0, rounds=6), run
 
 
 def test_the_ladder_takes_the_largest_gain_first_and_reaches_the_target(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_the_time_ends_rounds_and_the_same_command_goes_on(
 ) -> None:
     """Rounds of three processes of 10 s each, after a way of some."""
     sessions, now = Sessions(tmp_path, "ladder"), [0.0]
-    monkeypatch.setattr(deadline.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: now[0])
 
     def timed(cfg: Config) -> TrialResult:
         now[0] += 10.0
@@ -206,7 +206,7 @@ def test_the_time_ends_rounds_and_the_same_command_goes_on(
 
 def test_too_short_a_time_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(deadline.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: now[0])
 
     def timed(cfg: Config) -> TrialResult:
         now[0] += 10.0
@@ -298,7 +298,8 @@ def test_documents_tables_and_plots_say_the_same(
     found, _ = Sessions(tmp_path, "ladder")()
     result = ladder.measure(found, ladder.climb(found, 1))
     rows = ladder.table(found, result)
-    found.write(ladder.document(found, result), rows, "t", "ms", [Bar("a", 1.0, 0.5, 2.0, "x")])
+    figure = plots.effects_figure("t", "ms", [Bar("a", 1.0, 0.5, 2.0, "x")])
+    found.write(ladder.document(found, result), rows, figure)
     assert capsys.readouterr().out == rows == (tmp_path / "out" / "ladder.md").read_text()
     document = json.loads((tmp_path / "out" / "ladder.json").read_text())
     assert [rung["added"] for rung in document["rungs"]] == [r.added for r in result.rungs]
@@ -347,8 +348,8 @@ def test_no_interval_of_a_latency_goes_below_zero() -> None:
 
 def test_bars_take_intervals_that_do_not_hold_the_value(tmp_path: Path) -> None:
     rows = [Bar("same", 1.0, 1.0, 1.0), Bar("negative", -2.0, -1.0, -3.0, "odd")]
-    plots.effects(tmp_path / "a.png", "title", "axis", rows)
-    assert (tmp_path / "a.png").stat().st_size > 1000
+    png, _ = plots.save(plots.effects_figure("title", "axis", rows), tmp_path, "a")
+    assert png.stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -374,7 +375,7 @@ def test_targets_that_are_none_are_refused(tmp_path: Path, what: list[str], word
         rounds=3,
     )
     with pytest.raises(UserError, match=words):
-        session("ladder", found)
+        target_session("ladder", found)
 
 
 def test_this_machine_is_what_refuses() -> None:

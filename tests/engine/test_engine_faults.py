@@ -2,103 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hosts import Host, wait_for
 
-from openpi_opt.paths import package_dir
 from openpi_opt.process import locks
-from openpi_opt.process.devices import LEASES_VARIABLE
 from openpi_opt.process.environment import TRIAL_VARIABLE
 from openpi_opt.process.survivors import end_marked
 from openpi_opt.result import Failed, Ok
-from openpi_opt.track.journal import Journal, Record
-
-
-class Host:
-    """A store, and sweeps of stubs on it in processes of their own."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.store = folder / "store"
-        self.starts = folder / "starts.txt"
-        self.leases = folder / "leases"
-        self.env = os.environ | {
-            "PYTHONPATH": str(package_dir().parent),
-            LEASES_VARIABLE: str(self.leases),
-        }
-        self.env.pop("MLFLOW_TRACKING_URI", None)
-
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-m", "benchmarks.stub_sweep", str(self.store), *words]
-        return subprocess.Popen(
-            [*argv, "--started", str(self.starts), "--slots", "1"],
-            cwd=package_dir().parent,
-            env=self.env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *words: str) -> str:
-        process = self.start(*words)
-        _, err = process.communicate(timeout=180)
-        assert process.returncode == 0, err
-        return err
-
-    @property
-    def study(self) -> Path:
-        return self.store / "studies" / "stub"
-
-    @property
-    def records(self) -> list[Record]:
-        return Journal.read(self.study).records()
-
-    def seeds(self) -> list[int]:
-        return [record.result.config["weights"]["seed"] for record in self.records]
-
-    def started(self) -> list[int]:
-        return [int(line) for line in self.starts.read_text().split()]
-
-    def processes(self) -> list[int]:
-        """Trials of this store that live, found by the mark, whatever they became."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    environ = (entry / "environ").read_bytes().decode(errors="replace")
-                    if TRIAL_VARIABLE in environ and str(self.leases) in environ:
-                        found.append(int(entry.name))
-        return found
-
-    def assert_tidy(self) -> None:
-        wait_for(lambda: not self.processes())
-        leases = list(self.leases.iterdir()) if self.leases.exists() else []
-        assert not [path for path in leases if locks.is_held(path)]
-        assert not list((self.study / "claims").iterdir())
-        assert not list((self.study / "controllers").glob("*-*"))
-        assert not list((self.study / "trials").glob("*/alive.lock"))
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
-    host = Host(tmp_path)
-    yield host
-    assert host.processes() == []
 
 
 def test_every_fault_of_a_trial_is_an_outcome_and_leaves_nothing(host: Host) -> None:

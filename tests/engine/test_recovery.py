@@ -9,7 +9,7 @@ import pytest
 from filelock import FileLock, Timeout
 from search_samples import CPU, ok
 
-from openpi_opt.config import Config, Tracking
+from openpi_opt.config import Config
 from openpi_opt.engine.display import Silent
 from openpi_opt.engine.ledger import Ledger
 from openpi_opt.engine.recovery import Started, recover
@@ -134,7 +134,7 @@ def test_what_another_sweep_is_about_to_begin_is_left_alone(study: Study) -> Non
 def test_what_a_dead_sweep_had_finished_counts_before_the_next_point_is_chosen(
     tmp_path: Path,
 ) -> None:
-    ledger = Ledger.open(Store.open(tmp_path), "s", Tracking(mlflow=False), (), CPU, Silent())
+    ledger = Ledger.open(Store.open(tmp_path), "s", (), CPU, Silent())
     study = Study(ledger.study_dir)
     running = study.claims.take("0123456789ab", fingerprint_hash(SEEN), "s")
     claim = study.claims.take(CFG.hash(), fingerprint_hash(SEEN), "s")

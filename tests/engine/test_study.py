@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
+from hosts import optuna_study
 from search_samples import CPU, FakeRun, failed, ok, pruned
 
 from openpi_opt.config import Config
@@ -20,13 +19,11 @@ from openpi_opt.engine import study as engine
 from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.errors import UserError
-from openpi_opt.process.child import StoppedError
 from openpi_opt.result import Ok, TrialResult
 from openpi_opt.space import sources
 from openpi_opt.space.settings import Settings
 from openpi_opt.space.space import Space, parse_override
 from openpi_opt.track.journal import Journal, Record
-from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 
 
 class Screen:
@@ -63,10 +60,6 @@ def compose(overrides: list[str]) -> Config:
     return Config.parse(raw)
 
 
-def tracked(overrides: list[str]) -> Config:
-    return compose([*overrides, "tracking.mlflow=true"])
-
-
 def by_seed(cfg: Config) -> TrialResult:
     return ok(cfg, 10.0 + cfg.weights.seed)
 
@@ -95,9 +88,8 @@ class Sweeps:
         return Journal.read(self.folder / "studies" / "study").records()
 
     def optuna(self) -> list[optuna.trial.FrozenTrial]:
-        storage = f"sqlite:///{self.folder}/optuna.db"
-        (name,) = optuna.get_all_study_names(storage)
-        return optuna.load_study(study_name=name, storage=storage).get_trials()
+        found = optuna_study(self.folder, "study").get_trials()
+        return [trial for trial in found if trial.state.name != "FAIL"]
 
 
 @pytest.fixture
@@ -250,7 +242,7 @@ def test_values_that_contradict_each_other_are_left_out(sweep: Sweeps) -> None:
     assert any("left out" in note and "prompt_tokens=40" in note for note in sweep.screen.notes)
 
 
-def test_the_journal_is_first_optuna_second_mlflow_last(
+def test_the_journal_is_first_and_optuna_second(
     sweep: Sweeps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     happened: list[str] = []
@@ -266,100 +258,8 @@ def test_the_journal_is_first_optuna_second_mlflow_last(
 
     monkeypatch.setattr(Journal, "append", append)
     monkeypatch.setattr(engine.Optimizer, "tell", tell)
-    for name in ("begin_study", "end_study", "sync"):
-        monkeypatch.setattr(MlflowLog, name, lambda *args: None)
-    monkeypatch.setattr(MlflowLog, "deliver", lambda *args: happened.append("mlflow"))
-
-    sweep("attention=sdpa", baseline=False, compose=tracked)
-    assert happened == ["journal", "optuna", "mlflow"]
-
-
-def test_the_first_trials_load_while_mlflow_begins_and_measure_afterwards(
-    sweep: Sweeps, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    happened: list[str] = []
-    loading = threading.Event()
-
-    def begin_study(*_: object) -> None:
-        assert loading.wait(20)
-        time.sleep(0.2)
-        happened.append("begun")
-
-    class Gated(FakeRun):
-        def __call__(self, cfg: Config, *rest: Any) -> TrialResult:
-            gate = rest[-1].gate
-            if gate is not None:
-                assert os.read(gate, 1), "a trial may load at once"
-                happened.append("loads")
-                loading.set()
-                assert os.read(gate, 1)
-            happened.append("measures")
-            return self.judge(cfg)
-
-    monkeypatch.setattr("test_study.FakeRun", Gated)
-    monkeypatch.setattr(MlflowLog, "begin_study", begin_study)
-    for name in ("end_study", "sync", "deliver"):
-        monkeypatch.setattr(MlflowLog, name, lambda *_: None)
-    sweep("weights.seed=0,1", baseline=False, compose=tracked)
-    assert happened == ["loads", "begun", "measures", "measures"]
-
-
-def test_no_trial_waits_for_what_an_earlier_sweep_could_not_deliver(
-    sweep: Sweeps, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured = threading.Event()
-
-    class Gated(FakeRun):
-        def __call__(self, cfg: Config, *rest: Any) -> TrialResult:
-            for _ in range(2):
-                assert os.read(rest[-1].gate, 1)
-            measured.set()
-            return self.judge(cfg)
-
-    monkeypatch.setattr("test_study.FakeRun", Gated)
-    monkeypatch.setattr(MlflowLog, "sync", lambda *_: happened.append(measured.wait(20)))
-    happened: list[bool] = []
-    for name in ("begin_study", "end_study", "deliver"):
-        monkeypatch.setattr(MlflowLog, name, lambda *_: None)
-    sweep("weights.seed=0", baseline=False, compose=tracked)
-    assert happened == [True]
-
-
-def test_a_log_that_is_refused_ends_the_trial_that_loads(
-    sweep: Sweeps, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def begin_study(*_: object) -> None:
-        raise UserError("MLflow's experiment was deleted")
-
-    ended: list[bytes] = []
-
-    class Gated(FakeRun):
-        def __call__(self, cfg: Config, *rest: Any) -> TrialResult:
-            gate = rest[-1].gate
-            ended.extend([os.read(gate, 1), os.read(gate, 1)])
-            raise StoppedError("ended in phase wait")
-
-    monkeypatch.setattr("test_study.FakeRun", Gated)
-    monkeypatch.setattr(MlflowLog, "begin_study", begin_study)
-    with pytest.raises(UserError, match="was deleted"):
-        sweep("weights.seed=0,1", baseline=False, compose=tracked)
-    assert ended == [b".", b""]
-    assert sweep.journal == []
-
-
-def test_mlflow_away_is_said_once_and_loses_nothing(
-    sweep: Sweeps, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def away(*args: object) -> None:
-        raise TrackingError("away; deliver later with: python -m openpi_opt.track sync")
-
-    for name in ("begin_study", "end_study", "sync", "deliver"):
-        monkeypatch.setattr(MlflowLog, name, away)
-
-    outcome, _ = sweep("weights.seed=0,1", compose=tracked)
-    assert outcome.exit_code == 0
-    assert len(sweep.journal) == 2  # each is the baseline of its context
-    assert sum("track sync" in note for note in sweep.screen.notes) == 1
+    sweep("attention=sdpa", baseline=False)
+    assert happened == ["journal", "optuna"]
 
 
 class Killed(BaseException):

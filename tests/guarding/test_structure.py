@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,13 +218,16 @@ def test_a_checkpoint_is_known_by_its_content(tmp_path: Path) -> None:
 def test_rows_have_masks_of_their_own_where_no_layout_was_promised(tmp_path: Path) -> None:
     asked = ask(config(batch=3), tmp_path)
     masks = [case.inputs for case in asked.cases if case.name.startswith("other masks")]
+    assert len({tuple(row.tolist()) for row in masks[0].image_mask}) > 1
     for inputs in masks:
-        assert len({tuple(row.tolist()) for row in inputs.image_mask}) > 1
         assert len({int(row.sum()) for row in inputs.token_mask}) == 3
         assert bool(inputs.image_mask.any(1).all())
     layout = runtime.workload_of(asked.cfg).layout
     names = [case.name for case in asked.cases if not case.admitted(layout)]
-    assert names == ["other masks 0", "other masks 1"]
+    assert names == ["other masks 0", "other masks 1", "other masks 2"]
+    flexible = dataclasses.replace(layout, prompt_tokens=6, flexible=True)
+    names = [case.name for case in asked.cases if not case.admitted(flexible)]
+    assert names == ["other masks 0"]
 
 
 def test_recorded_observations_are_asked_as_well(tmp_path: Path) -> None:

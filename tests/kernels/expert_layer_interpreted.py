@@ -188,8 +188,11 @@ ONCE = {"state_once": True, "last_layer": True}
 REST = {"fold_norms": True, "time_mlp": True, "kv_buffer": True, "rope_tables": True}
 
 
-def configuration(dtype: str, simplify: dict[str, bool], **knobs: Any) -> Config:
-    workload = {"active_cameras": [False, True], "prompt_slots": 6, "prompt_tokens": 4}
+def configuration(
+    dtype: str, simplify: dict[str, bool], layout: str = "exact", **knobs: Any
+) -> Config:
+    workload: dict[str, Any] = {"active_cameras": [False, True], "prompt_slots": 6}
+    workload |= {"prompt_tokens": 4, "layout": layout}
     return Config.parse(
         {
             "model": {"name": "pi0_mini"},
@@ -236,3 +239,20 @@ def test_a_policy_of_such_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     out = call(inputs)
     assert error(out, plain(inputs)) < {"float32": 1e-5, "float16": 3e-3}[dtype]
     assert torch.equal(out, call(inputs))
+
+
+@pytest.mark.parametrize("name", ["state once", "the rest"])
+def test_such_a_policy_in_a_flexible_layout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both attention kernels read the lengths; what is masked or padding is never seen."""
+    dtype, simplify, _ = CASES[name]
+    monkeypatch.setitem(MODELS, SHALLOW.name, SHALLOW)
+    triton = {**KNOBS, "attention": {**KNOBS["attention"], "prefill": "triton"}}
+    _, plain, inputs = answers(configuration("float32", {}))
+    _, call, _ = answers(configuration(dtype, simplify, "flexible", **triton))
+    for tokens in (6, 1):
+        mask = torch.arange(6)[None] < tokens
+        other = inputs._replace(token_mask=mask)
+        expected = plain(other)
+        spoilt = other.images.clone()
+        spoilt[:, 0] = torch.nan
+        assert error(call(other._replace(images=spoilt)), expected) < 1e-5

@@ -23,7 +23,7 @@ from openpi_opt.kernels import (
 )
 from openpi_opt.pi0 import ops
 from openpi_opt.pi0.gemma import Rope
-from openpi_opt.pi0.ops import Segment, Visibility
+from openpi_opt.pi0.ops import Padding, Segment, Visibility
 
 HALF, FULL = torch.float16, torch.float32
 # A rounding of the result; products of float16 weights with the float16 probabilities add another.
@@ -108,6 +108,31 @@ def test_state_token_sees_fewer_keys_than_the_actions(name: str) -> None:
     close(out, attended(q, k, v, mask, 0.25))
 
 
+def padded(shape: tuple[int, ...], lengths: list[int], stop: int) -> tuple[Padding, Tensor]:
+    """Padding from each length on, and the mask that says the same."""
+    keys = torch.arange(shape[2])
+    start = torch.tensor(lengths, dtype=torch.int32)
+    seen = (keys < start[:, None]) | (keys >= stop)
+    return Padding(start, stop), seen[:, None, None].expand(-1, 1, shape[1], -1)
+
+
+@pytest.mark.parametrize("stop", [37, 33, 30])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_padding_is_where_the_device_says(name: str, stop: int) -> None:
+    """Another length for each element, before keys that are seen again, or at the end."""
+    shape = (3, 11, 37, 4, 2, 24)
+    q, k, v = qkv(shape, FULL)
+    padding, mask = padded(shape, [1, 16, 29], stop)
+    everything = (Segment(0, 11, None),)
+    out = BACKENDS[name](q, k, v, Visibility(None, everything, padding), 0.25)
+    close(out, attended(q, k, v, mask, 0.25))
+    mask = mask.clone()
+    mask[:, :, 0, 34:] = False
+    state = (Segment(0, 1, 34), Segment(1, 11, None))
+    out = BACKENDS[name](q, k, v, Visibility(None, state, padding), 0.25)
+    close(out, attended(q, k, v, mask, 0.25))
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_leading_keys_and_keys_by_index(name: str) -> None:
     q, k, v = qkv((1, 5, 37, 2, 1, 16), FULL)
@@ -163,11 +188,15 @@ def test_cached_and_new_keys_apart(past: int, masked: bool, fused: int) -> None:
     mask = torch.ones(1, 1, 11, past + 11, dtype=torch.bool)
     mask[:, :, 0, past + 1 :] = False
     segments = None if masked else (Segment(0, 1, past + 1), Segment(1, 11, None))
+    padding = None
+    if not masked:
+        padding, seen = padded((2, 11, past + 11), [1, past // 2 + 1], past)
+        mask = mask & seen
     attend = triton_decode.cached_attention({"block_n": 16, "blocks": 2, "fused": fused})
     caches = [(k[:, a:b], v[:, a:b]) for a, b in ((0, past), (past, None))]
     angles = randn(2, 11, 12, seed=9)
     rope = Rope(angles.cos(), angles.sin())
-    out = attend(q, *caches, rope, Visibility(mask if masked else None, segments), 0.2)
+    out = attend(q, *caches, rope, Visibility(mask if masked else None, segments, padding), 0.2)
     turned = torch.cat((k[:, :past], ops.rotary(k[:, past:], *rope)), dim=1)
     close(out, attended(ops.rotary(q, *rope), turned, v, mask, 0.2))
 

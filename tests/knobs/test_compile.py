@@ -204,7 +204,7 @@ def test_captured_actions_are_a_copy() -> None:
     assert float(first[0, 0]) == 1.0
 
 
-@pytest.mark.parametrize("scope", ["stage", "call"])
+@pytest.mark.parametrize("scope", ["stage", "call", "layer"])
 def test_the_small_model_compiles_and_computes_the_same(scope: str) -> None:
     sdpa = dict.fromkeys(("vision", "prefill", "denoise"), "sdpa")
     cfg = config(
@@ -225,7 +225,7 @@ def test_the_small_model_compiles_and_computes_the_same(scope: str) -> None:
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     prepared.call(first)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
-    assert graphs == {"stage": 3, "call": 1}[scope]
+    assert graphs == {"stage": 3, "call": 1, "layer": 3}[scope]
     torch.testing.assert_close(prepared.call(second), expected, rtol=1e-3, atol=1e-4)
     assert not list(torch._dynamo.utils.counters["graph_break"])
     with pytest.raises(RuntimeError, match="recompile"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,6 +22,14 @@ MANUAL = {"graph": {"mode": "manual"}}
 
 class FakeStream:
     def wait_stream(self, other: object) -> None:
+        pass
+
+
+class FakeEvent:
+    def wait(self) -> None:
+        pass
+
+    def record(self) -> None:
         pass
 
 
@@ -40,6 +50,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
 
 
@@ -139,3 +150,14 @@ def test_a_failed_capture_leaves_nothing_to_replay() -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="not permitted"):
             call(inputs())
+
+
+def test_threads_take_turns_with_the_static_inputs() -> None:
+    def slow(given: Inputs) -> Tensor:
+        time.sleep(0.002)
+        return given.state * 2
+
+    call = captured(slow)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda n: float(call(inputs(float(n)))[0, 0]), range(40)))
+    assert answers == [2.0 * n for n in range(40)]

@@ -274,9 +274,9 @@ def test_rotary_tables_have_the_dtype_of_the_activations() -> None:
     cfg = config(precision={"dtype": "bfloat16"}, simplify={"rope_tables": True})
     policy = prepare(cfg).policy
     assert isinstance(policy, LeanPolicy)
-    stored = policy.suffix_rope()
-    computed = gemma.rope_at(policy.suffix_rope.positions, policy.frequencies, torch.bfloat16)
-    assert policy.suffix_rope.positions.tolist() == [[260, 261, 262, 263]]
+    stored = policy.rope(260)
+    positions = torch.tensor([[260, 261, 262, 263]])  # the state's and the actions'
+    computed = gemma.rope_at(positions, policy.frequencies, torch.bfloat16)
     assert torch.equal(stored.cos, computed.cos)
     assert torch.equal(stored.sin, computed.sin)
 

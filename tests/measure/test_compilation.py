@@ -52,14 +52,14 @@ CACHED = """
 import json, sys
 import torch
 from openpi_opt.measure import compilation
-states = [compilation.cache_state()]
+states = [compilation.cache_state(compilation.cache_entries())]
 torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8))
-states.append(compilation.cache_state())
+states.append(compilation.cache_state(compilation.cache_entries()))
 if len(sys.argv) > 1:
     torch.compile(lambda x: torch.cos(x) * 3)(torch.ones(9))
-    states.append(compilation.cache_state())
-states.append(compilation.cache_state(5, 0))
-states.append(compilation.cache_state(0, 1))
+    states.append(compilation.cache_state(compilation.cache_entries()))
+states.append(compilation.cache_state(compilation.cache_entries(5, 0)))
+states.append(compilation.cache_state(compilation.cache_entries(0, 1)))
 print(json.dumps(states))
 """
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from openpi_opt.pi0.config import PI0_MINI, PI05_MINI, Pi0Config, RopeFrequencies
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.ops import Visibility, eager_attention
+from openpi_opt.pi0.packing import packing
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.precision import cast
 from openpi_opt.pi0.weights import build, init_random
@@ -130,6 +131,80 @@ def test_declared_layout_equals_general_masks(
     assert torch.equal(policy.sample_actions(inputs), general)
 
 
+FLEXIBLE = Workload((True, True, True), 12, 12, 6, 2, 2, flexible=True)
+
+
+def ragged(seed: int = 7) -> list[Inputs]:
+    """Batches in which no element has the masks of another; prompts with gaps among them."""
+    images = [[1, 1, 1], [0, 1, 0]], [[1, 0, 1], [0, 0, 0]], [[0, 0, 1], [1, 1, 0]]
+    prompts = [12, 1], [5, 7], [0, 11]
+    batches = []
+    for image_mask, lengths in zip(images, prompts, strict=True):
+        inputs = make_inputs(FLEXIBLE, PI0_MINI, seed, "cpu")
+        token_mask = torch.arange(12) < torch.tensor(lengths)[:, None]
+        token_mask[:, 3] &= seed % 2 == 0
+        batches.append(
+            inputs._replace(image_mask=torch.tensor(image_mask).bool(), token_mask=token_mask)
+        )
+    return batches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", [7, 8])
+def test_a_flexible_layout_serves_any_masks(
+    either: Pi0Policy, dtype: torch.dtype, seed: int
+) -> None:
+    policy = either
+    cast(policy, dtype)
+    batches = ragged(seed)
+    general = [policy.sample_actions(inputs) for inputs in batches]
+    policy.declare_layout(FLEXIBLE.layout)
+    for inputs, expected in zip(batches, general, strict=True):
+        images = inputs.images.masked_fill(~inputs.image_mask[..., None, None, None], torch.nan)
+        actions = policy.sample_actions(inputs._replace(images=images))
+        assert distance(actions, expected) < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+def test_padding_and_segments_say_the_same_as_the_mask(either: Pi0Policy) -> None:
+    """For kernels that read lengths: the first `start[b]` keys of each segment, and from `stop`."""
+
+    def lengths_only(
+        q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float
+    ) -> Tensor:
+        padding, segments = visibility.padding, visibility.segments
+        assert padding is not None
+        assert segments is not None
+        rows = []
+        for row, start in enumerate(padding.start.tolist()):
+            parts = []
+            for begin, end, count in segments:
+                keys = torch.arange(k.shape[1] if count is None else count)
+                keys = keys[(keys < start) | (keys >= padding.stop)]
+                one = slice(row, row + 1)
+                kept = k[one, keys], v[one, keys]
+                parts.append(
+                    eager_attention(q[one, begin:end], *kept, Visibility(None, None), scale)
+                )
+            rows.append(torch.cat(parts, dim=1))
+        return torch.cat(rows)
+
+    policy = either
+    policy.declare_layout(FLEXIBLE.layout)
+    batches = ragged()
+    masked = [policy.sample_actions(inputs) for inputs in batches]
+    policy.ops.attention_prefill = policy.ops.attention_denoise = lengths_only
+    for inputs, expected in zip(batches, masked, strict=True):
+        assert distance(policy.sample_actions(inputs), expected) < 1e-5
+
+
+def test_packing_keeps_order_and_repeats_a_valid_token() -> None:
+    mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]]).bool()
+    order, length, valid = packing(mask)
+    assert order.tolist() == [[1, 2, 4, 4, 4], [0, 1, 2, 3, 4], [3, 3, 3, 3, 3]]
+    assert length.tolist() == [3, 5, 1]
+    assert valid.sum(1).tolist() == [3, 5, 1]
+
+
 def gathered_attention(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float
 ) -> Tensor:
@@ -187,16 +262,20 @@ def test_float16_and_bfloat16_stay_near_float32(
         assert 0 < distance(other.sample_actions(inputs), exact) < limit
 
 
-@pytest.mark.parametrize(("declared", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("declared", "dtype"),
+    [("exact", torch.float32), ("flexible", torch.float32), (None, torch.bfloat16)],
+)
 def test_whole_call_compiles_to_one_graph(
-    masked_workload: Workload, declared: bool, dtype: torch.dtype
+    masked_workload: Workload, declared: str | None, dtype: torch.dtype
 ) -> None:
     workload = dataclasses.replace(masked_workload, steps=3)  # which are unrolled
     policy = build(PI0_MINI, "cpu", workload.steps)
     init_random(policy, seed=0)
     cast(policy, dtype)
     if declared:
-        policy.declare_layout(workload.layout)
+        flexible = declared == "flexible"
+        policy.declare_layout(dataclasses.replace(workload, flexible=flexible).layout)
     inputs = make_inputs(workload, PI0_MINI, 10, "cpu")
     eager = policy.sample_actions(inputs)
     torch._dynamo.reset()

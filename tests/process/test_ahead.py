@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hosts import Host, wait_for
 from search_samples import CPU, failed, ok
 from test_devices import gpu, machine
-from test_engine_faults import Host, wait_for
 
 from openpi_opt.config import Config
 from openpi_opt.engine import executor

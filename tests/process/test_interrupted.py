@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_engine_faults import wait_for
+from hosts import wait_for
 from test_survives import ROOT, Shell, held
 
 from benchmarks.stress_check import marked

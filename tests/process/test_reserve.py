@@ -155,7 +155,7 @@ class Sessions:
 
     def start(self, study: str, count: int, seconds: float) -> subprocess.Popen[str]:
         words = [str(self.store), study, str(count), str(seconds)]
-        program = str(Path(__file__).with_name("fresh_session.py"))
+        program = str(Path(__file__).parents[1] / "samples" / "fresh_session.py")
         return subprocess.Popen(
             [sys.executable, program, *words], env=self.env, stderr=subprocess.PIPE, text=True
         )

@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hosts import Host, wait_for
 from search_samples import CPU
-from test_engine_faults import Host, wait_for
 from test_real_trials import Terminal
 
-from openpi_opt.config import Config, Platform, Tracking
+from openpi_opt.config import Config, Platform
 from openpi_opt.engine import recovery
 from openpi_opt.engine.display import Display, Silent
 from openpi_opt.engine.ledger import Ledger
@@ -48,7 +48,7 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir()
-        script = Path(__file__).with_name("ray_cluster.py")
+        script = Path(__file__).parents[1] / "samples" / "ray_cluster.py"
         with (folder / "log.txt").open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(script), str(folder)],
@@ -356,7 +356,7 @@ def test_what_runs_on_a_node_without_its_sweep_is_not_measured_beside_it(
     """A partition: the sweep was killed, and its node has not seen it yet."""
     monkeypatch.setattr(recovery, "_WAIT_SECONDS", 0.1)
     store, cfg = Store.open(tmp_path), Config.parse({}).resolved(CPU)
-    opening = (store, "s", Tracking(mlflow=False), [], CPU, Silent())
+    opening = (store, "s", [], CPU, Silent())
     dead, ours = Ledger.open(*opening), Ledger.open(*opening)
     claim = dead.claim(cfg, "s")
     assert claim is not None
@@ -372,7 +372,6 @@ def test_what_runs_on_a_node_without_its_sweep_is_not_measured_beside_it(
     assert again is not None
     again.release(remove=True)
     ours.close()
-    dead.later.finish()
 
 
 @pytest.mark.parametrize(("kind", "package"), [("ray", "ray"), ("slurm", "submitit")])

@@ -20,6 +20,8 @@ DAY = datetime(2026, 5, 4, 23, 59, tzinfo=timezone.utc)
         ({"n_trials": 0}, ["n_trials=0", "at least 1"]),
         ({"n_trials": "many"}, ["n_trials=many"]),
         ({"n_trials": 2.5}, ["n_trials=2.5"]),
+        ({"minutes": 0}, ["minutes=0"]),
+        ({"pruning": 0.5}, ["pruning=0.5"]),
         ({"sampler": "best"}, ["sampler=best", "auto, grid, tpe, random, gp"]),
         ({"seed": -1}, ["seed=-1"]),
         ({"baseline": "perhaps"}, ["baseline=perhaps"]),
@@ -30,6 +32,12 @@ def test_a_bad_setting_is_named(given_: dict, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         Settings.parse(given_)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_minutes_take_the_place_of_a_number_of_trials() -> None:
+    assert Settings().most_trials == 50
+    assert Settings(minutes=5).most_trials > 100_000
+    assert Settings(minutes=5, n_trials=7).most_trials == 7
 
 
 def test_a_number_is_a_name() -> None:

@@ -45,6 +45,16 @@ def test_table(store: str) -> None:
     assert 'exit, code "1" and more' in done.stdout
 
 
+def test_further_columns(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["first", "--store", store, "--columns", "p95_ms,p99_ms"]) == 0
+    out = capsys.readouterr().out
+    heads = [line.split() for line in out.splitlines() if "p99" in line]
+    assert heads[0][-2:] == ["p95", "p99"]
+    with pytest.raises(SystemExit):
+        main(["first", "--store", store, "--columns", "p98"])
+    assert "'p98' is no figure; they are mean_ms" in capsys.readouterr().err
+
+
 def test_json(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["first", "--store", store, "--format", "json"]) == 0
     trials = json.loads(capsys.readouterr().out)

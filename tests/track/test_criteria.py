@@ -8,14 +8,14 @@ from random import Random
 
 import optuna
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from track_samples import ENERGY, ok, refused, wrong
+from track_samples import ENERGY, ok, record, refused, wrong
 
 from openpi_opt.config import Limits
 from openpi_opt.criteria import (
-    LIMIT_NAMES,
     Criteria,
     add_arguments,
     dominates,
@@ -23,7 +23,10 @@ from openpi_opt.criteria import (
     pareto,
 )
 from openpi_opt.errors import UserError
+from openpi_opt.figures import FIGURES, LIMITS, OBJECTIVES
+from openpi_opt.paths import conf_dir
 from openpi_opt.result import Memory, Ok, Pruned
+from openpi_opt.track.report import rows
 
 FEW = st.integers(0, 5).map(float)  # so few values that many are equal
 
@@ -36,6 +39,37 @@ def points(size: int) -> st.SearchStrategy[list[tuple[float, ...]]]:
 def with_memory(mean_ms: float, peak_mib: float) -> Ok:
     memory = Memory(peak_mib=peak_mib, device_peak_mib=None, host_peak_mib=peak_mib)
     return ok(mean_ms).model_copy(update={"memory": memory})
+
+
+def tails(result: Ok, **percentiles: float) -> Ok:
+    return result.model_copy(update={"latency": result.latency.model_copy(update=percentiles)})
+
+
+def test_every_figure_reads_a_result_and_stands_once() -> None:
+    """What an objective or limit needs is there; one that is not measured is None, not 0."""
+    measured = ok(10.0)
+    for key, figure in FIGURES.items():
+        value = figure.value(measured)
+        assert key == figure.key
+        assert (value is None) == (figure.cell(measured) == "")
+        assert figure.title
+    assert FIGURES["joule"].value(measured) is None
+    for figure in [*OBJECTIVES.values(), *LIMITS.values()]:
+        assert figure.better == "less"
+        assert figure.head
+    names = [figure.mlflow for figure in FIGURES.values() if figure.mlflow]
+    assert len(set(names)) == len(names)
+    options = yaml.safe_load((conf_dir() / "limits" / "default.yaml").read_text())
+    assert set(options) == set(Limits.model_fields)
+
+
+def test_a_percentile_alone_may_be_the_objective() -> None:
+    assert Criteria(objectives=("p99",)).values(tails(ok(10.0), p99_ms=17.0)) == (17.0,)
+    steady, fast = tails(ok(10.0), p99_ms=11.0), tails(ok(9.0), p99_ms=17.0)
+    records = [record(each, number=number) for number, each in enumerate((steady, fast))]
+    for objective, best in (("latency", 1), ("p99", 0)):
+        found = rows(records, criteria=Criteria(objectives=(objective,)))
+        assert [row.record.number for row in found if row.best] == [best]
 
 
 @given(st.integers(1, 4).flatmap(points))
@@ -130,9 +164,11 @@ def test_a_limit_is_kept_up_to_its_value(peak: float, limit: float) -> None:
 
 
 def test_every_limit_judges_its_own_figure() -> None:
-    result = with_memory(10.0, 700.0)  # 3 s for the first call, 0.002 of the guard
+    # 3 s for the first call, 0.002 of the guard
+    result = tails(with_memory(10.0, 700.0), p95_ms=11.0, p99_ms=13.0)
     seen = {"latency_ms": 10.0, "peak_mib": 700.0, "compile_seconds": 3.0, "rel_l2": 0.002}
-    assert set(seen) == set(LIMIT_NAMES)
+    seen |= {"p95_ms": result.latency.p95_ms, "p99_ms": result.latency.p99_ms}
+    assert set(seen) == set(LIMITS)
     for name, value in seen.items():
         assert Criteria.of(["latency"], False, Limits(**{name: value})).over(result) == {}
         tight = Criteria.of(["latency"], False, Limits(**{name: value * 0.99}))

@@ -12,6 +12,7 @@ from track_samples import ENERGY, FINGERPRINT, config, failed, ok, record, roofl
 
 from openpi_opt import experiment
 from openpi_opt.errors import UserError
+from openpi_opt.figures import FIGURES
 from openpi_opt.paths import conf_dir
 from openpi_opt.result import Energy, Ok
 from openpi_opt.track.journal import Journal
@@ -71,7 +72,7 @@ def test_floors_and_shares_of_stages_stand_beside_the_latency(tmp_path: Path) ->
     result = measured(1, 10.0).model_copy(update={"roofline": roofline()})
     experiment.write_report("batch_scaling", write(tmp_path, [result]), tmp_path)
     assert (
-        "| 10.000 | 4.000 | 40.0 | vision 25% | 900 |"
+        "| 10.000 | 4.000 | 40.0% | vision 25% | 900.0 |"
         in (tmp_path / "batch_scaling.md").read_text()
     )
 
@@ -82,7 +83,9 @@ def test_an_interval_that_reaches_zero_is_a_rate_without_an_upper_end(tmp_path: 
     study = write(tmp_path, [wild.model_copy(update={"latency": latency}), measured(2, 12.0)])
     files = experiment.write_report("batch_scaling", study, tmp_path)
     assert files[-1].suffix == ".svg"
-    assert experiment._rates(wild.model_copy(update={"latency": latency}))[1] is None
+    rates = FIGURES["samples_per_s"].interval
+    assert rates is not None
+    assert rates(wild.model_copy(update={"latency": latency}))[1] is None
 
 
 def test_energy_is_shown_where_measured_and_nowhere_else(

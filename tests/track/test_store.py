@@ -14,8 +14,8 @@ from openpi_opt.track.store import Store, check_study_name
 def test_open_makes_the_folder_and_names_its_parts(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "a" / "b")
     assert store.path.is_dir()
-    assert store.mlflow_uri == f"sqlite:///{tmp_path}/a/b/mlflow.db"
-    assert store.optuna_url == f"sqlite:///{tmp_path}/a/b/optuna.db"
+    assert store.mlflow_db == tmp_path / "a/b/mlflow.db"
+    assert store.optuna_db == tmp_path / "a/b/optuna.db"
     assert store.study_dir("x") == tmp_path / "a/b/studies/x"
     assert list(store.path.iterdir()) == []
 

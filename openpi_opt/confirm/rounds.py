@@ -1,0 +1,103 @@
+"""Rounds of fresh processes: every configuration once per round, each round in its own order."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar
+
+Stage = Literal["tau", "screening", "confirmation"]
+Key = TypeVar("Key", bound=str)
+# A configuration's key, and the number of its process in the stage.
+Place = tuple[str, int]
+# With the mean latency of that process in ms; None: it was not ok.
+Mean = tuple[str, int, float | None]
+
+# A round is begun only when this many times what one took so far is left.
+_MARGIN = 1.05
+
+
+class NeededError(Exception):
+    """A configuration that the others are compared with did not end ok; its key is the argument."""
+
+
+class Measurer(Protocol):
+    """Who measures."""
+
+    def means(self, stage: Stage, places: Iterable[Place]) -> Generator[Mean, None, None]:
+        """Mean latency in ms of one fresh process for each place, in order; None: not ok.
+
+        Some places are asked for before the means of those in front of them are there.
+        """
+
+
+@dataclass
+class Deadline:
+    """`limit_s` seconds from now on, or no end with None. It ends rounds, never what they show."""
+
+    limit_s: float | None
+    _began: float = field(default_factory=lambda: time.monotonic())
+    _first: float | None = None  # when the first round was begun
+
+    def another(self, begun: int, done: float) -> bool:
+        """Whether one more round would end in time after `begun` rounds, of which `done` ended.
+
+        Processes are started ahead, so `done` counts processes, in rounds. The first round is begun
+        in any case within the time.
+        """
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        if self.limit_s is None:
+            return True
+        left = _MARGIN * (now - self._first) / done * (begun + 1 - done) if done else 0.0
+        return now - self._began + left <= self.limit_s
+
+
+def draw_rounds(keys: Sequence[Key], count: int, seed: int) -> list[list[Key]]:
+    """`count` rounds, each all of `keys` in an order of its own: every order is as likely.
+
+    So within each pair of a round either is first with probability 1/2.
+    """
+    drawn = random.Random(seed)
+    return [drawn.sample(list(keys), len(keys)) for _ in range(count)]
+
+
+def measure_rounds(
+    bench: Measurer,
+    rounds: Sequence[Sequence[str]],
+    needed: Collection[str],
+    deadline: Deadline | None = None,
+) -> tuple[dict[str, list[float]], list[str]]:
+    """The means of every configuration by round, and who was dropped.
+
+    A configuration that is not ok once is not run again: it cannot be judged any more. With a
+    `deadline` there may be fewer rounds, but only whole ones.
+
+    Raises:
+        NeededError: one of `needed` was not ok.
+    """
+    found: dict[str, list[float]] = {key: [] for order in rounds for key in order}
+    dropped: list[str] = []
+
+    def places() -> Iterator[Place]:
+        for number, order in enumerate(rounds):
+            done = sum(map(len, found.values())) / len(order)
+            if deadline is not None and not deadline.another(number, done):
+                return
+            yield from ((key, number) for key in order if key not in dropped)
+
+    with closing(bench.means("confirmation", places())) as means:
+        for key, _, mean in means:
+            if key in dropped:
+                continue  # it had been started ahead
+            if mean is not None:
+                found[key].append(mean)
+            elif key in needed:
+                raise NeededError(key)
+            else:
+                dropped.append(key)
+    return found, dropped

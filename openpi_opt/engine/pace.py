@@ -1,0 +1,95 @@
+"""How fast a sweep gets on: trials done, trials an hour, the best so far, the time that is left."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from openpi_opt.space.optimizer import Proposal
+from openpi_opt.space.sources import Source
+
+# The time of a trial is that of the latest ones: caches fill, and the points become alike.
+_LATEST = 20
+
+
+@dataclass
+class Pace:
+    """The clock of one sweep, which begins when this is made. `minutes` is its budget, or None."""
+
+    minutes: float | None = None
+    clock: Callable[[], float] = time.monotonic
+    done: int = 0
+    _since: float = 0.0
+    _begun: dict[str, float] = field(default_factory=dict)
+    _lasted: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._since = self.clock()
+
+    def began(self, uid: str) -> None:
+        """A trial was started."""
+        self._begun[uid] = self.clock()
+
+    def ended(self, uid: str) -> None:
+        """A trial has its result; one that was answered without a process does not count."""
+        begun = self._begun.pop(uid, None)
+        if begun is not None:
+            self._lasted.append(self.clock() - begun)
+            self.done += 1
+
+    def share(self) -> float:
+        """The part of the minutes that is over; 0 without a budget."""
+        return 0.0 if self.minutes is None else self._passed() / (60 * self.minutes)
+
+    def is_over(self) -> bool:
+        """Whether a trial that begins now would likely end after the minutes."""
+        if self.minutes is None:
+            return False
+        usual = statistics.median(self._lasted[-_LATEST:]) if self._lasted else 0.0
+        return self._passed() + usual > 60 * self.minutes
+
+    def text(self) -> str:
+        """Trials done, how many an hour, and the time left: "12 done, 240/h, 7.5 min left"."""
+        passed = self._passed()
+        words = [f"{self.done} done"]
+        if self.done and passed:
+            words.append(f"{3600 * self.done / passed:.0f}/h")
+        if self.minutes is not None:
+            words.append(f"{max(0.0, self.minutes - passed / 60):.1f} min left")
+        return ", ".join(words)
+
+    def _passed(self) -> float:
+        return self.clock() - self._since
+
+
+class Timed:
+    """A source that ends when the minutes of the pace are over."""
+
+    def __init__(self, source: Source, pace: Pace):
+        self._source = source
+        self._pace = pace
+        self._over = False
+
+    @property
+    def ended(self) -> str | None:
+        """That of the source, or that the minutes are over; they stay so."""
+        return f"minutes={self._pace.minutes:g} are over" if self._over else self._source.ended
+
+    def next(self) -> Proposal | None:
+        """The next point, while there is time for it."""
+        self._over = self._over or self._pace.is_over()
+        return None if self._over else self._source.next()
+
+    def position(self) -> str:
+        """That of the source."""
+        return self._source.position()
+
+    def seen(self, config_hash: str | None, passed_over: bool = False) -> None:
+        """Tell the source."""
+        self._source.seen(config_hash, passed_over)
+
+    def wake(self) -> None:
+        """Tell the source."""
+        self._source.wake()

@@ -1,0 +1,437 @@
+"""The body of `ladder`, `ablate` and `pairs`: rounds of fresh processes, kept in a study, reported.
+
+The verbs say which configurations run, and what the figures mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openpi_opt import cli
+from openpi_opt.compose import compose
+from openpi_opt.config import Config
+from openpi_opt.confirm.contenders import contenders, short
+from openpi_opt.confirm.fresh import FreshRuns, Planned
+from openpi_opt.confirm.judge import Confirmed, Gain, Subject, gain
+from openpi_opt.confirm.rounds import (
+    Deadline,
+    Mean,
+    NeededError,
+    Place,
+    Stage,
+    draw_rounds,
+    measure_rounds,
+)
+from openpi_opt.confirm.steps import Target
+from openpi_opt.criteria import Criteria
+from openpi_opt.engine.trials import refused
+from openpi_opt.errors import UserError
+from openpi_opt.machine import probe
+from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
+from openpi_opt.result import Ok, TrialResult, write_atomic
+from openpi_opt.track import plots
+from openpi_opt.track.journal import Journal
+from openpi_opt.track.store import DEFAULT_STORE, Store
+
+# The fewest rounds that say anything.
+MIN_ROUNDS = 3
+# One-sided level of each bound of a 95% interval.
+ALPHA = 0.025
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that was ok: what it is called, its round, its place in time, its result."""
+
+    shown: str
+    round: int
+    place: int
+    result: Ok
+
+
+@dataclass
+class Measured:
+    """What rounds of processes gave: the processes in order of time, and what failed."""
+
+    rounds: int
+    processes: list[Process] = field(default_factory=list)
+    failed: dict[str, TrialResult] = field(default_factory=dict)
+
+    def __contains__(self, shown: str) -> bool:
+        """Whether it ran in every round."""
+        return shown not in self.failed
+
+    def means(self, *shown: str) -> list[float]:
+        """Means in ms of the processes that are called so, in order of time."""
+        return [p.result.latency.mean_ms for p in self.processes if p.shown in shown]
+
+    def confirmed(self, shown: str) -> Confirmed:
+        """The means of a configuration, one for each round."""
+        [key] = {p.result.config_hash for p in self.processes if p.shown == shown}
+        return Confirmed(Subject(key), self.means(shown))
+
+    def change(self, before: str, after: str) -> Gain:
+        """The gain of `after` over `before` in the pairs of the rounds, with its 95% interval."""
+        return gain(self.means(before), self.means(after), ALPHA)
+
+    def flagged(self) -> list[str]:
+        """A line for each check that flagged some of the processes."""
+        return flagged(process.result.flags() for process in self.processes)
+
+
+@dataclass
+class Session:
+    """A configuration (`pairs`: A) and the processes that run for it, all kept in the study.
+
+    `again` finds the configuration once more after the device was waited for.
+    """
+
+    verb: str
+    config: Config
+    runs: FreshRuns
+    folder: Path
+    seed: int
+    rounds: int
+    deadline: Deadline = field(default_factory=lambda: Deadline(None))
+    again: Callable[[], Config] | None = None
+    # Seconds from the end of one process to that of the next, on average over this session's.
+    wall_s: float | None = None
+
+    @property
+    def target(self) -> Target:
+        """The configuration, to be built up or taken apart on this machine."""
+        return Target(self.config, lambda cfg: refusal(cfg, self.runs.machine))
+
+    @contextmanager
+    def alone(self, device: int | str | None) -> Iterator[None]:
+        """Have the device; a study's best is what it is then, not what it was before the wait.
+
+        Raises:
+            UserError: as `FreshRuns.alone`.
+        """
+        with self.runs.alone(self.config, device):
+            self.deadline = Deadline(self.deadline.limit_s)  # the wait is not of this time
+            if self.again is not None:
+                before, self.config = self.config, self.again()
+                if before.hash() != self.config.hash():
+                    cli.say(f"the study has a better one by now: {short(self.config)}")
+            yield
+
+    def interleaved(
+        self,
+        configs: Mapping[str, Config],
+        needed: Collection[str],
+        stage: str,
+        rounds: int,
+        deadline: Deadline | None = None,
+    ) -> Measured:
+        """Every configuration once per round, in random order.
+
+        `configs` are by what is said of them. The order depends on the seed, the stage and the
+        configurations alone, so after an interruption it is the same.
+
+        Raises:
+            UserError: one of `needed` was not ok.
+        """
+        names = [f"{shown} {cfg.hash()}" for shown, cfg in configs.items()]
+        text = "\n".join([self.verb, str(self.seed), stage, *names])
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+        bench = _Bench(self, configs, stage)
+        started, known = time.monotonic(), len(self.runs.journal)
+        try:
+            order = draw_rounds(list(configs), rounds, seed)
+            means, _ = measure_rounds(bench, order, needed, deadline)
+        except NeededError as error:
+            [shown] = error.args
+            raise UserError(
+                f"there is nothing to compare with: {shown} ended {why(bench.found.failed[shown])}"
+            ) from None
+        new = len(self.runs.journal) - known
+        self.wall_s = (time.monotonic() - started) / new if new else None
+        bench.found.rounds = len(means[next(iter(needed))])
+        return bench.found
+
+    def judged(
+        self, configs: Mapping[str, Config], needed: Collection[str], stage: str
+    ) -> Measured:
+        """`interleaved` in all rounds that fit into the time, whose number `rounds` becomes.
+
+        Raises:
+            UserError: `needed` was not ok, or the time was too short for any statement.
+        """
+        found = self.interleaved(configs, needed, stage, self.rounds, self.deadline)
+        if found.rounds < self.rounds:
+            cli.say(f"the time is over: {found.rounds} of {self.rounds} rounds")
+        if found.rounds < MIN_ROUNDS:
+            raise UserError(
+                f"--minutes was enough for {found.rounds} round(s); {MIN_ROUNDS} are the least "
+                "that say anything.\nWhat ran is kept: the same command goes on. Give more "
+                "--minutes, or a smaller measure.max_seconds."
+            )
+        self.rounds = found.rounds
+        return found
+
+    def write(self, document: Mapping[str, Any], table: str, figure: Any) -> None:
+        """Table, figures and plot, in the session's folder; the table also on stdout.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            paths = [self.folder / f"{self.verb}.{end}" for end in ("md", "json")]
+            write_atomic(paths[0], table)
+            write_atomic(paths[1], json.dumps(document, indent=1, allow_nan=False) + "\n")
+            paths += plots.save(figure, self.folder, self.verb)
+        except OSError as error:
+            raise UserError(
+                f"cannot write in {self.folder}: {error.strerror or error}.\n"
+                "Give another folder with --out; what was measured is kept."
+            ) from error
+        print(table, end="")
+        cli.say("wrote " + ", ".join(map(str, paths)))
+
+    def report(self, table: Sequence[str], remarks: Sequence[str]) -> str:
+        """The text of a report in Markdown: what it is of, the table, remarks below."""
+        lines = [f"{self.subtitle()}; intervals are 95%.", "", *table]
+        lines += ["", *(f"- {line}" for line in remarks)] if remarks else []
+        return "\n".join(lines) + "\n"
+
+    def about(self) -> dict[str, Any]:
+        """What the figures are of, for JSON."""
+        cfg = self.config
+        seen = self.runs.fingerprint(cfg)
+        return {
+            "study": self.runs.study_dir.name,
+            "model": cfg.model.name,
+            "workload": cfg.workload.model_dump(mode="json"),
+            "machine": {"gpu": seen["gpu"] and seen["gpu"]["name"], "cpu": seen["cpu"]},
+            "fingerprint_hash": self.runs.fingerprint_hash(cfg),
+            "rounds": self.rounds,
+            "seed": self.seed,
+        }
+
+    def about_target(self) -> dict[str, Any]:
+        """`about`, with the knobs that are added or taken away."""
+        cfg, labels = self.config, self.config.labels()
+        return {
+            **self.about(),
+            "target": {name: labels[name] for name in self.target.knobs},
+            "config_hash": cfg.hash(),
+            "context_hash": cfg.context_hash(),
+        }
+
+    def where(self) -> str:
+        """Model, device and workload."""
+        about = self.about()
+        device = about["machine"]["gpu"] or about["machine"]["cpu"]
+        return f"{about['model']} on {device}, workload {about['workload']['name']}"
+
+    def subtitle(self) -> str:
+        """Model, device, workload and number of processes."""
+        return f"{self.where()}, {self.rounds} fresh processes each, interleaved"
+
+
+@dataclass
+class _Bench:
+    """A `Measurer` of one stage; keeps what it saw."""
+
+    session: Session
+    configs: Mapping[str, Config]
+    stage: str
+    found: Measured = field(default_factory=lambda: Measured(0))
+
+    def means(self, stage: Stage, places: Iterable[Place]) -> Generator[Mean, None, None]:
+        session, asked = self.session, list[Place]()
+
+        def planned() -> Iterator[Planned]:
+            for shown, number in places:
+                asked.append((shown, number))
+                place = (session.verb, session.config.hash(), session.seed, self.stage, shown)
+                said = f"{self.stage} {number + 1}: {shown}"
+                yield Planned(self.configs[shown], said, (*place, number))
+
+        with closing(session.runs.in_turn(planned())) as results:
+            for place, result in enumerate(results):
+                shown, number = asked[place]
+                if isinstance(result, Ok):
+                    self.found.processes.append(Process(shown, number, place, result))
+                    yield shown, number, result.latency.mean_ms
+                else:
+                    self.found.failed.setdefault(shown, result)
+                    yield shown, number, None
+
+
+def why(result: TrialResult) -> str:
+    """How a process ended that was not ok."""
+    return result.outcome if isinstance(result, Ok) else f"{result.outcome}: {result.reason}"
+
+
+def refusal(cfg: Config, machine: Any) -> str | None:
+    """Why this machine cannot run a configuration; None when it can."""
+    found = refused(cfg, machine)
+    return None if found is None else why(found)
+
+
+def flagged(processes: Iterable[Sequence[str]]) -> list[str]:
+    """A line for each check that flagged processes: `flagged host_shared: 5 of 24 processes`.
+
+    `processes` has the flags of each, as `result.Ok.flags` gives them.
+    """
+    every = list(processes)
+    names = [name for flags in every for name in {flag.partition(":")[0] for flag in flags}]
+    return [
+        f"flagged {name}: {names.count(name)} of {len(every)} processes"
+        for name in sorted(set(names))
+    ]
+
+
+def percent(value: float) -> str:
+    """A share as a signed percentage."""
+    return f"{value:+.2%}"
+
+
+def interval(low: float, high: float, show: Callable[[float], str] = percent) -> str:
+    """Two bounds in words."""
+    return f"{show(low)} to {show(high)}"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown; the columns of the numbers are not aligned."""
+    every = [heads, ["---"] * len(heads), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in every]
+
+
+def parser(verb: str, description: str, report: str) -> argparse.ArgumentParser:
+    """The options that all three verbs have; `report` says what goes to --out."""
+    found = argparse.ArgumentParser(
+        prog=f"python -m openpi_opt.{verb}",
+        description=description,
+        epilog="After an interruption, or when the time was over, the same command goes on; "
+        "finished processes are kept.",
+    )
+    found.add_argument("--store", default=DEFAULT_STORE, metavar="DIR", help="default: mlruns")
+    found.add_argument("--preset-dir", metavar="DIR", help="where presets are looked for, too")
+    found.add_argument(
+        "--minutes",
+        type=cli.minutes,
+        help="begin no round that would not end within this time; what was done is reported",
+    )
+    found.add_argument(
+        "--seed", type=cli.at_least(0), default=0, help="another one measures anew (default: 0)"
+    )
+    found.add_argument("--device", type=gpu_name, metavar="GPU", help=DEVICE_HELP)
+    found.add_argument("--out", metavar="DIR", help=f"where {report} (default: the study)")
+    found.add_argument(
+        "--no-mlflow", dest="mlflow", action="store_false", help="do not log to MLflow"
+    )
+    return found
+
+
+def target_parser(verb: str, description: str) -> argparse.ArgumentParser:
+    """The command line of `ladder` and `ablate`."""
+    found = parser(verb, description, "table and plot go")
+    found.add_argument(
+        "what",
+        nargs="+",
+        metavar="STUDY | preset=NAME | GROUP=OPTION",
+        help="a study, for its best configuration; or overrides as `sweep` takes them",
+    )
+    found.add_argument(
+        "--rounds",
+        type=cli.at_least(MIN_ROUNDS),
+        default=8,
+        help=f"fresh processes of each configuration, at least {MIN_ROUNDS} (default: %(default)s)",
+    )
+    found.add_argument(
+        "--allow-lossy", action="store_true", help="a study's best may be lossy (FP8)"
+    )
+    return found
+
+
+def open_session(
+    verb: str,
+    arguments: argparse.Namespace,
+    cfg: Config,
+    study_dir: Path,
+    again: Callable[[Journal], Config] | None = None,
+) -> Session:
+    """A session on a study, which is made when there is none.
+
+    Raises:
+        UserError: a study that cannot be read or written.
+    """
+    store = Store.open(arguments.store)
+    journal = Journal.open(study_dir, sys.argv[1:])
+    tracking = cfg.tracking if arguments.mlflow and cfg.tracking.mlflow else None
+    return Session(
+        verb=verb,
+        config=cfg,
+        runs=FreshRuns(store, journal, tracking, probe(), cli.say),
+        folder=Path(arguments.out) if arguments.out else study_dir / verb,
+        seed=arguments.seed,
+        rounds=arguments.rounds,
+        deadline=Deadline(None if arguments.minutes is None else arguments.minutes * 60),
+        again=None if again is None else (lambda: again(journal)),
+    )
+
+
+def target_session(verb: str, arguments: argparse.Namespace) -> Session:
+    """The session of `ladder` and `ablate` that was asked for.
+
+    Raises:
+        UserError: no such study or preset, or a target that this machine cannot run or that is
+            the baseline.
+    """
+    what, again = arguments.what, None
+    folder = Path(arguments.store).expanduser()
+    studies = Store.open(arguments.store, create=False).studies() if folder.is_dir() else []
+    if len(what) == 1 and (what[0] in studies or "=" not in what[0]):
+        study_dir = Store.open(arguments.store, create=False).find_study(what[0])
+
+        def again(journal: Journal) -> Config:
+            journal.refresh()
+            judged_by = Criteria.load(study_dir)
+            return contenders(journal.records(), arguments.allow_lossy, judged_by)[0].config
+
+        cfg = again(Journal.open(study_dir))
+    else:
+        cfg = composed(what, arguments.preset_dir).resolved(probe())
+        name = f"{verb}-{_preset_of(what) or 'custom'}-{cfg.hash()[:6]}"
+        study_dir = Store.open(arguments.store).study_dir(name)
+    reason = refusal(cfg, probe())
+    if reason is not None:
+        raise UserError(f"{short(cfg)} cannot run here: {reason}")
+    if cfg.is_baseline():
+        raise UserError(
+            f"{' '.join(what)} is the baseline itself: there is no knob to add or to "
+            "take away.\nGive a study with a faster configuration, or preset=NAME."
+        )
+    return open_session(verb, arguments, cfg, study_dir, again)
+
+
+def composed(overrides: Sequence[str], preset_dir: str | None) -> Config:
+    """The configuration that overrides give, of which one may be `preset=NAME`.
+
+    Raises:
+        UserError: two presets, or what `compose` refuses.
+    """
+    rest = [text for text in overrides if not text.startswith("preset=")]
+    folder = Path(preset_dir) if preset_dir else None
+    return compose(rest, _preset_of(overrides), folder)
+
+
+def _preset_of(overrides: Sequence[str]) -> str | None:
+    presets = [text.partition("=")[2] for text in overrides if text.startswith("preset=")]
+    if len(presets) > 1:
+        raise UserError(f"{len(presets)} presets are given; one configuration has one.")
+    return presets[0] if presets else None

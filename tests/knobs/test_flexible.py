@@ -1,0 +1,115 @@
+"""`workload.layout=flexible`: one prepared policy serves any prompt length and admitted camera."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from mini_policies import CPU, PI05, config, plain_actions, prepare, relative, sample_inputs
+from torch import Tensor
+
+from openpi_opt.knobs import BY_NAME
+from openpi_opt.knobs.vision import VisionOptions
+from openpi_opt.pi0.inputs import Inputs
+from openpi_opt.pi0.ops import Visibility
+
+SLOTS = {"active_cameras": [True, False, True], "prompt_slots": 6, "layout": "flexible"}
+FLEXIBLE = {**SLOTS, "prompt_tokens": 4, "batch_size": 2}
+SIMPLIFY = ("last_layer", "fold_norms", "time_mlp", "state_once", "kv_buffer", "rope_tables")
+# (cameras, prompt tokens) of both elements of a batch.
+CALLS: tuple[Any, ...] = (
+    (([1, 0, 1], 6), ([0, 0, 1], 1)),
+    (([1, 0, 0], 0), ([1, 0, 1], 5)),
+)
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "sdpa": {},
+    "skipping": {"vision": {"skip_masked": True, "cameras": "separate"}},
+    "everything": {"simplify": dict.fromkeys(SIMPLIFY, True), "vision": {"skip_masked": True}},
+    "state in the steps": {"simplify": {"kv_buffer": True, "rope_tables": True}},
+    "state once": {"simplify": {"state_once": True}},
+}
+
+
+def with_masks(inputs: Inputs, call: Any) -> Inputs:
+    """The same content, of which other parts are valid; what is not is NaN where it can be."""
+    image_mask = torch.tensor([cameras for cameras, _ in call]).bool()
+    token_mask = torch.arange(6) < torch.tensor([tokens for _, tokens in call])[:, None]
+    return inputs._replace(image_mask=image_mask, token_mask=token_mask)
+
+
+@pytest.mark.parametrize("model", [{}, PI05], ids=["pi0", "pi05"])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_one_policy_serves_every_call(name: str, model: dict[str, Any]) -> None:
+    attention = dict.fromkeys(("vision", "prefill", "denoise"), "sdpa")
+    cfg = config(FLEXIBLE, attention=attention, **CONFIGURATIONS[name], **model)
+    prepared = prepare(cfg)
+    for call in CALLS:
+        inputs = with_masks(sample_inputs(cfg), call)
+        spoilt = inputs.images.masked_fill(~inputs.image_mask[..., None, None, None], torch.nan)
+        actions = prepared.call(inputs._replace(images=spoilt))
+        assert relative(actions, plain_actions(cfg, inputs)) < 1e-5
+
+
+def test_nothing_but_tensors_depends_on_the_masks() -> None:
+    """Compiled for one call, the stages serve the others without another graph."""
+    cfg = config(FLEXIBLE, simplify=dict.fromkeys(SIMPLIFY, True))
+    prepared = prepare(cfg)
+    torch._dynamo.reset()
+    for stage in ("encode_images", "prefill", "denoise_step"):
+        compiled = torch.compile(
+            getattr(prepared.policy, stage), fullgraph=True, dynamic=False, backend="aot_eager"
+        )
+        setattr(prepared.policy, stage, compiled)
+    inputs = sample_inputs(cfg)
+    prepared.call(with_masks(inputs, CALLS[0]))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        other = with_masks(inputs, CALLS[1])
+        assert relative(prepared.call(other), plain_actions(cfg, other)) < 1e-5
+
+
+def test_rotary_tables_are_looked_up_once_a_call() -> None:
+    cfg = config(FLEXIBLE, simplify={"rope_tables": True})
+    prepared, inputs = prepare(cfg), sample_inputs(cfg)
+    cache = prepared.policy.prefill_of(inputs, prepared.policy.encode_images(inputs.images))
+    assert cache.rope is not None
+    assert cache.rope.cos.shape[:2] == (2, 4)  # the state and three actions
+
+
+def test_kernels_get_lengths() -> None:
+    """What a kernel without a mask is told: every slot, and where each element's padding begins."""
+    cfg = config(FLEXIBLE, attention={"denoise": "sdpa"}, vision={"skip_masked": True})
+    prepared = prepare(cfg)
+    attend, seen = prepared.policy.ops.attention_prefill, set()
+
+    def spied(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
+        assert visibility.padding is not None
+        start, stop = visibility.padding
+        seen.add((q.shape[1], visibility.segments, tuple(start.tolist()), start.dtype, stop))
+        return attend(q, k, v, visibility, scale)
+
+    prepared.policy.ops.attention_prefill = spied
+    prepared.call(with_masks(sample_inputs(cfg), CALLS[0]))
+    assert seen == {(518, ((0, 518, None),), (518, 257), torch.int32, 518)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "backend"), [*itertools.product(("prefill", "denoise"), ("flash", "aiter"))]
+)
+def test_backends_without_a_mask_refuse(stage: str, backend: str) -> None:
+    refusal = BY_NAME["attention"].check(config(FLEXIBLE, attention={stage: backend}), CPU)
+    assert refusal is not None
+    assert refusal.outcome == "invalid"
+    assert f"attention.{stage}={backend}" in refusal.reason
+    assert "workload.layout=exact" in refusal.reason
+
+
+def test_vision_needs_no_mask() -> None:
+    assert BY_NAME["attention"].check(config(FLEXIBLE, attention={"vision": "flash"}), CPU) is None
+
+
+def test_padding_alone_cannot_be_skipped() -> None:
+    every = {**FLEXIBLE, "active_cameras": [True, True]}
+    found = BY_NAME["vision"].canonical(config(every, vision={"skip_masked": True}))
+    assert found == VisionOptions()

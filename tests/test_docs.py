@@ -1,0 +1,26 @@
+"""Every test that a document names is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+DOCS = TESTS.parent / "docs"
+
+
+@pytest.mark.parametrize(("document", "least"), [("engine.md", 50), ("measurement.md", 90)])
+def test_every_test_that_is_named_exists(document: str, least: int) -> None:
+    text = (DOCS / document).read_text(encoding="utf-8")
+    source, named = "", 0
+    for file, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", text):
+        if not file and not test:
+            continue
+        if file:
+            [path] = TESTS.rglob(file)
+            source = path.read_text(encoding="utf-8")
+        assert f"def {test}(" in source or not test, f"{file}::{test}"
+        named += 1
+    assert named >= least
