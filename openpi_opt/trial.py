@@ -238,14 +238,16 @@ def _run_checked(
     gpus = machine.gpus_for(cfg.device)
     arch = gpus[0].arch if gpus else machine.cpu
     asked = question.ask(policy, cfg, arch, references)
-    seen = asked.structure()
+    seen = asked.known_structure()
+    if seen is None or policy.dtype != torch.float32:
+        # Cast for the reference; the candidate must not depend on whether that was known already.
+        del policy
+        seen = seen or asked.structure()
+        if seen.passed:
+            progress.enter("load")
+            policy = runtime.build_policy(cfg, device)
     if not seen.passed:
         return _wrong(asked.wrong_structure(seen))
-    if policy.dtype != torch.float32:
-        # Cast for the reference; the candidate must not depend on whether that was known already.
-        progress.enter("load")
-        del policy
-        policy = runtime.build_policy(cfg, device)
     progress.enter("apply")
     if cfg.canonical().knobs["compile"] != cfg.baseline().knobs["compile"]:
         compilation.observe()

@@ -46,10 +46,17 @@ class Question:
         """What is admitted in the candidate's precision on ordinary inputs, were it lossless."""
         return guard.tolerance(self.cfg.guard, self.reference.plain_rel_l2)
 
-    def structure(self, foreign: bool = False) -> StructureReport:
-        """The candidate's structure in float32; see `guarding.structure`."""
+    def known_structure(self, foreign: bool = False) -> StructureReport | None:
+        """What the store says of the candidate's structure; see `structure.stored`."""
+        return structure.stored(self.cfg, self.key, self.folder, foreign)
+
+    def structure(self) -> StructureReport:
+        """The candidate's structure in float32; see `guarding.structure`.
+
+        No other policy should be in memory: this builds its own, one after the other.
+        """
         return structure.obtain(
-            self.cfg, self.device, self.cases, self.reference, self.key, self.folder, foreign
+            self.cfg, self.device, self.cases, self.reference, self.key, self.folder
         )
 
     def check(self, call: Call, layout: Layout | None, seen: StructureReport | None) -> GuardReport:

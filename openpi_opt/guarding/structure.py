@@ -25,6 +25,7 @@ Letters: B batch, S queries, T keys, Hq query heads, Hkv key/value heads, D head
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import sys
@@ -71,24 +72,38 @@ def obtain(
     reference: guard.Reference,
     reference_key: str,
     folder: Path,
-    foreign: bool = False,
 ) -> StructureReport:
-    """The report on the structure of `cfg`, from the store or made now.
+    """Make the report on the structure of `cfg` and keep it, unless another process did meanwhile.
 
     Making it builds policies in float32, one after the other; one process does, others wait.
-    `foreign` admits a report of the store in a process with foreign code, the same as now: a
-    user's program that loads a policy.
     """
     form = float32_form(cfg)
-    if not foreign and _foreign():
-        return _checked(cfg, form, device, cases, reference, folder)
-    path = folder / f"structure-{_key(cfg, form, reference_key)}.json"
+    path = _path(cfg, reference_key, folder)
     with FileLock(f"{path}.lock"):
-        if path.exists():
-            return StructureReport.model_validate_json(path.read_text(encoding="utf-8"))
-        report = _checked(cfg, form, device, cases, reference, folder)
-        write_atomic(path, report.model_dump_json(indent=1))
-    return report
+        found = stored(cfg, reference_key, folder)
+        if found is None:
+            found = _checked(cfg, form, device, cases, reference, folder)
+            write_atomic(path, found.model_dump_json(indent=1))
+        gc.collect()  # judged layers refer to themselves, and hold a policy's memory
+    return found
+
+
+def stored(
+    cfg: Config, reference_key: str, folder: Path, foreign: bool = False
+) -> StructureReport | None:
+    """The report that the store has on the structure of `cfg`, or None.
+
+    `foreign` admits it in a process with foreign code, the same as now: a user's program that
+    loads a policy.
+    """
+    path = _path(cfg, reference_key, folder)
+    if not path.exists() or (_foreign() and not foreign):
+        return None
+    return StructureReport.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def _path(cfg: Config, reference_key: str, folder: Path) -> Path:
+    return folder / f"structure-{_key(cfg, float32_form(cfg), reference_key)}.json"
 
 
 def float32_form(cfg: Config) -> Config:
@@ -122,6 +137,7 @@ def _checked(
     call = judge.watching(prepared.call, LOCAL_CASES)
     main = guard.check(call, inputs, exact, cfg.guard, upload=lambda item: upload(item, device))
     del prepared, call
+    gc.collect()
     second, admitted = _provoked(cfg, form, device, inputs[:PROVOKED], folder)
     local = judge.checks()
     report = StructureReport(
