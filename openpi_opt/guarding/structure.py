@@ -380,7 +380,7 @@ def _key(cfg: Config, form: Config, reference_key: str) -> str:
         "floor": cfg.guard.floor,
         "unchecked": unchecked(cfg),
         "reference": reference_key,
-        "program": _program_hash(),
+        "program": program_hash(False),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -405,12 +405,17 @@ def _foreign() -> list[Path]:
     return sorted(found)
 
 
-def _program_hash() -> str:
-    """Hash of this package's code that computes, and of foreign files that were imported."""
+def program_hash(foreign: bool = True) -> str:
+    """Hash of this package's code that computes, and of `foreign` files that were imported."""
     root = Path(__file__).resolve().parents[1]
     folders = ("pi0", "surgery", "kernels", "knobs", "guarding")
     files = [file for name in folders for file in sorted((root / name).rglob("*.py"))]
     digest = hashlib.sha256()
-    for file in [*files, root / "measure" / "guard.py", root / "runtime.py", *_foreign()]:
+    for file in [
+        *files,
+        root / "measure" / "guard.py",
+        root / "runtime.py",
+        *(_foreign() if foreign else []),
+    ]:
         digest.update(file.read_bytes() if file.exists() else str(file).encode())
     return digest.hexdigest()

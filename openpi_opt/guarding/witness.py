@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from openpi_opt.config import MIN_WARMUP
@@ -287,6 +286,8 @@ class _Times:
 
     def surely_less(self, fresh: _Times) -> bool:
         """Whether these take less by more than chance: Mann and Whitney's test, exact."""
+        from scipy.stats import mannwhitneyu  # slow to import, and seldom needed
+
         found = mannwhitneyu(self.samples_ms, fresh.samples_ms, alternative="less", method="exact")
         return self.middle < FASTER * fresh.middle and float(found.pvalue) < SURE
 

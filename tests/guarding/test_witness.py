@@ -107,7 +107,7 @@ def test_one_stale_result_is_found() -> None:
         kept.append(right(given))
         return kept[-2].clone() if len(kept) == 20 else kept[-1]
 
-    assert "again" in str(watched(call).problem)
+    assert "timed call" in str(watched(call).problem)
 
 
 def test_a_result_that_is_overwritten_is_no_result() -> None:
