@@ -235,12 +235,24 @@ class StructureReport(_Part):
     problem: str | None = None
 
 
+class GuardPower(_Part):
+    """What the guard sees with this model, weights and workload, where that was measured.
+
+    `smallest` is the least multiple of its tolerance by which a mutation is caught, `mutation` says
+    which, `missed` what the guard cannot see. See `openpi_opt.guarding.power`.
+    """
+
+    smallest: float
+    mutation: str
+    missed: tuple[str, ...] = ()
+
+
 class GuardReport(_Part):
     """Distance of the actions from the float32 reference, that of the worst case.
 
     The worst is the one nearest to, or farthest beyond, its tolerance; `case` names it.
-    `plain_rel_l2` is the distance of the plain eager policy in the same precision. Format 3 adds
-    `case`, `structure` and `timed`, None in earlier documents.
+    `plain_rel_l2` is the distance of the plain eager policy in the same precision. `power` is None
+    where `python -m openpi_opt.guard` has not measured it. Format 3 adds the last four fields.
     """
 
     passed: bool
@@ -253,6 +265,7 @@ class GuardReport(_Part):
     case: str | None = None
     structure: StructureReport | None = None
     timed: TimedReport | None = None
+    power: GuardPower | None = None
 
 
 class Memory(_Part):

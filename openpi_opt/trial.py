@@ -227,6 +227,7 @@ def _run_checked(
     import torch
 
     from openpi_opt import runtime
+    from openpi_opt.guarding import power as power_of_guard
     from openpi_opt.guarding import question
     from openpi_opt.measure import compilation
 
@@ -239,10 +240,14 @@ def _run_checked(
     arch = gpus[0].arch if gpus else machine.cpu
     asked = question.ask(policy, cfg, arch, references)
     seen = asked.known_structure()
-    if seen is None or policy.dtype != torch.float32:
+    # Once for a context, by its baseline. On a CPU it takes as long as several trials: by hand.
+    measured = device.type == "cpu" or not cfg.is_baseline() or asked.power() is not None
+    if seen is None or not measured or policy.dtype != torch.float32:
         # Cast for the reference; the candidate must not depend on whether that was known already.
         del policy
         seen = seen or asked.structure()
+        if not measured:
+            power_of_guard.measure_once(cfg, arch, references, asked.key)
         if seen.passed:
             progress.enter("load")
             policy = runtime.build_policy(cfg, device)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -28,14 +29,14 @@ from openpi_opt import runtime
 from openpi_opt.config import Config
 from openpi_opt.guarding import structure
 from openpi_opt.guarding.mutations import Mutation, catalogue
-from openpi_opt.guarding.question import Question, ask
+from openpi_opt.guarding.question import Question, ask, power_path
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.measure import guard
 from openpi_opt.measure.clock import upload
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.workload import make_inputs
-from openpi_opt.result import write_atomic
+from openpi_opt.result import GuardPower, write_atomic
 
 Kind = Literal["float32", "bfloat16", "float16", "fp8"]
 KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "float16", "fp8")
@@ -80,6 +81,8 @@ class Power(BaseModel):
     honest: dict[str, float]
     """share of the tolerance that the unchanged policy takes, by precision and check"""
     rows: list[Caught]
+    kinds: dict[str, GuardPower]
+    """what trials of a precision say of it"""
 
     def smallest(self, kind: Kind | None = None) -> Caught:
         """The mutation that is caught by the least multiple."""
@@ -91,21 +94,28 @@ class Power(BaseModel):
         return [row for row in self.rows if row.multiple < 1.0]
 
 
-def obtain(cfg: Config, arch: str, folder: Path, kinds: Sequence[Kind]) -> Power:
-    """The power for `cfg`'s model, weights and workload, measured now and written to the store."""
-    return Meter(cfg, arch, folder).measure(kinds)
-
-
 def stored(folder: Path, key: str) -> Power | None:
     """What was measured for the reference of this key, or None."""
-    path = _path(folder, key)
+    path = power_path(folder, key)
     if not path.exists():
         return None
     return Power.model_validate_json(path.read_text(encoding="utf-8"))
 
 
-def _path(folder: Path, key: str) -> Path:
-    return folder / f"power-{key}.json"
+def _said(rows: Sequence[Caught], kind: Kind) -> GuardPower:
+    mine = [row for row in rows if row.kind == kind]
+    least = min(mine, key=lambda row: row.multiple)
+    missed = tuple(row.name for row in mine if row.multiple < 1.0)
+    return GuardPower(smallest=least.multiple, mutation=least.name, missed=missed)
+
+
+def measure_once(cfg: Config, arch: str, folder: Path, key: str) -> None:
+    """Measure the power in the precision of `cfg`, unless the store has it for this reference."""
+    with FileLock(f"{power_path(folder, key)}.lock"):
+        if stored(folder, key) is None:
+            dtype: Kind = cfg.knobs["precision"].dtype  # type: ignore[attr-defined]
+            Meter(cfg, arch, folder).measure([dtype])
+    gc.collect()
 
 
 class Meter:
@@ -152,8 +162,9 @@ class Meter:
             plain_rel_l2=plain,
             honest=self.honest,
             rows=rows,
+            kinds={kind: _said(rows, kind) for kind in kinds},
         )
-        write_atomic(_path(self.folder, found.key), found.model_dump_json(indent=1))
+        write_atomic(power_path(self.folder, found.key), found.model_dump_json(indent=1))
         return found
 
     def config(self, kind: Kind) -> Config:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from openpi_opt import runtime
@@ -18,9 +19,20 @@ from openpi_opt.measure import guard
 from openpi_opt.measure.clock import upload
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.policy import Pi0Policy
-from openpi_opt.result import GuardReport, StructureReport, TimedReport
+from openpi_opt.result import GuardPower, GuardReport, StructureReport, TimedReport
 
 Call = Callable[[Inputs], Tensor]
+
+
+class GuardPowers(BaseModel):
+    """The part of `guarding.power`'s record that trials read: by precision, or fp8."""
+
+    kinds: dict[str, GuardPower]
+
+
+def power_path(folder: Path, key: str) -> Path:
+    """Where the power of the guard with the reference of this key is kept."""
+    return folder / f"power-{key}.json"
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,16 @@ class Question:
             self.cfg.lossy(),
             lambda item: upload(item, self.device),
         )
-        return found.model_copy(update={"structure": seen})
+        return found.model_copy(update={"structure": seen, "power": self.power()})
+
+    def power(self) -> GuardPower | None:
+        """What was measured of this guard in the candidate's precision, or None."""
+        path = power_path(self.folder, self.key)
+        if not path.exists():
+            return None
+        found = GuardPowers.model_validate_json(path.read_text(encoding="utf-8"))
+        dtype: str = self.cfg.knobs["precision"].dtype  # type: ignore[attr-defined]
+        return found.kinds.get("fp8" if self.cfg.lossy() else dtype)
 
     def wrong_structure(self, seen: StructureReport) -> GuardReport:
         """The report of a candidate whose structure is wrong: nothing else of it was looked at."""
