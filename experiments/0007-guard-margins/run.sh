@@ -13,28 +13,29 @@ small="platform=cpu workload.active_cameras=[true,true,false] workload.prompt_sl
   workload.prompt_tokens=5 workload.horizon=4 workload.steps=4"
 for seed in $SEEDS; do
   for model in pi0_mini pi05_mini; do
-    OMP_NUM_THREADS=1 nice timeout 420 "$PY" -m openpi_opt.guard $small model=$model \
+    OMP_NUM_THREADS=1 nice timeout 400 "$PY" -m openpi_opt.guard $small model=$model \
       weights.seed=$seed workload.seed=$seed --store "$STORE/cpu/$model-$seed" --table markdown \
       --out "$STORE/cpu/$model-$seed.json" >"$STORE/cpu/$model-$seed.md" 2>&1 &
   done
-  OMP_NUM_THREADS=1 nice timeout 420 "$PY" -m benchmarks.guard --platform cpu --runs "$RUNS" \
+  OMP_NUM_THREADS=1 nice timeout 400 "$PY" -m benchmarks.guard --platform cpu --runs "$RUNS" \
     --seed $seed --out "$STORE/cpu/honest-$seed.json" >"$STORE/cpu/honest-$seed.txt" 2>&1 &
 done
-OMP_NUM_THREADS=1 nice timeout 420 "$PY" -m openpi_opt.guard $small model=pi0_mini \
+OMP_NUM_THREADS=1 nice timeout 400 "$PY" -m openpi_opt.guard $small model=pi0_mini \
   workload.batch_size=3 --store "$STORE/cpu/batch-3" --table markdown \
   --out "$STORE/cpu/batch-3.json" >"$STORE/cpu/batch-3.md" 2>&1 &
 
-# On the device: margins, then the same trial twice (its structure is checked in the first one).
+# On the device: margins, then trials; `again` finds the verdict on its structure in the store.
 "$PY" -m openpi_opt.guard $common --store "$STORE" --table markdown --out "$OUT/margins.json" \
   >"$OUT/margins.md" 2>"$OUT/log.txt"
-for study in first again; do
-  "$PY" -m openpi_opt.sweep $common $PRESET study=$study store="$STORE" tracking=none fresh=true \
+trial() {
+  "$PY" -m openpi_opt.sweep $common study="$1" store="$STORE" tracking=none fresh=true "${@:2}" \
     >>"$OUT/log.txt" 2>&1
-done
-"$PY" -m openpi_opt.sweep $common $PRESET blas=fp8 'blas.fp8.stages=[vision,prefill]' \
-  fusion.vision_mlp=false study=fp8 store="$STORE" tracking=none >>"$OUT/log.txt" 2>&1
-"$PY" -m openpi_opt.sweep $common study=plain store="$STORE" tracking=none >>"$OUT/log.txt" 2>&1
-wait
+}
+trial preset $PRESET
+trial plain
+trial lossy $PRESET ${LOSSY:-blas=fp8 blas.fp8.stages=[vision,prefill] fusion.vision_mlp=false}
+trial again $PRESET
+kill $(jobs -p) 2>/dev/null
 tar -C "$STORE" -czf "$OUT/cpu.tar.gz" $(cd "$STORE" && ls cpu/*.json cpu/*.md cpu/*.txt)
 find "$STORE/studies" -name result.json | tar -czf "$OUT/trials.tar.gz" -T -
 tail -n 3 "$STORE"/cpu/honest-*.txt
