@@ -89,7 +89,7 @@ def times(multiple: float) -> str:
 
 
 def table(power: Power) -> Table:
-    """Rows are mutations; a column for each form in float32 and for each own precision."""
+    """Rows are mutations; a column for the structure in float32 and for each own precision."""
     from rich import box
     from rich.table import Table
 
@@ -97,13 +97,10 @@ def table(power: Power) -> Table:
     cells: dict[str, dict[str, str]] = {}
     for row in power.rows:
         mine = cells.setdefault(row.name, {})
-        if row.form is not None and row.kind in ("float32", "fp8"):
-            form = "float32" if row.kind == "float32" else "fp8, float32 form"
-            mine[form] = times(row.form)
+        mine["float32"] = times(row.form)
         if row.own is not None:
             mine[row.kind] = times(row.own) if row.enough else f"MISSED {times(row.own)}"
-    columns = ["float32", *(kind for kind in kinds if kind not in ("float32", "fp8"))]
-    columns += ["fp8, float32 form", "fp8"] if "fp8" in kinds else []
+    columns = ["float32", *(kind for kind in kinds if kind != "float32")]
     found = Table(box=box.MARKDOWN)
     found.add_column("mutation", no_wrap=True, min_width=max(map(len, cells)))
     for column in columns:

@@ -3,8 +3,8 @@
 Independent noise triggers no shortcut that depends on the data. So these are, in this order:
 
 - `ordinary`: independent random batches, `guard.inputs` of them;
-- `next frame`, `next patch`: the last ordinary batch a moment later, with a slight change of every
-  pixel, then of one patch of each camera;
+- `next patch`, `next frame`: the last ordinary batch a moment later, with one other patch for each
+  camera, then with a slight change of every pixel;
 - `other noise`: the same observation with another noise to start from;
 - `black`, `white and grey`: frames without content, which are not masked;
 - `other masks`: rows of one batch with different cameras and prompt lengths, for policies that were
@@ -69,8 +69,8 @@ def cases(
     first, last = ordinary[0], ordinary[-1]
     found = [Case(f"ordinary {i}", item, True) for i, item in enumerate(ordinary)]
     found += [
-        Case("next frame", next_frame(last, other)),
         Case("next patch", next_patch(last, other)),
+        Case("next frame", next_frame(last, other)),
         Case("other noise", first._replace(noise=other.noise)),
         Case("black", with_frames(other, [-1.0], last)),
         Case("white and grey", with_frames(other, [1.0, 0.0], first)),

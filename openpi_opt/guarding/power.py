@@ -5,10 +5,12 @@ A guard is worth what it catches with these weights and this workload. Every mut
 
 - `form`: the structure in float32, on the cases, and where that shows less than `FORM_ENOUGH` with
   the second weights (`weights.provoke`);
-- `own`: the candidate's own precision, on the cases.
+- `own`: the candidate's own precision, on the cases; of a mutation that the form shows anyway, on
+  the first `FEW` of them.
 
 The guard catches a mutation by the larger of the two. Cases are asked in order until one shows
-enough, so a multiple is what the guard sees at least.
+enough, so a multiple is what the guard sees at least. On top of FP8 the form is that of float32, in
+which its operands are not rounded.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from openpi_opt.guarding.question import Question, ask, power_path
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.measure import guard
 from openpi_opt.measure.clock import upload
+from openpi_opt.pi0 import weights
+from openpi_opt.pi0.config import MODELS
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.workload import make_inputs
@@ -43,24 +47,25 @@ KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "float16", "fp8")
 
 # What a mutation must show: in float32, and in anything coarser.
 FORM_ENOUGH, OWN_ENOUGH = 50.0, 1.5
+FEW = 2
 INFINITE = 1e9  # a multiple where the actions are not finite, or have another shape
 _PREVIOUS_SEED = 5_000_011
 
 
 class Caught(BaseModel):
-    """One mutation in one precision; None where a check was not asked."""
+    """One mutation in one precision; `own` is None in float32, where it is the form."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     kind: Kind
-    form: float | None
+    form: float
     own: float | None
 
     @property
     def multiple(self) -> float:
         """How many times its tolerance the guard sees it."""
-        return max(self.form or 0.0, self.own or 0.0)
+        return max(self.form, self.own or 0.0)
 
     @property
     def enough(self) -> bool:
@@ -133,30 +138,22 @@ class Meter:
     ) -> Power:
         """All mutations in all `kinds`; the float32 form of the 16-bit ones is float32's."""
         started = time.monotonic()
-        forms: dict[str, dict[str, float]] = {}
+        tell("float32: structure")
+        form = self._form(self.asked("float32"))
         rows, plain = [], {}
         for kind in kinds:
             asked = self.asked(kind)
             plain[kind] = asked.reference.plain_rel_l2
-            form = "fp8" if kind == "fp8" else "float32"
-            if form not in forms:
-                tell(f"{form}: structure")
-                forms[form] = self._form(asked, kind)
-            own = None
+            own: dict[str, float] = {}
             if kind != "float32":
                 tell(f"{kind}: own precision")
-                own = self._own(asked, kind)
+                own = self._own(asked, kind, form)
             rows += [
-                Caught(
-                    name=name,
-                    kind=kind,
-                    form=multiple,
-                    own=None if own is None else own[name],
-                )
-                for name, multiple in forms[form].items()
+                Caught(name=name, kind=kind, form=multiple, own=own.get(name))
+                for name, multiple in form.items()
             ]
         found = Power(
-            key=asked.key,
+            key=self.asked("float32").key,
             model=self.cfg.model.name,
             seconds=round(time.monotonic() - started, 1),
             plain_rel_l2=plain,
@@ -187,41 +184,39 @@ class Meter:
             torch.cuda.empty_cache()
         return runtime.build_policy(cfg, self.device)
 
-    def _form(self, asked: Question, kind: Kind) -> dict[str, float]:
+    def _form(self, asked: Question) -> dict[str, float]:
         """Each mutation in float32, also with the second weights where the first show little."""
-        cfg = self.config(kind)
-        form = structure.float32_form(cfg)
-        exact = structure.exact_reference(asked.reference)
-        limits = [exact.tolerance(i, cfg.guard) for i in range(len(asked.cases))]
+        cfg = self.config("float32")
         inputs = [case.inputs for case in asked.cases]
-
-        def applied(policy: Pi0Policy) -> Pi0Policy:
-            judge = structure.Judge(torch.bfloat16)
-            return structure.apply(policy, cfg, form, judge).policy
-
-        policy = applied(self._build(cfg))
-        found = self._all(policy, inputs, exact.actions, limits, FORM_ENOUGH, f"{kind} form")
-        weak = {name for name, multiple in found.items() if multiple < FORM_ENOUGH}
+        actions = asked.reference.actions
+        limits = [asked.reference.tolerance(i, cfg.guard) for i in range(len(inputs))]
+        everything = dict.fromkeys(self._names(), len(inputs))
+        policy = self._build(cfg)
+        found = self._all(policy, inputs, actions, limits, FORM_ENOUGH, "float32", everything)
+        weak = {n: structure.PROVOKED for n, multiple in found.items() if multiple < FORM_ENOUGH}
         if weak:
             del policy
             few = inputs[: structure.PROVOKED]
             actions = structure.provoked_reference(cfg, self.device, few, self.folder)
             limits = [structure.provoked_tolerance(cfg)] * len(few)
-            policy = applied(structure.provoked_policy(cfg, self.device))
-            name = f"{kind} form, second weights"
+            policy = structure.provoked_policy(cfg, self.device)
+            name = "float32, second weights"
             more = self._all(policy, few, actions, limits, FORM_ENOUGH, name, weak)
             found |= {name: max(found[name], multiple) for name, multiple in more.items()}
         return found
 
-    def _own(self, asked: Question, kind: Kind) -> dict[str, float]:
+    def _own(self, asked: Question, kind: Kind, form: dict[str, float]) -> dict[str, float]:
         """Each mutation in the candidate's precision."""
         cfg = self.config(kind)
         policy = runtime.apply_knobs(self._build(cfg), cfg).policy
-        limits = [
-            asked.reference.tolerance(i, cfg.guard, cfg.lossy()) for i in range(len(asked.cases))
-        ]
         inputs = [case.inputs for case in asked.cases]
-        return self._all(policy, inputs, asked.reference.actions, limits, OWN_ENOUGH, kind)
+        limits = [asked.reference.tolerance(i, cfg.guard, cfg.lossy()) for i in range(len(inputs))]
+        count = {n: FEW if m >= FORM_ENOUGH else len(inputs) for n, m in form.items()}
+        return self._all(policy, inputs, asked.reference.actions, limits, OWN_ENOUGH, kind, count)
+
+    def _names(self) -> list[str]:
+        policy = weights.build(MODELS[self.cfg.model.name], "meta", self.cfg.workload.steps)
+        return [mutation.name for mutation in catalogue(policy, runtime.workload_of(self.cfg))]
 
     def _all(
         self,
@@ -231,19 +226,22 @@ class Meter:
         limits: Sequence[float],
         enough: float,
         name: str,
-        only: set[str] | None = None,
+        count: dict[str, int],
     ) -> dict[str, float]:
+        """Multiples of the mutations in `count`, each by the first so many inputs."""
         workload = runtime.workload_of(self.cfg)
         seed = self.cfg.workload.seed + _PREVIOUS_SEED
         previous = make_inputs(workload, policy.config, seed, self.device)
-        unchanged = Mutation("unchanged", _nothing)
         found = {}
         with torch.no_grad():
-            for mutation in [unchanged, *catalogue(policy, workload)]:
-                if only is None or mutation.name in only or mutation is unchanged:
+            call = Mutation("unchanged", _nothing).candidate(policy, previous)
+            self.honest[name] = self._multiple(call, inputs, actions, limits, INFINITE)
+            for mutation in catalogue(policy, workload):
+                few = count.get(mutation.name, 0)
+                if few:
                     call = mutation.candidate(policy, previous)
-                    found[mutation.name] = self._multiple(call, inputs, actions, limits, enough)
-        self.honest[name] = found.pop("unchanged")
+                    asked = inputs[:few]
+                    found[mutation.name] = self._multiple(call, asked, actions, limits, enough)
         return found
 
     def _multiple(

@@ -75,7 +75,8 @@ def obtain(
 ) -> StructureReport:
     """Make the report on the structure of `cfg` and keep it, unless another process did meanwhile.
 
-    Making it builds policies in float32, one after the other; one process does, others wait.
+    Making it builds policies in float32, one after the other; one process does, others wait. What a
+    process with foreign code finds is not kept.
     """
     form = float32_form(cfg)
     path = _path(cfg, reference_key, folder)
@@ -83,7 +84,8 @@ def obtain(
         found = stored(cfg, reference_key, folder)
         if found is None:
             found = _checked(cfg, form, device, cases, reference, folder)
-            write_atomic(path, found.model_dump_json(indent=1))
+            if not _foreign():
+                write_atomic(path, found.model_dump_json(indent=1))
         gc.collect()  # judged layers refer to themselves, and hold a policy's memory
     return found
 
@@ -93,8 +95,7 @@ def stored(
 ) -> StructureReport | None:
     """The report that the store has on the structure of `cfg`, or None.
 
-    `foreign` admits it in a process with foreign code, the same as now: a user's program that
-    loads a policy.
+    `foreign` admits it in a process with foreign code: a user's program that loads a policy.
     """
     path = _path(cfg, reference_key, folder)
     if not path.exists() or (_foreign() and not foreign):
