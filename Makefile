@@ -7,13 +7,14 @@ WORKERS ?= 2
 export PYTHON
 py = .venv/bin/python
 
-.PHONY: help sweep test test-gpu lint ui bench stress compare clean
+.PHONY: docs help sweep test test-gpu lint ui bench stress compare clean
 
 help:
 	@echo "make sweep      set up .venv and run the first sweep (attention=aiter,sdpa)"
 	@echo "make test       set up .venv and run linters, type checker and tests"
 	@echo "make test-gpu   the tests that need a GPU"
-	@echo "make ui         MLflow UI on http://127.0.0.1:5000 (STORE=mlruns)"
+	@echo "make ui         MLflow on http://127.0.0.1:5000, with the latest study open (STORE=mlruns)"
+	@echo "make docs       the documentation as a site in build/site/"
 	@echo "make bench      what a trial costs beside its own time, and how fast commands begin"
 	@echo "make stress     300 random kills of sweeps and trials, and what was lost (5 to 10 minutes)"
 	@echo "make compare    slots busy beside Hydra's own Optuna sweeper (installs it in build/)"
@@ -39,7 +40,11 @@ test-gpu: .venv/installed
 	$(py) -m pytest -m gpu
 
 ui: .venv/installed
-	$(py) -m mlflow ui --backend-store-uri sqlite:///$(abspath $(STORE))/mlflow.db --host 127.0.0.1 --port 5000
+	$(py) -m openpi_opt.ui --store $(STORE) --port 5000
+
+docs: .venv/installed
+	$(py) -m pip -q install -c constraints.txt 'mkdocs-material>=9.5'
+	$(py) -m mkdocs build -q
 
 bench: .venv/installed
 	$(py) -m benchmarks.bench

@@ -10,7 +10,6 @@ Sources: AMD's workload tuning guide for MI300X (NUMA balancing, debugging varia
 from __future__ import annotations
 
 import csv
-import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -20,16 +19,14 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Literal
 
 from openpi_opt import machine as machines
-from openpi_opt.machine import Gpu, Machine
+from openpi_opt.machine import Machine
 from openpi_opt.paths import conf_dir
-
-Status = Literal["ok", "warning", "problem"]
+from openpi_opt.vendor import BY_NAME, GPU_VENDORS, VENDORS, base
+from openpi_opt.vendor.base import Finding, Gpu, Status, Vendor
 
 PYTHONS = ((3, 10), (3, 14))
 """From, and below."""
@@ -89,79 +86,34 @@ CONTRADICTIONS: tuple[tuple[str, str, str], ...] = (
      "other switches off"),
     ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "HIP reads both"),
 )  # fmt: skip
-_REPLAYS_ARE_SEEN = "7.2.2"
 _CU_OF_GFX = {"256": "gfx950", "304": "gfx942", "80": "gfx942"}
-_NVIDIA, _AMD = "0x10de", "0x1002"
-_GPU_CLASSES = ("0x03", "0x12")  # display controller, processing accelerator
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at; `mend` says what to do unless it is ok."""
+class Host(base.Host):
+    """Where to look, with what the probe found; `root` is / except in tests."""
 
-    area: Literal["machine", "drivers", "packages", "environment"]
-    name: str
-    status: Status
-    what: str
-    mend: str = ""
+    machine: Machine = field(default_factory=machines.probe)
 
-
-@dataclass(frozen=True)
-class Host:
-    """Where to look: `root` is / except in tests."""
-
-    machine: Machine
-    environ: Mapping[str, str]
-    root: Path = Path("/")
-    nvml: ModuleType | None = None
-    early: tuple[Finding, ...] = field(default=())
-
-    def read(self, path: str) -> str | None:
-        """Stripped text of a file below the root, None where it cannot be read."""
-        try:
-            return (self.root / path).read_text(encoding="utf-8", errors="replace").strip()
-        except OSError:
-            return None
-
-    def has_vendor(self, vendor: str) -> bool:
-        """Whether a PCI device of this vendor is a GPU."""
-        for device in sorted(self.root.glob("sys/bus/pci/devices/*")):
-            path = device.relative_to(self.root).as_posix()
-            kind = self.read(f"{path}/class") or ""
-            if self.read(f"{path}/vendor") == vendor and kind.startswith(_GPU_CLASSES):
-                return True
-        return False
+    def of(self, vendor: Vendor) -> Host:
+        """The same with the GPUs of one vendor."""
+        return replace(self, gpus=self.machine.gpus_for(vendor.device), torch=self.machine.torch)
 
     @property
-    def amd(self) -> tuple[Gpu, ...]:
-        """AMD GPUs that are visible."""
-        return self.machine.gpus_for("rocm")
-
-    @property
-    def nvidia(self) -> tuple[Gpu, ...]:
-        """NVIDIA GPUs that are visible."""
-        return self.machine.gpus_for("cuda")
+    def with_aiter(self) -> tuple[Gpu, ...]:
+        """GPUs for which AMD's library has kernels."""
+        return tuple(gpu for gpu in self.machine.gpus if BY_NAME[gpu.vendor].has_aiter)
 
 
 def this_host() -> Host:
     """The machine that this runs on."""
-    nvml = importlib.import_module("pynvml") if importlib.util.find_spec("pynvml") else None
-    errors = (nvml.NVMLError,) if nvml else ()
-    try:
-        return Host(machines.probe(), os.environ, nvml=nvml)
-    except errors as error:
-        found = Finding(
-            "drivers", "NVML", "problem", f"a GPU does not answer: {error}",
-            "look at nvidia-smi and dmesg; a lost GPU needs a reset or a reboot",
-        )  # fmt: skip
-        return Host(Machine((), None, "unknown", 0, 0), os.environ, early=(found,))
+    return Host(Path("/"), os.environ)
 
 
 def audit(host: Host) -> list[Finding]:
     """Everything, in the order in which it is printed."""
     return [
         *_machine(host),
-        *host.early,
         *_drivers(host),
         *_torch(host),
         *_packages(),
@@ -169,8 +121,6 @@ def audit(host: Host) -> list[Finding]:
         *_aiter(host),
         *_numa(host),
         *_governor(host),
-        *_power(host),
-        *_processes(host),
         *_environment(host.environ),
     ]
 
@@ -188,78 +138,47 @@ def _machine(host: Host) -> list[Finding]:
         )  # fmt: skip
     memory = f"{machine.memory_mib / 1024:.0f} GiB of memory"
     system = f"{platform.system()} {platform.release()}"
-    cpu = Finding(
-        "machine", "cpu", "ok", f"{machine.cpu}, {machine.cores} cores, {memory}, {system}"
-    )
+    cores = f"{machine.cores} cores"
+    if machine.quota is not None:
+        cores += f" of which {machine.quota:g} may be busy (a quota of the container)"
+    cpu = Finding("machine", "cpu", "ok", f"{machine.cpu}, {cores}, {memory}, {system}")
     gpus = [
         Finding(
             "machine", f"gpu {gpu.index}", "ok",
-            f"{gpu.name} ({gpu.arch}), {gpu.memory_mib / 1024:.0f} GiB, driver {gpu.driver}",
+            f"{gpu.name} ({gpu.arch}), {_memory(gpu)}, driver {gpu.driver}",
         )
         for gpu in machine.gpus
     ]  # fmt: skip
-    return [python, cpu, *(gpus or _no_gpu(host))]
+    troubles = [
+        Finding("machine", each.name, "problem" if each.hides else "warning", each.what, each.mend)
+        for each in machine.troubles
+    ]
+    return [python, cpu, *(gpus or ([] if troubles else _no_gpu(host))), *troubles]
+
+
+def _memory(gpu: Gpu) -> str:
+    if gpu.memory_mib is None:
+        return "memory unknown (it may share the host's)"
+    return f"{gpu.memory_mib / 1024:.0f} GiB"
 
 
 def _no_gpu(host: Host) -> list[Finding]:
     hidden = [n for n in host.environ if n.endswith("_VISIBLE_DEVICES")]
-    if hidden and (host.has_vendor(_NVIDIA) or host.has_vendor(_AMD)):
-        return [
-            Finding(
-                "machine", "gpu", "warning", f"none is visible; {', '.join(hidden)} may hide it",
-                f"unset {' '.join(hidden)}, or name a GPU that exists",
-            )
-        ]  # fmt: skip
-    return [
-        Finding(
-            "machine", "gpu", "warning", "none: sweeps take the small model pi0_mini on the CPU",
-            "for figures of the full model run on a machine with an AMD or NVIDIA GPU",
-        )
-    ]  # fmt: skip
+    if hidden:
+        what = f"none is visible; {', '.join(hidden)} may hide it"
+        mend = f"unset {' '.join(hidden)}, or name a GPU that exists"
+    else:
+        what = "none: sweeps take the small model pi0_mini on the CPU"
+        mend = "for figures of the full model run on a machine with an AMD or NVIDIA GPU"
+    return [Finding("machine", "gpu", "warning", what, mend)]
 
 
 def _drivers(host: Host) -> list[Finding]:
     found = []
-    hidden = any(name.endswith("_VISIBLE_DEVICES") for name in host.environ)
-    if host.has_vendor(_NVIDIA) and not host.nvidia and not hidden:
-        reason = "its driver is not loaded or does not fit NVML"
-        if host.nvml is None:
-            reason = "nvidia-ml-py, which asks its driver, is not installed"
-        found.append(
-            Finding(
-                "drivers", "nvidia", "problem", f"there is an NVIDIA GPU, but {reason}",
-                "nvidia-smi must work; after an update of the driver reboot" if host.nvml
-                else _INSTALL,
-            )
-        )  # fmt: skip
-    kfd = host.root / "dev/kfd"
-    if host.has_vendor(_AMD) and not kfd.exists() and not host.amd:
-        found.append(
-            Finding(
-                "drivers", "amdgpu", "problem", "there is an AMD GPU, but no /dev/kfd",
-                "modprobe amdgpu; in a container: --device=/dev/kfd --device=/dev/dri",
-            )
-        )  # fmt: skip
-    elif kfd.exists() and not os.access(kfd, os.R_OK | os.W_OK):
-        found.append(
-            Finding(
-                "drivers", "amdgpu", "problem", "/dev/kfd may not be opened by this user",
-                "sudo usermod -aG render,video $USER, then log in again; in a container "
-                "--group-add render",
-            )
-        )  # fmt: skip
-    names = {gpu.vendor: gpu.driver for gpu in host.machine.gpus}
-    found += [Finding("drivers", vendor, "ok", driver) for vendor, driver in names.items()]
-    torch = host.machine.torch
-    if host.amd and torch and torch.hip and _numbers(torch.hip) < _numbers(_REPLAYS_ARE_SEEN):
-        found.append(
-            Finding(
-                "drivers", "roctracer", "warning",
-                f"torch is built for ROCm {torch.hip}: before {_REPLAYS_ARE_SEEN} the profiler "
-                "loses kernels of replayed graphs",
-                "counts are then those of the uncaptured call; install a newer build of torch",
-            )
-        )  # fmt: skip
+    for vendor in VENDORS:
+        own = host.of(vendor)
+        found += vendor.findings(own)
+        found += [Finding("drivers", vendor.name, "ok", gpu.driver) for gpu in own.gpus[:1]]
     return found
 
 
@@ -267,16 +186,15 @@ def _torch(host: Host) -> list[Finding]:
     torch = host.machine.torch
     if torch is None:
         return []  # reported among the packages
-    build = f"CUDA {torch.cuda}" if torch.cuda else f"ROCm {torch.hip}" if torch.hip else "CPU"
-    for gpus, runtime, wanted in ((host.nvidia, torch.cuda, "CUDA"), (host.amd, torch.hip, "ROCm")):
-        if gpus and not runtime:
-            return [
-                Finding(
-                    "packages", "torch build", "problem",
-                    f"torch {torch.version} is built for {build}: it cannot use {gpus[0].name}",
-                    f"install a {wanted} build of torch (pytorch.org), then make sweep keeps it",
-                )
-            ]  # fmt: skip
+    built = [f"{v.runtime} {torch.runtime(v.torch_runtime)}" for v in GPU_VENDORS
+             if torch.runtime(v.torch_runtime)]  # fmt: skip
+    build = built[0] if built else "CPU"
+    for vendor in GPU_VENDORS:
+        gpus = host.machine.gpus_for(vendor.device)
+        if gpus and not host.machine.built_for(vendor.device):
+            what = f"torch {torch.version} is built for {build}: it cannot use {gpus[0].name}"
+            mend = f"install a {vendor.runtime} build of torch (pytorch.org); make sweep keeps it"
+            return [Finding("packages", "torch build", "problem", what, mend)]
     return [Finding("packages", "torch build", "ok", f"{torch.version}, for {build}")]
 
 
@@ -332,13 +250,13 @@ def _aiter(host: Host) -> list[Finding]:
         "AITER_USE_SYSTEM_TRITON=1 keeps your Triton"
     )
     if package is None:
-        if not host.amd:
+        if not host.with_aiter:
             return []
         what = "not installed: attention=aiter and blas=aiter end unavailable"
         return [Finding("packages", "aiter", "warning", what, install)]
     if package.kind == "unrelated":
         what = f"{package.location} ({package.version}) is PyPI's asyncio package, not AMD's"
-        status: Status = "problem" if host.amd else "warning"
+        status: Status = "problem" if host.with_aiter else "warning"
         return [Finding("packages", "aiter", status, what, f"pip uninstall aiter; {install}")]
     found = [Finding("packages", "aiter", "ok", f"AMD's, {package.version}")]
     return [*found, *_tuned_products(host, Path(package.location))]
@@ -347,9 +265,9 @@ def _aiter(host: Host) -> list[Finding]:
 def _tuned_products(host: Host, package: Path) -> list[Finding]:
     """Products without a row in the table go to torch's BLAS, with one log line and no error."""
     name, variable = "aiter tuned GEMM table", "AITER_CONFIG_GEMM_BF16"
-    if not host.amd:
+    if not host.with_aiter:
         return []
-    arch = host.amd[0].arch
+    arch = host.with_aiter[0].arch
     named = host.environ.get(variable)
     if named:
         files = [Path(part) for part in named.split(os.pathsep) if part]
@@ -411,63 +329,6 @@ def _governor(host: Host) -> list[Finding]:
     return [Finding("machine", "CPU governor", "warning", what, mend)]
 
 
-def _power(host: Host) -> list[Finding]:
-    """Power limits in watts against the default of the same board."""
-    limits: list[tuple[str, float, float, str]] = []
-    for index, handle in _handles(host):
-        nvml = host.nvml
-        assert nvml is not None
-        try:
-            limit = nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1e3
-            usual = nvml.nvmlDeviceGetPowerManagementDefaultLimit(handle) / 1e3
-        except nvml.NVMLError:  # not every board tells
-            continue
-        limits.append((f"gpu {index}", limit, usual, f"sudo nvidia-smi -i {index} -pl {usual:.0f}"))
-    for cap in sorted(host.root.glob("sys/class/drm/renderD*/device/hwmon/hwmon*/power1_cap")):
-        path = cap.relative_to(host.root).as_posix()
-        limit_uw, usual_uw = host.read(path), host.read(f"{path}_default")
-        vendor = host.read(f"{path.split('/hwmon/')[0]}/vendor")
-        if vendor == _AMD and (limit_uw or "").isdigit() and (usual_uw or "").isdigit():
-            name = path.split("/")[3]
-            limit, usual = int(limit_uw or 0) / 1e6, int(usual_uw or 0) / 1e6
-            limits.append((name, limit, usual, f"sudo amd-smi set --power-cap {usual:.0f}"))
-    found = []
-    for name, limit, usual, mend in limits:
-        if limit < usual:
-            what = f"{name}: {limit:.0f} W of {usual:.0f} W; figures hold for this limit only"
-            found.append(Finding("machine", "power cap", "warning", what, mend))
-        else:
-            found.append(Finding("machine", "power cap", "ok", f"{name}: {limit:.0f} W"))
-    return found
-
-
-def _processes(host: Host) -> list[Finding]:
-    """Other processes that have a GPU open."""
-    users: dict[str, set[int]] = {}
-    for index, handle in _handles(host):
-        nvml = host.nvml
-        assert nvml is not None
-        try:
-            running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        except nvml.NVMLError:  # not permitted, as in some containers
-            continue
-        users[f"gpu {index}"] = {process.pid for process in running} - {os.getpid()}
-    if host.amd:
-        queues = host.root.glob("sys/class/kfd/kfd/proc/*")
-        pids = {int(folder.name) for folder in queues if folder.name.isdigit()}
-        users["AMD GPUs"] = pids - {os.getpid()}
-    found = []
-    for name, pids in users.items():
-        if pids:
-            listed = ", ".join(str(pid) for pid in sorted(pids)[:5])
-            what = f"{name}: {len(pids)} ({'process' if len(pids) == 1 else 'processes'} {listed})"
-            mend = "stop them, or choose another GPU with platform.gpu=N"
-            found.append(Finding("machine", "other processes", "warning", what, mend))
-        else:
-            found.append(Finding("machine", "other processes", "ok", f"{name}: none"))
-    return found
-
-
 def _environment(environ: Mapping[str, str]) -> list[Finding]:
     found = []
     for pattern, harmless, why in HAZARDS:
@@ -484,14 +345,6 @@ def _environment(environ: Mapping[str, str]) -> list[Finding]:
     return found or [
         Finding("environment", "variables", "ok", "none that changes what is measured")
     ]
-
-
-def _handles(host: Host) -> list[tuple[int, object]]:
-    """NVML's handles of the visible NVIDIA GPUs; NVML stays initialised, which costs nothing."""
-    if host.nvml is None or not host.nvidia:
-        return []
-    host.nvml.nvmlInit()
-    return [(gpu.index, host.nvml.nvmlDeviceGetHandleByUUID(gpu.uuid)) for gpu in host.nvidia]
 
 
 def _matches(name: str, pattern: str) -> bool:

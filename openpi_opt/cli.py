@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from openpi_opt import interrupt
 from openpi_opt.errors import UserError, masked
+from openpi_opt.vendor import BY_NAME
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from openpi_opt.machine import Machine
 
 USER_ERROR = 2
 INTERRUPTED = interrupt.INTERRUPTED
@@ -97,6 +100,24 @@ def _one_line(error: BaseException) -> str:
 def say(text: str) -> None:
     """Progress, on stderr: stdout holds what was asked for alone."""
     print(text, file=sys.stderr, flush=True)
+
+
+def this_machine() -> Machine:
+    """What this machine has; says on stderr what it does not answer, and a GPU that is not used."""
+    from openpi_opt.machine import probe
+
+    machine = probe()
+    for trouble in machine.troubles if machine.gpus else ():  # else whoever wants one is refused
+        say(f"warning: {trouble} ({trouble.mend})")
+    for gpu in machine.gpus:
+        device = BY_NAME[gpu.vendor].device
+        if machine.torch is not None and not machine.built_for(device):
+            say(
+                f"warning: {gpu.name} is not used: the installed torch ({machine.torch.version}) "
+                f"was not built for {BY_NAME[gpu.vendor].runtime}"
+            )
+            break
+    return machine
 
 
 def print_uncut(console: Console, table: Table) -> None:

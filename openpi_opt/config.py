@@ -11,9 +11,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from functools import reduce
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,6 +30,7 @@ from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.knobs.base import Options
 from openpi_opt.machine import Device, Machine
 from openpi_opt.paths import content_of
+from openpi_opt.vendor import BY_DEVICE, DEVICES
 
 MIN_WARMUP = 3
 MIN_ITERATIONS = 10
@@ -108,10 +110,16 @@ class Workload(Section):
         return self
 
 
+def _known_device(device: str) -> str:
+    if device not in ("auto", *DEVICES):
+        raise ValueError(f"unknown, use auto or one of {', '.join(DEVICES)}")
+    return device
+
+
 class Platform(Section):
     """Where the trial runs. `gpu` counts the visible GPUs of that kind; None: any free one."""
 
-    device: Literal["auto", "cpu", "cuda", "rocm"] = "auto"
+    device: Annotated[str, AfterValidator(_known_device)] = "auto"
     gpu: int | None = Field(None, ge=0)
 
 
@@ -304,7 +312,7 @@ class Config(BaseModel):
         device = _resolve_device(self.platform, machine)
         measure = self.measure
         if measure.max_seconds is None:
-            seconds = CPU_SECONDS if device == "cpu" else GPU_SECONDS
+            seconds = GPU_SECONDS if BY_DEVICE[device].is_gpu else CPU_SECONDS
             measure = measure.model_copy(update={"max_seconds": seconds})
         # Not in `parse`, by which documents are read whose defaults were others.
         _check_time(measure, self.limits)
@@ -314,7 +322,9 @@ class Config(BaseModel):
         name = self.model.name
         if name == "auto":
             gpus = machine.gpus_for(device)
-            roomy = bool(gpus) and gpus[self.platform.gpu or 0].memory_mib >= PI0_MEMORY_MIB
+            # A GPU that tells no memory of its own shares the host's.
+            own = gpus[self.platform.gpu or 0].memory_mib or machine.memory_mib if gpus else 0
+            roomy = own >= PI0_MEMORY_MIB
             family = "pi0" if weights.path is None else checkpoint_file.family(weights.path)
             small: Literal["pi0_mini", "pi05_mini"] = (
                 "pi05_mini" if family == "pi05" else "pi0_mini"
@@ -370,22 +380,32 @@ class Config(BaseModel):
         return sections
 
     def context_hash(self) -> str:
-        """Hash of `context`, 12 hexadecimal digits."""
-        return _digest(self.context())
+        """Hash of `context` without what is at its default, 12 hexadecimal digits."""
+        return _digest(self._changed_context())
 
     def hash(self) -> str:
         """Hash of the canonical knobs and the context, 12 hexadecimal digits.
 
-        Files that knobs read count by their content, at whatever path they lie.
+        What is at its default is left out: a new knob or option changes no hash. Files that knobs
+        read count by their content, at whatever path they lie.
         """
         canonical = self.canonical()
-        knobs = canonical.dump()["knobs"]
+        changed = {
+            name: options.model_dump(mode="json", exclude_defaults=True)
+            for name, options in canonical.knobs.items()
+        }
+        knobs = {name: values for name, values in changed.items() if values}
         for knob in KNOBS:
             for option, path in knob.files(canonical).items():
                 *groups, key = option.split(".")
                 owner = reduce(lambda found, group: found[group], groups, knobs[knob.name])
                 owner[key] = content_of(path)
-        return _digest({"knobs": knobs, **canonical.context()})
+        return _digest({"knobs": knobs, **canonical._changed_context()})
+
+    def _changed_context(self) -> dict[str, Any]:
+        changed = self.model_dump(mode="json", include=set(CONTEXT_SECTIONS), exclude_defaults=True)
+        changed.get("workload", {}).pop("name", None)
+        return {name: values for name, values in changed.items() if values}
 
     def labels(self) -> dict[str, str]:
         """Short text of each knob, for tables and MLflow params."""
@@ -443,26 +463,21 @@ def _check_time(measure: Measure, limits: Limits) -> None:
 
 
 def _resolve_device(platform: Platform, machine: Machine) -> Device:
-    usable = machine.usable_device()
-    if platform.device == "auto":
-        device: Device = usable
-    else:
-        device = platform.device
-    gpus = machine.gpus_for(device)
-    if device != "cpu" and not gpus:
+    device = machine.usable_device() if platform.device == "auto" else platform.device
+    gpus, vendor = machine.gpus_for(device), BY_DEVICE[device]
+    if vendor.is_gpu and not gpus:
+        said = "".join(f"{trouble}. " for trouble in machine.troubles if trouble.hides)
         raise UserError(
-            f"platform={device}: this machine has no {device.upper()} GPU that is visible. "
+            f"platform={device}: this machine has no {device.upper()} GPU that is visible. {said}"
             "Use platform=cpu or platform=auto, or check the driver and *_VISIBLE_DEVICES."
         )
-    build = machine.torch
-    has = {"cpu": True, "cuda": bool(build and build.cuda), "rocm": bool(build and build.hip)}
-    if not has[device]:
-        version = build.version if build else "none"
+    if not machine.built_for(device):
+        version = machine.torch.version if machine.torch else "none"
         raise UserError(
             f"platform={device}: the installed torch ({version}) was not built for it. "
             "Install the torch build of your GPU vendor, or use platform=cpu."
         )
-    if device != "cpu" and platform.gpu is not None and platform.gpu >= len(gpus):
+    if vendor.is_gpu and platform.gpu is not None and platform.gpu >= len(gpus):
         raise UserError(
             f"platform.gpu={platform.gpu}: this machine shows {len(gpus)} GPU(s), "
             f"counted from 0. Use platform.gpu=0 to {len(gpus) - 1}."

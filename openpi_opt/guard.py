@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     from rich.console import Console
 
-    from openpi_opt.compose import compose
     from openpi_opt.errors import UserError
     from openpi_opt.machine import probe
+    from openpi_opt.space.compose import compose
     from openpi_opt.track.store import Store
 
     unknown = [kind for kind in options.precisions if kind not in KINDS]

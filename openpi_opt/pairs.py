@@ -20,7 +20,6 @@ from openpi_opt.confirm.contenders import short
 from openpi_opt.confirm.judge import Gain
 from openpi_opt.confirm.paired import MIN_PAIRS, Compared, Spread, compare, spread_of
 from openpi_opt.errors import UserError
-from openpi_opt.machine import probe
 from openpi_opt.rounds import Measured, Session, interval, open_session, percent, refusal
 from openpi_opt.track import plots
 from openpi_opt.track.journal import utc_now
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: A and B cannot be compared or run, or the time was too short for any statement.
     """
     arguments = _parser().parse_args(argv)
-    machine = probe()
+    machine = cli.this_machine()
     a, b = (
         _config(arguments, own).resolved(machine) for own in (arguments.a or [], arguments.b or [])
     )

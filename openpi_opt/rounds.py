@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt import cli
-from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.confirm.contenders import contenders, short
 from openpi_opt.confirm.fresh import FreshRuns, Planned
@@ -29,6 +28,7 @@ from openpi_opt.confirm.rounds import (
     Place,
     Stage,
     draw_rounds,
+    flagged,
     measure_rounds,
 )
 from openpi_opt.confirm.steps import Target
@@ -36,8 +36,9 @@ from openpi_opt.criteria import Criteria
 from openpi_opt.engine.trials import refused
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
-from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
+from openpi_opt.process.devices import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
+from openpi_opt.space.compose import compose
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import DEFAULT_STORE, Store
@@ -282,19 +283,6 @@ def refusal(cfg: Config, machine: Any) -> str | None:
     return None if found is None else why(found)
 
 
-def flagged(processes: Iterable[Sequence[str]]) -> list[str]:
-    """A line for each check that flagged processes: `flagged host_shared: 5 of 24 processes`.
-
-    `processes` has the flags of each, as `result.Ok.flags` gives them.
-    """
-    every = list(processes)
-    names = [name for flags in every for name in {flag.partition(":")[0] for flag in flags}]
-    return [
-        f"flagged {name}: {names.count(name)} of {len(every)} processes"
-        for name in sorted(set(names))
-    ]
-
-
 def percent(value: float) -> str:
     """A share as a signed percentage."""
     return f"{value:+.2%}"
@@ -376,7 +364,7 @@ def open_session(
     return Session(
         verb=verb,
         config=cfg,
-        runs=FreshRuns(store, journal, tracking, probe(), cli.say),
+        runs=FreshRuns(store, journal, tracking, cli.this_machine(), cli.say),
         folder=Path(arguments.out) if arguments.out else study_dir / verb,
         seed=arguments.seed,
         rounds=arguments.rounds,

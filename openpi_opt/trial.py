@@ -37,7 +37,9 @@ from openpi_opt.process.environment import (
     cleared_names,
     knob_variables,
 )
+from openpi_opt.track import identity
 from openpi_opt.track.fingerprint import fingerprint
+from openpi_opt.vendor import BY_DEVICE
 
 if TYPE_CHECKING:
     from openpi_opt.guarding.question import Question
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     machine = probe()
     if not arguments.in_place:
         _execute_in_place(cfg.resolved(machine), machine)
-    progress = Progress(arguments.progress_fd, arguments.gate_fd)
+    progress = Progress(arguments.progress_fd, arguments.gate_fd, arguments.stopped_fd)
     outcome = run(cfg, machine, progress, arguments.references, arguments.result.parent)
     results.write(arguments.result, outcome)
     return 0
@@ -75,16 +77,20 @@ def main(argv: list[str] | None = None) -> int:
 class Progress:
     """Says which phase begins, on a file descriptor of the parent or on stderr.
 
-    The first phase, `start`, began with the process. With `gate_fd` the parent says when to go on.
+    The first phase, `start`, began with the process. With `gate_fd` the parent says when this
+    process has the device, and at `stopped_fd` for how many seconds it stood still for others.
     """
 
     fd: int | None
     gate_fd: int | None = None
+    stopped_fd: int | None = None
     phase: str = "start"
     seconds: dict[str, float] = field(default_factory=dict)
-    _since: float = field(default_factory=lambda: time.monotonic() - _age_seconds())
+    _since: float = 0.0
+    _asked: bool = False
 
     def __post_init__(self) -> None:
+        self._since = self.clock() - max(0.0, _age_seconds() - self._stopped())
         if self.fd is not None:
             threading.Thread(target=_end_with_parent, args=(self.fd,), daemon=True).start()
 
@@ -98,19 +104,32 @@ class Progress:
         else:
             os.write(self.fd, line.encode())
 
-    def gate(self) -> None:
-        """Wait for the parent, where there is a gate: one byte lets through, its end ends this."""
-        if self.gate_fd is None:
+    def ask(self) -> None:
+        """Wait until this process has the device for itself; asking again has no effect.
+
+        From then until it has ended, the others on the device stand still (`process.schedule`).
+        """
+        if self.gate_fd is None or self._asked:
             return
+        self._asked = True
         self.enter("wait")
         if not os.read(self.gate_fd, 1):
             sys.exit("the gate was closed: this process is not needed")
 
+    def clock(self) -> float:
+        """Seconds on a clock that stands still while this process is stopped."""
+        return time.monotonic() - self._stopped()
+
     def leave(self) -> None:
         """Book the time of the current phase."""
-        now = time.monotonic()
+        now = self.clock()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._since
         self._since = now
+
+    def _stopped(self) -> float:
+        if self.stopped_fd is None:
+            return 0.0
+        return float(os.pread(self.stopped_fd, 64, 0) or 0)
 
 
 def _age_seconds() -> float:
@@ -165,7 +184,8 @@ def run(
         traceback.print_exc()
         outcome = _failure(error, progress.phase)
     progress.leave()
-    return results.parse_plain({**common, "phase_seconds": progress.seconds, **outcome})
+    found = {"files": identity.imported(cfg), "phase_seconds": progress.seconds}
+    return results.parse_plain({**common, **found, **outcome})
 
 
 def _run(
@@ -183,7 +203,7 @@ def _run(
     gpus = machine.gpus_for(cfg.device)
     progress.enter("import")
     _import_all(cfg)
-    progress.gate()  # nothing has touched the GPU yet
+    identity.imported(cfg)  # as they are now: they may be edited while this runs
     progress.enter("load")
     with contextlib.ExitStack() as stack:
         # Before torch makes a context: processes that are there now are not this one.
@@ -232,7 +252,8 @@ def _run_checked(
     from openpi_opt.measure import compilation
 
     device = runtime.torch_device(cfg)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    accelerator = BY_DEVICE[cfg.device].accelerator()
+    if accelerator is not None and not accelerator.is_available():
         raise RefusedError("unavailable", f"torch {torch.__version__} sees no usable GPU")
     policy = runtime.build_policy(cfg, device)
     progress.enter("reference")
@@ -257,6 +278,7 @@ def _run_checked(
     if cfg.canonical().knobs["compile"] != cfg.baseline().knobs["compile"]:
         compilation.observe()
     prepared = runtime.apply_knobs(policy, cfg)
+    identity.note_imported(cfg, folder)
     found = _measure(prepared, asked, seen, progress, folder, monitor)
     if found["outcome"] == "ok":
         _explain(found, prepared, asked, machine, progress, references.with_name("ceilings"))
@@ -281,18 +303,21 @@ def _measure(
 
     cfg, device = asked.cfg, asked.cfg.device
     inputs = [clock.upload(item, asked.device) for item in asked.observations]
+    if any(knob.times_kernels(cfg) for knob in KNOBS):
+        progress.ask()
     progress.enter("compile")
     memory.reset_peak(device)
     triton_counts = compilation.watch_triton() if device != "cpu" else lambda: (0, 0)
-    started = time.monotonic()
+    started = progress.clock()
     prepared.call(inputs[0]).cpu()
-    first_call_seconds = time.monotonic() - started
+    first_call_seconds = progress.clock() - started
     entries = compilation.cache_entries(*triton_counts())
     first_call = {
         "compile_seconds": first_call_seconds,
         "compile_cache": compilation.cache_state(entries),
         "cache_entries": entries,
     }
+    progress.ask()
     progress.enter("warmup")
     clock.warm_up(prepared.call, inputs, cfg.measure.warmup, device)
     progress.enter("guard")
@@ -301,7 +326,6 @@ def _measure(
         return _wrong(report)
     # Before the timing, whose inputs and outputs are kept for the guard and are not the policy's.
     peak = memory.peak(device)
-    progress.gate()
     witness = asked.witness()
     with measuring_alone(cfg, progress):
         progress.enter("measure")
@@ -538,7 +562,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--progress-fd", type=int, help="file descriptor for phases (default: stderr)"
     )
-    parser.add_argument("--gate-fd", type=int, help=argparse.SUPPRESS)
+    for name in ("gate", "stopped"):
+        parser.add_argument(f"--{name}-fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--in-place", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--resolved", help=argparse.SUPPRESS)
     return parser

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -21,6 +22,7 @@ from openpi_opt.knobs.environment import REFUSED
 from openpi_opt.machine import AiterPackage, Gpu, Machine, TorchBuild
 from openpi_opt.paths import package_dir
 from openpi_opt.process.environment import cleared_names
+from openpi_opt.vendor.base import Trouble
 
 ROOT = Path(__file__).parent.parent
 H100 = Gpu(0, "GPU-abc", "NVIDIA H100", "nvidia", "sm90", 81_559, "570.1")
@@ -43,7 +45,14 @@ def host(
     environ: Mapping[str, str] | None = None,
     nvml: ModuleType | None = None,
 ) -> Host:
-    return Host(made, environ or {}, root, nvml)
+    sys.modules["pynvml"] = nvml  # type: ignore[assignment]  # None: importing it fails
+    return Host(root, environ or {}, machine=made)
+
+
+@pytest.fixture(autouse=True)
+def _libraries_of_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pynvml", "amdsmi"):
+        monkeypatch.setitem(sys.modules, name, None)
 
 
 def write(path: Path, text: str = "") -> Path:
@@ -134,19 +143,29 @@ class FakeNvml(ModuleType):
     limit_w: float = 700
     pids: tuple[int, ...] = ()
     silent: bool = False
-    asked: list[str] = field(default_factory=list)
 
     class NVMLError(Exception):
         pass
 
     def __post_init__(self) -> None:
         super().__init__("pynvml")
+        self.__spec__ = ModuleSpec("pynvml", None)
 
     def nvmlInit(self) -> None:  # noqa: N802
         pass
 
+    nvmlShutdown = nvmlInit  # noqa: N815
+
+    def __getattr__(self, name: str) -> object:
+        if not name.startswith("nvmlDevice"):
+            raise AttributeError(name)
+
+        def refuse(*_: object) -> None:
+            raise self.NVMLError("Not Supported")
+
+        return refuse
+
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
-        self.asked.append(uuid)
         return uuid
 
     def nvmlDeviceGetPowerManagementLimit(self, handle: str) -> float:  # noqa: N802
@@ -178,6 +197,28 @@ def test_power_and_processes_of_nvidia(tmp_path: Path) -> None:
     assert "2 (processes 7, 8)" in only(busy, "other processes").what
     silent = host(tmp_path, made, nvml=fake_nvml(silent=True))
     assert not found(silent, "power cap") + found(silent, "other processes")
+
+
+def test_what_the_probe_was_not_told_is_named(tmp_path: Path) -> None:
+    lost = Trouble("NVIDIA GPU 3", "does not answer: GPU is lost", "reset it")
+    shared = replace(H100, memory_mib=None)
+    made = replace(machine(shared, torch=CUDA), troubles=(lost,), quota=1.5)
+    where = host(tmp_path, made, nvml=fake_nvml())
+    assert only(where, "NVIDIA GPU 3").status == "problem"
+    assert "memory unknown" in only(where, "gpu 0").what
+    assert "of which 1.5 may be busy" in only(where, "cpu").what
+    alone = host(tmp_path, replace(machine(torch=CUDA), troubles=(lost,)), nvml=fake_nvml())
+    assert not found(alone, "gpu"), "it has one"
+
+
+def test_amdsmi_without_its_library_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "amdsmi.py", "{}['libamd_smi.so']")
+    monkeypatch.syspath_prepend(tmp_path)
+    del sys.modules["amdsmi"]
+    finding = only(host(tmp_path, machine(MI300X, torch=ROCM)), "amdsmi")
+    assert "cannot be imported: KeyError" in finding.what
 
 
 def test_power_and_processes_of_amd(tmp_path: Path) -> None:
@@ -340,17 +381,6 @@ def test_a_problem_is_exit_code_1(
     text = capsys.readouterr().out
     assert "problem  torch build" in text
     assert text.splitlines()[-1].startswith(f"{document['problems']} problem")
-
-
-def test_a_gpu_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pynvml
-
-    def probe() -> Machine:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
-
-    monkeypatch.setattr(audit.machines, "probe", probe)
-    finding = only(audit.this_host(), "NVML")
-    assert (finding.status, "lost" in finding.what) == ("problem", True)
 
 
 def command(*arguments: str, path: Path) -> subprocess.CompletedProcess[str]:

@@ -1,11 +1,36 @@
+"""What a machine tells, and machines that tell only half of it: each probe may fail alone."""
+
+from __future__ import annotations
+
 import importlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
-from openpi_opt import machine
+from openpi_opt import cli, machine
+from openpi_opt.config import Config
+from openpi_opt.errors import UserError
+from openpi_opt.machine import Gpu, Machine, TorchBuild
+from openpi_opt.paths import conf_dir
+from openpi_opt.process.environment import child_environment
+from openpi_opt.vendor import BY_NAME, VENDORS, amd, cpu
+from openpi_opt.vendor.base import select
+
+CUDA, HIP = TorchBuild("2.13.0", "13.0", None), TorchBuild("2.13.0", None, "7.1")
+CHOOSING = {name for vendor in VENDORS for name in vendor.visibility}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in CHOOSING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(amd, "KFD_NODES", tmp_path / "no kfd")
+    monkeypatch.setattr(machine, "_torch_build", lambda: CUDA)
 
 
 def kfd_node(root: Path, number: int, properties: dict[str, int], vram: int = 0) -> None:
@@ -18,49 +43,289 @@ def kfd_node(root: Path, number: int, properties: dict[str, int], vram: int = 0)
     (bank / "properties").write_text(f"heap_type 1\nsize_in_bytes {vram}\n")
 
 
+def kfd_gpu(root: Path, number: int, **properties: int) -> None:
+    told = {"simd_count": 1216, "gfx_target_version": 90402, "drm_render_minor": 900, **properties}
+    kfd_node(root, number, told, vram=192 * 2**30)
+
+
+class FakeNvml(ModuleType):
+    """A driver with GPUs that answer, but for the functions in `silent` and the GPUs in `lost`."""
+
+    class NVMLError(Exception):
+        def __init__(self, value: int = 3, text: str = "Not Supported") -> None:
+            super().__init__(text)
+            self.value = value
+
+    NVML_ERROR_LIBRARY_NOT_FOUND, NVML_ERROR_DRIVER_NOT_LOADED = 12, 9
+
+    def __init__(self, count: int = 8, silent: str = "", lost: tuple[int, ...] = ()) -> None:
+        super().__init__("pynvml")
+        self.count, self.silent, self.lost, self.mig = count, silent.split(), lost, ()
+        self.init_error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("nvml"):
+            raise AttributeError(name)
+        answers = {
+            "nvmlInit": self.initialise,
+            "nvmlShutdown": lambda: None,
+            "nvmlSystemGetDriverVersion": lambda: "580.1",
+            "nvmlDeviceGetCount": lambda: self.count,
+            "nvmlDeviceGetHandleByIndex": self.handle,
+            "nvmlDeviceGetCudaComputeCapability": lambda handle: (9, 0),
+            "nvmlDeviceGetUUID": lambda handle: f"{'MIG' if '/' in handle else 'GPU'}-abc{handle}",
+            "nvmlDeviceGetName": lambda handle: "NVIDIA H100",
+            "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=80 * 2**30),
+            "nvmlDeviceGetPciInfo": lambda handle: SimpleNamespace(busId=f"0000:0{handle}:00.0"),
+            "nvmlDeviceGetMigMode": lambda handle: (int(int(handle) in self.mig), 0),
+            "nvmlDeviceGetMaxMigDeviceCount": lambda handle: 7,
+            "nvmlDeviceGetMigDeviceHandleByIndex": self.instance,
+        }
+
+        def call(*arguments: Any) -> Any:
+            if name in self.silent or name not in answers:
+                raise self.NVMLError
+            return answers[name](*arguments)
+
+        return call
+
+    def initialise(self) -> None:
+        if self.init_error is not None:
+            raise self.init_error
+
+    def handle(self, index: int) -> str:
+        if index in self.lost:
+            raise self.NVMLError(15, "GPU is lost")
+        return str(index)
+
+    def instance(self, handle: str, number: int) -> str:
+        if number > 1:
+            raise self.NVMLError(6, "Not Found")
+        return f"{handle}/{number}"
+
+
+def with_nvml(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml) -> FakeNvml:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    return nvml
+
+
+# --- NVIDIA ---------------------------------------------------------------------------------------
+
+
+def test_a_gpu_that_tells_no_memory_is_used_with_the_host_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_nvml(monkeypatch, FakeNvml(1, "nvmlDeviceGetMemoryInfo nvmlDeviceGetPciInfo"))
+    found = machine.probe()
+    assert [gpu.memory_mib for gpu in found.gpus] == [None]
+    assert found.troubles == ()
+    for memory, name in ((128_000, "pi0"), (8_000, "pi0_mini")):
+        there = replace(found, memory_mib=memory)
+        assert Config.parse({}).resolved(there).model.name == name
+
+
+def test_a_lost_gpu_is_named_and_the_others_are_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_nvml(monkeypatch, FakeNvml(8, lost=(3,)))
+    assert [gpu.index for gpu in cli.this_machine().gpus] == [0, 1, 2, 4, 5, 6, 7]
+    said = capsys.readouterr().err
+    assert said.count("NVIDIA GPU 3: does not answer: GPU is lost") == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert len(cli.this_machine().gpus) == 2
+    assert capsys.readouterr().err == "", "nobody asked for that one"
+
+
+@pytest.mark.parametrize("silent", ["nvmlDeviceGetUUID", "nvmlDeviceGetName nvmlDeviceGetUUID"])
+def test_gpus_without_a_uuid_have_the_names_of_their_places(
+    monkeypatch: pytest.MonkeyPatch, silent: str
+) -> None:
+    with_nvml(monkeypatch, FakeNvml(2, silent))
+    gpus = machine.probe().gpus
+    assert [gpu.uuid for gpu in gpus] == ["PCI-0000:00:00.0", "PCI-0000:01:00.0"]
+    cfg = Config.parse({"platform": {"device": "cuda", "gpu": 1}})
+    env = child_environment(cfg, machine.probe(), {})
+    assert (env["CUDA_VISIBLE_DEVICES"], env["CUDA_DEVICE_ORDER"]) == ("1", "PCI_BUS_ID")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gpus"),
+    [("0", [0]), ("2,0", [2, 0]), ("0,-1,1", [0]), ("0,9", [0]), ("", []), ("-1", [])],
+)
+def test_a_choice_is_read_as_cuda_reads_it(
+    monkeypatch: pytest.MonkeyPatch, chosen: str, gpus: list[int]
+) -> None:
+    with_nvml(monkeypatch, FakeNvml(8))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    found = machine.probe()
+    assert [gpu.index for gpu in found.gpus] == gpus
+    if not gpus:  # hidden on purpose
+        assert found.usable_device() == "cpu"
+
+
+@pytest.mark.parametrize(
+    "chosen", ["9", "MIG-12345678-aaaa", "GPU-nowhere", "all", "0 1", "GPU-", "GPU-a"]
+)
+def test_a_choice_of_no_gpu_is_an_error_and_never_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    with_nvml(monkeypatch, FakeNvml(8))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    for raw in ({}, {"platform": {"device": "cuda"}}):
+        with pytest.raises(UserError, match=f"CUDA_VISIBLE_DEVICES={chosen}") as error:
+            Config.parse(raw).resolved(machine.probe())
+        assert "platform=cpu" in str(error.value)
+    on_cpu = Config.parse({"platform": {"device": "cpu"}}).resolved(machine.probe())
+    assert on_cpu.device == "cpu"
+
+
+def test_instances_of_a_gpu_in_mig_mode_stand_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = with_nvml(monkeypatch, FakeNvml(2))
+    nvml.mig = (1,)
+    assert [gpu.uuid for gpu in machine.probe().gpus] == ["GPU-abc0", "MIG-abc1/0", "MIG-abc1/1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-abc1/1")
+    (only,) = machine.probe().gpus
+    assert only.uuid == "MIG-abc1/1"
+    assert BY_NAME["nvidia"].selection(only) == {"CUDA_VISIBLE_DEVICES": "MIG-abc1/1"}
+
+
+@pytest.mark.parametrize(("value", "quiet"), [(9, True), (12, True), (18, False)])
+def test_a_driver_that_is_there_and_cannot_be_used_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, value: int, quiet: bool
+) -> None:
+    nvml = with_nvml(monkeypatch, FakeNvml())
+    nvml.init_error = nvml.NVMLError(value, "Driver/library version mismatch")
+    found = machine.probe()
+    if quiet:
+        assert found.usable_device() == "cpu"
+        return
+    with pytest.raises(UserError, match="version mismatch"):
+        found.usable_device()
+
+
+def test_a_gpu_that_the_installed_torch_cannot_use_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_nvml(monkeypatch, FakeNvml(1))
+    monkeypatch.setattr(machine, "_torch_build", lambda: TorchBuild("2.13.0+cpu", None, None))
+    assert cli.this_machine().usable_device() == "cpu"
+    assert "NVIDIA H100 is not used: the installed torch (2.13.0+cpu)" in capsys.readouterr().err
+
+
+# --- AMD ------------------------------------------------------------------------------------------
+
+
 def test_amd_gpus_are_read_from_the_kernel(tmp_path: Path) -> None:
     kfd_node(tmp_path, 0, {"simd_count": 0, "cpu_cores_count": 64})
-    kfd_node(
-        tmp_path,
-        1,
-        {
-            "simd_count": 1216,
-            "gfx_target_version": 90402,
-            "unique_id": 255,
-            "drm_render_minor": 900,
-        },
-        vram=192 * 2**30,
-    )
-    kfd_node(tmp_path, 2, {"simd_count": 1024, "gfx_target_version": 90500}, vram=288 * 2**30)
-    gpus = machine.amd_gpus(tmp_path)
+    kfd_gpu(tmp_path, 1, unique_id=255, location_id=0x2300, domain=1)
+    kfd_gpu(tmp_path, 2, gfx_target_version=90500)
+    (tmp_path / "notes").mkdir()
+    gpus, troubles = amd.kfd_gpus(tmp_path)
     assert [g.arch for g in gpus] == ["gfx942", "gfx950"]
     assert [g.index for g in gpus] == [0, 1]
-    assert gpus[0].uuid == "GPU-00000000000000ff"
+    assert (gpus[0].uuid, gpus[0].pci) == ("GPU-00000000000000ff", "0001:23:00.0")
     assert gpus[0].memory_mib == 192 * 1024
+    assert troubles == ()
 
 
-def test_visible_devices_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus = tuple(
-        machine.Gpu(i, f"GPU-{i}abc", "H100", "nvidia", "sm90", 80_000, "1") for i in range(4)
-    )
-    chosen = machine._visible_only
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert chosen(gpus, "CUDA_VISIBLE_DEVICES") == gpus
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-0a")
-    assert [g.index for g in chosen(gpus, "CUDA_VISIBLE_DEVICES")] == [2, 0]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert chosen(gpus, "CUDA_VISIBLE_DEVICES") == ()
+@pytest.mark.parametrize(
+    "serials",
+    [(0, 0, 0), (7, 7, 8), (7, 7, 7)],
+)
+@pytest.mark.parametrize("places", [(0x100, 0x200, 0x300), (0x100, 0x100, 0x100), (0, 0, 0)])
+def test_gpus_with_the_same_or_no_id_are_told_apart(
+    tmp_path: Path, serials: tuple[int, ...], places: tuple[int, ...]
+) -> None:
+    for number, (serial, place) in enumerate(zip(serials, places, strict=True)):
+        kfd_gpu(tmp_path, number, unique_id=serial, location_id=place)
+    gpus, _ = amd.kfd_gpus(tmp_path)
+    assert len({gpu.uuid for gpu in gpus}) == 3
+
+
+def test_a_node_without_an_architecture_is_named(tmp_path: Path) -> None:
+    kfd_gpu(tmp_path, 1, unique_id=5)
+    kfd_node(tmp_path, 2, {"simd_count": 1216})
+    gpus, (trouble,) = amd.kfd_gpus(tmp_path)
+    assert len(gpus) == 1
+    assert "does not tell its architecture" in str(trouble)
 
 
 def test_hip_counts_what_rocr_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
-        properties = {"simd_count": 1, "gfx_target_version": 90402, "unique_id": number}
-        kfd_node(tmp_path, number, properties)
-    monkeypatch.setattr(machine, "_KFD_NODES", tmp_path)
-    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "GPU-0000000000000003,1")
-    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
-    found = [gpu for gpu in machine.probe().gpus if gpu.vendor == "amd"]
-    assert [(gpu.index, gpu.uuid[-1]) for gpu in found] == [(1, "1")]
+        kfd_gpu(tmp_path, number, unique_id=number + 1)
+    monkeypatch.setattr(amd, "KFD_NODES", tmp_path)
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "GPU-0000000000000004,1")
+    for name in ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):  # HIP reads either
+        monkeypatch.setenv(name, "1")
+        found = [gpu for gpu in machine.probe().gpus if gpu.vendor == "amd"]
+        assert [(gpu.index, gpu.uuid[-1]) for gpu in found] == [(1, "2")]
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "2")
+    monkeypatch.setattr(machine, "_torch_build", lambda: HIP)
+    with pytest.raises(UserError, match="HIP_VISIBLE_DEVICES=2"):
+        machine.probe().usable_device()
+
+
+# --- CPU and containers ---------------------------------------------------------------------------
+
+
+def test_quotas_of_containers(tmp_path: Path) -> None:
+    own = tmp_path / "cgroup"
+    root = tmp_path / "fs"
+    (root / "kube" / "pod").mkdir(parents=True)
+    own.write_text("0::/kube/pod\n")
+    assert cpu.quota(root, own) is None
+    (root / "kube" / "pod" / "cpu.max").write_text("max 100000\n")
+    assert cpu.quota(root, own) is None
+    (root / "kube" / "cpu.max").write_text("250000 100000\n")
+    assert cpu.quota(root, own) == 2.5, "the least of the own group and those above"
+    own.write_text("0::/\n")
+    (root / "cpu.max").write_text("50000 100000\n")
+    assert cpu.quota(root, own) == 0.5
+    own.write_text("3:cpu,cpuacct:/docker\n")
+    (root / "cpu" / "docker").mkdir(parents=True)
+    (root / "cpu" / "docker" / "cpu.cfs_quota_us").write_text("400000\n")
+    (root / "cpu" / "docker" / "cpu.cfs_period_us").write_text("100000\n")
+    assert cpu.quota(root, own) == 4
+    (root / "cpu" / "docker" / "cpu.cfs_quota_us").write_text("-1\n")
+    assert cpu.quota(root, own) is None
+    assert cpu.quota(root, tmp_path / "none") is None
+
+
+def test_threads_stay_within_the_quota() -> None:
+    there = Machine((), CUDA, "x", 64, 1, quota=4.0)
+    assert [there.threads(cores) for cores in (64, 32, 16, 8)] == [4, 2, 1, 1]
+    cfg = Config.parse({"platform": {"device": "cpu"}})
+    assert child_environment(cfg, there, {})["OMP_NUM_THREADS"] == "4"
+    assert child_environment(cfg, there, {}, threads=32)["OMP_NUM_THREADS"] == "2"
+    assert child_environment(cfg, replace(there, quota=None), {}, threads=32)[
+        "OMP_NUM_THREADS"
+    ] == ("32")
+
+
+# --- the registry ---------------------------------------------------------------------------------
+
+
+def test_every_vendor_has_its_option_and_its_own_device() -> None:
+    options = {path.stem for path in (conf_dir() / "platform").glob("*.yaml")}
+    devices = [vendor.device for vendor in VENDORS]
+    assert options == {"auto", *devices}
+    assert len(set(devices)) == len({vendor.name for vendor in VENDORS}) == len(VENDORS)
+    for vendor in VENDORS:
+        if vendor.is_gpu:
+            gpu = Gpu(2, "GPU-abc2", "x", vendor.name, "a1", None, "1")
+            (chosen,) = (name for name in vendor.selection(gpu) if name in vendor.visibility)
+            assert chosen not in vendor.outer_visibility
+
+
+def test_an_entry_named_twice_ends_the_list() -> None:
+    gpus = [Gpu(n, f"GPU-abc{n}", "x", "amd", "gfx942", 1, "1") for n in range(3)]
+    found = select(gpus, "ROCR_VISIBLE_DEVICES", "GPU-abc1,1,2")
+    assert found.gpus == [gpus[1]]
+    assert "named twice" in str(found.troubles[0])
+
+
+# --- packages -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("is_amd", "kind"), [(True, "amd"), (False, "unrelated")])
@@ -90,9 +355,10 @@ def test_probe_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_probe_reads_the_torch_build() -> None:
+def test_probe_reads_the_torch_build(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
+    monkeypatch.undo()
     found = machine.probe()
     assert found.torch is not None
     assert found.torch.version == torch.__version__

@@ -5,27 +5,29 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from openpi_opt import cli
 from openpi_opt.compare import print_table
-from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Display, Lines, Live
 from openpi_opt.engine.dry_run import print_dry_run
 from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.errors import UserError, hidden
-from openpi_opt.machine import probe
+from openpi_opt.machine import Machine
 from openpi_opt.paths import conf_dir
 from openpi_opt.remote.engines import connected
 from openpi_opt.remote.remote import Nodes
 from openpi_opt.result import Ok
+from openpi_opt.space.named import chosen_starts
 from openpi_opt.space.points import Compose, Points
 from openpi_opt.space.prepare import prepare, require_some
 from openpi_opt.space.settings import Settings, check_not_swept, default_study_name
 from openpi_opt.space.space import Space
 from openpi_opt.track.mlflow_content import reason
-from openpi_opt.track.report import Group, Row, groups, lossy, mean_ms
+from openpi_opt.track.report import Group, Row, groups, lossy, mean_ms, shared, what
 from openpi_opt.track.store import DEFAULT_STORE, Store, check_study_name
 
 
@@ -35,6 +37,7 @@ def run_command_line(
     space: Space,
     compose: Compose,
     swept: bool,
+    command: Sequence[str],
 ) -> int:
     """Run the study that was asked for and print what came of it; returns the exit code.
 
@@ -43,12 +46,15 @@ def run_command_line(
     """
     settings = Settings.parse(composed)
     check_not_swept(space)
+    space = chosen_starts(space, settings.start)
     if not (swept or settings.space.is_empty()):
         raise UserError("a space is a sweep. Add -m to try its combinations.")
     name = default_study_name(overrides) if settings.study is None else settings.study
     check_study_name(name)
     with _nodes(settings) as nodes:
-        return _run(name, settings, space, compose, swept, nodes)
+        command = tuple(map(hidden, command))
+        request = StudyRequest(name, space, settings, _machine(nodes), command, swept)
+        return _run(request, compose, nodes)
 
 
 @contextlib.contextmanager
@@ -65,30 +71,26 @@ def _nodes(settings: Settings) -> Iterator[Nodes | None]:
         yield Nodes.ask(engine, Store.open(settings.store), Lines(), cpu_slots)
 
 
-def _run(
-    name: str,
-    settings: Settings,
-    space: Space,
-    compose: Compose,
-    swept: bool,
-    nodes: Nodes | None,
-) -> int:
-    machine = probe() if nodes is None else nodes.machine
+def _machine(nodes: Nodes | None) -> Machine:
+    return cli.this_machine() if nodes is None else nodes.machine
+
+
+def _run(request: StudyRequest, compose: Compose, nodes: Nodes | None) -> int:
+    settings, space, machine = request.settings, request.space, request.machine
     allow_lossy = settings.objective.allow_lossy
     if space.sensible_only or settings.dry_run is not None:
         Points(space, compose, machine).check()
         space, found = prepare(space, compose, machine, allow_lossy)
+        request = replace(request, space=space)
         if settings.dry_run is None:
             require_some(space, found)
-    command = tuple(hidden(word) for word in sys.argv[1:])
-    request = StudyRequest(name, space, settings, machine, command, swept)
     if settings.dry_run is not None:
         points = Points(space, compose, machine, allow_lossy)
         return print_dry_run(request, points, found, settings.dry_run)
     # Ray prints what happened to its workers; stdout is for the result.
     with _display() as display, contextlib.redirect_stdout(sys.stderr):
         outcome = run_study(request, compose, display, nodes=nodes)
-    print_outcome(outcome, swept, allow_lossy)
+    print_outcome(outcome, request.swept, allow_lossy)
     return outcome.exit_code
 
 
@@ -99,12 +101,15 @@ def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False)
     """
     print(f"study {outcome.name}: {_count(outcome)}; {outcome.ended}")
     criteria = outcome.criteria.allowing(allow_lossy)
-    print_table(outcome.records, criteria=criteria)
+    print_table(outcome.records, criteria=criteria, kept=outcome.kept)
     for line in outcome.left_out:
         print(f"left out: {line}")
-    best = [row for group in groups(outcome.records, criteria=criteria) for row in _winners(group)]
+    found = groups(outcome.records, criteria=criteria, kept=outcome.kept)
+    best = [row for group in found for row in _winners(group)]
     if not best and any(criteria.over(record.result) for record in outcome.records):
         print(f"best: none, nothing that may win keeps the limits ({criteria.limits_text()})")
+    for line in outcome.remarks:
+        print(line)
     if outcome.exit_code:
         _print_reasons(outcome)
     faster = any(row.record.role != "baseline" for row in best)
@@ -115,38 +120,41 @@ def _winners(group: Group) -> list[Row]:
     """Print the best of a context, or its Pareto set, the fastest first; returns them."""
     best = [row for row in group.rows if row.best]
     for row in best:
-        print(_best_line(row, group.criteria))
+        print(_best_line(row, group))
     front = sorted((row for row in group.rows if row.pareto), key=mean_ms)
     if front:
         ok = sum(row.ok is not None for row in group.rows)
         print(f"Pareto set of {group.criteria.objectives_text()}: {len(front)} of {ok} ok trials")
     for row in front:
-        print(_front_line(row, group.criteria))
+        print(_front_line(row, group))
     return best + front
 
 
-def _front_line(row: Row, criteria: Criteria) -> str:
+def _front_line(row: Row, group: Group) -> str:
+    criteria = group.criteria
     values = criteria.values(row.record.result)
     assert values is not None
     figures = zip(criteria.figures(), values, strict=True)
     shown = ", ".join(figure.text(value) for figure, value in figures)
     gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
-    return f"  trial {row.record.number} ({_what(row)}): {shown}{gain}"
+    return f"  trial {row.record.number} ({_what(row, group)}): {shown}{gain}"
 
 
-def _what(row: Row) -> str:
-    what = " ".join(f"{key}={text}" for key, text in row.differs.items()) or "baseline"
-    return what + (", lossy" if lossy(row.record) else "")
+def _what(row: Row, group: Group) -> str:
+    """What tells it apart from the baseline."""
+    words = [*(f"{key}={text}" for key, text in shared(group).items()), what(row, group)]
+    found = " ".join(word for word in words if word != "nothing else")
+    return found + (", lossy" if lossy(row.record) else "")
 
 
-def _best_line(row: Row, criteria: Criteria) -> str:
+def _best_line(row: Row, group: Group) -> str:
     assert row.ok is not None
     latency = row.ok.latency
     figures = f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms"
-    for figure in criteria.figures():
+    for figure in group.criteria.figures():
         if figure.key != "mean_ms":
             figures += f", {figure.name} {figure.text(figure.value(row.ok))}"
-    line = f"trial {row.record.number} ({_what(row)}), {figures}"
+    line = f"trial {row.record.number} ({_what(row, group)}), {figures}"
     if row.record.role == "baseline":
         return f"best: the baseline, {line}; nothing that was tried is faster"
     gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""

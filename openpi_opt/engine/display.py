@@ -6,7 +6,7 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from openpi_opt.result import Ok
+from openpi_opt.result import Ok, Pruned
 from openpi_opt.track.journal import Record
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ class Display(Protocol):
     def stop(self, slot: str) -> None:
         """Nothing runs on that slot any more."""
 
-    def end(self, position: str, label: str, record: Record, known: bool) -> None:
-        """A trial has a result, now or (`known`) from earlier."""
+    def end(self, position: str, label: str, record: Record, known: bool, remark: str = "") -> None:
+        """A trial has a result, now or (`known`) from earlier; `remark` stands behind it."""
 
 
 class Silent:
@@ -48,7 +48,7 @@ class Silent:
     def stop(self, slot: str) -> None:
         """Nothing."""
 
-    def end(self, position: str, label: str, record: Record, known: bool) -> None:
+    def end(self, position: str, label: str, record: Record, known: bool, remark: str = "") -> None:
         """Nothing."""
 
 
@@ -68,9 +68,9 @@ class Lines:
     def stop(self, slot: str) -> None:
         """Nothing."""
 
-    def end(self, position: str, label: str, record: Record, known: bool) -> None:
+    def end(self, position: str, label: str, record: Record, known: bool, remark: str = "") -> None:
         """Print position, label, outcome and what there is to say of it."""
-        self.note(summary(position, label, record, known))
+        self.note(summary(position, label, record, known, remark))
 
 
 class Live:
@@ -124,13 +124,13 @@ class Live:
         if slot in self._tasks:
             self._progress.remove_task(self._tasks.pop(slot)[0])
 
-    def end(self, position: str, label: str, record: Record, known: bool) -> None:
+    def end(self, position: str, label: str, record: Record, known: bool, remark: str = "") -> None:
         """Print its line."""
-        self.note(summary(position, label, record, known))
+        self.note(summary(position, label, record, known, remark))
 
 
-def summary(position: str, label: str, record: Record, known: bool) -> str:
-    """One line about a finished trial."""
+def summary(position: str, label: str, record: Record, known: bool, remark: str = "") -> str:
+    """One line about a finished trial; `remark` is how it stands against the best."""
     result = record.result
     parts = [position, label, result.outcome]
     if isinstance(result, Ok):
@@ -138,7 +138,10 @@ def summary(position: str, label: str, record: Record, known: bool) -> str:
         flagged = [check.name for check in result.checks if check.status == "flag"]
         if flagged or result.latency.noisy:
             parts.append(f"(flagged: {', '.join(flagged or ['spread'])})")
+    elif isinstance(result, Pruned):
+        parts.append(f"above {result.seen_low_ms:.3f} ms")
     else:
         parts.append(f"({result.reason.splitlines()[0]})")
+    parts.append(remark)
     parts.append("(known, not run again)" if known else "")
     return " ".join(filter(None, parts))

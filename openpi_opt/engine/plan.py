@@ -13,11 +13,8 @@ from openpi_opt.engine.display import Display
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
 from openpi_opt.space.settings import Settings, identity, objective_text
-from openpi_opt.space.space import Space
+from openpi_opt.space.space import MOST_VALUES, Space, few_values
 from openpi_opt.track.store import Store
-
-# A space with few sensible points among more than this many is not walked through for them.
-MAX_WALK = 20_000
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def make_plan(request: StudyRequest) -> Plan:
     count = raw
     if request.space.count is not None and raw is not None:
         known = f"{request.space.count:,} sensible and different configurations"
-        count = request.space.count if raw <= MAX_WALK else raw
+        count = request.space.count
     if asked == "grid" and count is None:
         raise UserError(
             "sampler=grid: an interval has no end of values, so not every combination can be "
@@ -67,12 +64,35 @@ def make_plan(request: StudyRequest) -> Plan:
         every = count is not None and count <= limit
         some = "every one in order" if every else f"the first {limit} in order, by n_trials"
         return Plan(True, "grid", f"{known}, {some} (sampler {asked})")
-    name = "tpe" if asked == "auto" else asked
-    shown = "auto: tpe" if asked == "auto" else name
+    name = _sampler(request)
+    shown = f"auto: {name}" if asked == "auto" else name
     bounds = [f"{minutes:g} minutes"] if minutes is not None else []
     if minutes is None or request.settings.n_trials is not None:
         bounds.append(f"at most {limit} by n_trials")
     return Plan(False, name, f"{known}, {' and '.join(bounds)} (sampler {shown})")
+
+
+def _sampler(request: StudyRequest) -> str:
+    """The sampler that was asked for, or `stages` where it can be used and else TPE.
+
+    Raises:
+        UserError: `stages` was asked for, and the space or the objectives are not for it.
+    """
+    asked, objectives = request.settings.sampler, request.settings.objective.minimize
+    listed, alone = few_values(request.space), objectives == ("latency",)
+    if asked == "auto":
+        return "stages" if listed and alone else "tpe"
+    if asked == "stages" and not alone:
+        raise UserError(
+            f"sampler=stages minimises the latency alone, not [{','.join(objectives)}].\n"
+            "Use sampler=tpe, or leave out objective=."
+        )
+    if asked == "stages" and not listed:
+        raise UserError(
+            f"sampler=stages needs at most {MOST_VALUES} values of each key, and no interval.\n"
+            "Write the values out (key=16,32,64), or use sampler=tpe."
+        )
+    return asked
 
 
 def announce(

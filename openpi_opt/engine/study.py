@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.executor import Executor, LocalExecutor, LostError, Run
 from openpi_opt.engine.goals import check_limits, check_same, goals, settle, with_pruning
+from openpi_opt.engine.known import measured_again
 from openpi_opt.engine.ledger import Ledger
 from openpi_opt.engine.lessons import Lessons
 from openpi_opt.engine.pace import Pace, Timed
@@ -33,11 +35,13 @@ from openpi_opt.process.environment import cleared_names
 from openpi_opt.process.run import run_trial
 from openpi_opt.remote.remote import Nodes, RemoteExecutor
 from openpi_opt.result import Ok, TrialResult
+from openpi_opt.space.neighbours import NOISE, Neighbours
 from openpi_opt.space.optimizer import Optimizer, Proposal
 from openpi_opt.space.points import Compose, Points
 from openpi_opt.space.sensible import LeftOut, NotSensibleError
 from openpi_opt.space.sources import Enumerated, Sampled, Source
 from openpi_opt.track.copies import Copies
+from openpi_opt.track.identity import summary
 from openpi_opt.track.journal import Record
 from openpi_opt.track.optuna_copy import write_space
 from openpi_opt.track.store import Store
@@ -50,7 +54,9 @@ _POLL_SECONDS = 0.25
 class StudyOutcome:
     """What there is now: the records of the points of this space, and of their baselines.
 
-    `left_out` says which classes of combinations were not tried, and why.
+    `left_out` says which classes of combinations were not tried, and why; `remarks` what is known
+    of the best one's neighbours; `kept` what has changed since, by uid, of records that answer by
+    `keep_source`.
     """
 
     name: str
@@ -60,7 +66,9 @@ class StudyOutcome:
     ended: str
     new: int
     left_out: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     criteria: Criteria = field(default_factory=Criteria)
+    kept: dict[str, str] = field(default_factory=dict)
 
     @property
     def records(self) -> list[Record]:
@@ -111,12 +119,13 @@ def run_study(
         executor = RemoteExecutor(nodes, store, display, first.device)
     count = executor.count()
     announce(request, first, store, plan, display)
-    for text in [*found.notes, *([f"{count} trials at a time"] if count > 1 else [])]:
+    for text in [*found.notes, *([f"up to {count} trials at a time"] if count > 1 else [])]:
         display.note(text)
     ledger = Ledger.open(
         *(store, request.name, request.command, request.machine, display),
         gpu_index=found.gpu_index,
         fresh=request.settings.fresh,
+        keep_source=request.settings.keep_source,
         nodes=None if nodes is None else nodes.fingerprint,
     )
     ledger.takes_pruned = request.settings.pruning is not None
@@ -127,7 +136,7 @@ def run_study(
         settle(criteria, ledger, display)
         machine_hash = ledger.fingerprint_hash(first)
         space = space_hash(request.space, machine_hash, criteria.objectives)
-        optimizer = _optimizer(request, plan, ledger, criteria)
+        optimizer = _optimizer(request, plan, ledger, criteria, points, pace)
         with ledger.planning():
             write_space(ledger.study_dir, space, request.space.distributions())
         copies = Copies(
@@ -140,7 +149,7 @@ def run_study(
         )
         ended = engine.run(plan)
         engine.note_passed_over()
-        engine.note_occupancy()
+        engine.note_measured()
         ledger.draw()
         hurried = False
     finally:
@@ -151,13 +160,22 @@ def run_study(
     return engine.outcome(store, ended)
 
 
-def _optimizer(request: StudyRequest, plan: Plan, ledger: Ledger, criteria: Criteria) -> Optimizer:
+def _optimizer(
+    request: StudyRequest,
+    plan: Plan,
+    ledger: Ledger,
+    criteria: Criteria,
+    points: Points,
+    pace: Pace,
+) -> Optimizer:
     settings = request.settings
     # Neither sweeps that begin at the same time nor one that goes on are to propose the same.
     seed = settings.seed + 7919 * ledger.others + len(ledger.journal)
     return Optimizer(
         *(request.space, plan.sampler, seed, criteria),
         allow_lossy=settings.objective.allow_lossy,
+        points=points,
+        patience=pace.patience,
     )
 
 
@@ -181,13 +199,17 @@ class _Engine:
     _lessons: Lessons = field(default_factory=Lessons)
     _best: dict[str, float] = field(default_factory=dict)  # milliseconds, by context
     _left_out: dict[str, int] = field(default_factory=dict)
+    _used: Callable[[], float] = float  # the part of the number of trials that is used
+    neighbours: Neighbours | None = None  # where a sampler chooses
     hurried: bool = False  # by a second interruption
     _read: int = 0  # records of the journal that were looked at
+    _started: float = field(default_factory=time.monotonic)
 
     def run(self, plan: Plan) -> str:
         """Keep the devices busy until there is nothing more to try; returns why that is."""
         try:
             self._begin()
+            self._note_outdated(plan)
             source = self._source(plan)
             while True:
                 self._look_at_waiting(source)
@@ -218,6 +240,40 @@ class _Engine:
                 f"not passed on to trials, since they would change them: {', '.join(cleared)}"
             )
 
+    def _note_outdated(self, plan: Plan) -> None:
+        """Say which known results of this command's points do not answer, and why."""
+        machines = self.ledger.fingerprint_hashes()
+        old = [
+            record
+            for record in self.ledger.journal.records()
+            if record.role != "confirm"
+            and record.fingerprint_hash in machines
+            and record.number >= self.ledger.known_from
+            and not self.ledger.answers(record)
+        ]
+        asked = [Config.load(record.result.config) for record in old]
+        if plan.enumerated and old:
+            asked = self._enumerated()
+        changed = {cfg.hash(): self.ledger.outdated(cfg) for cfg in asked}
+        text = measured_again(filter(None, changed.values()), sampled=not plan.enumerated)
+        if text is not None:
+            self.display.note(text)
+
+    def _enumerated(self) -> list[Config]:
+        """The configurations of an enumeration, with their baselines."""
+        found: dict[str, Config] = {}
+        for params in self.request.space.all():
+            try:
+                cfg = self.points.config(params)
+            except UserError:
+                continue
+            found.setdefault(cfg.hash(), cfg)
+            if len(found) >= self.request.settings.most_trials:
+                break
+        plain = [cfg.baseline() for cfg in found.values()]
+        with_baseline = self.request.swept and self.request.settings.baseline
+        return [*found.values(), *(plain if with_baseline else [])]
+
     def _source(self, plan: Plan) -> Source:
         """Where the points come from."""
         space, limit = self.request.space, self.request.settings.most_trials
@@ -225,8 +281,21 @@ class _Engine:
         if plan.enumerated:
             source = Enumerated(space, limit)
         else:
-            source = Sampled(self.optimizer, space, limit, self._open_hashes)
+            source = sampled = Sampled(
+                *(self.optimizer, space, limit, self._open_hashes), self._neighbours()
+            )
+            self._used = sampled.share
         return Timed(source, self.pace)
+
+    def _neighbours(self) -> Neighbours | None:
+        """Those of the best point, where one objective says which that is."""
+        if self.criteria.several:
+            return None
+        self.neighbours = Neighbours(
+            *(self.optimizer, self.request.space, self.points),
+            share=lambda: max(self._used(), self.pace.share()),
+        )
+        return self.neighbours
 
     def _end(self) -> None:
         """End what still runs; a second interruption ends it at once."""
@@ -248,11 +317,12 @@ class _Engine:
         for reason, number in self._passed_over.most_common():
             self.display.note(f"passed over {number}, {reason.kind}: {reason.reason}")
 
-    def note_occupancy(self) -> None:
-        """Say how busy the devices were, where several were to be kept busy."""
-        text = self.executor.occupancy.text()
-        if self.executor.count() > 1 and self.trials.new > 1 and text:
-            self.display.note(text)
+    def note_measured(self) -> None:
+        """Say for how much of the time a trial had each device for itself."""
+        seconds = time.monotonic() - self._started
+        shares = [f"{name} {had / seconds:.0%}" for name, had in self.executor.measured().items()]
+        if shares and self.trials.new > 1:
+            self.display.note(f"measured in {seconds:.0f} s: {', '.join(shares)} of the time")
 
     def outcome(self, store: Store, ended: str) -> StudyOutcome:
         """All that is known of the points of this space, also from earlier runs.
@@ -264,12 +334,15 @@ class _Engine:
         newest = {
             record.result.config_hash: record
             for record in self.ledger.journal.records()
-            if record.role != "confirm" and record.fingerprint_hash in machines
+            if record.role != "confirm"
+            and record.fingerprint_hash in machines
+            and self.ledger.known.answers(record)
         }
         found = [newest[tried] for tried in self.optimizer.tried if tried in newest]
         if not found and self._refused:
             raise self._refused[0]
         texts = {known.text(0): known for known in self._lessons.classes}
+        kept = self.ledger.known.kept([*found, *filter(None, self._baselines.values())])
         return StudyOutcome(
             name=self.request.name,
             store=store,
@@ -283,7 +356,23 @@ class _Engine:
                 if text in self._left_out
             ],
             criteria=self.criteria,
+            kept=kept if self.request.settings.keep_source else {},
+            remarks=self._remarks(),
         )
+
+    def _remarks(self) -> list[str]:
+        """How much the best of a sampled study is known to be the best, and a simpler one."""
+        if self.neighbours is None:
+            return []
+        near, simpler = self.neighbours.text(self.optimizer.tried), self.neighbours.simplest()
+        lines = [near] if near else []
+        if simpler is not None:
+            cfg = self.points.config(simpler[0])
+            lines.append(
+                f"simplest within {NOISE:.1%} of the best: {simpler[1]:.3f} ms, "
+                f"{label(cfg, 'trial', {})}"
+            )
+        return lines
 
     def _fill(self, source: Source) -> None:
         """Start a trial on every device that is free, as long as there is something to try."""
@@ -466,7 +555,9 @@ class _Engine:
         record = self.trials.keep(job, result)
         self.pace.ended(job.uid)
         self._tell(job, record)
-        self.display.end(job.position, job.title, record, known=False)
+        self.display.end(
+            *(job.position, job.title, record), known=False, remark=self._remark(record)
+        )
 
     def _answer(self, job: Job, record: Record, shown: bool) -> None:
         """A job whose result is known."""
@@ -474,7 +565,21 @@ class _Engine:
         self._tell(job, record)
         if shown and job.proposal is not None:
             title = label(job.cfg, job.role, job.params)
+            changed = self.ledger.known.changes(record)
+            if changed:
+                title += f" [before {summary([changed])}]"
             self.display.end(job.position, title, record, known=True)
+
+    def _remark(self, record: Record) -> str:
+        """How a result stands against the best so far, and how the sweep gets on."""
+        result = record.result
+        best, words = self._best.get(result.context_hash), []
+        if best is not None and isinstance(result, Ok):
+            gain = result.latency.mean_ms / best - 1
+            words.append("best so far" if gain <= 0 else f"{gain:+.1%} to the best")
+        if record.role == "trial" and self.request.swept:
+            words.append(f"[{self.pace.text()}]")
+        return ", ".join(words[:-1]) + " " + words[-1] if words else ""
 
     def _race(self, job: Job) -> Race:
         """What a trial runs against; a baseline is to compare with, however slow."""
@@ -512,8 +617,12 @@ class _Engine:
         new = self.ledger.journal.since(self._read)
         self._read += len(new)
         known_from = self.ledger.known_from if known_from is None else known_from
-        space = self.trials.space
-        ours = [record for record in new if record.space == space and record.number >= known_from]
+        space, answers = self.trials.space, self.ledger.known.answers
+        ours = [
+            record
+            for record in new
+            if record.space == space and record.number >= known_from and answers(record)
+        ]
         # A point that is asked is told, when its job looks at the journal.
         open_points = [job.params for job in [*self._waiting, *self._running.values()]]
         found = [record for record in ours if record.params not in open_points]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -20,7 +21,10 @@ from openpi_opt.process.locks import Held
 from openpi_opt.process.run import log_tail
 from openpi_opt.result import Failed, Refused, TrialResult
 from openpi_opt.space.optimizer import Proposal
+from openpi_opt.track import identity
 from openpi_opt.track.journal import Record, Role
+
+_FEW = 3  # swept keys that a line names whatever their values
 
 
 @dataclass(eq=False)
@@ -163,6 +167,7 @@ def lost_result(cfg: Config, folder: Path, error: LostError) -> Failed:
         reason=f"ended with the node or process that ran it: {error}"[:500],
         phase=error.phase or "start",
         log_tail=log_tail(folder / "log.txt"),
+        files=identity.noted(folder),
         config=cfg.dump(),
         config_hash=cfg.hash(),
         context_hash=cfg.context_hash(),
@@ -187,9 +192,21 @@ def refused(cfg: Config, machine: Machine) -> Refused | None:
 
 
 def label(cfg: Config, role: Role, params: dict[str, str]) -> str:
-    """What tells a trial apart on the screen."""
+    """What tells a trial apart on the screen.
+
+    A few swept keys as they are; of many the knobs that differ from the baseline, without those
+    that no key sweeps: they are the same in all trials.
+    """
     if role == "baseline":
         return "baseline"
-    plain = cfg.baseline().labels()
-    shown = params or {k: text for k, text in cfg.labels().items() if text != plain[k]}
-    return " ".join(f"{key}={text}" for key, text in shown.items()) or "baseline"
+    if 0 < len(params) <= _FEW:
+        return _shown(params)
+    plain, own = cfg.baseline().labels(), cfg.canonical().labels()
+    heads = {key.split(".")[0] for key in params} or set(own)
+    others = {key: text for key, text in params.items() if key.split(".")[0] not in own}
+    changed = {k: text for k, text in own.items() if k in heads and text != plain[k]}
+    return _shown({**others, **changed}) or "defaults"
+
+
+def _shown(params: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={text}" for key, text in params.items())

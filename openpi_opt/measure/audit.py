@@ -14,6 +14,7 @@ from pathlib import Path
 from openpi_opt.config import Config
 from openpi_opt.machine import Machine
 from openpi_opt.result import Check
+from openpi_opt.vendor import BY_DEVICE
 
 _NUMA_BALANCING = Path("/proc/sys/kernel/numa_balancing")
 _NODES = Path("/sys/devices/system/node")
@@ -96,6 +97,6 @@ def _aiter(cfg: Config, machine: Machine) -> Check:
         text = "not installed" if found is None else f"AMD's, {found.version}"
         return Check(name=name, status="ok", detail=text)
     # On other devices nothing would use either.
-    status = "flag" if cfg.platform.device == "rocm" else "ok"
+    status = "flag" if BY_DEVICE[cfg.device].has_aiter else "ok"
     text = f"{found.location} is the unrelated asyncio package of that name ({found.version})"
     return Check(name=name, status=status, detail=text)

@@ -25,8 +25,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from openpi_opt import cli
 from openpi_opt.config import Config
 from openpi_opt.knobs import BY_NAME
-from openpi_opt.machine import Device, Machine, probe
+from openpi_opt.machine import DEVICES, Device, Machine, probe
 from openpi_opt.result import Ceilings, write_atomic
+from openpi_opt.vendor import BY_DEVICE, VENDORS
 
 if TYPE_CHECKING:
     import torch
@@ -36,35 +37,6 @@ _SHARE_OF_LIMIT = 0.8
 _LAST_LINES = 3
 _GIB = 2**30
 _SYSFS_CPU = Path("/sys/devices/system/cpu")
-
-_HOPPER = {"float32": 66.9, "tf32": 494.7, "bfloat16": 989.4, "float16": 989.4, "fp8": 1978.9}
-# Vendors' peaks of dense products, in TFLOP/s, with bandwidth (GB/s) and last-level cache (MiB).
-# Names are those of the drivers, whole: other variants of a model have other clocks. AMD: compute
-# units x clock x operations per clock and unit (CDNA 3 and 4 white papers); gfx950 has no TF32.
-_DATASHEETS: dict[str, tuple[float, float, dict[str, float]]] = {
-    "NVIDIA H100 80GB HBM3": (3350, 50, _HOPPER),
-    "NVIDIA H100 PCIe": (
-        2039,
-        50,
-        {"float32": 51.2, "tf32": 378, "bfloat16": 756, "float16": 756, "fp8": 1513},
-    ),
-    "NVIDIA H200": (4800, 50, _HOPPER),
-    "AMD Instinct MI300X": (
-        5300,
-        256,
-        {"float32": 163.4, "tf32": 653.7, "bfloat16": 1307.4, "float16": 1307.4, "fp8": 2614.9},
-    ),
-    "AMD Instinct MI350X": (
-        8000,
-        256,
-        {"float32": 144.2, "bfloat16": 2306.9, "float16": 2306.9, "fp8": 4613.7},
-    ),
-    "AMD Instinct MI355X": (
-        8000,
-        256,
-        {"float32": 157.3, "bfloat16": 2516.6, "float16": 2516.6, "fp8": 5033.2},
-    ),
-}
 
 
 class Measured(BaseModel):
@@ -117,8 +89,12 @@ def obtain(
 
 
 def datasheet(name: str) -> Ceilings | None:
-    """The vendor's figures for a device, by the name that its driver gives; None if unknown."""
-    known = _DATASHEETS.get(name.removesuffix(" OAM"))
+    """The vendor's figures for a device, by the name that its driver gives; None if unknown.
+
+    Names count whole: other variants of a model have other clocks.
+    """
+    sheets = {name: sheet for vendor in VENDORS for name, sheet in vendor.datasheets.items()}
+    known = sheets.get(name.removesuffix(" OAM"))
     if known is None:
         return None
     bandwidth, cache, tflops = known
@@ -221,10 +197,8 @@ def cache_mib(device: Device, machine: Machine) -> float:
     """The last-level cache in MiB: the device's L2, AMD's Infinity Cache, the CPU's L3."""
     if device == "cpu":
         return cpu_cache_bytes(_SYSFS_CPU) / 2**20
-    import torch
-
     known = datasheet(machine.gpus_for(device)[0].name)
-    own: int = torch.cuda.get_device_properties(0).L2_cache_size
+    own: int = BY_DEVICE[device].accelerator().get_device_properties(0).L2_cache_size
     # Of a chiplet GPU the driver tells one chiplet's L2, behind which a larger cache follows.
     return max(own / 2**20, known.cache_mib if known else 0.0)
 
@@ -259,12 +233,12 @@ def _bandwidths(device: Device, cache_bytes: float) -> tuple[float, float]:
     """
     import torch
 
-    kind = "cpu" if device == "cpu" else "cuda"
     if device == "cpu":
         pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         size = min(max(_GIB // 4, 4 * int(cache_bytes)), pages // 4)
     else:
-        size = min(_GIB, torch.cuda.mem_get_info()[0] // 4)
+        size = min(_GIB, BY_DEVICE[device].accelerator().mem_get_info()[0] // 4)
+    kind = BY_DEVICE[device].torch_device
     source = torch.ones(size // 4, dtype=torch.float32, device=kind)
     target = torch.empty_like(source)
     copied = best_seconds(lambda: target.copy_(source), device)
@@ -280,12 +254,12 @@ def _tflops(device: Device, fmt: str) -> float:
     # From such a time on larger products are no faster, and a ceiling is the best that was seen.
     enough, largest = (0.01, 4096) if device == "cpu" else (0.005, 16384)
     if device != "cpu":
-        free = torch.cuda.mem_get_info()[0]
+        free = BY_DEVICE[device].accelerator().mem_get_info()[0]
         while 5 * 4 * largest**2 > free:
             largest //= 2
     best, size = 0.0, 512
     while size <= largest:
-        seconds = best_seconds(_product(size, fmt, "cpu" if device == "cpu" else "cuda"), device)
+        seconds = best_seconds(_product(size, fmt, BY_DEVICE[device].torch_device), device)
         best = max(best, 2 * size**3 / seconds / 1e12)
         if seconds >= enough:
             break
@@ -327,23 +301,22 @@ def best_seconds(call: Callable[[], object], device: Device, budget_s: float = 0
 
     A ceiling is the best that was seen: whatever disturbs a call makes it slower.
     """
-    import torch
-
+    accelerator = BY_DEVICE[device].accelerator()
     for _ in range(2):
         call()
     best, count, end = float("inf"), 0, time.monotonic() + budget_s
     while count < 5 or time.monotonic() < end:
-        if device == "cpu":
+        if accelerator is None:
             start = time.perf_counter()
             call()
             seconds = time.perf_counter() - start
         else:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
+            first, last = (accelerator.Event(enable_timing=True) for _ in range(2))
+            accelerator.synchronize()
             first.record()
             call()
             last.record()
-            torch.cuda.synchronize()
+            accelerator.synchronize()
             seconds = first.elapsed_time(last) / 1e3
         best, count = min(best, seconds), count + 1
     return best
@@ -354,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m openpi_opt.measure.ceilings",
         description="Measure bandwidth and matrix products of this machine's device.",
     )
-    parser.add_argument("device", choices=("cpu", "cuda", "rocm"))
+    parser.add_argument("device", choices=DEVICES)
     parser.add_argument("--key", default="{}", help="JSON object kept with the figures")
     parser.add_argument("--result", type=Path, required=True, help="where the figures go")
     return parser

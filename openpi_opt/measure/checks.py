@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from openpi_opt.config import MIN_ITERATIONS, MIN_WARMUP
-from openpi_opt.measure.gpu_state import HOLDING
 from openpi_opt.measure.shape import findings
 from openpi_opt.result import Check, Compilation, Gpu, GpuState, Latency
+from openpi_opt.vendor import HOLDING
 
 COMPILE_LIMIT_S = 15 * 60
 LEAST_CLOCK = 0.75  # of the peak

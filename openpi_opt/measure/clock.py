@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ from openpi_opt.config import MIN_ITERATIONS, MIN_WARMUP
 from openpi_opt.machine import Device
 from openpi_opt.measure.stats import Clock
 from openpi_opt.pi0.inputs import Inputs
+from openpi_opt.vendor import BY_DEVICE
 
 T = TypeVar("T")
 R = TypeVar("R", contravariant=True)
@@ -83,7 +85,8 @@ def time_calls(
         call(inputs)
 
     warm_up(untimed, [None], warmup, device)
-    begin = _time_on_cpu if device == "cpu" else _time_on_gpu
+    accelerator = BY_DEVICE[device].accelerator()
+    begin = _time_on_cpu if accelerator is None else partial(_time_on_gpu, accelerator)
     with _no_garbage_collection():
         start_ns = time.monotonic_ns()
         timing = begin(call, feed, iterations)
@@ -116,8 +119,8 @@ def warm_up(
 
 def synchronise(device: Device) -> None:
     """Wait until the current GPU has finished; on a CPU there is nothing to wait for."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+    if (accelerator := BY_DEVICE[device].accelerator()) is not None:
+        accelerator.synchronize()
 
 
 def _time_on_cpu(call: Callable[[T], R], feed: Feed[T, R], iterations: int) -> Timing:
@@ -134,24 +137,26 @@ def _time_on_cpu(call: Callable[[T], R], feed: Feed[T, R], iterations: int) -> T
     return Timing(samples_ms, list(samples_ms), "wall")
 
 
-def _time_on_gpu(call: Callable[[T], R], feed: Feed[T, R], iterations: int) -> Timing:
-    starts = _ready_events(iterations)
-    ends = _ready_events(iterations)
+def _time_on_gpu(
+    accelerator: Any, call: Callable[[T], R], feed: Feed[T, R], iterations: int
+) -> Timing:
+    starts = _ready_events(accelerator, iterations)
+    ends = _ready_events(accelerator, iterations)
     wall_ns = [0] * iterations
     upload_ns = [0] * iterations
     for i in range(iterations):
-        torch.cuda.synchronize()
+        accelerator.synchronize()
         start_ns = time.perf_counter_ns()
         inputs = feed.upload()
-        torch.cuda.synchronize()
+        accelerator.synchronize()
         upload_ns[i] = time.perf_counter_ns() - start_ns
         feed.renew(inputs)
-        torch.cuda.synchronize()
+        accelerator.synchronize()
         start_ns = time.perf_counter_ns()
         starts[i].record()
         actions = call(inputs)
         ends[i].record()
-        torch.cuda.synchronize()
+        accelerator.synchronize()
         wall_ns[i] = time.perf_counter_ns() - start_ns
         feed.keep(inputs, actions)
         del actions, inputs
@@ -160,12 +165,12 @@ def _time_on_gpu(call: Callable[[T], R], feed: Feed[T, R], iterations: int) -> T
     return Timing(samples_ms, wall_ms, "device_events", upload_ms)
 
 
-def _ready_events(count: int) -> list[torch.cuda.Event]:
+def _ready_events(accelerator: Any, count: int) -> list[Any]:
     """Timing events that exist on the device: torch creates them at the first `record`."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+    events = [accelerator.Event(enable_timing=True) for _ in range(count)]
     for event in events:
         event.record()
-    torch.cuda.synchronize()
+    accelerator.synchronize()
     return events
 
 

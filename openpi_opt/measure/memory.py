@@ -6,10 +6,9 @@ import re
 import warnings
 from pathlib import Path
 
-import torch
-
 from openpi_opt.machine import Device
 from openpi_opt.result import Memory
+from openpi_opt.vendor import BY_DEVICE
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -31,8 +30,8 @@ def reset_peak(device: Device) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
+    if (accelerator := BY_DEVICE[device].accelerator()) is not None:
+        accelerator.reset_peak_memory_stats()
 
 
 def peak(device: Device) -> Memory:
@@ -49,7 +48,8 @@ def peak(device: Device) -> Memory:
     checkpoint) among them.
     """
     host_mib = _host_peak_mib()
-    device_mib = None if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
+    accelerator = BY_DEVICE[device].accelerator()
+    device_mib = None if accelerator is None else accelerator.max_memory_allocated() / 2**20
     return Memory(
         peak_mib=host_mib if device_mib is None else device_mib,
         device_peak_mib=device_mib,

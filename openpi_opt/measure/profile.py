@@ -38,6 +38,7 @@ from openpi_opt.measure.trace import (
     stage_by_sequence,
 )
 from openpi_opt.result import KernelRow, Kernels
+from openpi_opt.vendor import BY_DEVICE
 
 T = TypeVar("T")
 
@@ -89,7 +90,7 @@ def profile_call(
         ProfileError: no kernel or operator call was recorded.
     """
     events = _record(call, inputs, device, trace_path)
-    if device == "rocm" and replays_graph(events):
+    if BY_DEVICE[device].replay_hides_kernels and replays_graph(events):
         without = None if uncaptured is None else _record(uncaptured, inputs, device, None)
         return profile_of_replay_on_rocm(events, without)
     found = profile_of(events, device)

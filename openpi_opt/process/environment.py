@@ -20,6 +20,7 @@ from openpi_opt.knobs import KNOBS
 from openpi_opt.knobs.environment import VARIABLES
 from openpi_opt.machine import Gpu, Machine
 from openpi_opt.paths import package_dir
+from openpi_opt.vendor import BY_DEVICE, GPU_VENDORS
 
 CLEARED_PREFIXES = (
     "AITER_",
@@ -95,7 +96,6 @@ _URL_WITH_PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@")
 _KEPT = frozenset({"OMP_NUM_THREADS"})
 # Caches, tools and data: they say where, not what.
 PLACE_SUFFIXES = ("_DIR", "_PATH", "_HOME", "_ROOT")
-_GPU_SELECTION = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
 def cleared_names(environ: Mapping[str, str] | None = None) -> list[str]:
@@ -128,14 +128,17 @@ def child_environment(
         for name, value in source.items()
         if not _changes_a_trial(name) and (name in more or _is_admitted(name, value))
     }
+    if threads is None and machine.quota is not None:
+        threads = machine.cores
     if threads is not None:
+        threads = machine.threads(threads)
         env["OMP_NUM_THREADS"] = str(min(threads, _number(env.get("OMP_NUM_THREADS")) or threads))
     if caches is not None:
         env.update({name: str(caches / folder) for name, folder in CACHES.items()})
     env.update(knob_variables(cfg))
     env.update(_gpu_selection(cfg, machine, env, gpu))
     env["PYTHONUNBUFFERED"] = "1"
-    if cfg.device == "cpu":
+    if not BY_DEVICE[cfg.device].is_gpu:
         # A waiting OpenMP thread that spins keeps the core from the thread it waits for as soon as
         # anything else runs: 50 ms calls became 5 s beside one busy neighbour on two cores.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -165,7 +168,7 @@ def knob_variables(cfg: Config) -> dict[str, str]:
         ValueError: two knobs want one variable to have different values.
     """
     merged: dict[str, str] = {}
-    for knob in KNOBS:
+    for knob in (knob for knob in KNOBS if knob.acts(cfg)):
         for name, value in knob.environment(cfg).items():
             if merged.setdefault(name, value) != value:
                 raise ValueError(f"two knobs set {name}: {merged[name]!r} and {value!r}")
@@ -181,16 +184,17 @@ def _number(text: str | None) -> int | None:
 def _gpu_selection(
     cfg: Config, machine: Machine, env: dict[str, str], chosen: Gpu | None
 ) -> dict[str, str]:
-    """Show the trial one GPU. HIP knows no UUIDs, and reads CUDA_VISIBLE_DEVICES as well."""
-    device = cfg.platform.device
-    if device not in ("cuda", "rocm"):
+    """Show the trial one GPU, in the way of its vendor."""
+    vendor = BY_DEVICE[cfg.platform.device]
+    if not vendor.is_gpu:
         return {}
-    gpu = chosen or machine.gpus_for(device)[cfg.platform.gpu or 0]
-    for name in _GPU_SELECTION:
-        env.pop(name, None)
-    if device == "cuda":
-        return {"CUDA_VISIBLE_DEVICES": gpu.uuid}
-    return {"HIP_VISIBLE_DEVICES": str(gpu.index)}
+    gpu = chosen or machine.gpus_for(cfg.platform.device)[cfg.platform.gpu or 0]
+    chosen_by = vendor.selection(gpu)
+    # What is left of the user's choice would be applied on top, or to another vendor's runtime.
+    for each in GPU_VENDORS:
+        for name in set(each.visibility) - set(each.outer_visibility):
+            env.pop(name, None)
+    return chosen_by
 
 
 def _import_path(env: Mapping[str, str]) -> dict[str, str]:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from openpi_opt.criteria import Criteria, pareto
 from openpi_opt.result import Pruned, TrialResult
+from openpi_opt.space.features import PARTS, SECONDS, TOTAL, mean_ms, parts, seconds
+from openpi_opt.space.points import Points
 from openpi_opt.space.space import Space
 from openpi_opt.track.optuna_copy import HASH_ATTRIBUTE, constraints
 
@@ -43,6 +45,10 @@ class Proposal:
     number: int | None = None
 
 
+def _impatient() -> float:
+    return 0.0
+
+
 class Optimizer:
     """One search space of one study."""
 
@@ -53,8 +59,13 @@ class Optimizer:
         seed: int,
         criteria: Criteria | None = None,
         allow_lossy: bool = False,
+        points: Points | None = None,
+        patience: Callable[[], float] = _impatient,
     ):
         """Begin with nothing known: `learn` takes in what the journal has.
+
+        `sampler=stages` also needs the `points` of the space, and may ask how much the seconds of a
+        trial count (`stages.StagesSampler`).
 
         A study that goes on wants another seed than it began with, or random proposals would begin
         again with the ones already made.
@@ -71,15 +82,23 @@ class Optimizer:
         self._numbers = itertools.count()
         self.tried: set[str] = set()  # configuration hashes
         self.points: set[tuple[str, ...]] = set()
-        self._begin(_sampler(sampler, seed % 2**32))
+        if sampler == "stages":
+            from openpi_opt.space.stages import StagesSampler
+
+            assert points is not None
+            self._begin(StagesSampler(space, points, seed % 2**32, patience))
+        else:
+            self._begin(_sampler(sampler, seed % 2**32))
 
     def forget(self) -> None:
         """Count nothing as tried, for `--fresh`; the sampler keeps what it learned."""
         self.tried.clear()
         self.points.clear()
 
-    def ask(self) -> Proposal:
-        """Let the sampler choose a point."""
+    def ask(self, params: Mapping[str, str] | None = None) -> Proposal:
+        """Let the sampler choose a point; with `params`, it takes that one as its own choice."""
+        if params is not None:
+            self._study.enqueue_trial(self._space.values(params))
         trial = self._study.ask(self._distributions)
         number = next(self._numbers)
         self._asked[number] = trial
@@ -100,6 +119,8 @@ class Optimizer:
                 trial.set_constraint(key, violation)
             for step, seen in finished.intermediate_values.items():
                 trial.report(seen, step)
+            for name, value in finished.user_attrs.items():
+                trial.set_user_attr(name, value)
             self._study.tell(trial, finished.values, state=finished.state)
             self._keep(finished)
         self._remember(proposal.params, result.config_hash)
@@ -132,6 +153,39 @@ class Optimizer:
         if learn:
             self._keep(self._frozen(proposal.params, None))
 
+    def best(self) -> tuple[dict[str, str], float] | None:
+        """The point with the least first objective, and that; None while there is none."""
+        found = _best(self._finished, 1)
+        if not found or any(excess > 0 for excess in found[0].constraints.values()):
+            return None
+        return self._space.texts(found[0].params), found[0].values[0]
+
+    def cost(self) -> Callable[[dict[str, str]], float] | None:
+        """What the sampler expects of points, to order them by; None where it does not say."""
+        guess = getattr(self._study.sampler, "guess", None)
+        if guess is None:
+            return None
+        found: Callable[[dict[str, str]], float] = guess(self._study.get_trials(deepcopy=False))
+        return found
+
+    def within(self, factor: float) -> list[tuple[dict[str, str], float]]:
+        """The points at most `factor` times the best's first objective, with theirs."""
+        best = self.best()
+        feasible = [t for t in self._finished if all(c <= 0 for c in t.constraints.values())]
+        return [
+            (self._space.texts(trial.params), trial.values[0])
+            for trial in feasible
+            if best is not None and trial.values and trial.values[0] <= factor * best[1]
+        ]
+
+    def value(self, params: Mapping[str, str]) -> float | None:
+        """The first objective of a point that was told; None where it has none."""
+        point = self._point(params)
+        for trial in reversed(self._finished):
+            if trial.values and self._point(self._space.texts(trial.params)) == point:
+                return float(trial.values[0])
+        return None
+
     def has(self, params: Mapping[str, str]) -> bool:
         """Whether the outcome of this point was told."""
         return self._point(params) in self.points
@@ -152,7 +206,7 @@ class Optimizer:
             distributions=self._distributions,
             values=values,
             state=states.PRUNED if values is None else states.COMPLETE,
-            user_attrs={} if result is None else {HASH_ATTRIBUTE: result.config_hash},
+            user_attrs={} if result is None else _attributes(result),
             intermediate_values=seen,
             constraints={} if result is None else self._constraints(result),
         )
@@ -189,6 +243,17 @@ class Optimizer:
 
     def _point(self, params: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(params[key] for key in self._space.dimensions)
+
+
+def _attributes(result: TrialResult) -> dict[str, str | float | dict[str, float]]:
+    """What a trial tells beside its objectives; `sampler=stages` learns from it."""
+    found = {
+        HASH_ATTRIBUTE: result.config_hash,
+        PARTS: parts(result),
+        TOTAL: mean_ms(result),
+        SECONDS: seconds(result),
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def _directions(criteria: Criteria) -> list[Literal["minimize"]]:

@@ -10,9 +10,11 @@ from openpi_opt.machine import Machine
 from openpi_opt.space.sensible import NotSensibleError, left_out
 from openpi_opt.space.space import Space
 
-Compose = Callable[[list[str]], Config]
+Compose = Callable[[Sequence[str]], Config]
 # A dimension with more values than this is checked at its ends and in the middle.
 _CHECKED_VALUES = 64
+# A search looks at thousands of points for each that it proposes.
+_MOST_KEPT = 20_000
 
 
 class Points:
@@ -46,6 +48,8 @@ class Points:
     def _composed(self, params: dict[str, str]) -> Config:
         key = tuple(params.values())
         if key not in self._made:
+            if len(self._made) >= _MOST_KEPT:
+                self._made.clear()
             try:
                 composed = self._compose(self._space.overrides(params))
                 self._made[key] = composed.resolved(self._machine)

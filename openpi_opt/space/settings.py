@@ -12,7 +12,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    StrictInt,
     ValidationError,
     field_validator,
     model_validator,
@@ -21,10 +20,11 @@ from pydantic import (
 from openpi_opt.criteria import Criteria, ObjectiveName, in_order
 from openpi_opt.errors import UserError
 from openpi_opt.figures import LIMITS, OBJECTIVES
+from openpi_opt.process.devices import DeviceSettings
 from openpi_opt.space.named import NamedSpace
 from openpi_opt.space.space import Space, parse_override
 
-SamplerName = Literal["auto", "grid", "tpe", "random", "gp"]
+SamplerName = Literal["auto", "grid", "stages", "tpe", "random", "gp"]
 # Where a study is kept and what is looked at afterwards change no result.
 _NOT_IDENTITY = ("tracking", "limits", "profile", "hydra")
 # These settings say what is tried and what wins, so they are part of a study's identity.
@@ -53,26 +53,6 @@ class Objective(BaseModel):
         except ValidationError as error:
             why = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ValueError(why) from None
-
-
-class DeviceSettings(BaseModel):
-    """Which devices a sweep may use. `gpus` names them by index or by the start of the UUID.
-
-    With `ahead` a GPU's next trial is started, up to where it needs the GPU, while one has it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    gpus: Literal["all"] | list[StrictInt | str] = "all"
-    cpu_slots: int = Field(1, ge=1)
-    ahead: bool = False
-
-    @field_validator("gpus")
-    @classmethod
-    def _at_least_one(cls, value: Any) -> Any:
-        if not value or (isinstance(value, list) and "" in value):
-            raise ValueError("name at least one GPU, or all")
-        return value
 
 
 class LocalSettings(BaseModel):
@@ -148,8 +128,10 @@ class Settings(BaseModel):
     baseline: bool = True
     objective: Objective = Objective()
     space: NamedSpace = NamedSpace()
+    start: tuple[str, ...] | None = None
     dry_run: int | None = Field(None, ge=1)
     fresh: bool = False
+    keep_source: bool = False
     devices: DeviceSettings = DeviceSettings()
     pruning: Annotated[float, Field(ge=1, allow_inf_nan=False)] | Literal["auto"] | None = "auto"
     executor: ExecutorSettings = LocalSettings()
@@ -185,6 +167,12 @@ class Settings(BaseModel):
         """`objective=[latency,memory]` and `objective=latency` say what to minimise."""
         value = [value] if isinstance(value, str) else value
         return {"minimize": value} if isinstance(value, (list, tuple)) else value
+
+    @field_validator("start", mode="before")
+    @classmethod
+    def _all_or_one(cls, value: Any) -> Any:
+        """`start=all` and `start=NAME`."""
+        return None if value == "all" else [value] if isinstance(value, str) else value
 
     @field_validator("study", "store", mode="before")
     @classmethod

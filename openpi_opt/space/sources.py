@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from openpi_opt.space.neighbours import Neighbours
 from openpi_opt.space.optimizer import Optimizer, Proposal
 from openpi_opt.space.space import Space
 
@@ -12,6 +13,7 @@ from openpi_opt.space.space import Space
 MAX_REPEATS = 50
 # The same for combinations of a named space that are passed over: there may be many of them.
 MAX_PASSED_OVER = 2_000
+_COUNTED = 100_000  # a limit above this is none: minutes are the budget
 
 
 class Source(Protocol):
@@ -74,15 +76,22 @@ class Enumerated:
 class Sampled:
     """What the sampler proposes, up to `limit` different configurations.
 
-    It begins with the points that the space names to start with: known good ones.
+    It begins with the points that the space names to start with: known good ones. The last part
+    of the budget goes to the neighbours of the best.
     `open_hashes` tells the configurations that are being measured, here and by others, and then
     makes the optimizer learn what others finished before.
     """
 
     def __init__(
-        self, optimizer: Optimizer, space: Space, limit: int, open_hashes: Callable[[], set[str]]
+        self,
+        optimizer: Optimizer,
+        space: Space,
+        limit: int,
+        open_hashes: Callable[[], set[str]],
+        neighbours: Neighbours | None = None,
     ):
         self.ended: str | None = None
+        self._neighbours = neighbours
         self._optimizer = optimizer
         self._count = space.combinations()
         self._sensible = space.count
@@ -100,11 +109,23 @@ class Sampled:
         enough = len(self._known) >= self._limit  # if what is being measured comes to an end
         if self.ended or enough:
             return None
-        return Proposal(self._starts.pop(0)) if self._starts else self._optimizer.ask()
+        if self._starts:
+            return Proposal(self._starts.pop(0))
+        near = None if self._neighbours is None else self._neighbours.next(self._known)
+        return self._optimizer.ask(near)
+
+    def share(self) -> float:
+        """The part of the number of trials that is used."""
+        return len(self._known) / self._limit
 
     def position(self) -> str:
         """Number of the configuration."""
-        return f"[{min(len(self._known) + 1, self._limit)}/{self._limit}]"
+        number = len(self._known) + 1
+        return (
+            f"[{number}]"
+            if self._limit > _COUNTED
+            else f"[{min(number, self._limit)}/{self._limit}]"
+        )
 
     def seen(self, config_hash: str | None, passed_over: bool = False) -> None:
         """Count proposals that hold nothing new."""

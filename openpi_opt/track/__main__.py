@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from openpi_opt.cli import CONTINUED, run
-from openpi_opt.config import Tracking
-from openpi_opt.process.controllers import Controllers
+from openpi_opt.process.locks import Controllers
 from openpi_opt.track.follow import follow
 from openpi_opt.track.journal import Journal
-from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
+from openpi_opt.track.mlflow_log import MlflowLog, TrackingError, tracking_of
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
 
@@ -31,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         journal = Journal.open(study_dir)
         for note in journal.notes:
             print(f"note: {note}", file=sys.stderr)
-        log = MlflowLog(store, _tracking(journal))
+        log = MlflowLog(store, tracking_of(journal))
         try:
             count = log.sync(study_dir, journal, verify=True)
-            log.judge(study_dir, journal.records())
+            log.show(study_dir, journal)
             end_if_left(study_dir, log)
         except TrackingError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -74,16 +73,6 @@ def _parser() -> argparse.ArgumentParser:
         "--store", default=DEFAULT_STORE, metavar="DIR", help="the sweep's store (default: mlruns)"
     )
     return parser
-
-
-def _tracking(journal: Journal) -> Tracking:
-    """The tracking section that the study's sweep ran with."""
-    records = journal.records()
-    return (
-        Tracking.model_validate(records[-1].result.config.get("tracking", {}))
-        if records
-        else Tracking()
-    )
 
 
 if __name__ == "__main__":

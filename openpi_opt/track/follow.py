@@ -114,7 +114,7 @@ class _Follower:
 
     def _end(self) -> None:
         if self.log is not None:
-            self.log.judge(self.study_dir, self.journal.records())
+            self.log.show(self.study_dir, self.journal)
             self._end_study(self.study_dir, self.log)
 
     def _attempt(self, work: Callable[[], None]) -> bool:

@@ -18,6 +18,7 @@ from openpi_opt.track.journal import Record
 MAX_PARAM = 6_000  # MLflow's limits; longer values it would cut with a warning
 MAX_TAG = 8_000
 MAX_KEY = 250
+NOTE_TAG = "mlflow.note.content"  # what MLflow shows as a run's description
 MAX_REASON = 500
 MAX_FILE_BYTES = 256 * 2**20
 PARAM_SECTIONS = ("model", "weights", "workload")
@@ -26,9 +27,23 @@ TRIAL_FILES = ("*.log", "log.txt", "trace*.json", "trace*.json.gz")
 
 
 def run_name(record: Record) -> str:
-    """Short name of a trial's run: its number and what was asked."""
-    asked = " ".join(f"{key}={value}" for key, value in record.params.items())
-    return one_line(f"{record.number} {asked or record.role}", 120)
+    """Short name of a trial's run: its number, and what sets it apart from the baseline."""
+    plain = Config.parse({}).labels()
+    knobs = {key: text for key, text in record.labels.items() if text != plain.get(key)}
+    keys = {key: text for key, text in record.params.items() if key.split(".")[0] not in knobs}
+    shown = " ".join(f"{key}={value}" for key, value in {**knobs, **keys}.items())
+    if record.role == "baseline":
+        shown = "baseline"
+    return one_line(f"{record.number} {shown or record.role}", 120)
+
+
+def note(record: Record) -> str:
+    """The description of a trial's run, in Markdown: why it is not ok, or its flags."""
+    result = record.result
+    if not isinstance(result, Ok):
+        return f"**{result.outcome}**: {one_line(result.reason, MAX_REASON)}"
+    flags = "\n".join(f"- {one_line(flag, MAX_REASON)}" for flag in result.flags())
+    return f"Flagged:\n\n{flags}" if flags else ""
 
 
 def params(record: Record) -> dict[str, str]:
@@ -40,15 +55,21 @@ def params(record: Record) -> dict[str, str]:
     return {_key(key): value[:MAX_PARAM] for key, value in found.items()}
 
 
-def metrics(record: Record) -> dict[str, float]:
-    """The design's metric names; only what the outcome has, only finite numbers."""
+def metrics(record: Record, baseline_ms: float | None = None) -> dict[str, float]:
+    """The design's metric names; only what the outcome has, only finite numbers.
+
+    The latency comes first: MLflow's comparison plots the first metric.
+    """
     result = record.result
-    found = {f"phase/{name}_s": seconds for name, seconds in result.phase_seconds.items()}
+    found: dict[str, float] = {}
     if isinstance(result, Ok):
         found |= _ok_metrics(result)
+        if baseline_ms is not None:
+            found["vs_baseline"] = baseline_ms / result.latency.mean_ms
     if isinstance(result, Ok | Pruned | Wrong):
         report = result.guard.model_dump(include={"rel_l2", "max_abs", "cosine", "tolerance"})
         found |= {f"guard/{name}": value for name, value in report.items() if value is not None}
+    found |= {f"phase/{name}_s": seconds for name, seconds in result.phase_seconds.items()}
     return {_key(key): float(value) for key, value in found.items() if math.isfinite(value)}
 
 
@@ -72,7 +93,9 @@ def tags(record: Record) -> dict[str, str]:
         "lossy": "true" if Config.load(result.config).lossy() else "",
         "reason": one_line(reason(record), MAX_REASON),
     }
-    return {f"openpi_opt.{key}": value[:MAX_TAG] for key, value in found.items() if value}
+    marked = {f"openpi_opt.{key}": value[:MAX_TAG] for key, value in found.items() if value}
+    text = note(record)
+    return marked | ({NOTE_TAG: text[:MAX_TAG]} if text else {})
 
 
 def write_artifacts(record: Record, folder: Path) -> None:

@@ -23,20 +23,20 @@ from filelock import FileLock
 from openpi_opt.config import Tracking
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError, masked
+from openpi_opt.result import Ok
+from openpi_opt.track import curve, mlflow_study, pareto
 from openpi_opt.track import mlflow_content as content
 from openpi_opt.track import mlflow_database as database
-from openpi_opt.track import pareto
 from openpi_opt.track.copies import sync_command
 from openpi_opt.track.journal import Journal, Record
+from openpi_opt.track.mlflow_study import ROLE_TAG, STUDY_TAG
 from openpi_opt.track.store import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-STUDY_TAG = "openpi_opt.study"
 UID_TAG = "openpi_opt.uid"
-ROLE_TAG = "openpi_opt.role"
 PARENT_TAG = "mlflow.parentRunId"
 TAGS_FILE = "tags.jsonl"
 # MLflow's own defaults let one call to a dead server block for four minutes, send usage statistics
@@ -71,6 +71,7 @@ class MlflowLog:
         self._experiment_id: str | None = None
         self._parents: dict[str, str] = {}
         self._delivered: dict[str, dict[str, str]] = {}
+        self._baselines: dict[tuple[str, str], float] = {}
 
     def begin_study(self, study_dir: Path) -> str:
         """Find or make the study's parent run and mark it running; returns its id."""
@@ -114,6 +115,7 @@ class MlflowLog:
                 self._delivered[parent] = self._complete_runs(study)
             marked = self._marked(study_dir, parent)
             missing = [record for record in journal.records() if record.uid not in marked]
+            self._baselines = baselines(journal.records())
             told(len(missing))
             for left, record in zip(reversed(range(len(missing))), missing, strict=True):
                 with _study_lock(study_dir):  # for each, so that a running sweep need not wait
@@ -121,13 +123,43 @@ class MlflowLog:
                 told(left)
         return len(missing)
 
-    def judge(self, study_dir: Path, records: Sequence[Record]) -> None:
+    def show(self, study_dir: Path, journal: Journal) -> None:
+        """Bring the study's own run and its page up to date: figures, description, plots, marks."""
+        records = journal.records()
+        with self._talking(study_dir.name), _study_lock(study_dir):
+            self._apply_tags(study_dir)
+            self._show_study(study_dir, journal)
+        self._judge(study_dir, records)
+
+    def _show_study(self, study_dir: Path, journal: Journal) -> None:
+        client, study, records = self._connect(), study_dir.name, journal.records()
+        parent = self._parent(study_dir)
+        criteria = Criteria.load(study_dir) or Criteria()
+        for name, value in mlflow_study.metrics(records, criteria).items():
+            client.log_metric(parent, name, value)
+        known = client.get_run(parent).data.params
+        for name, text in mlflow_study.params(journal.header, records, criteria).items():
+            if name not in known and text:  # MLflow keeps the first value of a parameter
+                client.log_param(parent, name, text[: content.MAX_PARAM])
+        text = mlflow_study.description(
+            *(study, str(self.store.path), journal.header, records, criteria)
+        )
+        client.set_tag(parent, content.NOTE_TAG, text[: content.MAX_TAG])
+        key = mlflow_study.VIEW_TAG + mlflow_study.view_key(study)
+        client.set_experiment_tag(self._experiment(), key, mlflow_study.view(study, records))
+        for path in [*curve.files(study_dir), *sorted(study_dir.glob("report/*"))]:
+            _upload(client, parent, path)
+
+    def page(self, server: str, study: str) -> str:
+        """The address of a study's page on a server that shows this store."""
+        with self._talking(study):
+            return mlflow_study.page(server, self._experiment(), study)
+
+    def _judge(self, study_dir: Path, records: Sequence[Record]) -> None:
         """Bring the marks of the Pareto set and of limits up to date, on trials and on the study.
 
         A study of one objective that never had a limit has none.
         """
-        with self._talking(study_dir.name), _study_lock(study_dir):
-            self._apply_tags(study_dir)
         criteria = Criteria.load(study_dir)
         if criteria is None:
             return
@@ -228,9 +260,12 @@ class MlflowLog:
 
         client = self._connect()
         at = _milliseconds(record.created_at)
+        ms = self._baselines.get((record.result.context_hash, record.fingerprint_hash))
         client.log_batch(
             run_id,
-            metrics=[Metric(key, value, at, 0) for key, value in content.metrics(record).items()],
+            metrics=[
+                Metric(key, value, at, 0) for key, value in content.metrics(record, ms).items()
+            ],
             params=[Param(key, value) for key, value in content.params(record).items()],
             tags=[RunTag(key, value) for key, value in content.tags(record).items()],
         )
@@ -392,6 +427,22 @@ def _milliseconds(*candidates: str) -> int:
         except ValueError:
             continue
     return int(time.time() * 1000)
+
+
+def tracking_of(journal: Journal) -> Tracking:
+    """The tracking section that the study's sweep ran with."""
+    records = journal.records()
+    section = records[-1].result.config.get("tracking", {}) if records else {}
+    return Tracking.model_validate(section)
+
+
+def baselines(records: Sequence[Record]) -> dict[tuple[str, str], float]:
+    """Mean milliseconds of the baselines, by context and fingerprint."""
+    return {
+        (record.result.context_hash, record.fingerprint_hash): record.result.latency.mean_ms
+        for record in records
+        if record.role == "baseline" and isinstance(record.result, Ok)
+    }
 
 
 def leave_tag(study_dir: Path, uid: str, key: str, value: str) -> None:

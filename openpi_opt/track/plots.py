@@ -204,6 +204,30 @@ def scatter(title: str, panels: Sequence[Panel]) -> Figure:
     return figure
 
 
+def stairs(title: str, panels: Sequence[Panel]) -> Figure:
+    """Panels side by side, each series a value that holds until its next point.
+
+    The text of a point stands beside it.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    figure, every = _figure(title, panels)
+    for panel, axes in zip(panels, every, strict=True):
+        for number, series in enumerate(panel.series):
+            colour = COLOURS[number % len(COLOURS)]
+            xs, ys = [float(p.x) for p in series.points], [p.y for p in series.points]
+            axes.step(xs, ys, where="post", label=series.label, color=colour)
+            axes.plot(xs, ys, color=colour, marker=MARKERS[number], linestyle="none", markersize=4)
+            for point in series.points:
+                place = float(point.x), point.y
+                axes.annotate(point.text, place, (4, 4), textcoords="offset points", fontsize=7)
+        if panel.log_y:
+            _log_y(axes)
+    _legends(figure, every)
+    return figure
+
+
 def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
     """Write `stem.png` and `stem.svg`, each whole or not at all; the same figure, the same bytes.
 

@@ -17,20 +17,25 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from openpi_opt.cli import print_uncut
+from openpi_opt.cli import least_width, print_uncut
 from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria, pareto
 from openpi_opt.figures import Figure
-from openpi_opt.result import Ok
+from openpi_opt.result import FILES_SINCE, Ok, Pruned
+from openpi_opt.track import identity
 from openpi_opt.track.fingerprint import differences
 from openpi_opt.track.journal import Record
 from openpi_opt.track.mlflow_content import device, one_line, reason
 
 MAX_REASON = 300
 MIN_FOLDED = 8  # a knob's column may fold its text down to this many characters
-# Wide enough that a table in a pipe or a file is never cut.
+# Below a table in a pipe or a file each remark is one line; the table itself is this wide at most
+# as long as its figures allow it.
 PIPE_WIDTH = 1_000
+TABLE_WIDTH = 120
+WHAT = "what differs"
 STALE_MARK = "†"
+_FIGURES_WIDTH = 60  # of the columns beside those of the keys
 DATASHEET_MARK = "‡"
 
 
@@ -38,12 +43,14 @@ DATASHEET_MARK = "‡"
 class Row:
     """One trial as a table shows it.
 
-    `differs` holds what varies within the trial's context; `stale` marks a fingerprint other than
-    the newest of its context; `best` is the fastest ok trial of the context, never a stale one,
-    a confirmation, above a limit, or a lossy one unless allowed; `vs_baseline` is the baseline's
-    mean divided by this one's. Of several objectives there is no best one: `pareto` marks those
-    that could be `best` and have no other that is as good in all objectives and better in one.
-    `over` has the limits that the trial does not keep, with what it has instead.
+    `differs` holds what varies within the trial's context. `stale` marks a fingerprint other than
+    the newest of its context, or files of this package that a later trial imported with other
+    content. `changed` names these files; with `kept` the row counts all the same. `best` is the
+    fastest ok trial of the context, never a stale one, a confirmation, above a limit, or a lossy
+    one unless allowed; `vs_baseline` is the baseline's mean divided by this one's. Of several
+    objectives there is no best one: `pareto` marks those that could be `best` and have no other
+    that is as good in all objectives and better in one. `over` has the limits that the trial does
+    not keep, with what it has instead.
     """
 
     record: Record
@@ -52,6 +59,8 @@ class Row:
     vs_baseline: float | None = None
     best: bool = False
     stale: bool = False
+    changed: str = ""
+    kept: bool = False
     pareto: bool = False
     over: Mapping[str, str] = field(default_factory=dict)
 
@@ -79,11 +88,15 @@ def rows(
 
 
 def groups(
-    records: Iterable[Record], allow_lossy: bool = False, criteria: Criteria | None = None
+    records: Iterable[Record],
+    allow_lossy: bool = False,
+    criteria: Criteria | None = None,
+    kept: Mapping[str, str] | None = None,
 ) -> list[Group]:
     """One group for each context, in the order of their first trial.
 
     With `allow_lossy`, lossy trials compete for the best. Without `criteria` the fastest is it.
+    `kept` has, by uid, what changed in this package since trials that are to count all the same.
     """
     criteria = (criteria or Criteria()).allowing(allow_lossy)
     contexts: dict[str, list[Record]] = {}
@@ -95,6 +108,7 @@ def groups(
             members,
             title if titles.count(title) == 1 else f"{title} (context {context})",
             criteria,
+            kept or {},
         )
         for (context, members), title in zip(contexts.items(), titles, strict=True)
     ]
@@ -116,6 +130,7 @@ def print_table(
     criteria: Criteria | None = None,
     stages: bool = False,
     columns: Sequence[Figure] = (),
+    kept: Mapping[str, str] | None = None,
 ) -> None:
     """Print the table on stdout: folded to the terminal, uncut in a pipe or a file.
 
@@ -125,8 +140,8 @@ def print_table(
     """
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     with console.capture() as capture:
-        for group in groups(records, allow_lossy, criteria):
-            print_uncut(console, _table(group, columns))
+        for group in groups(records, allow_lossy, criteria, kept):
+            _print(console, _table(group, columns))
             console.print(*_below(group), sep="\n", overflow="fold")
             if stages and (floors := _floors(group)):
                 console.print()
@@ -135,8 +150,32 @@ def print_table(
         print(line.rstrip())
 
 
-def _group(records: Sequence[Record], title: str, criteria: Criteria) -> Group:
+def _print(console: Console, view: Table) -> None:
+    """A table as wide as it has to be, and no wider than `TABLE_WIDTH` if it can be folded."""
+    natural = console.measure(view, options=console.options.update(width=PIPE_WIDTH)).maximum
+    if min(natural, console.width) > TABLE_WIDTH:
+        view.width = max(TABLE_WIDTH, least_width(view))
+    print_uncut(console, view)
+
+
+def _widths(group: Group) -> list[int]:
+    """Of the columns, if each key has one."""
+    rows = [row.differs for row in group.rows]
+    return [max(len(key), *(len(differs[key]) for differs in rows)) + 2 for key in rows[0]]
+
+
+def _group(
+    records: Sequence[Record], title: str, criteria: Criteria, kept: Mapping[str, str]
+) -> Group:
     newest = records[-1].fingerprint_hash
+    changed = _changed(records) | {
+        record.uid: kept.get(record.uid, "") for record in records if kept
+    }
+    stale = {
+        record.uid
+        for record in records
+        if record.fingerprint_hash != newest or (changed[record.uid] and record.uid not in kept)
+    }
     # A plain trial that somebody asked for will do where no baseline was measured.
     plain = [r for r in records if r.role == "trial" and isinstance(r.result, Ok) and _is_plain(r)]
     measured = [r for r in records if r.role == "baseline"]
@@ -145,7 +184,7 @@ def _group(records: Sequence[Record], title: str, criteria: Criteria) -> Group:
         for record in [*plain, *measured]
         if isinstance(record.result, Ok)
     }
-    candidates = [record for record in records if _may_win(record, newest, criteria)]
+    candidates = [r for r in records if r.uid not in stale and _may_win(r, criteria)]
     best = None if criteria.several else _best(candidates, criteria)
     front = _pareto(records, candidates, criteria) if criteria.several else []
     columns = _varying(records)
@@ -156,13 +195,46 @@ def _group(records: Sequence[Record], title: str, criteria: Criteria) -> Group:
             reason=one_line(reason(record), MAX_REASON),
             vs_baseline=_ratio(record, baselines.get(record.fingerprint_hash)),
             best=record is best,
-            stale=record.fingerprint_hash != newest,
+            stale=record.uid in stale,
+            changed=changed[record.uid],
+            kept=record.uid in kept,
             pareto=any(record is one for one in front),
             over=_over(record, criteria),
         )
         for record in records
     ]
     return Group(title, found, _footnotes(records, found, criteria), criteria)
+
+
+def _changed(records: Sequence[Record]) -> dict[str, str]:
+    """By uid, the files of this package that a later trial of these imported with other content."""
+    results = [record.result for record in records]
+    files = identity.newest_files(results)
+    older = results[-1].schema_version < FILES_SINCE
+    return {
+        record.uid: identity.summary([identity.since(record.result, files, older)])
+        for record in records
+    }
+
+
+def what(row: Row, group: Group) -> str:
+    """What tells the trial apart: what varies and is not at its default, without what all share."""
+    plain, common = Config.parse({}).labels(), shared(group)
+    shown = {k: text for k, text in row.differs.items() if text not in ("", plain.get(k))}
+    shown = {k: text for k, text in shown.items() if common.get(k) != text}
+    rest = "baseline" if row.record.role == "baseline" else "nothing else" if common else "defaults"
+    return " ".join(f"{key}={text}" for key, text in shown.items()) or rest
+
+
+def shared(group: Group) -> dict[str, str]:
+    """What all trials have in common, unlike the baseline; nothing where there is one trial."""
+    trials = [row.differs for row in group.rows if row.record.role != "baseline"]
+    if len(trials) < 2:
+        return {}
+    plain = Config.parse({}).labels()
+    first = trials[0]
+    same = {key for key in first if all(other.get(key) == first[key] for other in trials)}
+    return {key: text for key, text in first.items() if key in same and text != plain.get(key)}
 
 
 def mean_ms(row: Row) -> float:
@@ -187,11 +259,10 @@ def _over(record: Record, criteria: Criteria) -> dict[str, str]:
     return criteria.over(record.result) if isinstance(record.result, Ok) else {}
 
 
-def _may_win(record: Record, newest: str, criteria: Criteria) -> bool:
+def _may_win(record: Record, criteria: Criteria) -> bool:
     return (
         isinstance(record.result, Ok)
         and record.role != "confirm"
-        and record.fingerprint_hash == newest
         and not criteria.over(record.result)
         and (criteria.allow_lossy or not lossy(record))
     )
@@ -293,6 +364,9 @@ def _footnotes(records: Sequence[Record], found: Sequence[Row], criteria: Criter
                 f"{newest.fingerprint_hash}, and not compared with it"
                 + (f" ({'; '.join(changed)})" if changed else "")
             )
+    for text, kept in dict.fromkeys((row.changed, row.kept) for row in found if row.changed):
+        how = "kept by --keep-source" if kept else "not compared with what came after"
+        notes.append(f"{STALE_MARK} before {text}: {how}")
     return notes
 
 
@@ -318,16 +392,20 @@ def _overs(found: Sequence[Row], criteria: Criteria) -> list[str]:
 
 
 def _table(group: Group, columns: Sequence[Figure] = ()) -> Table:
-    ok = [row.ok for row in group.rows if row.ok]
+    counted = [row.record.result for row in group.rows]
+    ok = [result for result in counted if isinstance(result, Ok | Pruned)]
     kinds = {result.kernels.kind for result in ok if result.kernels}
+    single = sum(_widths(group)) > TABLE_WIDTH - _FIGURES_WIDTH
+    common = " ".join(f"{key}={text}" for key, text in shared(group).items())
+    title = f"{group.title}\nall trials: {common}" if single and common else group.title
     view = Table(
-        title=Text(group.title),
+        title=Text(title),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
     )
-    knobs = list(group.rows[0].differs)
+    knobs = [WHAT] if single else list(group.rows[0].differs)
     heads = ["#", *knobs, "outcome", "mean ± std ms", _count_name(kinds), "vs.\nbaseline"]
     limits = [_of_limit(row) for row in group.rows]
     heads += ["of\nlimit"] if any(limits) else []
@@ -336,7 +414,7 @@ def _table(group: Group, columns: Sequence[Figure] = ()) -> Table:
     body = [
         [
             _number(row),
-            *row.differs.values(),
+            *([what(row, group)] if single else row.differs.values()),
             _outcome(row),
             *_numbers(row, kinds),
             *([limit] if any(limits) else []),
@@ -469,11 +547,15 @@ def _count_name(kinds: AbstractSet[str]) -> str:
 
 def _number(row: Row) -> str:
     mark = "* " if row.best or row.pareto else ""
-    return f"{mark}{row.record.number}{STALE_MARK if row.stale else ''}"
+    return f"{mark}{row.record.number}{STALE_MARK if row.stale or row.changed else ''}"
 
 
 def _numbers(row: Row, kinds: AbstractSet[str]) -> list[str]:
     """Mean and std, kernels, ratio: empty where the outcome has none."""
+    pruned = row.record.result
+    if isinstance(pruned, Pruned):
+        count = str(pruned.kernels.total) if pruned.kernels else ""
+        return [f"above {pruned.seen_low_ms:.3f}", count, ""]
     if row.ok is None:
         return ["", "", ""]
     latency, kernels = row.ok.latency, row.ok.kernels

@@ -40,7 +40,7 @@ class Screen:
 
     def stop(self, slot: str) -> None: ...
 
-    def end(self, position: str, label: str, record: Record, known: bool) -> None:
+    def end(self, position: str, label: str, record: Record, known: bool, remark: str = "") -> None:
         self.ended.append((label, known))
 
 

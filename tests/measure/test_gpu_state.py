@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pynvml
 import pytest
 
 from openpi_opt.machine import Gpu, probe
-from openpi_opt.measure.gpu_state import AmdSmi, Monitor, NotReadError, Nvml, between, monitor
+from openpi_opt.measure.gpu_state import Monitor, between, monitor
 from openpi_opt.result import GpuState
+from openpi_opt.vendor.amd import AmdSmi
+from openpi_opt.vendor.base import NotReadError
+from openpi_opt.vendor.nvidia import Nvml
 
 H100 = Gpu(0, "GPU-abc", "NVIDIA H100", "nvidia", "sm90", 81_000, "570.1")
 MI300 = Gpu(0, "GPU-00000000000000ff", "MI300X", "amd", "gfx942", 196_000, "6.12")
@@ -63,7 +69,7 @@ class FakeNvml:
 
 def test_everything_nvml_says() -> None:
     nvml = FakeNvml()
-    watching = Monitor(Nvml(nvml, "GPU-abc"))
+    watching = Monitor(Nvml(nvml, H100))
     nvml.pids.append(os.getpid())
     assert watching.read() == GpuState(
         sm_clock_mhz=1755,
@@ -92,7 +98,7 @@ def test_everything_nvml_says() -> None:
     ],
 )
 def test_what_nvml_refuses_is_named_and_the_rest_is_read(function: str, name: str) -> None:
-    state = Monitor(Nvml(FakeNvml({function}), "GPU-abc")).read()
+    state = Monitor(Nvml(FakeNvml({function}), H100)).read()
     assert getattr(state, name) is None
     assert state.not_read == [f"{name}: NVML: Not Supported"]
     assert state.sm_clock_mhz == 1755
@@ -100,7 +106,7 @@ def test_what_nvml_refuses_is_named_and_the_rest_is_read(function: str, name: st
 
 def test_no_counter_of_throttled_time() -> None:
     nvml = FakeNvml({"nvmlDeviceGetViolationStatus"})
-    assert Monitor(Nvml(nvml, "GPU-abc")).throttled_ms() is None
+    assert Monitor(Nvml(nvml, H100)).throttled_ms() is None
 
 
 @pytest.mark.parametrize(
@@ -121,7 +127,7 @@ def test_no_counter_of_throttled_time() -> None:
 def test_our_own_process_is_not_another_one(before: list, now: list, others: int) -> None:
     nvml = FakeNvml()
     nvml.pids = before
-    watching = Monitor(Nvml(nvml, "GPU-abc"))
+    watching = Monitor(Nvml(nvml, H100))
     nvml.pids = [os.getpid() if pid == "own" else pid for pid in now]
     assert watching.read().other_processes == others
 
@@ -210,18 +216,31 @@ def test_an_older_amdsmi_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     smi = FakeAmdSmi()
     smi.socket_power = "N/A"
     monkeypatch.delattr(FakeAmdSmi, "amdsmi_get_violation_status")
-    state = Monitor(AmdSmi(smi, MI300.uuid)).read()
+    state = Monitor(AmdSmi(smi, MI300)).read()
     assert state.power_w == 530
     assert state.not_read == ["throttle_reasons: this amdsmi has no amdsmi_get_violation_status"]
 
 
 def test_a_gpu_that_amdsmi_does_not_show() -> None:
-    with pytest.raises(NotReadError, match="no GPU with the serial number 0xabc"):
-        AmdSmi(FakeAmdSmi(), "GPU-0000000000000abc")
+    with pytest.raises(NotReadError, match="no GPU that is GPU-0000000000000abc"):
+        AmdSmi(FakeAmdSmi(), replace(MI300, uuid="GPU-0000000000000abc"))
 
 
-def test_amdsmi_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "amdsmi", None)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "raise ImportError('no')",
+        "libraries = {}\nlibraries['libamd_smi.so']",
+        "raise OSError('libamd_smi.so')",
+        "None.amdsmi_init",
+    ],
+)
+def test_amdsmi_is_not_needed(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor its library, without which its import fails in ways of its own."""
+    (tmp_path / "amdsmi.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "amdsmi", raising=False)
+    importlib.invalidate_caches()
     with monitor(MI300) as watching:
         state = watching.read()
     assert state.sm_clock_mhz is None

@@ -17,6 +17,8 @@ from openpi_opt.config import Config
 from openpi_opt.errors import RefusedError
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.measure import power
+from openpi_opt.vendor import amd as vendor_amd
+from openpi_opt.vendor import cpu, meters
 
 CPU = Machine((), TorchBuild("2.13.0+cpu", None, None), "AMD EPYC", 2, 24_000)
 GPU = Gpu(0, "GPU-00000000000000ab", "AMD Instinct MI300X", "amd", "gfx942", 192_000, "6.12")
@@ -68,8 +70,8 @@ class Steps:
 def test_a_counter_in_steps_is_read_at_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read at any moment instead, it would be up to 5 J off; polling allows for 0.5 ms twice."""
     clock = Clock()
-    monkeypatch.setattr(power, "time", clock)
-    meter = power.CounterMeter("nvml_counter", Steps(clock))
+    monkeypatch.setattr(meters, "time", clock)
+    meter = meters.CounterMeter("nvml_counter", Steps(clock))
     for seconds in (0.11, 0.119, 0.155):
         clock.sleep(0.0137)
         meter.start()
@@ -88,8 +90,8 @@ def test_samples_are_integrated_over_uneven_gaps(monkeypatch: pytest.MonkeyPatch
         moments.append(seen.now)
         return float(seen.now)
 
-    monkeypatch.setattr(power, "time", SimpleNamespace(monotonic=now))
-    meter = power.SampleMeter("nvml_samples", lambda: 100 + 1000 * seen.now)
+    monkeypatch.setattr(meters, "time", SimpleNamespace(monotonic=now))
+    meter = meters.SampleMeter("nvml_samples", lambda: 100 + 1000 * seen.now)
     meter.start()
     time.sleep(0.3)
     joule, seconds = meter.stop(0.0)
@@ -105,7 +107,7 @@ def test_a_run_gives_joules_per_call_and_observations_per_joule(
     monkeypatch.setattr(power, "WARM_S", 0.05)
     monkeypatch.setattr(power, "IDLE_SETTLE_S", 0.0)
     monkeypatch.setattr(power, "IDLE_S", 0.2)
-    meter = power.CounterMeter("nvml_counter", Steps(), limit_watt=500.0)
+    meter = meters.CounterMeter("nvml_counter", Steps(), limit_watt=500.0)
     seen: list[int] = []
 
     def call(number: int) -> None:
@@ -126,7 +128,7 @@ def test_a_run_gives_joules_per_call_and_observations_per_joule(
 def test_a_counter_that_stands_still_is_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WARM_S", "IDLE_SETTLE_S", "IDLE_S"):
         monkeypatch.setattr(power, name, 0.01)
-    meter = power.CounterMeter("rapl", lambda: 5.0)
+    meter = meters.CounterMeter("rapl", lambda: 5.0)
     with pytest.raises(power.NoMeterError, match="rapl stood still"):
         power._measure(lambda _: time.sleep(0.1), [1], config(), meter, 10.0)
 
@@ -135,7 +137,7 @@ def test_rapl_sums_packages_and_nothing_below_them(tmp_path: Path) -> None:
     first, second = zone(tmp_path, "0", "package-0", 100), zone(tmp_path, "1", "package-1", 200)
     zone(tmp_path, "0:0", "core", 50)
     zone(tmp_path, "2", "psys", 900)
-    meter = power.rapl_meter(tmp_path)
+    meter = cpu.rapl_meter(tmp_path)
     assert meter.limit_watt == 300
     assert meter._read() == pytest.approx(300e-6)
     (first / "energy_uj").write_text("999990")
@@ -154,7 +156,7 @@ def test_a_wrapped_counter_only_grows(steps: list[int]) -> None:
             return self.text
 
     file, total = File(), 0
-    counter = power._Unwrapped(file, 1_000_000)  # type: ignore[arg-type]
+    counter = cpu._Unwrapped(file, 1_000_000)  # type: ignore[arg-type]
     for step in steps:
         total += step
         file.text = str(total % 1_000_000)
@@ -164,7 +166,7 @@ def test_a_wrapped_counter_only_grows(steps: list[int]) -> None:
 def test_without_rapl_there_is_a_reason_and_no_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(power, "_POWERCAP", tmp_path)
+    monkeypatch.setattr(cpu, "POWERCAP", tmp_path)
     phases: list[str] = []
     energy, notes = power.measure(print, [1], config(), CPU, 1.0, phases.append)
     assert energy is None
@@ -180,13 +182,13 @@ def test_without_rapl_there_is_a_reason_and_no_figure(
 def test_a_counter_for_root_only_is_said(tmp_path: Path) -> None:
     (zone(tmp_path, "0", "package-0", 1) / "energy_uj").chmod(0)
     with pytest.raises(power.NoMeterError, match="energy_uj cannot be read"):
-        power.rapl_meter(tmp_path)
+        cpu.rapl_meter(tmp_path)
 
 
 def test_an_unreadable_counter_is_said(tmp_path: Path) -> None:
     (zone(tmp_path, "0", "package-0", 1) / "energy_uj").unlink()
     with pytest.raises(power.NoMeterError, match="energy_uj cannot be read"):
-        power.rapl_meter(tmp_path)
+        cpu.rapl_meter(tmp_path)
 
 
 def amd(drm: Path, unique_id: str, **files: int) -> None:
@@ -201,7 +203,7 @@ def test_amd_without_its_library_is_sampled_from_the_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     amd(tmp_path, "ab", power1_input=310_000_000, power1_cap=750_000_000)
-    monkeypatch.setattr(power, "_DRM", tmp_path)
+    monkeypatch.setattr(vendor_amd, "DRM", tmp_path)
     machine = Machine((GPU,), TorchBuild("2.13.0", None, "7.1"), "x", 2, 1)
     with power.open_meter(config(device="rocm"), machine) as meter:
         assert (meter.method, meter.limit_watt) == ("hwmon_samples", 750.0)
@@ -216,7 +218,7 @@ def test_amd_that_tells_nothing_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unique_id: str, words: str
 ) -> None:
     amd(tmp_path, unique_id)
-    monkeypatch.setattr(power, "_DRM", tmp_path)
+    monkeypatch.setattr(vendor_amd, "DRM", tmp_path)
     machine = Machine((GPU,), TorchBuild("2.13.0", None, "7.1"), "x", 2, 1)
     with (
         pytest.raises(power.NoMeterError, match=words),

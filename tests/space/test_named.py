@@ -11,9 +11,9 @@ from space_samples import MACHINES, CommandLines, command_lines
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
-from openpi_opt.knobs import KNOBS
+from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.paths import conf_dir
-from openpi_opt.space.named import NamedSpace
+from openpi_opt.space.named import NamedSpace, chosen_starts
 from openpi_opt.space.points import Points
 from openpi_opt.space.prepare import prepare, require_some
 from openpi_opt.space.schema_keys import key_values
@@ -139,7 +139,10 @@ def test_full_sweeps_every_knob_and_every_option_there_is(lines: CommandLines) -
     assert heads == {knob.name for knob in KNOBS}
     for head in heads & set(space.dimensions):
         options = {file.stem for file in (conf_dir() / head).glob("*.yaml")}
-        assert set(space.dimensions[head].texts()) == options
+        # compile=seeds is a set of keys, each of which is swept.
+        assert set(space.dimensions[head].texts()) == options - {
+            "seeds" if head == "compile" else ""
+        }
     for key in set(space.dimensions) - heads:
         if not key.startswith("compile.inductor"):
             assert len(space.dimensions[key].texts()) == len(key_values(key)), key
@@ -218,7 +221,11 @@ def test_what_a_knob_refuses_is_no_point_of_a_named_space_and_one_of_a_typed_one
 
 @pytest.mark.parametrize(
     ("start", "word"),
-    [({"a": ("graph=manual",)}, "graph"), ({"a": ("nonsense",)}, "nonsense")],
+    [
+        ({"a": ("graph=manual",)}, "graph"),
+        ({"a": ("nonsense",)}, "nonsense"),
+        ({"a": ("attention=triton",)}, "attention=triton"),
+    ],
 )
 def test_a_start_that_the_space_does_not_sweep(lines: CommandLines, start: dict, word: str) -> None:
     _, compose = lines()
@@ -255,3 +262,47 @@ def test_glob_over_a_key() -> None:
     texts = space.dimensions["compile.inductor.triton.multi_kernel"].texts()
     assert list(texts) == ["null", "0", "1"]
     assert [parse_override(f"x={text}").value() for text in texts] == [None, 0, 1]
+
+
+def test_full_has_every_key_that_a_space_or_a_preset_uses(lines: CommandLines) -> None:
+    """A key itself, or its whole group; a group that is chosen also by the keys below it."""
+    full, _ = lines("space=full")
+    keys = set(full.dimensions)
+    used: set[str] = set()
+    for file in FILES:
+        named = NamedSpace.model_validate(yaml.safe_load(file.read_text()))
+        words = [*named.sweep, *itertools.chain(*named.steps.values(), *named.start.values())]
+        used |= {parse_override(word).key_or_group for word in words}
+    for file in sorted((conf_dir() / "preset").glob("*.yaml")):
+        document = yaml.safe_load(file.read_text())
+        for entry in document.pop("defaults"):
+            used |= {name.removeprefix("override /") for name in entry}
+        used |= {key for name in BY_NAME for key in _leaves(name, document.get(name))}
+    for key in used - {"environment"}:
+        below = any(other.startswith(f"{key}.") for other in keys)
+        group, _, leaf = key.partition(".")
+        chosen = group in keys and leaf in ("", "mode", "backend", "variables")
+        assert key in keys or below or chosen or group == "environment", key
+
+
+def _leaves(name: str, value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [leaf for key, part in value.items() for leaf in _leaves(f"{name}.{key}", part)]
+    return [] if value is None else [name]
+
+
+@pytest.mark.parametrize("word", ["space.start={}", "space.start={blind:['graph=manual']}"])
+def test_start_points_of_the_command_line_replace_those_of_the_file(
+    lines: CommandLines, word: str
+) -> None:
+    space, _ = lines("space=full", word)
+    assert space.start == ({} if "{}" in word else {"blind": {"graph": "manual"}})
+
+
+def test_starts_are_chosen_by_name(lines: CommandLines) -> None:
+    space, _ = lines("space=full")
+    assert chosen_starts(space, None) is space
+    assert chosen_starts(space, ()).start == {}
+    assert list(chosen_starts(space, ("captured",)).start) == ["captured"]
+    with pytest.raises(UserError, match=r"no point fastest; it has expert_layer"):
+        chosen_starts(space, ("fastest",))

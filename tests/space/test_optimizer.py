@@ -92,6 +92,15 @@ def test_the_sampler_sees_the_fastest_and_the_latest(
     assert len(optimizer.tried) >= 20
 
 
+def test_of_many_trials_the_sampler_keeps_the_fastest_and_not_only_a_few() -> None:
+    optimizer = Optimizer(Space.parse(["weights.seed=range(0,2000)"]), "tpe", 0)
+    optimizer.learn(({"weights.seed": str(n)}, ok(Config.parse({}), 5.0 + n)) for n in range(1300))
+    seen = sorted(trial.value for trial in optimizer._study.get_trials() if trial.value)
+    assert len(seen) == 1000
+    assert seen[:200] == [5.0 + n for n in range(200)]
+    assert seen[-1] == 5.0 + 1299
+
+
 def test_giving_up_is_no_lesson_unless_it_is_meant_as_one(open_: Open) -> None:
     optimizer = open_()
     for learn in (False, True):

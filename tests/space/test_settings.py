@@ -22,7 +22,7 @@ DAY = datetime(2026, 5, 4, 23, 59, tzinfo=timezone.utc)
         ({"n_trials": 2.5}, ["n_trials=2.5"]),
         ({"minutes": 0}, ["minutes=0"]),
         ({"pruning": 0.5}, ["pruning=0.5"]),
-        ({"sampler": "best"}, ["sampler=best", "auto, grid, tpe, random, gp"]),
+        ({"sampler": "best"}, ["sampler=best", "auto, grid, stages, tpe, random, gp"]),
         ({"seed": -1}, ["seed=-1"]),
         ({"baseline": "perhaps"}, ["baseline=perhaps"]),
         ({"store": ""}, ["store="]),

@@ -260,10 +260,11 @@ def test_parent_run_begins_and_ends(store: Store, log: MlflowLog, study: Path) -
 def test_a_tag_that_was_left_is_set_when_the_run_is_there(log: MlflowLog, study: Path) -> None:
     (item,) = keep(study, record())
     leave_tag(study, item.uid, "openpi_opt.preset", "h100")
-    log.judge(study, [item])
+    journal = Journal.read(study)
+    log.show(study, journal)
     log.deliver(item, study)
     for _ in range(2):
-        log.judge(study, [item])
+        log.show(study, journal)
         assert runs(log, study)[0].data.tags["openpi_opt.preset"] == "h100"
 
 

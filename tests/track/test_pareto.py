@@ -209,6 +209,7 @@ def test_marks_in_mlflow_follow_what_is_judged(
 
     pareto.write(kept, journal.records())
     assert log.sync(kept, journal) == 3
+    log.show(kept, journal)
     parent, trials = marks()
     assert trials == [("true", ""), ("true", ""), ("", "")]
     assert parent["openpi_opt.pareto"] == "0, 1"
@@ -222,7 +223,7 @@ def test_marks_in_mlflow_follow_what_is_judged(
     deleted = log._run_of(journal.records()[2].uid)
     assert deleted is not None
     log._connect().delete_run(deleted.info.run_id)
-    log.judge(kept, journal.records())
+    log.show(kept, journal)
     parent, trials = marks()
     assert trials == [("true", ""), ("", "latency_ms: 20.000 ms")], "a deleted run stays deleted"
     assert parent["openpi_opt.pareto"] == "0"
@@ -235,8 +236,8 @@ def test_marks_in_mlflow_follow_what_is_judged(
 
 
 def test_a_study_of_one_objective_without_limits_has_no_marks(tmp_path: Path) -> None:
-    """Nor does anything connect for them."""
     journal = Journal.open(Store.open(tmp_path).study_dir("s"))
     log = MlflowLog(Store.open(tmp_path), Tracking())
-    log.judge(journal.study_dir, [])
-    assert log._client is None
+    log.show(journal.study_dir, journal)
+    parent = log._connect().get_run(log._parent(journal.study_dir))
+    assert not [tag for tag in parent.data.tags if "pareto" in tag or "limits" in tag]

@@ -1,0 +1,66 @@
+"""Write a study, or several, as one HTML file: `python -m openpi_opt.report STUDY [STUDY ...]`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from openpi_opt import cli
+from openpi_opt.errors import UserError
+from openpi_opt.result import write_atomic
+from openpi_opt.track.store import DEFAULT_STORE, Store
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the file and print its path.
+
+    Raises:
+        UserError: no such store or study, or a file that cannot be written.
+    """
+    arguments = _parser().parse_args(argv)
+    store = Store.open(arguments.store, create=False)
+    print(write(store, arguments.study, arguments.out))
+    return 0
+
+
+def write(store: Store, studies: Sequence[str], out: Path | None = None) -> Path:
+    """Write the report of studies; without `out` beside the journal of the first one.
+
+    Raises:
+        UserError: no such study, or a file that cannot be written.
+    """
+    from openpi_opt.track.html_report import Study, html
+
+    folders = [store.find_study(name) for name in studies]
+    path = out or folders[0] / "report" / "report.html"
+    text = html([Study.read(folder) for folder in folders])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m openpi_opt.report",
+        description=(
+            "Write one self-contained HTML file: the best, a table with intervals, stages against "
+            "their floors, importance of knobs, kernel categories, flags, how to reproduce."
+        ),
+        epilog="example: python -m openpi_opt.report first --out first.html",
+    )
+    parser.add_argument("study", nargs="+", metavar="STUDY")
+    parser.add_argument(
+        "--store", default=DEFAULT_STORE, metavar="DIR", help="the sweep's store (default: mlruns)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: report/report.html of the first study"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)

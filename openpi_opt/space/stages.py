@@ -1,0 +1,314 @@
+"""`sampler=stages`: a sampler for Optuna that knows what an inference is made of.
+
+Each trial tells the time of every stage, and each option which stages it can change, so one trial
+is a lesson for three smaller searches. `stage_model.StageModel` learns from them; a proposal is the
+point that is fastest under one sample of the model's effects, found by changing one key at a time
+from known points and from a random one. Only points that every knob admits are looked at, and none
+that is known or being measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from optuna.samplers import BaseSampler
+from optuna.trial import TrialState
+
+from openpi_opt.errors import UserError
+from openpi_opt.space.features import PARTS, SECONDS, TOTAL, features, touched
+from openpi_opt.space.points import Points
+from openpi_opt.space.space import Space
+from openpi_opt.space.stage_model import Guess, Seen, StageModel
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
+
+# Random points before the model proposes: fewer leave it with effects that cannot be told apart.
+RANDOM = 10
+_TRIES = 400  # random points looked at for one that a knob admits
+_PASSES = 2  # over all keys, from each start
+_CONTRADICTION = "invalid: "  # how the reason of a knob begins that other options can mend
+_MOST_REASONS = 8
+
+Params = dict[str, str]
+Key = frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point of the space that every knob admits."""
+
+    params: Params
+    features: dict[str, str]
+
+    @property
+    def key(self) -> Key:
+        """Equal for points that are the same configuration."""
+        return frozenset(self.features.items())
+
+
+class Map:
+    """The space as places: composed, refused where a knob refuses, in canonical form."""
+
+    def __init__(self, space: Space, points: Points):
+        self.space = space
+        self._points = points
+        self.values = {key: tuple(d.texts()) for key, d in space.dimensions.items()}
+        self._examples: dict[tuple[str, str], Params] = {}
+        self._with: dict[tuple[str, str], Params] = {}
+
+    def place(self, params: Params) -> Place | None:
+        """The place of a point; None where a knob refuses it, or its values contradict."""
+        try:
+            cfg = self._points.config(params)
+        except UserError:
+            return None
+        for pair in params.items():
+            self._examples.setdefault(pair, params)
+        return Place(params, features(cfg, self.space, params))
+
+    def anywhere(self, chosen: random.Random) -> Place | None:
+        """A random place: each key at its default, or with equal chance at another value."""
+        for _ in range(_TRIES):
+            params = {
+                key: texts[0] if chosen.random() < 0.5 else chosen.choice(texts)
+                for key, texts in self.values.items()
+            }
+            found = self.place(params)
+            if found is not None:
+                return found
+        return None
+
+    def changed(self, place: Place, key: str, text: str) -> Place | None:
+        """The place with one value changed, and as few others as a knob then asks for.
+
+        An option such as `fusion.expert_layer` needs others. Which ones, a place that has it shows:
+        every other key goes back to its value here unless a knob refuses that.
+        """
+        direct = self.place({**place.params, key: text})
+        if direct is not None:
+            return direct
+        more = self._with.get((key, text))
+        if more is not None and (found := self.place({**place.params, **more, key: text})):
+            return found
+        if (key, text) not in self._examples:
+            # A value that nothing admits is not looked for again.
+            self._examples[key, text] = self._example(key, text) or {}
+        example = self._examples[key, text]
+        if not example:
+            return None
+        nearest = Place(example, {})
+        for other, wanted in place.params.items():
+            if other != key and nearest.params[other] != wanted:
+                nearest = self.place({**nearest.params, other: wanted}) or nearest
+        self._with[key, text] = {
+            k: v for k, v in nearest.params.items() if place.params[k] != v and k != key
+        }
+        return self.place(nearest.params)
+
+    def _example(self, key: str, text: str) -> Params | None:
+        """A point with this value that is admitted, found by following the reasons of refusals.
+
+        Of the defaults one key is changed, or two together, as long as that changes the reason.
+        """
+        params = {**{name: texts[0] for name, texts in self.values.items()}, key: text}
+        reasons: list[str] = []
+        while len(reasons) < _MOST_REASONS:
+            reason = self._reason(params)
+            if reason is None:
+                return params
+            if not reason.startswith(_CONTRADICTION):  # nothing here can mend it
+                return None
+            reasons.append(reason)
+            found = self._mended(params, key, reasons)
+            if found is None:
+                return None
+            params = found
+        return None
+
+    def _mended(self, params: Params, key: str, known: Sequence[str]) -> Params | None:
+        """The point with one or two other values that is refused for a new reason, or for none."""
+        single = [
+            {name: text}
+            for name, texts in self.values.items()
+            for text in texts
+            if name != key and text != params[name]
+        ]
+        double = ({**a, **b} for a, b in itertools.combinations(single, 2) if a.keys() != b.keys())
+        for changes in (single, double):
+            later: Params | None = None
+            for change in changes:
+                changed = {**params, **change}
+                reason = self._reason(changed)
+                if reason is None:
+                    return changed
+                if later is None and reason.startswith(_CONTRADICTION) and reason not in known:
+                    later = changed
+            if later is not None:
+                return later
+        return None
+
+    def _reason(self, params: Params) -> str | None:
+        """Why a point is refused; None where it is not."""
+        try:
+            self._points.config(params)
+        except UserError as error:
+            return str(error)
+        return None
+
+
+class StagesSampler(BaseSampler):
+    """Proposes by the model. `patience()` says how much a trial's seconds count: 0 not at all."""
+
+    def __init__(
+        self,
+        space: Space,
+        points: Points,
+        seed: int,
+        patience: Callable[[], float] = lambda: 0.0,
+    ):
+        self._map = Map(space, points)
+        self._space = space
+        self._random = random.Random(seed)
+        self._rng = np.random.default_rng(seed)
+        self._patience = patience
+        self._model = StageModel(touched)
+        self._places: dict[tuple[str, ...], Place | None] = {}
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """All of it."""
+        return self._space.distributions()
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """A whole point."""
+        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        return {**self._space.values(self.propose(others))}
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """A key that an enqueued point leaves out stands at its default."""
+        dimension = self._space.dimensions[param_name]
+        return dimension.value(dimension.texts()[0])
+
+    def propose(self, trials: Sequence[FrozenTrial]) -> Params:
+        """The point that is worth a trial next."""
+        seen, pending = self._sorted(trials)
+        known = {place.key for place, _ in seen} | {place.key for place in pending}
+        timed = [place for place, trial in seen if trial.total is not None and not trial.bad]
+        if len(seen) + len(pending) < RANDOM or not timed:
+            return self._any(known)
+        guess = self._draw([trial for _, trial in seen], pending)
+        starts = sorted(timed, key=lambda place: guess.cost(place.features))[:1]
+        if (somewhere := self._map.anywhere(self._random)) is not None:
+            starts.append(somewhere)
+        looked: dict[Key, tuple[float, Params]] = {}
+        for start in starts:
+            self._descend(start, guess, looked)
+        fresh = [(cost, params) for key, (cost, params) in looked.items() if key not in known]
+        return min(fresh, key=lambda entry: entry[0])[1] if fresh else self._any(known)
+
+    def guess(self, trials: Sequence[FrozenTrial]) -> Callable[[Params], float]:
+        """The expected cost of a point, to order points by."""
+        seen, _ = self._sorted(trials)
+        self._model.fit([trial for _, trial in seen])
+        mean = self._model.mean()
+
+        def cost(params: Params) -> float:
+            place = self._place(params)
+            return float("inf") if place is None else mean.cost(place.features)
+
+        return cost
+
+    def _draw(self, seen: list[Seen], pending: Sequence[Place]) -> Guess:
+        """A sample of the model, to which what is being measured looks as it expects."""
+        self._model.fit(seen)
+        if pending:
+            mean = self._model.mean()
+            believed = [
+                Seen(
+                    place.features,
+                    mean.milliseconds(place.features),
+                    {name: float(np.exp(p(place.features))) for name, p in mean.parts.items()},
+                )
+                for place in pending
+            ]
+            self._model.fit([*seen, *believed])
+        return self._model.draw(self._rng, self._patience())
+
+    def _descend(self, start: Place, guess: Guess, looked: dict[Key, tuple[float, Params]]) -> None:
+        """Change one key at a time as long as that is faster; every place goes to `looked`."""
+        here, cost = start, guess.cost(start.features)
+        looked.setdefault(start.key, (cost, start.params))
+        for _ in range(_PASSES):
+            before = cost
+            for key in self._random.sample(sorted(self._map.values), len(self._map.values)):
+                for text in self._map.values[key]:
+                    if text == here.params[key]:
+                        continue
+                    other = self._map.changed(here, key, text)
+                    if other is None or other.key in looked:
+                        continue
+                    found = guess.cost(other.features)
+                    looked[other.key] = found, other.params
+                    if found < cost:
+                        here, cost = other, found
+            if cost == before:
+                return
+
+    def _any(self, known: set[Key]) -> Params:
+        """A random point that is not known, if there is one among many."""
+        found = None
+        for _ in range(_TRIES):
+            found = self._map.anywhere(self._random)
+            if found is None or found.key not in known:
+                break
+        return found.params if found else {key: t[0] for key, t in self._map.values.items()}
+
+    def _place(self, params: Params) -> Place | None:
+        """As the map's, kept: the trials of a study are asked for again at every proposal."""
+        key = tuple(params.values())
+        if key not in self._places:
+            self._places[key] = self._map.place(params)
+        return self._places[key]
+
+    def _sorted(
+        self, trials: Sequence[FrozenTrial]
+    ) -> tuple[list[tuple[Place, Seen]], list[Place]]:
+        """Finished trials as the model learns from them, and the places being measured."""
+        finished, pending = [], []
+        for trial in trials:
+            if trial.params.keys() != self._space.dimensions.keys():
+                continue
+            place = self._place(self._space.texts(trial.params))
+            if place is None:
+                continue
+            if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+                finished.append((place, _seen(place, trial)))
+            elif trial.state == TrialState.RUNNING:
+                pending.append(place)
+        return finished, pending
+
+
+def _seen(place: Place, trial: FrozenTrial) -> Seen:
+    attributes = trial.user_attrs
+    total = attributes.get(TOTAL) or (trial.values[0] if trial.values else None)
+    bad = total is None or any(excess > 0 for excess in trial.constraints.values())
+    return Seen(
+        place.features, total, attributes.get(PARTS) or {}, attributes.get(SECONDS) or None, bad
+    )

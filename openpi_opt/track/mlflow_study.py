@@ -1,0 +1,180 @@
+"""What a study is in MLflow: its run's figures and description, and the page that shows it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from openpi_opt.criteria import Criteria
+from openpi_opt.result import Ok
+from openpi_opt.track.journal import Header, Record
+from openpi_opt.track.mlflow_content import device, one_line
+from openpi_opt.track.report import Group, Row, groups, mean_ms
+
+STUDY_TAG = "openpi_opt.study"
+ROLE_TAG = "openpi_opt.role"
+VIEW_TAG = "mlflow.sharedViewState."
+# The columns of a study's page, before the knobs that differ.
+_METRICS = ("latency/mean_ms", "vs_baseline", "latency/std_ms", "latency/p99_ms", "kernels/total")
+_ROWS = 20
+
+
+def differs(row: Row) -> str:
+    """What a trial's run is called: what sets it apart in its study, or its role."""
+    if row.record.role == "baseline":
+        return "baseline"
+    shown = " ".join(f"{key}={value}" for key, value in row.differs.items() if value)
+    return shown or " ".join(f"{k}={v}" for k, v in row.record.params.items()) or row.record.role
+
+
+def metrics(records: Sequence[Record], criteria: Criteria) -> dict[str, float]:
+    """Figures of the parent run: of the best trial, counts of outcomes, trials and minutes."""
+    trials = [record for record in records if record.role != "confirm"]
+    found: dict[str, float] = {"trials": float(len(trials))}
+    outcomes = Counter(record.result.outcome for record in trials)
+    found |= {f"outcome/{name}": float(number) for name, number in outcomes.items()}
+    best = _best(records, criteria)
+    if best is not None and best.ok is not None:
+        found["latency/mean_ms"] = best.ok.latency.mean_ms
+        found["latency/std_ms"] = best.ok.latency.std_ms
+        found["latency/p99_ms"] = best.ok.latency.p99_ms
+        if best.vs_baseline is not None:
+            found["vs_baseline"] = best.vs_baseline
+    found["minutes"] = _minutes(trials)
+    return {key: value for key, value in found.items() if math.isfinite(value)}
+
+
+def params(header: Header | None, records: Sequence[Record], criteria: Criteria) -> dict[str, str]:
+    """What was asked for, and where it ran."""
+    found = {"objectives": ",".join(criteria.objectives)}
+    if header is not None:
+        found["command"] = " ".join(header.command)
+    if records:
+        result = records[-1].result
+        config = result.config
+        found |= {
+            "model": str(config.get("model", {}).get("name", "")),
+            "workload": str(config.get("workload", {}).get("name", "")),
+            "machine": device(config, result.fingerprint),
+            "git": str(result.fingerprint.get("git") or "unknown"),
+        }
+    return found
+
+
+def description(
+    study: str, store: str, header: Header | None, records: Sequence[Record], criteria: Criteria
+) -> str:
+    """The parent run's text, in Markdown: the best, the tables, and what to do next."""
+    lines = []
+    for group in groups([r for r in records if r.role != "confirm"], criteria=criteria):
+        lines += [f"### {group.title}", "", _best_line(group), "", *_table(group), ""]
+    lines += [
+        "### Next",
+        "",
+        "```",
+        f"python -m openpi_opt.compare {study} --store {store}",
+        f"python -m openpi_opt.promote {study} --store {store} --name NAME",
+        "```",
+    ]
+    if header is not None and header.command:
+        lines += ["", f"Begun by `{' '.join(header.command)}`."]
+    return "\n".join(lines)
+
+
+def view_key(study: str) -> str:
+    """Name of a study's page among those of its experiment."""
+    return hashlib.sha256(study.encode()).hexdigest()[:16]
+
+
+def view(study: str, records: Sequence[Record]) -> str:
+    """The state of the page of a study, as MLflow keeps one that was shared.
+
+    The study's trials without confirmations, sorted by latency; columns for the latency, its
+    spread, kernels, outcome and the knobs that differ.
+    """
+    found = groups([r for r in records if r.role != "confirm"])
+    knobs = dict.fromkeys(key for group in found for row in group.rows for key in row.differs)
+    columns = [
+        *(f"metrics.`{name}`" for name in _METRICS),
+        "tags.`openpi_opt.outcome`",
+        *(f"params.`{key}`" for key in knobs),
+    ]
+    state: dict[str, Any] = {
+        "searchFilter": (
+            f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{ROLE_TAG}` != 'confirm' "
+            f"AND tags.`{ROLE_TAG}` != 'study'"
+        ),
+        "orderByKey": "metrics.`latency/mean_ms`",
+        "orderByAsc": True,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": columns,
+        "viewMaximized": True,
+        "runListHidden": False,
+    }
+    return json.dumps(state)
+
+
+def page(server: str, experiment_id: str, study: str) -> str:
+    """The address of a study's page on a server."""
+    return (
+        f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs"
+        f"?workflowType=machine_learning&viewStateShareKey={view_key(study)}"
+    )
+
+
+def _best(records: Sequence[Record], criteria: Criteria) -> Row | None:
+    """The best trial of the newest context."""
+    found = groups([r for r in records if r.role != "confirm"], criteria=criteria)
+    return next((row for group in reversed(found) for row in group.rows if row.best), None)
+
+
+def _best_line(group: Group) -> str:
+    best = next((row for row in group.rows if row.best), None)
+    if best is None or best.ok is None:
+        return "No trial is the best one."
+    gain = "" if best.vs_baseline is None else f", {best.vs_baseline:.2f}x the baseline's speed"
+    latency = best.ok.latency
+    return (
+        f"**Best: trial {best.record.number}** ({differs(best)}), "
+        f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms{gain}. "
+        "It is the lowest mean of one process: `promote` confirms it."
+    )
+
+
+def _table(group: Group) -> list[str]:
+    lines = [
+        "| # | what differs | outcome | mean ± std ms | vs baseline |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(group.rows, key=mean_ms)[:_ROWS]:
+        figures = ["", ""]
+        if isinstance(row.record.result, Ok):
+            latency = row.record.result.latency
+            figures[0] = f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f}"
+            figures[1] = "" if row.vs_baseline is None else f"{row.vs_baseline:.2f}x"
+        outcome = row.record.result.outcome
+        shown = one_line(differs(row), 120).replace("|", "\\|")
+        lines.append(f"| {row.record.number} | {shown} | {outcome} | {' | '.join(figures)} |")
+    if len(group.rows) > _ROWS:
+        lines.append(f"\n{len(group.rows) - _ROWS} more are in the runs below and in `compare`.")
+    return lines
+
+
+def _minutes(records: Sequence[Record]) -> float:
+    """From the first start to the last record."""
+    if not records:
+        return 0.0
+    begun = min(_time(record.result.started_at) for record in records)
+    return max(0.0, (max(_time(r.created_at) for r in records) - begun).total_seconds() / 60)
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))

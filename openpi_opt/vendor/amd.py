@@ -1,0 +1,426 @@
+"""AMD GPUs: the kernel's KFD topology and hwmon in sysfs, and `amdsmi`, which comes with ROCm.
+
+**Written against the sources of amdsmi, ROCR-Runtime and the amdgpu driver, tested with fakes of
+them. It has not run on AMD hardware.**
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from openpi_opt.vendor.base import (
+    Datasheet,
+    Finding,
+    Gpu,
+    Host,
+    Meter,
+    NoMeterError,
+    NotReadError,
+    Trouble,
+    Unreadable,
+    Vendor,
+    millionths,
+    power_finding,
+    processes_finding,
+    read,
+    select,
+)
+from openpi_opt.vendor.meters import CounterMeter, SampleMeter
+
+KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
+DRM = Path("/sys/class/drm")
+_PCI_VENDOR = "0x1002"
+# Without its library the binding fails with whatever it meets first (pytorch/pytorch#188724).
+_IMPORT_ERRORS = (ImportError, OSError, LookupError, AttributeError, RuntimeError, TypeError)
+_VRAM_HEAPS = ("1", "2")  # KFD heap types: frame buffer public, frame buffer private
+_REPLAYS_ARE_SEEN = (7, 2, 2)
+_REASONS = {
+    "power_cap": "active_ppt_pwr",
+    "prochot_thermal": "active_prochot_thrm",
+    "socket_thermal": "active_socket_thrm",
+    "voltage_regulator_thermal": "active_vr_thrm",
+    "hbm_thermal": "active_hbm_thrm",
+}
+
+# Compute units x clock x operations per clock and unit (CDNA 3 and 4 white papers); gfx950 has
+# no TF32. The cache is the Infinity Cache.
+_DATASHEETS: dict[str, Datasheet] = {
+    "AMD Instinct MI300X": (
+        5300,
+        256,
+        {"float32": 163.4, "tf32": 653.7, "bfloat16": 1307.4, "float16": 1307.4, "fp8": 2614.9},
+    ),
+    "AMD Instinct MI350X": (
+        8000,
+        256,
+        {"float32": 144.2, "bfloat16": 2306.9, "float16": 2306.9, "fp8": 4613.7},
+    ),
+    "AMD Instinct MI355X": (
+        8000,
+        256,
+        {"float32": 157.3, "bfloat16": 2516.6, "float16": 2516.6, "fp8": 5033.2},
+    ),
+}
+
+
+class Amd(Vendor):
+    """AMD: ROCm, KFD, amdsmi."""
+
+    name = "amd"
+    device = "rocm"
+    label = "AMD"
+    runtime = "ROCm"
+    torch_runtime = "hip"
+    torch_device = "cuda"  # torch's HIP build has that name
+    has_aiter = True
+    # roctracer before ROCm 7.2.2 sees no kernel of a replayed graph (ROCm/ROCm#6102).
+    replay_hides_kernels = True
+    visibility = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+    outer_visibility = ("ROCR_VISIBLE_DEVICES",)
+    holding = frozenset(
+        {"prochot_thermal", "socket_thermal", "voltage_regulator_thermal", "hbm_thermal"}
+    )
+    datasheets = _DATASHEETS
+
+    def probe(self) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
+        """GPUs of the KFD topology, in its order."""
+        return kfd_gpus(KFD_NODES)
+
+    def visible(
+        self, gpus: tuple[Gpu, ...], environ: Mapping[str, str]
+    ) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
+        """ROCr hides GPUs from HIP, which counts what is left from 0 again.
+
+        HIP reads CUDA_VISIBLE_DEVICES where its own variable is not set (clr, `rocdevice.cpp`).
+        """
+        first = select(gpus, "ROCR_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES"))
+        shown = tuple(replace(gpu, index=index) for index, gpu in enumerate(first.gpus))
+        own = "HIP_VISIBLE_DEVICES"
+        own = own if own in environ else "CUDA_VISIBLE_DEVICES"
+        second = select(shown, own, environ.get(own) if shown else None)
+        return tuple(second.gpus), (*first.troubles, *second.troubles)
+
+    def selection(self, gpu: Gpu) -> dict[str, str]:
+        """By number: HIP knows no UUIDs."""
+        return {"HIP_VISIBLE_DEVICES": str(gpu.index)}
+
+    @contextmanager
+    def state(self, gpu: Gpu) -> Iterator[Any]:
+        """amdsmi's view of it."""
+        try:
+            smi = library()
+        except NotReadError as error:
+            yield Unreadable(str(error))
+            return
+        try:
+            try:
+                driver: Any = AmdSmi(smi, gpu)
+            except NotReadError as error:
+                driver = Unreadable(str(error))
+            yield driver
+        finally:
+            smi.amdsmi_shut_down()
+
+    @contextmanager
+    def meter(self, gpu: Gpu | None) -> Iterator[Meter]:
+        """amdsmi's energy counter where it tells one, or else the kernel's power reading."""
+        assert gpu is not None
+        device = drm_device(DRM, gpu)
+        limit = None if device is None else _hwmon(device, "power1_cap")
+        with self.state(gpu) as driver:
+            try:
+                driver.joules()
+            except NotReadError:  # no amdsmi; virtual machines have no counter
+                pass
+            else:
+                yield CounterMeter("amdsmi_counter", driver.joules, limit)
+                return
+        if device is None:
+            raise NoMeterError(f"{DRM} has no device that is {gpu.name} ({gpu.uuid}, {gpu.pci})")
+        if (file := _power_file(device)) is None:
+            raise NoMeterError(
+                f"neither amdsmi nor the driver's hwmon tells the power of {gpu.name}"
+            )
+        yield SampleMeter("hwmon_samples", lambda: int(file.read_text()) / 1e6, limit)
+
+    def findings(self, host: Host) -> list[Finding]:
+        """Driver, profiler, amdsmi, power limits and processes."""
+        found = _kfd_findings(host)
+        hip = host.torch.hip if host.torch else None
+        if host.gpus and hip and _numbers(hip) < _REPLAYS_ARE_SEEN:
+            needed = ".".join(map(str, _REPLAYS_ARE_SEEN))
+            found.append(
+                Finding(
+                    "drivers", "roctracer", "warning",
+                    f"torch is built for ROCm {hip}: before {needed} the profiler loses kernels of "
+                    "replayed graphs",
+                    "counts are then those of the uncaptured call; install a newer build of torch",
+                )
+            )  # fmt: skip
+        if host.gpus:
+            try:
+                library().amdsmi_shut_down()
+            except NotReadError as error:
+                mend = "pip install /opt/rocm/share/amd_smi; trials run without, less is known"
+                found.append(Finding("drivers", "amdsmi", "warning", str(error), mend))
+        for cap in sorted(host.root.glob("sys/class/drm/renderD*/device/hwmon/hwmon*/power1_cap")):
+            device = cap.parents[2]
+            limit, usual = millionths(cap), millionths(cap.with_name("power1_cap_default"))
+            if read(device / "vendor") == _PCI_VENDOR and limit is not None and usual is not None:
+                mend = f"sudo amd-smi set --power-cap {usual:.0f}"
+                found.append(power_finding(device.parent.name, limit, usual, mend))
+        if host.gpus:
+            queues = host.root.glob("sys/class/kfd/kfd/proc/*")
+            pids = {int(folder.name) for folder in queues if folder.name.isdigit()}
+            found.append(processes_finding("AMD GPUs", pids))
+        return found
+
+
+class AmdSmi:
+    """An AMD GPU. `smi` is the module `amdsmi`, initialised; caps are in microwatts there."""
+
+    def __init__(self, smi: Any, gpu: Gpu):
+        self._smi = smi
+        self._handle = self._find(gpu)
+
+    def sm_clock_mhz(self) -> float:
+        """The GFX clock."""
+        return self._number("amdsmi_get_clock_info", "clk", self._smi.AmdSmiClkType.GFX)
+
+    def max_sm_clock_mhz(self) -> float:
+        """The highest GFX clock."""
+        return self._number("amdsmi_get_clock_info", "max_clk", self._smi.AmdSmiClkType.GFX)
+
+    def memory_clock_mhz(self) -> float:
+        """The memory clock."""
+        return self._number("amdsmi_get_clock_info", "clk", self._smi.AmdSmiClkType.MEM)
+
+    def temperature_c(self) -> float:
+        """The hottest spot of the die."""
+        value = self._of(
+            "amdsmi_get_temp_metric",
+            self._smi.AmdSmiTemperatureType.HOTSPOT,
+            self._smi.AmdSmiTemperatureMetric.CURRENT,
+        )
+        return float(value)
+
+    def power_w(self) -> float:
+        """Of the socket; older GPUs have the average only."""
+        try:
+            return self._number("amdsmi_get_power_info", "current_socket_power")
+        except NotReadError:
+            return self._number("amdsmi_get_power_info", "average_socket_power")
+
+    def power_limit_w(self) -> float:
+        """The cap in force."""
+        return self._number("amdsmi_get_power_cap_info", "power_cap") / 1e6
+
+    def default_power_limit_w(self) -> float:
+        """The cap that the board comes with."""
+        return self._number("amdsmi_get_power_cap_info", "default_power_cap") / 1e6
+
+    def joules(self) -> float:
+        """The energy accumulator, which ROCm 6.0 called `power`."""
+        told = self._of("amdsmi_get_energy_count")
+        try:
+            ticks = told["energy_accumulator" if "energy_accumulator" in told else "power"]
+            return float(ticks) * float(told["counter_resolution"]) / 1e6
+        except (KeyError, TypeError, ValueError) as error:
+            raise NotReadError(f"amdsmi: no energy in {told} ({error})") from None
+
+    def throttle_reasons(self) -> list[str]:
+        """What amdsmi calls active violations (MI300 and later)."""
+        status = self._of("amdsmi_get_violation_status")
+        return [name for name, key in _REASONS.items() if status.get(key) is True]
+
+    def processes(self) -> list[int]:
+        """Compute processes."""
+        return [int(process["pid"]) for process in self._of("amdsmi_get_gpu_process_list")]
+
+    def throttled_ms(self) -> dict[str, float]:
+        """amdsmi's counters have no unit of time."""
+        raise NotReadError("amdsmi counts violations, not their time")
+
+    def _find(self, gpu: Gpu) -> Any:
+        """The handle of the GPU at this PCI address, or with this serial number (`unique_id`)."""
+        for handle in self._ask("amdsmi_get_processor_handles"):
+            try:
+                place = str(self._ask("amdsmi_get_gpu_device_bdf", handle)).lower()
+            except NotReadError:
+                place = ""
+            if gpu.pci and place:
+                if place == gpu.pci:
+                    return handle
+                continue
+            serial = self._ask("amdsmi_get_gpu_asic_info", handle).get("asic_serial", "")
+            if _unique_uuid(_hexadecimal(serial)) == gpu.uuid:
+                return handle
+        raise NotReadError(f"amdsmi shows no GPU that is {gpu.uuid} at {gpu.pci or 'any address'}")
+
+    def _number(self, function: str, key: str, *arguments: Any) -> float:
+        value = self._of(function, *arguments).get(key, "N/A")
+        if not isinstance(value, int | float):
+            raise NotReadError(f"amdsmi: {key} is {value}")
+        return float(value)
+
+    def _of(self, function: str, *arguments: Any) -> Any:
+        return self._ask(function, self._handle, *arguments)
+
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        call = getattr(self._smi, function, None)
+        if call is None:
+            raise NotReadError(f"this amdsmi has no {function}")
+        try:
+            return call(*arguments)
+        except self._smi.AmdSmiException as error:
+            raise NotReadError(f"amdsmi: {' '.join(str(error).split())}") from None
+
+
+def library() -> Any:
+    """The module `amdsmi`, initialised.
+
+    Raises:
+        NotReadError: it is not installed, lacks its library, or refuses.
+    """
+    try:
+        smi = importlib.import_module("amdsmi")
+    except _IMPORT_ERRORS as error:
+        raise NotReadError(
+            f"amdsmi, which comes with ROCm, cannot be imported: {type(error).__name__}: {error}"
+        ) from None
+    try:
+        smi.amdsmi_init()
+    except smi.AmdSmiException as error:
+        raise NotReadError(f"amdsmi: {' '.join(str(error).split())}") from None
+    return smi
+
+
+def kfd_gpus(nodes: Path) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
+    """AMD GPUs of a KFD topology folder, in its order (CPU nodes have no SIMD units).
+
+    The driver gives consumer GPUs and guests of a hypervisor no `unique_id`, and partitions of one
+    GPU the same: those are named by their PCI address, and by their number where that is equal.
+    """
+    if not nodes.is_dir():
+        return (), ()
+    found: list[Gpu] = []
+    troubles: list[Trouble] = []
+    driver = read(Path("/sys/module/amdgpu/version")) or "unknown"
+    numbered = [path for path in nodes.iterdir() if path.name.isdecimal()]
+    for node in sorted(numbered, key=lambda path: int(path.name)):
+        told = dict(re.findall(r"(\w+) (\d+)", read(node / "properties")))
+        if int(told.get("simd_count", 0)) == 0:
+            continue  # a CPU, or a GPU that this container may not see
+        if "gfx_target_version" not in told:
+            mend = "update the amdgpu driver; dmesg says what is wrong with the GPU"
+            what = f"{node} does not tell its architecture"
+            troubles.append(Trouble(f"AMD GPU {len(found)}", what, mend))
+            continue
+        render = Path(f"/sys/class/drm/renderD{told.get('drm_render_minor', '0')}/device")
+        arch = _gfx_name(int(told["gfx_target_version"]))
+        found.append(
+            Gpu(
+                index=len(found),
+                uuid=_unique_uuid(int(told.get("unique_id", 0))) or f"PCI-{_pci(told)}",
+                name=read(render / "product_name") or f"AMD {arch}",
+                vendor="amd",
+                arch=arch,
+                memory_mib=_vram_mib(node) or None,
+                driver=driver,
+                pci=_pci(told),
+            )
+        )
+    return _told_apart(found), tuple(troubles)
+
+
+def drm_device(drm: Path, gpu: Gpu) -> Path | None:
+    """The PCI device of an AMD GPU in `/sys/class/drm`, by its address or its `unique_id`."""
+    for node in sorted(drm.glob("renderD*")):
+        device = node / "device"
+        serial = _hexadecimal(read(device / "unique_id"))
+        if (gpu.pci and device.resolve().name == gpu.pci) or _unique_uuid(serial) == gpu.uuid:
+            return device
+    return None
+
+
+def _told_apart(gpus: list[Gpu]) -> tuple[Gpu, ...]:
+    """The same with names that differ: leases and records are kept by them."""
+    for name in (lambda gpu: f"PCI-{gpu.pci}", lambda gpu: f"{gpu.uuid}-{gpu.index}"):
+        count = Counter(gpu.uuid for gpu in gpus)
+        gpus = [replace(gpu, uuid=name(gpu)) if count[gpu.uuid] > 1 else gpu for gpu in gpus]
+    return tuple(gpus)
+
+
+def _unique_uuid(serial: int | None) -> str:
+    return f"GPU-{serial:016x}" if serial else ""
+
+
+def _pci(told: Mapping[str, str]) -> str:
+    """KFD's `location_id` is bus << 8 | device << 3 | function."""
+    place = int(told.get("location_id", 0))
+    bus, device, function = place >> 8 & 0xFF, place >> 3 & 0x1F, place & 7
+    return f"{int(told.get('domain', 0)):04x}:{bus:02x}:{device:02x}.{function:x}" if place else ""
+
+
+def _gfx_name(target: int) -> str:
+    """90402 -> gfx942: decimal major, hexadecimal minor and stepping."""
+    return f"gfx{target // 10000}{target // 100 % 100:x}{target % 100:x}"
+
+
+def _vram_mib(node: Path) -> int:
+    total = 0
+    for bank in sorted((node / "mem_banks").glob("*/properties")):
+        properties = dict(re.findall(r"(\w+) (\d+)", read(bank)))
+        if properties.get("heap_type") in _VRAM_HEAPS:
+            total += int(properties.get("size_in_bytes", 0))
+    return total // 2**20
+
+
+def _kfd_findings(host: Host) -> list[Finding]:
+    kfd = host.root / "dev/kfd"
+    if host.has_pci_gpu(_PCI_VENDOR) and not kfd.exists() and not host.gpus:
+        what = "there is an AMD GPU, but no /dev/kfd"
+        mend = "modprobe amdgpu; in a container: --device=/dev/kfd --device=/dev/dri"
+        return [Finding("drivers", "amdgpu", "problem", what, mend)]
+    if kfd.exists() and not os.access(kfd, os.R_OK | os.W_OK):
+        what = "/dev/kfd may not be opened by this user"
+        mend = (
+            "sudo usermod -aG render,video $USER, then log in again; in a container "
+            "--group-add render"
+        )
+        return [Finding("drivers", "amdgpu", "problem", what, mend)]
+    return []
+
+
+def _power_file(device: Path) -> Path | None:
+    """Board power in microwatts; newer chips tell an instant reading only."""
+    for name in ("power1_average", "power1_input"):
+        for path in sorted(device.glob(f"hwmon/hwmon*/{name}")):
+            if millionths(path) is not None:
+                return path
+    return None
+
+
+def _hwmon(device: Path, name: str) -> float | None:
+    return next((millionths(path) for path in sorted(device.glob(f"hwmon/hwmon*/{name}"))), None)
+
+
+def _hexadecimal(text: Any) -> int | None:
+    try:
+        return int(str(text), 16)
+    except ValueError:  # N/A
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Leading numbers of a version, for comparing: 7.2.53211 -> (7, 2, 53211)."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()

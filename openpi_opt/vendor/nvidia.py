@@ -1,0 +1,327 @@
+"""NVIDIA GPUs, through NVML (package nvidia-ml-py, module `pynvml`), without a CUDA context."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from openpi_opt.vendor.base import (
+    Datasheet,
+    Finding,
+    Gpu,
+    Host,
+    Meter,
+    NoMeterError,
+    NotReadError,
+    Trouble,
+    Unreadable,
+    Vendor,
+    power_finding,
+    processes_finding,
+    select,
+)
+from openpi_opt.vendor.meters import CounterMeter, SampleMeter
+
+T = TypeVar("T")
+_PCI_VENDOR = "0x10de"
+_VARIABLE = "CUDA_VISIBLE_DEVICES"
+_INSTALL = "make test or make sweep installs it into .venv; by hand: pip install -e ."
+_LOST = "look at nvidia-smi and dmesg; a lost GPU needs a reset or a reboot"
+_NO_DRIVER = ("NVML_ERROR_LIBRARY_NOT_FOUND", "NVML_ERROR_DRIVER_NOT_LOADED")
+_REASONS = {
+    "sw_power_cap": "nvmlClocksEventReasonSwPowerCap",
+    "hw_slowdown": "nvmlClocksEventReasonHwSlowdown",
+    "hw_thermal_slowdown": "nvmlClocksEventReasonHwThermalSlowdown",
+    "hw_power_brake_slowdown": "nvmlClocksEventReasonHwPowerBrakeSlowdown",
+    "sw_thermal_slowdown": "nvmlClocksEventReasonSwThermalSlowdown",
+    "sync_boost": "nvmlClocksEventReasonSyncBoost",
+}
+_HOPPER = {"float32": 66.9, "tf32": 494.7, "bfloat16": 989.4, "float16": 989.4, "fp8": 1978.9}
+_H100_PCIE = {"float32": 51.2, "tf32": 378, "bfloat16": 756, "float16": 756, "fp8": 1513}
+
+_DATASHEETS: dict[str, Datasheet] = {
+    "NVIDIA H100 80GB HBM3": (3350, 50, _HOPPER),
+    "NVIDIA H100 PCIe": (2039, 50, _H100_PCIE),
+    "NVIDIA H200": (4800, 50, _HOPPER),
+}
+
+
+class Nvidia(Vendor):
+    """NVIDIA: CUDA, NVML."""
+
+    name = "nvidia"
+    device = "cuda"
+    label = "NVIDIA"
+    runtime = "CUDA"
+    torch_runtime = "cuda"
+    torch_device = "cuda"
+    visibility = (_VARIABLE,)
+    # A software power cap is how large GPUs run under full load; what it costs shows in the clock.
+    holding = frozenset(
+        {"hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown"}
+    )
+    datasheets = _DATASHEETS
+
+    def probe(self) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
+        """GPUs in NVML's order; of a GPU in MIG mode its instances instead, which CUDA sees."""
+        nvml = library()
+        if nvml is None:  # nothing but Python here: `doctor` says so
+            return (), ()
+        try:
+            nvml.nvmlInit()
+        except nvml.NVMLError as error:
+            absent = [getattr(nvml, name, None) for name in _NO_DRIVER]
+            if getattr(error, "value", None) in absent:  # no NVIDIA driver on this machine
+                return (), ()
+            return (), (Trouble("NVML", f"cannot be used: {error}", _LOST),)
+        try:
+            return _all(nvml)
+        finally:
+            nvml.nvmlShutdown()
+
+    def visible(
+        self, gpus: tuple[Gpu, ...], environ: Mapping[str, str]
+    ) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
+        """What CUDA_VISIBLE_DEVICES admits."""
+        found = select(gpus, _VARIABLE, environ.get(_VARIABLE))
+        return tuple(found.gpus), tuple(found.troubles)
+
+    def selection(self, gpu: Gpu) -> dict[str, str]:
+        """By UUID; by number, in the order of the PCI bus, where the driver tells no UUID."""
+        if gpu.uuid.startswith("PCI-"):
+            return {_VARIABLE: str(gpu.index), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        return {_VARIABLE: gpu.uuid}
+
+    @contextmanager
+    def state(self, gpu: Gpu) -> Iterator[Any]:
+        """NVML's view of it."""
+        nvml = library()
+        if nvml is None:
+            yield Unreadable("nvidia-ml-py is not installed")
+            return
+        try:
+            nvml.nvmlInit()
+        except nvml.NVMLError as error:
+            yield Unreadable(f"NVML: {error}")
+            return
+        try:
+            try:
+                driver: Any = Nvml(nvml, gpu)
+            except NotReadError as error:
+                driver = Unreadable(str(error))
+            yield driver
+        finally:
+            nvml.nvmlShutdown()
+
+    @contextmanager
+    def meter(self, gpu: Gpu | None) -> Iterator[Meter]:
+        """NVML's energy counter (since Volta), or else its power reading."""
+        assert gpu is not None
+        with self.state(gpu) as driver:
+            limit = _or_none(driver.power_limit_w)
+            try:
+                driver.joules()
+            except NotReadError as error:
+                if _or_none(driver.power_w) is None:
+                    raise NoMeterError(
+                        f"NVML tells neither energy nor power of {gpu.name} ({error})"
+                    ) from error
+                yield SampleMeter("nvml_samples", _metered(driver.power_w), limit)
+            else:
+                yield CounterMeter("nvml_counter", _metered(driver.joules), limit)
+
+    def findings(self, host: Host) -> list[Finding]:
+        """Driver, power limit and processes of each GPU."""
+        found = []
+        hidden = any(name.endswith("_VISIBLE_DEVICES") for name in host.environ)
+        if host.has_pci_gpu(_PCI_VENDOR) and not host.gpus and not hidden:
+            missing = library() is None
+            why = (
+                "nvidia-ml-py, which asks its driver, is not installed"
+                if missing
+                else "its driver is not loaded or does not fit NVML"
+            )
+            mend = _INSTALL if missing else "nvidia-smi must work; after an update reboot"
+            what = f"there is an NVIDIA GPU, but {why}"
+            found.append(Finding("drivers", "nvidia", "problem", what, mend))
+        for gpu in host.gpus:
+            name, index = f"gpu {gpu.index}", gpu.index
+            with self.state(gpu) as driver:
+                limit, usual = _or_none(driver.set_limit_w), _or_none(driver.default_power_limit_w)
+                pids = _or_none(driver.processes)
+            if limit is not None and usual is not None:
+                mend = f"sudo nvidia-smi -i {index} -pl {usual:.0f}"
+                found.append(power_finding(name, limit, usual, mend))
+            if pids is not None:
+                found.append(processes_finding(name, pids))
+        return found
+
+
+class Nvml:
+    """An NVIDIA GPU. `nvml` is the module `pynvml`, initialised."""
+
+    def __init__(self, nvml: Any, gpu: Gpu):
+        self._nvml = nvml
+        if gpu.uuid.startswith("PCI-"):
+            self._handle = self._ask("nvmlDeviceGetHandleByPciBusId", gpu.pci.encode())
+        else:
+            self._handle = self._ask("nvmlDeviceGetHandleByUUID", gpu.uuid)
+
+    def sm_clock_mhz(self) -> float:
+        """NVML_CLOCK_SM."""
+        return float(self._of("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM))
+
+    def max_sm_clock_mhz(self) -> float:
+        """The highest NVML_CLOCK_SM."""
+        return float(self._of("nvmlDeviceGetMaxClockInfo", self._nvml.NVML_CLOCK_SM))
+
+    def memory_clock_mhz(self) -> float:
+        """NVML_CLOCK_MEM."""
+        return float(self._of("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_MEM))
+
+    def temperature_c(self) -> float:
+        """The sensor on the GPU die."""
+        return float(self._of("nvmlDeviceGetTemperature", self._nvml.NVML_TEMPERATURE_GPU))
+
+    def power_w(self) -> float:
+        """Averaged by the board over up to a second."""
+        return float(self._of("nvmlDeviceGetPowerUsage")) / 1e3
+
+    def power_limit_w(self) -> float:
+        """The least of all limits in force."""
+        return float(self._of("nvmlDeviceGetEnforcedPowerLimit")) / 1e3
+
+    def set_limit_w(self) -> float:
+        """The limit that the operator has set."""
+        return float(self._of("nvmlDeviceGetPowerManagementLimit")) / 1e3
+
+    def default_power_limit_w(self) -> float:
+        """What the limit is after a reboot."""
+        return float(self._of("nvmlDeviceGetPowerManagementDefaultLimit")) / 1e3
+
+    def joules(self) -> float:
+        """Energy since the driver was loaded (since Volta)."""
+        return float(self._of("nvmlDeviceGetTotalEnergyConsumption")) / 1e3
+
+    def throttle_reasons(self) -> list[str]:
+        """The bits that are set; an idle GPU and clocks chosen by the user are no throttling."""
+        bits = int(self._of("nvmlDeviceGetCurrentClocksEventReasons"))
+        return [name for name, bit in _REASONS.items() if bits & getattr(self._nvml, bit)]
+
+    def processes(self) -> list[int]:
+        """Compute processes."""
+        return [int(process.pid) for process in self._of("nvmlDeviceGetComputeRunningProcesses")]
+
+    def throttled_ms(self) -> dict[str, float]:
+        """NVML's violation times, in ns since the driver was loaded."""
+        policies = {
+            "thermal": self._nvml.NVML_PERF_POLICY_THERMAL,
+            "power": self._nvml.NVML_PERF_POLICY_POWER,
+        }
+        return {
+            name: int(self._of("nvmlDeviceGetViolationStatus", policy).violationTime) / 1e6
+            for name, policy in policies.items()
+        }
+
+    def _of(self, function: str, *arguments: Any) -> Any:
+        return self._ask(function, self._handle, *arguments)
+
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._nvml, function)(*arguments)
+        except self._nvml.NVMLError as error:
+            raise NotReadError(f"NVML: {error}") from None
+        except AttributeError:
+            raise NotReadError(f"this pynvml has no {function}") from None
+
+
+def library() -> Any:
+    """The module `pynvml`; None where it is not installed."""
+    try:
+        return importlib.import_module("pynvml")
+    except ImportError:
+        return None
+
+
+def _all(nvml: Any) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
+    gpus: list[Gpu] = []
+    troubles: list[Trouble] = []
+    driver = _told(nvml, nvml.nvmlSystemGetDriverVersion, "unknown")
+    for index in range(_told(nvml, nvml.nvmlDeviceGetCount, 0)):
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            gpus += _instances(nvml, handle, index, driver) or [
+                _gpu(nvml, handle, handle, index, driver)
+            ]
+        except nvml.NVMLError as error:
+            troubles.append(Trouble(f"NVIDIA GPU {index}", f"does not answer: {error}", _LOST))
+    return tuple(gpus), tuple(troubles)
+
+
+def _gpu(nvml: Any, handle: Any, parent: Any, index: int, driver: str) -> Gpu:
+    """A GPU, or an instance of one, whose architecture only the whole tells.
+
+    Raises:
+        NVMLError: its architecture is not told, without which no option can be judged.
+    """
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(parent)
+    pci = str(_told(nvml, lambda: _text(nvml.nvmlDeviceGetPciInfo(parent).busId), f"#{index}"))
+    memory = _told(nvml, lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).total) // 2**20, None)
+    return Gpu(
+        index=index,
+        uuid=_text(_told(nvml, lambda: nvml.nvmlDeviceGetUUID(handle), "")) or f"PCI-{pci}",
+        name=_text(_told(nvml, lambda: nvml.nvmlDeviceGetName(handle), f"NVIDIA sm{major}{minor}")),
+        vendor="nvidia",
+        arch=f"sm{major}{minor}",
+        memory_mib=memory,
+        driver=str(driver),
+        pci=pci,
+    )
+
+
+def _instances(nvml: Any, handle: Any, index: int, driver: str) -> list[Gpu]:
+    """Instances of a GPU in MIG mode, empty where it is not in that mode.
+
+    CUDA shows instances instead of the GPU then (NVIDIA MIG user guide, "CUDA visible devices").
+    """
+    if _told(nvml, lambda: nvml.nvmlDeviceGetMigMode(handle)[0], 0) != 1:
+        return []
+    found = []
+    for number in range(_told(nvml, lambda: nvml.nvmlDeviceGetMaxMigDeviceCount(handle), 0)):
+        ask = partial(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number)
+        instance = _told(nvml, ask, None)
+        if instance is not None:  # profiles may leave gaps
+            found.append(_gpu(nvml, instance, handle, index, driver))
+    return found
+
+
+def _told(nvml: Any, ask: Callable[[], T], otherwise: T) -> T:
+    """An answer, or `otherwise` where this GPU, driver or container does not give it."""
+    try:
+        return ask()
+    except (nvml.NVMLError, AttributeError):  # AttributeError: a pynvml older than the function
+        return otherwise
+
+
+def _or_none(ask: Callable[[], T]) -> T | None:
+    try:
+        return ask()
+    except NotReadError:
+        return None
+
+
+def _metered(ask: Callable[[], float]) -> Callable[[], float]:
+    def read() -> float:
+        try:
+            return ask()
+        except NotReadError as error:
+            raise NoMeterError(f"NVML does not tell it any more ({error})") from error
+
+    return read
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

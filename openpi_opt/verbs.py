@@ -1,0 +1,40 @@
+"""The verbs, each with one line and an example. A test keeps the list complete."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: `openpi_opt/NAME.py`, or the folder of that name with a `__main__`."""
+
+    name: str
+    text: str
+    example: str
+    takes_overrides: bool = False  # Hydra's `group=option` words
+    takes_study: bool = False
+
+
+_ALL = (
+    Verb(
+        "sweep",
+        "try configurations, one fresh process each",
+        "-m attention=eager,sdpa",
+        takes_overrides=True,
+    ),
+    Verb("compare", "a study as a table, JSON or CSV", "first", takes_study=True),
+    Verb("report", "a study as one HTML file", "first --out first.html", takes_study=True),
+    Verb("ui", "MLflow's server, open on a study", "first", takes_study=True),
+    Verb(
+        "promote", "confirm the best of a study as a preset", "first --name fast", takes_study=True
+    ),
+    Verb("ladder", "build a configuration up, a knob at a time", "preset=h100", True, True),
+    Verb("ablate", "take a configuration apart, a knob at a time", "preset=h100", True, True),
+    Verb("pairs", "compare two configurations in rounds of fresh processes", "preset=h100", True),
+    Verb("analyze", "where the time goes in a profiler's trace", "trace.json.gz"),
+    Verb("kernels", "registers, spills and instructions of the own kernels", ""),
+    Verb("doctor", "what this machine has and lacks", ""),
+    Verb("track", "deliver to MLflow what it lacks", "sync"),
+)
+VERBS = {verb.name: verb for verb in _ALL}

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from openpi_opt.engine.pace import Pace, Timed
+from openpi_opt.space.sources import Enumerated
+from openpi_opt.space.space import Space
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_no_trial_begins_that_would_end_after_the_minutes() -> None:
+    clock = Clock()
+    pace = Pace(10.0, clock)
+    source = Timed(Enumerated(Space.parse(["weights.seed=range(0,99)"]), 99), pace)
+    for number in range(3):
+        assert source.next() is not None
+        pace.began(str(number))
+        clock.now += 120
+        pace.ended(str(number))
+    pace.ended("answered from the journal")
+    assert pace.text() == "3 done, 30/h, 4.0 min left"
+    assert pace.share() == 0.6
+    assert source.next() is not None
+    clock.now += 121  # 119 s are left, and a trial takes 120
+    assert source.ended is None
+    assert source.next() is None
+    assert source.ended == "minutes=10 are over"
+    source.wake()
+    assert source.ended == "minutes=10 are over"
+
+
+def test_without_minutes_there_is_no_end_and_no_hurry() -> None:
+    clock = Clock()
+    pace = Pace(None, clock)
+    clock.now += 1e9
+    assert not pace.is_over()
+    assert pace.patience() == 0.0
+    assert pace.text() == "0 done"
+    assert Pace(10.0, clock).patience() > 0

@@ -1,0 +1,82 @@
+"""The console script: its verbs, its errors, its completion."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import openpi_opt
+from openpi_opt.completion import bash, candidates
+from openpi_opt.paths import package_dir
+from openpi_opt.verbs import VERBS
+
+# Run by other verbs, or by themselves to be started anew.
+NO_VERBS = {"trial", "experiment"}
+
+
+def console(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "openpi_opt", *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(package_dir().parent)},
+    )
+
+
+def test_every_verb_is_listed() -> None:
+    found = set()
+    for module in pkgutil.iter_modules(openpi_opt.__path__):
+        path = package_dir() / module.name
+        source = path / "__main__.py" if module.ispkg else path.with_suffix(".py")
+        if source.exists() and "cli.run(" in source.read_text(encoding="utf-8"):
+            found.add(module.name)
+    assert found - NO_VERBS <= set(VERBS), "add it to openpi_opt/verbs.py"
+    listing = console().stdout
+    for verb in VERBS.values():
+        assert f"  {verb.name} " in listing
+        assert (package_dir() / verb.name).with_suffix(".py").exists() or (
+            package_dir() / verb.name / "__main__.py"
+        ).exists(), verb.name
+
+
+def test_a_verb_runs_as_it_does_alone() -> None:
+    done = console("compare", "absent", "--store", "/nowhere")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: store=/nowhere: does not exist")
+    assert "usage: python -m openpi_opt.compare" in console("compare", "--help").stdout
+
+
+def test_an_unknown_verb_names_the_nearest() -> None:
+    done = console("swep")
+    assert done.returncode == 2
+    assert "no verb 'swep'. Did you mean sweep?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("openpi-opt swe", ["sweep "]),
+        ("openpi-opt sweep -m gra", ["graph="]),
+        ("openpi-opt sweep -m graph=ma", ["manual"]),
+        ("openpi-opt sweep -m graph=none,ma", ["none,manual"]),
+        ("openpi-opt sweep preset=h1", None),
+        ("openpi-opt doctor x", []),
+        ("openpi-opt sweep ../../etc=", []),
+    ],
+)
+def test_completion(line: str, expected: list[str] | None) -> None:
+    found = candidates([line])
+    assert (found == expected) if expected is not None else ("h100" in found)
+
+
+def test_completion_of_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mlruns" / "studies" / "first").mkdir(parents=True)
+    (tmp_path / "mlruns" / "studies" / "first" / "study.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert candidates(["openpi-opt compare fi"]) == ["first "]
+    assert "complete -o nospace" in bash("openpi-opt")
