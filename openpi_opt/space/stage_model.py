@@ -226,7 +226,7 @@ class StageModel:
     def draw(self, rng: np.random.Generator, patience: float = 0.0) -> Guess:
         """One sample of everything."""
         parts = {name: effects.draw(rng) for name, effects in self._parts.items()}
-        return Guess(parts, self._fails.mean(), self._seconds.mean(), patience)
+        return Guess(parts, self._fails.draw(rng), self._seconds.mean(), patience)
 
     def mean(self) -> Guess:
         """The best guess of everything."""
