@@ -23,10 +23,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import create_automatic_config_search_path
-from hydra.types import RunMode
-
 from benchmarks.stub_sweep import MACHINE
 from benchmarks.stub_trial import document
 from openpi_opt import cli
@@ -34,11 +30,10 @@ from openpi_opt.config import Config
 from openpi_opt.engine.display import Silent
 from openpi_opt.engine.plan import StudyRequest, space_hash
 from openpi_opt.engine.study import run_study
-from openpi_opt.paths import conf_dir
 from openpi_opt.process.controllers import Controllers
 from openpi_opt.process.run import run_trial
 from openpi_opt.result import parse_plain
-from openpi_opt.space.composing import SweepCompose
+from openpi_opt.space.compose import Composer
 from openpi_opt.space.points import Points
 from openpi_opt.space.settings import Settings
 from openpi_opt.space.space import Space
@@ -58,10 +53,8 @@ WORDS = (
 
 def measure(finished: int, trials: int) -> dict[str, float]:
     """Overhead of `trials` trials in a study with `finished` ones."""
-    path = create_automatic_config_search_path(None, None, str(conf_dir()))
-    loader = ConfigLoaderImpl(path)
-    master = loader.load_configuration("sweep", list(WORDS), RunMode.MULTIRUN)
-    space, compose = Space.parse(WORDS, loader), SweepCompose(loader, master)
+    compose = Composer()
+    space = Space.parse(WORDS, compose.options)
     with tempfile.TemporaryDirectory(prefix="openpi-opt-bench-") as folder:
         store = Store.open(folder)
         _finish(store, space, Points(space, compose, MACHINE).check()[0], finished)

@@ -307,9 +307,9 @@ def _full() -> tuple[Space, Callable[[list[str]], Config]]:
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.utils import create_automatic_config_search_path
     from hydra.types import RunMode
+    from openpi_opt.space.composing import SweepCompose, plain
 
     from openpi_opt.paths import conf_dir
-    from openpi_opt.space.composing import SweepCompose, plain
     from openpi_opt.space.settings import Settings
 
     words = ["space=full", "model=pi0", "workload=three_cameras", "platform=cuda"]

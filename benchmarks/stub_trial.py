@@ -143,7 +143,7 @@ def document(config: dict, known: dict, mean_ms: float) -> dict:
     samples = [mean_ms] * 10
     return {
         "outcome": "ok",
-        "schema_version": 1,
+        "schema_version": 3,
         "config": config,
         "config_hash": known["config_hash"],
         "context_hash": known["context_hash"],

@@ -108,6 +108,7 @@ def trial(row: Row, study_dir: Path, judged_by: criteria.Criteria | None = None)
         "context_hash": result.context_hash,
         "fingerprint_hash": record.fingerprint_hash,
         "other_fingerprint": row.stale,
+        "changed_since": row.changed,
         "created_at": record.created_at,
         "trial_dir": str(study_dir / record.trial_dir) if record.trial_dir else None,
     }

@@ -376,22 +376,32 @@ class Config(BaseModel):
         return sections
 
     def context_hash(self) -> str:
-        """Hash of `context`, 12 hexadecimal digits."""
-        return _digest(self.context())
+        """Hash of `context` without what is at its default, 12 hexadecimal digits."""
+        return _digest(self._changed_context())
 
     def hash(self) -> str:
         """Hash of the canonical knobs and the context, 12 hexadecimal digits.
 
-        Files that knobs read count by their content, at whatever path they lie.
+        What is at its default is left out: a new knob or option changes no hash. Files that knobs
+        read count by their content, at whatever path they lie.
         """
         canonical = self.canonical()
-        knobs = canonical.dump()["knobs"]
+        changed = {
+            name: options.model_dump(mode="json", exclude_defaults=True)
+            for name, options in canonical.knobs.items()
+        }
+        knobs = {name: values for name, values in changed.items() if values}
         for knob in KNOBS:
             for option, path in knob.files(canonical).items():
                 *groups, key = option.split(".")
                 owner = reduce(lambda found, group: found[group], groups, knobs[knob.name])
                 owner[key] = content_of(path)
-        return _digest({"knobs": knobs, **canonical.context()})
+        return _digest({"knobs": knobs, **canonical._changed_context()})
+
+    def _changed_context(self) -> dict[str, Any]:
+        changed = self.model_dump(mode="json", include=set(CONTEXT_SECTIONS), exclude_defaults=True)
+        changed.get("workload", {}).pop("name", None)
+        return {name: values for name, values in changed.items() if values}
 
     def labels(self) -> dict[str, str]:
         """Short text of each knob, for tables and MLflow params."""

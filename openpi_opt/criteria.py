@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -228,6 +228,11 @@ def of_arguments(arguments: argparse.Namespace, study_dir: Path) -> Criteria:
         allow_lossy=arguments.allow_lossy,
         limits={name: value for name, value in limits.items() if value is not None},
     )
+
+
+def over_text(over: Mapping[str, str]) -> str:
+    """What `Criteria.over` found, in words."""
+    return ", ".join(f"{name}: {text}" for name, text in over.items())
 
 
 def _limit(text: str) -> tuple[str, float | None]:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from openpi_opt import checkpoint_file, runtime
-from openpi_opt.compose import compose
 from openpi_opt.config import Config, Weights
 from openpi_opt.errors import UserError
 from openpi_opt.guest import as_measured
@@ -24,12 +23,13 @@ from openpi_opt.observation import Array, Observation, to_inputs
 from openpi_opt.pi0.config import MODELS
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.workload import make_inputs
-from openpi_opt.process.environment import CACHES
+from openpi_opt.process.environment import CACHES, knob_variables
 from openpi_opt.robot.spec import load as load_robot
 from openpi_opt.robot.statistics import load as load_statistics
 from openpi_opt.robot.statistics import read_openpi
 from openpi_opt.robot.tokenizer import Tokenizer
 from openpi_opt.robot.transform import Transforms
+from openpi_opt.space.compose import compose
 
 _LOG = logging.getLogger(__name__)
 
@@ -233,7 +233,7 @@ def _model(path: str) -> str:
 
 
 def _require_environment(cfg: Config) -> None:
-    wanted = {k: v for knob in KNOBS for k, v in knob.environment(cfg).items()}
+    wanted = knob_variables(cfg)
     missing = {k: v for k, v in wanted.items() if os.environ.get(k) != v}
     if missing:
         text = " ".join(f"{name}={value}" for name, value in missing.items())

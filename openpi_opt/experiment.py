@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from openpi_opt import cli
@@ -23,6 +22,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.figures import FIGURES
 from openpi_opt.paths import conf_dir
 from openpi_opt.result import write_atomic
+from openpi_opt.space.files import read
 from openpi_opt.space.settings import Settings, default_study_name
 from openpi_opt.space.space import parse_override
 from openpi_opt.track import plots
@@ -61,15 +61,13 @@ class Experiment(BaseModel):
         known = sorted(path.stem for path in folder.glob("*.yaml"))
         if name not in known:
             raise UserError(f"experiment={name}: unknown. Use one of {', '.join(known)}.")
-        found = Experiment.model_validate(
-            yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
-        )
+        found = Experiment.model_validate(read(folder / f"{name}.yaml").content)
         unknown = {*found.columns, *found.panels} - set(FIGURES)
         assert not unknown, f"{name}: no such column {unknown}"
         return found
 
 
-def run(words: Sequence[str], sweep: Callable[[], int]) -> int:
+def run(words: Sequence[str], sweep: Callable[[Sequence[str]], int]) -> int:
     """Run the experiment of a sweep's command line by `sweep`, and write its report.
 
     The report goes to `out=FOLDER`, or to the study's folder. Returns the sweep's exit code.
@@ -88,8 +86,7 @@ def run(words: Sequence[str], sweep: Callable[[], int]) -> int:
     if "study" not in keys:
         added.append(f"study='{study}'")
     flags = [] if {"-m", "--multirun"} & set(rest) else ["-m"]
-    sys.argv[1:] = [*flags, *rest, *added]
-    code = _code(sweep)
+    code = sweep([*flags, *rest, *added])
     known = Path(store).is_dir() and study in Store.open(store, create=False).studies()
     if known:
         study_dir = Store.open(store, create=False).find_study(study)
@@ -120,13 +117,6 @@ def _own_words(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 def _value(given: Sequence[str], key: str) -> str | None:
     found = [parse_override(word).value() for word in given if word.startswith(f"{key}=")]
     return str(found[-1]) if found else None
-
-
-def _code(sweep: Callable[[], int]) -> int:
-    try:
-        return sweep()
-    except SystemExit as end:  # Hydra's sweepers end the program
-        return end.code if isinstance(end.code, int) else 1
 
 
 def write_report(name: str, study_dir: Path, folder: Path) -> list[Path]:

@@ -8,10 +8,7 @@ figures come from; nothing reads it to choose an implementation.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -22,6 +19,7 @@ from openpi_opt.knobs import KNOBS
 from openpi_opt.knobs.base import AnyKnob, Options
 from openpi_opt.paths import conf_dir, user_conf_dir
 from openpi_opt.result import write_atomic
+from openpi_opt.space.files import read
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -46,29 +44,28 @@ def preset_path(name: str, folder: Path | None) -> Path:
     return (folder or user_conf_dir() / "preset") / f"{name}.yaml"
 
 
-@contextmanager
-def config_root(folder: Path) -> Iterator[Path]:
-    """A search root for Hydra in which `folder` is the group `preset`, whatever its name is.
+def check_free(path: Path) -> None:
+    """Raise UserError where there is a preset already."""
+    if path.exists():
+        raise UserError(f"preset {path} exists. Choose another --name, or --force to replace it.")
+
+
+def write(path: Path, cfg: Config, provenance: dict[str, Any], replace: bool = False) -> None:
+    """Write the preset, whole or not at all, and never over another unless `replace`.
 
     Raises:
-        UserError: `folder` is not a folder.
-    """
-    if not folder.is_dir():
-        raise UserError(f"preset folder {folder} does not exist; give the one of --preset-dir.")
-    with TemporaryDirectory(prefix="openpi_opt_") as root:
-        (Path(root) / "preset").symlink_to(folder.absolute(), target_is_directory=True)
-        yield Path(root)
-
-
-def write(path: Path, cfg: Config, provenance: dict[str, Any]) -> None:
-    """Write the preset atomically.
-
-    Raises:
-        UserError: the folder cannot be written.
+        UserError: there is a preset of this name, or the folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, render(cfg, provenance))
+        try:
+            write_atomic(path, render(cfg, provenance), replace)
+        except FileExistsError:
+            raise UserError(
+                f"preset {path} was written by another promotion meanwhile, and is left as it is."
+                "\nWhat was measured is kept: the same command with another --name, or --force, "
+                "takes no new process."
+            ) from None
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror}. Choose another --preset-dir."
@@ -81,7 +78,7 @@ def render(cfg: Config, provenance: dict[str, Any]) -> str:
     body: dict[str, Any] = {}
     for knob in KNOBS:
         chosen = cfg.canonical().knobs[knob.name]
-        option = _option_of(knob, chosen)
+        option = option_of(knob, chosen)
         if option is None:
             body[knob.name] = chosen.model_dump(mode="json")
         else:
@@ -93,10 +90,9 @@ def render(cfg: Config, provenance: dict[str, Any]) -> str:
     return head + yaml.safe_dump(document, sort_keys=False, width=100, allow_unicode=True)
 
 
-def _option_of(knob: AnyKnob, chosen: Options) -> str | None:
+def option_of(knob: AnyKnob, chosen: Options) -> str | None:
     """The option file of a knob that says exactly `chosen`; keys it leaves out are defaults."""
     for file in sorted((conf_dir() / knob.name).glob("*.yaml")):
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        if knob.options_type.model_validate(values) == chosen:
+        if knob.options_type.model_validate(read(file).body) == chosen:
             return file.stem
     return None

@@ -7,8 +7,9 @@ take it for a fast one.
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -30,9 +31,11 @@ Phase = Literal[
     "ceilings",
 ]
 CacheState = Literal["cold", "partly", "warm"]
-# Format 2 packs the samples and adds what says how sure a latency is. Format 1 is read: what it
-# lacks has the value None or is empty.
-SCHEMA_VERSION = 2
+# Format 2 packs the samples and adds what says how sure a latency is; format 3 has the files that
+# the trial imported, and hashes without defaults. Earlier ones are read: what they lack has the
+# value None or is empty, and their hashes are renewed (`track.identity.renewed`).
+SCHEMA_VERSION = 3
+FILES_SINCE = 3
 
 
 class _Part(BaseModel):
@@ -270,11 +273,16 @@ class Energy(_Part):
 
 
 class _Common(_Part):
-    schema_version: Literal[1, 2] = 2
+    """What every result has. `files` are those of this package that the trial imported, with a hash
+    of their content; empty where no process was started.
+    """
+
+    schema_version: Literal[1, 2, 3] = 3
     config: dict[str, Any]
     config_hash: str
     context_hash: str
     fingerprint: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
     started_at: str
     phase_seconds: dict[str, float] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
@@ -371,14 +379,47 @@ def parse_plain(document: Any) -> Ok | Pruned | Wrong | Refused | Failed:
     return _ADAPTER.validate_python(document)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the whole new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_atomic(path: Path, text: str, replace: bool = True) -> None:
+    """Write a file so that a reader sees the old content or the whole new one, never a part.
+
+    Where the file system can, a file that is not finished has no name (O_TMPFILE): a kill while it
+    is written leaves nothing behind.
+
+    Raises:
+        FileExistsError: the file is there and `replace` is False. It is left as it is.
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    handle = _open_nameless(path.parent)
+    try:
+        with _text(temporary if handle is None else handle) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            if handle is not None:
+                # `src_dir_fd` makes Python follow the link in /proc (AT_SYMLINK_FOLLOW).
+                target = temporary if replace else path
+                os.link(f"/proc/self/fd/{handle}", target, src_dir_fd=handle)
+            elif not replace:
+                os.link(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _text(file: Path | int) -> TextIO:
+    return open(file, "w", encoding="utf-8")
+
+
+def _open_nameless(folder: Path) -> int | None:
+    """A file without a name in `folder`, for writing; None where there is no such thing."""
+    if not hasattr(os, "O_TMPFILE") or not os.path.exists("/proc/self/fd"):
+        return None
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666)
+    except OSError:  # a file system without, or one whose errors the named file shows, too
+        return None
 
 
 def write(path: Path, result: Ok | Pruned | Wrong | Refused | Failed) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt import cli
-from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.confirm.contenders import contenders, short
 from openpi_opt.confirm.fresh import FreshRuns, Planned
@@ -29,6 +28,7 @@ from openpi_opt.confirm.rounds import (
     Place,
     Stage,
     draw_rounds,
+    flagged,
     measure_rounds,
 )
 from openpi_opt.confirm.steps import Target
@@ -38,6 +38,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
+from openpi_opt.space.compose import compose
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import DEFAULT_STORE, Store
@@ -280,19 +281,6 @@ def refusal(cfg: Config, machine: Any) -> str | None:
     """Why this machine cannot run a configuration; None when it can."""
     found = refused(cfg, machine)
     return None if found is None else why(found)
-
-
-def flagged(processes: Iterable[Sequence[str]]) -> list[str]:
-    """A line for each check that flagged processes: `flagged host_shared: 5 of 24 processes`.
-
-    `processes` has the flags of each, as `result.Ok.flags` gives them.
-    """
-    every = list(processes)
-    names = [name for flags in every for name in {flag.partition(":")[0] for flag in flags}]
-    return [
-        f"flagged {name}: {names.count(name)} of {len(every)} processes"
-        for name in sorted(set(names))
-    ]
 
 
 def percent(value: float) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openpi_opt.knobs import KNOBS
+from openpi_opt.knobs.base import Configuration
 from openpi_opt.pi0 import checkpoint, weights
 from openpi_opt.pi0.config import MODELS
 from openpi_opt.pi0.policy import Pi0Policy
@@ -40,7 +41,7 @@ def torch_device(cfg: Config) -> torch.device:
     return torch.device(BY_DEVICE[cfg.device].torch_device)
 
 
-def workload_of(cfg: Config) -> Workload:
+def workload_of(cfg: Configuration) -> Workload:
     """The policy's view of the workload section."""
     given = cfg.workload
     return Workload(
@@ -70,22 +71,23 @@ def build_policy(cfg: Config, device: torch.device) -> Pi0Policy:
 
 
 def apply_knobs(policy: Pi0Policy, cfg: Config) -> Prepared:
-    """Configure, fold, transform and wrap, over all knobs in their order.
+    """Configure, fold, transform and wrap, over the knobs that act, in their order.
 
     `policy` is as `build_policy` made it. What is folded after a cast would be rounded twice, and
     differently from a run that had no reason to cast.
     """
     if type(policy) is not Pi0Policy or policy.dtype != torch.float32:
         raise ValueError("knobs are applied to a plain float32 policy, once")
-    for knob in KNOBS:
+    acting = [knob for knob in KNOBS if knob.acts(cfg)]
+    for knob in acting:
         knob.configure(cfg)
-    for knob in KNOBS:
+    for knob in acting:
         knob.fold(policy, cfg)
-    for knob in KNOBS:
+    for knob in acting:
         knob.transform(policy, cfg)
     call: Callable[[Inputs], Tensor] = policy.sample_actions
     uncaptured = call
-    for knob in KNOBS:
+    for knob in acting:
         call = knob.wrap(call, cfg)
     # Not inference_mode: its tensors have other dispatch keys than those a caller brings, and
     # compiled stages would be compiled once more for each mixture of the two.

@@ -1,111 +1,92 @@
 """Try configurations, one process each: `python -m openpi_opt.sweep -m attention=aiter,sdpa`.
 
-Hydra reads the command line; with `-m` its sweeper plugin hands over to `search.study`, without
-it the task function does so with one point.
+The command line is Hydra's, with flags of our own. With `-m`, or a named space, several values of
+a key are a sweep; without, it is one trial.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import ArgumentParser, Namespace
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
-from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from openpi_opt.cli import CONTINUED, run
-from openpi_opt.data_only import check_option, watched
 from openpi_opt.errors import UserError
 from openpi_opt.figures import LIMITS, OBJECTIVES
-from openpi_opt.paths import conf_dir, user_conf_dir
-from openpi_opt.preset import config_root
-
-if TYPE_CHECKING:
-    from openpi_opt.config import Config
+from openpi_opt.knobs import BY_NAME
+from openpi_opt.paths import conf_dir
+from openpi_opt.space.compose import Composer
+from openpi_opt.space.errors import user_errors
+from openpi_opt.space.files import check_option, check_variables
+from openpi_opt.space.settings import Settings
+from openpi_opt.space.space import Space, parse_override
 
 DRY_RUN_LIMIT = 50
-_OWN_PLUGINS = ("hydra/sweeper", "hydra/launcher")
-# What Hydra composed for one trial, from which files, and the overrides.
-_COMPOSED: list[tuple[DictConfig, Any, list[str]]] = []
+# Hydra's verbs that run nothing.
+_SHOWING = ("help", "hydra_help", "cfg", "info", "shell_completion")
 
 
-class UserConf(SearchPathPlugin):
-    """Adds `conf/` of the working folder, where `promote` writes presets, and `--preset-dir`.
-
-    Registered by `main` and not found by discovery: other Hydra programs of this environment are
-    not to be changed.
-    """
-
-    preset_root: Path | None = None
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Put them behind the project's own folder."""
-        if self.preset_root is not None:
-            search_path.append("--preset-dir", f"file://{self.preset_root}")
-        folder = user_conf_dir()
-        if folder.is_dir() and not (conf_dir().is_dir() and folder.samefile(conf_dir())):
-            search_path.append("working folder", f"file://{folder}")
-
-
-def _register_help() -> None:
-    """What `--help` says of objectives and limits is what `figures` has."""
-    for name, known in (("objectives", OBJECTIVES), ("limits", LIMITS)):
-        text = ", ".join(known)
-        OmegaConf.register_new_resolver(f"openpi_opt.{name}", lambda text=text: text, replace=True)
-
-
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when at least one trial was ok, else 1.
 
     Raises:
         UserError: bad input.
-        SystemExit: the same codes, when Hydra is between.
     """
-    if any(word.startswith("experiment=") for word in sys.argv[1:]):
+    words = sys.argv[1:] if argv is None else [*argv]
+    if any(word.startswith("experiment=") for word in words):
         from openpi_opt import experiment  # tables and plots: not for every start
 
-        return experiment.run(sys.argv[1:], _sweep)
-    return _sweep()
+        return experiment.run(words, sweep)
+    return sweep(words)
 
 
-def _sweep() -> int:
+def sweep(words: Sequence[str]) -> int:
     """The command line without experiments."""
-    _register_help()
-    with ExitStack() as stack:
-        own = _take_own_flags()
-        if own.preset_dir is not None:
-            UserConf.preset_root = stack.enter_context(config_root(own.preset_dir))
-        if own.dry_run:
-            limit = DRY_RUN_LIMIT if own.limit is None else own.limit
-            sys.argv.append(f"dry_run={limit}")
-        elif own.limit is not None:
-            raise UserError("--limit says how many configurations --dry-run lists. Add --dry-run.")
-        return _main()
+    own, rest = _own_flags(words)
+    arguments = get_args_parser().parse_args(rest)
+    arguments.overrides = [_objective(_devices(word)) for word in arguments.overrides]
+    if arguments.help or arguments.hydra_help:
+        return _show(arguments, own)
+    if not arguments.shell_completion:
+        _check(arguments)
+    if any(getattr(arguments, verb) for verb in _SHOWING):
+        return _show(arguments, own)
+    return _run(arguments, own, words)
 
 
-def _take_own_flags() -> Namespace:
-    """Take our own flags off the command line; Hydra's parser knows its own options only.
+def _run(arguments: Namespace, own: Namespace, words: Sequence[str]) -> int:
+    from openpi_opt.engine.command import run_command_line
 
-    `--dry-run` becomes the key `dry_run`, which the sweeper sees, and `--fresh` the key `fresh`.
-    """
+    overrides = arguments.overrides
+    composer = _composer(arguments, own)
+    values = composer.settings(overrides)
+    if own.dry_run:
+        values["dry_run"] = DRY_RUN_LIMIT if own.limit is None else own.limit
+    values |= {name: True for name in ("fresh", "keep_source") if getattr(own, name)}
+    swept = arguments.multirun or _names_space(overrides)
+    if swept:
+        space = Settings.parse(values).space.join(overrides, composer.options)
+    else:
+        space = Space.parse(overrides)
+    return run_command_line(overrides, values, space, composer, swept, words)
+
+
+def _own_flags(words: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """Our own flags, and the rest; Hydra's parser knows its own only."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset-dir", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--fresh", action="store_true")
-    own, rest = parser.parse_known_args()
-    sys.argv[1:] = [_objective(_devices(word)) for word in rest]
-    if own.fresh:
-        sys.argv.append("fresh=true")
-    return own
+    parser.add_argument("--keep-source", action="store_true")
+    own, rest = parser.parse_known_args(words)
+    if own.limit is not None and not own.dry_run:
+        raise UserError("--limit says how many configurations --dry-run lists. Add --dry-run.")
+    return own, rest
 
 
 def _devices(word: str) -> str:
@@ -124,59 +105,43 @@ def _objective(word: str) -> str:
     return f"objective.minimize=[{value.strip('[]')}]"
 
 
-def _main() -> int:
-    arguments = get_args_parser().parse_args()
-    # Hydra then lets exceptions through instead of printing its own kind of report.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    Plugins.instance().register(UserConf)
-    if not arguments.help:
-        if _is_run(arguments) and _names_space(arguments.overrides):
-            sys.argv.append("--multirun")
-            arguments.multirun = True
-        _check(arguments)
-    from openpi_opt.space.hydra_errors import hydra_errors
-
-    with hydra_errors(), watched():
-        _hydra_main()
-    return _run_single(*_COMPOSED.pop()) if _COMPOSED else 0
+def _composer(arguments: Namespace, own: Namespace) -> Composer:
+    if arguments.config_path is not None:
+        raise UserError(
+            "--config-path: the project has its own conf/. Use --config-dir to add one."
+        )
+    folder = arguments.config_dir and Path(arguments.config_dir)
+    return Composer(own.preset_dir, folder, arguments.config_name or "sweep")
 
 
-@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="sweep")
-def _hydra_main(composed: DictConfig) -> None:
-    """Without `-m`: keep what was composed. Run in here, errors would get Hydra's report."""
-    own = HydraConfig.get()
-    overrides = OmegaConf.to_container(own.overrides.task, resolve=False)
-    assert isinstance(overrides, list)
-    _COMPOSED.append((composed, own.runtime, overrides))
+def _show(arguments: Namespace, own: Namespace) -> int:
+    """Hydra's verbs that print something."""
+    from hydra._internal.hydra import Hydra
+
+    # What `--help` says of these is what the registries have.
+    for kind, known in (("objectives", OBJECTIVES), ("limits", LIMITS), ("knobs", BY_NAME)):
+        text = ", ".join(known)
+        OmegaConf.register_new_resolver(f"openpi_opt.{kind}", lambda text=text: text, replace=True)
+    composer = _composer(arguments, own)
+    hydra = Hydra("sweep", composer.loader)
+    name, overrides = arguments.config_name or "sweep", arguments.overrides
+    with user_errors():
+        if arguments.help or arguments.hydra_help:
+            show = hydra.app_help if arguments.help else hydra.hydra_help
+            show(config_name=name, args_parser=get_args_parser(), args=arguments)
+        elif arguments.cfg:
+            composer.compose(overrides)  # refuses what would be refused
+            shown = arguments.cfg, arguments.package, arguments.resolve
+            hydra.show_cfg(name, overrides, *shown)
+        elif arguments.info:
+            hydra.show_info(arguments.info, name, overrides)
+        else:
+            hydra.shell_completion(name, overrides)
+    return 0
 
 
-def _run_single(composed: DictConfig, runtime: Any, overrides: list[str]) -> int:
-    """One trial."""
-    from openpi_opt.compose import trial_config
-    from openpi_opt.engine.command import run_command_line
-    from openpi_opt.space.composing import check_sources, plain
-    from openpi_opt.space.space import Space
-
-    check_sources(runtime, overrides)
-    values = plain(composed)
-    space = Space.parse(overrides)
-
-    def compose(_: list[str]) -> Config:
-        return trial_config(values)
-
-    return run_command_line(overrides, values, space, compose, swept=False)
-
-
-def _is_run(arguments: Namespace) -> bool:
-    """Whether one trial is asked for, by no other of Hydra's verbs."""
-    verbs = ("multirun", "cfg", "info", "shell_completion", "hydra_help")
-    return not any(getattr(arguments, verb) for verb in verbs)
-
-
-def _names_space(overrides: list[str]) -> bool:
+def _names_space(overrides: Sequence[str]) -> bool:
     """Whether a named space is chosen: it sweeps, so it needs no -m."""
-    from openpi_opt.space.space import parse_override
-
     read = [parse_override(line) for line in overrides]
     return any(o.key_or_group == "space" and o.value() not in ("none", None) for o in read)
 
@@ -187,21 +152,20 @@ def _check(arguments: Namespace) -> None:
     Raises:
         UserError: bad syntax, a sweep without -m, or a flag that does not fit here.
     """
-    from openpi_opt.space.space import parse_override
-
     if arguments.experimental_rerun is not None:
         raise UserError(
             "--experimental-rerun reads pickles, which can run anything. "
             "Use preset=NAME, or the overrides of the earlier command."
         )
-    verbs = ("run", "multirun", "cfg", "info", "shell_completion")
+    verbs = ("run", "multirun", "cfg", "info")
     given = [f"--{verb}" for verb in verbs if getattr(arguments, verb)]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude one another. Leave out all but one.")
-    for line in [] if arguments.shell_completion else arguments.overrides:
+    sweeps = arguments.multirun or _names_space(arguments.overrides)
+    for line in arguments.overrides:
         override = parse_override(line)
-        if override.key_or_group in _OWN_PLUGINS:
-            raise UserError(f"{line}: this command brings its own sweeper. Leave it out.")
+        if "oc.env" in line:
+            check_variables(override.key_or_group, line)
         is_group = (conf_dir() / override.key_or_group).is_dir() and not override.is_delete()
         if is_group and isinstance(override.value(), str):
             check_option(override.key_or_group, str(override.value()))
@@ -210,7 +174,7 @@ def _check(arguments: Namespace) -> None:
                 f"{line}: {override.key_or_group} is a group and takes the name of an option "
                 "(--help lists them), or group.key=value for a single key."
             )
-        if override.is_sweep_override() and not arguments.multirun:
+        if override.is_sweep_override() and not sweeps:
             raise UserError(
                 f"{line}: several values are a sweep. Add -m to try them all, or give one value; "
                 f"for one value with a comma in it, quote it: \"{line.partition('=')[0]}='a,b'\"."

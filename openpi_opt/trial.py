@@ -37,6 +37,7 @@ from openpi_opt.process.environment import (
     cleared_names,
     knob_variables,
 )
+from openpi_opt.track import identity
 from openpi_opt.track.fingerprint import fingerprint
 from openpi_opt.vendor import BY_DEVICE
 
@@ -165,7 +166,8 @@ def run(
         traceback.print_exc()
         outcome = _failure(error, progress.phase)
     progress.leave()
-    return results.parse_plain({**common, "phase_seconds": progress.seconds, **outcome})
+    found = {"files": identity.imported(cfg), "phase_seconds": progress.seconds}
+    return results.parse_plain({**common, **found, **outcome})
 
 
 def _run(
@@ -183,6 +185,7 @@ def _run(
     gpus = machine.gpus_for(cfg.device)
     progress.enter("import")
     _import_all(cfg)
+    identity.imported(cfg)  # as they are now: they may be edited while this runs
     progress.gate()  # nothing has touched the GPU yet
     progress.enter("load")
     with contextlib.ExitStack() as stack:
@@ -251,6 +254,7 @@ def _run_checked(
     if cfg.canonical().knobs["compile"] != cfg.baseline().knobs["compile"]:
         compilation.observe()
     prepared = runtime.apply_knobs(policy, cfg)
+    identity.note_imported(cfg, folder)
     found = _measure(prepared, observations, inputs, reference, cfg, progress, folder, monitor)
     if found["outcome"] == "ok":
         _explain(found, prepared, inputs, cfg, machine, progress, references.with_name("ceilings"))

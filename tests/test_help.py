@@ -17,7 +17,7 @@ assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize("verb", ["ablate", "compare", "confirm", "ladder", "promote", "sweep"])
+@pytest.mark.parametrize("verb", ["ablate", "compare", "ladder", "promote", "sweep"])
 def test_nothing_heavy_is_loaded_for_help(verb: str) -> None:
     argv = [sys.executable, "-c", CODE, f"openpi_opt.{verb}"]
     done = subprocess.run(argv, capture_output=True, text=True)

@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from openpi_opt.knobs.__main__ import table
+from openpi_opt.knobs.__main__ import files, table
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_table_of_knobs_is_the_registry() -> None:
-    assert table() in README.read_text(encoding="utf-8"), "paste `python -m openpi_opt.knobs`"
+def test_what_follows_from_the_registry_is_up_to_date() -> None:
+    assert table() in README.read_text(encoding="utf-8")
+    for path, text in files().items():
+        assert path.read_text(encoding="utf-8") == text, "python -m openpi_opt.knobs --write"
 
 
 def test_the_table_has_a_row_per_knob_with_its_options() -> None:

@@ -22,9 +22,7 @@ from openpi_opt.track.journal import Journal
 
 ROOT = package_dir().parent
 SOURCES = sorted(
-    path
-    for folder in ("openpi_opt", "hydra_plugins", "benchmarks")
-    for path in (ROOT / folder).rglob("*.py")
+    path for folder in ("openpi_opt", "benchmarks") for path in (ROOT / folder).rglob("*.py")
 )
 # Modules that make objects of bytes, and calls that make code of text.
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

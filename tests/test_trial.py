@@ -61,7 +61,7 @@ def test_a_right_trial_says_how_fast_and_how_sure(tmp_path: Path) -> None:
     assert latency["clock"] == "wall"
     assert document["fingerprint"]["torch"]["version"]
     assert latency["iterations"] == latency["samples_ms"]["count"] == 10
-    assert document["schema_version"] == 2
+    assert document["schema_version"] == 3
     flagged = {check["name"] for check in document["checks"]}
     assert {"warmup", "first_run", "spread", "compile_time", "environment"} <= flagged
     assert latency["min_ms"] <= latency["p50_ms"] <= latency["p95_ms"]
@@ -176,6 +176,6 @@ def test_memory_that_runs_out_is_an_outcome_of_its_own(
 def test_recorded_results_of_format_1_can_be_read(path: Path) -> None:
     result = parse(path.read_bytes())
     assert isinstance(result, Ok)
-    assert result.schema_version in (1, 2)
+    assert result.schema_version in (1, 2, 3)
     assert parse(result.model_dump_json()) == result
     assert result.latency.mean_ms == pytest.approx(float(np.mean(result.latency.samples_ms)))

@@ -9,6 +9,7 @@ from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
 from openpi_opt.result import Ok
+from openpi_opt.track import identity
 from openpi_opt.track.journal import Record
 
 
@@ -20,6 +21,7 @@ class Contender:
     number: int
     mean_ms: float
     fingerprint_hash: str
+    changed: tuple[str, ...] = ()  # of the package since it was measured
 
 
 def contenders(
@@ -58,7 +60,8 @@ def contenders(
         if not cfg.is_baseline() and (criteria.allow_lossy or not cfg.lossy()):
             config_hash = cfg.hash()
             newest[config_hash] = Contender(
-                cfg, record.number, result.latency.mean_ms, record.fingerprint_hash
+                *(cfg, record.number, result.latency.mean_ms, record.fingerprint_hash),
+                changed=tuple(identity.changes(result)),
             )
             order[config_hash] = result.latency.mean_ms if criteria.several else first.value(result)
             over[config_hash] = bool(criteria.over(result))

@@ -31,6 +31,7 @@ from openpi_opt.process.reserve import reserve
 from openpi_opt.process.run import Place, parse_result, run_trial
 from openpi_opt.process.survivors import end_marked
 from openpi_opt.result import Ok, TrialResult
+from openpi_opt.track import identity
 from openpi_opt.track.copies import Copies
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
@@ -54,7 +55,8 @@ _ONCE = ("reference", "ceilings", "profile", "energy")
 class Planned:
     """A process that is to run: its configuration, what is said of it, and its place.
 
-    With `retry` one that was not ok in an earlier session runs again, and else that is final.
+    With `retry` one that was not ok in an earlier session runs again, and else that is final. One
+    that other files of this package measured runs again in any case.
     """
 
     config: Config
@@ -125,7 +127,8 @@ class FreshRuns:
         """The identity of a process, and its result if it need not run."""
         uid, attempt = self.uid(each.config, *each.place), 0
         while (record := self.journal.by_uid(uid)) is not None:
-            if isinstance(record.result, Ok) or not each.retry or uid in self._new:
+            final = isinstance(record.result, Ok) or not each.retry
+            if uid in self._new or (final and not identity.changes(record.result)):
                 return uid, record.result
             attempt += 1
             uid = self.uid(each.config, *each.place, f"attempt {attempt}")

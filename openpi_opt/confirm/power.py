@@ -35,6 +35,9 @@ TAU_PROCESSES = 8
 NOISE_FREEDOM = 12
 NOISE_SHARE = 0.25  # of the time, at most
 MIN_PAIRS = 3
+# Spreads between processes of a machine that hardly scatters, and of a usual one.
+CALM_TAU = 0.0005
+USUAL_TAU = 0.003
 MIN_SCREENING = 2
 # A plan uses the upper bound of tau at this confidence, so that its power holds on average.
 TAU_CONFIDENCE = 0.975

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -128,14 +128,12 @@ def _prepare(
         pairs = wanted.rounds or wanted.tau_processes
         fastest = sorted(contenders, key=lambda s: s.first_ms)[:places]
         return _schedule(baseline, [s.key for s in fastest], pairs, wanted)
-    costs = expected(bench, baseline, contenders, wanted)
-    if wanted.limit_s is not None and wanted.limit_s < costs.least_s:
-        raise power.TooShortError(costs.least_s)
+    bench.note(check_time(bench.seconds, baseline, contenders, wanted))
     baseline_tau = _measure_tau(bench, baseline, wanted.tau_processes)
     contenders = _near(contenders, places, baseline_tau) if wanted.known else contenders
     alone = len(contenders) <= places
     screening = _Screening(bench, contenders, 0 if alone else wanted.known)
-    costs = expected(bench, baseline, contenders, wanted)
+    costs = _costs(bench.seconds, baseline, contenders, wanted)
     first = power.make_plan(baseline_tau, costs, wanted.limit_s)
     bench.note(_beginning(baseline_tau, costs, first))
     runs = _for_noise(costs, wanted.limit_s) if alone else power.MIN_SCREENING
@@ -155,16 +153,53 @@ def _prepare(
     )
 
 
-def expected(
-    bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: Wanted
+def check_time(
+    seconds: Callable[[str], float],
+    baseline: Subject,
+    contenders: Sequence[Subject],
+    wanted: Wanted,
+) -> str:
+    """What to expect of the time, by what processes took (`seconds`), before any is started.
+
+    Raises:
+        power.TooShortError: not even a machine that hardly scatters shows anything in the time.
+    """
+    places = min(wanted.finalists, len(contenders))
+    if not contenders or wanted.rounds is not None:
+        return ""
+
+    def costs(tau: float) -> Costs:
+        near = _near(contenders, places, Tau(tau, wanted.tau_processes - 1))
+        return _costs(seconds, baseline, near if wanted.known else contenders, wanted)
+
+    least_s = costs(power.CALM_TAU).least_s
+    if wanted.limit_s is not None and wanted.limit_s < least_s:
+        raise power.TooShortError(least_s)
+    usual = costs(power.USUAL_TAU)
+    plan = power.make_plan(Tau(power.USUAL_TAU, power.NOISE_FREEDOM), usual)
+    takes = usual.seconds(plan.screening, plan.pairs)
+    before = seconds(baseline.key) * wanted.tau_processes
+    text = (
+        f"time: about {duration(before)} to measure the spread between processes; then about "
+        f"{duration(takes)} if it is {power.USUAL_TAU:.1%}, less if it is smaller"
+    )
+    if wanted.limit_s is not None and wanted.limit_s < takes:
+        text += f". --minutes gives {duration(wanted.limit_s)}: only a larger gain may be promised"
+    return text
+
+
+def _costs(
+    seconds: Callable[[str], float],
+    baseline: Subject,
+    contenders: Sequence[Subject],
+    wanted: Wanted,
 ) -> Costs:
-    """What the processes of a promotion cost, as far as is known."""
     places = min(wanted.finalists, len(contenders), power.MAX_FINALISTS)
     return Costs(
         contenders=len(contenders),
         finalists=places,
-        contender_s=float(np.mean([bench.seconds(s.key) for s in contenders])),
-        baseline_s=bench.seconds(baseline.key),
+        contender_s=float(np.mean([seconds(s.key) for s in contenders])),
+        baseline_s=seconds(baseline.key),
         known=0 if len(contenders) <= places else wanted.known,
     )
 

@@ -101,3 +101,16 @@ def measure_rounds(
             else:
                 dropped.append(key)
     return found, dropped
+
+
+def flagged(processes: Iterable[Sequence[str]]) -> list[str]:
+    """A line for each check that flagged processes: `flagged host_shared: 5 of 24 processes`.
+
+    `processes` has the flags of each, as `result.Ok.flags` gives them.
+    """
+    every = list(processes)
+    names = [name for flags in every for name in {flag.partition(":")[0] for flag in flags}]
+    return [
+        f"flagged {name}: {names.count(name)} of {len(every)} processes"
+        for name in sorted(set(names))
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from openpi_opt.engine.dry_run import print_dry_run
 from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.errors import UserError, hidden
+from openpi_opt.machine import Machine
 from openpi_opt.paths import conf_dir
 from openpi_opt.remote.engines import connected
 from openpi_opt.remote.remote import Nodes
@@ -35,6 +37,7 @@ def run_command_line(
     space: Space,
     compose: Compose,
     swept: bool,
+    command: Sequence[str],
 ) -> int:
     """Run the study that was asked for and print what came of it; returns the exit code.
 
@@ -49,7 +52,9 @@ def run_command_line(
     name = default_study_name(overrides) if settings.study is None else settings.study
     check_study_name(name)
     with _nodes(settings) as nodes:
-        return _run(name, settings, space, compose, swept, nodes)
+        command = tuple(map(hidden, command))
+        request = StudyRequest(name, space, settings, _machine(nodes), command, swept)
+        return _run(request, compose, nodes)
 
 
 @contextlib.contextmanager
@@ -66,30 +71,26 @@ def _nodes(settings: Settings) -> Iterator[Nodes | None]:
         yield Nodes.ask(engine, Store.open(settings.store), Lines(), cpu_slots)
 
 
-def _run(
-    name: str,
-    settings: Settings,
-    space: Space,
-    compose: Compose,
-    swept: bool,
-    nodes: Nodes | None,
-) -> int:
-    machine = cli.this_machine() if nodes is None else nodes.machine
+def _machine(nodes: Nodes | None) -> Machine:
+    return cli.this_machine() if nodes is None else nodes.machine
+
+
+def _run(request: StudyRequest, compose: Compose, nodes: Nodes | None) -> int:
+    settings, space, machine = request.settings, request.space, request.machine
     allow_lossy = settings.objective.allow_lossy
     if space.sensible_only or settings.dry_run is not None:
         Points(space, compose, machine).check()
         space, found = prepare(space, compose, machine, allow_lossy)
+        request = replace(request, space=space)
         if settings.dry_run is None:
             require_some(space, found)
-    command = tuple(hidden(word) for word in sys.argv[1:])
-    request = StudyRequest(name, space, settings, machine, command, swept)
     if settings.dry_run is not None:
         points = Points(space, compose, machine, allow_lossy)
         return print_dry_run(request, points, found, settings.dry_run)
     # Ray prints what happened to its workers; stdout is for the result.
     with _display() as display, contextlib.redirect_stdout(sys.stderr):
         outcome = run_study(request, compose, display, nodes=nodes)
-    print_outcome(outcome, swept, allow_lossy)
+    print_outcome(outcome, request.swept, allow_lossy)
     return outcome.exit_code
 
 
@@ -100,10 +101,11 @@ def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False)
     """
     print(f"study {outcome.name}: {_count(outcome)}; {outcome.ended}")
     criteria = outcome.criteria.allowing(allow_lossy)
-    print_table(outcome.records, criteria=criteria)
+    print_table(outcome.records, criteria=criteria, kept=outcome.kept)
     for line in outcome.left_out:
         print(f"left out: {line}")
-    best = [row for group in groups(outcome.records, criteria=criteria) for row in _winners(group)]
+    found = groups(outcome.records, criteria=criteria, kept=outcome.kept)
+    best = [row for group in found for row in _winners(group)]
     if not best and any(criteria.over(record.result) for record in outcome.records):
         print(f"best: none, nothing that may win keeps the limits ({criteria.limits_text()})")
     for line in outcome.remarks:

@@ -10,21 +10,21 @@ from pathlib import Path
 
 from openpi_opt.config import Config
 from openpi_opt.engine.goals import check_same, goals
+from openpi_opt.engine.known import Known
 from openpi_opt.engine.plan import Plan, StudyRequest, make_plan
 from openpi_opt.engine.trials import label
 from openpi_opt.errors import UserError
 from openpi_opt.process.devices import Devices
 from openpi_opt.result import Ok
-from openpi_opt.space.counting import Count
 from openpi_opt.space.points import Points
-from openpi_opt.space.prepare import Sample
+from openpi_opt.space.prepare import Count
 from openpi_opt.space.sensible import left_out
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.store import Store
 
 
-def print_dry_run(request: StudyRequest, points: Points, found: Count | Sample, limit: int) -> int:
+def print_dry_run(request: StudyRequest, points: Points, found: Count, limit: int) -> int:
     """Print the counts, the reasons, and the first `limit` configurations; returns the exit code.
 
     Raises:
@@ -42,7 +42,7 @@ def print_dry_run(request: StudyRequest, points: Points, found: Count | Sample, 
     for line in _counts(found):
         print(line)
     _print_reasons(found)
-    if isinstance(found, Count) and request.space.sensible_only and not found.sensible:
+    if found.exact and request.space.sensible_only and not found.sensible:
         print("nothing would run")
         return 1
     plan = make_plan(request)
@@ -71,6 +71,9 @@ class _Known:
     journal: Journal | None
     _hashes: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._known = Known(self.request.machine, self.request.settings.keep_source)
+
     def record(self, cfg: Config) -> Record | None:
         """The record of an equal configuration on an equal machine."""
         if self.journal is None:
@@ -79,7 +82,7 @@ class _Known:
         if platform not in self._hashes:
             seen = fingerprint(self.request.machine, cfg.platform)
             self._hashes[platform] = fingerprint_hash(seen)
-        return self.journal.find(cfg.hash(), self._hashes[platform])
+        return self.journal.find(cfg.hash(), self._hashes[platform], self._known.answers)
 
     def remark(self, cfg: Config) -> str:
         """What there is to say behind a configuration."""
@@ -103,30 +106,36 @@ def _journal(request: StudyRequest) -> Journal | None:
     return Journal.read(store.study_dir(request.name)) if known else None
 
 
-def _counts(found: Count | Sample) -> Iterator[str]:
-    if isinstance(found, Count):
-        yield (
-            f"combinations: {found.raw:,} as written, {found.sensible:,} sensible, "
-            f"{found.distinct:,} different"
-        )
+def _counts(found: Count) -> Iterator[str]:
+    raw = "combinations: " + ("without end" if found.raw is None else f"{found.raw:,} as written")
+    if found.exact:
+        yield f"{raw}, {found.sensible:,} sensible, {found.distinct:,} different"
         return
     low, high = found.share()
-    yield f"combinations: not counted, {found.why}"
+    if found.raw is not None:
+        raw += f", {_about(found.sensible)} sensible, {_about(found.distinct)} different"
     yield (
-        f"of {found.drawn:,} drawn at random {found.sensible:,} are sensible "
-        f"(95% interval {low:.1%} to {high:.1%} of all), at least {found.distinct:,} are different"
+        f"{raw} (estimated: of {found.drawn:,} drawn at random from values that can run "
+        f"{low:.1%} to {high:.1%} are sensible)"
     )
 
 
-def _print_reasons(found: Count | Sample) -> None:
+def _about(number: int) -> str:
+    """Two digits of an estimate."""
+    digits = max(0, len(str(number)) - 2)
+    return f"about {round(number, -digits):,}"
+
+
+def _print_reasons(found: Count) -> None:
     if not found.left_out:
         return
-    print("not sensible, by the first reason:")
+    exact = found.exact and found.sensible + found.left_out.total() == found.raw
+    print("not sensible, by the first reason" + (":" if exact else ", estimated:"))
     ordered = sorted(found.left_out.items(), key=lambda item: (-item[1], item[0]))
-    width = len(f"{ordered[0][1]:,}")
-    for reason, number in ordered:
-        lines = reason.reason.splitlines()
-        print(f"  {number:>{width},} {reason.kind}: {lines[0]}")
+    shown = [(f"{number:,}" if exact else _about(number), why) for why, number in ordered]
+    width = max(len(text) for text, _ in shown)
+    for text, why in shown:
+        print(f"  {text:>{width}} {why.kind}: {why.reason.splitlines()[0]}")
 
 
 def _print_enumerated(request: StudyRequest, points: Points, known: _Known, limit: int) -> None:

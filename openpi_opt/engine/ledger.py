@@ -12,6 +12,7 @@ from filelock import FileLock
 from openpi_opt import interrupt
 from openpi_opt.config import Config, Platform
 from openpi_opt.engine.display import Display
+from openpi_opt.engine.known import Known
 from openpi_opt.engine.recovery import Started, recover, runs_elsewhere
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Device, Gpu, Machine
@@ -40,7 +41,9 @@ class Ledger:
         controllers: Controllers,
         gpu_index: Callable[[Device], int],
         nodes: Callable[[Device], dict[str, Any]] | None = None,
+        keep_source: bool = False,
     ):
+        self.known = Known(machine, keep_source)
         self.study_dir = study_dir
         self.journal = journal
         self.claims = Claims(study_dir)
@@ -65,12 +68,13 @@ class Ledger:
         gpu_index: Callable[[Device], int] = lambda device: 0,
         fresh: bool = False,
         nodes: Callable[[Device], dict[str, Any]] | None = None,
+        keep_source: bool = False,
     ) -> Ledger:
         """Join the study, and clear up behind sweeps that were killed. End with `close`.
 
         `gpu_index` tells which GPU stands for those that are used; with `fresh` nothing that was
-        recorded before counts as known. Where trials run elsewhere, `nodes` tells the fingerprint
-        that they share.
+        recorded before counts as known, with `keep_source` also what other files of the package
+        measured. Where trials run elsewhere, `nodes` tells the fingerprint that they share.
 
         Raises:
             UserError: its journal cannot be used.
@@ -85,6 +89,7 @@ class Ledger:
                 *(study_dir, journal, machine, display, controllers),
                 gpu_index=gpu_index,
                 nodes=nodes,
+                keep_source=keep_source,
             )
             try:
                 with controllers.alone():
@@ -97,15 +102,28 @@ class Ledger:
         return ledger
 
     def find(self, cfg: Config) -> Record | None:
-        """The record of an equal configuration on an equal machine."""
-        record = self.journal.find(cfg.hash(), self.fingerprint_hash(cfg))
-        if record is None or record.number < self.known_from:
+        """The record of an equal configuration, measured by equal code on an equal machine."""
+        found = cfg.hash(), self.fingerprint_hash(cfg)
+        record = self.journal.find(*found, self.answers)
+        if record is None:
             return None
         if not isinstance(record.result, Pruned) or self.takes_pruned:
             return record
         # What is surely slower than the limit of today, too, would only be ended again.
         limit = cfg.limits.latency_ms
         return record if limit is not None and record.result.seen_low_ms > limit else None
+
+    def answers(self, record: Record) -> bool:
+        """Whether what was recorded counts as known."""
+        return record.number >= self.known_from and self.known.answers(record)
+
+    def outdated(self, cfg: Config) -> list[str]:
+        """What has changed since `cfg` was measured here, if nothing answers for it."""
+        if self.find(cfg) is not None:
+            return []
+        found = self.journal.find(cfg.hash(), self.fingerprint_hash(cfg))
+        stands = found is not None and found.number >= self.known_from
+        return self.known.changes(found) if found is not None and stands else []
 
     def refresh(self) -> None:
         """Take in what other sweeps recorded."""

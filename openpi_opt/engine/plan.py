@@ -16,9 +16,6 @@ from openpi_opt.space.settings import Settings, identity, objective_text
 from openpi_opt.space.space import MOST_VALUES, Space, few_values
 from openpi_opt.track.store import Store
 
-# A space with few sensible points among more than this many is not walked through for them.
-MAX_WALK = 20_000
-
 
 @dataclass(frozen=True)
 class StudyRequest:
@@ -56,7 +53,7 @@ def make_plan(request: StudyRequest) -> Plan:
     count = raw
     if request.space.count is not None and raw is not None:
         known = f"{request.space.count:,} sensible and different configurations"
-        count = request.space.count if raw <= MAX_WALK else raw
+        count = request.space.count
     if asked == "grid" and count is None:
         raise UserError(
             "sampler=grid: an interval has no end of values, so not every combination can be "

@@ -22,6 +22,7 @@ from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.executor import Executor, LocalExecutor, LostError, Run
 from openpi_opt.engine.goals import check_limits, check_same, goals, settle, with_pruning
+from openpi_opt.engine.known import measured_again
 from openpi_opt.engine.ledger import Ledger
 from openpi_opt.engine.lessons import Lessons
 from openpi_opt.engine.pace import Pace, Timed
@@ -40,6 +41,7 @@ from openpi_opt.space.points import Compose, Points
 from openpi_opt.space.sensible import LeftOut, NotSensibleError
 from openpi_opt.space.sources import Enumerated, Sampled, Source
 from openpi_opt.track.copies import Copies
+from openpi_opt.track.identity import summary
 from openpi_opt.track.journal import Record
 from openpi_opt.track.optuna_copy import write_space
 from openpi_opt.track.store import Store
@@ -53,7 +55,8 @@ class StudyOutcome:
     """What there is now: the records of the points of this space, and of their baselines.
 
     `left_out` says which classes of combinations were not tried, and why; `remarks` what is known
-    of the best one's neighbours.
+    of the best one's neighbours; `kept` what has changed since, by uid, of records that answer by
+    `keep_source`.
     """
 
     name: str
@@ -65,6 +68,7 @@ class StudyOutcome:
     left_out: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     criteria: Criteria = field(default_factory=Criteria)
+    kept: dict[str, str] = field(default_factory=dict)
 
     @property
     def records(self) -> list[Record]:
@@ -121,6 +125,7 @@ def run_study(
         *(store, request.name, request.command, request.machine, display),
         gpu_index=found.gpu_index,
         fresh=request.settings.fresh,
+        keep_source=request.settings.keep_source,
         nodes=None if nodes is None else nodes.fingerprint,
     )
     ledger.takes_pruned = request.settings.pruning is not None
@@ -203,6 +208,7 @@ class _Engine:
         """Keep the devices busy until there is nothing more to try; returns why that is."""
         try:
             self._begin()
+            self._note_outdated(plan)
             source = self._source(plan)
             while True:
                 self._look_at_waiting(source)
@@ -232,6 +238,40 @@ class _Engine:
             self.display.note(
                 f"not passed on to trials, since they would change them: {', '.join(cleared)}"
             )
+
+    def _note_outdated(self, plan: Plan) -> None:
+        """Say which known results of this command's points do not answer, and why."""
+        machines = self.ledger.fingerprint_hashes()
+        old = [
+            record
+            for record in self.ledger.journal.records()
+            if record.role != "confirm"
+            and record.fingerprint_hash in machines
+            and record.number >= self.ledger.known_from
+            and not self.ledger.answers(record)
+        ]
+        asked = [Config.load(record.result.config) for record in old]
+        if plan.enumerated and old:
+            asked = self._enumerated()
+        changed = {cfg.hash(): self.ledger.outdated(cfg) for cfg in asked}
+        text = measured_again(filter(None, changed.values()), sampled=not plan.enumerated)
+        if text is not None:
+            self.display.note(text)
+
+    def _enumerated(self) -> list[Config]:
+        """The configurations of an enumeration, with their baselines."""
+        found: dict[str, Config] = {}
+        for params in self.request.space.all():
+            try:
+                cfg = self.points.config(params)
+            except UserError:
+                continue
+            found.setdefault(cfg.hash(), cfg)
+            if len(found) >= self.request.settings.most_trials:
+                break
+        plain = [cfg.baseline() for cfg in found.values()]
+        with_baseline = self.request.swept and self.request.settings.baseline
+        return [*found.values(), *(plain if with_baseline else [])]
 
     def _source(self, plan: Plan) -> Source:
         """Where the points come from."""
@@ -292,12 +332,15 @@ class _Engine:
         newest = {
             record.result.config_hash: record
             for record in self.ledger.journal.records()
-            if record.role != "confirm" and record.fingerprint_hash in machines
+            if record.role != "confirm"
+            and record.fingerprint_hash in machines
+            and self.ledger.known.answers(record)
         }
         found = [newest[tried] for tried in self.optimizer.tried if tried in newest]
         if not found and self._refused:
             raise self._refused[0]
         texts = {known.text(0): known for known in self._lessons.classes}
+        kept = self.ledger.known.kept([*found, *filter(None, self._baselines.values())])
         return StudyOutcome(
             name=self.request.name,
             store=store,
@@ -311,6 +354,7 @@ class _Engine:
                 if text in self._left_out
             ],
             criteria=self.criteria,
+            kept=kept if self.request.settings.keep_source else {},
             remarks=self._remarks(),
         )
 
@@ -519,6 +563,9 @@ class _Engine:
         self._tell(job, record)
         if shown and job.proposal is not None:
             title = label(job.cfg, job.role, job.params)
+            changed = self.ledger.known.changes(record)
+            if changed:
+                title += f" [before {summary([changed])}]"
             self.display.end(job.position, title, record, known=True)
 
     def _remark(self, record: Record) -> str:
@@ -568,8 +615,12 @@ class _Engine:
         new = self.ledger.journal.since(self._read)
         self._read += len(new)
         known_from = self.ledger.known_from if known_from is None else known_from
-        space = self.trials.space
-        ours = [record for record in new if record.space == space and record.number >= known_from]
+        space, answers = self.trials.space, self.ledger.known.answers
+        ours = [
+            record
+            for record in new
+            if record.space == space and record.number >= known_from and answers(record)
+        ]
         # A point that is asked is told, when its job looks at the journal.
         open_points = [job.params for job in [*self._waiting, *self._running.values()]]
         found = [record for record in ours if record.params not in open_points]

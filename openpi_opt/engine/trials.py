@@ -21,6 +21,7 @@ from openpi_opt.process.locks import Held
 from openpi_opt.process.run import log_tail
 from openpi_opt.result import Failed, Refused, TrialResult
 from openpi_opt.space.optimizer import Proposal
+from openpi_opt.track import identity
 from openpi_opt.track.journal import Record, Role
 
 _FEW = 3  # swept keys that a line names whatever their values
@@ -166,6 +167,7 @@ def lost_result(cfg: Config, folder: Path, error: LostError) -> Failed:
         reason=f"ended with the node or process that ran it: {error}"[:500],
         phase=error.phase or "start",
         log_tail=log_tail(folder / "log.txt"),
+        files=identity.noted(folder),
         config=cfg.dump(),
         config_hash=cfg.hash(),
         context_hash=cfg.context_hash(),

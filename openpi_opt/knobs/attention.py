@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from openpi_opt.knobs.base import Knob, Options, Refusal
+from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 
 if TYPE_CHECKING:
-    from openpi_opt.config import Config
     from openpi_opt.machine import Machine
     from openpi_opt.pi0.policy import Pi0Policy
 
@@ -97,7 +96,7 @@ class Attention(Knob[AttentionOptions]):
         "launch_denoise": ("prefill", "denoise"),
     }
 
-    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """Triton kernels need a GPU; AMD's aiter also the package and a 16-bit precision."""
         for name, devices in SDPA_DEVICES.items():
             problem = _sdpa_problem(name, devices, cfg) if name in self._backends(cfg) else None
@@ -129,7 +128,7 @@ class Attention(Knob[AttentionOptions]):
             )
         return None
 
-    def canonical(self, cfg: Config) -> AttentionOptions:
+    def canonical(self, cfg: Configuration) -> AttentionOptions:
         """Without launch parameters that no kernel reads."""
         options, device = self.of(cfg), cfg.platform.device
         launches = {
@@ -140,13 +139,13 @@ class Attention(Knob[AttentionOptions]):
         }
         return options.model_copy(update=launches)
 
-    def environment(self, cfg: Config) -> Mapping[str, str]:
+    def environment(self, cfg: Configuration) -> Mapping[str, str]:
         """Without ROCm only the Triton part of aiter can be imported, and only when told so."""
         if "aiter" in self._backends(cfg) and cfg.platform.device == "cuda":
             return {"AITER_TRITON_ONLY": "1"}
         return {}
 
-    def transform(self, policy: Pi0Policy, cfg: Config) -> None:
+    def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Put the backend of each stage into the policy's operations."""
         from openpi_opt.kernels import attention as backends
         from openpi_opt.runtime import workload_of
@@ -173,12 +172,12 @@ class Attention(Knob[AttentionOptions]):
             words += [f"{stage}.{name}={value}" for name, value in given.items()]
         return " ".join(words)
 
-    def _backends(self, cfg: Config) -> set[str]:
+    def _backends(self, cfg: Configuration) -> set[str]:
         options = self.of(cfg)
         return {options.vision, options.prefill, options.denoise}
 
 
-def _sdpa_problem(name: str, devices: tuple[str, ...], cfg: Config) -> Refusal | None:
+def _sdpa_problem(name: str, devices: tuple[str, ...], cfg: Configuration) -> Refusal | None:
     device = cfg.platform.device
     if device not in devices:
         where = " or ".join(devices)
@@ -193,7 +192,7 @@ def _sdpa_problem(name: str, devices: tuple[str, ...], cfg: Config) -> Refusal |
     return None
 
 
-def _require(policy: Pi0Policy, cfg: Config, stage: str, name: str) -> None:
+def _require(policy: Pi0Policy, cfg: Configuration, stage: str, name: str) -> None:
     """Let torch say whether it has the kernel for the calls of a stage."""
     from openpi_opt.kernels.attention import require_sdpa
 
@@ -217,7 +216,7 @@ def _require(policy: Pi0Policy, cfg: Config, stage: str, name: str) -> None:
         require_sdpa(name, stage, q, k, like, masked)
 
 
-def _no_mask(options: AttentionOptions, cfg: Config) -> Refusal | None:
+def _no_mask(options: AttentionOptions, cfg: Configuration) -> Refusal | None:
     """Backends without a mask cannot leave out what only the device knows."""
     if cfg.workload.layout == "exact":
         return None

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     import torch
 
-    from openpi_opt.config import Config
-    from openpi_opt.machine import Machine
+    from openpi_opt.machine import Device, Machine
     from openpi_opt.pi0.inputs import Inputs
     from openpi_opt.pi0.policy import Pi0Policy
 
@@ -30,6 +29,61 @@ class Options(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Model(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def family(self) -> Literal["pi0", "pi05"]: ...
+
+
+class _Platform(Protocol):
+    @property
+    def device(self) -> Device | Literal["auto"]: ...
+    @property
+    def gpu(self) -> int | None: ...
+
+
+class _Workload(Protocol):
+    @property
+    def active_cameras(self) -> tuple[bool, ...]: ...
+    @property
+    def prompt_slots(self) -> int: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def horizon(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def layout(self) -> Literal["exact", "flexible"]: ...
+
+
+class Configuration(Protocol):
+    """What a knob may read of a configuration, of which `openpi_opt.config.Config` is one."""
+
+    @property
+    def knobs(self) -> Mapping[str, Options]:
+        """The options of every knob, by its name."""
+
+    @property
+    def model(self) -> _Model:
+        """Which network."""
+
+    @property
+    def platform(self) -> _Platform:
+        """Where it runs; `device` below is the resolved one."""
+
+    @property
+    def workload(self) -> _Workload:
+        """What is inferred."""
+
+    @property
+    def device(self) -> Device:
+        """The resolved device."""
 
 
 # The stages of an inference, as a profile names them.
@@ -50,8 +104,8 @@ class Knob(Generic[O]):
     """One dimension of choice. Subclasses override what they need.
 
     `check`, `canonical`, `environment` and `label` run in the controller (no torch); `configure`,
-    `fold`, `transform` and `wrap` run in the trial, in this order, over all knobs in the order of
-    `openpi_opt.knobs.KNOBS`.
+    `fold`, `transform` and `wrap` run in the trial, in this order, over the knobs that act, in the
+    order of `openpi_opt.knobs.KNOBS`.
     """
 
     name: ClassVar[str]
@@ -68,36 +122,43 @@ class Knob(Generic[O]):
         names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
         return next((cls.stages[name] for name in names if name in cls.stages), STAGES)
 
-    def of(self, cfg: Config) -> O:
+    def of(self, cfg: Configuration) -> O:
         """This knob's options in `cfg`."""
         return cast("O", cfg.knobs[self.name])
 
-    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """The reason why this cannot run here or contradicts another option, or None."""
         return None
 
-    def canonical(self, cfg: Config) -> O:
+    def canonical(self, cfg: Configuration) -> O:
         """Options with everything that has no effect under `cfg` set to its neutral value."""
         return self.of(cfg)
 
-    def environment(self, cfg: Config) -> Mapping[str, str]:
+    def acts(self, cfg: Configuration) -> bool:
+        """Whether the knob is applied: by default unless its canonical options are the defaults.
+
+        What is not applied cannot change a number, so its module is no part of a result's identity.
+        """
+        return bool(self.canonical(cfg) != self.options_type())
+
+    def environment(self, cfg: Configuration) -> Mapping[str, str]:
         """Variables that must be in the process environment before torch is imported."""
         return {}
 
-    def configure(self, cfg: Config) -> None:
+    def configure(self, cfg: Configuration) -> None:
         """Process-wide settings of torch, Dynamo and Inductor."""
 
-    def fold(self, policy: Pi0Policy, cfg: Config) -> None:
+    def fold(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Algebra on the weights while they are float32 as loaded: each is rounded once, after."""
 
-    def transform(self, policy: Pi0Policy, cfg: Config) -> None:
+    def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Surgery on the loaded policy: cast, fuse, swap an operation."""
 
-    def wrap(self, call: Call, cfg: Config) -> Call:
+    def wrap(self, call: Call, cfg: Configuration) -> Call:
         """Wrap the whole call, for instance with a captured graph."""
         return call
 
-    def files(self, cfg: Config) -> Mapping[str, str]:
+    def files(self, cfg: Configuration) -> Mapping[str, str]:
         """Files of the user's that the trial reads: option (dotted, below the knob) -> its path.
 
         Their content, not their place, is part of the configuration: `Config.hash` puts it in the
@@ -105,14 +166,14 @@ class Knob(Generic[O]):
         """
         return {}
 
-    def lossy(self, cfg: Config) -> bool:
+    def lossy(self, cfg: Configuration) -> bool:
         """Whether the numbers are deliberately coarser than the precision says (fp8).
 
         Such a trial is held to `guard.lossy_cap`, and does not compete with lossless ones.
         """
         return False
 
-    def notes(self, cfg: Config) -> list[str]:
+    def notes(self, cfg: Configuration) -> list[str]:
         """What the record of a trial must say beside its numbers; asked in the trial, at its end.
 
         One sentence each: an option that was asked for and that nothing reads, a library that

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from openpi_opt.errors import RefusedError
-from openpi_opt.knobs.base import Knob, Options, Refusal
+from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 from openpi_opt.paths import content_of
 
 if TYPE_CHECKING:
     import torch
 
-    from openpi_opt.config import Config
     from openpi_opt.knobs.base import Call
     from openpi_opt.machine import Machine
     from openpi_opt.pi0.inputs import Inputs
@@ -110,7 +109,7 @@ class Blas(Knob[BlasOptions]):
     name = "blas"
     options_type = BlasOptions
 
-    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """Each library belongs to a vendor, FP8 to recent architectures."""
         options = self.of(cfg)
         problems = [
@@ -122,7 +121,7 @@ class Blas(Knob[BlasOptions]):
         ]
         return next((problem for problem in problems if problem is not None), None)
 
-    def canonical(self, cfg: Config) -> BlasOptions:
+    def canonical(self, cfg: Configuration) -> BlasOptions:
         """Without the settings of backends that are not chosen."""
         options = self.of(cfg)
         aiter = options.aiter if options.backend == "aiter" else AiterOptions()
@@ -144,7 +143,7 @@ class Blas(Knob[BlasOptions]):
             fp8=Fp8Options(stages=ordered, gemm=fp8.gemm, fast_accum=fast),
         )
 
-    def files(self, cfg: Config) -> Mapping[str, str]:
+    def files(self, cfg: Configuration) -> Mapping[str, str]:
         """Aiter's table of tuned shapes, and the TunableOp results that are used."""
         options = self.canonical(cfg)
         found = {}
@@ -154,21 +153,21 @@ class Blas(Knob[BlasOptions]):
             found["tunableop.file"] = options.tunableop.file
         return found
 
-    def lossy(self, cfg: Config) -> bool:
+    def lossy(self, cfg: Configuration) -> bool:
         """FP8 has 3 bits of mantissa."""
         return self.of(cfg).backend == "fp8"
 
-    def environment(self, cfg: Config) -> Mapping[str, str]:
+    def environment(self, cfg: Configuration) -> Mapping[str, str]:
         """Let aiter log each lookup: that is how a silent fallback to torch is noticed."""
         if self._uses_aiter(cfg):
             return {"AITER_LOG_TUNED_CONFIG": "1", "AITER_LOG_LEVEL": "INFO"}
         return {}
 
-    def _uses_aiter(self, cfg: Config) -> bool:
+    def _uses_aiter(self, cfg: Configuration) -> bool:
         options = self.canonical(cfg)
         return "aiter" in (options.backend, options.fp8.gemm)
 
-    def configure(self, cfg: Config) -> None:
+    def configure(self, cfg: Configuration) -> None:
         """Torch's library, TunableOp, and aiter's table, which it reads when it is imported."""
         options = self.of(cfg)
         if options.library != "default":
@@ -182,7 +181,7 @@ class Blas(Knob[BlasOptions]):
                 tuned_gemm.install_table(options.aiter.table, _aiter_package())
             tuned_gemm.lookups()
 
-    def transform(self, policy: Pi0Policy, cfg: Config) -> None:
+    def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Replace the linear layers; the parameters stay under their names."""
         options = self.of(cfg)
         if options.backend == "aiter":
@@ -190,7 +189,7 @@ class Blas(Knob[BlasOptions]):
         elif options.backend == "fp8":
             _to_fp8(policy, cfg, options.fp8)
 
-    def wrap(self, call: Call, cfg: Config) -> Call:
+    def wrap(self, call: Call, cfg: Configuration) -> Call:
         """After the first call: did aiter serve anything, and what did TunableOp find?"""
         options = self.of(cfg)
         if options.backend == "aiter":
@@ -201,7 +200,7 @@ class Blas(Knob[BlasOptions]):
             call = _after_first(call, _finish_tuning)
         return call
 
-    def notes(self, cfg: Config) -> list[str]:
+    def notes(self, cfg: Configuration) -> list[str]:
         """What the files that were read hold, and the shapes that aiter handed back to torch."""
         notes = [f"blas.{key}: {content_of(path)}" for key, path in self.files(cfg).items()]
         if not self._uses_aiter(cfg):
@@ -226,7 +225,7 @@ class Blas(Knob[BlasOptions]):
         return " ".join(words)
 
 
-def _library_problem(cfg: Config, options: BlasOptions) -> Refusal | None:
+def _library_problem(cfg: Configuration, options: BlasOptions) -> Refusal | None:
     if options.library == "default":
         return None
     device = LIBRARIES[options.library][0]
@@ -245,7 +244,7 @@ def _library_problem(cfg: Config, options: BlasOptions) -> Refusal | None:
     return None
 
 
-def _tunableop_problem(cfg: Config, options: TunableOpOptions) -> Refusal | None:
+def _tunableop_problem(cfg: Configuration, options: TunableOpOptions) -> Refusal | None:
     if options.mode == "off":
         return None
     if cfg.platform.device != "rocm":
@@ -268,7 +267,7 @@ def _file_problem(key: str, path: str, advice: str) -> Refusal | None:
     return None
 
 
-def _aiter_problem(cfg: Config, options: AiterOptions, machine: Machine) -> Refusal | None:
+def _aiter_problem(cfg: Configuration, options: AiterOptions, machine: Machine) -> Refusal | None:
     missing = _aiter_missing("blas=aiter", cfg, machine)
     if missing is not None:
         return missing
@@ -282,7 +281,7 @@ def _aiter_problem(cfg: Config, options: AiterOptions, machine: Machine) -> Refu
     return None
 
 
-def _aiter_missing(option: str, cfg: Config, machine: Machine) -> Refusal | None:
+def _aiter_missing(option: str, cfg: Configuration, machine: Machine) -> Refusal | None:
     if cfg.platform.device != "rocm":
         return Refusal("unavailable", f"{option} needs an AMD GPU with ROCm")
     if machine.aiter is None or machine.aiter.kind != "amd":
@@ -292,7 +291,7 @@ def _aiter_missing(option: str, cfg: Config, machine: Machine) -> Refusal | None
     return None
 
 
-def _nothing_left_for_gemm(cfg: Config, options: BlasOptions) -> Refusal | None:
+def _nothing_left_for_gemm(cfg: Configuration, options: BlasOptions) -> Refusal | None:
     """Layers that are routed here do not reach the kernel of knob `gemm`; some must be left."""
     if cfg.knobs["gemm"].backend == "torch":  # type: ignore[attr-defined]
         return None
@@ -308,7 +307,7 @@ def _nothing_left_for_gemm(cfg: Config, options: BlasOptions) -> Refusal | None:
     )
 
 
-def _fp8_problem(cfg: Config, options: Fp8Options, machine: Machine) -> Refusal | None:
+def _fp8_problem(cfg: Configuration, options: Fp8Options, machine: Machine) -> Refusal | None:
     if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
         return Refusal("invalid", "blas=fp8 returns 16 bits; use precision=bfloat16")
     if options.gemm == "aiter":
@@ -377,7 +376,7 @@ def _aiter_package() -> Path:
     return Path(found.location)
 
 
-def _route_to_aiter(policy: Pi0Policy, cfg: Config, options: AiterOptions) -> None:
+def _route_to_aiter(policy: Pi0Policy, cfg: Configuration, options: AiterOptions) -> None:
     from openpi_opt.kernels import fp8, tuned_gemm
     from openpi_opt.kernels.aiter import import_part
 
@@ -392,7 +391,7 @@ def _route_to_aiter(policy: Pi0Policy, cfg: Config, options: AiterOptions) -> No
         tuned_gemm.become(plain, options.max_rows, shuffled, options.preshuffle_min_rows)
 
 
-def _to_fp8(policy: Pi0Policy, cfg: Config, options: Fp8Options) -> None:
+def _to_fp8(policy: Pi0Policy, cfg: Configuration, options: Fp8Options) -> None:
     from openpi_opt.kernels import fp8
     from openpi_opt.kernels.aiter import import_part
 
@@ -415,7 +414,7 @@ def _to_fp8(policy: Pi0Policy, cfg: Config, options: Fp8Options) -> None:
         raise RefusedError("invalid", "blas=fp8 found no linear layer to replace")
 
 
-def _calibration_runs(policy: Pi0Policy, cfg: Config, count: int) -> None:
+def _calibration_runs(policy: Pi0Policy, cfg: Configuration, count: int) -> None:
     import torch
 
     from openpi_opt.pi0.workload import make_inputs

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from openpi_opt.knobs.base import Knob, Options, Refusal
+from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 
 if TYPE_CHECKING:
-    from openpi_opt.config import Config
     from openpi_opt.machine import Machine
     from openpi_opt.pi0.policy import Pi0Policy
 
@@ -121,7 +120,7 @@ class Compile(Knob[CompileOptions]):
     name = "compile"
     options_type = CompileOptions
 
-    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """Inductor needs a host compiler, its graph capture a GPU, and each option this torch."""
         options = self.of(cfg)
         if options.mode == "off":
@@ -133,7 +132,7 @@ class Compile(Knob[CompileOptions]):
         )
         return next((reason for reason in reasons if reason is not None), None)
 
-    def canonical(self, cfg: Config) -> CompileOptions:
+    def canonical(self, cfg: Configuration) -> CompileOptions:
         """No options where nothing is compiled; none that restate a default or are not read."""
         options = self.of(cfg)
         if options.mode == "off":
@@ -145,7 +144,7 @@ class Compile(Knob[CompileOptions]):
         }
         return options.model_copy(update={"inductor": _nested(chosen)})
 
-    def transform(self, policy: Pi0Policy, cfg: Config) -> None:
+    def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Replace each stage, or the call, by its compiled form; the first call compiles it."""
         options = self.canonical(cfg)
         if options.mode == "off":
@@ -163,7 +162,7 @@ class Compile(Knob[CompileOptions]):
         call = CompiledCall(policy.sample_actions, parts, options.mode in CAPTURING)
         policy.sample_actions = call  # type: ignore[method-assign]
 
-    def notes(self, cfg: Config) -> list[str]:
+    def notes(self, cfg: Configuration) -> list[str]:
         """Name the options that were asked for and that nothing reads."""
         if self.of(cfg).mode == "off":
             return []
@@ -208,7 +207,7 @@ def _assigned(body: list[ast.stmt]) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def _double_capture(cfg: Config, options: CompileOptions) -> Refusal | None:
+def _double_capture(cfg: Configuration, options: CompileOptions) -> Refusal | None:
     if options.mode not in CAPTURING:
         return None
     if options.scope == "layer":
@@ -241,7 +240,7 @@ def _missing_option(inductor: InductorOptions) -> Refusal | None:
     return Refusal("unavailable", f"the installed torch has no such Inductor option: {names}")
 
 
-def _missing_compiler(cfg: Config, options: CompileOptions) -> Refusal | None:
+def _missing_compiler(cfg: Configuration, options: CompileOptions) -> Refusal | None:
     """C++ for code on the CPU and for the C++ wrapper; C for Triton's launchers on a GPU."""
     needs_cxx = cfg.platform.device == "cpu" or options.inductor.cpp_wrapper
     variable, names = ("CXX", ["g++", "clang++"]) if needs_cxx else ("CC", ["gcc", "clang", "cc"])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from openpi_opt.knobs.base import Knob, Options, Refusal
+from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 
 if TYPE_CHECKING:
-    from openpi_opt.config import Config
     from openpi_opt.machine import Machine
     from openpi_opt.pi0.policy import Pi0Policy
 
@@ -36,7 +35,7 @@ class Elementwise(Knob[ElementwiseOptions]):
     name = "elementwise"
     options_type = ElementwiseOptions
 
-    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """Triton compiles for GPUs only, aiter for AMD's and 16 bits."""
         if self.of(cfg).backend == "aiter":
             return _aiter_problem(cfg, machine)
@@ -48,7 +47,7 @@ class Elementwise(Knob[ElementwiseOptions]):
             )
         return None
 
-    def transform(self, policy: Pi0Policy, cfg: Config) -> None:
+    def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Put the kernels into the policy's operations."""
         if self.of(cfg).backend == "torch":
             return
@@ -75,7 +74,7 @@ class Elementwise(Knob[ElementwiseOptions]):
         return options.backend
 
 
-def _aiter_problem(cfg: Config, machine: Machine) -> Refusal | None:
+def _aiter_problem(cfg: Configuration, machine: Machine) -> Refusal | None:
     if cfg.platform.device != "rocm":
         return Refusal("unavailable", "elementwise=aiter needs an AMD GPU with ROCm")
     if machine.aiter is None or machine.aiter.kind != "amd":

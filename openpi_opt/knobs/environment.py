@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from openpi_opt.knobs.base import Knob, Options, Refusal
+from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 
 if TYPE_CHECKING:
-    from openpi_opt.config import Config
     from openpi_opt.machine import Machine
 
 Vendor = Literal["amd", "nvidia", "gpu", "any"]
@@ -238,7 +237,7 @@ class Environment(Knob[EnvironmentOptions]):
     name = "environment"
     options_type = EnvironmentOptions
 
-    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """A variable of the other vendor would be ignored, and called a result."""
         device = cfg.platform.device
         foreign = [
@@ -256,16 +255,16 @@ class Environment(Knob[EnvironmentOptions]):
                 return Refusal("invalid", f"{' and '.join(given)} are the same setting; give one")
         return None
 
-    def canonical(self, cfg: Config) -> EnvironmentOptions:
+    def canonical(self, cfg: Configuration) -> EnvironmentOptions:
         """Without the variables that nothing reads."""
         live = {n: v for n, v in self.of(cfg).variables.items() if _why_inert(n, cfg) is None}
         return EnvironmentOptions(variables=live)
 
-    def environment(self, cfg: Config) -> Mapping[str, str]:
+    def environment(self, cfg: Configuration) -> Mapping[str, str]:
         """The variables that something reads."""
         return self.canonical(cfg).variables
 
-    def notes(self, cfg: Config) -> list[str]:
+    def notes(self, cfg: Configuration) -> list[str]:
         """Name the variables that nothing reads."""
         reasons = {name: _why_inert(name, cfg) for name in self.of(cfg).variables}
         return [f"Inert: {name}: {reason}." for name, reason in reasons.items() if reason]
@@ -275,7 +274,7 @@ class Environment(Knob[EnvironmentOptions]):
         return " ".join(f"{name}={value}" for name, value in options.variables.items()) or "stock"
 
 
-def _why_inert(name: str, cfg: Config) -> str | None:
+def _why_inert(name: str, cfg: Configuration) -> str | None:
     """Why nothing reads a variable under `cfg`, or None."""
     if VARIABLES[name].tuning and cfg.knobs["blas"].tunableop.mode != "tune":  # type: ignore[attr-defined]
         return "it is read while tuning only, blas.tunableop.mode=tune"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from openpi_opt.knobs.base import Knob, Options, Refusal
+from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 
 if TYPE_CHECKING:
-    from openpi_opt.config import Config
     from openpi_opt.machine import Machine
     from openpi_opt.pi0.policy import Pi0Policy
 
@@ -60,7 +59,7 @@ class Fusion(Knob[FusionOptions]):
         "expert_layer": ("prefill", "denoise"),
     }
 
-    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """The fused expert layer needs a GPU, and its parts among the other options."""
         options = self.of(cfg)
         if options.vision_mlp and (problem := _vision_mlp_contradiction(cfg)):
@@ -82,7 +81,7 @@ class Fusion(Knob[FusionOptions]):
         problem = _contradiction(cfg, options)
         return None if problem is None else Refusal("invalid", f"fusion.expert_layer {problem}")
 
-    def transform(self, policy: Pi0Policy, cfg: Config) -> None:
+    def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Fuse the weights as cast by `precision`, which comes before."""
         from openpi_opt.surgery import fused
 
@@ -109,7 +108,7 @@ class Fusion(Knob[FusionOptions]):
         return "+".join([*words, *more]) or "none"
 
 
-def _vision_mlp_contradiction(cfg: Config) -> str | None:
+def _vision_mlp_contradiction(cfg: Configuration) -> str | None:
     """Who else wants to compute SigLIP's first MLP product, or None."""
     blas = cfg.knobs["blas"]
     if blas.backend == "aiter":  # type: ignore[attr-defined]
@@ -119,7 +118,7 @@ def _vision_mlp_contradiction(cfg: Config) -> str | None:
     return None
 
 
-def _contradiction(cfg: Config, options: FusionOptions) -> str | None:
+def _contradiction(cfg: Configuration, options: FusionOptions) -> str | None:
     """What among the options keeps the expert's layers from being fused, or None."""
     attention, gemm, blas, precision, simplify = (
         cfg.knobs[name] for name in ("attention", "gemm", "blas", "precision", "simplify")

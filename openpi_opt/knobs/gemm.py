@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from openpi_opt.knobs.base import Knob, Options, Refusal
+from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 
 if TYPE_CHECKING:
-    from openpi_opt.config import Config
     from openpi_opt.machine import Machine
     from openpi_opt.pi0.policy import Pi0Policy
 
@@ -34,7 +33,7 @@ class Gemm(Knob[GemmOptions]):
     # Few rows: the denoising steps, and the state token where it is run once.
     stages: ClassVar = {"backend": ("prefill", "denoise"), "max_rows": ("prefill", "denoise")}
 
-    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """Triton compiles for GPUs only."""
         if self.of(cfg).backend == "triton_skinny" and cfg.platform.device == "cpu":
             return Refusal(
@@ -44,12 +43,12 @@ class Gemm(Knob[GemmOptions]):
             )
         return None
 
-    def canonical(self, cfg: Config) -> GemmOptions:
+    def canonical(self, cfg: Configuration) -> GemmOptions:
         """`max_rows` means nothing to torch."""
         options = self.of(cfg)
         return GemmOptions() if options.backend == "torch" else options
 
-    def transform(self, policy: Pi0Policy, cfg: Config) -> None:
+    def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Put the kernel into the policy's operations."""
         options = self.of(cfg)
         if options.backend == "torch":

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from openpi_opt.knobs.base import Knob, Options, Refusal
+from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 
 if TYPE_CHECKING:
-    from openpi_opt.config import Config
     from openpi_opt.knobs.base import Call
     from openpi_opt.machine import Machine
 
@@ -29,7 +28,7 @@ class Graph(Knob[GraphOptions]):
     name = "graph"
     options_type = GraphOptions
 
-    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """Graphs exist on GPUs only."""
         if self.of(cfg).mode == "manual" and cfg.platform.device == "cpu":
             return Refusal(
@@ -37,7 +36,7 @@ class Graph(Knob[GraphOptions]):
             )
         return None
 
-    def wrap(self, call: Call, cfg: Config) -> Call:
+    def wrap(self, call: Call, cfg: Configuration) -> Call:
         """Capture at the first call, replay from then on."""
         if self.of(cfg).mode == "none":
             return call

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from openpi_opt.knobs.base import Knob, Options, Refusal
+from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from openpi_opt.config import Config
     from openpi_opt.machine import Machine
     from openpi_opt.pi0.policy import Pi0Policy
 
@@ -41,7 +40,7 @@ class Precision(Knob[PrecisionOptions]):
     name = "precision"
     options_type = PrecisionOptions
 
-    def check(self, cfg: Config, machine: Machine) -> Refusal | None:
+    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """TF32 exists on some GPUs; a CPU multiplies float32 in float32."""
         if not self.of(cfg).tf32 or cfg.platform.device == "cpu":
             return None
@@ -55,20 +54,24 @@ class Precision(Knob[PrecisionOptions]):
             )
         return None
 
-    def canonical(self, cfg: Config) -> PrecisionOptions:
+    def canonical(self, cfg: Configuration) -> PrecisionOptions:
         """A CPU has no TF32."""
         options = self.of(cfg)
         if options.tf32 and cfg.platform.device == "cpu":
             return options.model_copy(update={"tf32": False})
         return options
 
-    def environment(self, cfg: Config) -> Mapping[str, str]:
+    def acts(self, cfg: Configuration) -> bool:
+        """Always: the default casts, too."""
+        return True
+
+    def environment(self, cfg: Configuration) -> Mapping[str, str]:
         """hipBLASLt uses the reduced format only when told so by this variable, too."""
         if self.canonical(cfg).tf32 and cfg.platform.device == "rocm":
             return {"HIPBLASLT_ALLOW_TF32": "1"}
         return {}
 
-    def configure(self, cfg: Config) -> None:
+    def configure(self, cfg: Configuration) -> None:
         """Without `tf32` a float32 product is a float32 product, on every vendor."""
         import torch
 
@@ -76,7 +79,7 @@ class Precision(Knob[PrecisionOptions]):
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
 
-    def transform(self, policy: Pi0Policy, cfg: Config) -> None:
+    def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Cast in place."""
         import torch
 
@@ -84,7 +87,7 @@ class Precision(Knob[PrecisionOptions]):
 
         precision.cast(policy, getattr(torch, self.of(cfg).dtype))
 
-    def notes(self, cfg: Config) -> list[str]:
+    def notes(self, cfg: Configuration) -> list[str]:
         """Say so when the CPU took the switch's meaning away."""
         if self.of(cfg).tf32 and not self.canonical(cfg).tf32:
             return ["precision.tf32 has no effect on a CPU."]

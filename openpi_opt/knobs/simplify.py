@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from openpi_opt.knobs.base import Knob, Options, switches_label
+from openpi_opt.knobs.base import Configuration, Knob, Options, switches_label
 
 if TYPE_CHECKING:
-    from openpi_opt.config import Config
     from openpi_opt.pi0.policy import Pi0Policy
 
 _STAGES = ("time_mlp", "state_once", "kv_buffer", "rope_tables")
@@ -60,7 +59,7 @@ class Simplify(Knob[SimplifyOptions]):
         "rope_tables": ("prefill", "denoise"),
     }
 
-    def canonical(self, cfg: Config) -> SimplifyOptions:
+    def canonical(self, cfg: Configuration) -> SimplifyOptions:
         """A fused expert layer needs no buffer; pi05 has no state token to run once."""
         options = self.of(cfg)
         fused = cfg.knobs["fusion"].expert_layer  # type: ignore[attr-defined]
@@ -71,7 +70,7 @@ class Simplify(Knob[SimplifyOptions]):
             }
         )
 
-    def fold(self, policy: Pi0Policy, cfg: Config) -> None:
+    def fold(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Fold the norms, and compute the modulations of pi05's, in float32."""
         options = self.of(cfg)
         if options.fold_norms:
@@ -83,7 +82,7 @@ class Simplify(Knob[SimplifyOptions]):
 
             tabulate_modulations(policy)
 
-    def transform(self, policy: Pi0Policy, cfg: Config) -> None:
+    def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Replace the last prefix layer and the stages."""
         options = self.canonical(cfg)
         if options.last_layer:
@@ -100,7 +99,7 @@ class Simplify(Knob[SimplifyOptions]):
             policy.declare_layout(workload_of(cfg).layout)
         lean(policy, horizon=cfg.workload.horizon, **changes)
 
-    def notes(self, cfg: Config) -> list[str]:
+    def notes(self, cfg: Configuration) -> list[str]:
         """Say so when another option took the switch's meaning away."""
         options, canonical = self.of(cfg), self.canonical(cfg)
         notes = []

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from openpi_opt.knobs.base import Knob, Options
+from openpi_opt.knobs.base import Configuration, Knob, Options
 
 if TYPE_CHECKING:
-    from openpi_opt.config import Config
     from openpi_opt.pi0.policy import Pi0Policy
 
 
@@ -38,7 +37,7 @@ class Vision(Knob[VisionOptions]):
     options_type = VisionOptions
     stages: ClassVar = {"cameras": ("vision",)}
 
-    def canonical(self, cfg: Config) -> VisionOptions:
+    def canonical(self, cfg: Configuration) -> VisionOptions:
         """Nothing to skip without masked tokens; one camera left is one pass either way."""
         options, workload = self.of(cfg), cfg.workload
         exact = workload.layout == "exact"
@@ -48,7 +47,7 @@ class Vision(Knob[VisionOptions]):
         cameras = "batched" if encoded == 1 else options.cameras
         return VisionOptions(cameras=cameras, skip_masked=skip)
 
-    def transform(self, policy: Pi0Policy, cfg: Config) -> None:
+    def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Replace the stages `encode_images` and, when tokens are skipped, `prefill`."""
         options = self.canonical(cfg)
         if options == VisionOptions():

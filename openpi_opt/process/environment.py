@@ -168,7 +168,7 @@ def knob_variables(cfg: Config) -> dict[str, str]:
         ValueError: two knobs want one variable to have different values.
     """
     merged: dict[str, str] = {}
-    for knob in KNOBS:
+    for knob in (knob for knob in KNOBS if knob.acts(cfg)):
         for name, value in knob.environment(cfg).items():
             if merged.setdefault(name, value) != value:
                 raise ValueError(f"two knobs set {name}: {merged[name]!r} and {value!r}")

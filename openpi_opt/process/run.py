@@ -24,6 +24,7 @@ from openpi_opt.process.devices import Slot
 from openpi_opt.process.environment import TRIAL_VARIABLE, child_environment
 from openpi_opt.process.survivors import end_marked
 from openpi_opt.result import Failed, TrialResult
+from openpi_opt.track import identity
 
 _TAIL_BYTES = 8192
 _TAIL_LINES = 40
@@ -75,7 +76,8 @@ def run_trial(
     folder = trial_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     config, result, log = folder / "config.json", folder / "result.json", folder / "log.txt"
-    result.unlink(missing_ok=True)
+    for left in (result, folder / identity.FILE):
+        left.unlink(missing_ok=True)
     results.write_atomic(config, json.dumps(cfg.dump(), indent=1))
     argv = [*command, "--in-place", "--config", str(config)]
     argv += ["--result", str(result), "--references", str(store_references.resolve())]
@@ -129,6 +131,7 @@ def judge(cfg: Config, ended: Ended, result: Path, log: Path, started_at: str) -
         context_hash=cfg.context_hash(),
         started_at=started_at,
         phase_seconds=ended.phase_seconds,
+        files=identity.noted(result.parent),
     )
 
 
@@ -147,7 +150,7 @@ def log_tail(log: Path) -> str:
 def parse_result(document: bytes, cfg: Config) -> TrialResult | str:
     """The result of `cfg`, or what is wrong with the document."""
     try:
-        parsed = results.parse(document)
+        parsed = identity.renewed(results.parse(document))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the document"

@@ -157,12 +157,12 @@ def _check(engine: Engine, found: Sequence[Description]) -> None:
                 "Sweep and nodes need one file system with the store (store=DIR), with locks."
             )
         _same(engine, found[0].fingerprint, one.fingerprint)
-    if found[0].fingerprint["source_hash"] != source_hash():
-        raise UserError(
-            f"executor={engine.name}: {found[0].host} has another openpi_opt than this host "
-            f"(source {found[0].fingerprint['source_hash']}, here {source_hash()}).\n"
-            "Install the same one, or use one checkout on a shared file system."
-        )
+        if one.fingerprint["source_hash"] != source_hash():
+            raise UserError(
+                f"executor={engine.name}: {one.host} has another openpi_opt than this host "
+                f"(source {one.fingerprint['source_hash']}, here {source_hash()}).\n"
+                "Install the same one, or use one checkout on a shared file system."
+            )
 
 
 def _same(engine: Engine, first: Mapping[str, Any], other: Mapping[str, Any]) -> None:

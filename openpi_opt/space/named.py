@@ -1,26 +1,25 @@
 """Named search spaces, the options of the group `space`: sweeps and steps kept in a file.
 
 A named space stands for words on the command line. `sweep` holds sweeps in Hydra's syntax, as one
-would type them. `steps` is a list of points instead of a product: each step has a name and keeps
-the overrides of the steps before it. `start` holds points that a sampler begins with: every
-dimension at its default but for the overrides given. What the command line itself says of a key,
-or of the whole group, wins over the file.
+would type them. With `knobs` every knob of the registry is swept, too: by its options, or by each
+of its switches if it is among `switches`. `steps` is a list of points instead of a product: each
+step has a name and keeps the overrides of the steps before it. `start` holds points that a sampler
+begins with: every dimension at its default but for the overrides given. What the command line
+itself says of a key, or of the whole group, wins over the file.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from openpi_opt.errors import UserError
+from openpi_opt.knobs import KNOBS
 from openpi_opt.space.dimensions import Bundles
-from openpi_opt.space.space import Space, parse_override
-
-if TYPE_CHECKING:
-    from hydra.core.config_loader import ConfigLoader
+from openpi_opt.space.schema_keys import key_values
+from openpi_opt.space.space import Options, Space, parse_override
 
 # The name that the steps have among the dimensions; no group and no key is called so.
 STEP = "step"
@@ -32,24 +31,26 @@ class NamedSpace(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sweep: tuple[str, ...] = ()
+    knobs: bool = False
+    switches: tuple[str, ...] = ()
     steps: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     start: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
     def is_empty(self) -> bool:
         """Whether it adds no dimension: `space=none`."""
-        return not self.sweep and not self.steps
+        return not self.sweep and not self.steps and not self.knobs
 
-    def join(self, arguments: Sequence[str], loader: ConfigLoader | None = None) -> Space:
+    def join(self, arguments: Sequence[str], options: Options | None = None) -> Space:
         """The search space of a command line together with this one.
 
         Raises:
             UserError: bad syntax on the command line or in the file.
         """
         if self.is_empty():
-            return Space.parse(arguments, loader)
+            return Space.parse(arguments, options)
         taken = [_key(line) for line in arguments]
-        kept = [line for line in self.sweep if not _is_taken(_key(line), taken)]
-        space = Space.parse([*kept, *arguments], loader)
+        kept = [line for line in self._lines() if not _is_taken(_key(line), taken)]
+        space = Space.parse([*kept, *arguments], options)
         dimensions = dict(space.dimensions)
         if self.steps:
             dimensions = {STEP: Bundles.of(self._cumulative(taken)), **dimensions}
@@ -62,6 +63,16 @@ class NamedSpace(BaseModel):
             name: _params(lines, taken, name) for name, lines in self._starts(arguments).items()
         }
         return Space(dimensions, space.fixed, space.orders, sensible_only=True, start=start)
+
+    def _lines(self) -> list[str]:
+        """The sweeps, of the registry and of the file, which wins."""
+        found: list[str] = []
+        for knob in KNOBS if self.knobs else ():
+            keys = [f"{knob.name}.{name}" for name in knob.options_type.model_fields]
+            switches = [key for key in keys if key_values(key)]
+            found += switches if knob.name in self.switches else [knob.name]
+        said = {_key(line) for line in self.sweep}
+        return [*(f"{key}=glob(*)" for key in found if key not in said), *self.sweep]
 
     def _starts(self, arguments: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """The file's, or those of `space.start={...}`, which Hydra would add to the file's."""

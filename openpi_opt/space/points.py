@@ -10,7 +10,7 @@ from openpi_opt.machine import Machine
 from openpi_opt.space.sensible import NotSensibleError, left_out
 from openpi_opt.space.space import Space
 
-Compose = Callable[[list[str]], Config]
+Compose = Callable[[Sequence[str]], Config]
 # A dimension with more values than this is checked at its ends and in the middle.
 _CHECKED_VALUES = 64
 # A search looks at thousands of points for each that it proposes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -44,3 +45,25 @@ def _admitted(annotation: Any) -> list[Any]:
     if annotation is bool:
         return [False, True]
     return [None] if annotation is type(None) else []
+
+
+def paths(head: str) -> list[str]:
+    """Every key below a section or knob, nested ones included: `compile.inductor.freezing`."""
+    model: Any = BY_NAME[head].options_type if head in BY_NAME else SECTIONS.get(head)
+    return [] if model is None else list(_below(head, model))
+
+
+def is_free(key: str) -> bool:
+    """Whether anything may be added below `key`: its values have names of the user's."""
+    head, *path = key.split(".")
+    model: Any = BY_NAME[head].options_type if head in BY_NAME else SECTIONS.get(head)
+    for name in path:
+        model = model.model_fields[name].annotation if _has(model, name) else None
+    return get_origin(model) is dict
+
+
+def _below(prefix: str, model: type[BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}.{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _below(f"{prefix}.{name}", field.annotation)

@@ -151,6 +151,7 @@ class Settings(BaseModel):
     start: tuple[str, ...] | None = None
     dry_run: int | None = Field(None, ge=1)
     fresh: bool = False
+    keep_source: bool = False
     devices: DeviceSettings = DeviceSettings()
     pruning: Annotated[float, Field(ge=1, allow_inf_nan=False)] | Literal["auto"] | None = "auto"
     executor: ExecutorSettings = LocalSettings()

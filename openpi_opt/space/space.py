@@ -13,12 +13,11 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
     ChoiceSweep,
@@ -43,9 +42,10 @@ from openpi_opt.space.dimensions import (
 from openpi_opt.space.schema_keys import key_values
 
 if TYPE_CHECKING:
-    from hydra.core.config_loader import ConfigLoader
     from optuna.distributions import BaseDistribution
 
+# Tells the options of a group.
+Options = Callable[[str], Sequence[str]]
 MOST_VALUES = 64  # of one key, for `few_values`
 _PLAIN_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
 _NOT_WORDS = ("null", "true", "false", "inf", "nan")  # what the grammar reads as something else
@@ -69,8 +69,8 @@ class Space:
     count: int | None = None
 
     @staticmethod
-    def parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> Space:
-        """Read a command line's overrides; `loader` is asked for the options of `glob`.
+    def parse(overrides: Sequence[str], options: Options | None = None) -> Space:
+        """Read a command line's overrides; `options` tells those of a group, for `glob`.
 
         Raises:
             UserError: bad syntax, a sweep without values, or a key that is swept and given twice.
@@ -83,7 +83,7 @@ class Space:
             override = parse_override(line)
             key = override.get_key_element()
             if override.is_sweep_override():
-                dimensions[key] = _dimension(line, override, loader)
+                dimensions[key] = _dimension(line, override, options)
                 if getattr(override.value(), "shuffle", False):
                     shuffles[key] = _seed(line)
             else:
@@ -180,29 +180,28 @@ def parse_override(line: str) -> Override:
     return override
 
 
-def _dimension(line: str, override: Override, loader: ConfigLoader | None) -> Dimension:
+def _dimension(line: str, override: Override, options: Options | None) -> Dimension:
     sweep: Any = override.value()  # Hydra's annotation leaves Glob out
     if isinstance(sweep, ChoiceSweep):
         _no_tags(line, sweep.tags)
         return Choices(tuple(dict.fromkeys(_text(value) for value in sweep.list)))
     if isinstance(sweep, Glob):
-        return _glob(line, override.key_or_group, sweep, loader)
+        return _glob(line, override.key_or_group, sweep, options)
     if isinstance(sweep, RangeSweep):
         return _range(line, sweep)
     assert isinstance(sweep, IntervalSweep)
     return _interval(line, sweep)
 
 
-def _glob(line: str, group: str, sweep: Glob, loader: ConfigLoader | None) -> Choices:
-    options: Sequence[Any] = loader.get_group_options(group, ObjectType.CONFIG) if loader else []
-    options = sorted(options) or key_values(group)
-    names = {_text(option): option for option in options}
+def _glob(line: str, group: str, sweep: Glob, options: Options | None) -> Choices:
+    known: Sequence[Any] = sorted(options(group)) if options else []
+    names = {_text(option): option for option in known or key_values(group)}
     include, exclude = ([_word(word) for word in part] for part in (sweep.include, sweep.exclude))
     words = Glob(include=include, exclude=exclude)
     matching = [names[name] for name in words.filter([*names])]
     if not matching:
-        known = f"{group} has the options {', '.join(names)}" if names else "no such group or key"
-        raise UserError(f"{line!r} matches nothing: {known}.\nUse glob(*) for all of a group.")
+        there = f"{group} has the options {', '.join(names)}" if names else "no such group or key"
+        raise UserError(f"{line!r} matches nothing: {there}.\nUse glob(*) for all of a group.")
     return Choices(tuple(_text(option) for option in matching))
 
 

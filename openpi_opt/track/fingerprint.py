@@ -21,34 +21,6 @@ from openpi_opt.paths import package_dir
 # ROCm and nightly builds of torch bring Triton under names of their own.
 _TRITON_NAMES = ("triton", "pytorch-triton-rocm", "pytorch-triton", "triton-rocm")
 _GIT_TIMEOUT_S = 5
-_NOT_IN_A_TRIAL = frozenset(
-    {
-        "track",
-        "space",
-        "engine",
-        "confirm",
-        "remote",
-        "process",
-        "analysis",
-        "analyze.py",
-        "audit.py",
-        "ablate.py",
-        "cli.py",
-        "compare.py",
-        "compose.py",
-        "data_only.py",
-        "deploy.py",
-        "doctor.py",
-        "experiment.py",
-        "ladder.py",
-        "observation.py",
-        "pairs.py",
-        "preset.py",
-        "promote.py",
-        "sweep.py",
-        "target.py",
-    }
-)
 
 
 def fingerprint(machine: Machine, platform: Platform | None = None) -> dict[str, Any]:
@@ -89,13 +61,13 @@ def described(gpu: Gpu) -> dict[str, Any]:
 
 
 def fingerprint_hash(fp: Mapping[str, Any]) -> str:
-    """Hash, 12 hexadecimal digits, of what changes the numbers.
+    """Hash, 12 hexadecimal digits, of the machine and software that change the numbers.
 
     In: GPU model, architecture and driver; CPU model; torch with the GPU runtime it was built for;
-    triton; aiter; this package's source. Out: the GPU's UUID and the amount of memory and cores
-    (equal machines of a fleet are to share results), the kernel, Python, Optuna and MLflow (they
-    are not in the measured call), and the git text (`source_hash` says what really ran, committed
-    or not).
+    triton; aiter. Out: the GPU's UUID and the amount of memory and cores (equal machines of a fleet
+    are to share results), the kernel, Python, Optuna and MLflow (they are not in the measured
+    call), and this package, of which every result names the files that its trial imported
+    (`track.identity`).
     """
     text = json.dumps(decisive(fp), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -110,7 +82,6 @@ def decisive(fp: Mapping[str, Any]) -> dict[str, str]:
         "torch": " ".join(f"{key}={torch[key]}" for key in sorted(torch)) or "none",
         "triton": str(fp.get("triton")),
         "aiter": f"{aiter['kind']} {aiter['version']}" if aiter else "none",
-        "source": str(fp.get("source_hash")),
     }
 
 
@@ -126,17 +97,10 @@ def package_version() -> str:
 
 
 def source_hash() -> str:
-    """SHA-256, 12 hexadecimal digits, over the Python files that run in a trial, with their paths.
-
-    What only proposes, records or shows (`_NOT_IN_A_TRIAL`) changes no number: an edit there must
-    not make a study measure everything anew.
-    """
+    """SHA-256, 12 hexadecimal digits, over all Python files of the package, with their paths."""
     root = package_dir()
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
-        part = file.relative_to(root).parts[0]
-        if part in _NOT_IN_A_TRIAL and file.name != "environment.py":  # process/environment.py
-            continue
         content = file.read_bytes()
         digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode())
         digest.update(content)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,12 +25,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from openpi_opt import result as results
 from openpi_opt.errors import UserError, masked
 from openpi_opt.result import TrialResult, write_atomic
+from openpi_opt.track import identity
 from openpi_opt.track.fingerprint import package_version
 
 SCHEMA_VERSION = 1
 Role = Literal["trial", "baseline", "confirm"]
 # An append takes milliseconds. Whoever holds the lock this long is stopped or on a dead disk.
 LOCK_TIMEOUT_S = 120
+_CHECK = b',"check":"01234567"}'
 
 
 def utc_now() -> str:
@@ -59,6 +62,7 @@ class Record(BaseModel):
     trial_dir: str | None = None
     fingerprint_hash: str
     created_at: str = Field(default_factory=utc_now)
+    check: str | None = None  # of the line itself; lines of older versions have none
 
 
 class Header(BaseModel):
@@ -84,8 +88,9 @@ class Journal:
         self._lock = FileLock(study_dir / "journal.lock", timeout=LOCK_TIMEOUT_S)
         self._records: list[Record] = []
         self._by_uid: dict[str, Record] = {}
-        self._by_hashes: dict[tuple[str, str], Record] = {}
+        self._by_hashes: dict[tuple[str, str], list[Record]] = {}
         self._read_to = 0  # bytes of the file that are in memory
+        self._lines = 0  # that were read
 
     @staticmethod
     def open(study_dir: Path, command: Sequence[str] = ()) -> Journal:
@@ -138,9 +143,15 @@ class Journal:
         """Number of the record that is appended next, if nobody else appends one."""
         return self._records[-1].number + 1 if self._records else 0
 
-    def find(self, config_hash: str, fingerprint_hash: str) -> Record | None:
-        """The newest measurement of a configuration, leaving out those made to confirm one."""
-        return self._by_hashes.get((config_hash, fingerprint_hash))
+    def find(
+        self,
+        config_hash: str,
+        fingerprint_hash: str,
+        answers: Callable[[Record], bool] = lambda record: True,
+    ) -> Record | None:
+        """The newest measurement of a configuration that `answers`, leaving out confirmations."""
+        found = self._by_hashes.get((config_hash, fingerprint_hash), [])
+        return next(filter(answers, reversed(found)), None)
 
     def by_uid(self, uid: str) -> Record | None:
         """The record of that uid."""
@@ -171,9 +182,11 @@ class Journal:
             known = self._by_uid.get(record.uid)
             if known is not None:
                 return known
-            line = record.model_copy(update={"number": self.next_number}).model_dump_json()
+            numbered = record.model_copy(update={"number": self.next_number})
+            line = _sealed(numbered.model_dump_json(exclude={"check"}).encode())
             written = Record.model_validate_json(line)  # never a line that could not be read back
-            self._write(line.encode() + b"\n")
+            self._write(line + b"\n")
+            self._lines += 1
             self._take(written)
             return written
 
@@ -192,10 +205,12 @@ class Journal:
         self._read_to += len(data)
 
     def _take(self, record: Record) -> None:
+        record = _renewed(record)
         self._records.append(record)
         self._by_uid[record.uid] = record
         if record.role != "confirm":
-            self._by_hashes[record.result.config_hash, record.fingerprint_hash] = record
+            key = record.result.config_hash, record.fingerprint_hash
+            self._by_hashes.setdefault(key, []).append(record)
 
     def _take_new_lines(self) -> bytes:
         """Read on from where reading ended; returns what follows the last newline."""
@@ -205,9 +220,23 @@ class Journal:
             file.seek(self._read_to)
             *lines, rest = file.read().split(b"\n")
         for line in lines:
-            self._take(_parse_line(line, f"{self.path} line {len(self._records) + 1}"))
+            self._lines += 1
+            self._check_and_take(_parse_line(line, f"{self.path} line {self._lines}"))
             self._read_to += len(line) + 1
         return rest
+
+    def _check_and_take(self, record: Record) -> None:
+        """Take a line that was read; one that is there twice or out of order is noted."""
+        where = f"{self.path} line {self._lines}"
+        if record.uid in self._by_uid:
+            self.notes.append(f"{where} repeats record {self._by_uid[record.uid].number}: left out")
+            return
+        if record.number != self.next_number:
+            self.notes.append(
+                f"{where} has number {record.number} where {self.next_number} should follow: lines "
+                "were moved or removed"
+            )
+        self._take(record)
 
     def _mend(self) -> None:
         """Under the lock: put aside a torn last line, or end a whole one that lacks its newline."""
@@ -278,11 +307,32 @@ def _read_header(study_dir: Path) -> Header | None:
         raise _unreadable(text, str(path)) from None
 
 
+def _renewed(record: Record) -> Record:
+    """A record of an earlier format under the hashes of today."""
+    result = identity.renewed(record.result)
+    if result is record.result:
+        return record
+    machine = identity.renewed_fingerprint(result, record.fingerprint_hash)
+    return record.model_copy(update={"result": result, "fingerprint_hash": machine})
+
+
+def _sealed(line: bytes) -> bytes:
+    """A record as JSON, with the CRC-32 of what stands before it as its last field."""
+    return line[:-1] + b',"check":"%08x"}' % zlib.crc32(line[:-1])
+
+
 def _parse_line(line: bytes, where: str) -> Record:
     try:
-        return Record.model_validate_json(line)
+        record = Record.model_validate_json(line)
     except ValidationError:
         raise _unreadable(line, where) from None
+    if record.check is not None and _sealed(line[: -len(_CHECK)] + b"}") != line:
+        raise UserError(
+            f"{where} was changed since it was written: its checksum is another. Nothing was "
+            "changed now.\nRestore it from a backup, or move it into a file of another name, then "
+            "try again."
+        )
+    return record
 
 
 def _unreadable(text: bytes, where: str) -> UserError:

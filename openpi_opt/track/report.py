@@ -21,7 +21,8 @@ from openpi_opt.cli import least_width, print_uncut
 from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria, pareto
 from openpi_opt.figures import Figure
-from openpi_opt.result import Ok, Pruned
+from openpi_opt.result import FILES_SINCE, Ok, Pruned
+from openpi_opt.track import identity
 from openpi_opt.track.fingerprint import differences
 from openpi_opt.track.journal import Record
 from openpi_opt.track.mlflow_content import device, one_line, reason
@@ -42,12 +43,14 @@ DATASHEET_MARK = "‡"
 class Row:
     """One trial as a table shows it.
 
-    `differs` holds what varies within the trial's context; `stale` marks a fingerprint other than
-    the newest of its context; `best` is the fastest ok trial of the context, never a stale one,
-    a confirmation, above a limit, or a lossy one unless allowed; `vs_baseline` is the baseline's
-    mean divided by this one's. Of several objectives there is no best one: `pareto` marks those
-    that could be `best` and have no other that is as good in all objectives and better in one.
-    `over` has the limits that the trial does not keep, with what it has instead.
+    `differs` holds what varies within the trial's context. `stale` marks a fingerprint other than
+    the newest of its context, or files of this package that a later trial imported with other
+    content. `changed` names these files; with `kept` the row counts all the same. `best` is the
+    fastest ok trial of the context, never a stale one, a confirmation, above a limit, or a lossy
+    one unless allowed; `vs_baseline` is the baseline's mean divided by this one's. Of several
+    objectives there is no best one: `pareto` marks those that could be `best` and have no other
+    that is as good in all objectives and better in one. `over` has the limits that the trial does
+    not keep, with what it has instead.
     """
 
     record: Record
@@ -56,6 +59,8 @@ class Row:
     vs_baseline: float | None = None
     best: bool = False
     stale: bool = False
+    changed: str = ""
+    kept: bool = False
     pareto: bool = False
     over: Mapping[str, str] = field(default_factory=dict)
 
@@ -83,11 +88,15 @@ def rows(
 
 
 def groups(
-    records: Iterable[Record], allow_lossy: bool = False, criteria: Criteria | None = None
+    records: Iterable[Record],
+    allow_lossy: bool = False,
+    criteria: Criteria | None = None,
+    kept: Mapping[str, str] | None = None,
 ) -> list[Group]:
     """One group for each context, in the order of their first trial.
 
     With `allow_lossy`, lossy trials compete for the best. Without `criteria` the fastest is it.
+    `kept` has, by uid, what changed in this package since trials that are to count all the same.
     """
     criteria = (criteria or Criteria()).allowing(allow_lossy)
     contexts: dict[str, list[Record]] = {}
@@ -99,6 +108,7 @@ def groups(
             members,
             title if titles.count(title) == 1 else f"{title} (context {context})",
             criteria,
+            kept or {},
         )
         for (context, members), title in zip(contexts.items(), titles, strict=True)
     ]
@@ -120,6 +130,7 @@ def print_table(
     criteria: Criteria | None = None,
     stages: bool = False,
     columns: Sequence[Figure] = (),
+    kept: Mapping[str, str] | None = None,
 ) -> None:
     """Print the table on stdout: folded to the terminal, uncut in a pipe or a file.
 
@@ -129,7 +140,7 @@ def print_table(
     """
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     with console.capture() as capture:
-        for group in groups(records, allow_lossy, criteria):
+        for group in groups(records, allow_lossy, criteria, kept):
             _print(console, _table(group, columns))
             console.print(*_below(group), sep="\n", overflow="fold")
             if stages and (floors := _floors(group)):
@@ -153,8 +164,18 @@ def _widths(group: Group) -> list[int]:
     return [max(len(key), *(len(differs[key]) for differs in rows)) + 2 for key in rows[0]]
 
 
-def _group(records: Sequence[Record], title: str, criteria: Criteria) -> Group:
+def _group(
+    records: Sequence[Record], title: str, criteria: Criteria, kept: Mapping[str, str]
+) -> Group:
     newest = records[-1].fingerprint_hash
+    changed = _changed(records) | {
+        record.uid: kept.get(record.uid, "") for record in records if kept
+    }
+    stale = {
+        record.uid
+        for record in records
+        if record.fingerprint_hash != newest or (changed[record.uid] and record.uid not in kept)
+    }
     # A plain trial that somebody asked for will do where no baseline was measured.
     plain = [r for r in records if r.role == "trial" and isinstance(r.result, Ok) and _is_plain(r)]
     measured = [r for r in records if r.role == "baseline"]
@@ -163,7 +184,7 @@ def _group(records: Sequence[Record], title: str, criteria: Criteria) -> Group:
         for record in [*plain, *measured]
         if isinstance(record.result, Ok)
     }
-    candidates = [record for record in records if _may_win(record, newest, criteria)]
+    candidates = [r for r in records if r.uid not in stale and _may_win(r, criteria)]
     best = None if criteria.several else _best(candidates, criteria)
     front = _pareto(records, candidates, criteria) if criteria.several else []
     columns = _varying(records)
@@ -174,13 +195,26 @@ def _group(records: Sequence[Record], title: str, criteria: Criteria) -> Group:
             reason=one_line(reason(record), MAX_REASON),
             vs_baseline=_ratio(record, baselines.get(record.fingerprint_hash)),
             best=record is best,
-            stale=record.fingerprint_hash != newest,
+            stale=record.uid in stale,
+            changed=changed[record.uid],
+            kept=record.uid in kept,
             pareto=any(record is one for one in front),
             over=_over(record, criteria),
         )
         for record in records
     ]
     return Group(title, found, _footnotes(records, found, criteria), criteria)
+
+
+def _changed(records: Sequence[Record]) -> dict[str, str]:
+    """By uid, the files of this package that a later trial of these imported with other content."""
+    results = [record.result for record in records]
+    files = identity.newest_files(results)
+    older = results[-1].schema_version < FILES_SINCE
+    return {
+        record.uid: identity.summary([identity.since(record.result, files, older)])
+        for record in records
+    }
 
 
 def what(row: Row, group: Group) -> str:
@@ -225,11 +259,10 @@ def _over(record: Record, criteria: Criteria) -> dict[str, str]:
     return criteria.over(record.result) if isinstance(record.result, Ok) else {}
 
 
-def _may_win(record: Record, newest: str, criteria: Criteria) -> bool:
+def _may_win(record: Record, criteria: Criteria) -> bool:
     return (
         isinstance(record.result, Ok)
         and record.role != "confirm"
-        and record.fingerprint_hash == newest
         and not criteria.over(record.result)
         and (criteria.allow_lossy or not lossy(record))
     )
@@ -331,6 +364,9 @@ def _footnotes(records: Sequence[Record], found: Sequence[Row], criteria: Criter
                 f"{newest.fingerprint_hash}, and not compared with it"
                 + (f" ({'; '.join(changed)})" if changed else "")
             )
+    for text, kept in dict.fromkeys((row.changed, row.kept) for row in found if row.changed):
+        how = "kept by --keep-source" if kept else "not compared with what came after"
+        notes.append(f"{STALE_MARK} before {text}: {how}")
     return notes
 
 
@@ -499,7 +535,7 @@ def _count_name(kinds: AbstractSet[str]) -> str:
 
 def _number(row: Row) -> str:
     mark = "* " if row.best or row.pareto else ""
-    return f"{mark}{row.record.number}{STALE_MARK if row.stale else ''}"
+    return f"{mark}{row.record.number}{STALE_MARK if row.stale or row.changed else ''}"
 
 
 def _numbers(row: Row, kinds: AbstractSet[str]) -> list[str]:

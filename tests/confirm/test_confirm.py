@@ -346,7 +346,8 @@ def test_short_time_prints_the_promise_that_can_be_kept() -> None:
     kept = judged.schedule.promise
     assert kept is not None
     assert kept.gain > power.GAIN
-    _, said = bench.notes
+    time, _, said = bench.notes
+    assert time.startswith("time: about 80 seconds to measure the spread")
     assert "cannot be promised in 10 minutes: that takes about " in said
     assert f"at least {kept.gain:.1%} faster" in said
 
@@ -380,6 +381,12 @@ def test_who_is_hopelessly_behind_is_not_screened_and_nobody_else_is_left_out() 
     slow = [Subject(key, 1, 9, mean) for key, mean in behind.items()]
     run(bench, Subject("base"), [*fastest, *slow], Wanted(seed=1, finalists=3))
     assert {key for key, at, _ in bench.asked if at == "screening"} == {"c0", "c1", "c2", "b5"}
+
+
+def test_a_time_that_is_short_is_told_before_anything_is_measured() -> None:
+    bench = Script(answer)
+    run(bench, Subject("base"), subjects(), Wanted(seed=1, limit_s=400.0))
+    assert "--minutes gives 7 minutes: only a larger gain may be promised" in bench.notes[0]
 
 
 def test_a_time_that_can_never_do_is_refused_before_anything_is_measured() -> None:

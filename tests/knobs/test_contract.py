@@ -23,12 +23,12 @@ from mini_policies import (
     sample_inputs,
 )
 
-from openpi_opt.compose import compose
 from openpi_opt.config import Config
 from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.knobs.base import Refusal
 from openpi_opt.measure import guard
 from openpi_opt.pi0 import checkpoint
+from openpi_opt.space.compose import compose
 
 OPTIONS = {knob.name: options(knob.name) for knob in KNOBS}
 CASES = [(knob, option) for knob, found in OPTIONS.items() for option in found]

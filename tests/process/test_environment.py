@@ -73,6 +73,9 @@ def test_knobs_that_want_different_values_are_a_defect(monkeypatch: pytest.Monke
         def __init__(self, value: str):
             self.value = value
 
+        def acts(self, cfg: Config) -> bool:
+            return True
+
         def environment(self, cfg: Config) -> dict[str, str]:
             return {"X": self.value}
 

@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import create_automatic_config_search_path
-from hydra.core.config_loader import ConfigLoader
-from hydra.types import RunMode
 from machine_samples import machine
 
 from openpi_opt.machine import AiterPackage, Machine, TorchBuild
-from openpi_opt.paths import conf_dir
-from openpi_opt.space.composing import SweepCompose, plain
+from openpi_opt.space.compose import Composer
 from openpi_opt.space.settings import Settings
 from openpi_opt.space.space import Space
 
@@ -31,14 +26,12 @@ MACHINES = {
 class CommandLines:
     """Composes as `python -m openpi_opt.sweep -m` does."""
 
-    loader: ConfigLoader
+    composer: Composer
 
-    def __call__(self, *words: str) -> tuple[Space, SweepCompose]:
-        master = self.loader.load_configuration("sweep", list(words), RunMode.MULTIRUN)
-        named = Settings.parse(plain(master, lenient=True)).space
-        return named.join(words, self.loader), SweepCompose(self.loader, master)
+    def __call__(self, *words: str) -> tuple[Space, Composer]:
+        named = Settings.parse(self.composer.settings(words)).space
+        return named.join(words, self.composer.options), self.composer
 
 
 def command_lines(conf: Path | None = None) -> CommandLines:
-    path = create_automatic_config_search_path(None, None, str(conf or conf_dir()))
-    return CommandLines(ConfigLoaderImpl(path))
+    return CommandLines(Composer(conf=conf))

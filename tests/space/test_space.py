@@ -17,13 +17,12 @@ STRINGS = st.text(st.characters(codec="ascii", categories=["L", "N", "P", "Z"]),
 NUMBERS = st.integers(-50, 50)
 
 
-class Loader:
-    def get_group_options(self, group: str, results_filter: object = None) -> list[str]:
-        return ["aiter", "eager", "sdpa"] if group == "attention" else []
+def options(group: str) -> list[str]:
+    return ["aiter", "eager", "sdpa"] if group == "attention" else []
 
 
 def parse(*overrides: str) -> Space:
-    return Space.parse(overrides, Loader())
+    return Space.parse(overrides, options)
 
 
 def texts(*overrides: str) -> list[tuple[str, ...]]:

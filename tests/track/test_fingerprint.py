@@ -59,7 +59,7 @@ def test_imports_nothing_heavy_and_is_fast() -> None:
     [
         ("cpu", "other", False),
         ("triton", "9.9", False),
-        ("source_hash", "other", False),
+        ("source_hash", "other", True),
         ("torch", {"version": "9", "cuda": None, "hip": None}, False),
         ("aiter", {"kind": "amd", "version": "1"}, False),
         ("gpu", {"name": "x", "uuid": "u", "arch": "sm90", "driver": "1"}, False),
@@ -98,8 +98,6 @@ def test_source_hash_follows_edits_and_git_only_ones_own(
     shutil.copytree(package_dir(), copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(module, "package_dir", lambda: copy)
     before = module.source_hash()
-    (copy / "track" / "report.py").write_text("# edited\n")  # shows numbers, makes none
-    assert module.source_hash() == before
     (copy / "errors.py").write_text("# edited\n")
     assert module.source_hash() != before
     git = ["git", "-C", str(copy.parent), "-c", "user.name=t", "-c", "user.email=t@t"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -234,3 +235,45 @@ def test_header_is_written_once(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(UserError, match=r"study\.json is damaged"):
         Journal.open(tmp_path)
+
+
+def written(folder: Path, count: int = 4) -> list[bytes]:
+    journal = Journal.open(folder)
+    for _ in range(count):
+        journal.append(record())
+    return (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def test_a_line_that_was_edited_is_refused(tmp_path: Path) -> None:
+    lines = written(tmp_path)
+    assert lines[1].count(b'"mean_ms":10.0') == 1
+    lines[1] = lines[1].replace(b'"mean_ms":10.0', b'"mean_ms":9.0')
+    (tmp_path / "journal.jsonl").write_bytes(b"".join(lines))
+    with pytest.raises(UserError, match="line 2 was changed since it was written"):
+        Journal.read(tmp_path)
+
+
+def test_lines_that_are_doubled_moved_or_missing_are_noted(tmp_path: Path) -> None:
+    a, b, c, d = written(tmp_path)
+    for kept, says in (
+        ([a, b, b, c, d], ["line 3 repeats record 1: left out"]),
+        ([a, c, d], ["line 2 has number 2 where 1 should follow: lines were moved or removed"]),
+        ([a, c, b, d], ["line 2 has number 2 where 1", "line 3 has number 1 where 3", "line 4"]),
+    ):
+        (tmp_path / "journal.jsonl").write_bytes(b"".join(kept))
+        journal = Journal.read(tmp_path)
+        assert len(journal) == len(set(kept))
+        assert len(journal.notes) == len(says)
+        assert all(text in note for text, note in zip(says, journal.notes, strict=True))
+
+
+def test_lines_without_a_checksum_are_read(tmp_path: Path) -> None:
+    """As older versions wrote them."""
+    lines = written(tmp_path)
+    (tmp_path / "journal.jsonl").write_bytes(
+        b"".join(re.sub(rb',"check":"[0-9a-f]{8}"\}$', b"}", line) for line in lines)
+    )
+    journal = Journal.open(tmp_path)
+    assert (len(journal), journal.notes) == (4, [])
+    journal.append(record())
+    assert Journal.read(tmp_path).records()[-1].check

@@ -6,17 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+from command_samples import HEAD, CommandLine
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_command_line import HEAD, CommandLine, command
 
-from openpi_opt import compose as composing
 from openpi_opt import preset
-from openpi_opt.data_only import check_option
 from openpi_opt.errors import UserError, masked
+from openpi_opt.space import compose as composing
+from openpi_opt.space.files import check_option
 from openpi_opt.track.store import Store
-
-assert command  # a fixture of the neighbour
 
 CODE = "{_target_: logging.FileHandler, filename: PROOF}"
 EVIL = {
@@ -111,7 +109,7 @@ def test_places_may_be_read_and_own_options_have_names(
     command: CommandLine, capfd: pytest.CaptureFixture
 ) -> None:
     where = command.folder / "conf" / "preset" / "where.yaml"
-    where.write_text(HEAD + "tracking: {experiment: '${oc.env:HOME}'}\n")
+    where.write_text(HEAD + "provenance: {from: '${oc.env:HOME}'}\n")
     assert command("--dry-run", "preset=where", "platform=cpu") == 0
     for group, options in {"preset": ("h100", "a.b-c"), "space": ("full",), "a": ("x/y",)}.items():
         for option in options:

@@ -1,17 +1,23 @@
-"""A point put together section by section is the one that Hydra composes, or is left to it."""
+"""A point that is put together without Hydra is the one that Hydra composes, or is left to it."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hydra
 import pytest
+from hydra import version
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from space_samples import CommandLines, command_lines
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
+from openpi_opt.space.compose import Composer, trial_config
+from openpi_opt.space.compose import compose as compose_alone
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +44,9 @@ def test_equal_to_hydra(lines: CommandLines, words: list[str]) -> None:
     for _ in range(4):
         point = {key: chosen.choice(d.texts()) for key, d in space.dimensions.items()}
         overrides = space.overrides(point)
-        assembled = compose._assemble(overrides)
-        assert assembled is not None
-        assert assembled == compose.by_hydra(overrides).config
+        values = compose._assembled(overrides)
+        assert values is not None
+        assert trial_config(values) == by_hydra(compose, overrides)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +87,12 @@ def test_equal_to_hydra_in_what_is_refused_and_in_what_is_odd(
     _, compose = lines()
     rest = ["graph=manual", "compile=default", "compile.scope=call"]
     words = [*overrides, *rest]
-    expected = outcome(lambda: compose.by_hydra(words).config)
+    expected = outcome(lambda: by_hydra(compose, words))
     assert [outcome(lambda: compose(words)) for _ in range(2)] == [expected] * 2
+
+
+def by_hydra(compose: Composer, overrides: list[str]) -> Config:
+    return trial_config(compose.compose(overrides).values)
 
 
 def outcome(call: Callable[[], Config]) -> Config | str:
@@ -124,4 +134,78 @@ def test_options_with_a_life_of_their_own(tmp_path: Path, overrides: list[str]) 
     )
     _, compose = command_lines(tmp_path)()
     assert compose(["graph=none"]).knobs["precision"].dtype == "bfloat16"
-    assert compose(overrides) == compose.by_hydra(overrides).config
+    assert compose(overrides) == by_hydra(compose, overrides)
+
+
+PROMOTED = """# @package _global_
+defaults:
+- override /attention: sdpa
+provenance:
+  model: {name: pi0_mini}
+  workload: {horizon: 50, prompt_slots: 48, prompt_tokens: 40, batch_size: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        ([], (50, 48, 1, "auto")),
+        (["workload.batch_size=2"], (50, 48, 2, "auto")),
+        (["++workload.batch_size=2"], (50, 48, 2, "auto")),
+        (["+workload.batch_size=2"], None),
+        (["++model.rope_frequencies=float32"], (50, 48, 1, "float32")),
+        (["workload=openpi"], (50, 48, 1, "auto")),
+        (["workload=seed_b1", "workload.steps=3"], (10, 20, 1, "auto")),
+    ],
+    ids=str,
+)
+def test_an_override_changes_that_key_of_the_promoted_workload_and_nothing_else(
+    tmp_path: Path, overrides: list[str], found: tuple | None
+) -> None:
+    (tmp_path / "mine.yaml").write_text(PROMOTED)
+    if found is None:  # `+` adds what is not there yet
+        with pytest.raises(UserError, match=r"workload\.batch_size"):
+            compose_alone(overrides, "mine", tmp_path)
+        return
+    cfg = compose_alone(overrides, "mine", tmp_path)
+    work = cfg.workload
+    shown = work.horizon, work.prompt_slots, work.batch_size, cfg.model.rope_frequencies
+    assert shown == found
+    assert cfg.model.name == "pi0_mini"
+    assert cfg.labels()["attention"] == "sdpa"
+
+
+@pytest.mark.parametrize("base", ["1.2", None])
+def test_another_hydra_application_stays_as_it_was(tmp_path: Path, base: str | None) -> None:
+    (tmp_path / "robot.yaml").write_text("rate: 50\n")
+    with hydra.initialize_config_dir(str(tmp_path), version_base=base):
+        before = version.getbase()
+        assert compose_alone(["attention=sdpa"]).labels()["attention"] == "sdpa"
+        assert version.getbase() == before
+        assert hydra.compose("robot").rate == 50
+    assert not GlobalHydra.instance().is_initialized()
+    compose_alone([])
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_threads_compose_side_by_side() -> None:
+    seeds = range(12)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: compose_alone([f"weights.seed={seed}"]), seeds))
+    assert [cfg.weights.seed for cfg in found] == list(seeds)
+
+
+@pytest.mark.parametrize("name", ["My Drive", "müller", "lr=1,wd=0", "it's", "[lab] (2)", "%41#?"])
+def test_folders_may_have_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = tmp_path / name / "conf" / "preset"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(PROMOTED)
+    monkeypatch.chdir(tmp_path / name)
+    assert compose_alone([], "mine").labels()["attention"] == "sdpa"
+    assert compose_alone([], "mine", folder).labels()["attention"] == "sdpa"
+    (folder / "mine.yaml").write_text("a: [\n")
+    with pytest.raises(UserError) as error:
+        compose_alone([], "mine", folder)
+    assert str(folder / "mine.yaml") in str(error.value)
