@@ -30,7 +30,7 @@ from openpi_opt.config import Config
 from openpi_opt.engine.display import Silent
 from openpi_opt.engine.plan import StudyRequest, space_hash
 from openpi_opt.engine.study import run_study
-from openpi_opt.process.controllers import Controllers
+from openpi_opt.process.locks import Controllers
 from openpi_opt.process.run import run_trial
 from openpi_opt.result import parse_plain
 from openpi_opt.space.compose import Composer

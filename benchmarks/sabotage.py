@@ -16,8 +16,7 @@ from uuid import uuid4
 from openpi_opt.engine import ledger, recovery
 from openpi_opt.process import locks
 from openpi_opt.process import run as process
-from openpi_opt.process.claims import Claims
-from openpi_opt.process.locks import Held
+from openpi_opt.process.locks import Claims, Held
 from openpi_opt.track.journal import Journal
 
 TORN = "probability that this process is killed while it writes a line of the journal"

@@ -43,6 +43,7 @@ from benchmarks.stress_check import (
 )
 from openpi_opt import cli
 from openpi_opt.paths import package_dir
+from openpi_opt.process.watcher import descendants
 
 ROOT = package_dir().parent
 GPUS = 4
@@ -147,10 +148,11 @@ class Sweep:
             process.send_signal(signal.SIGSTOP)
             time.sleep(drawn.uniform(0.1, 0.6))
         if kind == "orphan":
-            own = [pid for pid in trials() if _parent(pid) == process.pid]
+            own = {_parent(pid) for pid in trials()} & {p.pid for p in descendants(process.pid)}
             kind = "orphan" if own else "kill"
-            for pid in own:
-                _send(pid, signal.SIGSTOP)
+            for pid in own:  # the watchers of its trials, and what these started
+                for each in [pid, *(below.pid for below in descendants(pid))]:
+                    _send(each, signal.SIGSTOP)
         gentle = {"segv": signal.SIGSEGV, "term": signal.SIGTERM}
         number = signal.SIGINT if kind in ("int", "int twice") else gentle.get(kind, signal.SIGKILL)
         process.send_signal(number)
@@ -312,8 +314,9 @@ def stub_round(
         argv += ["--study", study, "--sampler", sampler, "--trials", str(own.seeds)]
         argv += ["--seeds", str(own.seeds if sampler == "grid" else 20 * own.seeds)]
         argv += ["--gpus", str(GPUS), "--lengths", str(lengths)]
-        if seed % 2:  # trials start ahead of their turn; and in every other round they do not
-            argv += ["--cores", str(8 * GPUS), "--imports", "0.2"]
+        if seed % 2 == 0:  # one measures and the others stand still; in every other round, alone
+            argv += ["--prepare", "3", "--imports", "0.2", "--measures", "0.2"]
+        argv += ["--escapes"]
         argv += ["--finished", str(made.said[study]), "--torn", str(TORN)]
         argv += ["--mlflow"] if study == "enumerated" else []  # the other is delivered at the end
         argv += ["--sabotage", own.sabotage] if own.sabotage else []

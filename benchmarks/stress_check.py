@@ -228,6 +228,8 @@ def marked(leases: Path) -> dict[int, str | None]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
+                if str(leases.parent).encode() in (entry / "cmdline").read_bytes().split(b"\0")[0]:
+                    found[int(entry.name)] = None  # a daemon of `stub_trial`, without variables
                 variables = (entry / "environ").read_bytes().split(b"\0")
                 if wanted in variables:
                     uids = [text.removeprefix(mark) for text in variables if text.startswith(mark)]

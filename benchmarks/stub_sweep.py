@@ -6,7 +6,6 @@ All of the engine is real: processes, leases, claims, journal, Optuna and, with 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -20,7 +19,6 @@ from openpi_opt.engine.display import Lines
 from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.machine import Gpu, Machine, TorchBuild
-from openpi_opt.process import child, devices
 from openpi_opt.process.run import run_trial
 from openpi_opt.remote.engines import connected
 from openpi_opt.remote.remote import Nodes
@@ -30,21 +28,15 @@ from openpi_opt.track.store import Store
 
 STUDY = "stub"
 # A fixed description, so that every host shares its results.
-MACHINE = Machine((), TorchBuild("stub", None, None), "stub cpu", cores=2, memory_mib=8000)
+MACHINE = Machine((), TorchBuild("stub", None, None), "stub cpu", cores=2, memory_mib=10**6)
 HANG_LIMIT_SECONDS = 1.0
 
 
 def machine(gpus: int) -> Machine:
     """The same with `gpus` GPUs, which are slots that need no core: a stub only sleeps."""
-    about = ("stub gpu", "nvidia", "sm_90", 8000, "1")
+    about = ("stub gpu", "nvidia", "sm_90", 10**6, "1")
     made = tuple(Gpu(number, f"GPU-stub-{number}", *about) for number in range(gpus))
     return replace(MACHINE, gpus=made, torch=TorchBuild("stub", "12.8", None))
-
-
-def pretend_cores(count: int) -> None:
-    """Share out cores that are not there; a process cannot be pinned to those."""
-    devices._cores = lambda: list(range(count))  # type: ignore[assignment]
-    child._on_cores = lambda cores: contextlib.nullcontext()  # type: ignore[assignment]
 
 
 def compose(overrides: list[str], mlflow: bool = False, device: str = "cpu") -> Config:
@@ -64,7 +56,19 @@ def sweep(store: Path, own: argparse.Namespace) -> StudyOutcome:
     """Run the study until every seed has a result."""
     stub = [sys.executable, str(Path(__file__).with_name("stub_trial.py"))]
     stub += ["--seconds", str(own.seconds), *(["--faults"] if own.faults else [])]
-    for name in ("started", "finished", "lengths", "times", "imports", "dies", "events"):
+    stub += ["--escapes"] if own.escapes else []
+    for name in (
+        "started",
+        "finished",
+        "lengths",
+        "times",
+        "imports",
+        "dies",
+        "events",
+        "measures",
+        "together",
+        "ticks",
+    ):
         stub += [] if getattr(own, name) is None else [f"--{name}", str(getattr(own, name))]
     settings = Settings.parse(
         {
@@ -77,7 +81,7 @@ def sweep(store: Path, own: argparse.Namespace) -> StudyOutcome:
             "devices": {
                 "cpu_slots": own.slots,
                 "gpus": own.devices or "all",
-                "ahead": not own.no_ahead,
+                "prepare": own.prepare,
             },
         }
     )
@@ -98,13 +102,18 @@ def parser() -> argparse.ArgumentParser:
     """Options of a sweep of stubs."""
     options = argparse.ArgumentParser(prog="python -m benchmarks.stub_sweep")
     options.add_argument("store", type=Path)
-    options.add_argument("--seeds", type=int, default=22)
+    options.add_argument("--seeds", type=int, default=24)
     options.add_argument("--trials", type=int, help="n_trials (default: all seeds)")
     options.add_argument("--sampler", default="grid")
     options.add_argument("--slots", type=int, default=2)
     options.add_argument("--gpus", type=int, default=0, help="so many stub GPUs instead of cores")
-    options.add_argument("--cores", type=int, help="so many stub cores, on which nothing is pinned")
-    options.add_argument("--no-ahead", action="store_true", help="devices.ahead=false")
+    options.add_argument("--prepare", type=int, default=1, help="trials beside each other")
+    options.add_argument("--measures", type=float, help="seconds with the device")
+    options.add_argument("--escapes", action="store_true", help="every third trial leaves a daemon")
+    options.add_argument("--together", type=int, help="ask when so many have imported")
+    options.add_argument(
+        "--ticks", type=Path, help="file for when trials and children of theirs ran"
+    )
     options.add_argument("--devices", type=int, action="append", help="use this stub GPU only")
     options.add_argument("--study", default=STUDY)
     options.add_argument("--seconds", type=float, default=0.05)
@@ -127,8 +136,6 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Sweep."""
     own = parser().parse_args()
-    if own.cores:
-        pretend_cores(own.cores)
     if own.torn:
         sabotage.tear(own.torn)
     if own.sabotage:

@@ -2,7 +2,7 @@
 
 It takes the arguments of `python -m openpi_opt.trial`, begins in 30 ms, and takes as long as it is
 told. With `--faults` its behaviour follows from `weights.seed`, one after another of `FAULTS`. It
-is the argument `command` of `search.process.run_trial`; no option of a sweep leads here.
+is the argument `command` of `process.run.run_trial`; no option of a sweep leads here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 FAULTS = (
     *("ok", "segfault", "ok", "abort", "ok", "killed", "ok", "exit", "ok", "garbage", "ok", "half"),
     *("ok", "nan", "ok", "negative", "ok", "flood", "ok", "daemon", "ok", "hang"),
+    *("ok", "escape"),
 )
 FLOOD_BYTES = 200 * 2**20
 
@@ -36,7 +37,11 @@ def main() -> None:
     parser.add_argument("--times", type=Path, help="file for when the work began and ended")
     parser.add_argument("--lengths", type=Path, help="JSON list: seconds for each seed")
     parser.add_argument("--finished", type=Path, help="file that gets the uid of every result")
-    parser.add_argument("--imports", type=float, default=0.0, help="seconds before the gate")
+    parser.add_argument("--imports", type=float, default=0.0, help="seconds before it loads")
+    parser.add_argument("--measures", type=float, default=0.0, help="seconds with the device")
+    parser.add_argument("--escapes", action="store_true", help="every third leaves a daemon")
+    parser.add_argument("--together", type=int, default=0, help="ask when so many have imported")
+    parser.add_argument("--ticks", type=Path, help="file for when it and a child of it ran")
     parser.add_argument("--dies", type=int, help="seed that dies in its import")
     parser.add_argument("--events", type=Path, help="file for what each trial did when, as JSON")
     parser.add_argument("--in-place", action="store_true")
@@ -45,6 +50,7 @@ def main() -> None:
     parser.add_argument("--references", type=Path)
     parser.add_argument("--progress-fd", type=int, required=True)
     parser.add_argument("--gate-fd", type=int)
+    parser.add_argument("--stopped-fd", type=int)
     own = parser.parse_args()
     threading.Thread(target=_end_with_parent, args=(own.progress_fd,), daemon=True).start()
     config = json.loads(own.config.read_text())
@@ -62,21 +68,26 @@ def main() -> None:
                 file.write(f"{line}\n")
 
     event("began")
+    if own.ticks is not None:
+        tick(own.ticks, seed)
     if own.imports:
         _say(own.progress_fd, "import")
         time.sleep(own.imports)
     if seed == own.dies:
         os.abort()
     event("imported")
-    pass_gate(own.progress_fd, own.gate_fd)
-    event("device")
     _say(own.progress_fd, "load")
     lengths = [own.seconds] if own.lengths is None else json.loads(own.lengths.read_text())
     time.sleep(lengths[seed % len(lengths)])
+    while own.together and own.events.read_text().count('"imported"') < own.together:
+        time.sleep(0.01)
     _say(own.progress_fd, "compile")
-    _misbehave(fault)
+    _misbehave("escape" if own.escapes and seed % 3 == 0 else fault, own.result)
     pass_gate(own.progress_fd, own.gate_fd)
     _say(own.progress_fd, "measure")
+    event("device")
+    time.sleep(own.measures)
+    event("measured")
     known = json.loads(own.config.with_name("trial.json").read_text())
     mean_ms = {"nan": math.nan, "negative": -5.0}.get(fault, 10.0 + seed % 97)
     text = json.dumps(document(config, known, mean_ms))
@@ -90,8 +101,26 @@ def main() -> None:
     event("end")
 
 
+def tick(path: Path, seed: int) -> None:
+    """Write down every 10 ms that this process runs, and a child in a session of its own."""
+
+    def run(who: str, parent: int) -> None:
+        with path.open("a") as file:
+            while os.getppid() == parent:
+                file.write(f"{seed} {who} {time.monotonic()}\n")
+                file.flush()
+                time.sleep(0.01)
+
+    me = os.getpid()
+    if os.fork() == 0:
+        os.setsid()
+        run("child", me)
+        os._exit(0)
+    threading.Thread(target=run, args=("trial", os.getppid()), daemon=True).start()
+
+
 def pass_gate(progress_fd: int, gate_fd: int | None) -> None:
-    """As `openpi_opt.trial.Progress.gate`."""
+    """As `openpi_opt.trial.Progress.ask`."""
     if gate_fd is None:
         return
     _say(progress_fd, "wait")
@@ -99,7 +128,7 @@ def pass_gate(progress_fd: int, gate_fd: int | None) -> None:
         sys.exit("the gate was closed")
 
 
-def _misbehave(fault: str) -> None:
+def _misbehave(fault: str, result: Path) -> None:
     if fault == "segfault":
         os.kill(os.getpid(), signal.SIGSEGV)
     elif fault == "abort":
@@ -115,6 +144,11 @@ def _misbehave(fault: str) -> None:
         subprocess.Popen(
             [sys.executable, "-c", "import time; time.sleep(3600)"], start_new_session=True
         )
+    elif fault == "escape" and os.fork() == 0:  # a daemon with every descriptor and no variable
+        os.setsid()
+        if os.fork() == 0:
+            os.execve("/bin/sleep", [str(result), "3600"], {})
+        os._exit(0)
     elif fault == "flood":
         line = b"x" * 65_535 + b"\n"
         for _ in range(FLOOD_BYTES // len(line)):

@@ -42,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.top < 0:
         raise UserError(f"--top {arguments.top}: give the number of kernels to list, 0 or more")
     found = [_analyse(path) for path in arguments.traces]
+    names = [each.file for each in found]
+    found = [
+        each if names.count(each.file) == 1 else dataclasses.replace(each, file=str(path))
+        for path, each in zip(arguments.traces, found, strict=True)
+    ]
     if arguments.json:
         documents = [dataclasses.asdict(breakdown) for breakdown in found]
         print(json.dumps({"traces": documents}, indent=1, allow_nan=False))
@@ -56,8 +61,8 @@ def _analyse(path: Path) -> Breakdown:
     except ProfileError as error:
         raise UserError(
             f"{path}: {error}\n"
-            "a Chrome trace is wanted, as torch.profiler (export_chrome_trace) or rocprof write "
-            "it: JSON, gzipped or not"
+            "read are Chrome traces (torch.profiler, rocprof), rocprofv3's json, csv and rocpd, "
+            "and Nsight Systems' sqlite export"
         ) from error
 
 

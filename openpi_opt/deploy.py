@@ -24,6 +24,7 @@ from openpi_opt.pi0.config import MODELS
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.workload import make_inputs
 from openpi_opt.process.environment import CACHES, knob_variables
+from openpi_opt.provenance import resolve_auto, warn
 from openpi_opt.robot.spec import load as load_robot
 from openpi_opt.robot.statistics import load as load_statistics
 from openpi_opt.robot.statistics import read_openpi
@@ -151,7 +152,9 @@ def load_policy(
     TRITON_CACHE_DIR say), so that the next process starts faster.
 
     Args:
-        preset: name of a preset; None is the baseline, the plain eager policy.
+        preset: name of a preset; None is the baseline, the plain eager policy. `auto` takes the
+            fastest promoted one for this GPU and the model and workload of `overrides`, and says
+            which. A machine other than the preset's is warned of (`UserWarning`).
         checkpoint: openpi or LeRobot safetensors, file or folder; None takes seeded random
             weights, which are for measuring only.
         overrides: Hydra overrides like those of `sweep`, for instance `["workload=openpi"]`.
@@ -167,9 +170,10 @@ def load_policy(
             lacks, or an environment variable that had to be set before the process started.
     """
     start = time.perf_counter()
-    cfg = compose(
-        list(overrides), preset=preset, preset_dir=Path(preset_dir) if preset_dir else None
-    )
+    where = Path(preset_dir) if preset_dir else None
+    if preset is not None:  # `auto` becomes a name
+        preset = resolve_auto([f"preset={preset}", *overrides], where)[0].removeprefix("preset=")
+    cfg = compose(list(overrides), preset, where)
     if checkpoint is not None:
         path = checkpoint_file.inspect(os.fspath(checkpoint))
         weights = Weights(kind="checkpoint", path=path)
@@ -185,6 +189,8 @@ def load_policy(
         refusal = knob.check(cfg, machine)
         if refusal is not None:
             raise UserError(f"preset {preset or 'baseline'} is {refusal.outcome}: {refusal.reason}")
+    if preset is not None:
+        warn(preset, where, machine, cfg.platform)
     _require_environment(cfg)
     transforms = _transforms(robot, tokenizer, norm_stats, cfg)
     for name, folder in CACHES.items():

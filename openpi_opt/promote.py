@@ -19,8 +19,9 @@ from openpi_opt.confirm.bench import ProcessBench
 from openpi_opt.confirm.contenders import contenders
 from openpi_opt.confirm.fresh import FreshRuns
 from openpi_opt.confirm.promotion import Judged, Wanted
+from openpi_opt.confirm.provenance import of_promotion
 from openpi_opt.paths import user_conf_dir
-from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
+from openpi_opt.process.devices import DEVICE_HELP, gpu_name
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import leave_tag
 from openpi_opt.track.store import DEFAULT_STORE, Store
@@ -88,7 +89,7 @@ def _write(
     record = _record_of(runs.journal, winner)
     fingerprint = runs.fingerprint(winner)
     document = {"study": arguments.study, "trial": record and record.uid}
-    document |= provenance.of_promotion(winner, judged, benched.confirmed[key], fingerprint)
+    document |= of_promotion(winner, judged, benched.confirmed[key], fingerprint)
     document |= {"limits": judged_by.limits} if judged_by.limits else {}
     replaced = provenance.presets([path.parent]).get(arguments.name, {})
     preset.write(path, winner, document, replace=arguments.force)

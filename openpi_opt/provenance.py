@@ -1,124 +1,44 @@
-"""Where a preset comes from: written by `promote`, read to choose one and to warn.
+"""Where a preset comes from, as it is read: to choose a preset, and to warn of another machine.
 
 Nothing here chooses an implementation. `auto` names a preset for this GPU, model and workload;
 `other_machine` says how a machine differs from the one that a preset was promoted on.
+`confirm.provenance` writes it.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
-
-from openpi_opt.config import Config
-from openpi_opt.confirm import power
-from openpi_opt.confirm.judge import Confirmed
-from openpi_opt.confirm.promotion import Judged
+from openpi_opt import cli
+from openpi_opt.config import Platform
 from openpi_opt.errors import UserError
+from openpi_opt.machine import Machine, probe
 from openpi_opt.paths import conf_dir, user_conf_dir
-from openpi_opt.result import GuardReport, Ok
+from openpi_opt.space.files import read
+from openpi_opt.track.fingerprint import fingerprint
 
-AUTO = "auto"
-# What of a fingerprint a preset carries as its versions.
-VERSIONS = ("python", "torch", "triton", "aiter", "openpi_opt", "source_hash")
-# What of it decides the latency: a difference is worth a warning.
+_AUTO = "preset=auto"
+# What of a fingerprint decides the latency: a difference is worth a warning.
 _DECISIVE = ("torch", "triton", "aiter")
-
-
-def of_promotion(
-    cfg: Config, judged: Judged, processes: Sequence[Ok], fingerprint: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The provenance of a winner: what it is of, where it ran, and what was measured.
-
-    `processes` are the winner's confirmation processes. Percentiles are means over them, the guard
-    is that of the process farthest from the reference.
-    """
-    gpu, git = fingerprint["gpu"], fingerprint["git"]
-    return {
-        "promoted_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "config_hash": cfg.hash(),
-        "lossy": cfg.lossy(),
-        "machine": {
-            "gpu": gpu and gpu["name"],
-            "arch": gpu and gpu["arch"],
-            "driver": gpu and gpu["driver"],
-            "cpu": fingerprint["cpu"],
-        },
-        "versions": {name: fingerprint[name] for name in VERSIONS},
-        "commit": git and git.removesuffix("-dirty"),
-        "clean": None if git is None else not git.endswith("-dirty"),
-        "model": cfg.model.model_dump(mode="json"),
-        "workload": cfg.workload.model_dump(mode="json"),
-        **_latency(judged.winner, processes),
-        "guard": _worst_guard(processes),
-        "flags": _flags(processes),
-        "gain_over_baseline": _gain(judged.winner),
-        "spread_between_processes": judged.schedule.tau and round(judged.schedule.tau, 5),
-        "promise": judged.schedule.promise and judged.schedule.promise.model_dump(),
-    }
-
-
-def _latency(winner: Confirmed, processes: Sequence[Ok]) -> dict[str, Any]:
-    p95, p99 = (
-        float(np.mean([getattr(ok.latency, name) for ok in processes]))
-        for name in ("p95_ms", "p99_ms")
-    )
-    return {
-        "processes": len(winner.means_ms),
-        "mean_ms": round(winner.mean_ms, 4),
-        "p95_ms": round(p95, 4),
-        "p99_ms": round(p99, 4),
-        "std_ms": round(winner.between_std_ms, 4),
-        "ci95_ms": [round(bound, 4) for bound in winner.ci95_ms()],
-    }
-
-
-def _gain(winner: Confirmed) -> dict[str, Any] | None:
-    gain = winner.gain
-    if gain is None:
-        return None
-    return {
-        "verdict": gain.verdict,
-        "mean": round(gain.mean, 4),
-        "at_least": round(gain.low, 4),
-        "confidence": 1 - power.TOTAL_ALPHA,
-    }
-
-
-def _worst_guard(processes: Sequence[Ok]) -> dict[str, Any]:
-    """The plain figures of the guard that was farthest from the reference."""
-
-    def distance(guard: GuardReport) -> float:
-        return np.inf if guard.rel_l2 is None else guard.rel_l2
-
-    worst = max((ok.guard for ok in processes), key=distance).model_dump(mode="json")
-    return {name: value for name, value in worst.items() if isinstance(value, int | float)}
-
-
-def _flags(processes: Sequence[Ok]) -> dict[str, int]:
-    """By check: how many of the processes it flagged."""
-    every = [name for ok in processes for name in {flag.partition(":")[0] for flag in ok.flags()}]
-    return {name: every.count(name) for name in sorted(set(every))}
 
 
 def presets(folders: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """The provenance of every preset in `folders`, by name; the first folder wins.
 
-    A file that is no YAML mapping is left out: whoever asks for it by name hears why.
+    A file that is not data is left out: whoever asks for it by name hears why.
     """
     found: dict[str, dict[str, Any]] = {}
     for folder in folders:
         for file in sorted(folder.glob("*.yaml")):
             try:
-                document = yaml.safe_load(file.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError):
+                known = read(file).body.get("provenance")
+            except UserError:
                 continue
-            if isinstance(document, dict) and isinstance(document.get("provenance"), dict):
-                found.setdefault(file.stem, document["provenance"])
+            if isinstance(known, dict):
+                found.setdefault(file.stem, known)
     return found
 
 
@@ -126,6 +46,30 @@ def folders(preset_dir: Path | None) -> list[Path]:
     """Where presets are looked for: the given folder, the working folder's, the project's."""
     given = [] if preset_dir is None else [preset_dir]
     return [*given, user_conf_dir() / "preset", conf_dir() / "preset"]
+
+
+def resolve_auto(overrides: Sequence[str], preset_dir: Path | None) -> list[str]:
+    """The overrides with the name of a preset in place of `preset=auto`; says which it is.
+
+    Raises:
+        UserError: as `auto`.
+    """
+    if _AUTO not in overrides:
+        return list(overrides)
+    given = dict(word.split("=", 1) for word in overrides if "=" in word)
+    known = presets(folders(preset_dir))
+    model, workload = (given.get(key) for key in ("model", "workload"))
+    gpu = None if given.get("platform") == "cpu" else _gpu(probe(), given.get("platform.gpu"))
+    name = auto(known, gpu, None if model == "auto" else model, workload)
+    cli.say(f"preset=auto: {name} ({described(known[name])})")
+    return [f"preset={name}" if word == _AUTO else word for word in overrides]
+
+
+def _gpu(machine: Machine, index: str | None) -> str | None:
+    """The name of the GPU that is used without further words, or of number `index`."""
+    gpus = machine.gpus_for(machine.usable_device())
+    number = int(index) if index is not None and index.isdecimal() else 0
+    return gpus[number].name if number < len(gpus) else None
 
 
 def auto(
@@ -192,6 +136,21 @@ def other_machine(found: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> l
         for name, then, now in pairs
         if then is not None and then != now
     ]
+
+
+def warn(name: str, preset_dir: Path | None, machine: Machine, platform: Platform) -> None:
+    """Warn (`UserWarning`) where this machine is another one than the preset's: once, in all words.
+
+    For whoever uses a preset without measuring it here.
+    """
+    found = presets(folders(preset_dir)).get(name, {})
+    differences = other_machine(found, fingerprint(machine, platform))
+    if differences:
+        warnings.warn(
+            f"preset {name}: {'; '.join(differences)}. Its figures may not hold here: measure with "
+            f"`python -m openpi_opt.sweep preset={name}`.",
+            stacklevel=3,
+        )
 
 
 def _short(value: Any) -> str:

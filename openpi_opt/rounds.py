@@ -36,7 +36,7 @@ from openpi_opt.criteria import Criteria
 from openpi_opt.engine.trials import refused
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
-from openpi_opt.process.reserve import DEVICE_HELP, gpu_name
+from openpi_opt.process.devices import DEVICE_HELP, gpu_name
 from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.space.compose import compose
 from openpi_opt.track import plots

@@ -19,6 +19,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.figures import LIMITS, OBJECTIVES
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.paths import conf_dir
+from openpi_opt.provenance import resolve_auto
 from openpi_opt.space.compose import Composer
 from openpi_opt.space.errors import user_errors
 from openpi_opt.space.files import check_option, check_variables
@@ -48,7 +49,8 @@ def sweep(words: Sequence[str]) -> int:
     """The command line without experiments."""
     own, rest = _own_flags(words)
     arguments = get_args_parser().parse_args(rest)
-    arguments.overrides = [_objective(_devices(word)) for word in arguments.overrides]
+    overrides = [_objective(_devices(word)) for word in arguments.overrides]
+    arguments.overrides = resolve_auto(overrides, own.preset_dir)
     if arguments.help or arguments.hydra_help:
         return _show(arguments, own)
     if not arguments.shell_completion:

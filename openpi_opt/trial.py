@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     machine = probe()
     if not arguments.in_place:
         _execute_in_place(cfg.resolved(machine), machine)
-    progress = Progress(arguments.progress_fd, arguments.gate_fd)
+    progress = Progress(arguments.progress_fd, arguments.gate_fd, arguments.stopped_fd)
     outcome = run(cfg, machine, progress, arguments.references, arguments.result.parent)
     results.write(arguments.result, outcome)
     return 0
@@ -76,16 +76,20 @@ def main(argv: list[str] | None = None) -> int:
 class Progress:
     """Says which phase begins, on a file descriptor of the parent or on stderr.
 
-    The first phase, `start`, began with the process. With `gate_fd` the parent says when to go on.
+    The first phase, `start`, began with the process. With `gate_fd` the parent says when this
+    process has the device, and at `stopped_fd` for how many seconds it stood still for others.
     """
 
     fd: int | None
     gate_fd: int | None = None
+    stopped_fd: int | None = None
     phase: str = "start"
     seconds: dict[str, float] = field(default_factory=dict)
-    _since: float = field(default_factory=lambda: time.monotonic() - _age_seconds())
+    _since: float = 0.0
+    _asked: bool = False
 
     def __post_init__(self) -> None:
+        self._since = self.clock() - max(0.0, _age_seconds() - self._stopped())
         if self.fd is not None:
             threading.Thread(target=_end_with_parent, args=(self.fd,), daemon=True).start()
 
@@ -99,19 +103,32 @@ class Progress:
         else:
             os.write(self.fd, line.encode())
 
-    def gate(self) -> None:
-        """Wait for the parent, where there is a gate: one byte lets through, its end ends this."""
-        if self.gate_fd is None:
+    def ask(self) -> None:
+        """Wait until this process has the device for itself; asking again has no effect.
+
+        From then until it has ended, the others on the device stand still (`process.schedule`).
+        """
+        if self.gate_fd is None or self._asked:
             return
+        self._asked = True
         self.enter("wait")
         if not os.read(self.gate_fd, 1):
             sys.exit("the gate was closed: this process is not needed")
 
+    def clock(self) -> float:
+        """Seconds on a clock that stands still while this process is stopped."""
+        return time.monotonic() - self._stopped()
+
     def leave(self) -> None:
         """Book the time of the current phase."""
-        now = time.monotonic()
+        now = self.clock()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._since
         self._since = now
+
+    def _stopped(self) -> float:
+        if self.stopped_fd is None:
+            return 0.0
+        return float(os.pread(self.stopped_fd, 64, 0) or 0)
 
 
 def _age_seconds() -> float:
@@ -186,7 +203,6 @@ def _run(
     progress.enter("import")
     _import_all(cfg)
     identity.imported(cfg)  # as they are now: they may be edited while this runs
-    progress.gate()  # nothing has touched the GPU yet
     progress.enter("load")
     with contextlib.ExitStack() as stack:
         # Before torch makes a context: processes that are there now are not this one.
@@ -274,25 +290,27 @@ def _measure(
     from openpi_opt.measure import checks, clock, compilation, guard, memory
 
     device = cfg.device
+    if any(knob.times_kernels(cfg) for knob in KNOBS):
+        progress.ask()
     progress.enter("compile")
     memory.reset_peak(device)
     triton_counts = compilation.watch_triton() if device != "cpu" else lambda: (0, 0)
-    started = time.monotonic()
+    started = progress.clock()
     prepared.call(inputs[0]).cpu()
-    first_call_seconds = time.monotonic() - started
+    first_call_seconds = progress.clock() - started
     entries = compilation.cache_entries(*triton_counts())
     first_call = {
         "compile_seconds": first_call_seconds,
         "compile_cache": compilation.cache_state(entries),
         "cache_entries": entries,
     }
+    progress.ask()
     progress.enter("warmup")
     clock.warm_up(prepared.call, inputs, cfg.measure.warmup, device)
     progress.enter("guard")
     report = guard.check(prepared.call, inputs, reference, cfg.guard, cfg.lossy())
     if not report.passed:
         return {"outcome": "wrong", "guard": report, "reason": guard.explain(report)}
-    progress.gate()
     with measuring_alone(cfg, progress):
         progress.enter("measure")
         hopeless = _hopeless(prepared, observations, cfg)
@@ -532,7 +550,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--progress-fd", type=int, help="file descriptor for phases (default: stderr)"
     )
-    parser.add_argument("--gate-fd", type=int, help=argparse.SUPPRESS)
+    for name in ("gate", "stopped"):
+        parser.add_argument(f"--{name}-fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--in-place", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--resolved", help=argparse.SUPPRESS)
     return parser

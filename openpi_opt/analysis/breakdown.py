@@ -21,6 +21,8 @@ _LONGEST_GAPS = 5
 _TOUCHING_US = 0.005
 """Traces are written with three decimals, and large numbers of microseconds lose the last one."""
 _MOSTLY = 0.5
+# Kernels at either end of a trace that are farther from the rest than both of these are strays.
+_MOST_STRAYS, _STRAY_US, _STRAY_SPANS = 3, 1e7, 100.0
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def break_down(recording: Recording, file: str) -> Breakdown:
             "start and a duration) or an operator call (category cpu_op)"
         )
     notes: list[str] = []
+    timeline = _without_strays(timeline, notes)
     names, stage, source, found = _stages(recording, timeline, notes)
     inferences, steps = _counts(recording, source, found, notes)
     busy, gaps = _busy_and_gaps(timeline)
@@ -147,6 +150,23 @@ def break_down(recording: Recording, file: str) -> Breakdown:
 
 
 Source = Literal["markers", "pattern"]
+
+
+def _without_strays(timeline: Timeline, notes: list[str]) -> Timeline:
+    """Without kernels whose timestamp is far from all others: a recorder's mistake, noted."""
+    start = timeline.start_us
+    for drop in range(1, min(_MOST_STRAYS, len(start) // 4) + 1):
+        for kept in (slice(drop, None), slice(None, -drop)):
+            left = start[kept]
+            span = float(left[-1] - left[0])
+            gap = float(start[drop] - start[drop - 1] if kept.start else start[-drop] - left[-1])
+            if gap > max(_STRAY_US, _STRAY_SPANS * span):
+                notes.append(
+                    f"{drop} kernel(s) with a timestamp {gap / 1e6:,.1f} s away from all others "
+                    "set aside."
+                )
+                return _without_strays(timeline.rows(kept), notes)
+    return timeline
 
 
 def _stages(

@@ -36,6 +36,10 @@ SHORTEST, LONGEST = 4, 200
 """Kernels of a layer: own kernels need seven, plain PyTorch some sixty."""
 SAME_NAMES = 0.5
 """Share of kernel names that two passes through one tower have in common at least."""
+_LAYER_ROWS = 2.0
+"""Rows by which the layers of two passes through one tower differ at most, on average."""
+_EVEN = 0.6
+"""Attention kernels of several layers are so evenly spread at least: least over widest distance."""
 SAME_TIME = 1.7
 """The times of two passes through one tower differ at most by this factor."""
 
@@ -48,7 +52,8 @@ class Run:
     """One pass through a tower: rows [begin, end) repeat with `period`.
 
     `whole` is where the last complete layer ends; what repeats after it only begins like a layer.
-    `layers` counts those too that differ from the others, at either border.
+    `layers` counts those too that differ from the others, at either border. A layer has `layer`
+    rows: where every third layer is another, the period is that of three.
     """
 
     begin: int
@@ -56,6 +61,7 @@ class Run:
     period: int
     whole: int
     layers: int
+    layer: float
     tower: int = -1
 
 
@@ -133,22 +139,69 @@ def find_runs(timeline: Timeline) -> list[Run]:
             if not known and {_SYMBOL["gemm"], _SYMBOL["attention"]} <= word:
                 found.append((begin, end, period))
                 covered[begin:end] = True
-    return _towers(timeline, _counted(sorted(found), sequence))
+    parts = [_Part.of(sequence, *bounds) for bounds in sorted(found)]
+    return _towers(timeline, _counted(_joined(timeline, parts), sequence))
 
 
-def _counted(found: Sequence[tuple[int, int, int]], sequence: NDArray[np.int8]) -> list[Run]:
+@dataclass(frozen=True)
+class _Part:
+    """Rows [begin, end) that repeat with `period`, which holds one layer or several alike.
+
+    `layer` is the rows of a layer, `calls` its attention kernels.
+    """
+
+    begin: int
+    end: int
+    period: int
+    layer: float
+    calls: int
+
+    @staticmethod
+    def of(sequence: NDArray[np.int8], begin: int, end: int, period: int) -> _Part:
+        """Attention kernels that are evenly spread over a period are those of several layers."""
+        at = np.flatnonzero(sequence[begin : begin + period] == _SYMBOL["attention"])
+        apart = np.diff(np.r_[at, at[0] + period])
+        layers = len(at) if apart.min() >= _EVEN * apart.max() else 1
+        return _Part(begin, end, period, period / layers, len(at) // layers)
+
+
+def _joined(timeline: Timeline, parts: Sequence[_Part]) -> list[_Part]:
+    """One part for each pass: where some of a tower's layers differ, a pass repeats in parts.
+
+    Seen of Pi0.5 on an MI300X: 12 layers of which every third has two more kernels repeat with
+    the period of three layers, and 6 plain ones follow at once. Parts of one pass touch.
+    """
+    found: list[_Part] = []
+    for part in parts:
+        before = found[-1] if found else None
+        if before is None or part.begin > before.end or not _alike(timeline, before, part):
+            found.append(part)
+        else:
+            period = min(before.period, part.period)
+            found[-1] = replace(part, begin=before.begin, period=period)
+    return found
+
+
+def _alike(timeline: Timeline, one: _Part, other: _Part) -> bool:
+    names, others = (set(timeline.name[each.begin : each.end].tolist()) for each in (one, other))
+    shared = len(names & others) / min(len(names), len(others))
+    return shared >= SAME_NAMES and abs(one.layer - other.layer) <= _LAYER_ROWS
+
+
+def _counted(found: Sequence[_Part], sequence: NDArray[np.int8]) -> list[Run]:
     """Runs with their layers: an attention call between two runs belongs to the nearer one."""
     if not found:
         return []
     rows, attention = len(sequence), np.flatnonzero(sequence == _SYMBOL["attention"])
     before, after = [0] * len(found), [0] * len(found)
-    borders = [(0, 0, 0), *found, (rows, rows, 0)]
+    bounds = [(part.begin, part.end) for part in found]
+    borders = [(0, 0), *bounds, (rows, rows)]
 
     def calls(begin: int, end: int) -> NDArray[np.int64]:
         return attention[slice(*np.searchsorted(attention, (begin, end)))]
 
-    inside = [calls(begin, end) for begin, end, _ in found]
-    for i, ((_, left, _), (right, _, _)) in enumerate(pairwise(borders)):
+    inside = [calls(begin, end) for begin, end in bounds]
+    for i, ((_, left), (right, _)) in enumerate(pairwise(borders)):
         for call in calls(left, right):
             to_left = call - inside[i - 1][-1] if i > 0 else rows
             to_right = inside[i][0] - call if i < len(found) else rows
@@ -157,13 +210,12 @@ def _counted(found: Sequence[tuple[int, int, int]], sequence: NDArray[np.int8]) 
             else:
                 before[i] += 1
     runs = []
-    for i, (begin, end, period) in enumerate(found):
-        in_a_layer = int(np.count_nonzero(inside[i] < begin + period))
-        whole = _last_layer_ends(sequence, begin, end, period, int(inside[i][-1]))
-        odd = round(after[i] / in_a_layer)  # layers behind the run that differ
-        whole = min(whole + odd * period, max(borders[i + 2][0], end))
-        layers = round((len(inside[i]) + before[i] + after[i]) / in_a_layer)
-        runs.append(Run(begin, end, period, whole, layers))
+    for i, part in enumerate(found):
+        whole = _last_layer_ends(sequence, part.begin, part.end, part.period, int(inside[i][-1]))
+        odd = round(after[i] / part.calls)  # layers behind the run that differ
+        whole = min(whole + round(odd * part.layer), max(borders[i + 2][0], part.end))
+        layers = round((len(inside[i]) + before[i] + after[i]) / part.calls)
+        runs.append(Run(part.begin, part.end, part.period, whole, layers, part.layer))
     return runs
 
 
@@ -196,23 +248,21 @@ def _repeats(sequence: NDArray[np.int8], period: int) -> list[tuple[int, int]]:
 
 def _towers(timeline: Timeline, runs: Sequence[Run]) -> list[Run]:
     """Number the towers: runs of the same period, mostly the same names, about the same time."""
-    known: list[tuple[int, set[int], float]] = []
-    numbered = []
+    known: list[tuple[Run, set[int], float]] = []
+    towers = 0
     for run in runs:
-        complete = (run.end - run.begin) // run.period
-        rows = slice(run.begin, run.begin + complete * run.period)
+        rows = slice(run.begin, max(run.whole, run.begin + run.period))
         names = set(timeline.name[rows].tolist())
-        time = float(timeline.duration_us[rows].sum()) / complete
-        tower = len(known)
-        for number, (period, others, other_time) in enumerate(known):
+        time = float(timeline.duration_us[rows].sum()) / max(run.layers, 1)
+        tower = towers
+        for other, others, other_time in known:
             alike = len(names & others) >= SAME_NAMES * len(names | others)
             near = max(time, other_time) <= SAME_TIME * min(time, other_time)
-            if period == run.period and alike and near:
-                tower = number
-        if tower == len(known):
-            known.append((run.period, names, time))
-        numbered.append(replace(run, tower=tower))
-    return numbered
+            if abs(other.layer - run.layer) <= _LAYER_ROWS and alike and near:
+                tower = other.tower
+        towers = max(towers, tower + 1)
+        known.append((replace(run, tower=tower), names, time))
+    return [run for run, _, _ in known]
 
 
 def _inferences(timeline: Timeline, runs: Sequence[Run], expert: int) -> list[Inference]:

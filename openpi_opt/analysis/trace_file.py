@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from openpi_opt.analysis import formats
 from openpi_opt.measure.trace import ProfileError, Recording
 
 MAX_FILE_MIB = 1024
@@ -24,6 +26,8 @@ MAX_VALUE_MIB = 16
 """One event, or one entry beside the events: kineto's largest have some ten KiB."""
 
 _CHUNK = 2**20
+_HEAD = 2**16
+_SDK_MIB = 512  # rocprofv3 writes all of a process as one value
 _GZIP_MAGIC = b"\x1f\x8b"
 _SPACE = " \t\n\r"
 _EVENTS = "traceEvents"
@@ -38,7 +42,16 @@ def read_trace(path: Path) -> Recording:
     """
     try:
         with _opened(path) as file:
-            return Recording.of(_events(_Text(file)))
+            head = file.read(_HEAD)
+        if head.startswith(formats.SQLITE_MAGIC):
+            return Recording.of(formats.database_events(path))
+        what = formats.named(head)
+        if what is not None:
+            raise ProfileError(what)
+        with _opened(path) as file:
+            if formats.is_csv(head):
+                return Recording.of(formats.csv_events(io.BufferedReader(_Limited(file))))
+            return Recording.of(formats.RocprofNames().kernels(_events(_Text(file))))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ProfileError(f"damaged or truncated gzip: {error}") from error
     except OSError as error:
@@ -65,6 +78,10 @@ def _events(text: _Text) -> Iterator[Any]:
                 yield from text.items()
             elif key == _EVENTS:
                 raise ProfileError(f'"{_EVENTS}" is not a list')
+            elif key == formats.SDK_TOOL and text.peek() == "[":
+                found = True
+                for tool in text.items(_SDK_MIB):
+                    yield from formats.sdk_events(tool)
             else:
                 text.value()
         if not found:
@@ -75,6 +92,26 @@ def _events(text: _Text) -> Iterator[Any]:
         raise ProfileError(f"no JSON: it begins with {text.shown()}")
     if text.peek():
         raise ProfileError(f"there is something after the end of the trace: {text.shown()}")
+
+
+class _Limited(io.RawIOBase):
+    """A file of which `MAX_FILE_MIB` are read at most: gzip may unpack to terabytes."""
+
+    def __init__(self, file: IO[bytes] | gzip.GzipFile) -> None:
+        self._file, self._read = file, 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read on."""
+        data = self._file.read(len(buffer))
+        self._read += len(data)
+        if self._read > MAX_FILE_MIB * 2**20:
+            raise ProfileError(f"more than {MAX_FILE_MIB} MiB of text; record a shorter time")
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class _Text:
@@ -99,15 +136,15 @@ class _Text:
                 return self._buffer[self._at : self._at + 1]
             self._fill()
 
-    def items(self) -> Iterator[Any]:
-        """The values of the list that begins here."""
-        yield from self._sequence("[", "]", self.value)
+    def items(self, most_mib: int | None = None) -> Iterator[Any]:
+        """The values of the list that begins here, of at most `most_mib` MiB each (16)."""
+        yield from self._sequence("[", "]", lambda: self.value(most_mib))
 
     def entries(self) -> Iterator[str]:
         """The keys of the object that begins here; the caller takes each value before going on."""
         yield from self._sequence("{", "}", self._key)
 
-    def value(self) -> Any:
+    def value(self, most_mib: int | None = None) -> Any:
         """The value that begins here."""
         if not self.peek():
             raise ProfileError("truncated: it ends in the middle")
@@ -117,7 +154,7 @@ class _Text:
             except RecursionError as error:
                 raise ProfileError("values are nested too deeply") from error
             except ValueError as error:  # broken, or cut by the end of the buffer
-                self._more(error)
+                self._more(error, most_mib or MAX_VALUE_MIB)
                 continue
             if end == len(self._buffer) and not self._ended:  # a number may go on
                 self._fill()
@@ -156,15 +193,15 @@ class _Text:
             raise ProfileError(f"no JSON: {character!r} was expected at {self.shown()}")
         self._at += 1
 
-    def _more(self, error: ValueError) -> None:
+    def _more(self, error: ValueError, most_mib: int) -> None:
         """Read on, as much again as is held: a value of n characters is tried log n times."""
         held = len(self._buffer) - self._at
         if self._ended:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise ProfileError(f"truncated, or no JSON, at {self.shown()}: {reason}") from error
-        if held > MAX_VALUE_MIB * 2**20:
+        if held > most_mib * 2**20:
             raise ProfileError(
-                f"no JSON at {self.shown()}, or one value of more than {MAX_VALUE_MIB} MiB"
+                f"no JSON at {self.shown()}, or one value of more than {most_mib} MiB"
             ) from error
         self._fill(max(_CHUNK, held))
 

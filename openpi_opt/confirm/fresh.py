@@ -4,14 +4,17 @@ Each process has a place (what it is for, and its number there). Its record's ui
 place, the configuration and the fingerprint, so after an interruption the journal answers for
 every process that had finished, and only the missing ones run. All of them run on one device,
 leased as a sweep leases it; what a killed session left running is ended before the next begins.
+The next processes prepare while one measures (`process.schedule`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -25,11 +28,10 @@ from openpi_opt.engine.executor import Run
 from openpi_opt.engine.trials import refused
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
-from openpi_opt.process.devices import Lease
-from openpi_opt.process.relay import Gate, Relay, Turn
-from openpi_opt.process.reserve import reserve
+from openpi_opt.process.child import Stop, StoppedError, end_marked
+from openpi_opt.process.devices import Lease, prepared, reserve
 from openpi_opt.process.run import Place, parse_result, run_trial
-from openpi_opt.process.survivors import end_marked
+from openpi_opt.process.schedule import DeviceLostError, Entry, Room, Schedule, Turn
 from openpi_opt.result import Ok, TrialResult
 from openpi_opt.track import identity
 from openpi_opt.track.copies import Copies
@@ -42,13 +44,12 @@ MAX_THROTTLED = 3
 COOLING_S = 15.0
 # What a process takes as long as none has been seen.
 _UNKNOWN_S = 60.0
-# Processes that import ahead of their turn (`search.relay`): each wants some cores for itself, and
-# more than these save little.
-_CORES_AHEAD = 4
-_MAX_AHEAD = 4
-# Phases before a process has the device, and those of a trial that a confirmation leaves out.
-_STARTING = ("start", "import", "wait")
-_ONCE = ("reference", "ceilings", "profile", "energy")
+# Processes beside each other, whatever the device has room for: what is measured next depends on
+# what was found, and these may turn out to be in vain.
+_MOST_PREPARED = 5
+# Phases in which a process has the device, and those of them that a confirmation leaves out.
+_ALONE = ("warmup", "guard", "measure", "profile", "energy", "ceilings")
+_ONCE = ("ceilings", "profile", "energy")
 
 
 @dataclass(frozen=True)
@@ -91,37 +92,55 @@ class FreshRuns:
         return result
 
     def in_turn(self, planned: Iterable[Planned]) -> Generator[TrialResult, None, None]:
-        """The results of all `planned`, in order, some processes started ahead (`search.relay`).
+        """The results of all `planned`, in order; the next processes prepare while one measures.
 
-        A process that the journal has does not run again. `planned` is asked for the next ones when
-        the present one gets the device. Only within `alone`.
+        A process that the journal has does not run again. `planned` is asked for the next one
+        whenever there is room for another process. Only within `alone`.
 
         Raises:
             UserError: the GPU stays throttled, or the store cannot be written.
         """
         assert self._lease is not None, "measure only within `alone`"
-        begun: list[tuple[Planned, str, TrialResult | None]] = []
+        stop, slot = Stop(), self._lease.slot
+        schedule = Schedule(stop, Room.of(slot, self.machine.memory_mib), in_order=True)
+        begun: deque[_Begun] = deque()
+        left = iter(planned)
+        with ThreadPoolExecutor(_MOST_PREPARED, thread_name_prefix="process") as threads:
 
-        def jobs() -> Iterator[Callable[[Turn], TrialResult | None]]:
-            for each in planned:
+            def begin() -> bool:
+                each = next(left, None)
+                if each is None:
+                    return False
                 uid, known = self._known(each)
-                begun.append((each, uid, known))
+                job = None
                 if known is None:
                     self._new.add(uid)
-                    yield self._job(each, self.study_dir / "confirm" / uid)
-                else:
-                    yield lambda _: None
+                    entry = schedule.join()
+                    job = threads.submit(self._job, each, uid, entry, stop)
+                begun.append(_Begun(each, uid, known, job))
+                return True
 
-        ahead = min(_MAX_AHEAD, max(1, len(self._lease.slot.cores) // _CORES_AHEAD))
-        with closing(Relay(jobs(), ahead).results()) as results:
-            for number, result in enumerate(results):
-                each, uid, known = begun[number]
-                if known is not None:
-                    self._say(f"  {each.shown}: {_summary(known)} (known)")
-                    yield known
-                else:
-                    assert result is not None
-                    yield self._told(each.config, each.shown, uid, result)
+            try:
+                while begun or begin():
+                    while len(begun) < self._prepared and begin():
+                        pass
+                    yield self._ended(begun.popleft())
+            finally:
+                stop.set()
+
+    @property
+    def _prepared(self) -> int:
+        assert self._lease is not None
+        return min(_MOST_PREPARED, prepared(self._lease.slot))
+
+    def _ended(self, begun: _Begun) -> TrialResult:
+        """The result of a process, when it has ended; a new one is kept and told."""
+        each = begun.planned
+        if begun.known is not None:
+            self._say(f"  {each.shown}: {_summary(begun.known)} (known)")
+            return begun.known
+        assert begun.job is not None
+        return self._told(each.config, each.shown, begun.uid, begun.job.result())
 
     def _known(self, each: Planned) -> tuple[str, TrialResult | None]:
         """The identity of a process, and its result if it need not run."""
@@ -162,9 +181,8 @@ class FreshRuns:
     def seconds(self, cfg: Config) -> float:
         """What a process of `cfg` adds to a session, by the journal; 60 when it knows none.
 
-        Its own work is that of its last processes: kernels that compile once and are cached make
-        the first of a configuration the longest. Starting is shared by those that import side by
-        side, so that is the mean over the last processes of any configuration.
+        Its own work, with the device for itself, is that of its last processes. Those beside each
+        other share the time to prepare: that is the mean over the last ones of any configuration.
         """
         took = [_Took.of(record) for record in self.journal.records()]
         ok = [each for each in took if each.ok]
@@ -175,7 +193,7 @@ class FreshRuns:
         starts = [each.starting(each.started) for each in confirming[:1] or mine]
         starts += [each.starting(before.ended) for before, each in pairwise(confirming)]
         # A session that was killed or asleep took longer than its processes.
-        starting = [min(max(0.0, each), _UNKNOWN_S) for each in starts[-2 * _MAX_AHEAD :]]
+        starting = [min(max(0.0, each), _UNKNOWN_S) for each in starts[-2 * _MOST_PREPARED :]]
         return sum(each.work for each in mine) / len(mine) + sum(starting) / len(starting)
 
     @contextmanager
@@ -230,17 +248,26 @@ class FreshRuns:
     def _without_process(self, cfg: Config, folder: Path) -> TrialResult | None:
         return refused(cfg, self.machine) or _left(folder, cfg)
 
-    def _job(self, each: Planned, folder: Path) -> Callable[[Turn], TrialResult]:
-        def job(turn: Turn) -> TrialResult:
-            def start(cfg: Config) -> TrialResult:
-                with turn.process() as (gate, on_phase):
-                    return self._start(cfg, folder, on_phase, gate)
+    def _job(self, each: Planned, uid: str, entry: Entry, stop: Stop) -> TrialResult:
+        folder = self.study_dir / "confirm" / uid
+        quick = _quick(each.config)
 
-            return self._without_process(each.config, folder) or self._unthrottled(
-                _quick(each.config), each.shown, start, self._pause or turn.pause
-            )
+        def start(cfg: Config) -> TrialResult:
+            return entry.run(cfg, lambda turn: self._start(cfg, folder, turn, stop))
 
-        return job
+        def pause(seconds: float) -> None:
+            if stop.wait(seconds):
+                raise StoppedError("ended while it paused")
+
+        with entry:
+            try:
+                known = self._without_process(each.config, folder)
+                return known or self._unthrottled(quick, each.shown, start, self._pause or pause)
+            except DeviceLostError as error:
+                raise UserError(
+                    f"{each.shown}: {error}.\nWhat is finished is kept: the same command continues "
+                    "when that process is gone."
+                ) from error
 
     def _told(self, cfg: Config, shown: str, uid: str, result: TrialResult) -> TrialResult:
         """A new result, kept in the journal and said."""
@@ -270,25 +297,19 @@ class FreshRuns:
             "the same command continues."
         )
 
-    def _start(
-        self,
-        cfg: Config,
-        folder: Path,
-        on_phase: Callable[[str], None],
-        gate: Gate,
-    ) -> TrialResult:
+    def _start(self, cfg: Config, folder: Path, turn: Turn, stop: Stop) -> TrialResult:
         assert self._lease is not None, "measure only within `alone`"
         place = Place(
             slot=self._lease.slot,
             uid=folder.name,
             caches=self._store.caches / self.fingerprint_hash(cfg),
             fds=self._lease.fds,
-            stop=gate.stop,
-            gate=gate.fd,
+            stop=stop,
+            turn=turn,
         )
         references, machine = self._store.references, self.machine
         try:
-            return self._run(cfg, folder, references, on_phase, machine, place)
+            return self._run(cfg, folder, references, _ignore, machine, place)
         except OSError as error:
             raise UserError(
                 f"cannot run a trial in {folder}: {error.strerror or error}.\n"
@@ -308,6 +329,20 @@ class FreshRuns:
                 fingerprint_hash=self.fingerprint_hash(cfg),
             )
         )
+
+
+@dataclass
+class _Begun:
+    """A process that was planned: its identity, and its result or who is at it."""
+
+    planned: Planned
+    uid: str
+    known: TrialResult | None
+    job: Future[TrialResult] | None
+
+
+def _ignore(_: str) -> None:
+    """Phases of a confirmation are not shown."""
 
 
 def _quick(cfg: Config) -> Config:
@@ -339,8 +374,8 @@ def throttled(result: TrialResult) -> bool:
 
 @dataclass(frozen=True)
 class _Took:
-    """When a process was there, and what it did: seconds `booked` after its imports, and of these
-    the `work` that a process of a confirmation does, too."""
+    """When a process was there, and what it did: seconds `booked` with the device for itself, and
+    of these the `work` that a process of a confirmation does, too."""
 
     ok: bool
     confirming: bool
@@ -357,7 +392,7 @@ class _Took:
     @staticmethod
     def of(record: Record) -> _Took:
         result = record.result
-        phases = {k: v for k, v in result.phase_seconds.items() if k not in _STARTING}
+        phases = {k: v for k, v in result.phase_seconds.items() if k in _ALONE}
         return _Took(
             ok=isinstance(result, Ok),
             confirming=record.role == "confirm",

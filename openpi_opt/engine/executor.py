@@ -6,8 +6,6 @@ trial started there, and its result as a future.
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -19,18 +17,13 @@ from openpi_opt.engine.display import Display
 from openpi_opt.machine import Machine
 from openpi_opt.process import devices
 from openpi_opt.process.child import Stop
-from openpi_opt.process.devices import Devices, Lease, Slot, Wanting
-from openpi_opt.process.occupancy import Occupancy
+from openpi_opt.process.devices import Devices, Lease, Queue, Slot
 from openpi_opt.process.run import Place
-from openpi_opt.process.turns import Line, Turn
-from openpi_opt.result import Failed, TrialResult
+from openpi_opt.process.schedule import DeviceLostError, Room, Schedule, Turn
+from openpi_opt.result import TrialResult
 from openpi_opt.track.store import Store
 
-_MOST_THREADS = 1024  # made when needed; there are never more trials than two for each slot
-# Phases in which the device is not wanted yet; `start`, the first, is never told.
-_BEFORE_DEVICE = ("import", "wait")
-# A GPU that another sweep waits for is left to it for so long: it looks four times a second.
-_LEFT_TO_OTHERS_SECONDS = 1.0
+_MOST_THREADS = 1024  # made when needed
 
 
 class Run(Protocol):
@@ -78,11 +71,9 @@ class Executor(Protocol):
     """Somewhere to run trials, used from one thread.
 
     `contended`: `free` would have yielded more, but others have them; ask again after a while.
-    `occupancy` knows when trials had the devices.
     """
 
     contended: bool
-    occupancy: Occupancy
 
     def suits(self, slot: Slot, cfg: Config) -> bool:
         """Whether `cfg` can run there; makes room for its kind of device known."""
@@ -102,8 +93,8 @@ class Executor(Protocol):
         The future may raise `LostError`, when another place can try it again.
         """
 
-    def loading(self) -> contextlib.AbstractContextManager[None]:
-        """While the caller keeps this host busy: trials started here measure only afterwards."""
+    def measured(self) -> dict[str, float]:
+        """Seconds in which a trial had each device for itself; empty where that is not known."""
 
     def stop(self, at_once: bool = False) -> None:
         """End all that runs; the futures then raise `StoppedError`."""
@@ -113,11 +104,7 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """The devices of this host.
-
-    Where a slot has two seats, the next trial is started in the one while the other's has the
-    device, and waits at its gate (`turns`). Both have leases that share the device's lock.
-    """
+    """The devices of this host: several trials prepare on each, one at a time measures."""
 
     def __init__(self, run: Run, store: Store, machine: Machine, found: Devices, display: Display):
         self._run = run
@@ -128,14 +115,12 @@ class LocalExecutor:
         self._threads = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="trial")
         self._stop = Stop()
         self._started: set[Future[TrialResult]] = set()
-        self._ours: dict[Slot, list[Lease]] = {}  # by the whole slot
-        self._lines: dict[Slot, Line] = {}  # by the whole slot, of those with two seats
-        self._given_up: dict[Slot, float] = {}  # when, of those with two seats
-        self._wanting = Wanting()
+        self._ours: dict[Slot, list[Lease]] = {}  # of places, by the whole slot
+        self._schedules: dict[Slot, Schedule] = {}
+        self._measured: dict[str, float] = {}
+        self._queue = Queue()
         self._told = False
-        self._loading: list[tuple[Line, Turn]] | None = None  # who is not to measure yet
         self.contended = False
-        self.occupancy = Occupancy()
 
     def suits(self, slot: Slot, cfg: Config) -> bool:
         """Whether it is of the kind, and the GPU, that the configuration names."""
@@ -146,114 +131,49 @@ class LocalExecutor:
         return number is None or slot.gpu == self._machine.gpus_for(cfg.device)[number]
 
     def count(self) -> int:
-        """Number of slots."""
-        return len(self._devices.all())
+        """Number of places."""
+        return sum(len(self._devices.places(slot)) for slot in self._devices.all())
 
     def free(self) -> Iterator[Lease]:
-        """Slots that nobody uses, then second seats of those that this sweep uses.
+        """Places on slots that nobody uses, then further ones on those that this sweep uses.
 
-        Says once who has the slots when others have all of them, and as long as that is so, to
-        other sweeps that this one waits.
+        Says once who has the slots when others have all of them. On a slot that another process
+        waits for no trial is started beside one, so that it is free when that has ended.
         """
-        self._forget_released()
-        others, left = [], 0
+        others = []
         for slot in self._devices.all():
-            if self._ours.get(slot):
-                continue
-            if self._is_left_to_others(slot):
-                left += 1
-                continue
-            lease = None if self._is_stuck(slot) else devices.lease(slot)
-            if lease is None:
-                others.append(slot)
-            else:
-                self.contended = False
-                self._wanting.release()
-                lease.slot = self._devices.seats(slot)[0]
-                self._ours[slot] = [lease]
-                yield lease
-        self._forget_released()
+            if not self._held(slot):
+                lease = self._queue.lease(slot)
+                if lease is None:
+                    others.append(slot)
+                else:
+                    yield self._place(slot, lease)
         for slot in self._devices.all():
-            lease = self._second(slot)
-            if lease is not None:
-                self._ours[slot].append(lease)
-                yield lease
-        self.contended = bool(others) or left > 0
-        if not others or left or any(self._held(slot) for slot in self._ours):
-            return
-        self._wanting.add(slot for slot in others if slot.gpu is not None)
-        if not self._told:
+            while (place := self._further(slot)) is not None:
+                yield place
+                if not place.held:  # there is no trial for it
+                    break
+        self.contended = bool(others)
+        if others and not self._told and not any(self._held(slot) for slot in self._ours):
             self._told = True
             self._display.note(devices.in_use(others))
 
     def rest(self) -> None:
-        """Do not ask others for their devices any more, until `free` is asked again."""
-        self._wanting.release()
+        """Do not wait for devices of others any more, until `free` is asked again."""
+        self._queue.leave(self._devices.all())
 
     def start(self, task: Task, lease: Lease) -> Future[TrialResult]:
         """Start the process, and a thread that watches it."""
-        slot = lease.slot
         whole = next(own for own, leases in self._ours.items() if lease in leases)
-        line = None
-        if len(self._devices.seats(whole)) > 1:
-            line = self._lines.setdefault(whole, Line(self._stop))
-        elif self._loading is not None:
-            line = Line(self._stop)  # of this trial alone
-        turn = None if line is None else line.join(measures=self._loading is None)
-        if self._loading is not None and line is not None and turn is not None:
-            self._loading.append((line, turn))
-        stay = self.occupancy.stay(whole.name)
-        if slot.gpu is None:
-            stay.begin()
-        else:
-            self.occupancy.imports_aside = True
-        place = Place(
-            slot=slot,
-            uid=task.uid,
-            caches=self._store.caches / task.machine_hash,
-            fds=(*task.fds, *lease.fds),
-            stop=self._stop,
-            gate=None if turn is None else turn.gate,
-        )
-
-        def on_phase(name: str) -> None:
-            if name not in _BEFORE_DEVICE:
-                stay.begin()
-            self._display.phase(slot.name, name)
-
-        def work() -> TrialResult:
-            try:
-                result = self._run(
-                    task.cfg, task.folder, self._store.references, on_phase, self._machine, place
-                )
-            finally:
-                stay.end()
-                if line is not None and turn is not None:
-                    line.leave(turn)
-            if turn is not None and turn.withdrawn and isinstance(result, Failed):
-                raise LostError(f"{whole.name} has a process that cannot be killed", "wait")
-            return result
-
-        future = self._threads.submit(work)
+        future = self._threads.submit(self._work, task, lease, self._schedules[whole])
         self._started.add(future)
         future.add_done_callback(self._started.discard)
         return future
 
-    @contextlib.contextmanager
-    def loading(self) -> Iterator[None]:
-        """Trials started in here load, compile and warm up, and measure when it ends."""
-        begun: list[tuple[Line, Turn]] = []
-        self._loading = begun
-        try:
-            yield
-        except BaseException:
-            for line, turn in begun:
-                line.withdraw(turn)
-            raise
-        finally:
-            self._loading = None
-        for line, turn in begun:
-            line.let_measure(turn)
+    def measured(self) -> dict[str, float]:
+        """Seconds in which a trial had each device for itself."""
+        now = {slot.name: each.measured_seconds for slot, each in self._schedules.items()}
+        return {name: now.get(name, 0.0) + self._measured.get(name, 0.0) for name in now}
 
     def stop(self, at_once: bool = False) -> None:
         """End all processes: with time to end themselves, or without."""
@@ -265,40 +185,56 @@ class LocalExecutor:
         # up to 3.12), and the trial that the thread was about to kill would outlive the sweep.
         wait(set(self._started))
         self._threads.shutdown(wait=True)
-        self._wanting.release()
+        self.rest()
+
+    def _work(self, task: Task, lease: Lease, schedule: Schedule) -> TrialResult:
+        def start(turn: Turn) -> TrialResult:
+            place = Place(
+                slot=lease.slot,
+                uid=task.uid,
+                caches=self._store.caches / task.machine_hash,
+                fds=(*task.fds, *lease.fds),
+                stop=self._stop,
+                turn=turn,
+            )
+
+            def on_phase(name: str) -> None:
+                self._display.phase(lease.slot.name, name)
+
+            references = self._store.references
+            return self._run(task.cfg, task.folder, references, on_phase, self._machine, place)
+
+        with schedule.join() as entry:
+            try:
+                return entry.run(task.cfg, start)
+            except DeviceLostError as error:
+                raise LostError(f"{lease.slot.name}: {error}", "wait") from error
 
     def _held(self, slot: Slot) -> list[Lease]:
-        return [lease for lease in self._ours.get(slot, []) if lease.held]
+        """Our places there that were not given back."""
+        self._ours[slot] = [lease for lease in self._ours.get(slot, []) if lease.held]
+        return self._ours[slot]
 
-    def _forget_released(self) -> None:
-        for slot, leases in self._ours.items():
-            held = self._held(slot)
-            if leases and not held and len(self._devices.seats(slot)) > 1:
-                self._given_up[slot] = time.monotonic()
-            self._ours[slot] = held
+    def _place(self, slot: Slot, lease: Lease) -> Lease:
+        """The first place of a slot that was just leased, with a schedule of its own."""
+        old = self._schedules.pop(slot, None)
+        if old is not None:
+            before = self._measured.get(slot.name, 0.0)
+            self._measured[slot.name] = before + old.measured_seconds
+        host_mib = self._machine.memory_mib / len(self._devices.all())
+        room = Room.of(slot, host_mib) if old is None else old.room
+        self._schedules[slot] = Schedule(self._stop, room)
+        lease.slot = self._devices.places(slot)[0]
+        self._ours[slot] = [lease]
+        return lease
 
-    def _is_left_to_others(self, slot: Slot) -> bool:
-        """Whether it was ours right now and somebody waits for it: sweeps take turns."""
-        given_up = self._given_up.get(slot)
-        if given_up is None or time.monotonic() - given_up > _LEFT_TO_OTHERS_SECONDS:
-            return False
-        return self._is_wanted(slot)
-
-    def _is_wanted(self, slot: Slot) -> bool:
-        """Whether another sweep or a confirmation waits for it."""
-        return slot not in self._wanting and devices.is_wanted(slot)
-
-    def _is_stuck(self, slot: Slot) -> bool:
-        """Whether a process of ours that could not be killed may still have it."""
-        line = self._lines.get(slot)
-        return line is not None and line.stuck
-
-    def _second(self, slot: Slot) -> Lease | None:
-        """The seat that is left of a slot of ours, unless somebody waits for it."""
+    def _further(self, slot: Slot) -> Lease | None:
+        """Another place beside trials of ours, unless somebody waits for the slot."""
         taken = self._held(slot)
-        left = [
-            seat for seat in self._devices.seats(slot) if all(lease.slot != seat for lease in taken)
-        ]
-        if not (taken and left) or self._is_stuck(slot) or self._is_wanted(slot):
+        used = {lease.slot for lease in taken}
+        left = [place for place in self._devices.places(slot) if place not in used]
+        if not (taken and left) or self._schedules[slot].lost or self._queue.is_wanted(slot):
             return None
-        return taken[0].share(left[0])
+        lease = taken[0].share(left[0])
+        self._ours[slot].append(lease)
+        return lease

@@ -16,9 +16,7 @@ from openpi_opt.engine.known import Known
 from openpi_opt.engine.recovery import Started, recover, runs_elsewhere
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Device, Gpu, Machine
-from openpi_opt.process.claims import Claims
-from openpi_opt.process.controllers import Controllers
-from openpi_opt.process.locks import Held
+from openpi_opt.process.locks import Claims, Controllers, Held
 from openpi_opt.result import Pruned, TrialResult
 from openpi_opt.track import curve, pareto
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash

@@ -19,11 +19,9 @@ from openpi_opt import result as results
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.process import locks
-from openpi_opt.process.claims import Claims
-from openpi_opt.process.controllers import Controllers
-from openpi_opt.process.locks import Held
+from openpi_opt.process.child import end_marked
+from openpi_opt.process.locks import Claims, Controllers, Held
 from openpi_opt.process.run import whole_result
-from openpi_opt.process.survivors import end_marked
 from openpi_opt.track.journal import Journal, Record, Role
 
 _FILE = "trial.json"

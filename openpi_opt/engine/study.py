@@ -119,7 +119,7 @@ def run_study(
         executor = RemoteExecutor(nodes, store, display, first.device)
     count = executor.count()
     announce(request, first, store, plan, display)
-    for text in [*found.notes, *([f"{count} trials at a time"] if count > 1 else [])]:
+    for text in [*found.notes, *([f"up to {count} trials at a time"] if count > 1 else [])]:
         display.note(text)
     ledger = Ledger.open(
         *(store, request.name, request.command, request.machine, display),
@@ -149,7 +149,7 @@ def run_study(
         )
         ended = engine.run(plan)
         engine.note_passed_over()
-        engine.note_occupancy()
+        engine.note_measured()
         ledger.draw()
         hurried = False
     finally:
@@ -203,6 +203,7 @@ class _Engine:
     neighbours: Neighbours | None = None  # where a sampler chooses
     hurried: bool = False  # by a second interruption
     _read: int = 0  # records of the journal that were looked at
+    _started: float = field(default_factory=time.monotonic)
 
     def run(self, plan: Plan) -> str:
         """Keep the devices busy until there is nothing more to try; returns why that is."""
@@ -316,11 +317,12 @@ class _Engine:
         for reason, number in self._passed_over.most_common():
             self.display.note(f"passed over {number}, {reason.kind}: {reason.reason}")
 
-    def note_occupancy(self) -> None:
-        """Say how busy the devices were, where several were to be kept busy."""
-        text = self.executor.occupancy.text()
-        if self.executor.count() > 1 and self.trials.new > 1 and text:
-            self.display.note(text)
+    def note_measured(self) -> None:
+        """Say for how much of the time a trial had each device for itself."""
+        seconds = time.monotonic() - self._started
+        shares = [f"{name} {had / seconds:.0%}" for name, had in self.executor.measured().items()]
+        if shares and self.trials.new > 1:
+            self.display.note(f"measured in {seconds:.0f} s: {', '.join(shares)} of the time")
 
     def outcome(self, store: Store, ended: str) -> StudyOutcome:
         """All that is known of the points of this space, also from earlier runs.

@@ -145,6 +145,10 @@ class Knob(Generic[O]):
         """Variables that must be in the process environment before torch is imported."""
         return {}
 
+    def times_kernels(self, cfg: Configuration) -> bool:
+        """Whether the first call times kernels to choose some: it has the device for itself."""
+        return False
+
     def configure(self, cfg: Configuration) -> None:
         """Process-wide settings of torch, Dynamo and Inductor."""
 

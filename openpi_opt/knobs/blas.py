@@ -189,6 +189,10 @@ class Blas(Knob[BlasOptions]):
         elif options.backend == "fp8":
             _to_fp8(policy, cfg, options.fp8)
 
+    def times_kernels(self, cfg: Configuration) -> bool:
+        """TunableOp measures every solution."""
+        return self.canonical(cfg).tunableop.mode == "tune"
+
     def wrap(self, call: Call, cfg: Configuration) -> Call:
         """After the first call: did aiter serve anything, and what did TunableOp find?"""
         options = self.of(cfg)

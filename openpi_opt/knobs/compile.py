@@ -144,6 +144,16 @@ class Compile(Knob[CompileOptions]):
         }
         return options.model_copy(update={"inductor": _nested(chosen)})
 
+    def times_kernels(self, cfg: Configuration) -> bool:
+        """Autotuning does, and options that choose among variants; caches may spare it."""
+        options = self.canonical(cfg)
+        inductor = options.inductor
+        return options.mode.startswith("max_autotune") or bool(
+            inductor.coordinate_descent_tuning
+            or inductor.benchmark_kernel
+            or inductor.triton.multi_kernel
+        )
+
     def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Replace each stage, or the call, by its compiled form; the first call compiles it."""
         options = self.canonical(cfg)

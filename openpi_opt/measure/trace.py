@@ -95,6 +95,12 @@ class Timeline:
     def __len__(self) -> int:
         return len(self.name)
 
+    def rows(self, kept: slice) -> Timeline:
+        """Some of the rows."""
+        columns = ("name", "stage", "start_us", "duration_us", "lane", "is_copy", "stream")
+        found = {key: getattr(self, key)[kept] for key in (*columns, "correlation")}
+        return Timeline(names=self.names, stages=self.stages, **found)
+
     def launches(self) -> list[Launch]:
         """The rows as objects."""
         return [

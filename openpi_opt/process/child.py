@@ -1,26 +1,34 @@
-"""One child process under watch: its phases, its time limits, and the end of its whole group."""
+"""One child process under watch: its phases, its time limits, and the end of all it started."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import select
 import selectors
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
+
+from openpi_opt.process import watcher
+from openpi_opt.process.environment import TRIAL_VARIABLE
+from openpi_opt.process.watcher import Process
 
 # Between SIGTERM and SIGKILL; a trial has nothing to save.
 GRACE_SECONDS = 2.0
 # A process inside a driver call cannot be killed; the sweep goes on without it after this.
 UNKILLABLE_SECONDS = 30.0
-_POLL_SECONDS = 0.1  # only where the kernel has no pidfd
+_ORPHAN_SECONDS = 10.0  # at most, for the end of what a dead sweep left
+_PAUSED_POLL_SECONDS = 0.2  # how soon a limit counts again after a pause
 _LONGEST_WAIT_SECONDS = 3600.0  # of one select; a phase without a limit waits in several
 _LONGEST_LINE = 65_536
 # Of what a child prints, so much is kept from the beginning, and so much from the end.
@@ -36,6 +44,7 @@ class Ended:
 
     `returncode` is negative for a signal and None for a process that could not be killed.
     `exceeded` is the limit in seconds that the last phase ran past, if it was ended for that.
+    `left` names processes that it had started and that outlived it; they were ended.
     """
 
     returncode: int | None
@@ -43,6 +52,7 @@ class Ended:
     phase_seconds: dict[str, float]
     exceeded: float | None
     oom_killed: bool
+    left: tuple[str, ...] = ()
 
 
 class StoppedError(Exception):
@@ -88,59 +98,199 @@ class Stop:
         os.close(self._write_fd)
 
 
+class Turn(Protocol):
+    """A child's place in the schedule of its device (`schedule.Turn`).
+
+    The child inherits both descriptors: it asks by the phase `wait`, then reads a byte from `gate`,
+    and in `stopped` it finds for how many seconds it stood still, as text.
+    """
+
+    gate: int
+    stopped: int
+
+    def began(self, child: Child) -> None:
+        """Its process is there."""
+
+    def asks(self) -> None:
+        """It wants the device for itself."""
+
+    def ended(self, gone: bool) -> None:
+        """It is over; not `gone`: something of it is left that cannot be killed."""
+
+
+@dataclass(frozen=True)
+class Tether:
+    """What ties a child to its sweep.
+
+    `stop` ends it. `fds` are locks: the child has them, and they are free when nothing is left of
+    it. It runs on `cores`. `name` is the mark of its processes and of its cgroup.
+    """
+
+    name: str = ""
+    stop: Stop | None = None
+    fds: tuple[int, ...] = ()
+    cores: tuple[int, ...] = ()
+    turn: Turn | None = None
+
+    @property
+    def mark(self) -> str:
+        """What the environment of its processes has, and the watcher's command line."""
+        return f"{TRIAL_VARIABLE}={self.name}" if self.name else ""
+
+
+class Child:
+    """A running child and everything below it, which can be made to stand still with its clock."""
+
+    def __init__(self, process: subprocess.Popen[bytes], control: int, stopped: int | None):
+        self._process, self._control, self._stopped = process, control, stopped
+        self._lock = threading.Lock()
+        self._over = False
+        self._since: float | None = None  # when it was stopped
+        self._seconds = 0.0  # for which it was, before
+
+    def pause(self, seconds: float) -> list[str]:
+        """Stop all of it; returns names of processes that do not stop in time."""
+        with self._lock:
+            if self._over or self._since is not None:
+                return []
+            self._since = time.monotonic()
+            return watcher.stop_below(self._process.pid, seconds)
+
+    def resume(self) -> None:
+        """Let it go on. Without a pause this does nothing."""
+        with self._lock:
+            if self._over or self._since is None:
+                return
+            self._seconds += time.monotonic() - self._since
+            self._since = None
+            if self._stopped is not None:
+                os.pwrite(self._stopped, f"{self._seconds:.6f}\n".encode(), 0)
+            watcher.continue_below(self._process.pid)
+
+    @property
+    def paused(self) -> bool:
+        """Whether it stands still."""
+        return self._since is not None
+
+    def clock(self) -> float:
+        """Seconds on a clock that stands still while the child does."""
+        with self._lock:
+            now = time.monotonic() if self._since is None else self._since
+            return now - self._seconds
+
+    def kill(self) -> None:
+        """End all of it at once."""
+        with self._lock:
+            self._tell(b"K")
+
+    def terminate(self) -> None:
+        """Ask all of it to end."""
+        with self._lock:
+            self._tell(b"T")
+
+    def reap(self, seconds: float) -> int | None:
+        """The watcher's return code; None when it does not end in time."""
+        with self._lock:
+            self._over = True  # its number may be another's from now on
+            self._since = None
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _tell(self, word: bytes) -> None:
+        if not self._over:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._control, word)
+
+
 def run_command(
     argv: Sequence[str],
     env: Mapping[str, str],
     limits: Mapping[str, float],
     log: Path,
     on_phase: Callable[[str], None],
-    stop: Stop | None = None,
-    fds: Sequence[int] = (),
-    cores: Sequence[int] = (),
+    tether: Tether | None = None,
 ) -> Ended:
-    """Run `argv --progress-fd N` in a group of its own and leave none of the group behind.
+    """Run `argv --progress-fd N` under a watcher (`watcher.py`) and leave nothing of it behind.
 
     The child writes `{"phase": NAME}` lines to the descriptor; `limits` holds the seconds of each
-    phase, beginning with `start`. Standard output and error go to `log`, of which beginning and
-    end are kept. The child inherits `fds`, and runs on `cores` only.
+    phase, beginning with `start`, on a clock that stands still while the child is stopped. Standard
+    output and error go to `log`, of which beginning and end are kept.
 
     Raises:
         OSError: the process cannot be started, or the log cannot be written.
-        StoppedError: `stop` was set.
+        StoppedError: `tether.stop` was set.
     """
+    tether = tether or Tether()
+    if not os.access(argv[0], os.X_OK):
+        raise FileNotFoundError(errno.ENOENT, "no such program", argv[0])
     kills_before = oom_kills()
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(_BoundedLog(log))
-        read_fd, write_fd = os.pipe()
-        stack.callback(os.close, read_fd)
-        with contextlib.ExitStack() as starting:
-            starting.callback(os.close, write_fd)
-            starting.callback(output.close_write_end)
-            with _on_cores(cores):
-                process = subprocess.Popen(
-                    [*argv, "--progress-fd", str(write_fd)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output.write_fd,
-                    stderr=subprocess.STDOUT,
-                    env=dict(env),
-                    pass_fds=[write_fd, *fds],
-                    start_new_session=True,
-                )
-        watch = _Watch(process, read_fd, output, limits, on_phase, stop)
+        pipes = stack.enter_context(_Pipes())
+        turn = tether.turn
+        own = [pipes.progress[1], *(() if turn is None else (turn.gate, turn.stopped))]
+        words = [*argv, "--progress-fd", str(own[0])]
+        if turn is not None:
+            words += ["--gate-fd", str(turn.gate), "--stopped-fd", str(turn.stopped)]
+        theirs = [pipes.control[0], pipes.status[1]]
+        about = [*map(str, theirs), ",".join(map(str, own)), _cgroup(tether.name), tether.mark]
+        with _on_cores(tether.cores):
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", watcher.__file__, *about, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=output.write_fd,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                pass_fds=[*theirs, *own, *tether.fds],
+                start_new_session=True,
+            )
+        pipes.close(*theirs, pipes.progress[1])
+        output.close_write_end()
+        os.read(pipes.status[0], 1)  # before there is a program, nothing can be stopped
+        child = Child(process, pipes.control[1], None if turn is None else turn.stopped)
+        watch = _Watch(child, pipes, output, limits, on_phase, tether.stop)
         try:
-            watch.until_end()
+            if turn is not None:
+                turn.began(child)
+            watch.until_end(turn)
         finally:
-            returncode = watch.end_group()
-            output.drain()
+            try:
+                watch.end()
+            finally:
+                if turn is not None:
+                    turn.ended(watch.gone)
     if watch.stopped:
         raise StoppedError(f"ended in phase {watch.phase}")
-    return Ended(
-        returncode=returncode,
-        phase=watch.phase,
-        phase_seconds=watch.phase_seconds(),
-        exceeded=watch.exceeded,
-        oom_killed=oom_kills() > kills_before,
-    )
+    return watch.summary(oom_kills() > kills_before)
+
+
+class _Pipes:
+    """The three pipes of a child, each as its reading and its writing end.
+
+    `progress` is the trial's, `status` and `control` are the watcher's.
+    """
+
+    def __init__(self) -> None:
+        self.progress, self.status, self.control = os.pipe(), os.pipe(), os.pipe()
+        self._open = {*self.progress, *self.status, *self.control}
+
+    def __enter__(self) -> _Pipes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(*self._open)
+
+    def close(self, *fds: int) -> None:
+        """Close some of them, once."""
+        for fd in fds:
+            self._open.remove(fd)
+            os.close(fd)
+
+
+def _cgroup(name: str) -> str:
+    return watcher.cgroup_of(f"openpi_opt-{name}") if name else ""
 
 
 @contextlib.contextmanager
@@ -228,8 +378,10 @@ class _BoundedLog:
 
 @dataclass
 class _Watch:
-    process: subprocess.Popen[bytes]
-    read_fd: int
+    """Reads what a child says, and ends it when a phase has run past its limit."""
+
+    child: Child
+    pipes: _Pipes
     output: _BoundedLog
     limits: Mapping[str, float]
     on_phase: Callable[[str], None]
@@ -237,94 +389,102 @@ class _Watch:
     phase: str = "start"
     exceeded: float | None = None
     stopped: bool = False
-    _began: float = field(default_factory=time.monotonic)
+    gone: bool = False  # the watcher has ended, so nothing is left
+    returncode: int | None = None
+    left: tuple[str, ...] = ()
+    _began: float = 0.0
     _seconds: dict[str, float] = field(default_factory=dict)
     _buffer: bytes = b""
+    _status: bytes = b""
 
-    def until_end(self) -> None:
-        """Return when the child has exited or its phase ran past the limit."""
-        os.set_blocking(self.read_fd, False)
-        with contextlib.ExitStack() as stack:
-            selector = stack.enter_context(selectors.DefaultSelector())
-            selector.register(self.read_fd, selectors.EVENT_READ)
-            selector.register(self.output.read_fd, selectors.EVENT_READ)
+    def __post_init__(self) -> None:
+        self._began = self.child.clock()
+        for fd in (self.pipes.progress[0], self.pipes.status[0]):
+            os.set_blocking(fd, False)
+
+    def until_end(self, turn: Turn | None) -> None:
+        """Return when nothing of the child is left, or its phase ran past the limit."""
+        progress, status = self.pipes.progress[0], self.pipes.status[0]
+        with selectors.DefaultSelector() as selector:
+            for fd in (progress, status, self.output.read_fd):
+                selector.register(fd, selectors.EVENT_READ)
             if self.stop is not None:
                 selector.register(self.stop, selectors.EVENT_READ)
-            polled = not self._register_exit(selector, stack)
-            while not self._exited():
+            while not self.gone:
                 if self.stop is not None and self.stop.is_set:
                     self.stopped = True
                     return
-                remaining = self._began + self.limits[self.phase] - time.monotonic()
-                if remaining <= 0:
+                remaining = self._began + self.limits[self.phase] - self.child.clock()
+                if self.child.paused:
+                    remaining = _PAUSED_POLL_SECONDS
+                elif remaining <= 0:
                     self.exceeded = self.limits[self.phase]
                     return
-                wait = min(remaining, _POLL_SECONDS if polled else _LONGEST_WAIT_SECONDS)
-                for key, _ in selector.select(wait):
-                    if (key.fd == self.read_fd and not self._read()) or (
+                for key, _ in selector.select(min(remaining, _LONGEST_WAIT_SECONDS)):
+                    if key.fd == status:
+                        self._look()
+                    elif (key.fd == progress and not self._read(turn)) or (
                         key.fd == self.output.read_fd and not self.output.read()
                     ):
                         selector.unregister(key.fd)
-            self._read()
+            self._read(None)
 
-    def end_group(self) -> int | None:
-        """End what is left of the group and reap the child.
-
-        The child is reaped last: until then its number is taken, so the signal cannot reach a
-        stranger who got the same number.
-        """
+    def end(self) -> None:
+        """End what is left, and reap the watcher."""
         try:
-            if not self._exited() and not (self.stop and self.stop.at_once):
-                self._signal(signal.SIGTERM)
-                self._wait_exited(GRACE_SECONDS)
+            if not self.gone and not (self.stop and self.stop.at_once):
+                self.child.terminate()
+                self._wait(GRACE_SECONDS)
         finally:  # also when a second Ctrl-C interrupts the grace
-            self._signal(signal.SIGKILL)
-        try:
-            return self.process.wait(UNKILLABLE_SECONDS)
-        except subprocess.TimeoutExpired:
-            return None
+            if not self.gone:
+                self.child.kill()
+                self._wait(UNKILLABLE_SECONDS, heed=False)
+            ended = self.child.reap(UNKILLABLE_SECONDS if self.gone else 0.0)
+            if self.gone and self.returncode is None:
+                self.returncode = ended  # the watcher was killed, and the child with it
+            self.output.drain()
 
-    def phase_seconds(self) -> dict[str, float]:
-        """Seconds spent in each phase, the last one until now."""
+    def summary(self, oom_killed: bool) -> Ended:
+        """How it ended."""
         self._book()
-        return dict(self._seconds)
+        return Ended(
+            *(self.returncode, self.phase, dict(self._seconds), self.exceeded),
+            oom_killed=oom_killed,
+            left=self.left,
+        )
 
-    def _register_exit(self, selector: selectors.BaseSelector, stack: contextlib.ExitStack) -> bool:
-        """Wake when the child exits; False where the kernel has no pidfd."""
-        try:
-            pidfd = os.pidfd_open(self.process.pid)
-        except (AttributeError, OSError):
-            return False
-        stack.callback(os.close, pidfd)
-        selector.register(pidfd, selectors.EVENT_READ)
-        return True
-
-    def _exited(self) -> bool:
-        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        return os.waitid(os.P_PID, self.process.pid, flags) is not None
-
-    def _wait_exited(self, seconds: float) -> None:
+    def _wait(self, seconds: float, heed: bool = True) -> None:
+        """Wait up to `seconds` until nothing is left; with `heed` at most until all is to end."""
         deadline = time.monotonic() + seconds
-        while not self._exited() and time.monotonic() < deadline:
-            if self.stop is not None and self.stop.at_once:
+        while not self.gone and time.monotonic() < deadline:
+            if heed and self.stop is not None and self.stop.at_once:
                 return
             self.output.drain()  # a full pipe would keep it from ending
-            time.sleep(0.02)
+            select.select([self.pipes.status[0]], [], [], 0.02)
+            self._look()
 
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+    def _look(self) -> None:
+        """Read what the watcher says, whose end is the end of all."""
+        with contextlib.suppress(BlockingIOError):
+            chunk = os.read(self.pipes.status[0], _LONGEST_LINE)
+            self._status += chunk
+            self.gone = not chunk
+        if self._status.endswith(b"\n"):
+            code, *left = self._status.decode(errors="replace").rstrip("\n").split("\t")
+            self.returncode, self.left = int(code), tuple(left)
 
-    def _read(self) -> bool:
+    def _read(self, turn: Turn | None) -> bool:
         """Take what the child has written; False at the end of the pipe."""
         try:
-            chunk = os.read(self.read_fd, _LONGEST_LINE)
+            chunk = os.read(self.pipes.progress[0], _LONGEST_LINE)
         except BlockingIOError:
             return True
         *lines, rest = (self._buffer + chunk).split(b"\n")
         self._buffer = rest[-_LONGEST_LINE:]
         for line in lines:
             self._enter(_phase_of(line))
+            if self.phase == "wait" and turn is not None:
+                turn.asks()
         return bool(chunk)
 
     def _enter(self, phase: str | None) -> None:
@@ -336,7 +496,7 @@ class _Watch:
         self.on_phase(phase)
 
     def _book(self) -> None:
-        now = time.monotonic()
+        now = self.child.clock()
         self._seconds[self.phase] = self._seconds.get(self.phase, 0.0) + now - self._began
         self._began = now
 
@@ -380,3 +540,50 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError:  # another kernel, or a cgroup that is not ours to read
         return ""
+
+
+def end_marked(uid: str) -> int:
+    """End this user's processes on this host that belong to trial `uid`; returns how many.
+
+    They are found by their cgroup, where there is one, below the trial's watcher, and by the mark
+    in their environment, which only the trial and what it started have. A process number says
+    nothing: it may belong to a stranger by now. Returns when they are gone, or after a while when
+    the kernel keeps them.
+    """
+    mark = f"{TRIAL_VARIABLE}={uid}".encode()
+    ended: set[int] = set()
+    deadline = time.monotonic() + _ORPHAN_SECONDS
+    while time.monotonic() < deadline:
+        own = _own_processes()
+        watchers = [each for each in own if mark in _words(each.pid, "cmdline")]
+        found = [each for each in own if mark in _words(each.pid, "environ")]
+        below = [each for root in watchers for each in watcher.descendants(root.pid)]
+        found += [each for each in below if each.lives]
+        if not found and not watchers:
+            break
+        # Again and again: one of them may have started another in between. A watcher ends by
+        # itself, unless it is stopped.
+        for each in found or watchers:
+            each.send(signal.SIGKILL)
+        ended |= {each.pid for each in found}
+        time.sleep(0.01)
+    return len(ended) + watcher.remove_cgroup(_cgroup(uid))
+
+
+def _own_processes() -> list[Process]:
+    user, me = os.getuid(), os.getpid()
+    found = []
+    with os.scandir("/proc") as entries:
+        for entry in entries:
+            if entry.name.isdecimal() and int(entry.name) != me:
+                with contextlib.suppress(OSError):  # it is gone
+                    if entry.stat().st_uid == user:
+                        found.append(watcher.look(int(entry.name)))
+    return [each for each in found if each is not None and each.lives]
+
+
+def _words(pid: int, name: str) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes().split(b"\0")
+    except OSError:  # it is gone, or is not ours to look at
+        return []

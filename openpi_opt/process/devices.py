@@ -1,8 +1,9 @@
 """Where trials run: one slot for each GPU, or slots of cores on a CPU, leased host-wide.
 
 A lease is a lock in a folder that all users of the host share, one file for each GPU (by its UUID)
-and for each core of a CPU slot. The trial's process inherits it, so a device is free only when
-what ran on it is gone, also when the controller was killed.
+and for each core of a CPU slot. Trials and their watchers inherit it, so a device is free only when
+what ran on it is gone, also when the controller was killed. A sweep keeps its lease as long as it
+has trials on the device; when another process waits, it starts no more, so that both take turns.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import getpass
 import json
 import os
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
@@ -23,8 +27,8 @@ from openpi_opt.machine import Device, Gpu, Machine
 from openpi_opt.process import locks
 from openpi_opt.process.locks import Held
 
-if TYPE_CHECKING:  # it brings Hydra, which a trial has no use for
-    from openpi_opt.space.settings import DeviceSettings
+if TYPE_CHECKING:
+    from openpi_opt.track.journal import Record
 
 # Not the user's own temporary folder: the users of a host have to meet here.
 LEASES = Path("/tmp/openpi_opt-leases")
@@ -32,8 +36,35 @@ LEASES_VARIABLE = "OPENPI_OPT_LEASES"
 _FOLDER_MODE = 0o1777
 _FILE_MODE = 0o666
 _TOPOLOGY = Path("/sys/devices/system/cpu")
-# A share of fewer cores is not divided between a trial and the one that is started ahead of it.
-_CORES_OF_TWO = 8
+_WAIT_SECONDS = 0.25
+_PATIENCE_SECONDS = 2.0  # who waits looks four times a second
+DEVICE_HELP = (
+    "the GPU for all processes, by index or UUID (default: the one of the study's newest "
+    "confirmation, which may have to be continued, else a free one)"
+)
+# Trials that prepare beside each other have at least so many cores each, and are at most so many.
+_CORES_EACH = 2
+_MOST_PREPARED = 8
+
+
+class DeviceSettings(BaseModel):
+    """Which devices a sweep may use, and how many trials prepare on each while one measures.
+
+    `gpus` names them by index or by the start of the UUID. `prepare` is bounded by memory, too.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gpus: Literal["all"] | list[StrictInt | str] = "all"
+    cpu_slots: int = Field(1, ge=1)
+    prepare: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
+
+    @field_validator("gpus")
+    @classmethod
+    def _at_least_one(cls, value: Any) -> Any:
+        if not value or (isinstance(value, list) and "" in value):
+            raise ValueError("name at least one GPU, or all")
+        return value
 
 
 @dataclass(frozen=True)
@@ -121,21 +152,22 @@ class Devices:
         """Every slot that was made so far."""
         return [slot for slots in self._slots.values() for slot in slots]
 
-    def seats(self, slot: Slot) -> tuple[Slot, ...]:
-        """Where trials are started on a slot: there, or on two halves of its cores.
+    def places(self, slot: Slot) -> tuple[Slot, ...]:
+        """Where trials prepare on a slot (`schedule`): each has a share of a GPU's cores.
 
-        Two where one trial may import while another has the GPU. They have equally many cores, and
-        no hardware thread of one is of a core of the other's.
+        On a CPU the cores are what is measured, so each has all of them; one at a time runs then.
         """
-        if slot.gpu is None or not self.settings.ahead or len(slot.cores) < _CORES_OF_TWO:
-            return (slot,)
-        half = len(slot.cores) // 2
-        while half > 1 and _physical(slot.cores[half - 1]) == _physical(slot.cores[-half]):
-            half -= 1
-        halves = slot.cores[:half], slot.cores[-half:]
+        count = self.settings.prepare
+        if count == "auto":
+            count = prepared(slot)
+        shares = [_share(list(slot.cores), number, count) for number in range(count)]
         return tuple(
-            replace(slot, name=f"{slot.name}, seat {number}", cores=cores)
-            for number, cores in enumerate(halves, 1)
+            replace(
+                slot,
+                name=slot.name if count == 1 else f"{slot.name}, place {number + 1}",
+                cores=slot.cores if slot.gpu is None else share,
+            )
+            for number, share in enumerate(shares)
         )
 
     def gpu_index(self, device: Device) -> int:
@@ -250,35 +282,60 @@ def lease(slot: Slot) -> Lease | None:
     return None
 
 
-class Wanting:
-    """Says of GPUs that this process waits for one of them, until `release` or its end.
+class Queue:
+    """This process among those who want a device: every sweep, confirmation and node has one.
 
-    A sweep that starts trials ahead never leaves its GPUs free for a moment, unless it sees this.
+    Who finds a device in use holds its `next` lock until it has the device. So whoever has it sees
+    that it is wanted, gives it up when its trials have ended, and does not get it back before.
+    Who is next and leaves a free device alone, because it was stopped perhaps, is passed by.
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, Held] = {}
+        self._next: dict[str, Held] = {}
+        self._idle: dict[str, float] = {}  # slots that are free for another, since when
 
-    def add(self, slots: Iterable[Slot]) -> None:
-        """Say it of these. Of a GPU one says it at a time, which is enough for all.
+    def lease(self, slot: Slot) -> Lease | None:
+        """Take a slot; None while any part of it is in use, or somebody else is next.
+
+        Raises:
+            UserError: the folder of leases cannot be used.
+        """
+        for key in slot.keys:  # all processes ask in the same order
+            if key not in self._next:
+                held = _take(f"{key}.next.lock")
+                if held is None:
+                    return self._pass_by(slot)
+                self._next[key] = held
+        taken = lease(slot)
+        if taken is not None:
+            self.leave([slot])
+        return taken
+
+    def _pass_by(self, slot: Slot) -> Lease | None:
+        with _errors() as folder:
+            used = any(locks.is_held(folder / f"{key}.lock") for key in slot.keys)
+        if used:
+            self._idle.pop(slot.name, None)
+            return None
+        since = self._idle.setdefault(slot.name, time.monotonic())
+        return None if time.monotonic() - since < _PATIENCE_SECONDS else lease(slot)
+
+    def leave(self, slots: Iterable[Slot]) -> None:
+        """Wait for these no more. Calling it twice has no effect."""
+        for key in {key for slot in slots for key in slot.keys}:
+            held = self._next.pop(key, None)
+            if held is not None:
+                held.release()
+
+    def is_wanted(self, slot: Slot) -> bool:
+        """Whether another process waits for the slot.
 
         Raises:
             UserError: the folder of leases cannot be used.
         """
         with _errors() as folder:
-            for slot in slots:
-                if slot.gpu is not None and slot.gpu.uuid not in self._held:
-                    held = locks.take(_wanted(folder, slot.gpu), _about(), _FILE_MODE)
-                    if held is not None:
-                        self._held[slot.gpu.uuid] = held
-
-    def __contains__(self, slot: Slot) -> bool:
-        return slot.gpu is not None and slot.gpu.uuid in self._held
-
-    def release(self) -> None:
-        """This process has one, or waits no more. Twice does no harm."""
-        while self._held:
-            self._held.popitem()[1].release()
+            others = (key for key in slot.keys if key not in self._next)
+            return any(locks.is_held(folder / f"{key}.next.lock") for key in others)
 
 
 def wait_for(slots: Sequence[Slot], busy: Callable[[], None]) -> Lease:
@@ -287,31 +344,16 @@ def wait_for(slots: Sequence[Slot], busy: Callable[[], None]) -> Lease:
     Raises:
         UserError: the folder of leases cannot be used.
     """
-    wanting = Wanting()
+    queue = Queue()
     try:
         while True:
             for slot in slots:
-                taken = lease(slot)
+                taken = queue.lease(slot)
                 if taken is not None:
                     return taken
-            wanting.add(slots)
             busy()
     finally:
-        wanting.release()
-
-
-def is_wanted(slot: Slot) -> bool:
-    """Whether somebody waits for the slot's GPU, this process included.
-
-    Raises:
-        UserError: the folder of leases cannot be used.
-    """
-    with _errors() as folder:
-        return slot.gpu is not None and locks.is_held(_wanted(folder, slot.gpu))
-
-
-def _wanted(folder: Path, gpu: Gpu) -> Path:
-    return folder / f"{gpu.uuid}.wanted.lock"
+        queue.leave(slots)
 
 
 def measure_lock() -> Held | None:
@@ -320,8 +362,88 @@ def measure_lock() -> Held | None:
     Raises:
         UserError: the folder of leases cannot be used.
     """
+    return _take("measure.lock")
+
+
+def _take(name: str) -> Held | None:
     with _errors() as folder:
-        return locks.take(folder / "measure.lock", _about(), _FILE_MODE)
+        return locks.take(folder / name, _about(), _FILE_MODE)
+
+
+def gpu_name(text: str) -> int | str:
+    """A GPU on a command line, as in `devices=`: an index or the beginning of a UUID."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def reserve(
+    cfg: Config,
+    machine: Machine,
+    wanted: int | str | None,
+    records: Sequence[Record],
+    say: Callable[[str], None],
+    pause: Callable[[float], None] = time.sleep,
+) -> Lease:
+    """Lease the device for all processes of `cfg` and its variants; waits until one is free.
+
+    `wanted` names a GPU as `devices=` does. Without it, and without `platform.gpu`, it is the GPU
+    of the newest confirmation in `records`, which may have to be continued; else one of those that
+    the study ran on; else any of the first model.
+
+    Raises:
+        UserError: there is no such GPU, `cfg` names another, or the folder of leases cannot be
+            used.
+    """
+    slots = _admitted(cfg, machine, wanted, records)
+    told = False
+
+    def busy() -> None:
+        nonlocal told
+        if not told:
+            told = True
+            say(f"{in_use(slots)}{_hint(slots, wanted)}")
+        pause(_WAIT_SECONDS)
+
+    return wait_for(slots, busy)
+
+
+def _hint(slots: Sequence[Slot], wanted: int | str | None) -> str:
+    if wanted is not None or len(slots) > 1 or slots[0].gpu is None:
+        return ""
+    return "\n--device names another GPU, on which everything is measured anew"
+
+
+def _admitted(
+    cfg: Config, machine: Machine, wanted: int | str | None, records: Sequence[Record]
+) -> list[Slot]:
+    """The slots of which one is to be taken; a CPU is one slot."""
+    number = cfg.platform.gpu
+    if wanted is not None:
+        return _named(machine, wanted, cfg)
+    if number is not None:
+        return _named(machine, number, cfg)
+    if cfg.device == "cpu":
+        return _named(machine, "all", cfg)
+    here = {gpu.uuid: gpu for gpu in machine.gpus_for(cfg.device)}
+    confirmed = _seen([r for r in records if r.role == "confirm"], here)
+    if confirmed:
+        return _named(machine, confirmed[-1].uuid, cfg)
+    seen = _seen(records, here)
+    same = [gpu for gpu in seen if gpu.name == seen[-1].name]
+    chosen = [uuid for uuid, gpu in here.items() if gpu in same]
+    return _named(machine, chosen or "all", cfg)
+
+
+def _seen(records: Sequence[Record], here: dict[str, Gpu]) -> list[Gpu]:
+    """The GPUs of this machine that records name, oldest first."""
+    named = [record.result.fingerprint.get("gpu") for record in records]
+    return [here[gpu["uuid"]] for gpu in named if gpu and gpu["uuid"] in here]
+
+
+def _named(machine: Machine, names: int | str | list[str], cfg: Config) -> list[Slot]:
+    gpus: Any = names if names == "all" or isinstance(names, list) else [names]
+    found = Devices(DeviceSettings(gpus=gpus), machine)
+    found.check([cfg])
+    return found.slots(cfg.device)
 
 
 def in_use(slots: Iterable[Slot]) -> str:
@@ -405,14 +527,15 @@ def _model(gpu: Gpu) -> tuple[str, str, str]:
     return gpu.name, gpu.arch, gpu.driver
 
 
+def prepared(slot: Slot) -> int:
+    """How many trials prepare beside each other when nobody says: by the cores."""
+    each = _CORES_EACH if slot.gpu is not None else 2 * _CORES_EACH
+    return max(1, min(_MOST_PREPARED, len(slot.cores) // each))
+
+
 def _cores() -> list[int]:
     """The cores that this process may use, hardware threads of one core beside each other."""
     return sorted(os.sched_getaffinity(0), key=_place_of)
-
-
-def _physical(core: int) -> tuple[int, int]:
-    """Package and core of a hardware thread."""
-    return _place_of(core)[:2]
 
 
 def _place_of(core: int) -> tuple[int, int, int]:

@@ -9,12 +9,18 @@ because its `FileLock` cannot be handed on to a child.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import platform
+import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
-from filelock import lock_descriptor
+from filelock import FileLock, lock_descriptor
 
 # World-writable folders: never follow a link that somebody put there.
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -115,3 +121,101 @@ def _open(path: Path, mode: int) -> tuple[int, bool]:
             os.close(fd)
             raise OSError(f"{path} is not a lock file")
         return fd, found_it
+
+
+class Claims:
+    """The claims of one study: who measures what right now, over all sweeps and hosts.
+
+    A claim is a lock of a configuration on a kind of machine. Its holder is a sweep and then also
+    the trial, so a claim ends when neither lives. It is removed only when the journal has the
+    result: who gets it afterwards looks there first.
+    """
+
+    def __init__(self, study_dir: Path):
+        self._folder = study_dir / "claims"
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def take(self, config_hash: str, machine_hash: str, space: str = "") -> Held | None:
+        """Claim a configuration for a point of `space`, or None while somebody else has it."""
+        about = json.dumps({"config_hash": config_hash, "space": space})
+        return take(self.path(config_hash, machine_hash), about)
+
+    def is_held(self, config_hash: str, machine_hash: str) -> bool:
+        """Whether somebody measures it."""
+        return is_held(self.path(config_hash, machine_hash))
+
+    def take_free(self) -> list[Held]:
+        """Take every claim that a killed sweep left without removing it."""
+        found = (take(path) for path in self._folder.glob("*.lock"))
+        return [held for held in found if held is not None]
+
+    def live(self, space: str) -> tuple[set[str], bool]:
+        """Hashes of what is being measured for `space`, and whether a dead sweep left a claim."""
+        found, left = set(), False
+        for path in self._folder.glob("*.lock"):
+            try:
+                about = json.loads(note(path))
+            except ValueError:  # taken this moment, or gone
+                continue
+            if about["space"] != space:
+                continue
+            if is_held(path):
+                found.add(about["config_hash"])
+            elif path.exists():  # who has the result removes it first and lets go then
+                left = True
+        return found, left
+
+    def path(self, config_hash: str, machine_hash: str) -> Path:
+        """Where the claim of a configuration on a kind of machine is."""
+        return self._folder / f"{config_hash}-{machine_hash}.lock"
+
+
+class Controllers:
+    """This sweep among those that work on a study: each holds a lock of its own while it lives.
+
+    Make it with `join`.
+    """
+
+    def __init__(self, folder: Path, name: str, held: Held):
+        self._folder = folder
+        self.name = name
+        self._held = held
+
+    @staticmethod
+    def join(study_dir: Path) -> Controllers:
+        """Say that this process works on the study, until `leave` or its end."""
+        folder = study_dir / "controllers"
+        folder.mkdir(parents=True, exist_ok=True)
+        host = re.sub(r"[^A-Za-z0-9.-]", "-", platform.node())[:60]
+        name = f"{host}-{os.getpid()}-{uuid4().hex[:8]}"
+        with FileLock(folder / "settle.lock"):  # or `others` may try the lock before it is taken
+            held = take(folder / f"{name}.lock")
+        assert held is not None  # nobody else has that name
+        return Controllers(folder, name, held)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """What only one sweep of the study does at a time: settling, beginning, ending."""
+        with FileLock(self._folder / "settle.lock"):
+            yield
+
+    def is_alive(self, name: str) -> bool:
+        """Whether that sweep still works on the study. Ask under `alone`."""
+        return is_held(self._folder / f"{name}.lock")
+
+    def others(self) -> int:
+        """How many other sweeps there are; traces of dead ones are removed. Ask under `alone`."""
+        count = 0
+        for path in self._folder.glob("*-*.lock"):
+            if path.name == f"{self.name}.lock":
+                continue
+            held = take(path)
+            if held is None:
+                count += 1
+            else:
+                held.release(remove=True)
+        return count
+
+    def leave(self) -> None:
+        """This sweep is over."""
+        self._held.release(remove=True)

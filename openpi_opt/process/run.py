@@ -19,10 +19,9 @@ from openpi_opt import result as results
 from openpi_opt.config import Config, Limits
 from openpi_opt.figures import LIMITS
 from openpi_opt.machine import Machine, probe
-from openpi_opt.process.child import Ended, Stop, run_command
+from openpi_opt.process.child import Ended, Stop, Tether, Turn, end_marked, run_command
 from openpi_opt.process.devices import Slot
-from openpi_opt.process.environment import TRIAL_VARIABLE, child_environment
-from openpi_opt.process.survivors import end_marked
+from openpi_opt.process.environment import child_environment
 from openpi_opt.result import Failed, TrialResult
 from openpi_opt.track import identity
 
@@ -41,9 +40,8 @@ Failure = Literal["oom", "timeout", "crashed", "error"]
 class Place:
     """What a trial gets from the sweep beside its configuration.
 
-    `uid` marks its processes, `fds` are locks that it holds as long as it lives, `caches` is the
-    folder of compiled code, and `stop` ends it. At `gate`, a descriptor, it waits for its turn
-    (`search.relay`).
+    `uid` marks its processes, `fds` are locks that are held until nothing is left of it, `caches`
+    is the folder of compiled code, and `stop` ends it. With a `turn` it asks before it measures.
     """
 
     slot: Slot
@@ -51,7 +49,7 @@ class Place:
     caches: Path | None = None
     fds: tuple[int, ...] = ()
     stop: Stop | None = None
-    gate: int | None = None
+    turn: Turn | None = None
 
 
 def run_trial(
@@ -90,21 +88,17 @@ def run_trial(
     env = child_environment(
         cfg, machine, gpu=slot.gpu, threads=len(slot.cores), caches=place.caches
     )
-    env[TRIAL_VARIABLE] = place.uid
-    fds = place.fds
-    if place.gate is not None:
-        argv += ["--gate-fd", str(place.gate)]
-        fds = (*fds, place.gate)
+    tether = Tether(place.uid, place.stop, place.fds, slot.cores, place.turn)
     try:
-        ended = run_command(argv, env, limits, log, on_phase, place.stop, fds, slot.cores)
+        ended = run_command(argv, env, limits, log, on_phase, tether)
     finally:
-        end_marked(place.uid)  # also what left the group
+        end_marked(place.uid)  # also when the watcher was killed
     return judge(cfg, ended, result, log, started_at)
 
 
 def phase_limits(limits: Limits) -> dict[str, float]:
     """Seconds for every phase of `result.Phase`."""
-    own: dict[str, float] = limits.model_dump(exclude=set(LIMITS))
+    own: dict[str, float] = limits.model_dump(exclude={*LIMITS, "best_ms"})
     return own | {phase: own[name] for phase, name in _BORROWED_LIMITS.items()} | _UNLIMITED
 
 
@@ -171,10 +165,12 @@ def whole_result(folder: Path, cfg: Config) -> TrialResult | None:
 
 def _with_note(parsed: TrialResult, ended: Ended) -> TrialResult:
     """Keep a complete result whose process did not end in peace, and say so."""
-    if ended.returncode == 0:
-        return parsed
-    note = f"after writing its result the process {_how(ended)}"
-    return parsed.model_copy(update={"notes": [*parsed.notes, note]})
+    notes = []
+    if ended.returncode != 0:
+        notes.append(f"after writing its result the process {_how(ended)}")
+    if ended.left:
+        notes.append(f"it left processes behind, which were ended: {', '.join(ended.left)}")
+    return parsed.model_copy(update={"notes": [*parsed.notes, *notes]}) if notes else parsed
 
 
 def _failure(ended: Ended, problem: str | None) -> tuple[Failure, str]:

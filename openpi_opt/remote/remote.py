@@ -7,7 +7,6 @@ what is measured next stays with the sweep.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import threading
 import time
@@ -28,7 +27,6 @@ from openpi_opt.machine import Device, Machine
 from openpi_opt.process import locks
 from openpi_opt.process.child import StoppedError
 from openpi_opt.process.devices import Lease, Slot
-from openpi_opt.process.occupancy import Occupancy
 from openpi_opt.process.run import TRIAL_COMMAND, whole_result
 from openpi_opt.remote.orders import (
     Answer,
@@ -206,7 +204,6 @@ class RemoteExecutor:
         self._stop = threading.Event()
         self._at_once = threading.Event()
         self.contended = False
-        self.occupancy = Occupancy()
 
     def suits(self, slot: Slot, cfg: Config) -> bool:
         """Whether it is of the kind of device that the configuration names.
@@ -258,15 +255,11 @@ class RemoteExecutor:
             lost=tuple(self._lost),
             command=tuple(self._nodes.command),
         )
-        stay = self.occupancy.stay(lease.slot.name)
-        stay.begin()
-        future = self._threads.submit(self._watch, order, task.cfg, lease.slot.name)
-        future.add_done_callback(lambda _: stay.end())
-        return future
+        return self._threads.submit(self._watch, order, task.cfg, lease.slot.name)
 
-    def loading(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing is held up: trials are on other hosts than this one."""
-        return contextlib.nullcontext()
+    def measured(self) -> dict[str, float]:
+        """Nothing: that is known on the nodes."""
+        return {}
 
     def stop(self, at_once: bool = False) -> None:
         """End all trials: with time to end themselves, or without."""

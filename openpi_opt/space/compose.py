@@ -32,6 +32,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.paths import conf_dir, user_conf_dir
 from openpi_opt.preset import check_name
+from openpi_opt.provenance import resolve_auto
 from openpi_opt.space.errors import user_errors
 from openpi_opt.space.files import PRESETS, Folder, PresetFolder, preset_parents, read
 from openpi_opt.space.settings import Settings
@@ -136,8 +137,10 @@ class Composer:
         for line in overrides:
             if head(parse_override(line)) == "hydra":
                 raise UserError(f"{line}: Hydra's own settings have no effect here. Leave it out.")
+        # `NamedSpace.join` reads these points: Hydra would add them to the file's.
+        lines = [line for line in overrides if parse_override(line).key_or_group != "space.start"]
         with _hydra(), user_errors():
-            composed = self.loader.load_configuration(self._name, [*overrides], RunMode.RUN)
+            composed = self.loader.load_configuration(self._name, lines, RunMode.RUN)
             choices = {
                 str(group): str(option)
                 for group, option in composed.hydra.runtime.choices.items()
@@ -258,6 +261,7 @@ def compose(
     if preset is not None:
         check_name(preset)
         chosen.insert(0, f"preset={preset}")
+    chosen = resolve_auto(chosen, preset_dir)
     values = Composer(preset_dir).compose(chosen).values
     provenance = values.get("provenance") or {}
     keys = [parse_override(line).key_or_group.split(".") for line in overrides]

@@ -205,7 +205,7 @@ class Folder(ConfigSource):
         return ConfigResult(
             provider=self.provider,
             path=f"{self.scheme()}://{self.path}",
-            config=OmegaConf.create(found.content, flags={"allow_objects": False}),
+            config=OmegaConf.create(found.content),
             header={"package": found.package},
         )
 

@@ -65,14 +65,15 @@ class NamedSpace(BaseModel):
         return Space(dimensions, space.fixed, space.orders, sensible_only=True, start=start)
 
     def _lines(self) -> list[str]:
-        """The sweeps, of the registry and of the file, which wins."""
-        found: list[str] = []
+        """The sweeps: what the file says of a knob wins over the registry, in the knobs' order."""
+        rest, found = {_key(line): line for line in self.sweep}, list[str]()
         for knob in KNOBS if self.knobs else ():
             keys = [f"{knob.name}.{name}" for name in knob.options_type.model_fields]
-            switches = [key for key in keys if key_values(key)]
-            found += switches if knob.name in self.switches else [knob.name]
-        said = {_key(line) for line in self.sweep}
-        return [*(f"{key}=glob(*)" for key in found if key not in said), *self.sweep]
+            own = [key for key in keys if key_values(key)]
+            for key in own if knob.name in self.switches else [knob.name]:
+                found.append(rest.pop(key, f"{key}=glob(*)"))
+            found += [rest.pop(key) for key in [*rest] if key.split(".")[0] == knob.name]
+        return [*found, *rest.values()]
 
     def _starts(self, arguments: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """The file's, or those of `space.start={...}`, which Hydra would add to the file's."""

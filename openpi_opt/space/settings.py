@@ -12,7 +12,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    StrictInt,
     ValidationError,
     field_validator,
     model_validator,
@@ -21,6 +20,7 @@ from pydantic import (
 from openpi_opt.criteria import Criteria, ObjectiveName, in_order
 from openpi_opt.errors import UserError
 from openpi_opt.figures import LIMITS, OBJECTIVES
+from openpi_opt.process.devices import DeviceSettings
 from openpi_opt.space.named import NamedSpace
 from openpi_opt.space.space import Space, parse_override
 
@@ -53,26 +53,6 @@ class Objective(BaseModel):
         except ValidationError as error:
             why = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ValueError(why) from None
-
-
-class DeviceSettings(BaseModel):
-    """Which devices a sweep may use. `gpus` names them by index or by the start of the UUID.
-
-    With `ahead` a GPU's next trial is started, up to where it needs the GPU, while one has it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    gpus: Literal["all"] | list[StrictInt | str] = "all"
-    cpu_slots: int = Field(1, ge=1)
-    ahead: bool = False
-
-    @field_validator("gpus")
-    @classmethod
-    def _at_least_one(cls, value: Any) -> Any:
-        if not value or (isinstance(value, list) and "" in value):
-            raise ValueError("name at least one GPU, or all")
-        return value
 
 
 class LocalSettings(BaseModel):

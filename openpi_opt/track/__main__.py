@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from openpi_opt.cli import CONTINUED, run
-from openpi_opt.process.controllers import Controllers
+from openpi_opt.process.locks import Controllers
 from openpi_opt.track.follow import follow
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError, tracking_of

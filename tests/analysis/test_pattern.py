@@ -22,6 +22,9 @@ SCENES: dict[str, dict[str, Any]] = {
     "last prefill layer cut": {"short_last": True},
     "first vision layer differs": {"odd_first": True},
     "four steps": {"steps": 4},
+    "every third layer of a step differs": {"every_third": 12},
+    "all layers differ by threes": {"every_third": 18},
+    "a few layers differ by threes": {"every_third": 15, "kind": "fused"},
 }
 
 

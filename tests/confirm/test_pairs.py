@@ -40,7 +40,7 @@ class Machine:
     def __call__(self, cfg: Config, *_: object) -> TrialResult:
         place = _[-1]
         assert isinstance(place, Place)
-        assert place.gate is not None, "started ahead"
+        assert place.turn is not None, "it has to ask"
         assert not cfg.profile.kernels
         if self.break_after == len(self.ran):
             raise KeyboardInterrupt

@@ -376,3 +376,20 @@ def test_the_winner_of_a_tie_is_explained(
     judged, _, bench = promotions(lambda cfg: ok(cfg, clear[cfg.hash()]), rounds=7)
     summary.tell(bench, judged)
     assert "with the smallest mean of those that are" in capsys.readouterr().err
+
+
+def test_a_process_that_other_code_measured_runs_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions, run = Promotions(tmp_path), FakeRun(lambda cfg: ok(cfg, 10.0))
+
+    def session(times: int = 1) -> int:
+        runs = sessions.runs(run)
+        with runs.alone(PLAIN):
+            for _ in range(times):
+                runs.measure(Planned(PLAIN, "x", ("tau", 0)))
+        return len(run.ran)
+
+    assert (session(), session()) == (1, 1)
+    monkeypatch.setattr("openpi_opt.confirm.fresh.identity.changes", lambda result: ["a.py"])
+    assert session(times=2) == 2, "once, and then it is this session's own"

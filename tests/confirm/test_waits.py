@@ -21,8 +21,7 @@ from openpi_opt.config import Config
 from openpi_opt.confirm.fresh import FreshRuns
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
-from openpi_opt.process.devices import LEASES_VARIABLE
-from openpi_opt.process.reserve import reserve
+from openpi_opt.process.devices import LEASES_VARIABLE, reserve
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import TAGS_FILE, read_lines

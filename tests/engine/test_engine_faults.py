@@ -12,15 +12,19 @@ from pathlib import Path
 import pytest
 from hosts import Host, wait_for
 
-from openpi_opt.process import locks
+from openpi_opt.process import locks, watcher
+from openpi_opt.process.child import end_marked
 from openpi_opt.process.environment import TRIAL_VARIABLE
-from openpi_opt.process.survivors import end_marked
 from openpi_opt.result import Failed, Ok
 
 
+def _left(result: object) -> bool:
+    return any("left processes behind" in note for note in getattr(result, "notes", ()))
+
+
 def test_every_fault_of_a_trial_is_an_outcome_and_leaves_nothing(host: Host) -> None:
-    host.run("--faults", "--seeds", "22")
-    assert sorted(host.seeds()) == list(range(22))
+    host.run("--faults", "--seeds", "24")
+    assert sorted(host.seeds()) == list(range(24))
     outcomes = {
         record.result.config["weights"]["seed"]: record.result
         for record in host.records
@@ -38,6 +42,8 @@ def test_every_fault_of_a_trial_is_an_outcome_and_leaves_nothing(host: Host) -> 
         21: "timeout",
     }
     assert all(isinstance(result, Failed) and result.reason for result in outcomes.values())
+    left = [r.result.config["weights"]["seed"] for r in host.records if _left(r.result)]
+    assert sorted(left) == [19, 23], "a daemon and its like are named"
     logs = [path.stat().st_size for path in host.study.glob("trials/*/log.txt")]
     assert 4 * 2**20 < max(logs) < 6 * 2**20  # of the 200 MiB that one of them printed
     host.assert_tidy()
@@ -48,8 +54,9 @@ def test_a_killed_sweep_is_continued_and_no_finished_trial_repeated(
     host: Host, moment: str
 ) -> None:
     """`written`: the controller stands still, so the trial ends before anything is journaled."""
-    sweep = host.start("--seeds", "4", "--seconds", "0.4")
-    wait_for(lambda: host.starts.exists() and len(host.started()) == 2)
+    events = host.folder / "events.jsonl"
+    sweep = host.start("--seeds", "4", "--measures", "0.4", "--events", str(events))
+    wait_for(lambda: events.exists() and events.read_text().count('"device"') == 2)
     if moment == "written":
         sweep.send_signal(signal.SIGSTOP)
         wait_for(lambda: len(list(host.study.glob("trials/*/result.json"))) == 2)
@@ -67,17 +74,24 @@ def test_a_killed_sweep_is_continued_and_no_finished_trial_repeated(
     host.assert_tidy()
 
 
-def test_a_trial_that_outlives_its_sweep_is_ended_by_the_next(host: Host) -> None:
-    """Stopped, it does not see that its controller is gone."""
+@pytest.mark.parametrize("stopped", ["trial", "both"])
+def test_a_trial_that_outlives_its_sweep_is_ended(host: Host, stopped: str) -> None:
+    """By its watcher, though it stands still; by the next sweep when the watcher does, too."""
     sweep = host.start("--seeds", "2", "--seconds", "0.5")
     wait_for(lambda: host.processes() and host.starts.exists())
     (trial,) = host.processes()
-    os.kill(trial, signal.SIGSTOP)
+    found = watcher.look(trial)
+    assert found is not None
+    for pid in [trial, *([found.parent] if stopped == "both" else [])]:
+        os.kill(pid, signal.SIGSTOP)
     sweep.kill()
     sweep.communicate()
-    assert host.processes() == [trial]
+    if stopped == "trial":
+        wait_for(lambda: not host.processes())
+    else:
+        assert host.processes() == [trial]
     err = host.run("--seeds", "2", "--seconds", "0.01")
-    assert "ended 1 process(es)" in err
+    assert ("ended 1 process(es)" in err) == (stopped == "both")
     assert host.seeds() == [0, 1]
     host.assert_tidy()
 

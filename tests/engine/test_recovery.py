@@ -14,9 +14,7 @@ from openpi_opt.engine.display import Silent
 from openpi_opt.engine.ledger import Ledger
 from openpi_opt.engine.recovery import Started, recover
 from openpi_opt.process import locks
-from openpi_opt.process.claims import Claims
-from openpi_opt.process.controllers import Controllers
-from openpi_opt.process.locks import Held
+from openpi_opt.process.locks import Claims, Controllers, Held
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.store import Store

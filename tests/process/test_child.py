@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
-from openpi_opt.process import child
-from openpi_opt.process.child import Ended, run_command
+from openpi_opt.process import child, locks, watcher
+from openpi_opt.process.child import Ended, Tether, run_command
 
 LIMITS = {"start": 20.0, "load": 20.0, "measure": 20.0}
 SAY = """
@@ -36,23 +37,20 @@ class Scripts:
         body: str,
         limits: dict[str, float] | None = None,
         on_phase: Callable[[str], None] | None = None,
+        tether: Tether | None = None,
     ) -> Ended:
         script = self.folder / "child.py"
         script.write_text(SAY + textwrap.dedent(body))
         argv = [sys.executable, str(script)]
         hook = on_phase or self.phases.append
-        return run_command(argv, dict(os.environ), {**LIMITS, **(limits or {})}, self.log, hook)
+        return run_command(
+            argv, dict(os.environ), {**LIMITS, **(limits or {})}, self.log, hook, tether
+        )
 
 
 @pytest.fixture
 def scripts(tmp_path: Path) -> Scripts:
     return Scripts(tmp_path)
-
-
-@pytest.fixture(params=["pidfd", "polled"])
-def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "polled":
-        monkeypatch.delattr(os, "pidfd_open")
 
 
 def alive(pid: int) -> bool:
@@ -70,7 +68,6 @@ def wait_gone(pid: int) -> bool:
     return not alive(pid)
 
 
-@pytest.mark.usefixtures("_both_ways")
 def test_phases_and_exit(scripts: Scripts) -> None:
     ended = scripts.run("phase('load'); print('hello'); phase('measure'); sys.exit(3)")
     assert scripts.phases == ["load", "measure"]
@@ -79,7 +76,6 @@ def test_phases_and_exit(scripts: Scripts) -> None:
     assert scripts.log.read_text() == "hello\n"
 
 
-@pytest.mark.usefixtures("_both_ways")
 def test_a_silent_child_is_seen_to_end_at_once(scripts: Scripts) -> None:
     began = time.monotonic()
     ended = scripts.run("os.close(int(sys.argv[-1])); time.sleep(0.3)")
@@ -87,7 +83,6 @@ def test_a_silent_child_is_seen_to_end_at_once(scripts: Scripts) -> None:
     assert time.monotonic() - began < 5
 
 
-@pytest.mark.usefixtures("_both_ways")
 def test_a_phase_past_its_limit_is_ended(scripts: Scripts) -> None:
     began = time.monotonic()
     ended = scripts.run("phase('load'); time.sleep(60)", {"load": 0.3})
@@ -110,17 +105,65 @@ def test_saying_the_same_phase_again_gives_no_more_time(scripts: Scripts) -> Non
 
 
 @pytest.mark.parametrize(
-    "body",
-    ["signal.signal(signal.SIGTERM, signal.SIG_IGN)", "os.kill(os.getpid(), signal.SIGSTOP)"],
+    ("body", "number"),
+    [
+        ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", signal.SIGKILL),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", signal.SIGTERM),
+    ],
     ids=["ignores SIGTERM", "stopped"],
 )
-def test_what_does_not_heed_sigterm_is_killed(
-    scripts: Scripts, body: str, monkeypatch: pytest.MonkeyPatch
+def test_what_ignores_sigterm_is_killed_and_what_is_stopped_hears_it(
+    scripts: Scripts, body: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child, "GRACE_SECONDS", 0.3)
     ended = scripts.run(f"{body}\nphase('load')\ntime.sleep(60)", {"start": 1.0, "load": 0.3})
     assert ended.exceeded is not None
-    assert ended.returncode == -signal.SIGKILL
+    assert ended.returncode == -number
+
+
+ESCAPE = """
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        {closing}
+        os.execve("/bin/sleep", ["sleep", "600"], {{}})
+    os._exit(0)
+os.wait()
+phase("load")
+"""
+
+
+@pytest.mark.parametrize("closing", ["os.closerange(0, 256)", "pass"], ids=["closed", "inherited"])
+@pytest.mark.parametrize("how", ["cgroup", "subreaper"])
+def test_what_escapes_its_session_and_environment_ends_and_is_named(
+    scripts: Scripts, monkeypatch: pytest.MonkeyPatch, how: str, closing: str
+) -> None:
+    name = uuid4().hex
+    if how == "subreaper":
+        monkeypatch.setattr(child, "_cgroup", lambda _: "")
+    lock = locks.take(scripts.folder / "lease.lock")
+    assert lock is not None
+    tether = Tether(name, fds=(lock.fd,))
+    ended = scripts.run(ESCAPE.format(closing=closing), tether=tether)
+    lock.release()
+    assert (ended.returncode, ended.left) == (0, ("sleep",))
+    assert not locks.is_held(scripts.folder / "lease.lock")
+    assert not [each for each in watcher.descendants(os.getpid()) if each.name == "sleep"]
+    assert not Path(watcher.cgroup_of(f"openpi_opt-{name}") or "/none").exists()
+
+
+def test_all_ends_when_the_watcher_is_killed(scripts: Scripts) -> None:
+    """And the trial's own end is told by its signal."""
+    pid = str(scripts.folder / "pid")
+    body = f"open({pid!r}, 'w').write(str(os.getpid())); phase('load'); time.sleep(300)"
+
+    def kill(_: str) -> None:
+        me = watcher.look(int(Path(pid).read_text()))
+        assert me is not None
+        os.kill(me.parent, signal.SIGKILL)
+
+    assert scripts.run(body, on_phase=kill).returncode == -signal.SIGKILL
+    assert wait_gone(int(Path(pid).read_text()))
 
 
 def test_killed_from_outside_is_told_by_its_signal(scripts: Scripts) -> None:
@@ -159,7 +202,6 @@ def test_children_left_behind_are_ended(
     assert wait_gone(int((scripts.folder / "pid").read_text()))
 
 
-@pytest.mark.usefixtures("_both_ways")
 def test_a_grandchild_that_keeps_the_pipe_does_not_hold_up_the_end(scripts: Scripts) -> None:
     began = time.monotonic()
     ended = scripts.run("if os.fork() == 0: time.sleep(300)\nphase('load')")
@@ -270,7 +312,7 @@ def test_a_stop_from_another_thread_ends_the_group(
             LIMITS,
             scripts.log,
             on_phase,
-            stop=stop,
+            Tether(stop=stop),
         )
     timer.cancel()
     assert wait_gone(int((scripts.folder / "pid").read_text()))
@@ -285,7 +327,7 @@ def test_a_child_has_its_cores_and_its_watcher_the_old_ones(tmp_path: Path) -> N
         LIMITS,
         tmp_path / "log.txt",
         print,
-        cores=[core],
+        Tether(cores=(core,)),
     )
     assert (tmp_path / "log.txt").read_text() == f"{{{core}}}\n"
     assert os.sched_getaffinity(0) == before

@@ -230,14 +230,15 @@ def test_who_has_all_devices_is_said_once(tmp_path: Path) -> None:
     assert len(Screen.notes) == 1
     assert taken[1] is not None
     taken[1].release()
-    (mine,) = executor.free()
-    assert mine.slot == slots[1]
+    mine, *beside = executor.free()
+    assert mine.slot.gpu == slots[1].gpu
+    assert {place.slot.gpu for place in beside} <= {mine.slot.gpu}
     assert list(executor.free()) == []  # ours already
     cfg = Config.parse({"platform": {"device": "cuda"}})
     named = Config.parse({"platform": {"device": "cuda", "gpu": 2}})
     assert executor.suits(slots[1], cfg)
     assert [executor.suits(slot, named) for slot in slots] == [False, False, True, False]
-    for held in [mine, *taken]:
+    for held in [mine, *beside, *taken]:
         if held is not None:
             held.release()
 

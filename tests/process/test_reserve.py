@@ -21,9 +21,8 @@ from openpi_opt.confirm.fresh import FreshRuns, Planned
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.paths import package_dir
-from openpi_opt.process import devices, locks
-from openpi_opt.process.devices import LEASES_VARIABLE, Devices
-from openpi_opt.process.reserve import gpu_name, reserve
+from openpi_opt.process import devices, locks, watcher
+from openpi_opt.process.devices import LEASES_VARIABLE, Devices, gpu_name, reserve
 from openpi_opt.process.run import Place
 from openpi_opt.result import TrialResult
 from openpi_opt.space.settings import DeviceSettings
@@ -213,11 +212,14 @@ def test_promotions_of_two_studies_take_turns(sessions: Sessions) -> None:
 
 
 def test_a_killed_session_leaves_no_process_and_no_lease_to_the_next(sessions: Sessions) -> None:
-    """Stopped, the process does not end by itself, and it holds the lease."""
+    """Stopped with its watcher, the process does not end by itself, and it holds the lease."""
     session = sessions.start("a", 2, 0.5)
     wait_for(sessions.starts)
     (orphan,) = sessions.starts()
-    os.kill(orphan, signal.SIGSTOP)
+    found = watcher.look(orphan)
+    assert found is not None
+    for pid in (found.parent, orphan):
+        os.kill(pid, signal.SIGSTOP)
     session.kill()
     session.communicate()
     (lease,) = {path for path in sessions.leases.iterdir() if path.name == "core-0.lock"}

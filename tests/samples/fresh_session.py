@@ -47,12 +47,11 @@ def trial() -> None:
     parser.add_argument("--in-place", action="store_true")
     for name in ("config", "result", "references"):
         parser.add_argument(f"--{name}", type=Path)
-    for name in ("progress", "gate"):
+    for name in ("progress", "gate", "stopped"):
         parser.add_argument(f"--{name}-fd", type=int)
     own = parser.parse_args()
-    for _ in range(2):
-        pass_gate(own.progress_fd, own.gate_fd)
-        os.write(own.progress_fd, b'{"phase": "load"}\n')
+    pass_gate(own.progress_fd, own.gate_fd)
+    os.write(own.progress_fd, b'{"phase": "measure"}\n')
     began = time.monotonic()
     with Path(own.trial[1], "starts.txt").open("a") as file:
         file.write(f"{os.getpid()}\n")

@@ -123,8 +123,13 @@ def scene(
     state_once: bool = False,
     short_last: bool = False,
     odd_first: bool = False,
+    every_third: int = 0,
 ) -> Scene:
-    """One inference: `cameras` passes of 27 layers, 18 of prefill, `steps` of 18 layers."""
+    """One inference: `cameras` passes of 27 layers, 18 of prefill, `steps` of 18 layers.
+
+    Of the first `every_third` layers of each step but the first, every third has a kernel more, as
+    in a trace of Pi0.5.
+    """
     made = Scene()
     prefill, expert = {
         "compiled": (gemma_layer("MT256x256"), gemma_layer("MT16x16")),
@@ -144,8 +149,12 @@ def scene(
     if state_once:
         made.add("prefill", [("Cijk_Ailk_S_MT16x16x64", 5.0), *expert * 18])
     out = [("triton_poi_fused_mul_slice_10", 4.0), ("Cijk_S_MT32x16x64", 9.0)]
-    for _ in range(steps):
-        made.add("denoise", [*into, *expert * 18, *out])
+    thirds = every_third // 3
+    odd = [*expert * 2, *expert, ("triton_poi_fused_mul_11", 3.0)]
+    for step in range(steps):
+        parts = odd * (thirds if step else 0)
+        plain = 18 - (3 * thirds if step else 0)
+        made.add("denoise", [*into, *parts, *expert * plain, *out])
     return made
 
 

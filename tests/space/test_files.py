@@ -184,7 +184,7 @@ def test_a_link_in_place_of_a_preset_is_replaced_and_its_target_untouched(tmp_pa
     victim.write_text("precious")
     path = preset.preset_path("p", tmp_path)
     path.symlink_to(victim)
-    preset.write(path, composing.compose([]), {"study": "s"})
+    preset.write(path, composing.compose([]), {"study": "s"}, replace=True)
     assert victim.read_text() == "precious"
     assert not path.is_symlink()
 

@@ -1,0 +1,324 @@
+"""Who may touch a device now: several trials prepare on it, one has it, the others stand still.
+
+A trial imports, loads and compiles beside others. Before it checks and measures it asks for the
+device (`trial.Progress.ask`). It has the device until its process and all that it started are gone.
+Meanwhile the others on that device are stopped by SIGSTOP, with everything below them: six stopped
+neighbours change neither mean nor p99 of a captured call on an H100 (3.109 to 3.112 ms against
+3.111 ms), running ones do. A limit on a trial's time counts only while it is not stopped.
+
+One process schedules a device: the one that holds its lease (`devices`). So nothing of this is in a
+file. When that process ends, however it does, the watchers end what it had started (`watcher.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from openpi_opt.config import Config
+from openpi_opt.measure.roofline import stage_work
+from openpi_opt.process.child import Child, Stop, StoppedError
+from openpi_opt.process.devices import Slot
+from openpi_opt.result import Failed, Ok, TrialResult
+
+# A process inside a driver call stops when that ends. One that takes longer is named in the result.
+_STOP_SECONDS = 10.0
+# Kernels that a process had queued before it was stopped still run.
+_SETTLE_SECONDS = 0.1
+_POLL_SECONDS = 0.1
+# Bytes of weights that a trial holds at most while it prepares: its own, and float32 for the guard.
+_COPIES = 3
+_CONTEXT_MIB = 2048  # a runtime's context and libraries, torch, activations
+_MARGIN = 1.15  # between trials that differ in their knobs only
+
+
+class DeviceLostError(Exception):
+    """A process that cannot be killed may still use the device, so nobody else gets it."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Memory that a trial takes at most, in MiB."""
+
+    device: float
+    host: float
+
+
+@dataclass
+class Room:
+    """How many trials fit beside each other: by the memory of the GPU (None: unknown) and host."""
+
+    device_mib: float | None
+    host_mib: float
+    _seen: dict[str, Need] = field(default_factory=dict)  # by context
+
+    @staticmethod
+    def of(slot: Slot, host_mib: float) -> Room:
+        """The room that a slot has on a host with that much memory."""
+        return Room(None if slot.gpu is None else slot.gpu.memory_mib, host_mib)
+
+    def need(self, cfg: Config) -> Need:
+        """From trials of the same context that have ended, else from the size of the weights."""
+        seen = self._seen.get(cfg.context_hash())
+        if seen is not None:
+            return Need(seen.device * _MARGIN + _CONTEXT_MIB, seen.host * _MARGIN)
+        if cfg.model.name == "auto":
+            cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"name": "pi0"})})
+        weights = sum(stage.weights for stage in stage_work(cfg).values()) / 2**20
+        whole = _COPIES * weights + _CONTEXT_MIB
+        return Need(whole, whole)
+
+    def learn(self, result: TrialResult) -> None:
+        """Take in what a trial took."""
+        if isinstance(result, Ok):
+            seen = self._seen.get(result.context_hash, Need(0, 0))
+            self._seen[result.context_hash] = Need(
+                max(seen.device, result.memory.device_peak_mib or 0),
+                max(seen.host, result.memory.host_peak_mib),
+            )
+
+    def holds(self, needs: list[Need]) -> bool:
+        """Whether they fit beside each other. One alone always may try."""
+        if len(needs) < 2:
+            return True
+        host = sum(need.host for need in needs)
+        device = sum(need.device for need in needs)
+        return host <= self.host_mib and (self.device_mib is None or device <= self.device_mib)
+
+
+@dataclass(eq=False)
+class Turn:
+    """One process on the device. It inherits `gate` and `stopped` (`child.Turn`).
+
+    `beside`: others were there while it was. `withdrawn`: it was ended for others' sake.
+    `disturbed` names processes that ran while it had the device.
+    """
+
+    gate: int
+    stopped: int
+    _schedule: Schedule
+    _entry: Entry
+    _need: Need
+    _write: int
+    alone: bool = False
+    beside: bool = False
+    withdrawn: bool = False
+    asked: bool = False
+    disturbed: list[str] = field(default_factory=list)
+    _child: Child | None = None
+    _since: float | None = None  # when it got the device
+
+    def began(self, child: Child) -> None:
+        """Its process is there."""
+        with self._schedule.changed:
+            self._child = child
+            if self.withdrawn:
+                child.kill()
+            elif self._schedule.taken:  # since this process was let in
+                child.pause(_STOP_SECONDS)
+
+    def asks(self) -> None:
+        """It wants the device; asking again changes nothing."""
+        with self._schedule.changed:
+            if not self.asked:
+                self.asked = True
+                self._schedule.advance()
+
+    def ended(self, gone: bool) -> None:
+        """It is over. What cannot be killed may keep the device."""
+        with self._schedule.changed:
+            self._child = None
+            if not gone:
+                self._schedule.lose(self)
+
+
+@dataclass(eq=False)
+class Entry:
+    """A job's place in the line of its device, whatever becomes of its processes.
+
+    As a context it gives the place up at its end.
+    """
+
+    _schedule: Schedule
+
+    def __enter__(self) -> Entry:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._schedule.leave(self)
+
+    def run(self, cfg: Config, start: Callable[[Turn], TrialResult]) -> TrialResult:
+        """Run a process of `cfg` by `start`, and again alone when memory did not do beside others.
+
+        Raises:
+            DeviceLostError: a process that cannot be killed has the device.
+            StoppedError: all is to end.
+        """
+        alone = False
+        while True:
+            with self._schedule.process(self, cfg, alone) as turn:
+                result = start(turn)
+            if not turn.withdrawn:
+                self._schedule.room.learn(result)
+                out = isinstance(result, Failed) and result.outcome == "oom"
+                if alone or not (out and turn.beside):
+                    return _noted(result, turn)
+                alone = True
+            elif self._schedule.lost:
+                raise DeviceLostError("a process that cannot be killed has the device")
+
+
+def _noted(result: TrialResult, turn: Turn) -> TrialResult:
+    if isinstance(result, Failed) and result.outcome == "oom" and turn.alone:
+        reason = f"{result.reason} (alone, after it had run out of memory beside other trials)"
+        return result.model_copy(update={"reason": reason})
+    if isinstance(result, Ok) and turn.disturbed:
+        names = ", ".join(turn.disturbed)
+        note = f"not all of its neighbours could be stopped while it was measured: {names}"
+        return result.model_copy(update={"notes": [*result.notes, note]})
+    return result
+
+
+class Schedule:
+    """The processes on one device. Every method may be called from any thread.
+
+    With `in_order` the device is given in the order of the entries, and else to the oldest that
+    asks. `stop` ends all of it.
+    """
+
+    def __init__(self, stop: Stop, room: Room, in_order: bool = False):
+        self.room = room
+        self.changed = threading.Condition(threading.RLock())
+        self.taken: Turn | None = None  # who has the device
+        self.lost = False
+        self.measured_seconds = 0.0
+        self._stop, self._in_order = stop, in_order
+        self._entries: list[Entry] = []
+        self._turns: list[Turn] = []
+        self._alone: list[Turn] = []  # who wants to be, or is
+
+    def join(self) -> Entry:
+        """A place at the end of the line."""
+        with self.changed:
+            self._entries.append(Entry(self))
+            return self._entries[-1]
+
+    def leave(self, entry: Entry) -> None:
+        """Its job has ended."""
+        with self.changed:
+            self._entries.remove(entry)
+            self.advance()
+
+    @contextlib.contextmanager
+    def process(self, entry: Entry, cfg: Config, alone: bool = False) -> Iterator[Turn]:
+        """Room for one process: waits while another has the device, or there is no memory left.
+
+        Raises:
+            DeviceLostError: nobody gets on any more.
+            StoppedError: all is to end.
+        """
+        need = self.room.need(cfg)
+        gate, write = os.pipe()
+        stopped = os.memfd_create("stopped")
+        turn = Turn(gate, stopped, self, entry, need, write, alone)
+        try:
+            with self.changed:
+                self._let_in(turn)
+            yield turn
+        finally:
+            with self.changed:
+                self._remove(turn)
+                for fd in (gate, write, stopped):
+                    os.close(fd)
+
+    def advance(self) -> None:
+        """Give the device to the next that asks, and let all go on when none does."""
+        self.changed.notify_all()
+        if self.taken is not None or self.lost or self._stop.is_set:
+            return
+        turn = self._next()
+        if turn is None:
+            for each in self._turns:
+                if each._child is not None:
+                    each._child.resume()
+            return
+        self.taken, turn._since = turn, time.monotonic()
+        others = [each._child for each in self._turns if each is not turn and each._child]
+        running = [child for child in others if not child.paused]
+        for child in running:
+            turn.disturbed += child.pause(_STOP_SECONDS)
+        if running:
+            time.sleep(_SETTLE_SECONDS)
+        if turn._child is not None:
+            turn._child.resume()
+        os.write(turn._write, b".")
+
+    def lose(self, by: Turn) -> None:
+        """Something of `by` that cannot be killed is on the device: nobody gets it any more."""
+        self.lost = True
+        self._withdraw([turn for turn in self._turns if turn not in (by, self.taken)])
+        self.changed.notify_all()
+
+    def _let_in(self, turn: Turn) -> None:
+        if turn.alone:
+            self._alone.append(turn)
+        while not self._may_begin(turn):
+            if self.lost:
+                raise DeviceLostError("a process that cannot be killed has the device")
+            if self._stop.is_set:
+                raise StoppedError("ended before it had begun")
+            self.changed.wait(_POLL_SECONDS)
+        for each in self._turns:
+            each.beside = turn.beside = True
+        self._turns.append(turn)
+
+    def _may_begin(self, turn: Turn) -> bool:
+        if self.lost or self._stop.is_set or self.taken is not None:
+            return False
+        lonely = self._lonely()
+        head = self._in_order and self._entries[0] is turn._entry
+        if turn.alone:
+            if lonely is turn and head:  # who is behind it in the line waits for it, too
+                self._withdraw(self._turns)
+            return lonely is turn and not self._turns
+        if lonely is not None:
+            return False
+        return head or self.room.holds([*(each._need for each in self._turns), turn._need])
+
+    def _lonely(self) -> Turn | None:
+        """Who is alone, or is to be next; in order only the head of the line may."""
+        for turn in self._alone:
+            if not self._in_order or turn._entry is self._entries[0]:
+                return turn
+        return None
+
+    def _next(self) -> Turn | None:
+        """Who gets the device: in the order of the entries."""
+        by_entry = {turn._entry: turn for turn in self._turns}
+        for entry in self._entries:
+            turn = by_entry.get(entry)
+            if turn is not None and turn.asked:
+                return turn
+            if self._in_order:
+                return None
+        return None
+
+    def _withdraw(self, turns: list[Turn]) -> None:
+        for turn in turns:
+            turn.withdrawn = True
+            if turn._child is not None:
+                turn._child.kill()
+
+    def _remove(self, turn: Turn) -> None:
+        for turns in (self._turns, self._alone):
+            if turn in turns:
+                turns.remove(turn)
+        if self.taken is turn:
+            assert turn._since is not None
+            self.measured_seconds += time.monotonic() - turn._since
+            self.taken = None
+        self.advance()
