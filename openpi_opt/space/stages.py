@@ -3,8 +3,8 @@
 Each trial tells the time of every stage, and each option which stages it can change, so one trial
 is a lesson for three smaller searches. `stage_model.StageModel` learns from them; a proposal is the
 point that is fastest by the model's means or, every second time, under one sample of its effects,
-found by changing one key at a time from a known point and from a random one. Only points that every knob admits are looked at, and none
-that is known or being measured.
+found by changing one key at a time from a known point and from a random one. Only points that every
+knob admits are looked at, and none that is known or being measured.
 """
 
 from __future__ import annotations
