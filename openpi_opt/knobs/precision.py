@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from openpi_opt.pi0.policy import Pi0Policy
 
 _TF32_MIN_SM = 80
-_XF32_ARCHS = ("gfx942",)  # gfx950 has no such matrix instruction any more
+# gfx942 has an instruction for it; gfx950 has none, and hipBLASLt computes it by three products in
+# bfloat16 (ROCm 7, "TF32 emulation").
+_XF32_ARCHS = ("gfx942", "gfx950")
 
 
 class PrecisionOptions(Options):

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from openpi_opt.cli import least_width, print_uncut
-from openpi_opt.config import Config
+from openpi_opt.config import Config, nature
 from openpi_opt.criteria import Criteria, pareto
 from openpi_opt.figures import Figure
 from openpi_opt.result import FILES_SINCE, Ok, Pruned
@@ -247,11 +247,11 @@ def lossy(record: Record) -> bool:
 
     Such a trial has a wider limit of its own in the guard, so it is not the best one unless asked.
     """
-    return Config.load(record.result.config).lossy()
+    return nature(record.result.config).lossy
 
 
 def _is_plain(record: Record) -> bool:
-    return Config.load(record.result.config).is_baseline()
+    return nature(record.result.config).plain
 
 
 def _over(record: Record, criteria: Criteria) -> dict[str, str]:
