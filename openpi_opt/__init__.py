@@ -9,10 +9,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from openpi_opt import sweep
+    from openpi_opt.api import Study, load_study
     from openpi_opt.deploy import ReadyPolicy, load_policy
     from openpi_opt.observation import Observation
 
-__all__ = ["Observation", "ReadyPolicy", "load_policy"]
+__all__ = ["Observation", "ReadyPolicy", "Study", "load_policy", "load_study", "sweep"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +23,14 @@ def __getattr__(name: str) -> Any:
         from openpi_opt import deploy
 
         return getattr(deploy, name)
+    if name in ("Study", "load_study"):
+        from openpi_opt import api
+
+        return getattr(api, name)
+    if name == "sweep":  # the verb's module, which can be called
+        import importlib
+
+        return importlib.import_module("openpi_opt.sweep")
     if name == "Observation":
         from openpi_opt.observation import Observation
 

@@ -1,4 +1,4 @@
-"""Studies from Python: `openpi_opt.load_study(...)`.
+"""Studies from Python: `openpi_opt.sweep(...)`, `openpi_opt.load_study(...)`.
 
 The same code as the verbs, for notebooks and programs: what goes wrong raises `UserError`, and
 nothing exits the interpreter.
@@ -6,6 +6,7 @@ nothing exits the interpreter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,29 @@ def load_study(name: str, store: str | Path = DEFAULT_STORE) -> Study:
     opened = Store.open(store, create=False)
     opened.find_study(name)
     return Study(name, opened)
+
+
+def sweep(
+    overrides: Sequence[str], study: str | None = None, store: str | Path = DEFAULT_STORE
+) -> Study:
+    """Run a sweep here, with progress on stderr and its table on stdout.
+
+    `overrides` are the words of `python -m openpi_opt.sweep -m`, for instance
+    `["attention=eager,sdpa", "model=pi0_mini"]`.
+
+    Raises:
+        UserError: bad input, or no trial was ok.
+        KeyboardInterrupt: what was finished is kept; the same call goes on.
+    """
+    from openpi_opt import sweep as verb
+    from openpi_opt.space.settings import default_study_name
+
+    name = study or default_study_name(overrides)
+    words = ["-m", *overrides, f"study={name}", f"store={Path(store).absolute()}"]
+    code = verb.main(words)
+    if code != 0:
+        raise UserError(f"study {name}: no trial was ok; the lines above say why.")
+    return load_study(name, store)
 
 
 def _plain(row: Row) -> dict[str, Any]:

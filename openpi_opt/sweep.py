@@ -10,6 +10,8 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
@@ -25,6 +27,9 @@ from openpi_opt.space.errors import user_errors
 from openpi_opt.space.files import check_option, check_variables
 from openpi_opt.space.settings import Settings
 from openpi_opt.space.space import Space, parse_override
+
+if TYPE_CHECKING:
+    from openpi_opt.api import Study
 
 DRY_RUN_LIMIT = 50
 # Hydra's verbs that run nothing.
@@ -182,6 +187,18 @@ def _check(arguments: Namespace) -> None:
                 f"for one value with a comma in it, quote it: \"{line.partition('=')[0]}='a,b'\"."
             )
 
+
+class _Callable(ModuleType):
+    """This module is also the function `openpi_opt.sweep(...)`: both have that name."""
+
+    def __call__(self, *arguments: Any, **more: Any) -> Study:
+        """Run a sweep from Python: see `api.sweep`."""
+        from openpi_opt import api
+
+        return api.sweep(*arguments, **more)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     run(main, CONTINUED)

@@ -32,8 +32,10 @@ _ALL = (
     Verb("ladder", "build a configuration up, a knob at a time", "preset=h100", True, True),
     Verb("ablate", "take a configuration apart, a knob at a time", "preset=h100", True, True),
     Verb("pairs", "compare two configurations in rounds of fresh processes", "preset=h100", True),
+    Verb("serve", "a preset behind openpi's websocket protocol", "preset=h100 robot=libero", True),
     Verb("analyze", "where the time goes in a profiler's trace", "trace.json.gz"),
     Verb("kernels", "registers, spills and instructions of the own kernels", ""),
+    Verb("tune", "matrix products for AMD's tuners", "gemm preset=mi350_runbook", True, True),
     Verb("doctor", "what this machine has and lacks", ""),
     Verb("track", "deliver to MLflow what it lacks", "sync"),
 )

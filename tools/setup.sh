@@ -33,4 +33,6 @@ else
     "$python" -m venv .venv
     $pip install -q -c constraints.txt -e '.[dev]'
 fi
+# openpi's client, for the server's tests. It asks for numpy < 2, and works with newer ones.
+$pip install -q --no-deps openpi-client==0.1.2 || echo "== without openpi-client: one test is skipped"
 echo "== installed into .venv: $(.venv/bin/python -c 'import torch; print("torch", torch.__version__)')"

@@ -7,7 +7,7 @@ The keys say what openpi's robot policies and data configurations do in code
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
@@ -19,6 +19,7 @@ from openpi_opt.config import Section
 from openpi_opt.errors import UserError
 from openpi_opt.paths import conf_dir, user_conf_dir
 
+_MOST = 32  # dimensions of the model's state and actions
 Camera = Literal["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"]
 
 
@@ -43,17 +44,17 @@ class Robot(Section):
 
     `cameras`: where each of the model's cameras is in an observation; `a/b` is `observation["a/b"]`
     or `observation["a"]["b"]`. A camera that is left out, or is in `optional` and absent, is black
-    and masked. `state`: the vectors that make up the state, in order. `actions`: how many leading
-    dimensions are the robot's. `delta`: runs of dimensions for each family, positive where the
-    model's actions are relative to the state, negative where they are absolute: [6, -1].
-    `discrete_state`: families whose prompt says the state. `asset_id`: folder of the statistics
-    below `assets/` of a checkpoint. `signs` turn joints, of state and actions alike. `metadata` is
-    what a server tells its clients.
+    and masked. `state`: the vectors that make up the state, in order, with their lengths.
+    `actions`: how many leading dimensions are the robot's. `delta`: runs of dimensions for each
+    family, positive where the model's actions are relative to the state, negative where they are
+    absolute: [6, -1]. `discrete_state`: families whose prompt says the state. `asset_id`: folder
+    of the statistics below `assets/` of a checkpoint. `signs` turn joints, of state and actions
+    alike. `metadata` is what a server tells its clients.
     """
 
     cameras: dict[Camera, str] = Field(min_length=1)
     optional: tuple[Camera, ...] = ()
-    state: tuple[str, ...] = Field(min_length=1)
+    state: dict[str, Annotated[int, Field(ge=1)]] = Field(min_length=1)
     prompt: str = "prompt"
     default_prompt: str | None = None
     actions: int = Field(ge=1)
@@ -65,10 +66,15 @@ class Robot(Section):
     metadata: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _optional_is_known(self) -> Robot:
+    def _agrees(self) -> Robot:
         unknown = set(self.optional) - set(self.cameras)
         if unknown:
             raise ValueError(f"optional names {', '.join(sorted(unknown))}, not among cameras")
+        dims = sum(self.state.values())
+        if dims > _MOST or self.actions > _MOST:
+            raise ValueError(f"state has {dims} dimensions and actions {self.actions}, of {_MOST}")
+        if self.signs is not None and {dims, self.actions} != {len(self.signs)}:
+            raise ValueError(f"{len(self.signs)} signs for a state of {dims} dimensions")
         return self
 
     def relative(self, family: Family) -> NDArray[np.bool_]:

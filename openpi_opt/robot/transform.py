@@ -39,10 +39,6 @@ class Transforms(NamedTuple):
         normalised = self.statistics.state.normalised(state)
         spoken = normalised if self.family in robot.discrete_state else None
         ids = self.tokenizer.ids(_prompt(robot, raw), spoken)
-        if len(state) > self.action_dim:
-            raise ValueError(
-                f"the state has {len(state)} dimensions, and the model takes {self.action_dim}"
-            )
         padded = np.zeros((1, self.action_dim), np.float32)
         padded[0, : len(state)] = normalised
         tokens = np.asarray([ids], np.int64)
@@ -108,10 +104,11 @@ def _needed(raw: Mapping[str, Any], key: str) -> Any:
 
 def _state(robot: Robot, raw: Mapping[str, Any]) -> Floats:
     parts = []
-    for key in robot.state:
+    for key, dims in robot.state.items():
         part = np.atleast_1d(np.asarray(_needed(raw, key)))
-        if part.ndim != 1 or part.dtype.kind not in "iuf":
-            raise ValueError(f"{key} is {part.dtype} {list(part.shape)}; it must be a vector")
+        if part.shape != (dims,) or part.dtype.kind not in "iuf":
+            found = f"{part.dtype} {list(part.shape)}"
+            raise ValueError(f"{key} is {found}; it must be a vector of {dims} numbers")
         if not np.isfinite(part).all():
             raise ValueError(f"{key}[{int(np.argmin(np.isfinite(part)))}] is not finite")
         parts.append(part.astype(np.float64))
@@ -136,10 +133,6 @@ def _prompt(robot: Robot, raw: Mapping[str, Any]) -> str:
 def _model_state(robot: Robot, state: Floats) -> Floats:
     """The robot's state in the model's conventions."""
     if robot.signs is not None:
-        if len(state) != len(robot.signs):
-            raise ValueError(
-                f"the state has {len(state)} dimensions; this robot has {len(robot.signs)}"
-            )
         state = state * np.asarray(robot.signs)
     if robot.gripper is not None:
         dims = list(robot.gripper.dims)

@@ -211,9 +211,9 @@ def test_aloha_turns_joints_and_measures_grippers_as_the_base_model(tmp_path: Pa
         ({"prompt": None}, "prompt is NoneType"),
         ({"prompt": 5}, "prompt is int"),
         ({"observation/state": None}, "lacks observation/state; it has observation/image"),
-        ({"observation/state": np.array([0.0, np.nan])}, r"observation/state\[1\] is not finite"),
-        ({"observation/state": "open"}, "must be a vector"),
-        ({"observation/state": np.zeros(33)}, "33 dimensions"),
+        ({"observation/state": np.array([0, np.nan] * 4)}, r"observation/state\[1\] is not finite"),
+        ({"observation/state": "open"}, "must be a vector of 8"),
+        ({"observation/state": np.zeros(33)}, "must be a vector of 8"),
         ({"observation/image": np.zeros((0, 5, 3), np.uint8)}, "observation/image has shape"),
     ],
 )
@@ -227,7 +227,7 @@ def test_what_a_robot_does_not_send_is_refused_by_name(
 
 def test_a_robot_of_ones_own_is_a_small_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("cameras: {base_0_rgb: top}\nstate: [arm, hand]\nactions: 3\n")
+    file.write_text("cameras: {base_0_rgb: top}\nstate: {arm: 2, hand: 1}\nactions: 3\n")
     robot = spec.load(str(file))
     untouched = Scale(np.zeros(0), np.ones(0), 0.0)
     stats = Statistics(untouched, untouched, file)
@@ -242,9 +242,9 @@ def test_a_robot_of_ones_own_is_a_small_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("cameras: {base_0_rgb: top}\nstate: [arm]\n", "actions .* required"),
-        ("cameras: {top: base_0_rgb}\nstate: [arm]\nactions: 3\n", "cameras.top"),
-        ("cameras: {base_0_rgb: top}\nstate: [arm]\nactions: 3\nspeed: 2\n", "speed"),
+        ("cameras: {base_0_rgb: top}\nstate: {arm: 2}\n", "actions .* required"),
+        ("cameras: {top: base_0_rgb}\nstate: {arm: 2}\nactions: 3\n", "cameras.top"),
+        ("cameras: {base_0_rgb: top}\nstate: {arm: 2}\nactions: 3\nspeed: 2\n", "speed"),
         ("cameras: [", "cannot be read"),
         ("- 1\n", "the file"),
     ],

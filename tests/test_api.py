@@ -1,0 +1,56 @@
+"""Studies from Python: the same as the verbs, without an exit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+import openpi_opt
+from openpi_opt import api
+from openpi_opt.errors import UserError
+
+QUICK = (
+    *("model=pi0_mini", "platform=cpu", "workload.steps=1", "workload.horizon=2"),
+    *("measure.iterations=10", "measure.max_seconds=1", "guard=default"),
+)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> api.Study:
+    store = tmp_path_factory.mktemp("api") / "mlruns"
+    return openpi_opt.sweep(["attention=eager,sdpa,aiter", *QUICK], study="s", store=store)
+
+
+def test_a_sweep_returns_its_study(study: api.Study) -> None:
+    trials = study.trials
+    assert set(trials["attention"]) == {"eager", "aiter", "sdpa"}
+    assert dict(trials["outcome"].value_counts()) == {"ok": 2, "unavailable": 1}
+    ok = trials[trials["outcome"] == "ok"]
+    assert (ok["mean_ms"] > 0).all()
+    assert trials[trials["outcome"] != "ok"]["mean_ms"].isna().all()
+    assert study.best is not None
+    assert study.best["mean_ms"] == ok["mean_ms"].min()
+    assert math.isclose(ok["vs_baseline"].iloc[0], 1.0)
+
+
+def test_it_can_be_loaded_reported_and_is_called_again_for_nothing(
+    study: api.Study, tmp_path: Path
+) -> None:
+    again = openpi_opt.load_study("s", study.store.path)
+    assert again.trials.equals(study.trials)
+    assert again.report(tmp_path / "r.html").stat().st_size > 1e6
+    known = openpi_opt.sweep(
+        ["attention=eager,sdpa,aiter", *QUICK], study="s", store=study.store.path
+    )
+    assert len(known.records) == len(study.records)
+
+
+def test_errors_are_raised(study: api.Study, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not in the store"):
+        openpi_opt.load_study("absent", study.store.path)
+    with pytest.raises(UserError, match="attenton"):
+        openpi_opt.sweep(["attenton=eager"], store=tmp_path)
+    with pytest.raises(UserError, match="too short"):
+        study.promote("p", 0.01, "--preset-dir", str(tmp_path))
