@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 from openpi_opt import interrupt
-from openpi_opt.config import Config
+from openpi_opt.config import Config, nature
 from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.executor import Executor, LocalExecutor, LostError, Run
@@ -594,7 +594,7 @@ class _Engine:
             return
         if self.criteria.over(result):  # fast perhaps, but never the best
             return
-        if self.criteria.allow_lossy or not Config.load(result.config).lossy():
+        if self.criteria.allow_lossy or not nature(result.config).lossy:
             best = self._best.get(result.context_hash, math.inf)
             self._best[result.context_hash] = min(best, result.latency.mean_ms)
 

@@ -262,9 +262,10 @@ def compose(
         check_name(preset)
         chosen.insert(0, f"preset={preset}")
     chosen = resolve_auto(chosen, preset_dir)
-    values = Composer(preset_dir).compose(chosen).values
+    with _HYDRA:  # the grammar's parser has no lock of its own
+        values = Composer(preset_dir).compose(chosen).values
+        keys = [parse_override(line).key_or_group.split(".") for line in overrides]
     provenance = values.get("provenance") or {}
-    keys = [parse_override(line).key_or_group.split(".") for line in overrides]
     for section in ("model", "workload"):
         named = [key for key in keys if key[0] == section]
         if section in provenance and [section] not in named:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from openpi_opt.config import Config
+from openpi_opt.config import Config, nature
 from openpi_opt.figures import metrics as figures
 from openpi_opt.result import Gpu, Kernels, Ok, Pruned, Roofline, Wrong
 from openpi_opt.track.journal import Record
@@ -90,7 +90,7 @@ def tags(record: Record) -> dict[str, str]:
         "compile_cache": (result.compile_cache or "") if isinstance(result, Ok) else "",
         "noisy": str(result.latency.noisy).lower() if isinstance(result, Ok) else "",
         "flags": one_line("; ".join(result.flags()), MAX_REASON) if isinstance(result, Ok) else "",
-        "lossy": "true" if Config.load(result.config).lossy() else "",
+        "lossy": "true" if nature(result.config).lossy else "",
         "reason": one_line(reason(record), MAX_REASON),
     }
     marked = {f"openpi_opt.{key}": value[:MAX_TAG] for key, value in found.items() if value}

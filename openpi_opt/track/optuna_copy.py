@@ -8,7 +8,6 @@ without parameters in state FAIL.
 
 from __future__ import annotations
 
-import functools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from openpi_opt.config import Config
+from openpi_opt.config import nature
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import masked
 from openpi_opt.result import Pruned, TrialResult, write_atomic
@@ -100,13 +99,7 @@ def constraints(result: TrialResult, criteria: Criteria) -> dict[str, float]:
     limits = criteria.excess(result)
     if criteria.allow_lossy:
         return limits
-    return {_LOSSY: 1.0 if _is_lossy(json.dumps(result.config)) else -1.0, **limits}
-
-
-@functools.lru_cache(maxsize=65_536)
-def _is_lossy(config: str) -> bool:
-    """Reading a configuration takes a millisecond, and a continued study has thousands."""
-    return Config.load(json.loads(config)).lossy()
+    return {_LOSSY: 1.0 if nature(result.config).lossy else -1.0, **limits}
 
 
 class OptunaCopy:

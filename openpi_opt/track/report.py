@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from openpi_opt.cli import least_width, print_uncut
-from openpi_opt.config import Config
+from openpi_opt.config import Config, nature
 from openpi_opt.criteria import Criteria, pareto
 from openpi_opt.figures import Figure
 from openpi_opt.result import FILES_SINCE, Ok, Pruned
@@ -247,11 +247,11 @@ def lossy(record: Record) -> bool:
 
     Such a trial has a wider limit of its own in the guard, so it is not the best one unless asked.
     """
-    return Config.load(record.result.config).lossy()
+    return nature(record.result.config).lossy
 
 
 def _is_plain(record: Record) -> bool:
-    return Config.load(record.result.config).is_baseline()
+    return nature(record.result.config).plain
 
 
 def _over(record: Record, criteria: Criteria) -> dict[str, str]:
@@ -488,7 +488,19 @@ def _against(floor_ms: float | None, took_ms: float | None, fraction: float | No
 def _below(group: Group) -> list[Text]:
     """What stands below a table: reasons, flags, then footnotes."""
     lines = [*_reasons(group.rows), *flag_lines(group.rows), *group.footnotes]
+    lines += _guard_lines(group.rows)
     return [Text(line, overflow="fold") for line in lines]
+
+
+def _guard_lines(found: Sequence[Row]) -> list[str]:
+    """What the guard of these trials sees, where that was measured."""
+    powers = {row.ok.guard.power for row in found if row.ok and row.ok.guard.power}
+    lines = []
+    for power in sorted(powers, key=lambda power: power.smallest):
+        seen = f"smallest margin {power.smallest:.1f} times the tolerance ({power.mutation})"
+        missed = f"; this guard cannot see: {', '.join(power.missed)}" if power.missed else ""
+        lines.append(f"guard, by mistakes made on purpose: {seen}{missed}")
+    return lines
 
 
 def _outcome(row: Row) -> str:

@@ -60,10 +60,9 @@ def test_a_sampled_space_begins_with_its_starts_and_starts_nothing_senseless(
     outcome, screen, space = run(lines, tmp_path / "store", "space=full", fake=fake, n_trials=12)
     assert all(left_out(cfg, H100, allow_lossy=False) is None for cfg in fake.ran)
     records = [record for record in outcome.records if record.role == "trial"]
-    assert [record.params for record in records[:4]] == list(space.start.values())
+    assert [record.params for record in records[: len(space.start)]] == list(space.start.values())
     assert len(records) == len({record.result.config_hash for record in records}) == 12
     assert {record.result.outcome for record in records} == {"ok"}
-    assert [note for note in screen.notes if note.startswith("passed over")]
     assert not [note for note in screen.notes if "left out" in note]
     again, _, _ = run(lines, tmp_path / "store", "space=full", fake=fake, n_trials=12)
     assert again.new == 0
