@@ -248,6 +248,11 @@ class Blas(Knob[BlasOptions]):
             call = _after_first(call, partial(_finish_tuning, options.tunableop.file))
         return call
 
+    def float32_form(self, cfg: Configuration) -> BlasOptions:
+        """FP8 keeps its layers; which library multiplies is no structure."""
+        options = self.canonical(cfg)
+        return BlasOptions(fp8=options.fp8, backend="fp8" if options.backend == "fp8" else "torch")
+
     def notes(self, cfg: Configuration) -> list[str]:
         """What the files that were read hold, and the shapes that aiter handed back to torch."""
         notes = [f"blas.{key}: {content_of(path)}" for key, path in self.files(cfg).items()]

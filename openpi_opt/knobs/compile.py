@@ -182,6 +182,10 @@ class Compile(Knob[CompileOptions]):
         call = CompiledCall(policy.sample_actions, parts, options.mode in CAPTURING)
         policy.sample_actions = call  # type: ignore[method-assign]
 
+    def float32_form(self, cfg: Configuration) -> CompileOptions:
+        """What Inductor makes of float32 operations says nothing of those in 16 bits."""
+        return CompileOptions()
+
     def notes(self, cfg: Configuration) -> list[str]:
         """Name the options that were asked for and that nothing reads."""
         if self.of(cfg).mode == "off":

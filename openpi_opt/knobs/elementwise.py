@@ -80,6 +80,11 @@ class Elementwise(Knob[ElementwiseOptions]):
         policy.ops.gelu = triton_activation.gelu
         policy.ops.gelu_mul = triton_activation.gelu_mul
 
+    def float32_form(self, cfg: Configuration) -> ElementwiseOptions:
+        """Aiter's kernels take 16 bits only."""
+        options = self.of(cfg)
+        return ElementwiseOptions() if options.backend == "aiter" else options
+
     def label(self, options: ElementwiseOptions) -> str:
         """The backend, and the kernel that is not its own."""
         return options.backend + (" rotary=triton" if options.rotary == "triton" else "")

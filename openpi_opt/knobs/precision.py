@@ -89,6 +89,10 @@ class Precision(Knob[PrecisionOptions]):
 
         precision.cast(policy, getattr(torch, self.of(cfg).dtype))
 
+    def float32_form(self, cfg: Configuration) -> PrecisionOptions:
+        """float32, all of its bits."""
+        return PrecisionOptions(dtype="float32")
+
     def notes(self, cfg: Configuration) -> list[str]:
         """Say so when the CPU took the switch's meaning away."""
         if self.of(cfg).tf32 and not self.canonical(cfg).tf32:
