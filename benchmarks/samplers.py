@@ -31,11 +31,12 @@ from openpi_opt.config import Config
 from openpi_opt.knobs.base import STAGES
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.result import Failed, Ok, TrialResult
+from openpi_opt.space.compose import Composer
 from openpi_opt.space.features import IDLE, features, parts, touched
-from openpi_opt.space.named import NamedSpace
 from openpi_opt.space.optimizer import Optimizer
 from openpi_opt.space.points import Points
 from openpi_opt.space.prepare import prepare
+from openpi_opt.space.settings import Settings
 from openpi_opt.space.space import Space
 from openpi_opt.space.stages import Map, Place
 
@@ -263,16 +264,17 @@ def main(argv: list[str] | None = None) -> int:
     for seed in range(own.seeds):
         call = shared or made_up(seed, atlas)
         best = best_of(call, atlas, 0 if shared else seed)
+        found = {}
         for name in own.sampler:
-            began = time.monotonic()
-            found = search(name, seed, call, space, points, own.trials)
-            curves[name].append([ms / best - 1 for ms in found])
-            took = (time.monotonic() - began) / own.trials
-            print(
-                f"seed {seed} {name}: {curves[name][-1][-1]:+.1%}, {took:.2f} s a trial",
-                file=sys.stderr,
-                flush=True,
-            )
+            began = time.process_time()
+            found[name] = search(name, seed, call, space, points, own.trials)
+            took = (time.process_time() - began) / own.trials
+            print(f"seed {seed} {name}: {took:.2f} s a trial", file=sys.stderr, flush=True)
+        best = min(best, *(curve[-1] for curve in found.values()))
+        for name, curve in found.items():
+            curves[name].append([ms / best - 1 for ms in curve])
+        ends = ", ".join(f"{name} {each[-1][-1]:+.1%}" for name, each in curves.items())
+        print(f"seed {seed}: {ends}", file=sys.stderr, flush=True)
     if own.json is not None:
         own.json.write_text(json.dumps(curves) + "\n")
     for line in table(curves, own.trials):
@@ -302,21 +304,12 @@ def table(curves: Mapping[str, list[list[float]]], trials: int) -> list[str]:
     return lines
 
 
-def _full() -> tuple[Space, Callable[[list[str]], Config]]:
+def _full() -> tuple[Space, Composer]:
     """`space=full` for the full model, as a sweep's command line gives it."""
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra._internal.utils import create_automatic_config_search_path
-    from hydra.types import RunMode
-    from openpi_opt.space.composing import SweepCompose, plain
-
-    from openpi_opt.paths import conf_dir
-    from openpi_opt.space.settings import Settings
-
     words = ["space=full", "model=pi0", "workload=three_cameras", "platform=cuda"]
-    loader = ConfigLoaderImpl(create_automatic_config_search_path(None, None, str(conf_dir())))
-    master = loader.load_configuration("sweep", words, RunMode.MULTIRUN)
-    named: NamedSpace = Settings.parse(plain(master, lenient=True)).space
-    return named.join(words, loader), SweepCompose(loader, master)
+    composer = Composer()
+    named = Settings.parse(composer.settings(words)).space
+    return named.join(words, composer.options), composer
 
 
 def _parser() -> argparse.ArgumentParser:

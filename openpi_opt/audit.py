@@ -9,7 +9,6 @@ Sources: AMD's workload tuning guide for MI300X (NUMA balancing, debugging varia
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
 import importlib.util
 import os
@@ -23,6 +22,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from openpi_opt import machine as machines
+from openpi_opt.errors import RefusedError
+from openpi_opt.kernels.aiter_tables import read_table, shipped, usable
 from openpi_opt.machine import Machine
 from openpi_opt.paths import conf_dir
 from openpi_opt.vendor import BY_NAME, GPU_VENDORS, VENDORS, base
@@ -42,6 +43,9 @@ REQUIRED = (
     ("rich", "rich", "13.7"),
     ("filelock", "filelock", "3.30"),
     ("matplotlib", "matplotlib", "3.9"),
+    ("plotly", "plotly", "6"),
+    ("jinja2", "jinja2", "3.1"),
+    ("pandas", "pandas", "2"),
     ("safetensors", "safetensors", "0.4.5"),
     ("numpy", "numpy", "1.26"),
     ("scipy", "scipy", "1.11"),
@@ -86,7 +90,11 @@ CONTRADICTIONS: tuple[tuple[str, str, str], ...] = (
      "other switches off"),
     ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "HIP reads both"),
 )  # fmt: skip
-_CU_OF_GFX = {"256": "gfx950", "304": "gfx942", "80": "gfx942"}
+
+_BUSY = 0.5  # of the cores
+# Time and MiB of `make sweep`. CPU: measured, two idle cores of an EPYC, the store alone. GPU: from
+# the phases of the trials of experiments/0001-first-sweep (H100) without `compile`; AMD: not known.
+_FIRST_SWEEP = {"cpu": ("1 to 3 minutes", 10), "gpu": ("1 to 2 minutes", 500)}
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,8 @@ def audit(host: Host) -> list[Finding]:
         *_aiter(host),
         *_numa(host),
         *_governor(host),
+        *_load(host),
+        *_first_sweep(host),
         *_environment(host.environ),
     ]
 
@@ -246,8 +256,8 @@ def _compilers(host: Host) -> list[Finding]:
 def _aiter(host: Host) -> list[Finding]:
     package = host.machine.aiter
     install = (
-        "AMD's is not on PyPI: build it from github.com/ROCm/aiter (distribution amd-aiter), "
-        "AITER_USE_SYSTEM_TRITON=1 keeps your Triton"
+        "pip install --pre amd-aiter (a pre-release; `aiter` is another package), or build it from "
+        "github.com/ROCm/aiter, where AITER_USE_SYSTEM_TRITON=1 keeps your Triton"
     )
     if package is None:
         if not host.with_aiter:
@@ -264,41 +274,26 @@ def _aiter(host: Host) -> list[Finding]:
 
 def _tuned_products(host: Host, package: Path) -> list[Finding]:
     """Products without a row in the table go to torch's BLAS, with one log line and no error."""
-    name, variable = "aiter tuned GEMM table", "AITER_CONFIG_GEMM_BF16"
-    if not host.with_aiter:
+    name, gpu = "aiter tuned GEMM table", next(iter(host.with_aiter), None)
+    if gpu is None:
         return []
-    arch = host.with_aiter[0].arch
-    named = host.environ.get(variable)
-    if named:
-        files = [Path(part) for part in named.split(os.pathsep) if part]
-    else:
-        configs = package / "configs"
-        files = [configs / "bf16_tuned_gemm.csv"]
-        files += sorted((configs / "model_configs").glob("*bf16_tuned_gemm*.csv"))
-    rows: Counter[str] = Counter()
-    for file in files:
-        try:
-            with file.open(newline="", encoding="utf-8") as lines:
-                table = csv.DictReader(lines)
-                if len(files) == 1 and "gfx" not in (table.fieldnames or ["gfx"]):
-                    what = f"{file} has no column gfx: aiter raises KeyError at the first product"
-                    mend = f"add the column (gfx of this GPU: {arch}), or retune"
-                    return [Finding("packages", name, "problem", what, mend)]
-                for row in table:
-                    gfx = row.get("gfx") or _CU_OF_GFX.get(row.get("cu_num") or "", "unknown")
-                    rows[gfx] += 1
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            if named:
-                what = f"{file}, named by {variable}, cannot be read: {error}"
-                mend = f"correct or unset {variable}"
-                return [Finding("packages", name, "problem", what, mend)]
-    if rows[arch]:
-        return [Finding("packages", name, "ok", f"{rows[arch]} rows for {arch}")]
-    others = ", ".join(f"{count} for {gfx}" for gfx, count in sorted(rows.items()) if count)
-    what = f"no rows for {arch} ({others or 'empty'}): each product falls back to torch's BLAS"
+    named = host.environ.get("AITER_CONFIG_GEMM_BF16", "")
+    files = [Path(part) for part in named.split(os.pathsep) if part] or shipped(package)
+    try:
+        rows = [row for file in files for row in read_table(file)]
+    except RefusedError as error:
+        mend = "retune, or unset AITER_CONFIG_GEMM_BF16 (a sweep reads blas.aiter.table instead)"
+        return [Finding("packages", name, "problem", str(error), mend)]
+    own, units = usable(rows, gpu.arch, gpu.units), gpu.units or "an unknown number of"
+    if own:
+        what = f"{len(own)} of {len(rows)} rows for {gpu.arch} with {units} compute units"
+        return [Finding("packages", name, "ok", what)]
+    others = Counter(f"{row['gfx']} with {row['cu_num']}" for row in rows)
+    listed = ", ".join(f"{count} for {which}" for which, count in others.most_common(4)) or "empty"
+    what = f"no rows for {gpu.arch} with {units} compute units ({listed})"
     mend = (
-        "tune the shapes with aiter's csrc/gemm_a16w16/gemm_a16w16_tune.py and give the table to "
-        "blas=aiter, or take blas=tunableop_tune"
+        "python -m openpi_opt.tune gemm writes the shapes for aiter's tuner and says how to run "
+        "it; or take blas=tunableop_tune"
     )
     return [Finding("packages", name, "warning", what, mend)]
 
@@ -327,6 +322,35 @@ def _governor(host: Host) -> list[Finding]:
     what = f"{', '.join(sorted(slow))}: launches from the host take longer, and vary"
     mend = "sudo cpupower frequency-set -g performance"
     return [Finding("machine", "CPU governor", "warning", what, mend)]
+
+
+def _load(host: Host) -> list[Finding]:
+    """Who else computes on this host: a trial on the CPU measures them, too."""
+    words = (host.read("proc/loadavg") or "").split()
+    if not words:
+        return []
+    load, cores = float(words[0]), host.machine.cores
+    what = f"{load:g} processes on {cores} cores over the last minute"
+    if load <= max(1.0, _BUSY * cores):
+        return [Finding("machine", "load", "ok", what)]
+    mend = "wait for them to end: launches and trials on the CPU take longer, and scatter"
+    return [Finding("machine", "load", "warning", what, mend)]
+
+
+def _first_sweep(host: Host) -> list[Finding]:
+    """What `make sweep` (two trials and the baseline) takes, against the disk that is free here."""
+    device = next((d for d in (v.device for v in GPU_VENDORS) if _usable(host, d)), "cpu")
+    minutes, needed = _FIRST_SWEEP["gpu" if device != "cpu" else "cpu"]
+    free = shutil.disk_usage(Path.cwd()).free / 2**20
+    what = f"about {minutes} on {device}, up to {needed} MiB of disk; {free:.0f} MiB are free here"
+    if free > 2 * needed:
+        return [Finding("machine", "first sweep", "ok", what)]
+    mend = "make room, or give another folder: store=DIR (caches of compilers lie in it, too)"
+    return [Finding("machine", "first sweep", "warning", what, mend)]
+
+
+def _usable(host: Host, device: str) -> bool:
+    return bool(host.machine.gpus_for(device)) and host.machine.built_for(device)
 
 
 def _environment(environ: Mapping[str, str]) -> list[Finding]:

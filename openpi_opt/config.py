@@ -181,6 +181,9 @@ class Guard(Section):
     plain eager policy in the same precision on the same inputs, but never more than `cap`;
     `floor` is the least tolerance, for float32, where the plain distance is zero. A lossy
     configuration (fp8) has no plain counterpart: it may be up to `lossy_cap` away.
+
+    `inputs` counts the ordinary inputs. `observations` names a safetensors file of the user's own,
+    which are compared as well (`openpi_opt/guarding/cases.py`).
     """
 
     inputs: int = Field(3, ge=2)
@@ -188,6 +191,7 @@ class Guard(Section):
     floor: float = Field(1e-5, gt=0)
     cap: float = Field(0.05, gt=0)
     lossy_cap: float = Field(0.10, gt=0)
+    observations: str | None = None
 
 
 _JUDGED: dict[str, Any] = {

@@ -16,6 +16,7 @@ from torch import Tensor
 from openpi_opt import checkpoint_file, runtime
 from openpi_opt.config import Config, Weights
 from openpi_opt.errors import UserError
+from openpi_opt.guarding import verify as guarding
 from openpi_opt.guest import as_measured
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import probe
@@ -145,6 +146,8 @@ def load_policy(
     robot: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     norm_stats: str | os.PathLike[str] | None = None,
+    verify: bool = True,
+    store: str | os.PathLike[str] | None = None,
 ) -> ReadyPolicy:
     """A ready policy with the knobs of `preset`, on this machine.
 
@@ -164,10 +167,14 @@ def load_policy(
         robot: name in `conf/robot`, or a YAML file, of whom `infer` takes raw observations.
         tokenizer: PaliGemma's SentencePiece file, for its prompts.
         norm_stats: openpi's norm_stats.json, where it is not in the checkpoint's `assets`.
+        verify: ask the guard before the policy is handed out. What passed is remembered in
+            `store`, so that only the first load of a combination on a machine takes longer.
+        store: a sweep's store; None is `~/.cache/openpi_opt`.
 
     Raises:
         UserError: unknown preset or override, unusable checkpoint, an option that this machine
-            lacks, or an environment variable that had to be set before the process started.
+            lacks, an environment variable that had to be set before the process started, or a
+            policy whose actions are wrong.
     """
     start = time.perf_counter()
     where = Path(preset_dir) if preset_dir else None
@@ -196,8 +203,13 @@ def load_policy(
     for name, folder in CACHES.items():
         os.environ.setdefault(name, str(Path("~/.cache/openpi_opt").expanduser() / folder))
     device = runtime.torch_device(cfg)
+    references = Path(store or "~/.cache/openpi_opt").expanduser() / "references"
     with as_measured():
+        unknown = verify and not guarding.passed_before(cfg, machine, references)
+        asked = guarding.ask_first(cfg, machine, references) if unknown else None
         prepared = runtime.apply_knobs(runtime.build_policy(cfg, device), cfg)
+        if asked is not None:
+            guarding.ask_policy(asked, prepared, machine)
         if device.type == "cuda":
             torch.cuda.synchronize()
     return ReadyPolicy(prepared, cfg, time.perf_counter() - start, transforms)

@@ -32,8 +32,9 @@ Phase = Literal[
 ]
 CacheState = Literal["cold", "partly", "warm"]
 # Format 2 packs the samples and adds what says how sure a latency is; format 3 has the files that
-# the trial imported, and hashes without defaults. Earlier ones are read: what they lack has the
-# value None or is empty, and their hashes are renewed (`track.identity.renewed`).
+# the trial imported, hashes without defaults, and what the guard saw of the structure and of the
+# timed calls. Earlier ones are read: what they lack has the value None or is empty, and their
+# hashes are renewed (`track.identity.renewed`).
 SCHEMA_VERSION = 3
 FILES_SINCE = 3
 
@@ -186,10 +187,75 @@ class KernelRow(_Part):
     total_ms: float
 
 
-class GuardReport(_Part):
-    """Distance of the actions from the float32 reference, the worst over the inputs.
+class TimedReport(_Part):
+    """What watching the timed calls showed; see `openpi_opt.guarding.witness`.
 
-    `plain_rel_l2` is the distance of the plain eager policy in the same precision.
+    Of `calls` timed calls, each with new content, `compared` were compared with the reference
+    (`rel_l2`, the worst; None where not finite) and `repeated` were made again and compared with
+    themselves. `problem` says what is wrong. `seed` is that of the contents.
+    """
+
+    passed: bool
+    calls: int
+    compared: int
+    rel_l2: float | None
+    tolerance: float
+    repeated: int
+    repeated_rel_l2: float
+    seed: int
+    problem: str | None = None
+
+
+class LocalCheck(_Part):
+    """A kind of operation without float32 form, against its own rounding written plainly.
+
+    `rel_l2` is the distance of the worst of `calls` calls, `tolerance` what it may be, and `place`
+    where in the policy that was.
+    """
+
+    name: str
+    place: str
+    rel_l2: float | None
+    tolerance: float
+    calls: int
+
+
+class StructureReport(_Part):
+    """The candidate's structure apart from rounding; see `openpi_opt.guarding.structure`.
+
+    `rel_l2` is the worst distance of its float32 form from the float32 reference, `local` are the
+    operations that have no such form, `unchecked` those that nothing but the candidate's own
+    precision checks, with the reason. `problem` says what is wrong.
+    """
+
+    passed: bool
+    rel_l2: float | None
+    tolerance: float
+    case: str
+    large_logits_rel_l2: float | None = None
+    local: list[LocalCheck] = Field(default_factory=list)
+    unchecked: list[str] = Field(default_factory=list)
+    problem: str | None = None
+
+
+class GuardPower(_Part):
+    """What the guard sees with this model, weights and workload, where that was measured.
+
+    `smallest` is the least multiple of its tolerance by which a mutation is caught, `mutation` says
+    which, `missed` what the guard cannot see. See `openpi_opt.guarding.power`.
+    """
+
+    smallest: float
+    mutation: str
+    missed: tuple[str, ...] = ()
+
+
+class GuardReport(_Part):
+    """Distance of the actions from the float32 reference, that of the worst case.
+
+    The worst is the one nearest to, or farthest beyond, its tolerance; `case` names it.
+    `plain_rel_l2` is the distance of the plain eager policy in the same precision. `power` is None
+    where `python -m openpi_opt.guard` has not measured it. Format 3 adds the last four fields.
     """
 
     passed: bool
@@ -199,6 +265,10 @@ class GuardReport(_Part):
     plain_rel_l2: float
     tolerance: float
     inputs: int
+    case: str | None = None
+    structure: StructureReport | None = None
+    timed: TimedReport | None = None
+    power: GuardPower | None = None
 
 
 class Memory(_Part):

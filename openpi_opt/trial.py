@@ -42,9 +42,10 @@ from openpi_opt.track.fingerprint import fingerprint
 from openpi_opt.vendor import BY_DEVICE
 
 if TYPE_CHECKING:
+    from openpi_opt.guarding.question import Question
+    from openpi_opt.guarding.witness import Witness
     from openpi_opt.measure.clock import Timing
     from openpi_opt.measure.gpu_state import Monitor
-    from openpi_opt.measure.guard import Reference
     from openpi_opt.pi0.inputs import Inputs
     from openpi_opt.runtime import Prepared
 
@@ -218,6 +219,7 @@ def _import_all(cfg: Config) -> None:
     import torch
 
     from openpi_opt import runtime  # noqa: F401
+    from openpi_opt.guarding import question  # noqa: F401
     from openpi_opt.measure import (  # noqa: F401
         checks,
         clock,
@@ -245,51 +247,62 @@ def _run_checked(
     import torch
 
     from openpi_opt import runtime
-    from openpi_opt.measure import clock, compilation, guard
-    from openpi_opt.pi0.workload import make_inputs
+    from openpi_opt.guarding import power as power_of_guard
+    from openpi_opt.guarding import question
+    from openpi_opt.measure import compilation
 
     device = runtime.torch_device(cfg)
     accelerator = BY_DEVICE[cfg.device].accelerator()
     if accelerator is not None and not accelerator.is_available():
         raise RefusedError("unavailable", f"torch {torch.__version__} sees no usable GPU")
     policy = runtime.build_policy(cfg, device)
-    workload = runtime.workload_of(cfg)
-    seeds = range(cfg.workload.seed, cfg.workload.seed + cfg.guard.inputs)
-    observations = [make_inputs(workload, policy.config, seed, "cpu") for seed in seeds]
-    inputs = [clock.upload(observation, device) for observation in observations]
     progress.enter("reference")
     gpus = machine.gpus_for(cfg.device)
     arch = gpus[0].arch if gpus else machine.cpu
-    reference = guard.obtain(policy, inputs, cfg, arch, references)
-    if policy.dtype != torch.float32:
+    asked = question.ask(policy, cfg, arch, references)
+    seen = asked.known_structure()
+    # Once for a context, by its baseline. On a CPU it takes as long as several trials: by hand.
+    measured = device.type == "cpu" or not cfg.is_baseline() or asked.power() is not None
+    if seen is None or not measured or policy.dtype != torch.float32:
         # Cast for the reference; the candidate must not depend on whether that was known already.
-        progress.enter("load")
         del policy
-        policy = runtime.build_policy(cfg, device)
+        seen = seen or asked.structure()
+        if not measured:
+            power_of_guard.measure_once(cfg, arch, references, asked.key)
+        if seen.passed:
+            progress.enter("load")
+            policy = runtime.build_policy(cfg, device)
+    if not seen.passed:
+        return _wrong(asked.wrong_structure(seen))
     progress.enter("apply")
     if cfg.canonical().knobs["compile"] != cfg.baseline().knobs["compile"]:
         compilation.observe()
     prepared = runtime.apply_knobs(policy, cfg)
     identity.note_imported(cfg, folder)
-    found = _measure(prepared, observations, inputs, reference, cfg, progress, folder, monitor)
+    found = _measure(prepared, asked, seen, progress, folder, monitor)
     if found["outcome"] == "ok":
-        _explain(found, prepared, inputs, cfg, machine, progress, references.with_name("ceilings"))
+        _explain(found, prepared, asked, machine, progress, references.with_name("ceilings"))
     return found
+
+
+def _wrong(report: results.GuardReport) -> dict[str, Any]:
+    from openpi_opt.measure import guard
+
+    return {"outcome": "wrong", "guard": report, "reason": guard.explain(report)}
 
 
 def _measure(
     prepared: Prepared,
-    observations: list[Inputs],
-    inputs: list[Inputs],
-    reference: Reference,
-    cfg: Config,
+    asked: Question,
+    seen: results.StructureReport,
     progress: Progress,
     folder: Path,
     monitor: Monitor | None,
 ) -> dict[str, Any]:
-    from openpi_opt.measure import checks, clock, compilation, guard, memory
+    from openpi_opt.measure import checks, clock, compilation, memory, warm
 
-    device = cfg.device
+    cfg, device = asked.cfg, asked.cfg.device
+    inputs = [clock.upload(item, asked.device) for item in asked.observations]
     if any(knob.times_kernels(cfg) for knob in KNOBS):
         progress.ask()
     progress.enter("compile")
@@ -308,20 +321,33 @@ def _measure(
     progress.enter("warmup")
     clock.warm_up(prepared.call, inputs, cfg.measure.warmup, device)
     progress.enter("guard")
-    report = guard.check(prepared.call, inputs, reference, cfg.guard, cfg.lossy())
+    report = asked.check(prepared.call, prepared.policy.layout, seen)
     if not report.passed:
-        return {"outcome": "wrong", "guard": report, "reason": guard.explain(report)}
+        return _wrong(report)
+    # Before the timing, whose inputs and outputs are kept for the guard and are not the policy's.
+    peak = memory.peak(device)
+    witness = asked.witness()
     with measuring_alone(cfg, progress):
         progress.enter("measure")
-        hopeless = _hopeless(prepared, observations, cfg)
+        warm.warm(
+            lambda: prepared.call(inputs[0]),
+            device,
+            lambda: None if monitor is None else monitor.read().sm_clock_mhz,
+            lambda: clock.synchronise(device),
+        )
+        hopeless = _hopeless(prepared, witness, cfg)
         if hopeless is not None:
             counted = _counted(prepared, inputs, cfg, progress, folder)
             return {"outcome": "pruned", "guard": report, **first_call, **counted, **hopeless}
         compiled = compilation.graphs()
-        timed = _timed(prepared, observations, inputs[0], cfg, monitor)
+        timed = _timed(prepared, witness, inputs[0], cfg, monitor)
     latency = timed.latency
     compiled_in_all = compilation.found(late=compilation.graphs() - compiled)
-    peak = memory.peak(device)
+    progress.enter("guard")
+    watched = asked.judge(witness, prepared.call, latency.wall_samples_ms)
+    report = report.model_copy(update={"timed": watched, "passed": watched.passed})
+    if not report.passed:
+        return _wrong(report)
     counted = _counted(prepared, inputs, cfg, progress, folder)
     kernels, overhead_ms = counted["kernels"], None
     if kernels is not None and kernels.busy_ms is not None:
@@ -338,7 +364,7 @@ def _measure(
         "compilation": compiled_in_all,
         "gpu": timed.gpu,
         "checks": [
-            *checks.of_latency(latency, cfg.measure.warmup, len(observations)),
+            *checks.of_latency(latency, cfg.measure.warmup, watched.calls),
             *checks.of_start(first_call_seconds, compiled_in_all),
             *timed.checks,
         ],
@@ -362,7 +388,7 @@ def _counted(
     return {"kernels": found.kernels, "kernel_table": found.table, "notes": [*notes, *found.notes]}
 
 
-def _hopeless(prepared: Prepared, observations: list[Inputs], cfg: Config) -> dict[str, Any] | None:
+def _hopeless(prepared: Prepared, witness: Witness, cfg: Config) -> dict[str, Any] | None:
     """What the first calls show, when they are surely above `limits.latency_ms`.
 
     Looks after `MIN_ITERATIONS` calls, and once more after all that are measured at least.
@@ -374,7 +400,7 @@ def _hopeless(prepared: Prepared, observations: list[Inputs], cfg: Config) -> di
 
     from openpi_opt.measure import stats
 
-    block, taken = _block(prepared, observations, cfg), 0
+    block, taken = _block(prepared, witness, cfg), 0
     mean = low = 0.0
     samples: list[float] = []
     for calls in dict.fromkeys((MIN_ITERATIONS, cfg.measure.iterations)):
@@ -402,30 +428,21 @@ class _Timed(NamedTuple):
     checks: list[results.Check]
 
 
-def _block(prepared: Prepared, observations: list[Inputs], cfg: Config) -> Callable[[int], Timing]:
-    """Times so many calls."""
-    from openpi_opt import runtime
+def _block(prepared: Prepared, witness: Witness, cfg: Config) -> Callable[..., Timing]:
+    """Times so many calls; with `compared` some of them are compared with the reference, later."""
     from openpi_opt.measure import clock
 
-    target = runtime.torch_device(cfg)
-
-    def block(iterations: int) -> Timing:
+    def block(iterations: int, compared: bool = False) -> Timing:
+        witness.begin(iterations, compared)
         # Warm again, shortly: copies to the host, planning or a reading came in between.
-        return clock.time_calls(
-            prepared.call,
-            observations,
-            lambda observation: clock.upload(observation, target),
-            MIN_WARMUP,
-            iterations,
-            cfg.device,
-        )
+        return clock.time_calls(prepared.call, witness, MIN_WARMUP, iterations, cfg.device)
 
     return block
 
 
 def _timed(
     prepared: Prepared,
-    observations: list[Inputs],
+    witness: Witness,
     inputs: Inputs,
     cfg: Config,
     monitor: Monitor | None,
@@ -433,7 +450,7 @@ def _timed(
     """Plan, then time; what the GPU's driver says is read right before and right after."""
     from openpi_opt.measure import checks, clock, gpu_state, planning, stats
 
-    block = _block(prepared, observations, cfg)
+    block = _block(prepared, witness, cfg)
 
     def under_load() -> results.GpuState | None:
         if monitor is None:
@@ -448,7 +465,7 @@ def _timed(
     throttled = None if monitor is None else monitor.throttled_ms()
     wait = checks.HostWait()
     started = time.monotonic()
-    timing = block(plan.iterations)
+    timing = block(plan.iterations, compared=True)
     seconds = time.monotonic() - started
     found = [wait.check(seconds)]
     throttled_after = None if monitor is None else monitor.throttled_ms()
@@ -471,15 +488,15 @@ def _timed(
 def _explain(
     found: dict[str, Any],
     prepared: Prepared,
-    inputs: list[Inputs],
-    cfg: Config,
+    asked: Question,
     machine: Machine,
     progress: Progress,
     ceilings_folder: Path,
 ) -> None:
     """Add energy and roofline to what was measured; nothing here can disturb the latency."""
-    from openpi_opt.measure import ceilings, roofline
+    from openpi_opt.measure import ceilings, clock, roofline
 
+    cfg = asked.cfg
     best_ms = cfg.limits.best_ms
     slower = best_ms is not None and found["latency"].mean_ms > _ABOUT * best_ms
     if cfg.profile.energy == "auto" and slower:
@@ -488,6 +505,7 @@ def _explain(
             "(profile.energy=true measures it in every trial)."
         )
     elif cfg.profile.energy:
+        inputs = [clock.upload(item, asked.device) for item in asked.observations]
         energy, notes = power.measure(
             prepared.call, inputs, cfg, machine, found["throughput_hz"], progress.enter
         )

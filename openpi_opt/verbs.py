@@ -35,6 +35,7 @@ _ALL = (
     Verb("serve", "a preset behind openpi's websocket protocol", "preset=h100 robot=libero", True),
     Verb("analyze", "where the time goes in a profiler's trace", "trace.json.gz"),
     Verb("kernels", "registers, spills and instructions of the own kernels", ""),
+    Verb("tune", "matrix products for AMD's tuners", "gemm preset=mi350_runbook", True, True),
     Verb("doctor", "what this machine has and lacks", ""),
     Verb("track", "deliver to MLflow what it lacks", "sync"),
 )

@@ -62,3 +62,12 @@ def _no_copies_in_this_process(
 @pytest.fixture
 def copies() -> None:
     """Sweeps in this process make their copies for MLflow and Optuna."""
+
+
+@pytest.fixture(scope="session")
+def home_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Policies that are loaded remember in the user's cache that the guard has passed them."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.getbasetemp() / "home"
+        patch.setenv("HOME", str(folder))
+        yield folder

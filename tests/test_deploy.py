@@ -17,6 +17,8 @@ from openpi_opt.pi0 import checkpoint, weights
 from openpi_opt.pi0.config import MODELS, PI0_MINI, PI05_MINI
 from openpi_opt.pi0.workload import make_inputs
 
+pytestmark = pytest.mark.usefixtures("home_of_our_own")
+
 SDPA = {"attention": {"vision": "sdpa", "prefill": "sdpa", "denoise": "sdpa"}}
 SMALL = ["model=pi0_mini", "platform=cpu", "workload.steps=2", "workload.horizon=4"]
 

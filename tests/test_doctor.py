@@ -100,6 +100,27 @@ def test_governor(tmp_path: Path) -> None:
     assert (finding.status, "powersave" in finding.what) == ("warning", True)
 
 
+@pytest.mark.parametrize(("load", "status"), [("0.4", "ok"), ("1.0", "ok"), ("11.8", "warning")])
+def test_load(load: str, status: str, tmp_path: Path) -> None:
+    write(tmp_path / "proc/loadavg", f"{load} 10.99 12.20 3/400 1234\n")
+    finding = only(host(tmp_path, machine()), "load")
+    assert finding.status == status
+    assert "on 2 cores" in finding.what
+
+
+def test_the_disk_that_a_first_sweep_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, on_cpu, on_gpu in (
+        (2**40, "ok", "ok"),
+        (2**28, "ok", "warning"),
+        (2**20, *["warning"] * 2),
+    ):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(audit.shutil, "disk_usage", lambda _, usage=usage: usage)
+        assert only(host(tmp_path, machine(torch=CUDA)), "first sweep").status == on_cpu
+        gpu = host(tmp_path, machine(H100, torch=CUDA), nvml=fake_nvml())
+        assert only(gpu, "first sweep").status == on_gpu
+
+
 def pci(root: Path, vendor: str, kind: str = "0x030200") -> None:
     write(root / "sys/bus/pci/devices/0000:01:00.0/vendor", vendor)
     write(root / "sys/bus/pci/devices/0000:01:00.0/class", kind)
@@ -293,35 +314,38 @@ def test_the_wrong_aiter(tmp_path: Path) -> None:
     assert only(host(tmp_path, machine(MI300X, torch=ROCM)), "aiter").status == "warning"
 
 
-NEW, OLD = "gfx,cu_num,M,N,K\n", "cu_num,M,N,K\n"
-TABLE = "aiter tuned GEMM table"
+OLD = "cu_num,M,N,K,bias,dtype,outdtype,scaleAB,bpreshuffle,libtype,solidx,splitK,kernelName\n"
+ROW = "11,2560,1024,False,torch.bfloat16,torch.bfloat16,False,False,asm,0,0,k\n"
+NEW, TABLE = f"gfx,{OLD}", "aiter tuned GEMM table"
 
 
 def aiter_host(root: Path, environ: Mapping[str, str] | None = None) -> Host:
     package = AiterPackage("amd", "0.1.20", str(root / "aiter"))
-    return host(root, machine(MI300X, torch=ROCM, aiter=package), environ)
+    gpu = replace(MI300X, units=304)
+    return host(root, machine(gpu, torch=ROCM, aiter=package), environ)
 
 
 def test_a_table_without_rows_for_this_gpu(tmp_path: Path) -> None:
+    """The architecture is not enough: rows for the 80 units of another gfx942 never match."""
     file = write(tmp_path / "aiter/configs/bf16_tuned_gemm.csv", NEW)
     assert "empty" in only(aiter_host(tmp_path), TABLE).what
-    file.write_text(NEW + "gfx950,256,11,2560,1024\n")
+    file.write_text(f"{NEW}gfx950,256,{ROW}gfx942,80,{ROW}")
     finding = only(aiter_host(tmp_path), TABLE)
     assert finding.status == "warning"
-    assert "no rows for gfx942 (1 for gfx950)" in finding.what
-    write(
-        tmp_path / "aiter/configs/model_configs/pi_bf16_tuned_gemm.csv",
-        OLD + "304,11,2560,1024\n80,11,2560,1024\n",
-    )
-    assert only(aiter_host(tmp_path), TABLE).what == "2 rows for gfx942"
+    assert "no rows for gfx942 with 304 compute units (1 for gfx950 with 256" in finding.what
+    models = tmp_path / "aiter/configs/model_configs"
+    write(models / "pi_bf16_tuned_gemm.csv", f"{OLD}304,{ROW}80,{ROW}")
+    write(models / "pi_bf16_untuned_gemm.csv", "M,N,K\n")
+    finding = only(aiter_host(tmp_path), TABLE)
+    assert finding.what == "1 of 4 rows for gfx942 with 304 compute units"
 
 
 def test_the_table_that_the_environment_names(tmp_path: Path) -> None:
-    write(tmp_path / "aiter/configs/bf16_tuned_gemm.csv", NEW + "gfx942,304,11,2560,1024\n")
-    mine = write(tmp_path / "mine.csv", OLD + "304,11,2560,1024\n")
+    write(tmp_path / "aiter/configs/bf16_tuned_gemm.csv", f"{NEW}gfx942,304,{ROW}")
+    mine = write(tmp_path / "mine.csv", "M,N\n")
     named = aiter_host(tmp_path, {"AITER_CONFIG_GEMM_BF16": str(mine)})
     finding = only(named, TABLE)
-    assert (finding.status, "no column gfx" in finding.what) == ("problem", True)
+    assert (finding.status, "no column cu_num" in finding.what) == ("problem", True)
     missing = aiter_host(tmp_path, {"AITER_CONFIG_GEMM_BF16": str(tmp_path / "none.csv")})
     assert only(missing, TABLE).status == "problem"
     mine.write_bytes(b"gfx\n\xff\xfe\n")

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from openpi_opt import runtime
 from openpi_opt.config import Config, Guard
+from openpi_opt.guarding import reference as references
+from openpi_opt.guarding.cases import Case
 from openpi_opt.measure import guard
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.policy import Pi0Policy
@@ -31,6 +33,11 @@ def setup(cfg: Config) -> tuple[Pi0Policy, list[Inputs]]:
     policy = runtime.build_policy(cfg, CPU)
     workload = runtime.workload_of(cfg)
     return policy, [make_inputs(workload, policy.config, seed, CPU) for seed in range(3)]
+
+
+def obtained(policy: Pi0Policy, inputs: list[Inputs], cfg: Config, folder: Path) -> guard.Reference:
+    cases = [Case(f"ordinary {i}", item, True) for i, item in enumerate(inputs)]
+    return references.obtain(policy, cases, inputs[:1], cfg, "test", folder)
 
 
 def test_distances_are_those_of_the_definition() -> None:
@@ -64,7 +71,7 @@ def test_the_plain_policy_passes_and_stale_or_broken_ones_do_not(
 ) -> None:
     cfg = config(precision)
     policy, inputs = setup(cfg)
-    reference = guard.obtain(policy, inputs, cfg, "test", tmp_path)
+    reference = obtained(policy, inputs, cfg, tmp_path)
     first: list[Tensor] = []
 
     def stale(item: Inputs) -> Tensor:
@@ -88,7 +95,7 @@ def test_a_call_that_remembers_the_one_before_is_caught(tmp_path: Path) -> None:
     """The first input comes again at the end: right answers in a row are not enough."""
     cfg = config("float32")
     policy, inputs = setup(cfg)
-    reference = guard.obtain(policy, inputs, cfg, "test", tmp_path)
+    reference = obtained(policy, inputs, cfg, tmp_path)
     count = 0
 
     def wears_out(item: Inputs) -> Tensor:
@@ -103,20 +110,20 @@ def test_reference_is_computed_once_and_for_every_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[torch.dtype] = []
-    original = guard._plain_actions
+    original = references.plain_actions
 
     def counting(policy: Pi0Policy, inputs: list[Inputs], tf32: bool) -> list[Tensor]:
         computed.append(policy.dtype)
         return original(policy, inputs, tf32)
 
-    monkeypatch.setattr(guard, "_plain_actions", counting)
+    monkeypatch.setattr(references, "plain_actions", counting)
     for precision in ("bfloat16", "float32", "bfloat16"):
         cfg = config(precision)
         policy, inputs = setup(cfg)
-        found = guard.obtain(policy, inputs, cfg, "test", tmp_path)
+        found = obtained(policy, inputs, cfg, tmp_path)
         assert (found.plain_rel_l2 == 0) == (precision == "float32")
     assert computed == [torch.float32, torch.bfloat16]
     other = config("bfloat16", horizon=5)
     policy, inputs = setup(other)
-    guard.obtain(policy, inputs, other, "test", tmp_path)
+    obtained(policy, inputs, other, tmp_path)
     assert len(computed) == 4, "another workload needs another reference"

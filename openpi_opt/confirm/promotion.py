@@ -31,6 +31,8 @@ from openpi_opt.confirm.rounds import Measurer, NeededError, draw_rounds, measur
 # what is left is what differs within a round.
 WINDOW = 15
 _TURNS = 4
+# What a process takes is read from the journal for this many contenders, the fastest.
+_TIMED = 20
 
 
 class Schedule(BaseModel):
@@ -134,8 +136,11 @@ def _prepare(
     alone = len(contenders) <= places
     screening = _Screening(bench, contenders, 0 if alone else wanted.known)
     costs = _costs(bench.seconds, baseline, contenders, wanted)
-    first = power.make_plan(baseline_tau, costs, wanted.limit_s)
-    bench.note(_beginning(baseline_tau, costs, first))
+    bench.note(
+        f"spread between processes: {baseline_tau.value:.2%} in {wanted.tau_processes} processes "
+        f"of the baseline; the rounds are planned when the {len(contenders)} contender(s) have "
+        "shown theirs"
+    )
     runs = _for_noise(costs, wanted.limit_s) if alone else power.MIN_SCREENING
     # What the processes of screening differ by is seen before confirmation begins, and none of them
     # is judged: the plan may follow it.
@@ -198,7 +203,7 @@ def _costs(
     return Costs(
         contenders=len(contenders),
         finalists=places,
-        contender_s=float(np.mean([seconds(s.key) for s in contenders])),
+        contender_s=float(np.mean([seconds(s.key) for s in contenders[:_TIMED]])),
         baseline_s=seconds(baseline.key),
         known=0 if len(contenders) <= places else wanted.known,
     )
@@ -347,15 +352,6 @@ def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     window = np.ones(min(WINDOW, 2 * len(values) - 1))
     sums, counts = (np.convolve(v, window, "same") for v in (values, np.ones(len(values))))
     return sums[: len(values)] / counts[: len(values)]
-
-
-def _beginning(tau: Tau, costs: Costs, plan: Plan) -> str:
-    return (
-        f"spread between processes: {tau.value:.2%} in {tau.freedom + 1} processes of the "
-        f"baseline; so about {plan.pairs} rounds and "
-        f"{duration(costs.seconds(plan.screening, plan.pairs))}, to be planned when the "
-        f"{costs.contenders} contender(s) have shown theirs"
-    )
 
 
 def explain(tau: Tau, tails: float, costs: Costs, plan: Plan, limit_s: float | None) -> str:

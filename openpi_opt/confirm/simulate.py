@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import scipy  # its `stats` takes a second to load, so when it is used: --help does not
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from openpi_opt import cli
 from openpi_opt import result as results
@@ -48,14 +47,6 @@ Noise = Callable[[int], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What is true: by how much each configuration is faster than the baseline, in their order."""
-
-    gains: NDArray[np.float64]
-    drift: float = 0.0
-
-
-@dataclass(frozen=True)
 class Rate:
     """How often something happened, with its exact 95% interval (Clopper and Pearson 1934)."""
 
@@ -78,15 +69,16 @@ class Rate:
 
 
 class SimulatedBench:
-    """A `promotion.Bench` that draws. One for each simulated sweep."""
+    """A `promotion.Bench` that draws; one for each simulated sweep.
 
-    def __init__(self, scene: Scene, noise: Noise, seed: int):
+    `gains` are true: by how much each configuration is faster than the baseline, in their order.
+    """
+
+    def __init__(self, gains: NDArray[np.float64], noise: Noise, seed: int, drift: float = 0.0):
         self._random = np.random.default_rng(seed)
-        self._noise, self._scene = noise, scene
-        self._walked, self._place = 0.0, 0
-        self._values = np.empty(0)
-        keys = [BASELINE, *(f"c{number}" for number in range(len(scene.gains)))]
-        levels = np.concatenate([[0.0], np.log1p(-scene.gains)]) + np.log(_LEVEL_MS)
+        self._drawn = self._draws(noise, drift)
+        keys = [BASELINE, *(f"c{number}" for number in range(len(gains)))]
+        levels = np.concatenate([[0.0], np.log1p(-gains)]) + np.log(_LEVEL_MS)
         self._levels = dict(zip(keys, levels.tolist(), strict=True))
 
     def subjects(self) -> list[Subject]:
@@ -117,22 +109,17 @@ class SimulatedBench:
         """Nothing: it is not interrupted."""
 
     def _draw(self, key: str) -> float:
-        if self._place == len(self._values):
-            self._values = self._block()
-            self._place = 0
-        value = self._values[self._place]
-        self._place += 1
-        return float(np.exp(self._levels[key] + value))
+        return float(np.exp(self._levels[key] + next(self._drawn)))
 
-    def _block(self) -> NDArray[np.float64]:
-        """Noise and drift of the next processes, which go on from the last."""
-        values = self._noise(int(self._random.integers(2**32)))
-        if self._scene.drift:
-            steps = self._random.normal(0, self._scene.drift, len(values))
-            walk = self._walked + np.cumsum(steps)
-            self._walked = float(walk[-1])
-            values = values + walk
-        return values
+    def _draws(self, noise: Noise, drift: float) -> Iterator[float]:
+        """Noise and drift of one process after the other."""
+        walked = 0.0
+        while True:
+            values = noise(int(self._random.integers(2**32)))
+            if drift:
+                walk = walked + np.cumsum(self._random.normal(0, drift, len(values)))
+                values, walked = values + walk, float(walk[-1])
+            yield from values.tolist()
 
 
 def normal(tau: float) -> Noise:
@@ -164,7 +151,7 @@ class Sweeps:
     def promoted(self, gains: NDArray[np.float64], number: int) -> Judged:
         """One sweep and its promotion; `gains` are true, `number` draws the noise."""
         seed = self.wanted.seed * _SEEDS + number
-        bench = SimulatedBench(Scene(gains, self.drift), self.noise, seed)
+        bench = SimulatedBench(gains, self.noise, seed, self.drift)
         wanted = replace(self.wanted, seed=seed)
         return promotion.run(bench, Subject(BASELINE), bench.subjects(), wanted)
 
@@ -344,13 +331,12 @@ def _means(file: Path) -> list[tuple[tuple[str, str], float]]:
     """Configuration with machine, and mean in ms, of each process of a file that was ok."""
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--samples {file}: cannot be read ({error}).") from error
-    lines = text.splitlines() if file.suffix == ".jsonl" else [text]
-    try:
+        lines = text.splitlines() if file.suffix == ".jsonl" else [text]
         plain = [json.loads(line) for line in lines if line.strip()]
         return [mean for document in plain for mean in _means_of(document)]
-    except (ValueError, TypeError, AttributeError, KeyError, ValidationError) as error:
+    except OSError as error:
+        raise UserError(f"--samples {file}: cannot be read ({error}).") from error
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(
             f"--samples {file}: neither a result document (result.json), a journal "
             "(journal.jsonl), nor a report of pairs (pairs.json) of this project."
@@ -358,11 +344,10 @@ def _means(file: Path) -> list[tuple[tuple[str, str], float]]:
 
 
 def _means_of(document: dict[str, Any]) -> list[tuple[tuple[str, str], float]]:
-    if "processes" in document and "a_b" in document:  # a report of pairs
-        hashes = {"B": document["b"]["config_hash"]}
-        machine = str(document["fingerprint_hash"])
+    if "a_b" in document:  # a report of pairs
+        a, b, machine = document["a"], document["b"], str(document["fingerprint_hash"])
         return [
-            ((hashes.get(p["role"], document["a"]["config_hash"]), machine), float(p["mean_ms"]))
+            (((b if p["role"] == "B" else a)["config_hash"], machine), float(p["mean_ms"]))
             for p in document["processes"]
         ]
     found = results.parse_plain(document.get("result", document))

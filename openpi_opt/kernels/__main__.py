@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table(archs: Sequence[Arch]) -> list[dict[str, Any]]:
     """A row per kernel, variant and architecture, as plain data."""
+    from openpi_opt.kernels.instructions import instructions
     from openpi_opt.kernels.offline import resources, variants
     from openpi_opt.kernels.shipped import CASES, MODULES
 
@@ -63,7 +64,9 @@ def table(archs: Sequence[Arch]) -> list[dict[str, Any]]:
                 if variant.key in compiled:
                     compiled[variant.key]["cases"].append(case.__name__)
                     continue
-                found = resources(variant.compile(arch), arch)
+                binary = variant.compile(arch)
+                found = resources(binary, arch)
+                mix = instructions(binary.asm["amdgcn"]) if "amdgcn" in binary.asm else None
                 compiled[variant.key] = {
                     "arch": arch.name,
                     "kernel": variant.name,
@@ -71,6 +74,8 @@ def table(archs: Sequence[Arch]) -> list[dict[str, Any]]:
                     "constants": {k: str(v) for k, v in variant.constants.items()},
                     "options": dict(variant.options),
                     **asdict(found),
+                    "instructions": mix and asdict(mix),
+                    "mix": mix.text() if mix else "",
                 }
         rows += sorted(compiled.values(), key=lambda row: row["kernel"])
     return rows
@@ -111,7 +116,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         occupancy = row["occupancy"]
         shared = f"{row['shared_bytes'] / 1024:.1f}"
         body.append((
-            row["arch"], f"{row['kernel']}\n{differs}".rstrip(), str(row["warps"]),
+            row["arch"], "\n".join(filter(None, [row["kernel"], differs])), str(row["warps"]),
             str(row["registers"]), str(row["spilled"]),
             shared if row["fits"] else f"{shared} too much",
             f"{occupancy['waves']:g} of {occupancy['most']}", occupancy["limit"],
@@ -132,9 +137,14 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, emoji=False)
     print_uncut(console, table)
     console.print()
+    for row, differs in zip(rows, _differences(rows), strict=True):
+        if row["mix"]:
+            name = " ".join(filter(None, [row["arch"], row["kernel"], differs]))
+            console.print(f"{name}: {row['mix']}", soft_wrap=True)
     console.print(
         "waves: per SIMD on AMD, warps per multiprocessor on NVIDIA; limit: what keeps more from "
-        "fitting; regs: per thread, on AMD with the accumulators; nothing was run"
+        "fitting; regs: per thread, on AMD with the accumulators; loads and LDS: instructions by "
+        "bytes per lane, 16 is the most; nothing was run"
     )
 
 

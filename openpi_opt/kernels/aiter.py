@@ -15,8 +15,13 @@ Sources: ROCm/aiter `aiter/ops/mha.py`, `aiter/ops/triton/attention/mha.py` at e
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import mmap
+import os
+import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +112,7 @@ def import_part(module: str, option: str) -> None:
     Raises:
         RefusedError: it cannot be imported here.
     """
+    keep_prebuilt()
     try:
         importlib.import_module(module)
     except Exception as error:
@@ -116,3 +122,45 @@ def import_part(module: str, option: str) -> None:
             "unavailable",
             f"{option}: importing AMD's aiter failed: {type(error).__name__}: {error}",
         ) from error
+
+
+def keep_prebuilt() -> list[Path]:
+    """Link aiter's prebuilt modules into AITER_JIT_DIR; returns the links that are new.
+
+    With that variable set aiter imports modules from the folder alone and compiles what it lacks
+    with hipcc, minutes each, though the package may hold them (`aiter/jit/core.py` at e4048607,
+    `get_module_custom_op`). Modules with device code for other architectures only are left out:
+    aiter would build them anew, into the file that a link points to.
+    """
+    folder = os.environ.get("AITER_JIT_DIR")
+    spec = importlib.util.find_spec("aiter")
+    if not folder or spec is None or not spec.submodule_search_locations:
+        return []
+    own = Path(folder)
+    own.mkdir(parents=True, exist_ok=True)
+    arch = torch.cuda.get_device_properties(0).gcnArchName.split(":")[0] if _on_amd() else ""
+    made = []
+    for package in spec.submodule_search_locations:
+        for module in sorted(Path(package, "jit").glob("*.so")):
+            link, archs = own / module.name, _offload_archs(module)
+            if link.exists() or (archs and arch not in archs):
+                continue
+            try:
+                link.symlink_to(module.resolve())
+            except FileExistsError:  # another trial was faster
+                continue
+            made.append(link)
+    return made
+
+
+def _on_amd() -> bool:
+    return torch.version.hip is not None and torch.cuda.is_available()
+
+
+def _offload_archs(module: Path) -> set[str]:
+    """Architectures whose code a module holds, by the entry ids of clang's offload bundle."""
+    with module.open("rb") as file:
+        if not module.stat().st_size:
+            return set()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return {m.group(1).decode() for m in re.finditer(rb"amdhsa--(gfx[0-9a-z]+)", content)}

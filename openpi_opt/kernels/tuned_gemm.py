@@ -7,8 +7,7 @@ and no exception, so the log is read here: all shapes from torch means that noth
 
 Two hazards are kept out:
 - aiter rewrites the tables that it is given when their rows collide, and merges several of them
-  into one file in a temporary folder that all processes of the host share. It gets one table, a
-  private copy.
+  into one file that all processes of the host share. It gets one, merged by `aiter_tables`.
 - Whether a weight is shuffled is a Python attribute on the tensor, lost by `.to`, `nn.Parameter`
   and `.detach`; without it the shuffled bytes are multiplied as they lie, and no error is raised.
   The operator takes it as an argument and sets the attribute itself.
@@ -19,7 +18,6 @@ Letters: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import re
@@ -32,14 +30,11 @@ import torch
 from torch import Tensor
 
 from openpi_opt.errors import RefusedError
+from openpi_opt.kernels.aiter_tables import merged, write_table
 from openpi_opt.kernels.fp8 import specialised
 from openpi_opt.pi0.layers import Linear
 
 TABLE_VARIABLE = "AITER_CONFIG_GEMM_BF16"
-_KEY = ("M", "N", "K", "bias", "dtype", "outdtype", "scaleAB", "bpreshuffle")
-_COLUMNS = ("cu_num", *_KEY, "libtype", "solidx", "splitK", "kernelName")
-# aiter's own rule for tables from before the column existed (`update_config_files`).
-_GFX_OF_CUS = {"256": "gfx950", "304": "gfx942", "80": "gfx942"}
 _LOOKUP = re.compile(
     r"shape is M:(\d+), N:(\d+), K:(\d+).*?"
     r"(?:is tuned on .*?libtype is (\w+)|not found tuned config.*?using (\w+) solution)",
@@ -155,8 +150,8 @@ class Lookups(logging.Handler):
         raise RefusedError(
             "unavailable",
             "blas=aiter: no product was served by aiter, its table has no row for them on this "
-            f"GPU and torch computed all (M x N x K): {shapes}. Tune them with aiter's "
-            "gemm_a16w16_tune.py and give the table as blas.aiter.table",
+            f"GPU and torch computed all (M x N x K): {shapes}. `python -m openpi_opt.tune gemm` "
+            "writes them for aiter's tuner, whose table blas.aiter.table takes",
         )
 
     def notes(self) -> list[str]:
@@ -192,57 +187,20 @@ def lookups() -> Lookups:
 
 
 def install_table(table: str | None, package: Path) -> Path:
-    """Give aiter a private copy of `table`, or of the one that it ships; before its import.
+    """Give aiter its own tables merged with `table`, in a private file; before its import.
 
     Raises:
-        RefusedError: the table is not one of aiter's, or another one is in use in this process.
+        RefusedError: `table` is not one of aiter's, or another one is in use in this process.
     """
-    folder = Path(tempfile.mkdtemp(prefix="openpi_opt_aiter_"))
-    source = Path(table) if table else package / "configs" / "bf16_tuned_gemm.csv"
-    target = folder / "bf16_tuned_gemm.csv"
-    rows = read_table(source)
+    rows = merged(package, table)
     if "aiter.tuned_gemm" in sys.modules:
         raise RefusedError(
             "invalid", "aiter reads its table at import: one per process, and one is in use"
         )
-    with target.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["gfx", *_COLUMNS])
-        writer.writeheader()
-        writer.writerows(rows)
+    target = Path(tempfile.mkdtemp(prefix="openpi_opt_aiter_")) / "bf16_tuned_gemm.csv"
+    write_table(target, rows)
     os.environ[TABLE_VARIABLE] = str(target)
     return target
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a table, with the column `gfx` that newer versions of aiter require.
-
-    Raises:
-        RefusedError: columns are missing, the architecture cannot be told, or a row cannot run.
-    """
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in _COLUMNS if name not in (reader.fieldnames or [])]
-        if missing:
-            raise RefusedError(
-                "invalid", f"{path.name} is no table of aiter's: no column {', '.join(missing)}"
-            )
-        return [_complete(row, path.name, number) for number, row in enumerate(reader, start=2)]
-
-
-def _complete(row: dict[str, str], name: str, number: int) -> dict[str, str]:
-    if "bshuffle" in row["kernelName"].lower() and row["bpreshuffle"].lower() == "false":
-        raise RefusedError(
-            "invalid",
-            f"{name} line {number}: kernel {row['kernelName']} reads shuffled weights, but the row "
-            "says bpreshuffle=False; aiter raises when it is used",
-        )
-    if row.get("gfx"):
-        return row
-    if row["cu_num"] not in _GFX_OF_CUS:
-        raise RefusedError(
-            "invalid", f"{name} line {number}: no gfx, and cu_num={row['cu_num']} does not tell it"
-        )
-    return {**row, "gfx": _GFX_OF_CUS[row["cu_num"]]}
 
 
 def _text(shapes: list[Shape]) -> str:

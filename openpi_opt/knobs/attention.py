@@ -161,6 +161,21 @@ class Attention(Knob[AttentionOptions]):
             function = backends.backend(name, cfg.platform.device, stage, launch)
             setattr(policy.ops, f"attention_{stage}", function)
 
+    def float32_form(self, cfg: Configuration) -> AttentionOptions:
+        """Kernels for 16 bits alone become torch's choice: it takes the same layout.
+
+        Launch parameters are those of 16 bits: tiles of float32 would not fit.
+        """
+        launches = {f"launch_{stage}": TritonLaunch() for stage in STAGES}
+        plain = dict.fromkeys(self.in_16_bits_only(cfg), "sdpa")
+        return self.canonical(cfg).model_copy(update={**launches, **plain})
+
+    def in_16_bits_only(self, cfg: Configuration) -> list[str]:
+        """The stages whose kernel has no float32 form on this device."""
+        options, device = self.of(cfg), cfg.platform.device
+        names = ("aiter",) if device == "cpu" else ("aiter", *_SIXTEEN_BITS)
+        return [stage for stage in STAGES if getattr(options, stage) in names]
+
     def label(self, options: AttentionOptions) -> str:
         """One word when the stages agree, and the launch parameters that were given."""
         chosen = {stage: getattr(options, stage) for stage in STAGES}

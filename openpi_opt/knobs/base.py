@@ -177,6 +177,15 @@ class Knob(Generic[O]):
         """
         return False
 
+    def float32_form(self, cfg: Configuration) -> O:
+        """The options of the same structure in float32, for the guard.
+
+        What chooses how to run or round, and not what is computed, becomes neutral. An operation
+        that exists in 16 bits alone becomes a plain one: the guard compares it by itself
+        (`openpi_opt.guarding.structure`).
+        """
+        return self.canonical(cfg)
+
     def notes(self, cfg: Configuration) -> list[str]:
         """What the record of a trial must say beside its numbers; asked in the trial, at its end.
 

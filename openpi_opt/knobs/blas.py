@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -36,7 +37,13 @@ LIBRARIES = {
     "hipblaslt": ("rocm", "cublaslt"),
     "ck": ("rocm", "ck"),
 }
+_OVERRIDES = {
+    "hipblaslt": "HIPBLASLT_TUNING_OVERRIDE_FILE",
+    "rocblas": "ROCBLAS_TENSILE_GEMM_OVERRIDE_PATH",
+}
 _FP8_MIN_SM = 89
+# Addresses so far apart lie in the same memory channel of an MI300.
+_CHANNEL_BYTES = 512
 # aiter names no FP8 format for gfx940 and gfx941, and has no such CK kernels for others.
 _AITER_FP8_ARCHS = ("gfx942", "gfx950")
 _FP8_ARCHS = ("gfx940", "gfx941", "gfx942", "gfx950", "gfx1200", "gfx1201")
@@ -45,12 +52,15 @@ _CALIBRATION_SEEDS = range(1_000_003, 1_000_007)
 
 
 class AiterOptions(Options):
-    """`max_rows`: larger products stay with torch (None: none do). `table`: a tuned CSV.
+    """`stages`: whose layers go to aiter. `max_rows`: larger products stay with torch (None: none).
+
+    `table` is a tuned CSV (`python -m openpi_opt.tune gemm`), merged with those that aiter brings.
 
     `preshuffle` keeps a second copy of the weights whose widths are multiples of
     `preshuffle_multiple`, for products of at least `preshuffle_min_rows` rows.
     """
 
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = STAGES
     max_rows: Annotated[int, Field(ge=1)] | None = None
     table: str | None = None
     preshuffle: bool = False
@@ -83,14 +93,30 @@ class Fp8Options(Options):
     fast_accum: bool = True
 
 
+class OverrideOptions(Options):
+    """Files of AMD's tuners by which its libraries choose other solutions than their own.
+
+    `hipblaslt` is read by HIPBLASLT_TUNING_OVERRIDE_FILE, `rocblas` by
+    ROCBLAS_TENSILE_GEMM_OVERRIDE_PATH.
+    """
+
+    hipblaslt: str | None = None
+    rocblas: str | None = None
+
+
 class BlasOptions(Options):
-    """`backend` computes the linear layers, `library` is torch's own preference among BLAS."""
+    """`backend` computes the linear layers, `library` is torch's own preference among BLAS.
+
+    `pad_strides` keeps weights whose rows are multiples of 512 bytes with 256 bytes between them.
+    """
 
     backend: Literal["torch", "aiter", "fp8"] = "torch"
     library: Literal["default", "cublas", "cublaslt", "rocblas", "hipblaslt", "ck"] = "default"
     aiter: AiterOptions = AiterOptions()
     tunableop: TunableOpOptions = TunableOpOptions()
     fp8: Fp8Options = Fp8Options()
+    pad_strides: bool = False
+    overrides: OverrideOptions = OverrideOptions()
 
 
 class Blas(Knob[BlasOptions]):
@@ -104,6 +130,9 @@ class Blas(Knob[BlasOptions]):
     - `fp8`, both: `torch._scaled_mm`, or on AMD aiter's `gemm_a8w8` (`fp8.gemm`; 1.57x reported for
       single products in sunxxuns/openpi-1); static scales per tensor. Lossy. sm89, gfx942 and
       newer; on the CPU it runs as a reference. Not run on AMD.
+    - `pad_strides`, both: rows of weights at multiples of 512 bytes meet in the same channels of an
+      MI300's memory (AMD's workload tuning guide: leading dimension K + 128). Exact. Not run on
+      AMD.
     """
 
     name = "blas"
@@ -118,6 +147,8 @@ class Blas(Knob[BlasOptions]):
             _aiter_problem(cfg, options.aiter, machine) if options.backend == "aiter" else None,
             _fp8_problem(cfg, options.fp8, machine) if options.backend == "fp8" else None,
             _nothing_left_for_gemm(cfg, options),
+            _padding_problem(cfg, options),
+            _override_problem(cfg, options.overrides),
         ]
         return next((problem for problem in problems if problem is not None), None)
 
@@ -125,8 +156,10 @@ class Blas(Knob[BlasOptions]):
         """Without the settings of backends that are not chosen."""
         options = self.of(cfg)
         aiter = options.aiter if options.backend == "aiter" else AiterOptions()
+        routed = tuple(stage for stage in STAGES if stage in aiter.stages)
+        aiter = aiter.model_copy(update={"stages": routed})
         if not aiter.preshuffle:
-            aiter = AiterOptions(max_rows=aiter.max_rows, table=aiter.table)
+            aiter = AiterOptions(stages=routed, max_rows=aiter.max_rows, table=aiter.table)
         fp8 = options.fp8 if options.backend == "fp8" else Fp8Options()
         ordered = tuple(stage for stage in STAGES if stage in fp8.stages)
         fast = fp8.fast_accum if cfg.platform.device == "cuda" else True
@@ -141,6 +174,8 @@ class Blas(Knob[BlasOptions]):
             aiter=aiter,
             tunableop=tunable,
             fp8=Fp8Options(stages=ordered, gemm=fp8.gemm, fast_accum=fast),
+            pad_strides=options.pad_strides,
+            overrides=options.overrides,
         )
 
     def files(self, cfg: Configuration) -> Mapping[str, str]:
@@ -151,6 +186,9 @@ class Blas(Knob[BlasOptions]):
             found["aiter.table"] = options.aiter.table
         if options.tunableop.mode == "use":
             found["tunableop.file"] = options.tunableop.file
+        for library, path in options.overrides.model_dump().items():
+            if path is not None:
+                found[f"overrides.{library}"] = path
         return found
 
     def lossy(self, cfg: Configuration) -> bool:
@@ -159,9 +197,13 @@ class Blas(Knob[BlasOptions]):
 
     def environment(self, cfg: Configuration) -> Mapping[str, str]:
         """Let aiter log each lookup: that is how a silent fallback to torch is noticed."""
+        found = {}
+        for library, path in self.of(cfg).overrides.model_dump().items():
+            if path is not None:
+                found[_OVERRIDES[library]] = str(Path(path).absolute())
         if self._uses_aiter(cfg):
-            return {"AITER_LOG_TUNED_CONFIG": "1", "AITER_LOG_LEVEL": "INFO"}
-        return {}
+            found |= {"AITER_LOG_TUNED_CONFIG": "1", "AITER_LOG_LEVEL": "INFO"}
+        return found
 
     def _uses_aiter(self, cfg: Configuration) -> bool:
         options = self.canonical(cfg)
@@ -188,6 +230,8 @@ class Blas(Knob[BlasOptions]):
             _route_to_aiter(policy, cfg, options.aiter)
         elif options.backend == "fp8":
             _to_fp8(policy, cfg, options.fp8)
+        if options.pad_strides:
+            _pad_strides(policy)
 
     def times_kernels(self, cfg: Configuration) -> bool:
         """TunableOp measures every solution."""
@@ -201,8 +245,13 @@ class Blas(Knob[BlasOptions]):
 
             call = _after_first(call, lookups().require_some)
         if options.tunableop.mode == "tune":
-            call = _after_first(call, _finish_tuning)
+            call = _after_first(call, partial(_finish_tuning, options.tunableop.file))
         return call
+
+    def float32_form(self, cfg: Configuration) -> BlasOptions:
+        """FP8 keeps its layers; which library multiplies is no structure."""
+        options = self.canonical(cfg)
+        return BlasOptions(fp8=options.fp8, backend="fp8" if options.backend == "fp8" else "torch")
 
     def notes(self, cfg: Configuration) -> list[str]:
         """What the files that were read hold, and the shapes that aiter handed back to torch."""
@@ -218,7 +267,9 @@ class Blas(Knob[BlasOptions]):
         words: list[str] = [options.backend]
         if options.library != "default":
             words.append(options.library)
-        for name in ("aiter", "tunableop", "fp8"):
+        if options.pad_strides:
+            words.append("pad_strides")
+        for name in ("aiter", "tunableop", "fp8", "overrides"):
             group = getattr(options, name)
             default = type(group)()
             words += [
@@ -262,6 +313,19 @@ def _tunableop_problem(cfg: Configuration, options: TunableOpOptions) -> Refusal
     return None
 
 
+def _override_problem(cfg: Configuration, options: OverrideOptions) -> Refusal | None:
+    for library, path in options.model_dump().items():
+        if path is None:
+            continue
+        key = f"blas.overrides.{library}"
+        if LIBRARIES[library][0] != cfg.platform.device:
+            return Refusal("unavailable", f"{key} needs ROCm, where {library} is")
+        problem = _file_problem(key, path, f"{library}-bench writes such a file")
+        if problem is not None:
+            return problem
+    return None
+
+
 def _file_problem(key: str, path: str, advice: str) -> Refusal | None:
     """Why a file of the user's cannot be read, or None."""
     if not Path(path).is_file():
@@ -290,7 +354,8 @@ def _aiter_missing(option: str, cfg: Configuration, machine: Machine) -> Refusal
         return Refusal("unavailable", f"{option} needs an AMD GPU with ROCm")
     if machine.aiter is None or machine.aiter.kind != "amd":
         return Refusal(
-            "unavailable", f"{option} needs AMD's aiter (amd-aiter, from its source repository)"
+            "unavailable",
+            f"{option} needs AMD's aiter (pip install --pre amd-aiter, or its source)",
         )
     return None
 
@@ -300,7 +365,8 @@ def _nothing_left_for_gemm(cfg: Configuration, options: BlasOptions) -> Refusal 
     if cfg.knobs["gemm"].backend == "torch":  # type: ignore[attr-defined]
         return None
     all_fp8 = options.backend == "fp8" and len(set(options.fp8.stages)) == len(STAGES)
-    all_aiter = options.backend == "aiter" and options.aiter.max_rows is None
+    every_stage = len(set(options.aiter.stages)) == len(STAGES)
+    all_aiter = options.backend == "aiter" and options.aiter.max_rows is None and every_stage
     if not (all_fp8 or all_aiter):
         return None
     lever = "blas.fp8.stages" if all_fp8 else "blas.aiter.max_rows"
@@ -308,6 +374,22 @@ def _nothing_left_for_gemm(cfg: Configuration, options: BlasOptions) -> Refusal 
         "invalid",
         f"blas={options.backend} takes every linear layer and leaves none to the kernel of gemm; "
         f"use gemm=torch or restrict {lever}",
+    )
+
+
+def _padding_problem(cfg: Configuration, options: BlasOptions) -> Refusal | None:
+    """Own kernels and aiter read rows without gaps."""
+    if not options.pad_strides:
+        return None
+    rivals = [
+        *([f"blas={options.backend}"] if options.backend != "torch" else []),
+        *(["gemm=triton_skinny"] if cfg.knobs["gemm"].backend != "torch" else []),  # type: ignore[attr-defined]
+        *(["fusion.expert_layer=true"] if cfg.knobs["fusion"].expert_layer else []),  # type: ignore[attr-defined]
+    ]
+    if not rivals:
+        return None
+    return Refusal(
+        "invalid", f"blas.pad_strides is for torch's products; {rivals[0]} reads dense weights"
     )
 
 
@@ -362,13 +444,27 @@ def _start_tunableop(options: TunableOpOptions) -> None:
         )
 
 
-def _finish_tuning() -> None:
-    """No tuning while measuring or capturing; an empty result means that nothing was tuned."""
+def _finish_tuning(file: str) -> None:
+    """No tuning while measuring or capturing; an empty result means that nothing was tuned.
+
+    torch 2.9 writes the file at exit, and only while tuning is on, so it is written here. From 2.10
+    on each result is written at once, and `write_file` is gone (torch/cuda/tunable.py).
+    """
     import torch
 
-    torch.cuda.tunable.tuning_enable(False)
-    if not torch.cuda.tunable.get_results():
+    tunable = torch.cuda.tunable
+    if not tunable.get_results():
         raise RefusedError("unavailable", "blas.tunableop: no product went through TunableOp")
+    write = getattr(tunable, "write_file", None)
+    if write is not None:
+        write(file)
+    tunable.tuning_enable(False)
+    if not Path(file).is_file():
+        raise RefusedError(
+            "unavailable",
+            f"blas.tunableop.mode=tune: torch {torch.__version__} found results and did not write "
+            f"{file}, so mode=use would have nothing to read",
+        )
 
 
 def _aiter_package() -> Path:
@@ -388,23 +484,53 @@ def _route_to_aiter(policy: Pi0Policy, cfg: Configuration, options: AiterOptions
     # Only layers that run: what a fusion has replaced needs no shuffled copy.
     with fp8.seen_inputs([policy]) as reached:
         _calibration_runs(policy, cfg, 1)
+    towers = _towers(policy)
+    routed = {m for stage in options.stages for tower in towers[stage] for m in tower.modules()}
     for plain in reached:
+        if plain not in routed and len(set(options.stages)) < len(STAGES):
+            continue
         shuffled = None
         if options.preshuffle:
             shuffled = tuned_gemm.shuffled_weight(plain, options.preshuffle_multiple)
         tuned_gemm.become(plain, options.max_rows, shuffled, options.preshuffle_min_rows)
 
 
-def _to_fp8(policy: Pi0Policy, cfg: Configuration, options: Fp8Options) -> None:
-    from openpi_opt.kernels import fp8
-    from openpi_opt.kernels.aiter import import_part
+def _pad_strides(policy: Pi0Policy) -> None:
+    """Lay the weights [N, K] that need it into [N, K + 256 bytes], of which layers see K."""
+    from openpi_opt.pi0.layers import Linear
 
+    padded = 0
+    for layer in policy.modules():
+        weight = layer.weight.data if isinstance(layer, Linear) else None
+        if weight is None or weight.stride(0) * weight.element_size() % _CHANNEL_BYTES:
+            continue
+        rows, columns = weight.shape
+        room = weight.new_empty(rows, columns + _CHANNEL_BYTES // 2 // weight.element_size())
+        layer.weight.data = room[:, :columns].copy_(weight)
+        padded += 1
+    if not padded:
+        raise RefusedError(
+            "invalid",
+            f"blas.pad_strides: no weight of this model has rows of a multiple of {_CHANNEL_BYTES} "
+            "bytes",
+        )
+
+
+def _towers(policy: Pi0Policy) -> dict[str, list[torch.nn.Module]]:
+    """By stage, the modules whose linear layers are its products."""
     model = policy.paligemma_with_expert.paligemma.model
-    towers: dict[str, list[torch.nn.Module]] = {
+    return {
         "vision": [policy.vision, model.multi_modal_projector],
         "prefill": [policy.language],
         "denoise": [policy.expert],
     }
+
+
+def _to_fp8(policy: Pi0Policy, cfg: Configuration, options: Fp8Options) -> None:
+    from openpi_opt.kernels import fp8
+    from openpi_opt.kernels.aiter import import_part
+
+    towers = _towers(policy)
     chosen = [tower for stage in options.stages for tower in towers[stage]]
     dtype = fp8.fp8_dtype(fp8.device_arch(policy.device))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
+from openpi_opt.vendor import BY_DEVICE
 
 if TYPE_CHECKING:
     from openpi_opt.machine import Machine
@@ -35,12 +37,15 @@ DEFAULTS: dict[str, bool | int] = {
     "aggressive_fusion": False,
     "combo_kernels": False,
     "epilogue_fusion": True,
+    "max_autotune_gemm": False,
+    "max_autotune_pointwise": False,
     "shape_padding": True,
     "cpp_wrapper": False,
     "comprehensive_padding": True,
     "triton.multi_kernel": 0,
 }
 # They tune or combine Triton kernels, of which there are none on a CPU.
+_AUTOTUNED = ("coordinate_descent_tuning", "max_autotune_gemm", "max_autotune_pointwise")
 _TRITON_ONLY = ("coordinate_descent_tuning", "triton.multi_kernel")
 _BACKENDS = r"(ATEN|TRITON|CPP|CUTLASS|CK|CKTILE|CUTEDSL)"
 
@@ -63,8 +68,10 @@ class InductorOptions(Options):
     `coordinate_descent_tuning` also turns products with a side of 1 into pointwise code on a GPU;
     `freezing` makes constants of the weights; `memory_planning` was reported to cost 10 ms;
     `combo_kernels` is known for wrong scalars on ROCm (pytorch #168937): the guard decides.
-    `max_autotune_gemm_backends` is read when autotuning only. `comprehensive_padding` (not in that
-    set) pads rows to 128 bytes, after which torch's addmm copies a bias instead of fusing it.
+    `max_autotune_gemm` and `max_autotune_pointwise` are the halves of mode `max_autotune` (AMD's
+    workload tuning guide). `max_autotune_gemm_backends` is read when autotuning products only.
+    `comprehensive_padding` (not in that set) pads rows to 128 bytes, after which torch's addmm
+    copies a bias instead of fusing it.
     """
 
     coordinate_descent_tuning: bool | None = None
@@ -76,6 +83,8 @@ class InductorOptions(Options):
     aggressive_fusion: bool | None = None
     combo_kernels: bool | None = None
     epilogue_fusion: bool | None = None
+    max_autotune_gemm: bool | None = None
+    max_autotune_pointwise: bool | None = None
     shape_padding: bool | None = None
     max_autotune_gemm_backends: BackendList | None = None
     cpp_wrapper: bool | None = None
@@ -128,6 +137,7 @@ class Compile(Knob[CompileOptions]):
         reasons = (
             _double_capture(cfg, options),
             _missing_option(options.inductor),
+            _missing_ck(cfg, options.inductor),
             _missing_compiler(cfg, options),
         )
         return next((reason for reason in reasons if reason is not None), None)
@@ -140,7 +150,7 @@ class Compile(Knob[CompileOptions]):
         chosen = {
             key: value
             for key, value in options.inductor.chosen().items()
-            if _matters(key, value, options.mode, cfg.platform.device)
+            if _matters(key, value, options, cfg.platform.device)
         }
         return options.model_copy(update={"inductor": _nested(chosen)})
 
@@ -171,6 +181,10 @@ class Compile(Knob[CompileOptions]):
             parts = len(names)
         call = CompiledCall(policy.sample_actions, parts, options.mode in CAPTURING)
         policy.sample_actions = call  # type: ignore[method-assign]
+
+    def float32_form(self, cfg: Configuration) -> CompileOptions:
+        """What Inductor makes of float32 operations says nothing of those in 16 bits."""
+        return CompileOptions()
 
     def notes(self, cfg: Configuration) -> list[str]:
         """Name the options that were asked for and that nothing reads."""
@@ -250,6 +264,21 @@ def _missing_option(inductor: InductorOptions) -> Refusal | None:
     return Refusal("unavailable", f"the installed torch has no such Inductor option: {names}")
 
 
+def _missing_ck(cfg: Configuration, inductor: InductorOptions) -> Refusal | None:
+    """Inductor leaves CK out without a word where it cannot be had, and fails where it is alone."""
+    if not re.search(r"\bCK", inductor.max_autotune_gemm_backends or ""):
+        return None
+    wanted = f"compile.inductor.max_autotune_gemm_backends={inductor.max_autotune_gemm_backends}"
+    if not BY_DEVICE[cfg.device].has_aiter:
+        return Refusal("unavailable", f"{wanted}: Composable Kernel is AMD's, for ROCm")
+    if importlib.util.find_spec("ck4inductor") is None:
+        return Refusal(
+            "unavailable",
+            f"{wanted} needs the package ck4inductor (pip install git+https://github.com/rocm/composable_kernel)",
+        )
+    return None
+
+
 def _missing_compiler(cfg: Configuration, options: CompileOptions) -> Refusal | None:
     """C++ for code on the CPU and for the C++ wrapper; C for Triton's launchers on a GPU."""
     needs_cxx = cfg.platform.device == "cpu" or options.inductor.cpp_wrapper
@@ -264,13 +293,14 @@ def _missing_compiler(cfg: Configuration, options: CompileOptions) -> Refusal | 
     )
 
 
-def _matters(key: str, value: object, mode: str, device: str) -> bool:
+def _matters(key: str, value: object, options: CompileOptions, device: str) -> bool:
     if key in INERT or (device == "cpu" and key in _TRITON_ONLY):
         return False
+    autotuning = options.mode in AUTOTUNING
     if key == "max_autotune_gemm_backends":
-        return mode in AUTOTUNING
-    if key == "coordinate_descent_tuning" and mode in AUTOTUNING:
-        return value is not True  # these modes turn it on
+        return autotuning or options.inductor.max_autotune_gemm is True
+    if key in _AUTOTUNED and autotuning:
+        return value is not True  # these modes turn them on
     return key not in DEFAULTS or value != DEFAULTS[key]
 
 

@@ -69,6 +69,11 @@ class Elementwise(Knob[ElementwiseOptions]):
         policy.ops.gelu_mul = triton_activation.gelu_mul
         policy.ops.rotary = triton_rotary.rotary
 
+    def float32_form(self, cfg: Configuration) -> ElementwiseOptions:
+        """Aiter's kernels take 16 bits only."""
+        options = self.of(cfg)
+        return ElementwiseOptions() if options.backend == "aiter" else options
+
     def label(self, options: ElementwiseOptions) -> str:
         """The backend."""
         return options.backend

@@ -22,6 +22,7 @@ AMD_GUIDE = "AMD workload tuning guide for MI300X"
 FORK = "sunxxuns/openpi-1"
 ROCM, TORCH, TRITON = "ROCm documentation", "PyTorch documentation", "Triton source"
 CUDA = "CUDA documentation"
+_OFF = "0 is how it is without it; any other value is refused"
 _ONE_GPU = "an inference on one GPU runs no collective"
 # One setting under several names.
 _SPELLINGS = (
@@ -135,6 +136,9 @@ VARIABLES: dict[str, Variable] = {
         "nvidia", r"[1-9]\d?", "hardware queues, 8 if unset", CUDA
     ),
     "OMP_NUM_THREADS": Variable("any", r"[1-9]\d*", "threads of the CPU's loops", AMD_GUIDE),
+    "HIP_LAUNCH_BLOCKING": Variable("amd", "0", "launches do not wait", AMD_GUIDE, inert=_OFF),
+    "CUDA_LAUNCH_BLOCKING": Variable("gpu", "0", "launches do not wait", CUDA, inert=_OFF),
+    "AMD_LOG_LEVEL": Variable("amd", "0", "no log of the runtime", AMD_GUIDE, inert=_OFF),
     "TORCH_ROCM_USE_HIPBLASLT": Variable(
         "amd",
         FLAG,
@@ -292,13 +296,14 @@ def _serves(vendor: Vendor, device: str) -> bool:
 
 
 def _problem(name: str, value: str) -> str | None:
-    for pattern, reason in REFUSED.items() if name not in VARIABLES else ():
+    known = VARIABLES.get(name)
+    if known is not None and re.fullmatch(known.values, value):
+        return None
+    for pattern, reason in REFUSED.items() if known is None or name in REFUSED else ():
         if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
             return f"{name} is refused: it {reason}"
     if name not in VARIABLES:
         close = difflib.get_close_matches(name, VARIABLES, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         return f"unknown variable {name}; known are {', '.join(VARIABLES)}.{hint}"
-    if not re.fullmatch(VARIABLES[name].values, value):
-        return f"{name}={value!r}: allowed is {VARIABLES[name].values} ({VARIABLES[name].meaning})"
-    return None
+    return f"{name}={value!r}: allowed is {VARIABLES[name].values} ({VARIABLES[name].meaning})"

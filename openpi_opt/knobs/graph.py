@@ -44,6 +44,10 @@ class Graph(Knob[GraphOptions]):
 
         return CapturedCall(call)
 
+    def float32_form(self, cfg: Configuration) -> GraphOptions:
+        """A replay runs what was captured."""
+        return GraphOptions()
+
     def label(self, options: GraphOptions) -> str:
         """The mode."""
         return options.mode

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from openpi_opt.pi0.policy import Pi0Policy
 
 _TF32_MIN_SM = 80
-_XF32_ARCHS = ("gfx942",)  # gfx950 has no such matrix instruction any more
+# gfx942 has an instruction for it; gfx950 has none, and hipBLASLt computes it by three products in
+# bfloat16 (ROCm 7, "TF32 emulation").
+_XF32_ARCHS = ("gfx942", "gfx950")
 
 
 class PrecisionOptions(Options):
@@ -86,6 +88,10 @@ class Precision(Knob[PrecisionOptions]):
         from openpi_opt.pi0 import precision
 
         precision.cast(policy, getattr(torch, self.of(cfg).dtype))
+
+    def float32_form(self, cfg: Configuration) -> PrecisionOptions:
+        """float32, all of its bits."""
+        return PrecisionOptions(dtype="float32")
 
     def notes(self, cfg: Configuration) -> list[str]:
         """Say so when the CPU took the switch's meaning away."""

@@ -36,15 +36,13 @@ _SHAPES = {
 }
 
 
-def of_latency(latency: Latency, warmup: int, observations: int) -> list[Check]:
+def of_latency(latency: Latency, warmup: int, contents: int) -> list[Check]:
     """Counts, interval, and what the samples look like."""
     count = latency.iterations
     checks = [
         _check("warmup", warmup >= MIN_WARMUP, f"{warmup} untimed calls, {MIN_WARMUP} needed"),
         _check("iterations", count >= MIN_ITERATIONS, f"{count}, {MIN_ITERATIONS} needed"),
-        _check(
-            "inputs", observations > 1, f"{observations} observations in turn, each copied anew"
-        ),
+        _check("inputs", contents >= count, f"{contents} calls, each with content of its own"),
     ]
     if latency.rel_ci is not None and latency.asked_rel_ci is not None:
         narrow = latency.rel_ci <= INTERVAL_SLACK * latency.asked_rel_ci

@@ -5,7 +5,8 @@ is idle when it starts and is waited for when it ends. Nothing is pipelined over
 
 Each request has an observation of its own, which is copied to the device right before it, into
 memory that no call has read yet: what the caches hold then is what they hold in use. The copy is
-timed by itself.
+timed by itself. A `Feed` makes the copies, and may give them other content and look at the results,
+both outside of what is timed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -27,6 +28,20 @@ from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.vendor import BY_DEVICE
 
 T = TypeVar("T")
+R = TypeVar("R", contravariant=True)
+
+
+class Feed(Protocol[T, R]):
+    """Where timed calls get their inputs, and who gets what they return."""
+
+    def upload(self) -> T:
+        """The next inputs, in fresh memory of the device; on a GPU this is timed by itself."""
+
+    def renew(self, inputs: T) -> None:
+        """Change the content of the inputs in place, before the call's clocks start."""
+
+    def keep(self, inputs: T, output: R) -> None:
+        """Look at a call, after its time was taken."""
 
 
 @dataclass(frozen=True)
@@ -51,30 +66,30 @@ def upload(observation: Inputs, device: torch.device) -> Inputs:
 
 
 def time_calls(
-    call: Callable[[T], object],
-    observations: Sequence[T],
-    upload: Callable[[T], T],
-    warmup: int,
-    iterations: int,
-    device: Device,
+    call: Callable[[T], R], feed: Feed[T, R], warmup: int, iterations: int, device: Device
 ) -> Timing:
-    """Time `iterations` calls after `warmup` untimed ones.
+    """Time `iterations` calls after `warmup` untimed ones, all with inputs of `feed`.
 
-    Call i gets `upload(observations[i % len(observations)])`: a fresh copy, made and waited for
-    before the call's clocks start. The garbage collector is off in between. What the call returns,
-    and its copy, are freed after its time was taken.
+    Inputs are made and waited for before the call's clocks start. The garbage collector is off in
+    between. What the call returns, and its inputs, are freed after its time was taken.
 
     Raises:
-        ValueError: no observations, or fewer calls than `MIN_WARMUP` or `MIN_ITERATIONS`.
+        ValueError: fewer calls than `MIN_WARMUP` or `MIN_ITERATIONS`.
     """
     if iterations < MIN_ITERATIONS:
         raise ValueError(f"iterations={iterations}: at least {MIN_ITERATIONS} are needed")
-    warm_up(lambda observation: call(upload(observation)), observations, warmup, device)
+
+    def untimed(_: None) -> None:
+        inputs = feed.upload()
+        feed.renew(inputs)
+        call(inputs)
+
+    warm_up(untimed, [None], warmup, device)
     accelerator = BY_DEVICE[device].accelerator()
     begin = _time_on_cpu if accelerator is None else partial(_time_on_gpu, accelerator)
     with _no_garbage_collection():
         start_ns = time.monotonic_ns()
-        timing = begin(call, observations, upload, iterations)
+        timing = begin(call, feed, iterations)
         return replace(timing, seconds=(time.monotonic_ns() - start_ns) / 1e9)
 
 
@@ -108,47 +123,42 @@ def synchronise(device: Device) -> None:
         accelerator.synchronize()
 
 
-def _time_on_cpu(
-    call: Callable[[T], object],
-    observations: Sequence[T],
-    upload: Callable[[T], T],
-    iterations: int,
-) -> Timing:
+def _time_on_cpu(call: Callable[[T], R], feed: Feed[T, R], iterations: int) -> Timing:
     elapsed_ns = [0] * iterations
     for i in range(iterations):
-        inputs = upload(observations[i % len(observations)])
+        inputs = feed.upload()
+        feed.renew(inputs)
         start_ns = time.perf_counter_ns()
         actions = call(inputs)
         elapsed_ns[i] = time.perf_counter_ns() - start_ns
+        feed.keep(inputs, actions)
         del actions, inputs  # only now: freeing a tensor takes time that is not the call's
     samples_ms = [value / 1e6 for value in elapsed_ns]
     return Timing(samples_ms, list(samples_ms), "wall")
 
 
 def _time_on_gpu(
-    accelerator: Any,
-    call: Callable[[T], object],
-    observations: Sequence[T],
-    upload: Callable[[T], T],
-    iterations: int,
+    accelerator: Any, call: Callable[[T], R], feed: Feed[T, R], iterations: int
 ) -> Timing:
     starts = _ready_events(accelerator, iterations)
     ends = _ready_events(accelerator, iterations)
     wall_ns = [0] * iterations
     upload_ns = [0] * iterations
     for i in range(iterations):
-        observation = observations[i % len(observations)]
         accelerator.synchronize()
         start_ns = time.perf_counter_ns()
-        inputs = upload(observation)
+        inputs = feed.upload()
         accelerator.synchronize()
         upload_ns[i] = time.perf_counter_ns() - start_ns
+        feed.renew(inputs)
+        accelerator.synchronize()
         start_ns = time.perf_counter_ns()
         starts[i].record()
         actions = call(inputs)
         ends[i].record()
         accelerator.synchronize()
         wall_ns[i] = time.perf_counter_ns() - start_ns
+        feed.keep(inputs, actions)
         del actions, inputs
     samples_ms = [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
     wall_ms, upload_ms = ([value / 1e6 for value in each] for each in (wall_ns, upload_ns))

@@ -49,6 +49,12 @@ PROMPT_BONUS, ACTION_BONUS, STATE_BONUS, PATCH_BONUS = 3.0, 2.0, 4.5, 2.7
 QUERY_LEVEL = 1.5  # share of a bonus that queries carry; keys carry the rest
 FAVOURED_PATCHES = slice(0, None, 16)
 
+# Of `provoke`: what all logits have in common, beyond the largest argument of exp in float32 (88);
+# a massive channel; shares that are left of what changes the velocity from step to step.
+COMMON_LOGIT = 100.0
+MASSIVE, MASSIVE_CHANNEL = 10.0, 5
+TIME_SHARE, ACTION_SHARE = 0.02, 0.1
+
 
 def build(config: Pi0Config, device: torch.device | str, steps: int = 10) -> Pi0Policy:
     """A policy on `device` in float32 whose weights are allocated once and not yet filled."""
@@ -71,6 +77,46 @@ def init_random(policy: Pi0Policy, seed: int) -> None:
         generator = torch.Generator(parameter.device)
         generator.manual_seed(int.from_bytes(digest[:7], "big"))
         _fill(policy.config, name, parameter, generator)
+
+
+def provoke(policy: Pi0Policy) -> None:
+    """Change the weights of `init_random` so that shortcuts which depend on the data are taken.
+
+    All logits get `COMMON_LOGIT`: a softmax that does not subtract the maximum overflows, logits
+    that are clamped become equal, and the softmax itself is as well conditioned as before. One
+    channel of the prefix is massive. The velocity changes by about 1% from step to step.
+    """
+    config, model = policy.config, policy.paligemma_with_expert.paligemma
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if name.split(".")[-2] in ("q_proj", "k_proj"):
+                _add_common_logit(config, name, parameter)
+        policy.projector.bias[MASSIVE_CHANNEL] += MASSIVE  # type: ignore[index, operator]
+        embedding = model.lm_head.weight
+        embedding[:, MASSIVE_CHANNEL] += MASSIVE / math.sqrt(config.language.width)
+        policy.action_in_proj.weight.mul_(ACTION_SHARE)
+        if config.family == "pi0":
+            policy.action_time_mlp_in.weight[:, config.expert.width :] *= TIME_SHARE
+        else:
+            policy.time_mlp_out.weight.mul_(TIME_SHARE)
+
+
+def _add_common_logit(config: Pi0Config, name: str, parameter: Tensor) -> None:
+    """Let some head dims of queries and keys be constant: SigLIP's last, Gemma's slowest."""
+    if "vision_tower" in name:
+        size = config.vision.head_dim
+        dims = slice(size - size // 4, size)
+    else:
+        size = config.language.head_dim
+        dims = slice(size // 2 - max(1, size // 16), size // 2)
+    level = math.sqrt(COMMON_LOGIT * math.sqrt(size) / (dims.stop - dims.start))
+    rows = parameter.view(-1, size, *parameter.shape[1:])[:, dims]
+    if parameter.ndim == 1:
+        rows.fill_(level)
+        return
+    rows.zero_()
+    if "vision_tower" not in name:
+        rows[:, :, BIAS] = _read(level, parameter.shape[1])
 
 
 def _fill(config: Pi0Config, name: str, parameter: Tensor, generator: torch.Generator) -> None:

@@ -226,9 +226,9 @@ class StageModel:
     def draw(self, rng: np.random.Generator, patience: float = 0.0) -> Guess:
         """One sample of everything."""
         parts = {name: effects.draw(rng) for name, effects in self._parts.items()}
-        return Guess(parts, self._fails.mean(), self._seconds.mean(), patience)
+        return Guess(parts, self._fails.draw(rng), self._seconds.mean(), patience)
 
-    def mean(self) -> Guess:
+    def mean(self, patience: float = 0.0) -> Guess:
         """The best guess of everything."""
         parts = {name: effects.mean() for name, effects in self._parts.items()}
-        return Guess(parts, self._fails.mean(), self._seconds.mean(), 0.0)
+        return Guess(parts, self._fails.mean(), self._seconds.mean(), patience)

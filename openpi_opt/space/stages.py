@@ -2,9 +2,9 @@
 
 Each trial tells the time of every stage, and each option which stages it can change, so one trial
 is a lesson for three smaller searches. `stage_model.StageModel` learns from them; a proposal is the
-point that is fastest under one sample of the model's effects, found by changing one key at a time
-from known points and from a random one. Only points that every knob admits are looked at, and none
-that is known or being measured.
+point that is fastest by the model's means or, every second time, under one sample of its effects,
+found by changing one key at a time from a known point and from a random one. Only points that every
+knob admits are looked at, and none that is known or being measured.
 """
 
 from __future__ import annotations
@@ -180,6 +180,7 @@ class StagesSampler(BaseSampler):
         self._rng = np.random.default_rng(seed)
         self._patience = patience
         self._model = StageModel(touched)
+        self._turn = 0
         self._places: dict[tuple[str, ...], Place | None] = {}
 
     def infer_relative_search_space(
@@ -249,6 +250,9 @@ class StagesSampler(BaseSampler):
                 for place in pending
             ]
             self._model.fit([*seen, *believed])
+        self._turn += 1
+        if self._turn % 2:  # what is best by all that is known; the other half explores
+            return self._model.mean(self._patience())
         return self._model.draw(self._rng, self._patience())
 
     def _descend(self, start: Place, guess: Guess, looked: dict[Key, tuple[float, Params]]) -> None:

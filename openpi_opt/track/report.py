@@ -488,7 +488,19 @@ def _against(floor_ms: float | None, took_ms: float | None, fraction: float | No
 def _below(group: Group) -> list[Text]:
     """What stands below a table: reasons, flags, then footnotes."""
     lines = [*_reasons(group.rows), *flag_lines(group.rows), *group.footnotes]
+    lines += _guard_lines(group.rows)
     return [Text(line, overflow="fold") for line in lines]
+
+
+def _guard_lines(found: Sequence[Row]) -> list[str]:
+    """What the guard of these trials sees, where that was measured."""
+    powers = {row.ok.guard.power for row in found if row.ok and row.ok.guard.power}
+    lines = []
+    for power in sorted(powers, key=lambda power: power.smallest):
+        seen = f"smallest margin {power.smallest:.1f} times the tolerance ({power.mutation})"
+        missed = f"; this guard cannot see: {', '.join(power.missed)}" if power.missed else ""
+        lines.append(f"guard, by mistakes made on purpose: {seen}{missed}")
+    return lines
 
 
 def _outcome(row: Row) -> str:

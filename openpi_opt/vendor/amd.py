@@ -336,6 +336,7 @@ def kfd_gpus(nodes: Path) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
                 memory_mib=_vram_mib(node) or None,
                 driver=driver,
                 pci=_pci(told),
+                units=int(told["simd_count"]) // int(told.get("simd_per_cu", 4)),
             )
         )
     return _told_apart(found), tuple(troubles)

@@ -24,7 +24,8 @@ class Gpu:
     """One GPU as the driver names it; `index` counts in the order of the driver.
 
     `memory_mib` is None where the driver does not tell, as of GPUs that share the host's memory.
-    `uuid` names the GPU on this host. It is the driver's, or made from the PCI address.
+    `uuid` names the GPU on this host. It is the driver's, or made from the PCI address. `units` are
+    AMD's compute units, None where they are not told.
     """
 
     index: int
@@ -35,6 +36,7 @@ class Gpu:
     memory_mib: int | None
     driver: str
     pci: str = ""
+    units: int | None = None
 
 
 @dataclass(frozen=True)

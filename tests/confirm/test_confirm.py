@@ -442,8 +442,7 @@ def test_drift_promotes_nothing_that_is_not_faster_and_hides_no_gain() -> None:
 def test_the_simulator_sees_what_a_naive_choice_does() -> None:
     """The smallest number of a sweep "is faster" nearly always: the sweeps are hard enough."""
     noise = simulate.normal(0.003)
-    scene = simulate.Scene(np.zeros(60))
-    benches = [simulate.SimulatedBench(scene, noise, seed) for seed in range(100)]
+    benches = [simulate.SimulatedBench(np.zeros(60), noise, seed) for seed in range(100)]
     naive = sum(
         min(s.first_ms for s in bench.subjects()) < mean
         for bench in benches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -153,6 +154,22 @@ def test_of_two_promotions_with_one_name_the_second_says_so(
     assert promote.main(promoted(store, "t", "--force")) == 0
     assert [tag["value"] for tag in read_lines(first / TAGS_FILE)] == ["x", "x (replaced)"]
     assert [tag["value"] for tag in read_lines(second / TAGS_FILE)] == ["x"]
+
+
+def test_a_time_that_can_never_do_is_refused_before_the_wait(store: Store) -> None:
+    """Three rounds of two processes of a minute each: the device is never asked for."""
+    found(store, "s", PLAIN, SDPA)
+    lease = reserve(PLAIN, probe(), None, [], print)
+    command = promoted(store, "s", "--minutes", "1")
+    at = command.index("--rounds")
+    del command[at : at + 2]
+    thread, ended = in_thread(promote.main, command)
+    thread.join(timeout=60)
+    refused_at_once = bool(ended)
+    lease.release()
+    thread.join()
+    assert refused_at_once
+    assert re.search(r"--minutes 1 is too short .* at least \d+ minutes are needed", str(ended[0]))
 
 
 def write_at_once(path: Path, study: str, start: Any, won: Any) -> None:

@@ -3,7 +3,11 @@
 The signature is that of ROCm/aiter `aiter/ops/mha.py` (before and after `sink_size` was added).
 """
 
+import importlib
+import sys
+import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,3 +80,31 @@ def test_what_cannot_be_imported_is_unavailable() -> None:
 def test_no_launch_parameter_is_amd_only() -> None:
     for config in (aiter._PREFILL_CONFIG, aiter._DECODE_CONFIG):
         assert not {"waves_per_eu", "matrix_instr_nonkdim", "kpack"} & set(config)
+
+
+def test_prebuilt_modules_are_kept_when_new_ones_go_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AITER_JIT_DIR aiter imports from that folder alone, and compiles what it lacks."""
+    package, own = tmp_path / "site" / "aiter", tmp_path / "jit"
+    (package / "jit").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    built = {"module_host": b"host", "module_here": b"amdhsa--gfx942 amdhsa--gfx950",
+             "module_other": b"amdhsa--gfx950", "module_built": b"host"}  # fmt: skip
+    for name, content in built.items():
+        (package / "jit" / f"{name}.so").write_bytes(content)
+    own.mkdir()
+    (own / "module_built.so").write_bytes(b"own")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "aiter", raising=False)
+    importlib.invalidate_caches()
+    monkeypatch.setattr(aiter, "_on_amd", lambda: True)
+    properties = types.SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.delenv("AITER_JIT_DIR", raising=False)
+    assert aiter.keep_prebuilt() == []
+    monkeypatch.setenv("AITER_JIT_DIR", str(own))
+    assert [link.name for link in aiter.keep_prebuilt()] == ["module_here.so", "module_host.so"]
+    assert (own / "module_built.so").read_bytes() == b"own"
+    assert not (own / "module_other.so").exists(), "aiter would build it anew, through the link"
+    assert aiter.keep_prebuilt() == []

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openpi_opt.errors import RefusedError
-from openpi_opt.kernels import tuned_gemm
+from openpi_opt.kernels import aiter_tables, tuned_gemm
+from openpi_opt.kernels.aiter_tables import Product
 from openpi_opt.pi0.layers import Linear
 from openpi_opt.pi0.ops import Ops
 
@@ -217,24 +218,56 @@ def variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(tuned_gemm.TABLE_VARIABLE, "")
 
 
-def test_aiter_gets_a_private_copy(tmp_path: Path, variable: None) -> None:
-    source = table(tmp_path / "mine.csv", COLUMNS, ROW)
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_aiter_gets_its_own_tables_and_the_users_in_one_private_file(
+    tmp_path: Path, variable: None
+) -> None:
+    """Alone, a table that is named replaces all of aiter's."""
+    models = tmp_path / "configs" / "model_configs"
+    models.mkdir(parents=True)
+    other = ROW.replace("gfx950,256,", "gfx950,256,9", 1)
+    table(tmp_path / "configs" / "bf16_tuned_gemm.csv", COLUMNS, ROW.replace("kernel", "base"))
+    table(models / "a_bf16_tuned_gemm.csv", COLUMNS, other.replace("kernel", "model"))
+    table(models / "a_bf16_untuned_gemm.csv", "M,N,K", "1,2,3")
+    alone = rows_of(tuned_gemm.install_table(None, tmp_path))
+    assert [row["kernelName"] for row in alone] == ["base", "model"]
+    source = table(tmp_path / "mine.csv", COLUMNS, ROW.replace("kernel", "mine"))
     before = source.read_bytes()
     copies = [tuned_gemm.install_table(str(source), tmp_path) for _ in range(2)]
     assert copies[0] != copies[1]
     assert os.environ[tuned_gemm.TABLE_VARIABLE] == str(copies[1])
+    assert [row["kernelName"] for row in rows_of(copies[1])] == ["mine", "model"]
     copies[1].write_text("rewritten by aiter")
     assert source.read_bytes() == before
-    with copies[0].open() as file:
-        assert next(csv.DictReader(file))["kernelName"] == "kernel"
 
 
-def test_without_a_table_it_is_the_packages_own(tmp_path: Path, variable: None) -> None:
-    (tmp_path / "configs").mkdir()
-    table(tmp_path / "configs" / "bf16_tuned_gemm.csv", COLUMNS, ROW)
-    copy = tuned_gemm.install_table(None, tmp_path)
-    assert copy.parent != tmp_path / "configs"
-    assert len(copy.read_text().splitlines()) == 2
+def test_the_lookup_is_aiters(tmp_path: Path) -> None:
+    """Its own `get_padded_m`: the rows as they are, in steps of 16 to 128, the power of two."""
+    head = "gfx,cu_num,M,N,K,bias,dtype,outdtype,scaleAB,bpreshuffle,libtype,solidx,splitK,us"
+    tail = "torch.bfloat16,torch.bfloat16,False,False"
+    rows = [
+        f"gfx950,256,16,1024,4096,False,{tail},asm,0,4,7.1,k",
+        f"gfx950,256,800,2048,2048,False,{tail},hipblaslt,5,0,9.1,k",
+        f"gfx950,256,1024,2560,2048,True,{tail},triton,5,0,9.1,k",
+        f"gfx942,80,16,2560,1024,False,{tail},asm,5,0,9.1,k",
+    ]
+    read = aiter_tables.read_table(table(tmp_path / "t.csv", f"{head},kernelName", *rows))
+    asked = {
+        Product(11, 1024, 4096, False): "asm",
+        Product(11, 1024, 4096, True): None,
+        Product(788, 2048, 2048, False): "hipblaslt",
+        Product(788, 2560, 2048, True): "triton",
+        Product(33, 1024, 4096, False): None,
+        Product(11, 2560, 1024, False): None,
+    }
+    assert aiter_tables.served(read, "gfx950", 256, asked) == asked
+    on_80 = aiter_tables.served(read, "gfx942", 80, [Product(11, 2560, 1024, False)])
+    assert list(on_80.values()) == ["asm"]
+    assert aiter_tables.usable(read, "gfx942", 304) == []
 
 
 @pytest.mark.parametrize(
@@ -244,7 +277,7 @@ def test_old_tables_get_their_architecture(tmp_path: Path, cu_num: str, gfx: str
     """aiter itself raises KeyError 'gfx' at the first product."""
     old = ROW.removeprefix("gfx950,256").join([cu_num, ""])
     path = table(tmp_path / "old.csv", COLUMNS.removeprefix("gfx,"), old)
-    assert tuned_gemm.read_table(path)[0]["gfx"] == gfx
+    assert aiter_tables.read_table(path)[0]["gfx"] == gfx
 
 
 @pytest.mark.parametrize(
@@ -253,13 +286,14 @@ def test_old_tables_get_their_architecture(tmp_path: Path, cu_num: str, gfx: str
         (("a,b", "1,2"), "no column cu_num"),
         ((COLUMNS, ROW.replace("kernel", "bf16gemm_bshuffle_64x64")), "bpreshuffle=False"),
         ((COLUMNS, ROW.replace("gfx950,256", ",128")), "cu_num=128"),
+        ((COLUMNS, "gfx950,256,11"), "fewer values"),
     ],
 )
 def test_tables_that_cannot_work_are_refused(
     tmp_path: Path, lines: tuple[str, ...], words: str
 ) -> None:
     with pytest.raises(RefusedError, match=words) as error:
-        tuned_gemm.read_table(table(tmp_path / "bad.csv", *lines))
+        aiter_tables.read_table(table(tmp_path / "bad.csv", *lines))
     assert error.value.outcome == "invalid"
 
 

@@ -15,6 +15,7 @@ from openpi_opt.knobs import BY_NAME, blas
 from openpi_opt.knobs.blas import LIBRARIES, Blas
 from openpi_opt.machine import Machine
 from openpi_opt.measure import guard
+from openpi_opt.pi0.layers import Linear
 from openpi_opt.pi0.workload import make_inputs
 
 KNOB = Blas()
@@ -270,10 +271,23 @@ def test_a_library_that_torch_does_not_take_is_refused(monkeypatch: pytest.Monke
 
 
 class FakeTunable(types.SimpleNamespace):
-    """The functions of `torch.cuda.tunable` that are called, keeping what was set."""
+    """The functions of `torch.cuda.tunable` that are called, keeping what was set.
 
-    def __init__(self, readable: bool, results: tuple) -> None:
+    `buffered` behaves as torch 2.9 does: results are in memory until `write_file`, or until exit
+    if tuning is on. Later versions have no such function and write each result when it is found.
+    """
+
+    def __init__(self, readable: bool, results: tuple, buffered: bool = False) -> None:
         state: dict = {}
+
+        def write(name: str) -> None:
+            Path(name).write_text("Validator,PT_VERSION,2.9.1\n")
+
+        def tune() -> None:
+            if state["tuning"] and not buffered:
+                write(state["file"])
+
+        more = {"write_file": write} if buffered else {}
         super().__init__(
             state=state,
             enable=lambda value: state.update(enabled=value),
@@ -282,11 +296,17 @@ class FakeTunable(types.SimpleNamespace):
             set_rotating_buffer_size=lambda size: state.update(rotating=size),
             read_file=lambda name: readable,
             get_results=lambda: results,
+            tune=tune,
+            **more,
         )
 
 
-def test_tuning_happens_in_the_first_call_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    tunable = FakeTunable(True, (("GemmTunableOp", "x", "y", 0.1),))
+@pytest.mark.parametrize("buffered", [True, False])
+def test_tuning_happens_in_the_first_call_only_and_leaves_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, buffered: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tunable = FakeTunable(True, (("GemmTunableOp", "x", "y", 0.1),), buffered)
     monkeypatch.setattr(torch.cuda, "tunable", tunable)
     cfg = config({"blas": {"tunableop": {"mode": "tune", "rotating_mib": 64}}}, MI300X)
     KNOB.configure(cfg)
@@ -297,10 +317,27 @@ def test_tuning_happens_in_the_first_call_only(monkeypatch: pytest.MonkeyPatch) 
         "rotating": 64,
     }
     during: list[bool] = []
-    call = KNOB.wrap(lambda inputs: during.append(tunable.state["tuning"]), cfg)  # type: ignore
+
+    def product(inputs: object) -> None:
+        during.append(tunable.state["tuning"])
+        tunable.tune()
+
+    call = KNOB.wrap(product, cfg)  # type: ignore[arg-type]
     call(None)  # type: ignore[arg-type]
     call(None)  # type: ignore[arg-type]
     assert during == [True, False]
+    use = {"blas": {"tunableop": {"mode": "use"}}}
+    assert KNOB.check(config(use, MI300X), MI300X) is None, "what was tuned can be used"
+
+
+def test_tuning_that_leaves_no_file_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "tunable", FakeTunable(True, (("Gemm", "x", "y", 0.1),)))
+    cfg = config({"blas": {"tunableop": {"mode": "tune"}}}, MI300X)
+    with pytest.raises(RefusedError, match=r"did not write tunableop_results\.csv"):
+        KNOB.wrap(lambda inputs: None, cfg)(None)  # type: ignore
 
 
 def test_tuning_that_tuned_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,6 +373,80 @@ def test_aiter_that_served_nothing_ends_the_trial(monkeypatch: pytest.MonkeyPatc
     found.library[16, 64, 64] = "asm"
     KNOB.wrap(lambda inputs: None, cfg)(None)  # type: ignore
     assert KNOB.notes(cfg)
+
+
+def test_files_of_the_libraries_own_tuners(tmp_path: Path) -> None:
+    file = tmp_path / "solutions.txt"
+    raw = {"blas": {"overrides": {"hipblaslt": str(file)}}}
+    assert outcome(raw, MI300X) == "invalid"
+    file.write_text("Git Version: abc\n")
+    assert outcome(raw, MI300X) is None
+    assert outcome(raw, H100) == "unavailable"
+    cfg = config(raw, MI300X)
+    assert KNOB.environment(cfg) == {"HIPBLASLT_TUNING_OVERRIDE_FILE": str(file)}
+    before = cfg.hash()
+    file.write_text("Git Version: abd\n")
+    assert config(raw, MI300X).hash() != before, "by content"
+
+
+def test_aiter_gets_the_layers_of_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    from openpi_opt.kernels import aiter as package
+    from openpi_opt.kernels.tuned_gemm import TunedLinear
+
+    monkeypatch.setattr(package, "import_part", lambda module, option: None)
+    routed = {}
+    for stages in (["vision"], ["prefill", "denoise"], ["vision", "prefill", "denoise"]):
+        cfg = config(
+            {**WORKLOAD, "blas": {"backend": "aiter", "aiter": {"stages": stages}}}, MI300X
+        )
+        policy = runtime.build_policy(cfg, torch.device("cpu"))
+        blas._route_to_aiter(policy, cfg, KNOB.of(cfg).aiter)
+        found = [name for name, m in policy.named_modules() if isinstance(m, TunedLinear)]
+        routed[stages[0], len(stages)] = set(found)
+    vision, others, every = routed.values()
+    assert vision
+    assert others
+    assert not vision & others
+    assert vision | others <= every
+    assert all("vision" in name or "projector" in name for name in vision)
+
+
+# --- padded rows ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rival",
+    [{"blas": {"backend": "fp8", "pad_strides": True}}, {"gemm": {"backend": "triton_skinny"}},
+     {"fusion": {"qkv": True, "gate_up": True, "expert_layer": True}}],
+)  # fmt: skip
+def test_own_kernels_read_dense_weights(rival: dict) -> None:
+    padded = {"blas": {"pad_strides": True}}
+    assert outcome(padded, H100) is None
+    assert outcome({**padded, **rival}, H100) == "invalid"
+
+
+def test_padded_rows_change_addresses_and_nothing_else() -> None:
+    raw = {"precision": {"dtype": "float32"}, "fusion": {"qkv": True}, **WORKLOAD}
+    actions, strides = [], []
+    for pad in (False, True):
+        cfg = config({**raw, "blas": {"pad_strides": pad}})
+        policy = runtime.build_policy(cfg, torch.device("cpu"))
+        prepared = runtime.apply_knobs(policy, cfg)
+        inputs = make_inputs(runtime.workload_of(cfg), policy.config, 0, "cpu")
+        with torch.no_grad():
+            actions.append(prepared.call(inputs))
+        linears = [m for m in policy.modules() if isinstance(m, Linear)]
+        strides.append([m.weight.stride(0) * m.weight.element_size() for m in linears])
+    assert any(stride % 512 == 0 for stride in strides[0])
+    assert not any(stride % 512 == 0 for stride in strides[1])
+    torch.testing.assert_close(actions[0], actions[1], rtol=1e-5, atol=1e-5)
+
+
+def test_padding_without_anything_to_pad_is_refused() -> None:
+    """The small model's rows of 16 bits are no multiples of 512 bytes."""
+    cfg = config({**WORKLOAD, "blas": {"pad_strides": True}})
+    with pytest.raises(RefusedError, match="no weight of this model"):
+        runtime.apply_knobs(runtime.build_policy(cfg, torch.device("cpu")), cfg)
 
 
 def test_registered() -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from machine_samples import CPU, H100, config
+from machine_samples import CPU, H100, MI300X, config
 from torch import Tensor
 
 from openpi_opt import runtime
@@ -71,6 +71,24 @@ def test_an_option_that_this_torch_lacks_is_unavailable(monkeypatch: pytest.Monk
     assert "freezing" not in refusal.reason
 
 
+@pytest.mark.parametrize("backends", ["CK", "ATEN,CKTILE"])
+def test_composable_kernel_is_refused_where_it_is_not_to_be_had(
+    backends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone it would end `error` in the compile phase, and beside others be left out silently."""
+    raw = of("max_autotune_no_cudagraphs", max_autotune_gemm_backends=backends)
+    for on, words in ((H100, "is AMD's"), (CPU, "is AMD's"), (MI300X, "ck4inductor")):
+        refusal = KNOB.check(config(raw, on), on)
+        assert refusal is not None
+        assert refusal.outcome == "unavailable"
+        assert words in refusal.reason
+    find = module.importlib.util.find_spec
+    monkeypatch.setattr(
+        module.importlib.util, "find_spec", lambda name: find("json" if "ck4" in name else name)
+    )
+    assert KNOB.check(config(raw, MI300X), MI300X) is None
+
+
 def test_the_trial_asks_torch_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor, "list_options", lambda: ["freezing"])
     with pytest.raises(RefusedError, match="cpp_wrapper") as error:
@@ -92,6 +110,8 @@ def test_modes_are_torchs_and_options_come_on_top(mode: str) -> None:
         (of(group_fusion=True, benchmark_kernel=True), of()),
         (of(max_fusion_size=64, shape_padding=True, freezing=False), of()),
         (of(max_autotune_gemm_backends="ATEN"), of()),
+        (of(max_autotune_gemm=False), of()),
+        (of("max_autotune", max_autotune_pointwise=True), of("max_autotune")),
         (of("max_autotune", coordinate_descent_tuning=True), of("max_autotune")),
     ],
 )
@@ -105,6 +125,7 @@ def test_what_has_no_effect_does_not_count(raw: dict, same_as: dict) -> None:
         (of(freezing=True), of()),
         (of(max_fusion_size=128), of()),
         (of("max_autotune", max_autotune_gemm_backends="ATEN"), of("max_autotune")),
+        (of(max_autotune_gemm=True, max_autotune_gemm_backends="ATEN"), of(max_autotune_gemm=True)),
         (of("max_autotune", coordinate_descent_tuning=False), of("max_autotune")),
         (of(coordinate_descent_tuning=True), of()),
         (of(triton={"multi_kernel": 1}), of()),

@@ -14,12 +14,12 @@ KNOB = Precision()
 TF32 = {"precision": {"dtype": "float32", "tf32": True}}
 
 
-@pytest.mark.parametrize("machine", [A100, H100, MI300X, CPU])
+@pytest.mark.parametrize("machine", [A100, H100, MI300X, MI350, CPU])
 def test_tf32_runs(machine: Machine) -> None:
     assert KNOB.check(config(TF32, machine), machine) is None
 
 
-@pytest.mark.parametrize("machine", [T4, MI350])
+@pytest.mark.parametrize("machine", [T4])
 def test_tf32_is_unavailable_without_the_instruction(machine: Machine) -> None:
     refusal = KNOB.check(config(TF32, machine), machine)
     assert refusal is not None

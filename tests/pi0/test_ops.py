@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from distances import distance
 from torch import Tensor
 
-from benchmarks.mutations import distance
 from openpi_opt.pi0.ops import (
     NOT_ALLOWED,
     Ops,

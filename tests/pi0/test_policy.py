@@ -5,9 +5,9 @@ import dataclasses
 
 import pytest
 import torch
+from distances import distance
 from torch import Tensor
 
-from benchmarks.mutations import distance
 from openpi_opt.pi0.config import PI0_MINI, PI05_MINI, Pi0Config, RopeFrequencies
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.ops import Visibility, eager_attention

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from distances import distance
 from torch import Tensor, nn
 from transformers import GemmaConfig as HfGemmaConfig
 from transformers import GemmaModel, SiglipVisionConfig, SiglipVisionModel
 
-from benchmarks.mutations import distance
 from openpi_opt.pi0.config import PI0, GemmaConfig, VisionConfig
 from openpi_opt.pi0.gemma import Attending, GemmaTower, rope_at, rope_frequencies
 from openpi_opt.pi0.ops import SEE_ALL, Ops, Visibility, eager_attention

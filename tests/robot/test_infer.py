@@ -18,6 +18,8 @@ from openpi_opt.robot.tokenizer import Tokenizer
 
 pytest.importorskip("sentencepiece", reason="prompts need openpi_opt[robot]")
 
+pytestmark = pytest.mark.usefixtures("home_of_our_own")
+
 SMALL = ["platform=cpu", "workload.steps=2", "workload=openpi", "workload.horizon=4"]
 
 

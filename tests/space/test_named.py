@@ -291,12 +291,12 @@ def _leaves(name: str, value: object) -> list[str]:
     return [] if value is None else [name]
 
 
-@pytest.mark.parametrize("word", ["space.start={}", "space.start={blind:['graph=manual']}"])
+@pytest.mark.parametrize("word", ["space.start={}", "space.start={captured:['graph=manual']}"])
 def test_start_points_of_the_command_line_replace_those_of_the_file(
     lines: CommandLines, word: str
 ) -> None:
     space, _ = lines("space=full", word)
-    assert space.start == ({} if "{}" in word else {"blind": {"graph": "manual"}})
+    assert space.start == ({} if "{}" in word else {"captured": {"graph": "manual"}})
 
 
 def test_starts_are_chosen_by_name(lines: CommandLines) -> None:

@@ -141,7 +141,7 @@ def test_proposals_are_admitted_new_and_soon_fast(full: tuple[Space, Points]) ->
     }
     trials: list[FrozenTrial] = []
     keys, totals = [], []
-    for _ in range(RANDOM + 25):
+    for _ in range(RANDOM + 30):
         params = sampler.propose(trials)
         place = sampler._place(params)
         assert place is not None  # a knob would have refused it
@@ -154,7 +154,7 @@ def test_proposals_are_admitted_new_and_soon_fast(full: tuple[Space, Points]) ->
         trials.append(frozen(space, params, **attributes))
     assert len(set(keys)) == len(keys)
     best = 4.0 + 9.0 + 25 * 0.7 * 0.5 + 1.0
-    assert min(totals) < 1.02 * best
+    assert min(totals) < 1.05 * best
 
 
 def test_a_value_brings_what_its_knob_asks_for(full: tuple[Space, Points]) -> None:

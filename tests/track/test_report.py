@@ -20,7 +20,7 @@ from track_samples import FINGERPRINT, H100, config, failed, ok, record, refused
 from openpi_opt.config import Config
 from openpi_opt.track.fingerprint import fingerprint
 from openpi_opt.track.journal import Record
-from openpi_opt.track.report import groups, rows, table
+from openpi_opt.track.report import groups, print_table, rows, table
 
 
 def text(records: list[Record], width: int = 200) -> str:
@@ -178,6 +178,33 @@ def test_columns_are_what_varies() -> None:
         "vision=sdpa prefill=eager denoise=eager",
     ]
     assert list(rows(both)[0].differs) == ["attention"]
+
+
+def test_many_keys_are_one_column_of_what_differs_within_120_columns(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def of(number: int) -> Config:
+        keys = ("last_layer", "fold_norms", "time_mlp", "rope_tables", "kv_buffer")
+        return config(
+            simplify={key: bool(number >> place & 1) for place, key in enumerate(keys)},
+            fusion={"qkv": True, "gate_up": number > 3, "vision_qkv": number > 5},
+            attention={"vision": "sdpa", "prefill": ["eager", "sdpa"][number % 2]},
+            vision={"cameras": ["batched", "separate"][number % 2]},
+            compile={"mode": "default", "inductor": {"freezing": number > 2}},
+        )
+
+    records = numbered(
+        record(ok(200.0), role="baseline"),
+        *(record(ok(20.0 - n, of(n)), params={"step": str(n)}) for n in range(8)),
+    )
+    print_table(records)
+    lines = capsys.readouterr().out.splitlines()
+    table_lines = lines[: next(n for n, line in enumerate(lines) if line.startswith("flagged"))]
+    assert max(map(len, table_lines)) <= 120
+    text = " ".join(" ".join(line.split()) for line in table_lines)
+    assert "what differs" in text
+    assert "simplify=last_layer+fold_norms" in text
+    assert "elementwise" not in text  # the same in all
 
 
 def test_device_kernels_and_the_gpu_are_named() -> None:

@@ -1,0 +1,139 @@
+"""What the guard sees with your weights: `python -m openpi_opt.guard`.
+
+Mistakes that optimisations make are made on purpose, one after the other, and go through the guard
+as a configuration does. The table says how many times its tolerance each is caught, and what this
+guard cannot see. The result is kept in the store, where the trials of the same model, weights and
+workload find it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openpi_opt import cli
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from openpi_opt.guarding.power import Power
+
+KINDS = ("float32", "bfloat16", "float16", "fp8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; 1 when something is missed or an unchanged policy is refused."""
+    options = _parser().parse_args(argv)
+    from rich.console import Console
+
+    from openpi_opt.errors import UserError
+    from openpi_opt.machine import probe
+    from openpi_opt.space.compose import compose
+    from openpi_opt.track.store import Store
+
+    unknown = [kind for kind in options.precisions if kind not in KINDS]
+    if unknown:
+        raise UserError(f"--precisions {unknown[0]}: known are {', '.join(KINDS)}")
+    machine = probe()
+    cfg = compose(list(options.overrides)).resolved(machine)
+    folder = Store.open(options.store).path / "references"
+    folder.mkdir(exist_ok=True)
+    from openpi_opt.guarding import power
+
+    gpus = machine.gpus_for(cfg.device)
+    meter = power.Meter(cfg, gpus[0].arch if gpus else machine.cpu, folder)
+    found = meter.measure(options.precisions, cli.say)
+    if options.out is not None:
+        options.out.write_text(found.model_dump_json(indent=1), encoding="utf-8")
+    where = gpus[0].name if gpus else f"CPU ({machine.cpu})"
+    console = Console(width=None if options.table == "terminal" else 120)
+    console.print(f"{found.model} on {where}, workload {cfg.workload.name}, {found.seconds:.0f} s")
+    for line in summary(found):
+        console.print(line, soft_wrap=True)
+    cli.print_uncut(console, table(found))
+    refused = [name for name, share in found.honest.items() if share > 1.0]
+    return 1 if found.missed() or refused else 0
+
+
+def summary(power: Power) -> list[str]:
+    """What matters of the table, a line each."""
+    plain = ", ".join(f"{kind} {value:.3%}" for kind, value in power.plain_rel_l2.items())
+    lines = [f"plain eager policy, distance from float32: {plain}"]
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in power.honest.items())
+    lines.append(f"unchanged, share of the tolerance: {shares}")
+    for kind in power.plain_rel_l2:
+        row = power.smallest(kind)  # type: ignore[arg-type]
+        lines.append(f"smallest margin in {kind}: {times(row.multiple)} ({row.name})")
+    lines.append(cannot_see([(row.name, row.kind) for row in power.missed()]))
+    return lines
+
+
+def cannot_see(missed: Sequence[tuple[str, str]]) -> str:
+    """The line under a table: mutations that were missed, with their precisions."""
+    if not missed:
+        return "this guard sees every mutation"
+    names: dict[str, list[str]] = {}
+    for name, kind in missed:
+        names.setdefault(name, []).append(kind)
+    parts = [f"{name} ({', '.join(kinds)})" for name, kinds in names.items()]
+    return f"this guard cannot see: {'; '.join(parts)}"
+
+
+def times(multiple: float) -> str:
+    """A multiple of the tolerance."""
+    if multiple >= 1e9:
+        return "not finite"
+    return f"{multiple:,.0f} x" if multiple >= 100 else f"{multiple:.1f} x"
+
+
+def table(power: Power) -> Table:
+    """Rows are mutations; a column for the structure in float32 and for each own precision."""
+    from rich import box
+    from rich.table import Table
+
+    kinds = list(power.plain_rel_l2)
+    cells: dict[str, dict[str, str]] = {}
+    for row in power.rows:
+        mine = cells.setdefault(row.name, {})
+        mine["float32"] = times(row.form)
+        if row.own is not None:
+            mine[row.kind] = times(row.own) if row.enough else f"MISSED {times(row.own)}"
+    columns = ["float32", *(kind for kind in kinds if kind != "float32")]
+    found = Table(box=box.MARKDOWN)
+    found.add_column("mutation", no_wrap=True, min_width=max(map(len, cells)))
+    for column in columns:
+        width = max(len(column), *(len(mine.get(column, "")) for mine in cells.values()))
+        found.add_column(column, justify="right", no_wrap=True, min_width=width)
+    for name, mine in cells.items():
+        found.add_row(name, *(mine.get(column, "") for column in columns))
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m openpi_opt.guard",
+        description="What the guard catches with these weights and this workload, by mistakes made "
+        "on purpose.",
+        epilog="example: python -m openpi_opt.guard workload=openpi weights.path=checkpoint",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="as for sweep: model=, weights.path=, workload=, platform="
+    )
+    parser.add_argument("--store", default="mlruns", help="folder of the store (default: mlruns)")
+    parser.add_argument(
+        "--precisions",
+        type=lambda text: text.split(","),
+        default=["float32", "bfloat16", "fp8"],
+        help="of float32, bfloat16, float16 and fp8 (default: float32,bfloat16,fp8)",
+    )
+    parser.add_argument("--out", type=Path, help="JSON file of all multiples")
+    parser.add_argument(
+        "--table", choices=("terminal", "markdown"), default="terminal", help=argparse.SUPPRESS
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main, "nothing was kept")

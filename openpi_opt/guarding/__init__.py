@@ -1,0 +1,1 @@
+"""The guard's parts: what is asked, the reference, the timed calls' witness, structure, power."""

@@ -1,0 +1,271 @@
+"""How much the guard sees: mutations of the policy at hand, in multiples of the tolerance.
+
+A guard is worth what it catches with these weights and this workload. Every mutation of
+`guarding.mutations` goes through what a candidate goes through:
+
+- `form`: the structure in float32, on the cases, and where that shows less than `FORM_ENOUGH` with
+  the second weights (`weights.provoke`);
+- `own`: the candidate's own precision, on the cases; of a mutation that the form shows anyway, on
+  the first `FEW` of them.
+
+The guard catches a mutation by the larger of the two. Cases are asked in order until one shows
+enough, so a multiple is what the guard sees at least. On top of FP8 the form is that of float32, in
+which its operands are not rounded.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from openpi_opt import runtime
+from openpi_opt.config import Config
+from openpi_opt.guarding import structure
+from openpi_opt.guarding.mutations import Mutation, catalogue
+from openpi_opt.guarding.question import Question, ask, power_path
+from openpi_opt.knobs import BY_NAME
+from openpi_opt.measure import guard
+from openpi_opt.measure.clock import upload
+from openpi_opt.pi0 import weights
+from openpi_opt.pi0.config import MODELS
+from openpi_opt.pi0.inputs import Inputs
+from openpi_opt.pi0.policy import Pi0Policy
+from openpi_opt.pi0.workload import make_inputs
+from openpi_opt.result import GuardPower, write_atomic
+
+Kind = Literal["float32", "bfloat16", "float16", "fp8"]
+KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "float16", "fp8")
+
+# What a mutation must show: in float32, and in anything coarser.
+FORM_ENOUGH, OWN_ENOUGH = 50.0, 1.5
+FEW = 2
+INFINITE = 1e9  # a multiple where the actions are not finite, or have another shape
+_PREVIOUS_SEED = 5_000_011
+
+
+class Caught(BaseModel):
+    """One mutation in one precision; `own` is None in float32, where it is the form."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: Kind
+    form: float
+    own: float | None
+
+    @property
+    def multiple(self) -> float:
+        """How many times its tolerance the guard sees it."""
+        return max(self.form, self.own or 0.0)
+
+    @property
+    def enough(self) -> bool:
+        """Whether that is what is asked of the precision."""
+        return self.multiple >= (FORM_ENOUGH if self.kind == "float32" else OWN_ENOUGH)
+
+
+class Power(BaseModel):
+    """What the guard sees with one model, its weights and a workload."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: str
+    model: str
+    seconds: float
+    plain_rel_l2: dict[str, float]
+    """distance of the plain policy from float32, by precision"""
+    honest: dict[str, float]
+    """share of the tolerance that the unchanged policy takes, by precision and check"""
+    rows: list[Caught]
+    kinds: dict[str, GuardPower]
+    """what trials of a precision say of it"""
+
+    def smallest(self, kind: Kind | None = None) -> Caught:
+        """The mutation that is caught by the least multiple."""
+        rows = [row for row in self.rows if kind is None or row.kind == kind]
+        return min(rows, key=lambda row: row.multiple)
+
+    def missed(self) -> list[Caught]:
+        """What this guard cannot see."""
+        return [row for row in self.rows if row.multiple < 1.0]
+
+
+def stored(folder: Path, key: str) -> Power | None:
+    """What was measured for the reference of this key, or None."""
+    path = power_path(folder, key)
+    if not path.exists():
+        return None
+    return Power.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def _said(rows: Sequence[Caught], kind: Kind) -> GuardPower:
+    mine = [row for row in rows if row.kind == kind]
+    least = min(mine, key=lambda row: row.multiple)
+    missed = tuple(row.name for row in mine if row.multiple < 1.0)
+    return GuardPower(smallest=least.multiple, mutation=least.name, missed=missed)
+
+
+def measure_once(cfg: Config, arch: str, folder: Path, key: str) -> None:
+    """Measure the power in the precision of `cfg`, unless the store has it for this reference."""
+    with FileLock(f"{power_path(folder, key)}.lock"):
+        if stored(folder, key) is None:
+            dtype: Kind = cfg.knobs["precision"].dtype  # type: ignore[attr-defined]
+            Meter(cfg, arch, folder).measure([dtype])
+    gc.collect()
+
+
+class Meter:
+    """Measures one context; policies are built one after the other, each freed before the next."""
+
+    def __init__(self, cfg: Config, arch: str, folder: Path) -> None:
+        self.cfg = cfg.baseline()
+        self.arch = arch
+        self.folder = folder
+        self.device = runtime.torch_device(cfg)
+        self.honest: dict[str, float] = {}
+
+    def measure(
+        self, kinds: Sequence[Kind], tell: Callable[[str], None] = lambda text: None
+    ) -> Power:
+        """All mutations in all `kinds`; the float32 form of the 16-bit ones is float32's."""
+        started = time.monotonic()
+        tell("float32: structure")
+        form = self._form(self.asked("float32"))
+        rows, plain = [], {}
+        for kind in kinds:
+            asked = self.asked(kind)
+            plain[kind] = asked.reference.plain_rel_l2
+            own: dict[str, float] = {}
+            if kind != "float32":
+                tell(f"{kind}: own precision")
+                own = self._own(asked, kind, form)
+            rows += [
+                Caught(name=name, kind=kind, form=multiple, own=own.get(name))
+                for name, multiple in form.items()
+            ]
+        found = Power(
+            key=self.asked("float32").key,
+            model=self.cfg.model.name,
+            seconds=round(time.monotonic() - started, 1),
+            plain_rel_l2=plain,
+            honest=self.honest,
+            rows=rows,
+            kinds={kind: _said(rows, kind) for kind in kinds},
+        )
+        write_atomic(power_path(self.folder, found.key), found.model_dump_json(indent=1))
+        return found
+
+    def config(self, kind: Kind) -> Config:
+        """The plain configuration of a precision."""
+        precision = {"dtype": "bfloat16" if kind == "fp8" else kind}
+        knobs = dict(self.cfg.knobs)
+        knobs["precision"] = BY_NAME["precision"].options_type.model_validate(precision)
+        if kind == "fp8":
+            knobs["blas"] = BY_NAME["blas"].options_type.model_validate({"backend": "fp8"})
+        return self.cfg.model_copy(update={"knobs": knobs})
+
+    def asked(self, kind: Kind) -> Question:
+        """What the guard asks in a precision."""
+        cfg = self.config(kind)
+        return ask(self._build(cfg), cfg, self.arch, self.folder)
+
+    def _build(self, cfg: Config) -> Pi0Policy:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return runtime.build_policy(cfg, self.device)
+
+    def _form(self, asked: Question) -> dict[str, float]:
+        """Each mutation in float32, also with the second weights where the first show little."""
+        cfg = self.config("float32")
+        inputs = [case.inputs for case in asked.cases]
+        actions = asked.reference.actions
+        limits = [asked.reference.tolerance(i, cfg.guard) for i in range(len(inputs))]
+        everything = dict.fromkeys(self._names(), len(inputs))
+        policy = self._build(cfg)
+        found = self._all(policy, inputs, actions, limits, FORM_ENOUGH, "float32", everything)
+        weak = {n: structure.PROVOKED for n, multiple in found.items() if multiple < FORM_ENOUGH}
+        if weak:
+            del policy
+            few = inputs[: structure.PROVOKED]
+            actions = structure.provoked_reference(cfg, self.device, few, self.folder)
+            limits = [structure.provoked_tolerance(cfg)] * len(few)
+            policy = structure.provoked_policy(cfg, self.device)
+            name = "float32, second weights"
+            more = self._all(policy, few, actions, limits, FORM_ENOUGH, name, weak)
+            found |= {name: max(found[name], multiple) for name, multiple in more.items()}
+        return found
+
+    def _own(self, asked: Question, kind: Kind, form: dict[str, float]) -> dict[str, float]:
+        """Each mutation in the candidate's precision."""
+        cfg = self.config(kind)
+        policy = runtime.apply_knobs(self._build(cfg), cfg).policy
+        inputs = [case.inputs for case in asked.cases]
+        limits = [asked.reference.tolerance(i, cfg.guard, cfg.lossy()) for i in range(len(inputs))]
+        count = {n: FEW if m >= FORM_ENOUGH else len(inputs) for n, m in form.items()}
+        return self._all(policy, inputs, asked.reference.actions, limits, OWN_ENOUGH, kind, count)
+
+    def _names(self) -> list[str]:
+        policy = weights.build(MODELS[self.cfg.model.name], "meta", self.cfg.workload.steps)
+        return [mutation.name for mutation in catalogue(policy, runtime.workload_of(self.cfg))]
+
+    def _all(
+        self,
+        policy: Pi0Policy,
+        inputs: Sequence[Inputs],
+        actions: Sequence[Tensor],
+        limits: Sequence[float],
+        enough: float,
+        name: str,
+        count: dict[str, int],
+    ) -> dict[str, float]:
+        """Multiples of the mutations in `count`, each by the first so many inputs."""
+        workload = runtime.workload_of(self.cfg)
+        seed = self.cfg.workload.seed + _PREVIOUS_SEED
+        previous = make_inputs(workload, policy.config, seed, self.device)
+        found = {}
+        with torch.no_grad():
+            call = Mutation("unchanged", _nothing).candidate(policy, previous)
+            self.honest[name] = self._multiple(call, inputs, actions, limits, INFINITE)
+            for mutation in catalogue(policy, workload):
+                few = count.get(mutation.name, 0)
+                if few:
+                    call = mutation.candidate(policy, previous)
+                    asked = inputs[:few]
+                    found[mutation.name] = self._multiple(call, asked, actions, limits, enough)
+        return found
+
+    def _multiple(
+        self,
+        call: Callable[[Inputs], Tensor],
+        inputs: Sequence[Inputs],
+        actions: Sequence[Tensor],
+        limits: Sequence[float],
+        enough: float,
+    ) -> float:
+        """The largest multiple of a tolerance, over the inputs in order until one shows enough.
+
+        As in the guard, the first input is asked again at the end.
+        """
+        largest = 0.0
+        for index in [*range(len(inputs)), 0]:
+            found = guard.distance(call(upload(inputs[index], self.device)), actions[index]).rel_l2
+            largest = max(largest, INFINITE if found is None else found / limits[index])
+            if largest >= enough:
+                break
+        return largest
+
+
+@contextmanager
+def _nothing(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+    """No mistake: the policy as it is."""
+    yield inputs

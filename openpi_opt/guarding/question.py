@@ -1,0 +1,142 @@
+"""All that the guard asks for one configuration: cases, timed contents, reference, verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from openpi_opt import runtime
+from openpi_opt.config import Config
+from openpi_opt.guarding import reference, structure
+from openpi_opt.guarding.cases import Case, cases, timed_inputs
+from openpi_opt.guarding.witness import Witness
+from openpi_opt.measure import guard
+from openpi_opt.measure.clock import upload
+from openpi_opt.pi0.inputs import Inputs, Layout
+from openpi_opt.pi0.policy import Pi0Policy
+from openpi_opt.result import GuardPower, GuardReport, StructureReport, TimedReport
+
+Call = Callable[[Inputs], Tensor]
+
+
+class GuardPowers(BaseModel):
+    """The part of `guarding.power`'s record that trials read: by precision, or fp8."""
+
+    kinds: dict[str, GuardPower]
+
+
+def power_path(folder: Path, key: str) -> Path:
+    """Where the power of the guard with the reference of this key is kept."""
+    return folder / f"power-{key}.json"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked for a configuration on a device, with the answers of the plain policy."""
+
+    cfg: Config
+    device: torch.device
+    vocabulary: int
+    cases: list[Case]
+    timed: list[Inputs]
+    reference: guard.Reference
+    key: str
+    folder: Path
+
+    @property
+    def observations(self) -> list[Inputs]:
+        """The ordinary inputs, on the host."""
+        return [case.inputs for case in self.cases if case.ordinary]
+
+    @property
+    def own_tolerance(self) -> float:
+        """What is admitted in the candidate's precision on ordinary inputs, were it lossless."""
+        return guard.tolerance(self.cfg.guard, self.reference.plain_rel_l2)
+
+    def known_structure(self, foreign: bool = False) -> StructureReport | None:
+        """What the store says of the candidate's structure; see `structure.stored`."""
+        return structure.stored(self.cfg, self.key, self.folder, foreign)
+
+    def structure(self) -> StructureReport:
+        """The candidate's structure in float32; see `guarding.structure`.
+
+        No other policy should be in memory: this builds its own, one after the other.
+        """
+        return structure.obtain(
+            self.cfg, self.device, self.cases, self.reference, self.key, self.folder
+        )
+
+    def check(self, call: Call, layout: Layout | None, seen: StructureReport | None) -> GuardReport:
+        """The candidate at its own precision, on the cases that a policy of `layout` admits."""
+        indices = [i for i, case in enumerate(self.cases) if case.admitted(layout)]
+        inputs = [self.cases[i].inputs for i in indices]
+        found = guard.check(
+            call,
+            inputs,
+            self.reference.only(indices),
+            self.cfg.guard,
+            self.cfg.lossy(),
+            lambda item: upload(item, self.device),
+        )
+        return found.model_copy(update={"structure": seen, "power": self.power()})
+
+    def power(self) -> GuardPower | None:
+        """What was measured of this guard in the candidate's precision, or None."""
+        path = power_path(self.folder, self.key)
+        if not path.exists():
+            return None
+        found = GuardPowers.model_validate_json(path.read_text(encoding="utf-8"))
+        dtype: str = self.cfg.knobs["precision"].dtype  # type: ignore[attr-defined]
+        return found.kinds.get("fp8" if self.cfg.lossy() else dtype)
+
+    def wrong_structure(self, seen: StructureReport) -> GuardReport:
+        """The report of a candidate whose structure is wrong: nothing else of it was looked at."""
+        return GuardReport(
+            passed=False,
+            rel_l2=seen.rel_l2,
+            max_abs=None,
+            cosine=None,
+            plain_rel_l2=self.reference.plain_rel_l2,
+            tolerance=seen.tolerance,
+            inputs=len(self.cases),
+            case=seen.case,
+            structure=seen,
+        )
+
+    def witness(self) -> Witness:
+        """A feed of the timed calls; see `guarding.witness`."""
+        return Witness(self.observations, self.timed, self.device, self.vocabulary)
+
+    def judge(self, witness: Witness, call: Call, wall_ms: Sequence[float]) -> TimedReport:
+        """What the timed calls that `witness` has seen showed; they took `wall_ms`."""
+        plain, guard_ = self.reference.plain_rel_l2, self.cfg.guard
+        tolerance = guard.tolerance(guard_, plain, self.cfg.lossy())
+        return witness.verdict(call, self.reference.timed, tolerance, self.own_tolerance, wall_ms)
+
+
+def ask(policy: Pi0Policy, cfg: Config, arch: str, folder: Path) -> Question:
+    """The question for `cfg`; `policy` is plain and float32, and may be cast (`reference.obtain`).
+
+    Raises:
+        RefusedError: the plain policy overflows in this precision.
+        UserError: `guard.observations` does not fit.
+    """
+    workload, seed = runtime.workload_of(cfg), cfg.workload.seed
+    asked = cases(workload, policy.config, seed, cfg.guard.inputs, cfg.guard.observations)
+    timed = timed_inputs(workload, policy.config, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Question(
+        cfg=cfg,
+        device=policy.device,
+        vocabulary=policy.config.vocab_size,
+        cases=asked,
+        timed=timed,
+        reference=reference.obtain(policy, asked, timed, cfg, arch, folder),
+        key=reference.key(cfg, arch, folder),
+        folder=folder,
+    )

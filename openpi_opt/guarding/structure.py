@@ -1,0 +1,422 @@
+"""What a candidate computes, apart from how it rounds: its float32 form against the reference.
+
+In 16 bits honest rounding moves the actions by 0.6%, and mistakes that move them by less hide under
+it: a dropped key, a mask of -10, int8 weights. In float32 honest variants differ by 1e-6. So the
+same knobs are applied once more with float32 operands (`Knob.float32_form`) and held to the
+tolerance of float32, on all cases, and with a second set of weights (`weights.provoke`).
+
+Operations that exist in 16 bits alone are compared by themselves, call by call, on the inputs that
+reach them in that run: with their own rounding written plainly in float64, so that the order of
+sums is what is left. Not end to end, since rounding to few bits amplifies: a difference of 1e-7
+flips some values of FP8, each by 6%. These are
+
+- kernels of attention for 16 bits (flash and cuDNN on a GPU, aiter);
+- linear layers in FP8. In the float32 form their operands are not rounded, which also shows every
+  other mistake on top of FP8.
+
+Compilation and capture are left out: they run the same structure, at the candidate's own precision.
+
+A structure is checked once and kept in the store, under the options that decide it, the reference
+and the program. A process that has imported code of neither this package nor an installed one makes
+its own check: that code may have changed anything.
+
+Letters: B batch, S queries, T keys, Hq query heads, Hkv key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from openpi_opt import runtime
+from openpi_opt.config import Config
+from openpi_opt.guarding import reference as known
+from openpi_opt.guarding.cases import Case
+from openpi_opt.kernels import attention as backends
+from openpi_opt.kernels.fp8 import Fp8Linear, quantise
+from openpi_opt.knobs import BY_NAME, KNOBS
+from openpi_opt.measure import guard
+from openpi_opt.measure.clock import upload
+from openpi_opt.pi0 import weights
+from openpi_opt.pi0.inputs import Inputs
+from openpi_opt.pi0.ops import NOT_ALLOWED, Attention, Visibility, eager_attention
+from openpi_opt.pi0.policy import Pi0Policy
+from openpi_opt.result import LocalCheck, StructureReport, write_atomic
+
+PROVOKED = 2  # ordinary cases that are asked of the second set of weights
+# Of `guard.floor`, with the second weights: honest variants differ by up to 3e-6 there.
+PROVOKED_FACTOR = 2.0
+# A kernel may be so many times as far from the exact product as plain rounding of its own results.
+LOCAL_FACTOR = 3.0
+# Of weights in FP8, from the weights: rounding to 3 bits of mantissa moves them by 2.6%.
+FP8_ROUNDING = 0.04
+LOCAL_CASES = 2
+
+
+def obtain(
+    cfg: Config,
+    device: torch.device,
+    cases: Sequence[Case],
+    reference: guard.Reference,
+    reference_key: str,
+    folder: Path,
+) -> StructureReport:
+    """Make the report on the structure of `cfg` and keep it, unless another process did meanwhile.
+
+    Making it builds policies in float32, one after the other; one process does, others wait. What a
+    process with foreign code finds is not kept.
+    """
+    form = float32_form(cfg)
+    path = _path(cfg, reference_key, folder)
+    with FileLock(f"{path}.lock"):
+        found = stored(cfg, reference_key, folder)
+        if found is None:
+            found = _checked(cfg, form, device, cases, reference, folder)
+            if not _foreign():
+                write_atomic(path, found.model_dump_json(indent=1))
+        gc.collect()  # judged layers refer to themselves, and hold a policy's memory
+    return found
+
+
+def stored(
+    cfg: Config, reference_key: str, folder: Path, foreign: bool = False
+) -> StructureReport | None:
+    """The report that the store has on the structure of `cfg`, or None.
+
+    `foreign` admits it in a process with foreign code: a user's program that loads a policy.
+    """
+    path = _path(cfg, reference_key, folder)
+    if not path.exists() or (_foreign() and not foreign):
+        return None
+    return StructureReport.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def _path(cfg: Config, reference_key: str, folder: Path) -> Path:
+    return folder / f"structure-{_key(cfg, float32_form(cfg), reference_key)}.json"
+
+
+def float32_form(cfg: Config) -> Config:
+    """The same structure with float32 operands; knobs may refuse it to users."""
+    return cfg.model_copy(update={"knobs": {knob.name: knob.float32_form(cfg) for knob in KNOBS}})
+
+
+def apply(policy: Pi0Policy, cfg: Config, form: Config, judge: Judge) -> runtime.Prepared:
+    """The float32 form of `cfg` on a plain float32 policy; `judge` compares what has none."""
+    prepared = runtime.apply_knobs(policy, form)
+    _judge_attention(prepared.policy, cfg, judge)
+    for name, module in prepared.policy.named_modules():
+        if isinstance(module, Fp8Linear):
+            _judge_fp8(module, _short(name), judge)
+    return prepared
+
+
+def _checked(
+    cfg: Config,
+    form: Config,
+    device: torch.device,
+    cases: Sequence[Case],
+    reference: guard.Reference,
+    folder: Path,
+) -> StructureReport:
+    judge = Judge(_half(cfg))
+    prepared = apply(runtime.build_policy(cfg, device), cfg, form, judge)
+    indices = [i for i, case in enumerate(cases) if case.admitted(prepared.policy.layout)]
+    inputs = [cases[i].inputs for i in indices]
+    exact = exact_reference(reference.only(indices))
+    call = judge.watching(prepared.call, LOCAL_CASES)
+    main = guard.check(call, inputs, exact, cfg.guard, upload=lambda item: upload(item, device))
+    del prepared, call
+    gc.collect()
+    second, admitted = _provoked(cfg, form, device, inputs[:PROVOKED], folder)
+    local = judge.checks()
+    report = StructureReport(
+        passed=True,
+        rel_l2=main.rel_l2,
+        tolerance=main.tolerance,
+        case=main.case or "",
+        large_logits_rel_l2=second,
+        local=local,
+        unchecked=unchecked(cfg),
+    )
+    problem = _problem(report, main.passed, admitted)
+    return report.model_copy(update={"passed": problem is None, "problem": problem})
+
+
+def _problem(report: StructureReport, right: bool, admitted: float) -> str | None:
+    if not right:
+        far = "not finite" if report.rel_l2 is None else f"{report.rel_l2:.1e} from the reference"
+        return (
+            f"with float32 operands it is {far} ({report.case}); admitted are "
+            f"{report.tolerance:.1e}: this is not rounding"
+        )
+    second = report.large_logits_rel_l2
+    if second is None or second > admitted:
+        far = "not finite" if second is None else f"{second:.1e} from the reference"
+        return f"with large logits, in float32, it is {far}; admitted are {admitted:.1e}"
+    for item in report.local:
+        if item.rel_l2 is None or item.rel_l2 > item.tolerance:
+            far = "not finite" if item.rel_l2 is None else f"{item.rel_l2:.2%}"
+            return (
+                f"{item.name} ({item.place}) is {far} from its own rounding; admitted are "
+                f"{item.tolerance:.2%}"
+            )
+    return None
+
+
+def exact_reference(reference: guard.Reference) -> guard.Reference:
+    """The reference for a candidate in float32, where plain eager has no distance."""
+    return guard.Reference(
+        reference.actions, reference.actions, [], reference.names, reference.ordinary
+    )
+
+
+def unchecked(cfg: Config) -> list[str]:
+    """What neither a float32 form nor an emulation stands for, with the reason."""
+    found = []
+    for name in ("blas", "elementwise"):
+        if cfg.canonical().knobs[name].backend == "aiter":  # type: ignore[attr-defined]
+            found.append(f"{name}=aiter: its kernels take 16 bits only and have no emulation here")
+    return found
+
+
+def _provoked(
+    cfg: Config, form: Config, device: torch.device, inputs: Sequence[Inputs], folder: Path
+) -> tuple[float | None, float]:
+    """The largest distance with the second weights, None where not finite, and what is admitted."""
+    stored = provoked_reference(cfg, device, inputs, folder)
+    call = apply(provoked_policy(cfg, device), cfg, form, Judge(_half(cfg))).call
+    found = [
+        guard.distance(call(upload(item, device)), actions).rel_l2
+        for item, actions in zip(inputs, stored, strict=True)
+    ]
+    finite = [rel_l2 for rel_l2 in found if rel_l2 is not None]
+    return (max(finite) if len(finite) == len(found) else None), provoked_tolerance(cfg)
+
+
+def provoked_tolerance(cfg: Config) -> float:
+    """What is admitted in float32 with the second weights."""
+    return PROVOKED_FACTOR * cfg.guard.floor
+
+
+def provoked_policy(cfg: Config, device: torch.device) -> Pi0Policy:
+    """The plain float32 policy with the second weights, whatever checkpoint `cfg` names."""
+    random = cfg.weights.model_copy(update={"kind": "random", "path": None})
+    policy = runtime.build_policy(cfg.model_copy(update={"weights": random}), device)
+    weights.provoke(policy)
+    return policy
+
+
+def provoked_reference(
+    cfg: Config, device: torch.device, inputs: Sequence[Inputs], folder: Path
+) -> list[Tensor]:
+    """Actions of `provoked_policy` on inputs of the host, from the store or computed now."""
+    digest = hashlib.sha256()
+    for item in inputs:
+        for tensor in item:
+            digest.update(tensor.contiguous().numpy().tobytes())
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    parts = [cfg.model.model_dump(), cfg.weights.seed, cfg.workload.steps, place]
+    digest.update(json.dumps([*parts, known.code(), torch.__version__]).encode())
+    path = folder / f"provoked-{digest.hexdigest()[:24]}.safetensors"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            actions = known.plain_actions(provoked_policy(cfg, device), inputs)
+            temporary = path.with_suffix(".tmp")
+            save_file({str(i): item for i, item in enumerate(actions)}, temporary)
+            temporary.replace(path)
+    stored = load_file(path)
+    return [stored[str(i)] for i in range(len(inputs))]
+
+
+@dataclass
+class Judge:
+    """Collects distances of operations from their own rounding; `dtype` is the candidate's."""
+
+    dtype: torch.dtype
+    active: bool = False
+    found: dict[str, list[tuple[float | None, float, str]]] = field(default_factory=dict)
+
+    def watching(self, call: guard.Call, count: int) -> guard.Call:
+        """`call`, of whose first `count` runs the operations are compared."""
+        calls = 0
+
+        def watched(inputs: Inputs) -> Tensor:
+            nonlocal calls
+            self.active = calls < count
+            calls += 1
+            return call(inputs)
+
+        return watched
+
+    def compare(
+        self, name: str, place: str, actual: Tensor, exact: Tensor, limit: float | None = None
+    ) -> None:
+        """Book the distance of `actual` from the float64 `exact`.
+
+        `limit` is what is admitted; left out it is `LOCAL_FACTOR` times what rounding the exact
+        result to `dtype` does.
+        """
+        if limit is None:
+            limit = LOCAL_FACTOR * _far(exact.to(self.dtype), exact)
+        away = _far(actual, exact) if bool(actual.isfinite().all()) else None
+        self.found.setdefault(name, []).append((away, limit, place))
+
+    def checks(self) -> list[LocalCheck]:
+        """One line for each kind of operation: its worst call."""
+
+        def share(call: tuple[float | None, float, str]) -> float:
+            return float("inf") if call[0] is None else call[0] / max(call[1], 1e-30)
+
+        return [
+            LocalCheck(name=name, place=place, rel_l2=away, tolerance=limit, calls=len(calls))
+            for name, calls in self.found.items()
+            for away, limit, place in [max(calls, key=share)]
+        ]
+
+
+def _far(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def _half(cfg: Config) -> torch.dtype:
+    """The 16-bit format of the candidate; of a candidate in float32, bfloat16."""
+    name = cfg.knobs["precision"].dtype  # type: ignore[attr-defined]
+    found: torch.dtype = torch.bfloat16 if name == "float32" else getattr(torch, name)
+    return found
+
+
+def _judge_attention(policy: Pi0Policy, cfg: Config, judge: Judge) -> None:
+    knob: Any = BY_NAME["attention"]
+    options = knob.of(cfg)
+    for stage in knob.in_16_bits_only(cfg):
+        name = getattr(options, stage)
+        kernel = backends.backend(name, cfg.device, stage, options.launch(stage).given())
+        attend = judged_attention(f"{stage} {name}", kernel, judge)
+        setattr(policy.ops, f"attention_{stage}", attend)
+
+
+def judged_attention(name: str, kernel: Attention, judge: Judge) -> Attention:
+    """Plain attention in float32 that compares `kernel`, in 16 bits, with the same in float64."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
+        if judge.active:
+            low = [tensor.to(judge.dtype) for tensor in (q, k, v)]
+            actual = kernel(low[0], low[1], low[2], visibility, scale)
+            wide = [tensor.double() for tensor in low]
+            exact, rounded = (
+                _softmax_attention(wide, visibility, scale, dtype) for dtype in (None, judge.dtype)
+            )
+            limit = LOCAL_FACTOR * _far(rounded, exact)
+            judge.compare("attention", name, actual, exact, limit)
+        return eager_attention(q, k, v, visibility, scale)
+
+    return attend
+
+
+def _softmax_attention(
+    qkv: Sequence[Tensor], visibility: Visibility, scale: float, dtype: torch.dtype | None
+) -> Tensor:
+    """Attention in float64; with `dtype` the weights and the result are rounded to it."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in qkv)
+    logits = q @ k.expand(-1, q.shape[1], -1, -1).transpose(2, 3) * scale
+    if visibility.mask is not None:
+        logits = logits.masked_fill(~visibility.mask, NOT_ALLOWED)
+    share = logits.softmax(-1)
+    if dtype is not None:
+        share = share.to(dtype).double()
+    out = (share @ v.expand(-1, q.shape[1], -1, -1)).transpose(1, 2)
+    return out if dtype is None else out.to(dtype).double()
+
+
+def _judge_fp8(linear: Fp8Linear, name: str, judge: Judge) -> None:
+    """Let an FP8 layer compute with operands that are not rounded, and compare its product."""
+    quantised: Callable[[Tensor], Tensor] = linear.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if judge.active:
+            low = x.to(judge.dtype)
+            bias = None if linear.bias is None else linear.bias.data
+            if bias is not None:
+                linear.bias.data = bias.to(judge.dtype)
+            actual = quantised(low)
+            rows = quantise(low, linear.input_scale, linear.weight_fp8.dtype).double()
+            rows = rows * linear.input_scale.double()
+            weight = linear.weight_fp8.double() * linear.weight_scale.double()
+            exact = rows @ weight.T
+            if bias is not None:
+                exact = exact + linear.bias.double()
+                linear.bias.data = bias
+            judge.compare("fp8 product", name, actual, exact)
+            judge.compare("fp8 weight", name, weight, linear.weight.double(), FP8_ROUNDING)
+        return linear.ops.linear(x, linear.weight, linear.bias)
+
+    linear.forward = forward  # type: ignore[method-assign]
+
+
+def _short(name: str) -> str:
+    """The tower and the layer's own name, without its number: one line for all layers."""
+    parts = name.split(".")
+    tower = next((t for t in ("vision", "language", "gemma_expert") if t in name), "projector")
+    return f"{tower} {parts[-1]}"
+
+
+def _key(cfg: Config, form: Config, reference_key: str) -> str:
+    parts = {
+        "form": form.dump()["knobs"],
+        "in_16_bits": BY_NAME["attention"].of(cfg).model_dump(mode="json"),
+        "fp8": cfg.canonical().knobs["blas"].model_dump(mode="json"),
+        "dtype": str(_half(cfg)),
+        "floor": cfg.guard.floor,
+        "unchecked": unchecked(cfg),
+        "reference": reference_key,
+        "program": program_hash(False),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _foreign() -> list[Path]:
+    """Python files this process has imported that are of no installed package and not of this one.
+
+    `sitecustomize` and its like count as such wherever they lie beside installed packages.
+    """
+    paths = sysconfig.get_paths()
+    installed = [Path(paths[name]).resolve() for name in ("stdlib", "purelib", "platlib")]
+    ours = [Path(__file__).resolve().parents[1], *installed]
+    found = set()
+    for name, module in list(sys.modules.items()):
+        place = getattr(module, "__file__", None)
+        if not isinstance(place, str) or not place.endswith(".py"):
+            continue
+        file = Path(place).resolve()
+        customised = name in ("sitecustomize", "usercustomize") and installed[0] not in file.parents
+        if customised or not any(root in file.parents for root in ours):
+            found.add(file)
+    return sorted(found)
+
+
+def program_hash(foreign: bool = True) -> str:
+    """Hash of this package's code that computes, and of `foreign` files that were imported."""
+    root = Path(__file__).resolve().parents[1]
+    folders = ("pi0", "surgery", "kernels", "knobs", "guarding")
+    files = [file for name in folders for file in sorted((root / name).rglob("*.py"))]
+    digest = hashlib.sha256()
+    for file in [
+        *files,
+        root / "measure" / "guard.py",
+        root / "runtime.py",
+        *(_foreign() if foreign else []),
+    ]:
+        digest.update(file.read_bytes() if file.exists() else str(file).encode())
+    return digest.hexdigest()

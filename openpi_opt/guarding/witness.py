@@ -1,0 +1,343 @@
+"""What watches the timed calls: new content for each, and a comparison of what they returned.
+
+Every timed call gets content that no call before it has seen, drawn on the device by a generator
+that is seeded by the call's number (Philox on a GPU), outside the timed region. Then:
+
+- `TIMED` calls at random places, the last one among them, get contents whose reference is known.
+  Their outputs are held by reference. After the timing each is compared with the reference, with a
+  copy that was made when the call ended, and with the memory of the others: a result that a later
+  call overwrites is no result.
+- Of all calls a copy of up to `COLUMNS` values is kept, and whether everything was finite. Those
+  that look least like the others (nearest to another call's output, farthest from what its noise
+  explains) and some at random are made again, from their numbers, and must answer the same.
+- Pairs of calls with new and with repeated content show a policy that remembers: it answers faster.
+
+Letters: B batch, H horizon, A action dim, N calls.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from openpi_opt.config import MIN_WARMUP
+from openpi_opt.guarding.cases import TIMED
+from openpi_opt.machine import Device
+from openpi_opt.measure import guard
+from openpi_opt.measure.clock import synchronise, upload
+from openpi_opt.pi0.inputs import Inputs
+from openpi_opt.result import TimedReport
+
+Call = Callable[[Inputs], Tensor]
+
+COLUMNS = 1024
+AT_RANDOM = 1  # calls that are made again, besides the most suspect one of each kind
+# A policy that remembers: a repeated call takes less than this share of a new one. One such call
+# raises a suspicion; then the ranks of `ROUNDS` pairs decide, which chance alone passes once in
+# 100,000 times.
+FASTER = 0.9
+ROUNDS, SURE = 12, 1e-5
+_MASK = (1 << 63) - 1
+
+
+@dataclass
+class _Held:
+    """One compared call: the output itself, and what it was when the call ended."""
+
+    content: int
+    output: Tensor
+    copy: Tensor
+
+
+@dataclass
+class Witness:
+    """A `clock.Feed`. `observations` (on the host) are uploaded in turn, then given new content.
+
+    `known` are the contents with a reference, on the host; `vocabulary` bounds drawn prompts.
+    """
+
+    observations: Sequence[Inputs]
+    known: Sequence[Inputs]
+    device: torch.device
+    vocabulary: int
+    seed: int = field(default_factory=lambda: random.SystemRandom().getrandbits(32))
+    _uploads: int = 0
+    _number: int = 0
+    _place: int = 0
+    _chosen: dict[int, int] = field(default_factory=dict)
+    _held: list[_Held] = field(default_factory=list)
+    _numbers: list[int | None] = field(default_factory=list)
+    _rows: list[Tensor] = field(default_factory=list)
+    _noise: list[Tensor] = field(default_factory=list)
+    _finite: Tensor | None = None
+    _problem: str | None = None
+
+    def begin(self, iterations: int, compared: bool) -> None:
+        """Tell how many timed calls come next, after the warm-up, and whether to compare some."""
+        self._place = -MIN_WARMUP
+        self._chosen = {}
+        if compared:
+            dice = random.Random(self.seed)
+            places = sorted(dice.sample(range(iterations - 1), len(self.known) - 1))
+            order = dice.sample(range(len(self.known)), len(self.known))
+            self._chosen = dict(zip([*places, iterations - 1], order, strict=True))
+
+    def upload(self) -> Inputs:
+        """A copy of a host's observation in fresh memory of the device."""
+        self._uploads += 1
+        return upload(self.observations[self._uploads % len(self.observations)], self.device)
+
+    def renew(self, inputs: Inputs) -> None:
+        """Give `inputs` the content of the next call."""
+        content = self._chosen.get(self._place)
+        if content is not None:
+            _copy(self.known[content], inputs)
+            self._numbers.append(None)
+        else:
+            self._number += 1
+            self.draw(inputs, self._number)
+            if self._place >= 0:
+                self._numbers.append(self._number)
+        self._place += 1
+
+    def draw(self, inputs: Inputs, number: int) -> None:
+        """The content of call `number`: images, prompt, state and noise; masks are kept."""
+        generator = torch.Generator(self.device)
+        generator.manual_seed((self.seed * 0x9E3779B97F4A7C15 + number) & _MASK)
+        inputs.images.uniform_(-1.0, 1.0, generator=generator)
+        inputs.tokens.random_(0, self.vocabulary, generator=generator)
+        inputs.state.normal_(generator=generator)
+        inputs.noise.normal_(generator=generator)
+
+    def keep(self, inputs: Inputs, actions: Tensor) -> None:
+        """Remember what a timed call returned, after its time was taken."""
+        if actions.shape != inputs.noise.shape:
+            self._problem = f"a timed call returned {list(actions.shape)} actions"
+            return
+        finite = actions.isfinite().all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        self._rows.append(_thin(actions))
+        self._noise.append(_thin(inputs.noise))
+        if _storage(actions) in {_storage(tensor) for tensor in inputs}:
+            self._problem = "the actions of a timed call lie in the memory of its inputs"
+        content = self._chosen.get(self._place - 1)
+        if content is not None:
+            self._held.append(_Held(content, actions, actions.clone()))
+
+    def verdict(
+        self,
+        call: Call,
+        actions: Sequence[Tensor],
+        tolerance: float,
+        own_tolerance: float,
+        wall_ms: Sequence[float],
+    ) -> TimedReport:
+        """Compare what was kept, with the reference's `actions` of the known contents.
+
+        `wall_ms` are the wall times of the compared block. `tolerance` bounds the distance from the
+        reference, `own_tolerance` that of a repeated call from itself.
+        """
+        problem = self._problem or self._kept_whole()
+        found = [guard.distance(held.output, actions[held.content]).rel_l2 for held in self._held]
+        finite = [rel_l2 for rel_l2 in found if rel_l2 is not None]
+        worst = max(finite) if finite and len(finite) == len(found) else None
+        if problem is None and worst is not None and worst > tolerance:
+            problem = (
+                f"a timed call with new content is {worst:.2%} from its reference; admitted are "
+                f"{tolerance:.2%}"
+            )
+        again, repeated = 0.0, 0
+        if problem is None:
+            again, repeated = self._again(call)
+            if again > own_tolerance:
+                problem = (
+                    f"a timed call returned something {again:.2%} from what the same content gives "
+                    f"again; admitted are {own_tolerance:.2%}"
+                )
+        problem = problem or self._remembers(call, wall_ms)
+        return TimedReport(
+            passed=problem is None,
+            calls=len(self._rows),
+            compared=len(self._held),
+            rel_l2=worst,
+            tolerance=tolerance,
+            repeated=repeated,
+            repeated_rel_l2=again,
+            seed=self.seed,
+            problem=problem,
+        )
+
+    def _kept_whole(self) -> str | None:
+        """What is wrong with the held outputs as memory, or None."""
+        if self._finite is not None and not bool(self._finite):
+            return "a timed call returned NaN or infinity"
+        places = [_storage(held.output) for held in self._held]
+        if len(set(places)) < len(places):
+            return "two timed calls returned the same memory"
+        if any(not torch.equal(held.output, held.copy) for held in self._held):
+            return "the result of a timed call was overwritten by a later call"
+        if len(self._held) < TIMED:
+            return f"{len(self._held)} of {TIMED} timed calls could be compared"
+        return None
+
+    def _again(self, call: Call) -> tuple[float, int]:
+        """The largest distance of a repeated call from its first result; how many there were."""
+        worst = 0.0
+        suspects = self._suspects()
+        for index in suspects:
+            number = self._numbers[index]
+            assert number is not None
+            inputs = upload(self.observations[0], self.device)
+            self.draw(inputs, number)
+            now, before = _thin(call(inputs)).double(), self._rows[index].double()
+            worst = max(worst, float((now - before).norm() / now.norm().clamp_min(1e-30)))
+        return worst, len(suspects)
+
+    def _suspects(self) -> list[int]:
+        """Calls that look least like the others, and some at random."""
+        drawn = [i for i, number in enumerate(self._numbers) if number is not None]
+        if not drawn:
+            return []
+        rows = torch.stack([self._rows[i] for i in drawn]).float()
+        noise = torch.stack([self._noise[i] for i in drawn]).float()
+        chosen = {
+            index
+            for score, count in _suspicions(rows, noise)
+            for index in score.topk(min(count, len(drawn))).indices.tolist()
+        }
+        chosen |= set(random.Random(self.seed + 1).sample(range(len(drawn)), AT_RANDOM))
+        return [drawn[i] for i in sorted(chosen)]
+
+    def _remembers(self, call: Call, wall_ms: Sequence[float]) -> str | None:
+        """What a policy answers faster the second time, or None."""
+        kinds = {name: _Times() for name in _WORDS}
+        fresh = _Times([] if self.device.type == "cpu" else list(wall_ms))
+        self._rounds(call, 1, fresh, kinds)
+        suspected = [name for name, times in kinds.items() if times.suspicious(fresh)]
+        if not suspected:
+            return None
+        fresh, again = _Times(), {name: _Times() for name in suspected}
+        self._rounds(call, ROUNDS, fresh, again)
+        for name, times in again.items():
+            if times.surely_less(fresh):
+                return (
+                    f"remembers: where {_WORDS[name]}, a call takes {times.middle:.3f} ms, and "
+                    f"{fresh.middle:.3f} ms with new content"
+                )
+        return None
+
+    def _rounds(self, call: Call, count: int, fresh: _Times, kinds: dict[str, _Times]) -> None:
+        for _ in range(count):
+            base = self._next()
+            fresh.take(call, base, self.device)
+            for name, times in kinds.items():
+                times.take(call, self._repeat(base, name), self.device)
+
+    def _next(self) -> Inputs:
+        inputs = upload(self.observations[0], self.device)
+        self._number += 1
+        self.draw(inputs, self._number)
+        return inputs
+
+    def _repeat(self, base: Inputs, kind: str) -> Inputs:
+        """Content in fresh memory, of which the part called `kind` is that of `base`."""
+        inputs = self._next()
+        if kind == "frames":
+            inputs.images.copy_(base.images)
+        else:
+            for name in Inputs._fields:
+                if kind == "whole" or name != "noise":
+                    getattr(inputs, name).copy_(getattr(base, name))
+        return inputs
+
+
+_WORDS = {
+    "whole": "all inputs are repeated",
+    "observation": "the observation is repeated",
+    "frames": "the frames are repeated",
+}
+
+
+@dataclass
+class _Times:
+    """Times of calls in milliseconds: the wall's, or on a CPU the process's, which others share."""
+
+    samples_ms: list[float] = field(default_factory=list)
+
+    def take(self, call: Call, inputs: Inputs, device: torch.device) -> None:
+        """Make a call and add its time."""
+        name: Device = "cpu" if device.type == "cpu" else "cuda"
+        now = time.process_time_ns if name == "cpu" else time.perf_counter_ns
+        synchronise(name)
+        start_ns = now()
+        call(inputs)
+        synchronise(name)
+        self.samples_ms.append((now() - start_ns) / 1e6)
+
+    def suspicious(self, fresh: _Times) -> bool:
+        """Whether all of these are faster than any of `fresh`."""
+        return max(self.samples_ms) < FASTER * min(fresh.samples_ms)
+
+    def surely_less(self, fresh: _Times) -> bool:
+        """Whether these take less by more than chance: Mann and Whitney's test, exact."""
+        from scipy.stats import mannwhitneyu  # slow to import, and seldom needed
+
+        found = mannwhitneyu(self.samples_ms, fresh.samples_ms, alternative="less", method="exact")
+        return self.middle < FASTER * fresh.middle and float(found.pvalue) < SURE
+
+    @property
+    def middle(self) -> float:
+        """The median."""
+        return statistics.median(self.samples_ms)
+
+
+def _suspicions(rows: Tensor, noise: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Scores [N] of outputs [N, D], larger for calls that look less like the others, and how many.
+
+    First how near the nearest other output is. Then how far what the own noise does not explain is
+    from its usual size, and the share that it explains from its usual share: both by the median and
+    the median deviation, which a few bad calls do not move.
+    """
+    if len(rows) > 1:
+        norms = rows.square().sum(1)
+        nearest = torch.full_like(norms, torch.inf)
+        for start in range(0, len(rows), COLUMNS):
+            part = rows[start : start + COLUMNS]
+            gaps = norms[start : start + COLUMNS, None] + norms[None] - 2.0 * part @ rows.T
+            index = torch.arange(len(part), device=rows.device)
+            gaps[index, index + start] = torch.inf
+            nearest[start : start + COLUMNS] = gaps.amin(1)
+        yield -nearest, 2  # two are near each other, and one of them may be right
+    rows = rows - rows.median(0).values
+    noise = noise - noise.mean(0)
+    share = (rows * noise).sum(1) / noise.square().sum(1).clamp_min(1e-30)
+    middle = share.median()
+    rest = (rows - middle * noise).norm(dim=1)
+    yield _unusual(rest), 1
+    yield _unusual(share), 1
+
+
+def _unusual(values: Tensor) -> Tensor:
+    away = (values - values.median()).abs()
+    return away / away.median().clamp_min(1e-30)
+
+
+def _thin(actions: Tensor) -> Tensor:
+    """A copy of at most `COLUMNS` of the values, evenly spread."""
+    flat = actions.detach().flatten()
+    return flat[:: -(-len(flat) // COLUMNS)].clone()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _copy(source: Inputs, target: Inputs) -> None:
+    for new, old in zip(source, target, strict=True):
+        old.copy_(new)

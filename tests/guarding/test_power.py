@@ -1,0 +1,95 @@
+"""What the guard sees: every mutation, in every precision, with a table that says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from openpi_opt import guard, runtime
+from openpi_opt.config import Config
+from openpi_opt.guarding import power
+from openpi_opt.guarding.mutations import catalogue
+
+# What issue after issue has found; a mutation's name begins with one of these.
+MISTAKES = (
+    "mask dropped",
+    "mask of -10",
+    "is_causal misuse",
+    "prompt causal",
+    "padding attended",
+    "keys padded to 64",
+    "first key dropped",
+    "last key dropped",
+    "int8 weights in expert",
+    "int8 keys and values",
+    "eps of 1e-3",
+    "one action dimension +5%",
+    "vision reused for a similar frame",
+    "step skipped",
+    "black camera as masked",
+    "softmax without the maximum",
+    "logits clamped",
+    "suffix positions +1",
+    "last step left out",
+    "time reversed",
+    "scale +5%",
+    "erf GELU",
+    "image mask of the first call",
+    "token mask of the first call",
+)
+OF_FAMILY = {
+    "pi0": ("state sees the actions", "state token left out", "state ignored"),
+    "pi05": ("gates dropped", "condition stale by one step", "state in the prompt stale"),
+}
+
+
+def config(model: str, batch: int = 1) -> Config:
+    return Config.parse(
+        {
+            "model": {"name": model},
+            "platform": {"device": "cpu"},
+            "workload": {
+                "active_cameras": [True, True, False],
+                "prompt_slots": 8,
+                "prompt_tokens": 5,
+                "horizon": 4,
+                "steps": 3,
+                "batch_size": batch,
+            },
+        }
+    )
+
+
+@pytest.mark.parametrize("model", ["pi0_mini", "pi05_mini"])
+def test_no_mistake_is_missing(model: str) -> None:
+    cfg = config(model, batch=3)
+    policy = runtime.build_policy(cfg, torch.device("cpu"))
+    names = [mutation.name for mutation in catalogue(policy, runtime.workload_of(cfg))]
+    assert len(set(names)) == len(names) >= 90
+    for mistake in MISTAKES + OF_FAMILY[policy.config.family]:
+        assert any(name.startswith(mistake) for name in names), mistake
+    single = catalogue(policy, runtime.workload_of(config(model)))
+    assert {name for name in names if "row" in name} & {m.name for m in single} == set()
+    assert len(single) >= 70
+
+
+@pytest.mark.parametrize(("model", "batch"), [("pi0_mini", 2), ("pi05_mini", 1)])
+def test_every_mutation_is_caught(model: str, batch: int, tmp_path: Path) -> None:
+    """50 times over in float32; 1.5 times in bfloat16 and on top of FP8."""
+    meter = power.Meter(config(model, batch), "test", tmp_path)
+    found = meter.measure(["float32", "bfloat16", "fp8"])
+    weak = {(row.name, row.kind): round(row.multiple, 2) for row in found.rows if not row.enough}
+    assert weak == {}
+    assert found.missed() == []
+    assert all(share < 1.0 for share in found.honest.values())
+    assert power.stored(tmp_path, found.key) == found
+    assert guard.summary(found)[-1] == "this guard sees every mutation"
+
+
+def test_what_is_missed_is_named() -> None:
+    rows = [("erf GELU", "bfloat16"), ("erf GELU", "fp8"), ("scale +5%", "fp8")]
+    assert guard.cannot_see(rows) == (
+        "this guard cannot see: erf GELU (bfloat16, fp8); scale +5% (fp8)"
+    )

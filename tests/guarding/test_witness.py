@@ -1,0 +1,126 @@
+"""The timed calls' witness, on a function that is cheap: actions from a few of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from openpi_opt.config import MIN_WARMUP
+from openpi_opt.guarding.cases import TIMED
+from openpi_opt.guarding.witness import Witness
+from openpi_opt.measure import clock
+from openpi_opt.pi0.inputs import Inputs
+from openpi_opt.result import TimedReport
+
+CALLS = 40
+
+
+def inputs(seed: int) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    return Inputs(
+        torch.rand(2, 1, 3, 8, 8, generator=generator) * 2 - 1,
+        torch.ones(2, 1, dtype=torch.bool),
+        torch.randint(50, (2, 5), generator=generator),
+        torch.ones(2, 5, dtype=torch.bool),
+        torch.randn(2, 4, generator=generator),
+        torch.randn(2, 6, 4, generator=generator),
+    )
+
+
+def right(given: Inputs) -> Tensor:
+    observed = given.images.flatten(1)[:, :24].view(2, 6, 4) + given.state[:, None]
+    return given.noise + 0.4 * observed + given.tokens.float().mean() / 50.0
+
+
+def watched(call: Callable[[Inputs], Tensor], seed: int = 0, calls: int = CALLS) -> TimedReport:
+    known = [inputs(1000 + i) for i in range(TIMED)]
+    witness = Witness([inputs(i) for i in range(3)], known, torch.device("cpu"), 50, seed)
+    witness.begin(calls, compared=True)
+    timing = clock.time_calls(call, witness, MIN_WARMUP, calls, "cpu")
+    return witness.verdict(call, [right(k) for k in known], 1e-5, 1e-5, timing.wall_samples_ms)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_right_call_passes(seed: int) -> None:
+    report = watched(right, seed)
+    assert report.problem is None
+    assert (report.calls, report.compared, report.seed) == (CALLS, TIMED, seed)
+    assert 1 <= report.repeated <= 5
+
+
+def test_every_call_gets_content_that_none_before_it_had() -> None:
+    seen: list[Inputs] = []
+
+    def call(given: Inputs) -> Tensor:
+        seen.append(Inputs(*(tensor.clone() for tensor in given)))
+        return right(given)
+
+    watched(call)
+    timed = seen[: MIN_WARMUP + CALLS]
+    for name in ("images", "tokens", "state", "noise"):
+        contents = {getattr(item, name).numpy().tobytes() for item in timed}
+        assert len(contents) == len(timed), name
+    last = timed[-1]
+    assert any(torch.equal(last.noise, inputs(1000 + i).noise) for i in range(TIMED))
+    assert float(timed[0].images.min()) >= -1.0
+    assert int(timed[0].tokens.max()) < 50
+
+
+def at_call(number: int, wrong: Callable[[Tensor], Tensor]) -> Callable[[Inputs], Tensor]:
+    """A call that is wrong once, during the timing."""
+    count = 0
+
+    def call(given: Inputs) -> Tensor:
+        nonlocal count
+        count += 1
+        return wrong(right(given)) if count == MIN_WARMUP + number else right(given)
+
+    return call
+
+
+@pytest.mark.parametrize("number", [1, 17, CALLS - 1])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.zeros_like,
+        lambda actions: actions.roll(1, dims=0),
+        lambda actions: torch.randn(actions.shape, generator=torch.Generator().manual_seed(7)),
+        lambda actions: actions * torch.nan,
+    ],
+    ids=["zeros", "rows", "noise", "nan"],
+)
+def test_one_bad_call_among_the_timed_ones_is_found(
+    number: int, wrong: Callable[[Tensor], Tensor]
+) -> None:
+    problem = watched(at_call(number, wrong)).problem
+    assert problem is not None
+    assert "timed call" in problem
+
+
+def test_one_stale_result_is_found() -> None:
+    kept: list[Tensor] = []
+
+    def call(given: Inputs) -> Tensor:
+        kept.append(right(given))
+        return kept[-2].clone() if len(kept) == 20 else kept[-1]
+
+    assert "timed call" in str(watched(call).problem)
+
+
+def test_a_result_that_is_overwritten_is_no_result() -> None:
+    buffers = [torch.empty(2, 6, 4) for _ in range(9)]
+    count = 0
+
+    def ring(given: Inputs) -> Tensor:
+        nonlocal count
+        count += 1
+        return buffers[count % len(buffers)].copy_(right(given))
+
+    assert "memory" in str(watched(ring).problem) or "overwritten" in str(watched(ring).problem)
+
+
+def test_another_shape_is_wrong() -> None:
+    assert "returned [2, 5, 4]" in str(watched(lambda given: right(given)[:, :5]).problem)
