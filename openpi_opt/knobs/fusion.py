@@ -63,6 +63,7 @@ class Fusion(Knob[FusionOptions]):
         "gate_up": ("prefill", "denoise"),
         "vision_qkv": ("vision",),
         "vision_mlp": ("vision",),
+        "vision_patches": ("vision",),
         "expert_layer": ("prefill", "denoise"),
     }
 
