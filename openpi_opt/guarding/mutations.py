@@ -682,7 +682,7 @@ def catalogue(policy: Pi0Policy, workload: Workload) -> list[Mutation]:
         *_of_layers(policy),
         *_of_rounding(),
         *_of_data(workload.steps),
-        *(_of_pi05() if policy.config.family == "pi05" else _of_pi0()),
+        *(_of_pi05(workload.steps) if policy.config.family == "pi05" else _of_pi0()),
         *_of_actions(),
     ]
     return [mutation for mutation in found if mutation.batch <= workload.batch_size]
@@ -895,8 +895,8 @@ def _of_pi0() -> list[Mutation]:
     ]
 
 
-def _of_pi05() -> list[Mutation]:
-    return [
+def _of_pi05(steps: int) -> list[Mutation]:
+    found = [
         Mutation(
             "gates dropped",
             on_modulations(lambda scale, shift, gate: (scale, shift, torch.ones_like(gate))),
@@ -914,7 +914,9 @@ def _of_pi05() -> list[Mutation]:
             on_modulations(lambda *parts: tuple(part.roll(-1, dims=0) for part in parts)),
         ),
         Mutation("scale as s", on_ops(adaptive_rms_norm=adaptive_rms_norm_without_one)),
-        Mutation("condition stale by one step", condition_stale),
         Mutation("state in the prompt left out", on_inputs(without_state_in_prompt)),
         Mutation("state in the prompt stale", stale_state_in_prompt),
     ]
+    if steps > 1:
+        found.append(Mutation("condition stale by one step", condition_stale))
+    return found
