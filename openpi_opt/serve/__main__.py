@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import math
 import signal
@@ -82,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"serve needs {error.name}: pip install 'openpi_opt[serve]'.") from error
     policy = _policy(arguments)
     cli.say(f"first answer after {policy.load_seconds + policy.warm_up():.1f} s")
+    gc.collect()
+    gc.freeze()  # what loading made stays: no collection looks through it while a robot waits
     if arguments.host not in _LOOPBACK:
         cli.say(
             f"warning: --host {arguments.host} lets everyone who reaches this port command the "
