@@ -110,19 +110,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.state_dict()[name], tensor)
 
 
-def test_the_checkpoint_says_which_model_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Full models do not fit here: under their names stand the small ones."""
-    monkeypatch.setitem(MODELS, "pi0", PI0_MINI)
-    monkeypatch.setitem(MODELS, "pi05", PI05_MINI)
+def test_the_checkpoint_says_which_model_it_is(tmp_path: Path) -> None:
     overrides = ["platform=cpu", "workload.steps=2", "workload.horizon=4", "precision=float32"]
     for model in (PI0_MINI, PI05_MINI):
         saved = weights.build(model, "cpu", steps=2)
         weights.init_random(saved, 1)
         checkpoint.save(saved, tmp_path / "model.safetensors")
         policy = openpi_opt.load_policy(checkpoint=tmp_path, overrides=overrides)
-        assert policy.config.model.name == model.family
+        assert policy.config.model.name == model.name
         seen, noise = observation(policy)
         inputs = make_inputs(runtime.workload_of(policy.config), model, 5, "cpu")
         torch.testing.assert_close(policy.sample_actions(seen, noise), saved.sample_actions(inputs))
@@ -133,7 +128,7 @@ def test_the_checkpoint_says_which_model_it_is(
     [
         ({"preset": "nowhere"}, "nowhere"),
         ({"preset": "../up"}, "preset name"),
-        ({"checkpoint": "model.pt"}, "pickles"),
+        ({"checkpoint": "model.pt"}, "pickle file"),
         ({"overrides": ["attention=warp"]}, "warp"),
         ({"overrides": ["attention=aiter", *SMALL]}, "unavailable"),
         ({"overrides": ["graph=manual", *SMALL]}, "unavailable"),
