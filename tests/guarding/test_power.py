@@ -55,7 +55,7 @@ def config(model: str, batch: int = 1) -> Config:
                 "prompt_slots": 4,
                 "prompt_tokens": 3,
                 "horizon": 2,
-                "steps": 4,
+                "steps": 6,
                 "batch_size": batch,
             },
         }
