@@ -299,7 +299,7 @@ def _measure(
     folder: Path,
     monitor: Monitor | None,
 ) -> dict[str, Any]:
-    from openpi_opt.measure import checks, clock, compilation, memory
+    from openpi_opt.measure import checks, clock, compilation, memory, warm
 
     cfg, device = asked.cfg, asked.cfg.device
     inputs = [clock.upload(item, asked.device) for item in asked.observations]
@@ -329,6 +329,12 @@ def _measure(
     witness = asked.witness()
     with measuring_alone(cfg, progress):
         progress.enter("measure")
+        warm.warm(
+            lambda: prepared.call(inputs[0]),
+            device,
+            lambda: None if monitor is None else monitor.read().sm_clock_mhz,
+            lambda: clock.synchronise(device),
+        )
         hopeless = _hopeless(prepared, witness, cfg)
         if hopeless is not None:
             counted = _counted(prepared, inputs, cfg, progress, folder)

@@ -1,3 +1,8 @@
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,14 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from openpi_opt.checkpoint_file import inspect
+from openpi_opt.checkpoint_file import family, inspect
 from openpi_opt.errors import UserError
+
+TENSORS = {"state_proj.weight": torch.ones(3, 4), "state_proj.bias": torch.zeros(5)}
 
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"
-    save_file({"a": torch.ones(3, 4), "b": torch.zeros(5)}, path)
+    save_file(TENSORS, path)
     return path
 
 
@@ -26,12 +33,12 @@ def test_a_file_and_its_folder_are_accepted(good: Path) -> None:
 def test_pickles_are_refused_with_the_reason(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
     path.touch()
-    with pytest.raises(UserError, match="pickles, which can run code"):
+    with pytest.raises(UserError, match="loading one can run any code"):
         inspect(str(path))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.safetensors does not exist"):
+    with pytest.raises(UserError, match=r"holds neither model\.safetensors"):
         inspect(str(tmp_path))
 
 
@@ -51,3 +58,121 @@ def test_junk_never_passes(tmp_path_factory: pytest.TempPathFactory, junk: bytes
     path.write_bytes(junk)
     with pytest.raises(UserError):
         inspect(str(path))
+
+
+def sharded(folder: Path) -> Path:
+    """Two shards and their index."""
+    weight_map = {}
+    for number, name in enumerate(TENSORS, 1):
+        weight_map[name] = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: TENSORS[name]}, folder / weight_map[name])
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return index
+
+
+def test_what_an_index_names_is_looked_at_and_nothing_else(tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    save_file({"time_mlp_in.bias": torch.zeros(2)}, tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / "model-00003-of-00003.safetensors").write_bytes(b"cut")
+    assert inspect(str(index)) == str(index)
+    assert inspect(str(tmp_path)) == str(tmp_path)
+    assert family(str(tmp_path)) == family(str(index)) == "pi0"
+
+
+def with_header(file: Path, text: bytes) -> None:
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+
+
+def wide(folder: Path) -> None:
+    """A header of 27 MB: 300,000 tensors."""
+    item = b'{"dtype":"F32","shape":[1,1,1,1],"data_offsets":[0,4],"more":"%s"}' % (b"." * 16)
+    text = b"{" + b",".join(b'"t%d":%s' % (n, item) for n in range(300_000)) + b"}"
+    with_header(folder / "model.safetensors", text)
+
+
+def deep(folder: Path) -> None:
+    with_header(folder / "model.safetensors", b'{"a":' + b"[" * 2_000_000)
+
+
+def deep_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_bytes(b'{"weight_map":' * 200_000)
+
+
+def large_index(folder: Path) -> None:
+    text = ",".join(f'"{number}":"x"' for number in range(3_000_000))
+    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map":{{{text}}}}}')
+
+
+def jax(folder: Path) -> None:
+    (folder / "params").mkdir()
+    (folder / "_CHECKPOINT_METADATA").touch()
+
+
+def jax_parameters(folder: Path) -> None:
+    (folder / "_METADATA").touch()
+    (folder / "manifest.ocdbt").touch()
+
+
+def adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").touch()
+    (folder / "adapter_model.safetensors").touch()
+
+
+def named(*names: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        save_file({name: torch.zeros(2) for name in names}, folder / "model.safetensors")
+
+    return make
+
+
+FOREIGN = {
+    "wide": (wide, r"a header of 27 MB"),
+    "deep": (deep, r"not a safetensors file"),
+    "deep_index": (deep_index, r"cannot be read as JSON"),
+    "large_index": (large_index, r"cannot be read as JSON: over 8 MB"),
+    "jax": (jax, r"convert_jax_model_to_pytorch\.py"),
+    "jax_parameters": (jax_parameters, r"convert_jax_model_to_pytorch\.py"),
+    "adapter": (adapter, r"merge_and_unload"),
+    "lora": (
+        named("base_model.model.state_proj.lora_A.weight", "state_proj.weight"),
+        r"merge_and_unload",
+    ),
+    "transformers": (named("model.vlm.lm_head.weight", "embed_action_time.x"), r"own PI0 classes"),
+    "other": (named("model.layers.0.self_attn.q_proj.weight"), r"no tensor of a Pi0 policy"),
+    "run": (lambda folder: (folder / "pretrained_model").mkdir(), r"Give its folder"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_comes_from_elsewhere_is_told_in_few_lines(tmp_path: Path, kind: str) -> None:
+    make, words = FOREIGN[kind]
+    make(tmp_path)
+    with pytest.raises(UserError, match=words) as caught:
+        inspect(str(tmp_path))
+    assert str(caught.value).count("\n") < 3
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("kind", ["wide", "large_index"])
+def test_a_large_file_takes_little_memory(tmp_path: Path, kind: str) -> None:
+    FOREIGN[kind][0](tmp_path)
+    code = f"""
+from pathlib import Path
+from openpi_opt.checkpoint_file import CheckpointError, inspect
+try:
+    inspect({str(tmp_path)!r})
+except CheckpointError:
+    print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+    peak = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(peak.stdout) < 100_000  # KiB
+
+
+def test_one_shard_is_no_checkpoint(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    with pytest.raises(UserError, match="one shard of a checkpoint; give its folder"):
+        inspect(str(tmp_path / "model-00001-of-00002.safetensors"))
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match="its shards lack their index"):
+        inspect(str(tmp_path))

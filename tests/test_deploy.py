@@ -131,7 +131,7 @@ def test_the_checkpoint_says_which_model_it_is(tmp_path: Path) -> None:
     [
         ({"preset": "nowhere"}, "nowhere"),
         ({"preset": "../up"}, "preset name"),
-        ({"checkpoint": "model.pt"}, "pickles"),
+        ({"checkpoint": "model.pt"}, "pickle file"),
         ({"overrides": ["attention=warp"]}, "warp"),
         ({"overrides": ["attention=aiter", *SMALL]}, "unavailable"),
         ({"overrides": ["graph=manual", *SMALL]}, "unavailable"),

@@ -123,6 +123,11 @@ HIDDEN = {
     "MY_SECRET_PATH": "hidden-9",
     "PYTHON_INDEX": "https://me:hidden-10@index/simple",
     "http_proxy": "http://me:hidden-11@proxy:1",
+    "DATA_PATH": "https://blob/x?se=2027&sig=hidden-12",
+    "CFLAGS": "-DURL=me:hidden-13@host",
+    "XDG_EXTRA": "password=hidden-14",
+    "SLURM_NOTE": "Authorization: Bearer hidden-15",
+    "TMPDIR": "ftp://me:hidden-16@host/tmp",
 }
 NEEDED = {"LD_LIBRARY_PATH": "/lib", "CUDA_HOME": "/cuda", "OMP_NUM_THREADS": "1", "LC_ALL": "C"}
 CPU = Machine((), TorchBuild("2.13.0", None, None), "test cpu", cores=2, memory_mib=8000)

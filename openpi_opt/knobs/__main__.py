@@ -1,7 +1,7 @@
 """Print the table of knobs as Markdown: `python -m openpi_opt.knobs [--write]`.
 
-With `--write` the parts of a checkout that follow from the registry are brought up to date: the
-README's table, and the knobs among the defaults of `conf/sweep.yaml`.
+With `--write` the parts of a checkout that follow from the registry are brought up to date:
+the table of docs/sweeping.md, and the knobs among the defaults of `conf/sweep.yaml`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def table() -> str:
 
 def files() -> dict[Path, str]:
     """The files that follow from the registry, as they should be."""
-    readme, sweep = conf_dir().parent / "README.md", conf_dir() / "sweep.yaml"
-    text = readme.read_text(encoding="utf-8")
+    page, sweep = conf_dir().parent / "docs" / "sweeping.md", conf_dir() / "sweep.yaml"
+    text = page.read_text(encoding="utf-8")
     rows = re.escape(_HEAD) + r"(\|.*\n)*"
-    found = {readme: re.sub(rows, lambda _: table() + "\n", text, count=1)}
+    found = {page: re.sub(rows, lambda _: table() + "\n", text, count=1)}
     before, _, rest = sweep.read_text(encoding="utf-8").partition(_BEFORE)
     after = rest.partition(_AFTER)[2]
     lines = "".join(f"  - {knob.name}: {_default(knob)}\n" for knob in KNOBS)

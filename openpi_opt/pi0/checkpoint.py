@@ -5,11 +5,10 @@ must be filled, otherwise nothing is changed and the error names the tensors. A 
 NaN or infinity ends the loading, too; the policy is then filled in part.
 """
 
-import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from openpi_opt.checkpoint_file import CheckpointError, files, some
 from openpi_opt.pi0.config import Pi0Config
 from openpi_opt.pi0.policy import Pi0Policy
 
-FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 TIED = "paligemma_with_expert.paligemma.lm_head.weight"
@@ -48,7 +45,12 @@ LEGACY_NAMES = (
         "paligemma_with_expert.paligemma.model.multi_modal_projector.",
     ),
 )
-# The same files carry the statistics of their data set, which are no part of the policy.
+# transformers 5 has no level `vision_model` in PaliGemma's tower.
+NEWER_VISION = re.compile(
+    r"(paligemma_with_expert\.paligemma\.(?:model\.)?vision_tower\.)"
+    r"(?=(?:embeddings|encoder|post_layernorm)\.)"
+)
+# LeRobot up to 0.3 stored its data set's statistics with the policy, which they are no part of.
 LEGACY_STATISTICS = re.compile(
     r"(normalize_inputs|normalize_targets|unnormalize_outputs)\.buffer_\w+\.(mean|std|min|max)"
 )
@@ -57,10 +59,6 @@ FAMILY_NAMES = {
     "pi0": re.compile(r"state_proj\.|action_time_mlp_(in|out)\."),
     "pi05": re.compile(r"time_mlp_(in|out)\.|.*layernorm\.dense\.|.*\.norm\.dense\."),
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded, with the reason and what to do."""
 
 
 class Entry(NamedTuple):
@@ -80,7 +78,7 @@ def load(policy: Pi0Policy, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     with ExitStack() as stack:
-        handles = {file: stack.enter_context(_open(file)) for file in _files(path)}
+        handles = {file: stack.enter_context(_open(file)) for file in files(path)}
         entries = _resolve(path, handles)
         targets = policy.state_dict()
         _check_family(path, entries, policy.config)
@@ -106,60 +104,6 @@ def save(policy: Pi0Policy, path: str | os.PathLike[str]) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-def _files(path: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint at `path`."""
-    if path.suffix in PICKLES:
-        raise CheckpointError(
-            f"{path} is a pickle file; loading one can run any code it contains.\n"
-            "Only safetensors are read: convert it with safetensors.torch.save_file."
-        )
-    if path.is_dir():
-        return _files_of_folder(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a .safetensors file or its folder.")
-    if path.name.endswith(".index.json"):
-        return _shards(path)
-    if path.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{path} has the ending {path.suffix!r}; allowed are .safetensors, "
-            f"a {INDEX}, or a folder with {FILE}."
-        )
-    return [path]
-
-
-def _files_of_folder(folder: Path) -> list[Path]:
-    if (folder / FILE).exists():
-        return [folder / FILE]
-    if (folder / INDEX).exists():
-        return _shards(folder / INDEX)
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-    hint = f"; {pickles[0]} is a pickle file, which is not read" if pickles else ""
-    raise CheckpointError(f"{folder} holds neither {FILE} nor {INDEX}{hint}.")
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files that a sharded checkpoint's index names, all beside it."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} is no index of a sharded checkpoint ({type(error).__name__}: {error}); "
-            'it must be JSON with a "weight_map" from tensors to files.'
-        ) from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix in PICKLES:
-            raise CheckpointError(
-                f"{index} names the shard {name!r}; shards must be .safetensors files beside it."
-            )
-    missing = sorted(name for name in names if not (index.parent / name).exists())
-    if missing or not names:
-        raise CheckpointError(
-            f"{index} names {len(names)} shards, of which {len(missing)} are missing"
-            f"{_some(missing)}. Download the checkpoint again."
-        )
-    return [index.parent / name for name in sorted(names)]
 
 
 def _open(file: Path) -> Any:
@@ -198,7 +142,7 @@ def openpi_name(stored: str) -> str | None:
     """The name that openpi gives to a stored tensor; None for data-set statistics to ignore."""
     if LEGACY_STATISTICS.fullmatch(stored):
         return None
-    name = stored.removeprefix("model.")
+    name = NEWER_VISION.sub(r"\1vision_model.", stored.removeprefix("model."))
     for old, new in LEGACY_NAMES:
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -241,29 +185,21 @@ def _check(path: Path, entries: Mapping[str, Entry], shapes: Mapping[str, tuple[
     """Raise CheckpointError unless `entries` fill `shapes` exactly."""
     problems = []
     if missing := [name for name in shapes if name not in entries]:
-        problems.append(f"{len(missing)} missing{_some(missing)}")
+        problems.append(f"{len(missing)} missing{some(missing)}")
     if unexpected := [entry.stored_name for name, entry in entries.items() if name not in shapes]:
-        problems.append(f"{len(unexpected)} unexpected{_some(unexpected)}")
+        problems.append(f"{len(unexpected)} unexpected{some(unexpected)}")
     known = {name: entry for name, entry in entries.items() if name in shapes}
     if misshapen := [
         f"{entry.stored_name} {list(entry.shape)} instead of {list(shapes[name])}"
         for name, entry in known.items()
         if entry.shape != shapes[name]
     ]:
-        problems.append(f"{len(misshapen)} of another shape{_some(misshapen)}")
+        problems.append(f"{len(misshapen)} of another shape{some(misshapen)}")
     if wrong := [
         f"{entry.stored_name} {entry.dtype}"
         for entry in known.values()
         if entry.dtype not in FLOATS
     ]:
-        problems.append(f"{len(wrong)} of a type that is no float{_some(wrong)}")
+        problems.append(f"{len(wrong)} of a type that is no float{some(wrong)}")
     if problems:
         raise CheckpointError(f"{path} does not fit the model: " + "; ".join(problems) + ".")
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    """': a, b, c, ...' for a message."""
-    names = list(names)
-    if not names:
-        return ""
-    return ": " + ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -2,9 +2,9 @@
 
 Of the user's variables a trial gets those that say where things are or how the machine's tools are
 set up, by an allow-list: whatever it prints goes into a log and to MLflow, so it is not to know any
-token. Among those, a variable that selects kernels, tuning or numerics would change what a trial
-measures without being written in its configuration, so they are taken out as well; the sweep prints
-their names, never their values.
+token. Of what runtimes, compilers and libraries of a GPU read, only names that select devices and
+places are on the list: any other might change what a trial measures without being written in its
+configuration. The sweep prints the names of those that were kept away, never their values.
 """
 
 from __future__ import annotations
@@ -22,22 +22,15 @@ from openpi_opt.machine import Gpu, Machine
 from openpi_opt.paths import package_dir
 from openpi_opt.vendor import BY_DEVICE, GPU_VENDORS
 
-CLEARED_PREFIXES = (
-    "AITER_",
-    "AMD_SERIALIZE_",
-    "CUBLASLT_",
-    "CUDNN_",
-    "FLASH_ATTENTION_",
-    "HIPBLASLT_",
-    "MIOPEN_",
-    "PYTORCH_TUNABLEOP_",
-    "ROCBLAS_",
-    "TORCHDYNAMO_",
-    "TORCHINDUCTOR_",
-    "TORCH_BLAS_",
-    "TORCH_COMPILE_",
-    "TORCH_CUDNN_",
-    "TRITON_",
+# What reads variables beginning like this decides kernels, tuning, numerics or clocks of a trial.
+DECISIVE_PREFIXES = (
+    *("CUDA", "CUBLAS", "CUDNN", "CUFFT", "CUSPARSE", "CUTLASS_", "CUTE_", "CUPTI_", "KINETO_"),
+    *("NCCL_", "NVCC_", "NVRTC_", "NVTE_", "NVIDIA_TF32", "HIP", "HSA_", "HCC_", "ROC", "AMD"),
+    *("GPU_", "GFX_", "RCCL_", "MIOPEN_", "COMGR_", "TENSILE_", "CK_", "DEBUG_CLR_", "DEBUG_HIP_"),
+    *("TORCH", "PYTORCH_", "ATEN_", "TRITON_", "AITER_", "USE_ROCM_", "FLASH_ATTENTION_", "XLA_"),
+    *("MLIR_", "LLVM_", "OPTIMIZE_EPILOGUE", "DISABLE_ADDMM_", "DISABLE_LLVM_", "DISABLE_PTXAS_"),
+    *("OMP_", "KMP_", "GOMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_", "BLIS_", "NUMEXPR_"),
+    *("MALLOC_", "GLIBC_TUNABLES"),
 )
 # Where compilers keep what they made: below the folder that the sweep gives to a fingerprint.
 CACHES = {
@@ -47,61 +40,59 @@ CACHES = {
 }
 # Marks every process of a trial, so that a later sweep finds those of a killed one.
 TRIAL_VARIABLE = "OPENPI_OPT_TRIAL"
-CLEARED_NAMES = frozenset(
-    {
-        "AMD_LOG_LEVEL",
-        "CUBLAS_WORKSPACE_CONFIG",
-        "CUDA_LAUNCH_BLOCKING",
-        "CUDA_MODULE_LOADING",
-        "DISABLE_ADDMM_CUDA_LT",
-        "GPU_MAX_HW_QUEUES",
-        "HIP_FORCE_DEV_KERNARG",
-        "HIP_LAUNCH_BLOCKING",
-        "NVIDIA_TF32_OVERRIDE",
-        "PYTORCH_ALLOC_CONF",
-        "PYTORCH_CUDA_ALLOC_CONF",
-        "PYTORCH_HIP_ALLOC_CONF",
-        "PYTORCH_NO_CUDA_MEMORY_CACHING",
-        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-        "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL",
-        "USE_ROCM_AITER_ROPE_BACKEND",
-    }
-)
 # Names more to let through, with commas between: what a host needs and nobody could foresee.
 PASS_VARIABLE = "OPENPI_OPT_PASS"
-# The allow-list. Variables of toolchains, runtimes and schedulers, by name or how it begins.
+# The allow-list: names, and how names begin or end, unless they are decisive.
 ADMITTED_NAMES = frozenset(
     {
         *("HOME", "LANG", "LANGUAGE", "LOGNAME", "PATH", "PWD", "SHELL", "TERM", "TMP", "TEMP"),
         *("TMPDIR", "TZ", "USER", "VIRTUAL_ENV", "CPATH", "MAX_JOBS", "CC", "CXX", "CFLAGS"),
         *("CXXFLAGS", "CPPFLAGS", "LDFLAGS", "SOURCE_DATE_EPOCH", PASS_VARIABLE),
+        # Which GPUs, how they are counted, and for which architectures to build.
+        *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_MPS_PIPE_DIRECTORY"),
+        *("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"),
+        *("NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "HSA_OVERRIDE_GFX_VERSION"),
+        *("TORCH_CUDA_ARCH_LIST", "PYTORCH_ROCM_ARCH", "CUDAARCHS", "HIP_PLATFORM"),
+        # Where toolchains and caches are.
+        *("CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "CUDA_BIN_PATH", "CUDA_CACHE_PATH"),
+        *("CUDA_TOOLKIT_ROOT_DIR", "CUDAToolkit_ROOT", "CUDNN_HOME", "CUDNN_PATH", "CUDACXX"),
+        *("ROCM_HOME", "ROCM_PATH", "ROCM_ROOT", "HIP_PATH", "HIP_ROOT_DIR", "HIP_CLANG_PATH"),
+        *("HIP_DEVICE_LIB_PATH", "HSA_PATH", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"),
+        *("TORCH_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_HOME", "TRITON_LIBCUDA_PATH"),
+        *("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_CUOBJDUMP_PATH"),
+        *("TRITON_NVDISASM_PATH", "TRITON_HIP_LLD_PATH", "TRITON_LIBHIP_PATH", *CACHES),
+        # How many cores this process may have; containers and schedulers set them.
+        *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY"),
     }
 )
 ADMITTED_PREFIXES = (
     *("LC_", "LD_", "PYTHON", "COVERAGE_", "COV_CORE_", "CONDA_", "XDG_", "NIX_", "OPENPI_OPT_"),
-    *("OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "BLIS_", "NUMEXPR_", "MALLOC_", "GLIBC_"),
-    *("CUDA", "CUBLAS", "CUDNN", "CUPTI_", "KINETO_", "NVIDIA_", "NV_", "NVCC_", "NCCL_"),
-    *("HIP", "HSA_", "HCC_", "ROC", "AMD", "GPU_", "GFX", "RCCL_", "MIOPEN_", "COMGR_"),
-    *("TORCH", "PYTORCH_", "TRITON_", "AITER_", "FLASH_ATTENTION_", "SLURM_", "CMAKE_", "NINJA_"),
-    *("MLIR_", "LLVM_", "OPTIMIZE_EPILOGUE", "DISABLE_ADDMM_CUDA_LT", "USE_ROCM_", "CCACHE_"),
+    *("SLURM_", "CMAKE_", "NINJA_", "CCACHE_"),
 )
-# Whatever the list says.
+# Caches, tools and data: they say where, not what.
+PLACE_SUFFIXES = ("_DIR", "_PATH", "_HOME", "_ROOT")
+# Whatever the lists say: by the name, and by what the value looks like.
 _SECRET = re.compile(
     r"TOKEN|JWT|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(API|ACCESS|PRIVATE|AUTH|SSH|SIGNING)_?KEY|_KEY$"
     r"|AUTHORIZATION|COOKIE|SESSION|_PW$|_PWD$|_PASS$",
     re.IGNORECASE,
 )
-_URL_WITH_PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@")
-# Says how many cores this process may have; containers and schedulers set it.
-_KEPT = frozenset({"OMP_NUM_THREADS"})
-# Caches, tools and data: they say where, not what.
-PLACE_SUFFIXES = ("_DIR", "_PATH", "_HOME", "_ROOT")
+_SECRET_VALUE = re.compile(
+    r"://[^/\s]*:[^/\s]*@|(^|[\s;,'\"])[^\s/:@]+:[^\s/:@]+@"
+    r"|\b(sig|signature|token|passw(or)?d|pwd|secret|api_?key|access_?key|credential)="
+    r"|\bbearer\s|-----BEGIN [A-Z ]*PRIVATE KEY",
+    re.IGNORECASE,
+)
 
 
 def cleared_names(environ: Mapping[str, str] | None = None) -> list[str]:
-    """Names in the environment that would change a trial and are kept from it."""
+    """Names in the environment that might change a trial and are kept from it."""
     source = os.environ if environ is None else environ
-    return sorted(name for name in source if _changes_a_trial(name) or name in CACHES)
+    return sorted(
+        name
+        for name in source
+        if name in CACHES or (_is_decisive(name) and name not in ADMITTED_NAMES)
+    )
 
 
 def child_environment(
@@ -126,7 +117,8 @@ def child_environment(
     env = {
         name: value
         for name, value in source.items()
-        if not _changes_a_trial(name) and (name in more or _is_admitted(name, value))
+        if not (_is_decisive(name) and name not in ADMITTED_NAMES)
+        and (name in more or _is_admitted(name, value))
     }
     if threads is None and machine.quota is not None:
         threads = machine.cores
@@ -148,17 +140,19 @@ def child_environment(
 
 def _is_admitted(name: str, value: str) -> bool:
     """Whether a trial may know it, and so its log and MLflow."""
+    if _SECRET_VALUE.search(value):
+        return False
     if name in ADMITTED_NAMES:
         return True
-    if _SECRET.search(name) or _URL_WITH_PASSWORD.search(value):
-        return False
-    return name.startswith(ADMITTED_PREFIXES) or name.endswith(PLACE_SUFFIXES)
+    places = name.startswith(ADMITTED_PREFIXES) or name.endswith(PLACE_SUFFIXES)
+    return places and not _SECRET.search(name)
 
 
-def _changes_a_trial(name: str) -> bool:
-    if name in CLEARED_NAMES or (name in VARIABLES and name not in _KEPT):
-        return True
-    return name.startswith(CLEARED_PREFIXES) and not name.endswith(PLACE_SUFFIXES)
+def _is_decisive(name: str) -> bool:
+    """Whether a trial may depend on it; versions that a container was built with say nothing."""
+    return name in VARIABLES or (
+        name.startswith(DECISIVE_PREFIXES) and not name.endswith("_VERSION")
+    )
 
 
 def knob_variables(cfg: Config) -> dict[str, str]:

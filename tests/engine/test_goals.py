@@ -17,13 +17,13 @@ from openpi_opt.criteria import Criteria
 from openpi_opt.engine.goals import goals
 from openpi_opt.engine.plan import space_hash
 from openpi_opt.errors import UserError
-from openpi_opt.measure import power
 from openpi_opt.result import Memory, Ok, TrialResult
 from openpi_opt.space import optimizer as module
 from openpi_opt.space.optimizer import Optimizer, Proposal
 from openpi_opt.space.settings import Objective, Settings, default_study_name
 from openpi_opt.space.space import Space
 from openpi_opt.track.report import rows
+from openpi_opt.vendor import cpu
 
 # One context, so that all are compared; the first is the baseline's configuration.
 SIX = ("attention.vision=eager,sdpa,math", "attention.prefill=eager,sdpa")
@@ -238,7 +238,7 @@ def rapl(folder: Path) -> Path:
 def test_energy_is_refused_before_anything_starts_where_it_is_not_told(
     sweep: Sweeps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(power, "_POWERCAP", tmp_path / "none")
+    monkeypatch.setattr(cpu, "POWERCAP", tmp_path / "none")
     with pytest.raises(UserError, match=r"objective=\[latency,energy\]: .* no RAPL counters"):
         sweep(*SIX, "platform.device=cpu", judge=trade, objective=["latency", "energy"])
     assert not sweep.folder.exists()
@@ -247,7 +247,7 @@ def test_energy_is_refused_before_anything_starts_where_it_is_not_told(
 def test_energy_as_an_objective_where_it_is_told(
     sweep: Sweeps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(power, "_POWERCAP", rapl(tmp_path / "powercap"))
+    monkeypatch.setattr(cpu, "POWERCAP", rapl(tmp_path / "powercap"))
     energy = Objective(minimize=("latency", "energy"))
     first = Config.parse({"platform": {"device": "cpu"}})
     assert goals(energy, first, CPU).objectives == ("latency", "energy")

@@ -367,7 +367,7 @@ def test_every_slot_is_kept_busy(sweep: Sweeps) -> None:
     order = [record.result.config["weights"]["seed"] for record in outcome.points]
     assert order.index(0) >= 8
     assert re.search(
-        r"in use over \d+ s: .*% \(\d+ trials?\), .*% \(\d+ trials?\)", sweep.screen.notes[-1]
+        r"measured in \d+ s: CPU slot 0 \d+%, CPU slot 1 \d+% of the time", sweep.screen.notes[-1]
     )
 
 

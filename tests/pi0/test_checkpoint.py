@@ -138,6 +138,15 @@ def test_legacy_lerobot_files_load_without_their_statistics(
     assert_same(policy, tensors)
 
 
+def test_names_of_transformers_5_load(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    stored = {name.replace(".vision_model.", "."): tensor for name, tensor in tensors.items()}
+    assert stored.keys() != tensors.keys()
+    save_file(stored, tmp_path / "model.safetensors")
+    policy = filled(seed=1)
+    load(policy, tmp_path)
+    assert_same(policy, tensors)
+
+
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     names = sorted(tensors)
     weight_map = {name: f"model-{index % 3}.safetensors" for index, name in enumerate(names)}

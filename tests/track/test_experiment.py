@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +123,12 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         experiment.write_report("batch_scaling", study, tmp_path / "file" / "out")
 
 
-def test_the_sweep_gets_the_experiments_overrides_but_for_what_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["sweep"])
+def test_the_sweep_gets_the_experiments_overrides_but_for_what_is_given(tmp_path: Path) -> None:
     seen: list[str] = []
 
-    def sweep() -> int:
-        seen[:] = sys.argv[1:]
-        raise SystemExit(1)
+    def sweep(words: Sequence[str]) -> int:
+        seen[:] = words
+        return 1
 
     words = ["experiment=batch_scaling", f"store={tmp_path}/x", "preset=h100", "out=o"]
     assert experiment.run([*words, "workload.batch_size=1,2"], sweep) == 1
