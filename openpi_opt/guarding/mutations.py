@@ -88,6 +88,15 @@ def on_ops(**values: Any) -> Apply:
     return apply
 
 
+def on_rotary(rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Apply:
+    """Replace the rotary embedding, of one tensor and of queries and keys together."""
+
+    def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    return on_ops(rotary=rotate, rotary_qk=both)
+
+
 def on_inputs(change: Callable[[Inputs], Inputs]) -> Apply:
     """Give the policy other inputs."""
 
@@ -796,8 +805,8 @@ def swapped_cameras(one: int, other: int) -> Callable[[Inputs], Inputs]:
 
 def _of_time(steps: int) -> list[Mutation]:
     found = [
-        Mutation("rotary halves swapped", on_ops(rotary=rotary_backwards)),
-        Mutation("rotary interleaved", on_ops(rotary=rotary_interleaved)),
+        Mutation("rotary halves swapped", on_rotary(rotary_backwards)),
+        Mutation("rotary interleaved", on_rotary(rotary_interleaved)),
         Mutation("rotary base of 20,000", other_frequencies(lambda f: f ** (1.0 + 0.0753))),
         Mutation("rotary frequencies of 1% more", other_frequencies(lambda f: 1.01 * f)),
         Mutation("time reversed", time_reversed),
@@ -865,7 +874,7 @@ def _of_data(steps: int) -> list[Mutation]:
         Mutation("white camera as masked", on_inputs(blank_as_masked(1.0))),
         Mutation("grey camera as masked", on_inputs(blank_as_masked(0.0))),
     ]
-    if steps > 2:
+    if steps > 3:
         found.append(Mutation("step skipped where little changed", step_skipping))
     return found
 

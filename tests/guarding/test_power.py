@@ -51,11 +51,11 @@ def config(model: str, batch: int = 1) -> Config:
             "model": {"name": model},
             "platform": {"device": "cpu"},
             "workload": {
-                "active_cameras": [True, True],
-                "prompt_slots": 4,
-                "prompt_tokens": 3,
-                "horizon": 2,
-                "steps": 3,
+                "active_cameras": [True, True, False],
+                "prompt_slots": 8,
+                "prompt_tokens": 5,
+                "horizon": 4,
+                "steps": 4,
                 "batch_size": batch,
             },
         }
