@@ -4,8 +4,9 @@
 In a denoising step 11 queries of 8 heads see 799 keys of one head. A flash kernel that walks the
 keys has 6 blocks for 132 processors and takes 11 us; cuDNN's takes 25 us, twice, because the state
 token must not see the actions. Here the keys are split over blocks as well (flash decoding): one
-kernel writes partial sums (running maximum m, weight sum l, weighted values), a second one adds
-them in a fixed order. With `fused` the last block of a row does that itself, in the same order.
+kernel writes partial results (running maximum m and weight sum l in float32, the weighted mean of
+the values in the inputs' dtype), a second one adds them in a fixed order. With `fused` the last
+block of a row does that itself, in the same order.
 
 The rows of the product are (token, head) pairs: heads that share a key head share its tiles, and
 no key is repeated. Cached and new keys may lie in two tensors, so the cache is never copied.
@@ -16,25 +17,22 @@ Letters: B batch, S queries, P cached keys, T all keys, Hq query heads, Hkv key 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from openpi_opt.kernels.launch import DECODE, Launch, applied, encoded
 from openpi_opt.kernels.triton_common import (
     LOG2_E,
     LOWEST,
-    amd_options,
-    applied,
     arch,
     arrived_last,
     can_follow,
     counters,
-    dependent_options,
-    encoded,
     follow,
     load_rows,
     padded,
@@ -46,30 +44,18 @@ from openpi_opt.pi0.gemma import Rope
 from openpi_opt.pi0.ops import Attention, Visibility
 
 
-class Launch(NamedTuple):
-    """Launch parameters; `blocks` key blocks of `block_n` make one split.
-
-    `dependent`: see `triton_common.follow`.
-    """
-
-    block_m: int = 16
-    block_n: int = 64
-    blocks: int = 1
-    num_warps: int = 4
-    num_stages: int = 1
-    fused: int = 0
-    dependent: int = 0
-    waves_per_eu: int = 0
-    matrix_instr_nonkdim: int = 0
+def _entry(block_m: int, block_n: int, num_warps: int, dependent: int) -> Launch:
+    """An entry of the table: one tile of keys a split, a second kernel that adds the splits."""
+    return Launch(block_m=block_m, block_n=block_n, num_warps=num_warps, dependent=dependent)
 
 
-# By architecture and (S * Hq / Hkv <= 128). Elsewhere the default: 6 row blocks x 13 splits = 78
-# blocks at Pi0's shape. fused is off on AMD, where blocks of one row run on different dies.
-TABLE: dict[tuple[str, bool], Launch] = {
+# By architecture and tokens of a call of one element, padded to 16, 32 or 64. fused is off on AMD,
+# where blocks of one row run on different dies.
+TABLE: dict[tuple[str, int], Launch] = {
     # H100, us of this kernel and of torch's SDPA in the two calls that the state token needs; the
-    # warps of the first by benchmarks/expert.py.
-    ("sm90", True): Launch(16, 64, 1, 8, dependent=1),  # 7.5, 54.0
-    ("sm90", False): Launch(64, 64, 1, 4, dependent=1),  # 10.7, 54.3
+    # warps by benchmarks/tune.py.
+    ("sm90", 16): _entry(16, 64, 8, 1),  # 7.5, 54.0
+    ("sm90", 64): _entry(64, 64, 8, 0),  # 10.7, 54.3
 }
 
 
@@ -87,8 +73,10 @@ def _combine(
     for split in range(splits):
         place = (first + split) * rows_padded + row
         weight = tl.exp2(tl.load(sums + place * 2, mask=live, other=LOWEST) - top)
-        total += weight * tl.load(sums + place * 2 + 1, mask=live, other=0.0)
-        out += weight[:, None] * load_rows(partial, place, width, live, width, block_d)
+        weight *= tl.load(sums + place * 2 + 1, mask=live, other=0.0)
+        total += weight
+        part = load_rows(partial, place, width, live, width, block_d)
+        out += weight[:, None] * part.to(tl.float32)
     return out / tl.where(total > 0, total, 1.0)[:, None]
 
 
@@ -188,7 +176,9 @@ def _split(
     place = (pair * splits + split) * rows_padded + row
     column = tl.arange(0, block_d)
     keep = live[:, None] & (column < width)[None, :]
-    tl.store(partial + place[:, None] * width + column[None, :], acc, mask=keep)
+    inverse = 1.0 / tl.where(total > 0, total, 1.0)
+    mean = (acc * inverse[:, None]).to(partial.dtype.element_ty)
+    tl.store(partial + place[:, None] * width + column[None, :], mean, mask=keep)
     tl.store(sums + place * 2, top, mask=live)
     tl.store(sums + place * 2 + 1, total, mask=live)
     if fused and arrived_last(counter + pair * tl.num_programs(1) + row_block, splits - 1):
@@ -213,8 +203,9 @@ def _add_splits(
     place = (pair * splits + split) * rows_padded + row
     top = tl.load(sums + place * 2, mask=live, other=LOWEST)
     weight = tl.exp2(top - tl.max(top, 0))
-    total = tl.sum(weight * tl.load(sums + place * 2 + 1, mask=live, other=0.0), 0)
-    parts = load_rows(partial, place, width, live, width, block_d)
+    weight *= tl.load(sums + place * 2 + 1, mask=live, other=0.0)
+    total = tl.sum(weight, 0)
+    parts = load_rows(partial, place, width, live, width, block_d).to(tl.float32)
     result = tl.sum(weight[:, None] * parts, 0) / tl.where(total > 0, total, 1.0)
     batch, kv_head = pair // kv_heads, pair % kv_heads
     token, head = row // group, kv_head * group + row % group
@@ -223,14 +214,18 @@ def _add_splits(
 
 
 def default_launch(q: Tensor, kv_heads: int) -> Launch:
-    """The measured parameters of this architecture, or the default."""
+    """The measured parameters of this architecture, or the default.
+
+    The default: 6 row blocks x 13 splits = 78 blocks at Pi0's shape.
+    """
     few = q.shape[1] * q.shape[2] // kv_heads <= 128
     name = arch(q)
-    rule = Launch() if few else Launch(block_m=32, blocks=2)
-    beside = {"dependent": 1} if can_follow(name) else {}
-    launch = TABLE.get((name, few), rule._replace(**beside))
+    rule = Launch(block_n=64) if few else Launch(block_m=32, block_n=64, blocks=2)
+    if can_follow(name):
+        rule = dataclasses.replace(rule, dependent=1)
+    launch = TABLE.get((name, padded(q.shape[1])), rule) if q.shape[0] == 1 else rule
     if q.dtype == torch.float32:  # twice the bytes in a tile, and no matrix instruction
-        launch = launch._replace(block_n=min(launch.block_n, 32), num_stages=1)
+        return dataclasses.replace(launch, block_n=min(launch.block_n, 32), num_stages=1)
     return launch
 
 
@@ -256,7 +251,7 @@ def _run(
     rows_padded, pairs = row_blocks * launch.block_m, batch * kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     places = pairs * splits * rows_padded
-    partial = torch.empty(places * width, dtype=torch.float32, device=q.device)
+    partial = torch.empty(places * width, dtype=q.dtype, device=q.device)
     sums = torch.empty(places * 2, dtype=torch.float32, device=q.device)
     counter = counters(q.device, pairs * row_blocks) if launch.fused else sums
     cos, sin = (q, q) if rope is None else (t.contiguous() for t in rope)
@@ -272,16 +267,14 @@ def _run(
         fused=bool(launch.fused), dependent=launch.dependent,
         prefetch=_prefetch(k, v, launch), splits=splits, block_m=launch.block_m,
         block_n=launch.block_n, block_h=padded(width // 2), block_d=padded(width),
-        blocks=launch.blocks, num_warps=launch.num_warps, num_stages=launch.num_stages,
-        **dependent_options(launch.dependent),
-        **amd_options(launch.waves_per_eu, launch.matrix_instr_nonkdim),
+        blocks=launch.blocks, **launch.options(),
     )  # fmt: skip
     if not launch.fused:
         _add_splits[(rows, pairs)](
             partial, sums, out, rows, rows_padded, group, splits=splits, width=width,
             kv_heads=kv_heads, block_s=triton.next_power_of_2(splits),
-            block_d=triton.next_power_of_2(width), dependent=launch.dependent, num_warps=4,
-            **dependent_options(launch.dependent),
+            block_d=triton.next_power_of_2(width), dependent=launch.dependent,
+            **dataclasses.replace(launch, num_warps=4, num_stages=1).options(),
         )  # fmt: skip
     return out
 
@@ -302,7 +295,7 @@ def decode_attention(
     The first `lead` queries see `lead_keys` keys, the others `keys`. mask: bool [B, T], or
     broadcastable to [B, 1, S, T], or None. A query that sees no key gets
     zeros. padding: [B] int32, read on the device: no query sees the keys [padding[b],
-    padding_end), which must be finite. `launch`: see `triton_common.encoded`.
+    padding_end), which must be finite. `launch`: see `launch.encoded`.
     """
     chosen = applied(default_launch(q, k.shape[2]), launch)
     full = mask if mask is None or keys == k.shape[1] else mask[..., :keys]
@@ -349,7 +342,7 @@ def _(
 
 def attention(overrides: Mapping[str, int] | None = None) -> Attention:
     """The kernel behind the signature of `eager_attention`; `overrides` replace table entries."""
-    launch = encoded(Launch, overrides)
+    launch = encoded(DECODE, overrides)
 
     def decode(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
         seen = bounds(visibility, k.shape[1])
@@ -370,7 +363,7 @@ def cached_attention(overrides: Mapping[str, int] | None = None) -> CachedAttent
 
     Arguments: q, cached k and v, new k and v, rope, visibility, scale.
     """
-    launch = encoded(Launch, overrides)
+    launch = encoded(DECODE, overrides)
 
     def decode(
         q: Tensor,
