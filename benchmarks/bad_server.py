@@ -1,4 +1,6 @@
-"""A tracking server that misbehaves, on loopback: `python -m benchmarks.bad_server MODE`; prints its port.
+"""A tracking server that misbehaves, on loopback; prints its port.
+
+    python -m benchmarks.bad_server MODE
 
 hang: accepts and never replies. busy: 429, come back in an hour. drip: one byte every 3 s.
 """
