@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from openpi_opt.config import Config, Tracking
 from openpi_opt.engine.executor import Run
-from openpi_opt.engine.trials import refused
+from openpi_opt.engine.trials import cannot_run, refused
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
 from openpi_opt.process.child import Stop, StoppedError, end_marked
@@ -311,11 +311,7 @@ class FreshRuns:
         try:
             return self._run(cfg, folder, references, _ignore, machine, place)
         except OSError as error:
-            raise UserError(
-                f"cannot run a trial in {folder}: {error.strerror or error}.\n"
-                "Everything recorded before is kept. Free space, memory or permissions, then run "
-                "the same command again to continue."
-            ) from error
+            raise cannot_run(folder, error) from error
 
     def _keep(
         self, cfg: Config, shown: str, result: TrialResult, uid: str, folder: Path | None
