@@ -272,7 +272,7 @@ class FreshRuns:
     def _told(self, cfg: Config, shown: str, uid: str, result: TrialResult) -> TrialResult:
         """A new result, kept in the journal and said."""
         folder = self.study_dir / "confirm" / uid
-        record = self._keep(cfg, result, uid, folder if folder.exists() else None)
+        record = self._keep(cfg, shown, result, uid, folder if folder.exists() else None)
         self._say(f"  {shown}: {_summary(record.result)}")
         return record.result
 
@@ -313,12 +313,15 @@ class FreshRuns:
         except OSError as error:
             raise cannot_run(folder, error) from error
 
-    def _keep(self, cfg: Config, result: TrialResult, uid: str, folder: Path | None) -> Record:
+    def _keep(
+        self, cfg: Config, shown: str, result: TrialResult, uid: str, folder: Path | None
+    ) -> Record:
         return self.journal.append(
             Record(
                 uid=uid,
                 study=self.study_dir.name,
                 role="confirm",
+                shown=shown,
                 labels=cfg.labels(),
                 result=result.model_copy(update={"fingerprint": self.fingerprint(cfg)}),
                 trial_dir=folder and folder.relative_to(self.study_dir).as_posix(),

@@ -237,7 +237,7 @@ def _variant(kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def _kind(value: Any, constexpr: bool) -> str:
-    if constexpr or (type(value) is int and value == 1):
+    if constexpr or value is None or (type(value) is int and value == 1):
         return "constexpr"
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]

@@ -19,6 +19,8 @@ from openpi_opt.kernels import (
     triton_rotary,
     triton_skinny_gemm,
 )
+from openpi_opt.kernels.launch import LINEAR, encoded
+from openpi_opt.kernels.triton_skinny_gemm import skinny_linear
 from openpi_opt.pi0.config import PI0
 from openpi_opt.pi0.gemma import EPS, Rope
 from openpi_opt.pi0.ops import SEE_ALL, Padding, Segment, Visibility
@@ -79,37 +81,47 @@ def vision() -> None:
 
 
 def skinny() -> None:
-    """Products of a denoising step's 11 rows."""
-    x, wide, tall = _empty(1, 11, _WIDTH), _empty(1, 11, 2048), _empty(1, 11, _MLP)
-    gain = _empty(_WIDTH, dtype=torch.float32)
-    linear = triton_skinny_gemm.skinny_linear
-    linear(x, _empty(_QKV, _WIDTH), None, None, gain, EPS, [])
-    linear(wide, _empty(_WIDTH, 2048), None, x, None, None, [])
-    triton_skinny_gemm.skinny_gelu_mul(x, _empty(2 * _MLP, _WIDTH), None, EPS, [])
-    triton_skinny_gemm.skinny_linear_add_rms_norm(tall, _empty(_WIDTH, _MLP), x, None, EPS, [])
-
-
-def skinny_51() -> None:
-    """The same for 51 rows."""
-    x = _empty(1, 51, _WIDTH)
-    triton_skinny_gemm.skinny_linear(x, _empty(_QKV, _WIDTH), None, None, None, None, [])
-    triton_skinny_gemm.skinny_gelu_mul(x, _empty(2 * _MLP, _WIDTH), None, None, [])
+    """A product of a denoising step with its splits added by the last block, or by a kernel."""
+    wide, x = _empty(1, 11, 2048), _empty(1, 11, _WIDTH)
+    for fused in (0, 1):
+        launch = encoded(LINEAR, {"fused": fused, "split_k": 2})
+        skinny_linear(wide, _empty(_WIDTH, 2048), residual=x, launch=launch)
 
 
 def expert_layer() -> None:
-    """The launches of a fused expert layer: the state token alone, 11 and 51 rows."""
-    gain = _empty(_WIDTH, dtype=torch.float32)
-    linear, attend = triton_skinny_gemm.skinny_linear, triton_decode.cached_attention(None)
+    """The products of a fused layer: of the state token alone, of 11, 21 and 51 rows.
+
+    Of pi0, and of pi05 with gain, shift and gate of each step.
+    """
+    for rows in (1, 11, 21, 51):
+        for adaptive in (False, True):
+            _products(rows, adaptive)
+
+
+def _products(rows: int, adaptive: bool) -> None:
+    def vector(size: int) -> Tensor | None:
+        return _empty(size, dtype=torch.float32) if adaptive else None
+
+    x, seen, hidden = (_empty(1, rows, width) for width in (_WIDTH, _HEADS * _HEAD_DIM, _MLP))
+    gain, gate = _empty(_WIDTH, dtype=torch.float32), vector(_WIDTH)
+    for features, gated in ((_QKV, False), (2 * _MLP, True)):
+        for norm in (gain, None):
+            weight = _empty(features, _WIDTH)
+            skinny_linear(x, weight, vector(features), None, norm, EPS, None, gated)
+    skinny_linear(seen, _empty(_WIDTH, _HEADS * _HEAD_DIM), residual=x, factor=gate)
+    skinny_linear(hidden, _empty(_WIDTH, _MLP), residual=x, factor=gate)
+
+
+def layer_attention() -> None:
+    """The attention of a fused layer: of the state token alone, of 11 and of 51 rows."""
+    attend = triton_decode.cached_attention(None)
     past = (_empty(1, _PREFIX, 1, _HEAD_DIM), _empty(1, _PREFIX, 1, _HEAD_DIM))
     table = _empty(1, 51, _HEAD_DIM // 2)
     for rows in (1, 11, 51):
-        x, rope = _empty(1, rows, _WIDTH), Rope(table[:, :rows], table[:, :rows])
-        qkv = linear(x, _empty(_QKV, _WIDTH), None, None, gain, EPS, [])
-        q, k, v = qkv.view(1, rows, -1, _HEAD_DIM).split((_HEADS, 1, 1), dim=-2)
-        seen = attend(q, past, (k, v), rope, _STATE, _HEAD_DIM**-0.5)
-        x = linear(seen.flatten(2), _empty(_WIDTH, _HEADS * _HEAD_DIM), None, x, None, None, [])
-        hidden = triton_skinny_gemm.skinny_gelu_mul(x, _empty(2 * _MLP, _WIDTH), gain, EPS, [])
-        linear(hidden, _empty(_WIDTH, _MLP), None, x, None, None, [])
+        rope = Rope(table[:, :rows], table[:, :rows])
+        heads = _empty(1, rows, _HEADS + 2, _HEAD_DIM)
+        q, k, v = heads.split((_HEADS, 1, 1), dim=-2)
+        attend(q, past, (k, v), rope, _STATE, _HEAD_DIM**-0.5)
 
 
 def elementwise() -> None:
@@ -131,8 +143,8 @@ CASES: tuple[Callable[[], None], ...] = (
     flexible,
     vision,
     skinny,
-    skinny_51,
     expert_layer,
+    layer_attention,
     elementwise,
 )
 

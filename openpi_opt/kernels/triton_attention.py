@@ -13,38 +13,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from openpi_opt.kernels.launch import FLASH, Launch, applied, encoded
 from openpi_opt.kernels.triton_common import (
     LOG2_E,
     LOWEST,
-    amd_options,
-    applied,
     arch,
-    encoded,
     load_rows,
     padded,
     unit_stride,
 )
 from openpi_opt.kernels.triton_visibility import bounds, mask_arguments
 from openpi_opt.pi0.ops import Attention, Visibility
-
-
-class Launch(NamedTuple):
-    """Launch parameters."""
-
-    block_m: int = 64
-    block_n: int = 64
-    num_warps: int = 4
-    num_stages: int = 2
-    waves_per_eu: int = 0
-    matrix_instr_nonkdim: int = 0
-
 
 # By architecture and head width.
 TABLE: dict[tuple[str, int], Launch] = {
@@ -150,11 +135,13 @@ def default_launch(q: Tensor) -> Launch:
     """The measured parameters of this architecture, or the default."""
     width, key = q.shape[3], arch(q)
     if q.dtype == torch.float32:  # no matrix instruction: tiles that fit the registers
-        return Launch(16, 32, 4, 1)
+        return Launch(block_m=16, block_n=32)
     if key.startswith("gfx"):
-        fallback = Launch(64, 32, 4, 1, 0, 16) if width > 128 else Launch(128, 32, 4, 1, 0, 16)
+        rows = 64 if width > 128 else 128
+        fallback = Launch(block_m=rows, block_n=32, matrix_instr_nonkdim=16)
     else:
-        fallback = Launch(128, 64, 8, 2) if width > 128 else Launch(64, 64, 4, 3)
+        wide = Launch(block_m=128, block_n=64, num_warps=8, num_stages=2)
+        fallback = wide if width > 128 else Launch(block_m=64, block_n=64, num_stages=3)
     return TABLE.get((key, width), fallback)
 
 
@@ -168,7 +155,7 @@ def flash_attention(
     The first `lead` queries see `lead_keys` keys (at least one), the others `keys`. mask: bool
     [B, T], or broadcastable to [B, 1, S, T], or None. A query that the mask lets see no
     key gets zeros. padding: [B] int32, read on the device: no query sees the keys [padding[b],
-    padding_end); without a mask key 0 must be seen. `launch`: see `triton_common.encoded`.
+    padding_end); without a mask key 0 must be seen. `launch`: see `launch.encoded`.
     """
     chosen = applied(default_launch(q), launch)
     batch, tokens, heads, width = q.shape
@@ -188,8 +175,7 @@ def flash_attention(
         padded_keys=padding is not None, block_m=chosen.block_m,
         block_n=chosen.block_n, block_d=block_d, tail=tail,
         aligned=math.gcd(16, *strides), key_blocks=triton.cdiv(keys, chosen.block_n),
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
-        **amd_options(chosen.waves_per_eu, chosen.matrix_instr_nonkdim),
+        **chosen.options(),
     )  # fmt: skip
     return out
 
@@ -204,7 +190,7 @@ def _(
 
 def attention(overrides: Mapping[str, int] | None = None) -> Attention:
     """The kernel behind the signature of `eager_attention`; `overrides` replace table entries."""
-    launch = encoded(Launch, overrides)
+    launch = encoded(FLASH, overrides)
 
     def flash(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
         seen = bounds(visibility, k.shape[1])

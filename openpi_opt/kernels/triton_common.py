@@ -13,9 +13,7 @@ are full float32 ("ieee"), never TF32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, TypeVar
 
 import torch
 import triton
@@ -109,22 +107,9 @@ def follow(dependent: tl.constexpr):
         )  # fmt: skip
 
 
-def dependent_options(dependent: int) -> dict[str, bool]:
-    """The launch option of `follow`; none where it is off, so that HIP never sees it."""
-    return {"launch_pdl": True} if dependent else {}
-
-
 def can_follow(name: str) -> bool:
     """Whether the architecture has programmatic dependent launch: NVIDIA from sm90 on."""
     return name.startswith("sm") and int(name.removeprefix("sm")) >= 90
-
-
-def amd_options(waves_per_eu: int, matrix_instr_nonkdim: int) -> dict[str, int]:
-    """Launch options that exist on HIP only; 0 leaves the choice to the compiler."""
-    if torch.version.hip is None:
-        return {}
-    options = {"waves_per_eu": waves_per_eu, "matrix_instr_nonkdim": matrix_instr_nonkdim}
-    return {name: value for name, value in options.items() if value}
 
 
 def arch(tensor: Tensor) -> str:
@@ -177,28 +162,3 @@ def padded(width: int) -> int:
 def elementwise_warps(block: int) -> int:
     """Warps for a row of `block` elements: 8 elements a thread up to eight warps."""
     return max(1, min(8, block // 256))
-
-
-L = TypeVar("L", bound=Any)
-
-
-def encoded(kind: type[Any], overrides: Mapping[str, int] | None) -> list[int]:
-    """Launch parameters as an operator takes them: -1 leaves a field of `kind` to the table.
-
-    Raises:
-        ValueError: an override that is no field of `kind`.
-    """
-    overrides = overrides or {}
-    unknown = set(overrides) - set(kind._fields)
-    if unknown:
-        raise ValueError(f"{sorted(unknown)} are not among {', '.join(kind._fields)}")
-    return [overrides.get(field, -1) for field in kind._fields] if overrides else []
-
-
-def applied(table: L, launch: Sequence[int]) -> L:
-    """The table's entry with what `encoded` wrote put over it."""
-    if not launch:
-        return table
-    merged = [own if new == -1 else new for own, new in zip(table, launch, strict=True)]
-    result: L = type(table)(*merged)
-    return result

@@ -16,25 +16,22 @@ Letters: B batch, S queries, P cached keys, T all keys, Hq query heads, Hkv key 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from openpi_opt.kernels.launch import DECODE, Launch, applied, encoded
 from openpi_opt.kernels.triton_common import (
     LOG2_E,
     LOWEST,
-    amd_options,
-    applied,
     arch,
     arrived_last,
     can_follow,
     counters,
-    dependent_options,
-    encoded,
     follow,
     load_rows,
     padded,
@@ -46,30 +43,18 @@ from openpi_opt.pi0.gemma import Rope
 from openpi_opt.pi0.ops import Attention, Visibility
 
 
-class Launch(NamedTuple):
-    """Launch parameters; `blocks` key blocks of `block_n` make one split.
-
-    `dependent`: see `triton_common.follow`.
-    """
-
-    block_m: int = 16
-    block_n: int = 64
-    blocks: int = 1
-    num_warps: int = 4
-    num_stages: int = 1
-    fused: int = 0
-    dependent: int = 0
-    waves_per_eu: int = 0
-    matrix_instr_nonkdim: int = 0
+def _entry(block_m: int, block_n: int, num_warps: int, dependent: int) -> Launch:
+    """An entry of the table: one tile of keys a split, a second kernel that adds the splits."""
+    return Launch(block_m=block_m, block_n=block_n, num_warps=num_warps, dependent=dependent)
 
 
-# By architecture and (S * Hq / Hkv <= 128). Elsewhere the default: 6 row blocks x 13 splits = 78
-# blocks at Pi0's shape. fused is off on AMD, where blocks of one row run on different dies.
-TABLE: dict[tuple[str, bool], Launch] = {
+# By architecture and tokens of a call of one element, padded to 16, 32 or 64. fused is off on AMD,
+# where blocks of one row run on different dies.
+TABLE: dict[tuple[str, int], Launch] = {
     # H100, us of this kernel and of torch's SDPA in the two calls that the state token needs; the
-    # warps of the first by benchmarks/expert.py.
-    ("sm90", True): Launch(16, 64, 1, 8, dependent=1),  # 7.5, 54.0
-    ("sm90", False): Launch(64, 64, 1, 4, dependent=1),  # 10.7, 54.3
+    # warps by benchmarks/tune.py.
+    ("sm90", 16): _entry(16, 64, 8, 1),  # 7.5, 54.0
+    ("sm90", 64): _entry(64, 64, 8, 0),  # 10.7, 54.3
 }
 
 
@@ -223,14 +208,18 @@ def _add_splits(
 
 
 def default_launch(q: Tensor, kv_heads: int) -> Launch:
-    """The measured parameters of this architecture, or the default."""
+    """The measured parameters of this architecture, or the default.
+
+    The default: 6 row blocks x 13 splits = 78 blocks at Pi0's shape.
+    """
     few = q.shape[1] * q.shape[2] // kv_heads <= 128
     name = arch(q)
-    rule = Launch() if few else Launch(block_m=32, blocks=2)
-    beside = {"dependent": 1} if can_follow(name) else {}
-    launch = TABLE.get((name, few), rule._replace(**beside))
+    rule = Launch(block_n=64) if few else Launch(block_m=32, block_n=64, blocks=2)
+    if can_follow(name):
+        rule = dataclasses.replace(rule, dependent=1)
+    launch = TABLE.get((name, padded(q.shape[1])), rule) if q.shape[0] == 1 else rule
     if q.dtype == torch.float32:  # twice the bytes in a tile, and no matrix instruction
-        launch = launch._replace(block_n=min(launch.block_n, 32), num_stages=1)
+        return dataclasses.replace(launch, block_n=min(launch.block_n, 32), num_stages=1)
     return launch
 
 
@@ -272,16 +261,14 @@ def _run(
         fused=bool(launch.fused), dependent=launch.dependent,
         prefetch=_prefetch(k, v, launch), splits=splits, block_m=launch.block_m,
         block_n=launch.block_n, block_h=padded(width // 2), block_d=padded(width),
-        blocks=launch.blocks, num_warps=launch.num_warps, num_stages=launch.num_stages,
-        **dependent_options(launch.dependent),
-        **amd_options(launch.waves_per_eu, launch.matrix_instr_nonkdim),
+        blocks=launch.blocks, **launch.options(),
     )  # fmt: skip
     if not launch.fused:
         _add_splits[(rows, pairs)](
             partial, sums, out, rows, rows_padded, group, splits=splits, width=width,
             kv_heads=kv_heads, block_s=triton.next_power_of_2(splits),
-            block_d=triton.next_power_of_2(width), dependent=launch.dependent, num_warps=4,
-            **dependent_options(launch.dependent),
+            block_d=triton.next_power_of_2(width), dependent=launch.dependent,
+            **dataclasses.replace(launch, num_warps=4, num_stages=1).options(),
         )  # fmt: skip
     return out
 
@@ -302,7 +289,7 @@ def decode_attention(
     The first `lead` queries see `lead_keys` keys, the others `keys`. mask: bool [B, T], or
     broadcastable to [B, 1, S, T], or None. A query that sees no key gets
     zeros. padding: [B] int32, read on the device: no query sees the keys [padding[b],
-    padding_end), which must be finite. `launch`: see `triton_common.encoded`.
+    padding_end), which must be finite. `launch`: see `launch.encoded`.
     """
     chosen = applied(default_launch(q, k.shape[2]), launch)
     full = mask if mask is None or keys == k.shape[1] else mask[..., :keys]
@@ -349,7 +336,7 @@ def _(
 
 def attention(overrides: Mapping[str, int] | None = None) -> Attention:
     """The kernel behind the signature of `eager_attention`; `overrides` replace table entries."""
-    launch = encoded(Launch, overrides)
+    launch = encoded(DECODE, overrides)
 
     def decode(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
         seen = bounds(visibility, k.shape[1])
@@ -370,7 +357,7 @@ def cached_attention(overrides: Mapping[str, int] | None = None) -> CachedAttent
 
     Arguments: q, cached k and v, new k and v, rope, visibility, scale.
     """
-    launch = encoded(Launch, overrides)
+    launch = encoded(DECODE, overrides)
 
     def decode(
         q: Tensor,

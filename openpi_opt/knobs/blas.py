@@ -530,9 +530,9 @@ def _to_fp8(policy: Pi0Policy, cfg: Configuration, options: Fp8Options) -> None:
     from openpi_opt.kernels import fp8
     from openpi_opt.kernels.aiter import import_part
 
+    dtype = fp8.fp8_dtype(fp8.device_arch(policy.device))
     towers = _towers(policy)
     chosen = [tower for stage in options.stages for tower in towers[stage]]
-    dtype = fp8.fp8_dtype(fp8.device_arch(policy.device))
 
     def run() -> None:
         _calibration_runs(policy, cfg, len(_CALIBRATION_SEEDS))

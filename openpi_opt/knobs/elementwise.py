@@ -15,10 +15,12 @@ class ElementwiseOptions(Options):
     """`torch`: PyTorch's operations, which Inductor fuses; `triton`: own kernels, one launch each.
 
     `aiter`: AMD's RMSNorm and GELU * up; the rest stays torch's. Under `compile` kernels are opaque
-    to Inductor, which then fuses less around them.
+    to Inductor, which then fuses less around them. `rotary=triton` takes that one kernel alone: it
+    turns queries and keys in one launch; Inductor makes two.
     """
 
     backend: Literal["torch", "triton", "aiter"] = "torch"
+    rotary: Literal["backend", "triton"] = "backend"
 
 
 class Elementwise(Knob[ElementwiseOptions]):
@@ -39,7 +41,7 @@ class Elementwise(Knob[ElementwiseOptions]):
         """Triton compiles for GPUs only, aiter for AMD's and 16 bits."""
         if self.of(cfg).backend == "aiter":
             return _aiter_problem(cfg, machine)
-        if self.of(cfg).backend == "triton" and cfg.platform.device == "cpu":
+        if "triton" in (self.of(cfg).backend, self.of(cfg).rotary) and cfg.platform.device == "cpu":
             return Refusal(
                 "unavailable",
                 "elementwise=triton needs a GPU; Triton kernels run on the CPU in interpreter "
@@ -47,8 +49,18 @@ class Elementwise(Knob[ElementwiseOptions]):
             )
         return None
 
+    def canonical(self, cfg: Configuration) -> ElementwiseOptions:
+        """The own backend has the own rotary embedding already."""
+        options = self.of(cfg)
+        return ElementwiseOptions(backend="triton") if options.backend == "triton" else options
+
     def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Put the kernels into the policy's operations."""
+        if "triton" in (self.of(cfg).backend, self.of(cfg).rotary):
+            from openpi_opt.kernels import triton_rotary
+
+            policy.ops.rotary = triton_rotary.rotary
+            policy.ops.rotary_qk = triton_rotary.rotary_qk
         if self.of(cfg).backend == "torch":
             return
         if self.of(cfg).backend == "aiter":
@@ -60,14 +72,13 @@ class Elementwise(Knob[ElementwiseOptions]):
             policy.ops.rms_norm = aiter_elementwise.rms_norm
             policy.ops.gelu_mul = aiter_elementwise.gelu_mul
             return
-        from openpi_opt.kernels import triton_activation, triton_norm, triton_rotary
+        from openpi_opt.kernels import triton_activation, triton_norm
 
         policy.ops.rms_norm = triton_norm.rms_norm
         policy.ops.adaptive_rms_norm = triton_norm.adaptive_rms_norm
         policy.ops.layer_norm = triton_norm.layer_norm
         policy.ops.gelu = triton_activation.gelu
         policy.ops.gelu_mul = triton_activation.gelu_mul
-        policy.ops.rotary = triton_rotary.rotary
 
     def float32_form(self, cfg: Configuration) -> ElementwiseOptions:
         """Aiter's kernels take 16 bits only."""
@@ -75,8 +86,8 @@ class Elementwise(Knob[ElementwiseOptions]):
         return ElementwiseOptions() if options.backend == "aiter" else options
 
     def label(self, options: ElementwiseOptions) -> str:
-        """The backend."""
-        return options.backend
+        """The backend, and the kernel that is not its own."""
+        return options.backend + (" rotary=triton" if options.rotary == "triton" else "")
 
 
 def _aiter_problem(cfg: Configuration, machine: Machine) -> Refusal | None:

@@ -17,7 +17,8 @@ class FusionOptions(Options):
     `qkv`: Gemma towers, [2560, 2048] and [2560, 1024]. `gate_up`: Gemma towers, [32768, 2048] and
     [8192, 1024]. `vision_qkv`: SigLIP, [3456, 1152] with bias. `vision_mlp`: SigLIP's GELU in the
     GEMM before it. `expert_layer`: a layer of the action expert is six launches of own kernels; it
-    needs the first two.
+    needs the first two. `vision_patches`: SigLIP's patch convolution as one GEMM, [1152, 588],
+    float32 or TF32.
     """
 
     qkv: bool = False
@@ -25,9 +26,11 @@ class FusionOptions(Options):
     vision_qkv: bool = False
     vision_mlp: bool = False
     expert_layer: bool = False
+    vision_patches: bool = False
 
 
 _PROJECTIONS = ("qkv", "gate_up", "vision_qkv")
+_MORE = ("vision_mlp", "expert_layer", "vision_patches")
 
 
 class Fusion(Knob[FusionOptions]):
@@ -42,11 +45,15 @@ class Fusion(Knob[FusionOptions]):
 
     `expert_layer` (NVIDIA and AMD, not run on AMD) also takes norms, GELU and residuals into the
     GEMMs of the action expert, and its attention reads the prefix's cache in place. Only roundings
-    differ. Not for pi05, whose norms have a shift and a gate. It is made of the kernels of
-    `attention.denoise=triton` and `gemm=triton_skinny`, with their launch parameters and row limit,
-    and these must be chosen, so that no other choice is overruled. `elementwise` and `blas` go on
-    to act outside of these layers. Source: Dexmal/realtime-vla, whose decoder is such a chain of
-    Triton kernels; `openpi_opt.surgery.expert`.
+    differ. Of pi05 it needs `simplify.time_mlp`: gain, shift and gate of a step are its constants.
+    It is made of the kernels of `attention.denoise=triton` and `gemm=triton_skinny`, and these must
+    be chosen, so that no other choice is overruled. Of more than `gemm.max_rows` rows (batches) the
+    products are torch's. `elementwise` and `blas` go on to act outside of these layers. Source:
+    Dexmal/realtime-vla, whose decoder is such a chain of Triton kernels;
+    `openpi_opt.surgery.expert`.
+
+    `vision_patches` is exact: kernel and stride of the convolution are the same. cuDNN computed it
+    in float32 for 75 us although TF32 was on (H100); `precision.tf32` decides for the product.
     """
 
     name = "fusion"
@@ -56,6 +63,7 @@ class Fusion(Knob[FusionOptions]):
         "gate_up": ("prefill", "denoise"),
         "vision_qkv": ("vision",),
         "vision_mlp": ("vision",),
+        "vision_patches": ("vision",),
         "expert_layer": ("prefill", "denoise"),
     }
 
@@ -72,13 +80,7 @@ class Fusion(Knob[FusionOptions]):
                 "fusion.expert_layer needs a GPU; Triton kernels run on the CPU in interpreter "
                 "mode only, for tests",
             )
-        if cfg.model.family == "pi05":
-            return Refusal(
-                "invalid",
-                "fusion.expert_layer has no kernels for the adaptive norms and gates of pi05; use "
-                "fusion=all with elementwise=triton, or compile",
-            )
-        problem = _contradiction(cfg, options)
+        problem = _layer_contradiction(cfg, options)
         return None if problem is None else Refusal("invalid", f"fusion.expert_layer {problem}")
 
     def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
@@ -94,17 +96,23 @@ class Fusion(Knob[FusionOptions]):
             fused.fuse_vision_qkv(policy)
         if options.vision_mlp:
             fused.fuse_vision_mlp(policy)
+        if options.vision_patches:
+            fused.fuse_vision_patches(policy)
         if options.expert_layer:
             from openpi_opt.surgery.expert import fuse_expert_layers
+            from openpi_opt.surgery.lean import LeanPolicy
 
             launch = cfg.knobs["attention"].launch("denoise")  # type: ignore[attr-defined]
-            fuse_expert_layers(policy, launch.canonical("denoise", cfg.platform.device).given())
+            launches = {"attention": launch.canonical("denoise", cfg.platform.device).given()}
+            fuse_expert_layers(policy, launches, cfg.knobs["gemm"].max_rows)  # type: ignore[attr-defined]
+            if isinstance(policy, LeanPolicy):
+                policy.derive()
 
     def label(self, options: FusionOptions) -> str:
         """The switches that are on; `all` are the three of projections."""
         on = [name for name in _PROJECTIONS if getattr(options, name)]
         words = ["all"] if len(on) == len(_PROJECTIONS) else on
-        more = [name for name in ("vision_mlp", "expert_layer") if getattr(options, name)]
+        more = [name for name in _MORE if getattr(options, name)]
         return "+".join([*words, *more]) or "none"
 
 
@@ -118,7 +126,7 @@ def _vision_mlp_contradiction(cfg: Configuration) -> str | None:
     return None
 
 
-def _contradiction(cfg: Configuration, options: FusionOptions) -> str | None:
+def _layer_contradiction(cfg: Configuration, options: FusionOptions) -> str | None:
     """What among the options keeps the expert's layers from being fused, or None."""
     attention, gemm, blas, precision, simplify = (
         cfg.knobs[name] for name in ("attention", "gemm", "blas", "precision", "simplify")
@@ -137,12 +145,6 @@ def _contradiction(cfg: Configuration, options: FusionOptions) -> str | None:
         return "leaves none of the expert's products to aiter; use another blas"
     if blas.backend == "fp8" and "denoise" in blas.fp8.stages:  # type: ignore[attr-defined]
         return "leaves none of the expert's products to FP8; take denoise out of blas.fp8.stages"
-    state = 0 if simplify.state_once else 1  # type: ignore[attr-defined]
-    rows = cfg.workload.batch_size * (cfg.workload.horizon + state)
-    limit = gemm.max_rows  # type: ignore[attr-defined]
-    if rows > limit:
-        return (
-            f"is for at most {limit} rows (gemm.max_rows), and this workload has {rows}: batch "
-            f"size {cfg.workload.batch_size}, {cfg.workload.horizon + state} tokens"
-        )
+    if cfg.model.family == "pi05" and not simplify.time_mlp:  # type: ignore[attr-defined]
+        return "needs the constants of each step of pi05; use simplify.time_mlp=true"
     return None

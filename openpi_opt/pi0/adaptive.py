@@ -78,6 +78,10 @@ class AdaptiveTower(nn.Module):
         """The condition [W] float32 -> scale, shift and gate of every norm, [M, 3W] float32."""
         return torch.stack([norm.dense(condition) for norm in self.norms()])
 
+    def constants(self, modulations: Tensor) -> Tensor:
+        """The modulations of all steps [steps, M, 3W] -> what `forward` takes of them, by step."""
+        return modulations
+
     def forward(
         self, x: Tensor, how: Attending, past: Sequence[Past], modulations: Tensor
     ) -> tuple[Tensor, list[KeysValues]]:

@@ -120,7 +120,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, how: Attending, past: Past | None) -> tuple[Tensor, KeysValues]:
         """[B, S, W] -> the same shape, and the keys and values of all T tokens."""
         q, k, v = self.qkv(x)
-        q, k = self.ops.rotary(q, *how.rope), self.ops.rotary(k, *how.rope)
+        q, k = self.ops.rotary_qk(q, k, *how.rope)
         cache = KeysValues(k, v) if past is None else past.joined(k, v)
         heads = how.attend(q, *cache, how.visibility, self.scale)
         return self.o_proj(heads.flatten(2)), cache

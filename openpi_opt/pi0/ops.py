@@ -132,6 +132,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def rotary_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotary` of queries [B, S, Hq, D] and of keys [B, S, Hkv, D]."""
+    return rotary(q, cos, sin), rotary(k, cos, sin)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] @ weight [out, in]^T + bias [out] or None -> [..., out], all of one dtype."""
     return F.linear(x, weight, bias)
@@ -154,4 +159,5 @@ class Ops:
     gelu: Callable[[Tensor], Tensor] = gelu
     gelu_mul: Callable[[Tensor, Tensor], Tensor] = gelu_mul
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary
+    rotary_qk: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rotary_qk
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear

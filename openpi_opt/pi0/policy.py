@@ -129,6 +129,7 @@ class Pi0Policy(nn.Module):
             raise ValueError(f"steps is {steps}; an inference needs at least 1 denoising step.")
         self.config = config
         self.steps = steps
+        self.dt = step_size(steps)
         self.ops = Ops()
         self.dtype = torch.float32
         self.layout: Layout | None = None
@@ -303,7 +304,7 @@ class Pi0Policy(nn.Module):
         return Visibility(seen, segments, Padding(cache.valid_count, cache.mask.shape[1]))
 
     def embed_suffix(self, x_t: Tensor, features: Tensor, state: Tensor) -> Tensor:
-        """x_t [B, H, A], time features [E], state [B, A] -> tokens [B, S, E], all float32.
+        """x_t [B, H, A], time features [E], state token [B, 1, E] -> tokens [B, S, E], all float32.
 
         The tokens of pi05 are the actions; time and state reach it by other ways.
         """
@@ -312,7 +313,11 @@ class Pi0Policy(nn.Module):
             return action
         timed = torch.cat((action, features.expand_as(action)), dim=-1)
         mixed = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(timed)))
-        return torch.cat((self.state_proj(state)[:, None], mixed), dim=1)
+        return torch.cat((state, mixed), dim=1)
+
+    def embed_state(self, state: Tensor) -> Tensor:
+        """State [B, A] -> its token [B, 1, E], float32; pi05 has none, and reads nothing of it."""
+        return state if self.config.family == "pi05" else self.state_proj(state)[:, None]
 
     def modulations(self, features: Tensor) -> Tensor:
         """Time features [E] -> scale, shift and gate of pi05's norms, [M, 3E] float32."""
@@ -339,10 +344,10 @@ class Pi0Policy(nn.Module):
     def denoise_step(
         self, x_t: Tensor, features: Tensor, state: Tensor, cache: PrefixCache
     ) -> Tensor:
-        """The velocity at x_t [B, H, A] -> [B, H, A], all float32.
+        """An Euler step: x_t [B, H, A] -> the next x_t, all float32.
 
         `features` [E] is the row of `time_table` for this step: a tensor, so that one compiled
-        graph serves all steps. state [B, A] float32; pi05 does not read it, its prompt says it.
+        graph serves all steps. state: the token of `embed_state`.
         """
         horizon = x_t.shape[1]
         suffix = self.embed_suffix(x_t, features, state).to(self.dtype)
@@ -352,7 +357,11 @@ class Pi0Policy(nn.Module):
         visibility = self.suffix_visibility(cache, horizon)
         how = Attending(rope, visibility, self.ops.attention_denoise)
         hidden = self.run_expert(suffix, features, how, cache.layers, horizon)
-        return self.action_out_proj(hidden.float())
+        return self.advance(x_t, hidden, features)
+
+    def advance(self, x_t: Tensor, hidden: Tensor, features: Tensor) -> Tensor:
+        """What `run_expert` returned at x_t, in the step of `features` -> the next x_t, float32."""
+        return x_t + self.dt * self.action_out_proj(hidden.float())
 
     def sample_actions(self, inputs: Inputs) -> Tensor:
         """A batch of observations -> normalised actions [B, H, A] float32."""
@@ -360,9 +369,9 @@ class Pi0Policy(nn.Module):
             image_tokens = self.encode_images(inputs.images)
         with record_function("openpi_opt::prefill"):
             cache = self.prefill_of(inputs, image_tokens)
-        dt = step_size(self.steps)
+            state = self.embed_state(inputs.state)
         x_t = inputs.noise
         for features in self.time_table.unbind():
             with record_function("openpi_opt::denoise"):
-                x_t = x_t + dt * self.denoise_step(x_t, features, inputs.state, cache)
+                x_t = self.denoise_step(x_t, features, state, cache)
         return x_t

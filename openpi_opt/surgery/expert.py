@@ -5,67 +5,155 @@ PyTorch operations a layer is some thirty launches, most of them shorter than th
 Here norms, activation and residuals are part of the products around them, and attention reads the
 prefix's keys where the prefill left them, so no step copies or writes a cache.
 
+The norms of pi05 have a gain, a shift and a gate that are constants of the step. The gain is
+applied to the product's input, the gate to its result, and the shift becomes a bias, shift @ W^T,
+computed once: norm(x) * (1 + gain) + shift is never written.
+
+Of more rows than the kernels are for (`max_rows`; batches) torch's products are as good; then only
+the attention is the own kernel, and the rest are the policy's operations.
+
 Vendors: NVIDIA and AMD (not run on AMD). Source: Dexmal/realtime-vla writes its decoder as such a
 chain of Triton kernels; the kernels here are `triton_skinny_gemm`, `triton_rotary` and
 `triton_decode` of `openpi_opt.kernels`.
 
 Letters: B batch, S tokens of the call, N keys before them, T all keys, W width, Hq query heads, Hkv
-key/value heads, D head dim.
+key/value heads, D head dim, F MLP width, M norms of the tower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
 
+from openpi_opt.kernels.launch import LINEAR, encoded
 from openpi_opt.kernels.triton_decode import CachedAttention, cached_attention
 from openpi_opt.kernels.triton_rotary import rotary
-from openpi_opt.kernels.triton_skinny_gemm import skinny_gelu_mul, skinny_linear
+from openpi_opt.kernels.triton_skinny_gemm import MAX_ROWS, skinny_linear
+from openpi_opt.pi0.adaptive import AdaptiveLayer, AdaptiveTower
 from openpi_opt.pi0.gemma import (
     EPS,
     Attending,
     GemmaLayer,
     GemmaTower,
     KeysValues,
+    LayerParts,
     Past,
     RmsNorm,
 )
+from openpi_opt.pi0.layers import Linear
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.surgery.buffer import BufferedKeysValues
 from openpi_opt.surgery.folded import UnitRmsNorm
 from openpi_opt.surgery.fused import FusedAttention, FusedMlp
-from openpi_opt.surgery.towers import gemma_layers
+from openpi_opt.surgery.towers import expert_layers
+
+LINEARS = ("qkv", "out", "gate_up", "down")
+"""The products of a layer, by the names under which their launch parameters are given."""
+
+
+class Kernels(NamedTuple):
+    """What the layers of one tower have in common."""
+
+    attend: CachedAttention
+    launches: Mapping[str, Sequence[int]]
+    """for each of `LINEARS`, as `launch.encoded` writes it"""
+    max_rows: int
+
+
+class Constants(NamedTuple):
+    """What a layer's norms and branches add in one step, float32; None where pi0 has none."""
+
+    gain_in: Tensor | None
+    """[W]; the kernels add 1"""
+    bias_qkv: Tensor | None
+    gate_attention: Tensor | None
+    """[W]"""
+    gain_mlp: Tensor | None
+    bias_gate_up: Tensor | None
+    gate_mlp: Tensor | None
+
+
+def _step(
+    layer: LayerParts, kernels: Kernels, x: Tensor, how: Attending, past: Past | None, c: Constants
+) -> tuple[Tensor, KeysValues]:
+    """[B, S, W] -> the same shape, and the call's own keys and values [B, S, Hkv, D].
+
+    These keys are before their rotary embedding, which the attention kernel does on the way.
+    """
+    attention, mlp = cast(FusedAttention, layer.self_attn), cast(FusedMlp, layer.mlp)
+    qkv = _linear(kernels, "qkv", attention.qkv_proj, x, bias=c.bias_qkv, gain=c.gain_in, eps=EPS)
+    heads = qkv.view(*x.shape[:-1], -1, attention.head_dim)
+    counts = (attention.heads, attention.kv_heads, attention.kv_heads)
+    q, k, v = heads.split(counts, dim=-2)
+    before = (k[:, :0], v[:, :0]) if past is None else _stored(past)
+    seen = kernels.attend(q, before, (k, v), how.rope, how.visibility, attention.scale).flatten(2)
+    x = _linear(kernels, "out", attention.o_proj, seen, residual=x, factor=c.gate_attention)
+    hidden = _linear(
+        kernels, "gate_up", mlp.gate_up_proj, x, bias=c.bias_gate_up, gain=c.gain_mlp, eps=EPS,
+        gated=True,
+    )  # fmt: skip
+    x = _linear(kernels, "down", mlp.down_proj, hidden, residual=x, factor=c.gate_mlp)
+    return x, KeysValues(k, v)
+
+
+def _linear(
+    kernels: Kernels,
+    name: str,
+    linear: Linear,
+    x: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gain: Tensor | None = None,
+    eps: float | None = None,
+    factor: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """norm(x) @ weight^T * factor + bias + residual: see `skinny_linear`, in one launch."""
+    if x.shape[0] * x.shape[1] > kernels.max_rows:
+        return _plain(linear, x, bias, residual, gain, eps, factor, gated)
+    launch = kernels.launches[name]
+    out: Tensor = skinny_linear(x, linear.weight, bias, residual, gain, eps, factor, gated, launch)
+    return out
+
+
+def _plain(
+    linear: Linear,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gain: Tensor | None,
+    eps: float | None,
+    factor: Tensor | None,
+    gated: bool,
+) -> Tensor:
+    """The same by the policy's operations, rounded as in the plain layer."""
+    ops = linear.ops
+    out = linear(x if eps is None else ops.rms_norm(x, gain, eps))
+    out = out if factor is None else (out * factor).to(x.dtype)
+    out = out if bias is None else (out + bias).to(x.dtype)
+    if gated:
+        out = ops.gelu_mul(*out.chunk(2, dim=-1))
+    return out if residual is None else residual + out
 
 
 class FusedExpertLayer(GemmaLayer):
-    """A Gemma layer of at most 64 rows, B * S, as a chain of fused kernels.
+    """A Gemma layer of few rows, B * S, as a chain of fused kernels.
 
     The fewer roundings are the only difference from the plain layer: a normed input, gate and up
     are never rounded, and a sum with its residual is rounded once.
     """
 
-    self_attn: FusedAttention
-    mlp: FusedMlp
-    attend_cached: CachedAttention
+    kernels: Kernels
 
     def step(self, x: Tensor, how: Attending, past: Past | None) -> tuple[Tensor, KeysValues]:
-        """[B, S, W] -> the same shape, and the call's own keys and values [B, S, Hkv, D].
-
-        These keys are before their rotary embedding, which the attention kernel does on the way.
-        """
-        attention, mlp = self.self_attn, self.mlp
-        qkv = _linear(x, attention.qkv_proj.weight, norm=self.input_layernorm)
-        heads = qkv.view(*x.shape[:-1], -1, attention.head_dim)
-        counts = (attention.heads, attention.kv_heads, attention.kv_heads)
-        q, k, v = heads.split(counts, dim=-2)
-        before = (k[:, :0], v[:, :0]) if past is None else _stored(past)
-        seen = self.attend_cached(q, before, (k, v), how.rope, how.visibility, attention.scale)
-        x = _linear(seen.flatten(2), attention.o_proj.weight, residual=x)
-        gain = _gain(self.post_attention_layernorm)
-        hidden = skinny_gelu_mul(x, mlp.gate_up_proj.weight, gain, EPS, [])
-        return _linear(hidden, mlp.down_proj.weight, residual=x), KeysValues(k, v)
+        """As `_step`; the gains are constants of the model."""
+        gains = [norm_gain(norm) for norm in (self.input_layernorm, self.post_attention_layernorm)]
+        constants = Constants(gains[0], None, None, gains[1], None, None)
+        return _step(self, self.kernels, x, how, past, constants)
 
     def forward(self, x: Tensor, how: Attending, past: Past | None) -> tuple[Tensor, KeysValues]:
         """As in `GemmaLayer`; `how.attend` is not called, its cached form is the layer's own."""
@@ -90,16 +178,75 @@ class FusedExpertTower(GemmaTower):
         return x, []
 
 
-def _linear(
-    x: Tensor, weight: Tensor, residual: Tensor | None = None, norm: RmsNorm | None = None
-) -> Tensor:
-    """norm(x) @ weight^T + residual, one launch."""
-    gain, eps = (None, None) if norm is None else (_gain(norm), EPS)
-    out: Tensor = skinny_linear(x, weight, None, residual, gain, eps, [])
-    return out
+class FusedAdaptiveLayer(AdaptiveLayer):
+    """A layer of pi05's expert as the same chain of kernels; `FusedAdaptiveTower` calls `step`."""
+
+    kernels: Kernels
+
+    def step(self, x: Tensor, how: Attending, past: Past | None, c: Constants) -> Tensor:
+        """[B, S, W] -> the same shape."""
+        return _step(self, self.kernels, x, how, past, c)[0]
 
 
-def _gain(norm: RmsNorm) -> Tensor | None:
+class FusedAdaptiveTower(AdaptiveTower):
+    """A tower of such layers, which reads the constants of a step from one flat row.
+
+    `constants` makes the rows of all steps from their modulations; nothing else may be called with
+    modulations.
+    """
+
+    def constants(self, modulations: Tensor) -> Tensor:
+        """Scale, shift and gate of every norm in every step, [steps, M, 3W] -> [steps, C] float32.
+
+        The fields of `Constants` of each layer in order, then scale and shift [W] of the last
+        norm. Biases are sums in float64, rounded once.
+        """
+        columns = []
+        for index, layer in enumerate(expert_layers(self)):
+            attention, mlp = cast(FusedAttention, layer.self_attn), cast(FusedMlp, layer.mlp)
+            branches = (
+                (attention.qkv_proj, modulations[:, 2 * index]),
+                (mlp.gate_up_proj, modulations[:, 2 * index + 1]),
+            )
+            for into, rows in branches:
+                scale, shift, gate = rows.double().chunk(3, dim=1)
+                columns += [scale, shift @ into.weight.double().T, gate]
+        scale, shift, _ = modulations[:, -1].double().chunk(3, dim=1)
+        return torch.cat((*columns, scale, shift), dim=1).float()
+
+    def forward(
+        self, x: Tensor, how: Attending, past: Sequence[Past], modulations: Tensor
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """As in `AdaptiveTower`, of a row [C] of `constants`; no keys and values are returned."""
+        x = self.layered(x, how, past, modulations)
+        scale, shift = self.last_norm(modulations)
+        return self.norm.ops.adaptive_rms_norm(x, scale, shift, EPS), []
+
+    def layered(self, x: Tensor, how: Attending, past: Sequence[Past], row: Tensor) -> Tensor:
+        """The layers without the final norm, of a row [C] of `constants`."""
+        layers = [cast(FusedAdaptiveLayer, layer) for layer in self.layers]
+        for layer, before, c in zip(layers, past, self._rows(row), strict=True):
+            x = layer.step(x, how, before, c)
+        return x
+
+    def last_norm(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift [W] of the final norm, of a row [C] of `constants`."""
+        width = self.norm.dense.in_features
+        scale, shift = row[-2 * width :].chunk(2)
+        return scale, shift
+
+    def _rows(self, row: Tensor) -> list[Constants]:
+        """The constants of each layer: views of a row [C]."""
+        layer = expert_layers(self)[0]
+        width = self.norm.dense.in_features
+        qkv = cast(FusedAttention, layer.self_attn).qkv_proj.out_features
+        gate_up = cast(FusedMlp, layer.mlp).gate_up_proj.out_features
+        parts = (width, qkv, width, width, gate_up, width)
+        used = row[: sum(parts) * len(self.layers)].view(len(self.layers), -1)
+        return [Constants(*of_layer.split(parts)) for of_layer in used.unbind()]
+
+
+def norm_gain(norm: RmsNorm) -> Tensor | None:
     """The weight that the kernels add to 1; None when it was folded into the projections."""
     return None if isinstance(norm, UnitRmsNorm) else norm.weight
 
@@ -111,21 +258,34 @@ def _stored(past: Past) -> tuple[Tensor, Tensor]:
     return past.keys, past.values
 
 
-def fuse_expert_layers(policy: Pi0Policy, launch: Mapping[str, int] | None = None) -> None:
-    """Turn the expert, whose projections are fused, into a `FusedExpertTower` in place.
+def fuse_expert_layers(
+    policy: Pi0Policy,
+    launches: Mapping[str, Mapping[str, int]] | None = None,
+    max_rows: int = MAX_ROWS,
+) -> None:
+    """Turn the expert, whose projections are fused, into a fused tower in place.
 
-    `launch` goes over the launch parameters of the attention kernel.
+    `launches` go over the launch parameters of the kernels: of `attention`, and of each of
+    `LINEARS`. Of more than `max_rows` rows the products are those of `Ops.linear`.
 
     Raises:
-        ValueError: q, k, v or gate, up are not fused, or the expert is pi05's.
+        ValueError: q, k, v or gate, up are not fused, or a launch parameter is unknown.
     """
-    if not isinstance(policy.expert, GemmaTower):
-        raise ValueError("the kernels of the expert's layers have no adaptive norms")
-    attend = cached_attention(launch)
-    for layer in gemma_layers(policy.expert):
-        if not (isinstance(layer.self_attn, FusedAttention) and isinstance(layer.mlp, FusedMlp)):
-            raise ValueError("fuse_qkv and fuse_gate_up come before fuse_expert_layers")
-        layer.__class__ = FusedExpertLayer
-        assert isinstance(layer, FusedExpertLayer)
-        layer.attend_cached = attend
-    policy.expert.__class__ = FusedExpertTower
+    given = dict(launches or {})
+    attend = cached_attention(given.pop("attention", None))
+    if unknown := set(given) - set(LINEARS):
+        raise ValueError(f"{sorted(unknown)} are not among attention, {', '.join(LINEARS)}")
+    kernels = Kernels(
+        attend, {name: encoded(LINEAR, given.get(name)) for name in LINEARS}, max_rows
+    )
+    layers = expert_layers(policy.expert)
+    if not all(
+        isinstance(layer.self_attn, FusedAttention) and isinstance(layer.mlp, FusedMlp)
+        for layer in layers
+    ):
+        raise ValueError("fuse_qkv and fuse_gate_up come before fuse_expert_layers")
+    adaptive = isinstance(policy.expert, AdaptiveTower)
+    for layer in layers:
+        layer.__class__ = FusedAdaptiveLayer if adaptive else FusedExpertLayer
+        cast(FusedExpertLayer, layer).kernels = kernels
+    policy.expert.__class__ = FusedAdaptiveTower if adaptive else FusedExpertTower

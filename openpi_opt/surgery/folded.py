@@ -36,7 +36,7 @@ class UnitLayerNorm(siglip.LayerNorm):
 
 
 def fold_norms(policy: Pi0Policy) -> None:
-    """Fold every norm into the next linear layers (rows 10 and 11).
+    """Fold every norm into the next linear layers.
 
     Gemma: 1 + weight into q, k, v and gate, up; the expert's final norm into `action_out_proj`.
     SigLIP: weight and bias into q, k, v and fc1; `post_layernorm` into the projector. The language

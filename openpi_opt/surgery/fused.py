@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openpi_opt.kernels.linear_gelu import linear_gelu
@@ -105,8 +106,21 @@ class FusedVisionMlp(siglip.Mlp):
         return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
 
 
+class PatchProduct(siglip.Embeddings):
+    """The patch convolution, whose stride is its kernel's size, as one product: [1152, 588]."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, 3, 224, 224] float32 in [-1, 1] -> [N, 256, W] float32, rows of patches in order."""
+        convolution = self.patch_embedding
+        size = convolution.kernel_size[0]
+        patches = images.unfold(2, size, size).unfold(3, size, size)  # [N, 3, 16, 16, 14, 14]
+        rows = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        weight = convolution.weight.flatten(1)
+        return F.linear(rows, weight, convolution.bias) + self.position_embedding.weight
+
+
 def fuse_qkv(policy: Pi0Policy) -> None:
-    """One GEMM for q, k and v in every layer of both Gemma towers (row 13)."""
+    """One GEMM for q, k and v in every layer of both Gemma towers."""
     for layer in decoder_layers(policy):
         attention = layer.self_attn
         if isinstance(layer, KeysValuesLayer):
@@ -119,7 +133,7 @@ def fuse_qkv(policy: Pi0Policy) -> None:
 
 
 def fuse_gate_up(policy: Pi0Policy) -> None:
-    """One GEMM for gate and up in every layer of both Gemma towers (row 13)."""
+    """One GEMM for gate and up in every layer of both Gemma towers."""
     for layer in decoder_layers(policy):
         if not isinstance(layer, KeysValuesLayer):
             layer.mlp.gate_up_proj = FusedLinear((layer.mlp.gate_proj, layer.mlp.up_proj))
@@ -127,7 +141,7 @@ def fuse_gate_up(policy: Pi0Policy) -> None:
 
 
 def fuse_vision_qkv(policy: Pi0Policy) -> None:
-    """One GEMM for q, k and v in every SigLIP layer (row 13)."""
+    """One GEMM for q, k and v in every SigLIP layer."""
     for layer in vision_layers(policy.vision):
         attention = layer.self_attn
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -139,3 +153,8 @@ def fuse_vision_mlp(policy: Pi0Policy) -> None:
     """GELU in the GEMM before it in every SigLIP layer."""
     for layer in vision_layers(policy.vision):
         layer.mlp.__class__ = FusedVisionMlp
+
+
+def fuse_vision_patches(policy: Pi0Policy) -> None:
+    """SigLIP's patch convolution as a product of float32, or of TF32 where that is on."""
+    policy.vision.embeddings.__class__ = PatchProduct

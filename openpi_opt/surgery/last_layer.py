@@ -31,7 +31,7 @@ def keys_values(layer: GemmaLayer, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keep_keys_values(policy: Pi0Policy) -> None:
-    """The last prefix layer yields keys and values only (row 1).
+    """The last prefix layer yields keys and values only.
 
     The language model's output is discarded, so nothing reads what the layer's queries, output
     projection and MLP compute: 109 M parameters of the full model, 5.5 % of the prefill.

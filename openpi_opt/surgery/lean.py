@@ -1,7 +1,5 @@
 """The policy's stages without the work that a known layout and fixed time steps make needless.
 
-Rows are those of the facts sheet's table of simplifications, named at each field of `Plan`.
-
 Letters: B batch, C cameras, L prompt slots, N valid prefix tokens, H horizon, A action dim, W
 language width, E expert width, D head dim.
 """
@@ -31,20 +29,20 @@ class Plan:
     horizon: int = 0
     """H of every call; needed by the fields that need a layout"""
     separate_cameras: bool = False
-    """one vision pass for each camera instead of one for all (row 14, backwards)"""
+    """one vision pass for each camera instead of one for all"""
     skip_masked: bool = False
-    """encode and prefill valid tokens only (rows 2 to 4); needs a layout. A flexible one says which
+    """encode and prefill valid tokens only; needs a layout. A flexible one says which
     cameras never come; these are left out"""
     time_mlp: bool = False
-    """pi0: fold the time features and `action_in_proj` into `action_time_mlp_in` (rows 7 and 8);
-    pi05: compute the modulations of all norms once for each step (row 9)"""
+    """pi0: fold the time features and `action_in_proj` into `action_time_mlp_in`;
+    pi05: compute the modulations of all norms once for each step"""
     state_once: bool = False
-    """run the state token once and keep its keys and values (rows 5 and 6); needs a layout, and a
+    """run the state token once and keep its keys and values; needs a layout, and a
     model that has one"""
     kv_buffer: bool = False
     """write a step's keys and values behind the prefix's in place; needs a layout"""
     rope_tables: bool = False
-    """keep the rotary tables of prefix and suffix (row 17); needs a layout. In a flexible layout
+    """keep the rotary tables of prefix and suffix; needs a layout. In a flexible layout
     the suffix's rows are looked up once a call"""
 
     @property
@@ -115,7 +113,8 @@ class LeanPolicy(Pi0Policy):
             if self.config.family == "pi0":
                 self._fold_time()
             else:
-                self.time_table = self.modulation_table
+                assert isinstance(self.expert, AdaptiveTower)
+                self.time_table = self.expert.constants(self.modulation_table)
         if not self.plan.fixed_layout:
             return
         layout, horizon = self.layout, self.plan.horizon
@@ -258,6 +257,10 @@ class LeanPolicy(Pi0Policy):
         buffered = [past for past in caches if isinstance(past, BufferedKeysValues)]
         return [BufferedKeysValues(p.keys, p.values, p.filled + 1) for p in buffered] or joined
 
+    def embed_state(self, state: Tensor) -> Tensor:
+        """As in `Pi0Policy`; no step reads a state whose token was run once."""
+        return state if self.plan.state_once else super().embed_state(state)
+
     def modulations(self, features: Tensor) -> Tensor:
         """As in `Pi0Policy`; `features` are a row of `time_table`, whatever that holds."""
         return features if self.plan.time_mlp else super().modulations(features)
@@ -276,7 +279,7 @@ class LeanPolicy(Pi0Policy):
         mixed = self.action_time_mlp_out(F.silu(hidden))
         if plan.state_once:
             return mixed
-        return torch.cat((self.state_proj(state)[:, None], mixed), dim=1)
+        return torch.cat((state, mixed), dim=1)
 
     def denoise_step(
         self, x_t: Tensor, features: Tensor, state: Tensor, cache: PrefixCache
@@ -296,7 +299,7 @@ class LeanPolicy(Pi0Policy):
         visibility = self._suffix_visibility(cache)
         how = Attending(rope, visibility, self.ops.attention_denoise)
         hidden = self.run_expert(suffix, features, how, cache.layers, plan.horizon)
-        return self.action_out_proj(hidden.float())
+        return self.advance(x_t, hidden, features)
 
     def _suffix_visibility(self, cache: PrefixCache) -> Visibility:
         """As `suffix_visibility`; without a state among them, tokens see all there is."""
@@ -316,7 +319,7 @@ class LeanPolicy(Pi0Policy):
 
 
 def tabulate_modulations(policy: Pi0Policy) -> None:
-    """Compute the modulations of pi05's norms for every step, unless that was done (row 9).
+    """Compute the modulations of pi05's norms for every step, unless that was done.
 
     In float64, from the weights as they are, rounded once -> the buffer `modulation_table`
     [steps, M, 3E] float32. Called before the cast, the table holds no rounded weight.

@@ -45,7 +45,8 @@ class Record(BaseModel):
     """One trial of a study: what was asked, and what came of it.
 
     `params` are the swept Hydra keys with their values, `labels` the short text of every knob,
-    `space` tells the search space that `params` are a point of, `trial_dir` is relative to the
+    `space` tells the search space that `params` are a point of, `shown` is what a process of a
+    confirmation is called (role and round), `trial_dir` is relative to the
     study's folder. `number` is given by `Journal.append`.
     """
 
@@ -61,6 +62,7 @@ class Record(BaseModel):
     labels: dict[str, str] = Field(default_factory=dict)
     result: TrialResult
     trial_dir: str | None = None
+    shown: str = ""
     fingerprint_hash: str
     created_at: str = Field(default_factory=utc_now)
     check: str | None = None  # of the line itself; lines of older versions have none

@@ -19,6 +19,7 @@ from openpi_opt.kernels import (
     triton_rotary,
     triton_skinny_gemm,
 )
+from openpi_opt.kernels.launch import LINEAR, encoded
 from openpi_opt.pi0 import ops
 from openpi_opt.pi0.gemma import Rope
 from openpi_opt.pi0.ops import SEE_ALL, Segment, Visibility
@@ -98,11 +99,13 @@ def flash(shape: tuple[int, ...], visible: int | None) -> Case:
 def skinny(rows: int, n: int, k: int, launch: dict[str, int], normed: bool) -> Case:
     x, weight = randn(1, rows, k), randn(n, k, seed=1) * k**-0.5
     residual, gain = randn(1, rows, n), randn(k, dtype=torch.float32) * 0.1
-    code = triton_skinny_gemm.encoded(triton_skinny_gemm.Launch, launch)
-    norm = (gain, EPS) if normed else (None, None)
+    code = encoded(LINEAR, launch)
+    norm = {"gain": gain, "eps": EPS} if normed else {}
 
     def ours(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-        out: Tensor = triton_skinny_gemm.skinny_linear(x, weight, None, residual, *norm, code)
+        out: Tensor = triton_skinny_gemm.skinny_linear(
+            x, weight, residual=residual, **norm, launch=code
+        )
         return out
 
     def expected(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
@@ -118,7 +121,7 @@ def gated(rows: int) -> Case:
     x, weight = randn(1, rows, 1024), randn(8192, 1024, seed=1) / 32
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
-        out: Tensor = triton_skinny_gemm.skinny_gelu_mul(x, weight, None, EPS, [])
+        out: Tensor = triton_skinny_gemm.skinny_linear(x, weight, eps=EPS, gated=True)
         return out
 
     def expected(x: Tensor, weight: Tensor) -> Tensor:
@@ -128,22 +131,6 @@ def gated(rows: int) -> Case:
         return F.gelu(gate, approximate="tanh") * up
 
     return ours, (x, weight), expected
-
-
-def down_and_norm(rows: int) -> Case:
-    x, weight, residual = randn(1, rows, 4096), randn(1024, 4096) / 64, randn(1, rows, 1024)
-
-    def ours(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        out: tuple[Tensor, Tensor] = triton_skinny_gemm.skinny_linear_add_rms_norm(
-            x, weight, residual, None, EPS, []
-        )
-        return out
-
-    def expected(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        total = x.double() @ weight.double().T + residual.double()
-        return total, total * (total.square().mean(-1, keepdim=True) + EPS).rsqrt()
-
-    return ours, (x, weight, residual), expected
 
 
 def norms() -> Case:
@@ -203,7 +190,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "k": lambda: skinny(11, 256, 1024, {}, False),
     "gate, up": lambda: gated(11),
     "gate, up, 51 rows": lambda: gated(51),
-    "down and norm": lambda: down_and_norm(11),
     "add and norm": norms,
     "layer norm": layer_norm,
     "gelu_mul": gelu_mul,

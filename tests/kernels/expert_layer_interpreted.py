@@ -26,7 +26,12 @@ from openpi_opt.pi0.precision import cast
 from openpi_opt.pi0.workload import make_inputs
 from openpi_opt.surgery import fused
 from openpi_opt.surgery.buffer import with_room
-from openpi_opt.surgery.expert import FusedExpertLayer, FusedExpertTower, fuse_expert_layers
+from openpi_opt.surgery.expert import (
+    FusedAdaptiveTower,
+    FusedExpertLayer,
+    FusedExpertTower,
+    fuse_expert_layers,
+)
 from openpi_opt.surgery.folded import fold_norms
 from openpi_opt.surgery.towers import gemma_layers
 
@@ -53,7 +58,7 @@ def mini(dtype: torch.dtype, folded: bool = False) -> tuple[Pi0Policy, Pi0Policy
     plain.expert.double()
     fused.fuse_qkv(policy)
     fused.fuse_gate_up(policy)
-    fuse_expert_layers(policy, {"block_n": 16})
+    fuse_expert_layers(policy, {"attention": {"block_n": 16}, "down": {"split_k": 2}})
     return plain, policy
 
 
@@ -177,6 +182,9 @@ def test_what_is_not_fused_is_refused() -> None:
     fused.fuse_qkv(policy)
     with pytest.raises(ValueError, match="fuse_gate_up"):
         fuse_expert_layers(policy)
+    fused.fuse_gate_up(policy)
+    with pytest.raises(ValueError, match="'up'"):
+        fuse_expert_layers(policy, {"up": {}})
 
 
 KNOBS = {
@@ -189,13 +197,17 @@ REST = {"fold_norms": True, "time_mlp": True, "kv_buffer": True, "rope_tables": 
 
 
 def configuration(
-    dtype: str, simplify: dict[str, bool], layout: str = "exact", **knobs: Any
+    dtype: str,
+    simplify: dict[str, bool],
+    model: str = "pi0_mini",
+    layout: str = "exact",
+    **knobs: Any,
 ) -> Config:
     workload: dict[str, Any] = {"active_cameras": [False, True], "prompt_slots": 6}
     workload |= {"prompt_tokens": 4, "layout": layout}
     return Config.parse(
         {
-            "model": {"name": "pi0_mini"},
+            "model": {"name": model},
             "platform": {"device": "cpu"},
             "workload": {**workload, "horizon": 3, "steps": 2, "batch_size": 1},
             "precision": {"dtype": dtype},
@@ -211,44 +223,65 @@ def answers(cfg: Config) -> tuple[Pi0Policy, Callable[[Inputs], Tensor], Inputs]
     return policy, runtime.apply_knobs(policy, cfg).call, inputs
 
 
-CASES: dict[str, tuple[str, dict[str, bool], bool]] = {
-    "plain, compiled": ("float32", {}, True),
-    "state once": ("float32", ONCE, False),
-    "the rest": ("float32", REST, False),
-    "all, compiled": ("float32", {**ONCE, **REST}, True),
-    "all, float16": ("float16", {**ONCE, **REST}, False),
+ALL_OF_IT = {**ONCE, **REST}
+MANY = {"gemm": {"backend": "triton_skinny", "max_rows": 2}}
+# Precision, simplify, other knobs, whether compiled.
+CASES: dict[str, tuple[str, dict[str, bool], dict[str, Any], bool]] = {
+    "plain, compiled": ("float32", {}, {}, True),
+    "state once": ("float32", ONCE, {}, False),
+    "the rest": ("float32", REST, {}, False),
+    "all, compiled": ("float32", ALL_OF_IT, {}, True),
+    "all, float16": ("float16", ALL_OF_IT, {}, False),
+    "more rows than the kernels are for": ("float32", REST, MANY, False),
 }
+PI05: dict[str, tuple[str, dict[str, bool], dict[str, Any], bool]] = {
+    "compiled": ("float32", REST, {}, True),
+    "float16": ("float16", REST, {}, False),
+    "many rows": ("float32", REST, MANY, False),
+}
+LIMITS = {"float32": 1e-5, "float16": 3e-3}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_policy_of_such_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`check` refuses float32 and the CPU; here they tell mistakes from rounding."""
-    dtype, simplify, compiled = CASES[name]
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers instead of four, and a compiler that only traces."""
     compile_ = torch.compile
 
     def traced(function: Any, **settings: Any) -> Any:
         return compile_(function, fullgraph=True, dynamic=False, backend="aot_eager")
 
-    monkeypatch.setitem(MODELS, SHALLOW.name, SHALLOW)
+    for family in ("pi0", "pi05"):
+        config = dataclasses.replace(SHALLOW, name=f"{family}_mini", family=family)
+        monkeypatch.setitem(MODELS, config.name, config)
     monkeypatch.setattr(torch, "compile", traced)
     torch._dynamo.reset()
-    _, plain, inputs = answers(configuration("float32", {}))
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize(
+    ("model", "name"), [*(("pi0_mini", n) for n in CASES), *(("pi05_mini", n) for n in PI05)]
+)
+def test_a_policy_of_such_layers(model: str, name: str) -> None:
+    """`check` refuses float32 and the CPU; here they tell mistakes from rounding."""
+    dtype, simplify, more, compiled = (CASES if model == "pi0_mini" else PI05)[name]
+    _, plain, inputs = answers(configuration("float32", {}, model))
     mode = {"mode": "default" if compiled else "off"}
-    policy, call, _ = answers(configuration(dtype, simplify, **KNOBS, compile=mode))
-    assert isinstance(policy.expert, FusedExpertTower)
+    cfg = configuration(dtype, simplify, model, **{**KNOBS, **more}, compile=mode)
+    policy, call, _ = answers(cfg)
+    assert isinstance(policy.expert, FusedExpertTower | FusedAdaptiveTower)
     out = call(inputs)
-    assert error(out, plain(inputs)) < {"float32": 1e-5, "float16": 3e-3}[dtype]
+    assert error(out, plain(inputs)) < LIMITS[dtype]
     assert torch.equal(out, call(inputs))
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("name", ["state once", "the rest"])
-def test_such_a_policy_in_a_flexible_layout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_such_a_policy_in_a_flexible_layout(name: str) -> None:
     """Both attention kernels read the lengths; what is masked or padding is never seen."""
-    dtype, simplify, _ = CASES[name]
-    monkeypatch.setitem(MODELS, SHALLOW.name, SHALLOW)
+    dtype, simplify, _, _ = CASES[name]
     triton = {**KNOBS, "attention": {**KNOBS["attention"], "prefill": "triton"}}
     _, plain, inputs = answers(configuration("float32", {}))
-    _, call, _ = answers(configuration(dtype, simplify, "flexible", **triton))
+    _, call, _ = answers(configuration(dtype, simplify, layout="flexible", **triton))
     for tokens in (6, 1):
         mask = torch.arange(6)[None] < tokens
         other = inputs._replace(token_mask=mask)

@@ -30,7 +30,7 @@ from openpi_opt.kernels.offline import (
     resources,
     variants,
 )
-from openpi_opt.kernels.shipped import CASES, MODULES, expert_layer
+from openpi_opt.kernels.shipped import CASES, MODULES, expert_layer, layer_attention
 from openpi_opt.pi0 import weights
 from openpi_opt.pi0.config import PI0, PI0_MINI
 from openpi_opt.pi0.gemma import Attending, KeysValues, Rope
@@ -90,8 +90,8 @@ def test_modules_are_all_that_launch() -> None:
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_the_expert_layer_launches_what_its_case_does(name: str) -> None:
-    """The case writes out the launches of `FusedExpertLayer`; here the layer itself runs."""
+def test_the_expert_layer_launches_what_its_cases_do(name: str) -> None:
+    """The cases write out the launches of `FusedExpertLayer`; here the layer itself runs."""
     state = Visibility(None, (Segment(0, 1, 789), Segment(1, 11, None)))
     small = dataclasses.replace(PI0_MINI.language, depth=1, heads=8, head_dim=256)
     expert = dataclasses.replace(PI0.expert, depth=1)
@@ -108,7 +108,8 @@ def test_the_expert_layer_launches_what_its_case_does(name: str) -> None:
             policy.expert(empty(1, rows, 1024), Attending(rope, state, eager_attention), [past])
     with noted_launches(arch, MODULES) as listed:
         expert_layer()
-    assert [variant.key for variant in noted] == [variant.key for variant in listed]
+        layer_attention()
+    assert {variant.key for variant in noted} <= {variant.key for variant in listed}
 
 
 def empty(*shape: int) -> Tensor:

@@ -13,9 +13,9 @@ from openpi_opt.kernels import triton_activation, triton_norm, triton_rotary
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.pi0 import weights
-from openpi_opt.pi0.config import PI0_MINI, PI05_MINI
+from openpi_opt.pi0.config import PI0_MINI
 from openpi_opt.pi0.policy import Pi0Policy
-from openpi_opt.surgery.expert import FusedExpertLayer, FusedExpertTower, fuse_expert_layers
+from openpi_opt.surgery.expert import FusedExpertLayer, FusedExpertTower
 
 H100 = Gpu(0, "GPU-1", "H100", "nvidia", "sm90", 80_000, "580")
 MACHINE = Machine((H100,), TorchBuild("2.13.0", "13.0", None), "x", 2, 1)
@@ -83,19 +83,18 @@ EXPERT: dict[str, Any] = {
     "attention": {"denoise": "triton"},
     "gemm": {"backend": "triton_skinny"},
 }
-FP8 = {"backend": "fp8", "fp8": {"stages": ["vision", "denoise"]}}
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "qkv apart": ({"fusion": {**ALL_FUSED, "qkv": False}}, "needs fusion.qkv"),
     "gate, up apart": ({"fusion": {**ALL_FUSED, "gate_up": False}}, "fusion.gate_up"),
     "float32": ({"precision": {"dtype": "float32"}}, "16-bit"),
     "another attention": ({"attention": {**TRITON, "denoise": "sdpa"}}, "attention.denoise=triton"),
     "another gemm": ({"gemm": {}}, "gemm=triton_skinny"),
-    "fp8": ({"blas": FP8}, "blas.fp8.stages"),
+    "fp8": (
+        {"blas": {"backend": "fp8", "fp8": {"stages": ["vision", "denoise"]}}},
+        "blas.fp8.stages",
+    ),
     "aiter": ({"blas": {"backend": "aiter", "aiter": {"max_rows": 8}}}, "aiter"),
-    "rows": ({"workload": {"horizon": 64}}, "at most 64 rows .* has 65"),
-    "batch": ({"workload": {"horizon": 10, "batch_size": 6}}, "has 66: batch size 6, 11 tokens"),
-    "pi05": ({"model": {"name": "pi05_mini"}}, "adaptive norms"),
-    "max_rows": ({"gemm": {"backend": "triton_skinny", "max_rows": 10}}, "at most 10 rows"),
+    "pi05": ({"model": {"name": "pi05_mini"}}, "simplify.time_mlp"),
 }
 
 
@@ -121,9 +120,9 @@ def test_the_expert_layer_overrules_no_other_option(name: str) -> None:
 @pytest.mark.parametrize(
     "raw",
     [
-        {"simplify": {"state_once": True}, "workload": {"horizon": 64}},
-        {"workload": {"horizon": 31, "batch_size": 2}},
+        {"workload": {"horizon": 31, "batch_size": 3}},
         {"blas": {"backend": "fp8", "fp8": {"stages": ["vision", "prefill"]}}},
+        {"model": {"name": "pi05_mini"}, "simplify": {"time_mlp": True}},
         {"precision": {"dtype": "float16"}},
         {"elementwise": {"backend": "triton"}},
     ],
@@ -145,11 +144,6 @@ def test_the_label_names_the_expert_layer_beside_the_projections() -> None:
     partial = {**ALL_FUSED, "vision_qkv": False}
     labels = [config({"fusion": f}).labels()["fusion"] for f in (ALL_FUSED, partial)]
     assert labels == ["all+expert_layer", "qkv+gate_up+expert_layer"]
-
-
-def test_the_layers_of_pi05_have_no_fused_kernels() -> None:
-    with pytest.raises(ValueError, match="no adaptive norms"):
-        fuse_expert_layers(Pi0Policy(PI05_MINI))
 
 
 def test_the_expert_becomes_fused_layers_under_the_original_names() -> None:

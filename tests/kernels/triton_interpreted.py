@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from openpi_opt.kernels import (
+    launch,
     triton_activation,
     triton_attention,
     triton_decode,
@@ -21,6 +22,7 @@ from openpi_opt.kernels import (
     triton_rotary,
     triton_skinny_gemm,
 )
+from openpi_opt.kernels.triton_skinny_gemm import skinny_linear, skinny_linear_reference
 from openpi_opt.pi0 import ops
 from openpi_opt.pi0.gemma import Rope
 from openpi_opt.pi0.ops import Padding, Segment, Visibility
@@ -298,47 +300,41 @@ LAUNCHES = {
 
 
 def encoded(overrides: dict[str, int]) -> list[int]:
-    return triton_skinny_gemm.encoded(triton_skinny_gemm.Launch, overrides)
+    return launch.encoded(launch.LINEAR, overrides)
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 72), (7, 33, 64), (11, 64, 128), (51, 17, 100)])
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_skinny_linear(name: str, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
-    launch = encoded(LAUNCHES[name])
     for dtype in (HALF, FULL):
         x, weight = randn(1, m, k, dtype=dtype), randn(n, k, dtype=dtype) * k**-0.5
-        bias, residual = randn(n, dtype=dtype), randn(1, m, n, dtype=dtype)
-        gain = randn(k) * 0.1
-        wides = [t.double() for t in (x, weight, bias, residual, gain)]
-        plain = triton_skinny_gemm.skinny_linear(x, weight, None, None, None, None, launch)
-        close(plain, triton_skinny_gemm.skinny_linear_reference(*wides[:2]))
-        for g, w in ((gain, wides[4]), (None, None)):
-            out = triton_skinny_gemm.skinny_linear(x, weight, bias, residual, g, EPS, launch)
-            expected = triton_skinny_gemm.skinny_linear_reference(*wides[:4], w, EPS)
-            close(out, expected)
-        total, normed = triton_skinny_gemm.skinny_linear_add_rms_norm(
-            x, weight, residual, None, EPS, launch
-        )
-        summed = wides[0] @ wides[1].T + wides[3]
-        close(total, summed)
-        close(normed, ops.rms_norm(total.double(), None, EPS).double())
+        tensors = {
+            "bias": randn(n),
+            "residual": randn(1, m, n, dtype=dtype),
+            "gain": randn(k) * 0.1,
+            "factor": randn(n, seed=1),
+        }
+        wide = {key: tensor.double() for key, tensor in tensors.items()}
+        for names in ((), ("bias", "residual"), ("factor", "residual"), tuple(tensors)):
+            eps = {"eps": EPS} if names != () else {}
+            given = {key: tensors[key] for key in names}
+            out = skinny_linear(x, weight, **given, **eps, launch=encoded(LAUNCHES[name]))
+            expected = {key: wide[key] for key in names}
+            close(out, skinny_linear_reference(x.double(), weight.double(), **expected, **eps))
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 72), (11, 64, 128), (51, 17, 100)])
 @pytest.mark.parametrize("name", ["rule", "split, fused", "no split"])
-def test_skinny_gelu_mul(name: str, shape: tuple[int, int, int]) -> None:
+def test_gated_skinny_linear(name: str, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
     for dtype in (HALF, FULL):
         x, weight = randn(1, m, k, dtype=dtype), randn(2 * n, k, dtype=dtype) * k**-0.5
-        gain = randn(k) * 0.1
-        for g, eps in ((None, None), (gain, EPS), (None, EPS)):
-            out = triton_skinny_gemm.skinny_gelu_mul(x, weight, g, eps, encoded(LAUNCHES[name]))
-            wide = None if g is None else g.double()
-            expected = triton_skinny_gemm.skinny_gelu_mul_reference(
-                x.double(), weight.double(), wide, eps
-            )
-            close(out, expected)
+        gain, bias, factor = randn(k) * 0.1, randn(2 * n), randn(2 * n, seed=1)
+        for given in ({}, {"eps": EPS}, {"eps": EPS, "gain": gain, "bias": bias, "factor": factor}):
+            out = skinny_linear(x, weight, **given, gated=True, launch=encoded(LAUNCHES[name]))
+            wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()}
+            close(out, skinny_linear_reference(x.double(), weight.double(), **wide, gated=True))
 
 
 def test_linear_for_few_rows_only() -> None:
@@ -349,7 +345,7 @@ def test_linear_for_few_rows_only() -> None:
         expected = torch.nn.functional.linear(x, weight, bias)
         torch.testing.assert_close(linear(x, weight, bias), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="at most 64"):
-        triton_skinny_gemm.skinny_linear(randn(65, 40), weight, None, None, None, None, [])
+        skinny_linear(randn(65, 40), weight)
     with pytest.raises(ValueError, match="not among"):
         triton_skinny_gemm.linear(8, {"block_q": 1})
 
@@ -378,8 +374,8 @@ OPERATORS = {
         (*qkv(SHAPES[0], FULL), 1, 9, 37, None, 0.3, []),
     ),
     "skinny": lambda: (
-        triton_skinny_gemm.skinny_linear,
-        (randn(3, 20), randn(24, 20), randn(24), None, None, None, []),
+        skinny_linear,
+        (randn(3, 20), randn(24, 20), randn(24), None, None, None, None, False, []),
     ),
 }
 
@@ -390,5 +386,6 @@ def test_operators_are_as_registered(name: str) -> None:
     operator, arguments = OPERATORS[name]()
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(operator, arguments, test_utils=checks)
+    torch._dynamo.reset()  # the operators share the code that Dynamo counts compilations of
     compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments), operator(*arguments))
