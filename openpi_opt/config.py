@@ -32,6 +32,8 @@ from openpi_opt.machine import Device, Machine
 from openpi_opt.paths import content_of
 from openpi_opt.vendor import BY_DEVICE, DEVICES
 
+# In a study's folder: the fastest so far, by context.
+RACE_FILE = "race.json"
 MIN_WARMUP = 3
 MIN_ITERATIONS = 10
 # The guard's float32 reference holds 3.5 B parameters in 14 GB, activations and the KV cache
@@ -203,7 +205,8 @@ class Limits(create_model("_Judged", __base__=Section, **_JUDGED)):  # type: ign
     """Longest time in seconds for each phase of a trial; past it the trial is ended.
 
     `latency_ms`: a call that is surely slower is not measured to the end (see `pruning`).
-    `best_ms`: the fastest of the sweep so far, for `profile.energy=auto`; the sweep fills it in.
+    `best_ms`: the fastest of the sweep so far, for `profile.energy=auto`, and `race`: how many
+    times slower than the fastest a trial may be; the sweep fills both in.
     `latency_ms` and the limits of all other figures (`figures.LIMITS`) judge results: above one of
     them a trial is never the best. They change no measurement, so they are no part of a
     configuration's identity. `compile_seconds` is the first call as it was seen: less with warm
@@ -221,6 +224,7 @@ class Limits(create_model("_Judged", __base__=Section, **_JUDGED)):  # type: ign
     ceilings: float = Field(300, gt=0)
     latency_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
     best_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    race: float | None = Field(None, ge=1, allow_inf_nan=False)
 
 
 class Tracking(Section):
@@ -358,6 +362,18 @@ class Config(BaseModel):
     def baseline(self) -> Config:
         """The plain eager policy under the same model, weights, workload, platform and measure."""
         return self.model_copy(update={"knobs": {k.name: k.options_type() for k in KNOBS}})
+
+    def raced(self, best_ms: float | None = None) -> Config:
+        """The same configuration with the limit that follows from the fastest so far.
+
+        `best_ms` is newer than that of the limits; the user's own limit may be lower.
+        """
+        limits = self.limits
+        best = limits.best_ms if best_ms is None else best_ms
+        raced = None if best is None or limits.race is None else limits.race * best
+        given = [ms for ms in (limits.latency_ms, raced) if ms is not None]
+        changed = {"best_ms": best, "latency_ms": min(given, default=None)}
+        return self.model_copy(update={"limits": limits.model_copy(update=changed)})
 
     def is_baseline(self) -> bool:
         """Whether every knob is at its default."""

@@ -18,14 +18,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from openpi_opt import cli
 from openpi_opt import result as results
-from openpi_opt.config import MIN_ITERATIONS, MIN_WARMUP, Config
+from openpi_opt.config import MIN_ITERATIONS, MIN_WARMUP, RACE_FILE, Config
 from openpi_opt.errors import RefusedError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine, probe
@@ -281,6 +281,7 @@ def _run_checked(
     identity.note_imported(cfg, folder)
     found = _measure(prepared, asked, seen, progress, folder, monitor)
     if found["outcome"] == "ok":
+        asked = replace(asked, cfg=_raced(asked.cfg, folder))
         _explain(found, prepared, asked, machine, progress, references.with_name("ceilings"))
     return found
 
@@ -335,6 +336,7 @@ def _measure(
             lambda: None if monitor is None else monitor.read().sm_clock_mhz,
             lambda: clock.synchronise(device),
         )
+        cfg = _raced(cfg, folder)
         hopeless = _hopeless(prepared, witness, cfg)
         if hopeless is not None:
             counted = _counted(prepared, inputs, cfg, progress, folder)
@@ -386,6 +388,18 @@ def _counted(
         prepared.call, inputs[0], cfg.device, trace, uncaptured=prepared.uncaptured
     )
     return {"kernels": found.kernels, "kernel_table": found.table, "notes": [*notes, *found.notes]}
+
+
+def _raced(cfg: Config, folder: Path) -> Config:
+    """With the limit of this moment: other trials may have been faster since this one began."""
+    if cfg.limits.race is None:
+        return cfg
+    file = folder.absolute().parents[1] / RACE_FILE
+    try:
+        best = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:  # nothing has been measured yet
+        return cfg
+    return cfg.raced(best.get(cfg.context_hash()))
 
 
 def _hopeless(prepared: Prepared, witness: Witness, cfg: Config) -> dict[str, Any] | None:

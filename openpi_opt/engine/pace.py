@@ -53,7 +53,11 @@ class Pace:
         """Whether a trial that begins now would likely end after the minutes."""
         if self.minutes is None:
             return False
-        usual = statistics.median(self._lasted[-_LATEST:]) if self._lasted else 0.0
+        now, lasted = self.clock(), self._lasted[-_LATEST:]
+        usual = statistics.median(lasted) if lasted else 0.0
+        # Those that run longer than that say more than those that have ended: the short ones.
+        ages = [now - begun for begun in self._begun.values() if now - begun > usual]
+        usual = statistics.median([*lasted, *ages]) if ages else usual
         return self._passed() + usual > 60 * self.minutes
 
     def text(self) -> str:

@@ -9,6 +9,7 @@ them from measuring anything twice, and the journal tells each what the others f
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 from openpi_opt import interrupt
-from openpi_opt.config import Config, nature
+from openpi_opt.config import RACE_FILE, Config, nature
 from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.executor import Executor, LocalExecutor, LostError, Run
@@ -34,7 +35,7 @@ from openpi_opt.process.devices import Devices, Slot
 from openpi_opt.process.environment import cleared_names
 from openpi_opt.process.run import run_trial
 from openpi_opt.remote.remote import Nodes, RemoteExecutor
-from openpi_opt.result import Ok, TrialResult
+from openpi_opt.result import Ok, TrialResult, write_atomic
 from openpi_opt.space.neighbours import NOISE, Neighbours
 from openpi_opt.space.optimizer import Optimizer, Proposal
 from openpi_opt.space.points import Compose, Points
@@ -584,19 +585,20 @@ class _Engine:
     def _race(self, job: Job) -> Race:
         """What a trial runs against; a baseline is to compare with, however slow."""
         pruning, best = self.request.settings.pruning, self._best.get(job.cfg.context_hash())
-        if best is None or job.proposal is None or self.criteria.objectives != ("latency",):
+        if job.proposal is None or self.criteria.objectives != ("latency",):
             return Race()
         assert pruning != "auto"  # settled before anything runs
-        return Race(best, None if pruning is None else pruning * best)
+        return Race(best, pruning)
 
     def _note_best(self, result: TrialResult) -> None:
         if not isinstance(result, Ok):
             return
         if self.criteria.over(result):  # fast perhaps, but never the best
             return
-        if self.criteria.allow_lossy or not nature(result.config).lossy:
-            best = self._best.get(result.context_hash, math.inf)
-            self._best[result.context_hash] = min(best, result.latency.mean_ms)
+        may_win = self.criteria.allow_lossy or not nature(result.config).lossy
+        if may_win and result.latency.mean_ms < self._best.get(result.context_hash, math.inf):
+            self._best[result.context_hash] = result.latency.mean_ms
+            write_atomic(self.ledger.study_dir / RACE_FILE, json.dumps(self._best))
 
     def _tell(self, job: Job, record: Record) -> None:
         self._note_best(record.result)

@@ -77,16 +77,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Race:
-    """What a trial runs against: the fastest so far, and the mean above which it is hopeless."""
+    """What a trial runs against: the fastest so far, and how many times slower is hopeless.
+
+    A trial prepares for a minute while others measure, so it looks into `config.RACE_FILE` of the
+    study's folder again when it has the device (`openpi_opt.trial`).
+    """
 
     best_ms: float | None = None
-    limit_ms: float | None = None
+    factor: float | None = None
 
     def limits(self, cfg: Config) -> Config:
-        """The same configuration, hash included; the user's own limit may be lower."""
-        given = [ms for ms in (cfg.limits.latency_ms, self.limit_ms) if ms is not None]
-        changed = {"best_ms": self.best_ms, "latency_ms": min(given, default=None)}
-        return cfg.model_copy(update={"limits": cfg.limits.model_copy(update=changed)})
+        """The same configuration, hash included."""
+        changed = {"best_ms": self.best_ms, "race": self.factor}
+        return cfg.model_copy(update={"limits": cfg.limits.model_copy(update=changed)}).raced()
 
 
 @dataclass

@@ -115,6 +115,9 @@ class Knob(Generic[O]):
     # time teaches nothing about an option that does not touch the stage.
     stages: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
+    # Values by option whose first call takes minutes. A search does not begin with them.
+    slow: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
     @classmethod
     def touches(cls, option: str) -> tuple[str, ...]:
         """The stages that the option (dotted, below the knob) can change."""

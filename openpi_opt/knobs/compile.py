@@ -9,7 +9,7 @@ import re
 import shutil
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -128,6 +128,7 @@ class Compile(Knob[CompileOptions]):
 
     name = "compile"
     options_type = CompileOptions
+    slow: ClassVar = {"mode": AUTOTUNING, "scope": ("call",)}
 
     def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """Inductor needs a host compiler, its graph capture a GPU, and each option this torch."""

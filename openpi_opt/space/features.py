@@ -46,6 +46,15 @@ def touched(key: str) -> tuple[str, ...]:
     return BY_NAME[name].touches(option) if name in BY_NAME else STAGES
 
 
+def is_slow(found: Mapping[str, str]) -> bool:
+    """Whether an option makes the first call take minutes, as its knob declares."""
+    return any(
+        text in BY_NAME[key.split(".")[0]].slow.get(key.partition(".")[2], ())
+        for key, text in found.items()
+        if key.split(".")[0] in BY_NAME
+    )
+
+
 def parts(result: TrialResult) -> dict[str, float]:
     """Milliseconds of each stage and `IDLE`, which sum to the latency; empty where not known.
 

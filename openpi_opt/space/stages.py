@@ -20,7 +20,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
 from openpi_opt.errors import UserError
-from openpi_opt.space.features import PARTS, SECONDS, TOTAL, features, touched
+from openpi_opt.space.features import PARTS, SECONDS, TOTAL, features, is_slow, touched
 from openpi_opt.space.points import Points
 from openpi_opt.space.space import Space
 from openpi_opt.space.stage_model import Guess, Seen, StageModel
@@ -213,7 +213,7 @@ class StagesSampler(BaseSampler):
         known = {place.key for place, _ in seen} | {place.key for place in pending}
         timed = [place for place, trial in seen if trial.total is not None and not trial.bad]
         if len(seen) + len(pending) < RANDOM or not timed:
-            return self._any(known)
+            return self._any(known, quick=True)
         guess = self._draw([trial for _, trial in seen], pending)
         starts = sorted(timed, key=lambda place: guess.cost(place.features))[:1]
         if (somewhere := self._map.anywhere(self._random)) is not None:
@@ -275,12 +275,17 @@ class StagesSampler(BaseSampler):
             if cost == before:
                 return
 
-    def _any(self, known: set[Key]) -> Params:
-        """A random point that is not known, if there is one among many."""
+    def _any(self, known: set[Key], quick: bool = False) -> Params:
+        """A random point that is not known, if there is one among many.
+
+        The first points are `quick`: no search begins by compiling for minutes.
+        """
         found = None
         for _ in range(_TRIES):
             found = self._map.anywhere(self._random)
-            if found is None or found.key not in known:
+            if found is None:
+                break
+            if found.key not in known and not (quick and is_slow(found.features)):
                 break
         return found.params if found else {key: t[0] for key, t in self._map.values.items()}
 

@@ -41,3 +41,16 @@ def test_without_minutes_there_is_no_end_and_no_hurry() -> None:
     assert pace.patience() == 0.0
     assert pace.text() == "0 done"
     assert Pace(10.0, clock).patience() > 0
+
+
+def test_a_trial_that_runs_for_long_says_how_long_the_next_may_take() -> None:
+    clock = Clock()
+    pace = Pace(10.0, clock)
+    pace.began("long")
+    pace.began("short")
+    clock.now += 10
+    pace.ended("short")
+    clock.now += 300
+    assert pace.is_over() is False  # 290 s are left, and the median of 10 and 310 s is 160
+    clock.now += 140
+    assert pace.is_over()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -409,6 +410,7 @@ def test_pruning_gives_trials_a_limit_and_keeps_what_was_seen(sweep: Sweeps) -> 
     words = ("attention=eager,sdpa", "compile=off,default")
     outcome, _ = sweep(*words, judge=judge, pruning=2)
     assert given == [None, 20.0, 20.0, 20.0]  # the first is the baseline
+    assert [*json.loads((sweep.folder / "studies/study/race.json").read_text()).values()] == [10.0]
     outcomes = [r.result.outcome for r in outcome.points]
     assert outcomes == ["ok", "pruned", "ok", "pruned"]
     seen = [t.intermediate_values for t in sweep.optuna() if t.state.name == "PRUNED"]

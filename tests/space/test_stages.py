@@ -168,6 +168,16 @@ def test_a_value_brings_what_its_knob_asks_for(full: tuple[Space, Points]) -> No
     assert len(found.features) <= 6  # its own five, and a precision of 16 bits
 
 
+def test_no_search_begins_by_compiling_for_minutes(full: tuple[Space, Points]) -> None:
+    space, points = full
+    sampler = StagesSampler(space, points, seed=2)
+    first = [sampler.propose([]) for _ in range(20)]
+    assert {params["compile"] for params in first} > {"off", "default"}
+    assert not {"max_autotune", "max_autotune_no_cudagraphs"} & {p["compile"] for p in first}
+    compiled = [params for params in first if params["compile"] != "off"]
+    assert {params["compile.scope"] for params in compiled} <= {"stage", "layer"}
+
+
 def test_pending_points_are_not_proposed_again(full: tuple[Space, Points]) -> None:
     space, points = full
     sampler = StagesSampler(space, points, seed=3)
