@@ -5,11 +5,11 @@
 In rounds, each on a fresh store: four sweeps at once, two on each of two studies (one enumerated,
 one sampled by TPE), all with MLflow, on four stub GPUs, everything real but the workload. At random
 moments one of them or one of their trials is killed in a random way; a killed sweep is started
-again with the same command, until both studies are complete. Trials leave children that hide. With
-`--bad-server`, in two of three rounds the tracking server of one study hangs, refuses or drips, and its records are
-delivered at the end, to the store. Then `stress_check` looks from outside. The last round is of
-real `pi0_mini` trials on CPU cores. Exit code 1 and the folder kept when anything is lost, doubled
-or left.
+again with the same command, until both studies are complete. Trials leave children that hide.
+With `--bad-server`, in two of three rounds the tracking server of one study hangs, refuses or
+drips, and its records are delivered at the end, to the store. Then `stress_check` looks from
+outside. The last round is of real `pi0_mini` trials on CPU cores. Exit code 1 and the folder kept
+when anything is lost, doubled or left.
 """
 
 from __future__ import annotations
