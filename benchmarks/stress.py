@@ -5,11 +5,11 @@
 In rounds, each on a fresh store: four sweeps at once, two on each of two studies (one enumerated,
 one sampled by TPE), all with MLflow, on four stub GPUs, everything real but the workload. At random
 moments one of them or one of their trials is killed in a random way; a killed sweep is started
-again with the same command, until both studies are complete. Trials leave children that hide. In
-two of three rounds the tracking server of one study hangs, refuses or drips, and its records are
-delivered at the end, to the store. Then `stress_check` looks from outside. The last round is of
-real `pi0_mini` trials on CPU cores. Exit code 1 and the folder kept when anything is lost, doubled
-or left.
+again with the same command, until both studies are complete. Trials leave children that hide.
+With `--bad-server`, in two of three rounds the tracking server of one study hangs, refuses or
+drips, and its records are delivered at the end, to the store. Then `stress_check` looks from
+outside. The last round is of real `pi0_mini` trials on CPU cores. Exit code 1 and the folder kept
+when anything is lost, doubled or left.
 """
 
 from __future__ import annotations
@@ -331,14 +331,14 @@ def stub_round(
         argv += ["--sabotage", own.sabotage] if own.sabotage else []
         half = GPUS // 2  # each has its own, or the first would leave none to the second
         devices = [range(half), range(half, GPUS)]
-        own_env = env | _bad_server(made, seed) if study == "enumerated" else env
+        own_env = env | _bad_server(made, seed, own.bad_server) if study == "enumerated" else env
         made.sweeps += _twice(made, study, argv, own_env, devices)
     return made
 
 
-def _bad_server(made: Round, seed: int) -> dict[str, str]:
+def _bad_server(made: Round, seed: int, bad: bool) -> dict[str, str]:
     """In two rounds of three a tracking server that misbehaves, and the variable that names it."""
-    if seed % 3 == 0:
+    if not bad or seed % 3 == 0:
         return {}
     argv = [sys.executable, "-m", "benchmarks.bad_server", BAD_MODES[seed % len(BAD_MODES)]]
     made.server = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -446,6 +446,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--seeds", type=int, default=50, help="configurations of a study")
     options.add_argument("--pace", type=float, default=0.7, help="seconds between kills")
+    options.add_argument("--bad-server", action="store_true", help="a tracker that misbehaves")
     options.add_argument("--sabotage", choices=sabotage.WAYS, help="break the engine first")
     return options
 

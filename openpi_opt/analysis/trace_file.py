@@ -12,6 +12,7 @@ import codecs
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ _CHUNK = 2**20
 _HEAD = 2**16
 _SDK_MIB = 512  # rocprofv3 writes all of a process as one value
 _GZIP_MAGIC = b"\x1f\x8b"
-_SPACE = " \t\n\r"
+_NO_SPACE = re.compile(r"[^ \t\n\r]")
 _EVENTS = "traceEvents"
 
 
@@ -130,8 +131,8 @@ class _Text:
     def peek(self) -> str:
         """The next character that is no space, or "" at the end."""
         while True:
-            while self._at < len(self._buffer) and self._buffer[self._at] in _SPACE:
-                self._at += 1
+            found = _NO_SPACE.search(self._buffer, self._at)
+            self._at = found.start() if found else len(self._buffer)
             if self._at < len(self._buffer) or self._ended:
                 return self._buffer[self._at : self._at + 1]
             self._fill()
