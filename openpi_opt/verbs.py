@@ -32,6 +32,7 @@ _ALL = (
     Verb("ladder", "build a configuration up, a knob at a time", "preset=h100", True, True),
     Verb("ablate", "take a configuration apart, a knob at a time", "preset=h100", True, True),
     Verb("pairs", "compare two configurations in rounds of fresh processes", "preset=h100", True),
+    Verb("guard", "what the check of the actions can and cannot see", "model=pi0_mini", True),
     Verb("serve", "a preset behind openpi's websocket protocol", "preset=h100 robot=libero", True),
     Verb("analyze", "where the time goes in a profiler's trace", "trace.json.gz"),
     Verb("kernels", "registers, spills and instructions of the own kernels", ""),

@@ -13,7 +13,7 @@ import json
 import os
 import select
 import signal
-import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,21 +48,67 @@ def follow(end_study: EndStudy) -> int:
     order = orders.next(None)
     if not order:
         return 0
-    follower = _Follower(json.loads(order), end_study)
+    asked = json.loads(order)
+    optuna = _OptunaFollower(asked)
+    follower = _MlflowFollower(asked, end_study)
     while True:
         waiting = not follower.look()
         word = orders.next(RETRY_S if waiting else POLL_S)
         if word == "":
-            return 0
+            os._exit(0)  # whatever a thread waits for
         if word == "finish":
             break
+    optuna.finish()
     while not (follower.look() and follower.end()):
         time.sleep(RETRY_S)
+    optuna.join()
     return 0
 
 
-class _Follower:
-    """The copies of one study, and how far each has come."""
+class _OptunaFollower(threading.Thread):
+    """Optuna's copy, in a thread of its own: a tracking server that hangs does not hold it up."""
+
+    def __init__(self, order: dict[str, Any]):
+        super().__init__(daemon=True)
+        store = Store(Path(order["store"]))
+        self._study_dir = store.study_dir(order["study"])
+        self._copy: OptunaCopy | None = None
+        self._last = threading.Event()
+        if order["optuna"]:
+            self._copy = OptunaCopy(store, self._study_dir, order["storage"])
+            self.start()
+
+    def run(self) -> None:
+        """Copy what is new until `finish`, and then the rest."""
+        assert self._copy is not None
+        journal, seen = Journal.open(self._study_dir), -1
+        while True:
+            last = self._last.is_set()
+            try:
+                journal.refresh()
+                if len(journal) != seen:
+                    self._copy.update(journal.records())
+                    seen = len(journal)
+            except CopyError as error:
+                _tell(about="optuna", note=f"warning: {error}")
+                if error.final or last:
+                    return
+            if last and seen == len(journal):
+                return
+            self._last.wait(POLL_S if seen >= 0 else RETRY_S)
+
+    def finish(self) -> None:
+        """Nothing comes any more."""
+        self._last.set()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the rest to be copied."""
+        if self._copy is not None:
+            super().join(timeout)
+
+
+class _MlflowFollower:
+    """MLflow's copy of one study, and how far it has come."""
 
     def __init__(self, order: dict[str, Any], end_study: EndStudy):
         self._end_study = end_study
@@ -72,9 +118,6 @@ class _Follower:
         self.log: MlflowLog | None = None
         if order["experiment"] is not None:
             self.log = MlflowLog(self.store, Tracking(experiment=order["experiment"]))
-        self.optuna: OptunaCopy | None = None
-        if order["optuna"]:
-            self.optuna = OptunaCopy(self.store, self.study_dir, order["storage"])
         self._begun = False
         self._seen = -1
 
@@ -84,7 +127,7 @@ class _Follower:
         records = self.journal.records()
         if len(records) == self._seen:
             return True
-        done = self._attempt(self._to_optuna) & self._attempt(self._to_mlflow)
+        done = self._attempt(self._to_mlflow)
         self._seen = len(records) if done else -1
         return done
 
@@ -99,18 +142,6 @@ class _Follower:
             self.log.begin_study(self.study_dir)
             self._begun = True
         self.log.sync(self.study_dir, self.journal, told=lambda left: _tell(left=left))
-
-    def _to_optuna(self) -> None:
-        if self.optuna is None:
-            return
-        try:
-            self.optuna.update(self.journal.records())
-        except CopyError as error:
-            _tell(about="optuna", note=f"warning: {error}")
-            if error.final:
-                self.optuna = None
-            else:
-                raise TrackingError from error
 
     def _end(self) -> None:
         if self.log is not None:
@@ -155,5 +186,4 @@ class _Lines:
 
 
 def _tell(**message: Any) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+    os.write(1, json.dumps(message).encode() + b"\n")  # one write: two threads say things
