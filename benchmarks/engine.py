@@ -74,7 +74,7 @@ def measure(finished: int, trials: int) -> dict[str, float]:
         opening = time.monotonic()
         outcome = run_study(request, compose, Silent(), run)
         other.leave()
-        assert outcome.new == trials, outcome.ended
+        assert outcome.new == trials, f"{outcome.new} of {trials}: {outcome.ended}"
         spans = [tuple(map(float, line.split())) for line in log.read_text().splitlines()]
         gaps = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
         begin = _begin_alone(outcome.store.study_dir(STUDY))
@@ -102,10 +102,9 @@ def _finish(store: Store, space: Space, cfg: Config, count: int) -> None:
                 else drawn.choice(list(dimension.texts()))
                 for key, dimension in space.dimensions.items()
             }
-            known = {
-                "config_hash": f"{drawn.getrandbits(48):012x}",
-                "context_hash": cfg.context_hash(),
-            }
+            weights = cfg.weights.model_copy(update={"seed": number})
+            one = cfg.model_copy(update={"weights": weights})
+            known = {"config_hash": one.hash(), "context_hash": one.context_hash()}
             record = Record(
                 uid=f"{drawn.getrandbits(128):032x}",
                 study=STUDY,
@@ -113,7 +112,7 @@ def _finish(store: Store, space: Space, cfg: Config, count: int) -> None:
                 params=params,
                 space=space_hash(space, machine_hash),
                 labels=cfg.labels(),
-                result=parse_plain(document(cfg.dump(), known, drawn.uniform(10, 100))),
+                result=parse_plain(document(one.dump(), known, drawn.uniform(10, 100))),
                 fingerprint_hash=machine_hash,
             )
             journal.write(record.model_dump_json() + "\n")

@@ -33,7 +33,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
@@ -44,8 +44,6 @@ from openpi_opt import runtime
 from openpi_opt.config import Config
 from openpi_opt.guarding import reference as known
 from openpi_opt.guarding.cases import Case
-from openpi_opt.kernels import attention as backends
-from openpi_opt.kernels.fp8 import Fp8Linear, quantise
 from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.measure import guard
 from openpi_opt.measure.clock import upload
@@ -54,6 +52,9 @@ from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.ops import NOT_ALLOWED, Attention, Visibility, eager_attention
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.result import LocalCheck, StructureReport, write_atomic
+
+if TYPE_CHECKING:
+    from openpi_opt.kernels.fp8 import Fp8Linear
 
 PROVOKED = 2  # ordinary cases that are asked of the second set of weights
 # Of `guard.floor`, with the second weights: honest variants differ by up to 3e-6 there.
@@ -116,8 +117,10 @@ def apply(policy: Pi0Policy, cfg: Config, form: Config, judge: Judge) -> runtime
     """The float32 form of `cfg` on a plain float32 policy; `judge` compares what has none."""
     prepared = runtime.apply_knobs(policy, form)
     _judge_attention(prepared.policy, cfg, judge)
+    # Not imported here: a result answers as long as what its trial imported is the same.
+    fp8 = sys.modules.get("openpi_opt.kernels.fp8")
     for name, module in prepared.policy.named_modules():
-        if isinstance(module, Fp8Linear):
+        if fp8 is not None and isinstance(module, fp8.Fp8Linear):
             _judge_fp8(module, _short(name), judge)
     return prepared
 
@@ -301,6 +304,8 @@ def _judge_attention(policy: Pi0Policy, cfg: Config, judge: Judge) -> None:
     knob: Any = BY_NAME["attention"]
     options = knob.of(cfg)
     for stage in knob.in_16_bits_only(cfg):
+        from openpi_opt.kernels import attention as backends
+
         name = getattr(options, stage)
         kernel = backends.backend(name, cfg.device, stage, options.launch(stage).given())
         attend = judged_attention(f"{stage} {name}", kernel, judge)
@@ -342,6 +347,8 @@ def _softmax_attention(
 
 def _judge_fp8(linear: Fp8Linear, name: str, judge: Judge) -> None:
     """Let an FP8 layer compute with operands that are not rounded, and compare its product."""
+    from openpi_opt.kernels.fp8 import quantise
+
     quantised: Callable[[Tensor], Tensor] = linear.forward
 
     def forward(x: Tensor) -> Tensor:

