@@ -6,14 +6,21 @@ nothing exits the interpreter.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
 from openpi_opt.figures import FIGURES
+from openpi_opt.result import parse_plain
+from openpi_opt.track.fingerprint import fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.report import Row, rows
 from openpi_opt.track.store import DEFAULT_STORE, Store
@@ -94,6 +101,37 @@ def load_study(name: str, store: str | Path = DEFAULT_STORE) -> Study:
     opened = Store.open(store, create=False)
     opened.find_study(name)
     return Study(name, opened)
+
+
+def load_results(folder: str | Path, store: str | Path, name: str = "recorded") -> Study:
+    """Result documents of a folder (`experiments/*/results`) as a study of a store.
+
+    Raises:
+        UserError: the folder has no result document, or one that cannot be read.
+    """
+    paths = sorted(Path(folder).glob("*.json"))
+    if not paths:
+        raise UserError(f"{folder}: no result documents (*.json) are there.")
+    opened = Store.open(store)
+    journal = Journal.open(opened.study_dir(name))
+    for path in paths:
+        try:
+            result = parse_plain(json.loads(path.read_bytes()))
+        except (ValueError, ValidationError) as error:
+            raise UserError(f"{path} is no result of this project: {error}") from None
+        cfg = Config.load(result.config)
+        uid = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+        journal.append(
+            Record(
+                uid=uid,
+                study=name,
+                role="baseline" if cfg.is_baseline() else "trial",
+                labels=cfg.labels(),
+                result=result,
+                fingerprint_hash=fingerprint_hash(result.fingerprint),
+            )
+        )
+    return load_study(name, store)
 
 
 def sweep(

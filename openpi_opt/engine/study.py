@@ -321,7 +321,8 @@ class _Engine:
     def note_measured(self) -> None:
         """Say for how much of the time a trial had each device for itself."""
         seconds = time.monotonic() - self._started
-        shares = [f"{name} {had / seconds:.0%}" for name, had in self.executor.measured().items()]
+        measured = sorted(self.executor.measured().items())
+        shares = [f"{name} {had / seconds:.0%}" for name, had in measured]
         if shares and self.trials.new > 1:
             self.display.note(f"measured in {seconds:.0f} s: {', '.join(shares)} of the time")
 
