@@ -27,6 +27,7 @@ from typing import Any, TextIO
 
 import torch
 from filelock import FileLock
+from safetensors.torch import load_file
 
 from openpi_opt import runtime
 from openpi_opt.config import Config
@@ -61,8 +62,7 @@ def _reference(cfg: Config, folder: Path, inputs: Inputs) -> torch.Tensor:
             torch.save(policy.sample_actions(inputs).cpu(), file)
         del policy
         torch.cuda.empty_cache()
-    out: torch.Tensor = torch.load(file)
-    return out
+    return load_file(file)["actions"]
 
 
 def contend(words: str, folder: Path, out: TextIO) -> None:

@@ -98,7 +98,7 @@ def run_trial(
 
 def phase_limits(limits: Limits) -> dict[str, float]:
     """Seconds for every phase of `result.Phase`."""
-    own: dict[str, float] = limits.model_dump(exclude={*LIMITS, "best_ms"})
+    own: dict[str, float] = limits.model_dump(exclude={*LIMITS, "best_ms", "race"})
     return own | {phase: own[name] for phase, name in _BORROWED_LIMITS.items()} | _UNLIMITED
 
 

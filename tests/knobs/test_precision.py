@@ -6,9 +6,9 @@ import torch
 from machine_samples import A100, CPU, H100, MI300X, MI350, T4, config
 
 from openpi_opt import runtime
+from openpi_opt.guarding import reference
 from openpi_opt.knobs.precision import Precision
 from openpi_opt.machine import Machine
-from openpi_opt.measure import guard
 
 KNOB = Precision()
 TF32 = {"precision": {"dtype": "float32", "tf32": True}}
@@ -66,10 +66,10 @@ def test_towers_have_the_dtype_that_was_asked_for(dtype: str) -> None:
 
 def test_the_guard_measures_the_plain_policy_with_tf32_where_it_decides() -> None:
     """In float32 the plain distance is 0 without TF32, and every TF32 candidate would be wrong."""
-    assert guard._plain_name(config(TF32, H100)) == "float32+tf32"
-    assert guard._plain_name(config(TF32, CPU)) == "float32"
+    assert reference._plain_name(config(TF32, H100)) == "float32+tf32"
+    assert reference._plain_name(config(TF32, CPU)) == "float32"
     mixed = {"precision": {"dtype": "bfloat16", "tf32": True}}
-    assert guard._plain_name(config(mixed, H100)) == "bfloat16"
+    assert reference._plain_name(config(mixed, H100)) == "bfloat16"
 
 
 def test_the_module_needs_no_torch() -> None:

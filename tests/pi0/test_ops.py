@@ -92,9 +92,11 @@ def test_rotary_is_a_rotation_of_halves() -> None:
 
 
 def test_gelu_mul_rounds_the_gelu_before_the_product() -> None:
-    gate, up = torch.randn(1000).bfloat16(), torch.randn(1000).bfloat16()
+    random = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(1000, generator=random).bfloat16() for _ in range(2))
     gelu = torch.nn.functional.gelu(gate.double(), approximate="tanh").bfloat16()
-    assert torch.equal(gelu_mul(gate, up), gelu * up)
+    # The float32 and the float64 GELU may round to neighbours, seldom.
+    assert (gelu_mul(gate, up) == gelu * up).double().mean() > 0.99
 
 
 def test_every_operation_is_used_through_the_shared_ops(
@@ -127,6 +129,6 @@ def test_every_operation_is_used_through_the_shared_ops(
         "layer_norm": 2 * vision + 1,
         "gelu": vision,
         "gelu_mul": passes,
-        "rotary": 2 * passes,
+        "rotary_qk": passes,
         "linear": 6 * vision + 1 + 7 * passes,
     }

@@ -56,7 +56,6 @@ VERBS = {
     "ablate": (["attention=sdpa", "--store", "store"], 8_000),
     "analyze": (["trace.json"], 300),
     "compare": (["known", "--store", "store"], 5_000),
-    "confirm": (["--simulate"], 20_000),
     "doctor": ([], 500),
     "kernels": (["--arch", "sm90"], 20_000),
     "knobs": ([], 3_000),

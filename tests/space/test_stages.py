@@ -172,7 +172,7 @@ def test_no_search_begins_by_compiling_for_minutes(full: tuple[Space, Points]) -
     space, points = full
     sampler = StagesSampler(space, points, seed=2)
     first = [sampler.propose([]) for _ in range(20)]
-    assert {params["compile"] for params in first} > {"off", "default"}
+    assert {params["compile"] for params in first} >= {"off", "default"}
     assert not {"max_autotune", "max_autotune_no_cudagraphs"} & {p["compile"] for p in first}
     compiled = [params for params in first if params["compile"] != "off"]
     assert {params["compile.scope"] for params in compiled} <= {"stage", "layer"}
