@@ -59,7 +59,7 @@ def _reference(cfg: Config, folder: Path, inputs: Inputs) -> torch.Tensor:
     if not file.exists():
         policy = runtime.build_policy(cfg, runtime.torch_device(cfg))
         with torch.no_grad():
-            torch.save(policy.sample_actions(inputs).cpu(), file)
+            save_file({"actions": policy.sample_actions(inputs).cpu().contiguous()}, file)
         del policy
         torch.cuda.empty_cache()
     return load_file(file)["actions"]
