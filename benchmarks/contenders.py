@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from openpi_opt import runtime
 from openpi_opt.config import Config
