@@ -103,7 +103,7 @@ class FusedVisionMlp(siglip.Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 256, W] -> [N, 256, W]; the input of GELU is not rounded."""
-        return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
+        return self.fc2(self.ops.linear_gelu(x, self.fc1.weight, self.fc1.bias))
 
 
 class PatchProduct(siglip.Embeddings):
@@ -151,6 +151,7 @@ def fuse_vision_qkv(policy: Pi0Policy) -> None:
 
 def fuse_vision_mlp(policy: Pi0Policy) -> None:
     """GELU in the GEMM before it in every SigLIP layer."""
+    policy.ops.linear_gelu = linear_gelu
     for layer in vision_layers(policy.vision):
         layer.mlp.__class__ = FusedVisionMlp
 

@@ -37,6 +37,7 @@ from openpi_opt.pi0.gemma import Attending, KeysValues, Rope
 from openpi_opt.pi0.ops import Segment, Visibility, eager_attention
 from openpi_opt.pi0.precision import cast
 from openpi_opt.surgery.expert import fuse_expert_layers
+from openpi_opt.surgery.folded import fold_norms
 from openpi_opt.surgery.fused import fuse_gate_up, fuse_qkv
 
 
@@ -96,6 +97,7 @@ def test_the_expert_layer_launches_what_its_cases_do(name: str) -> None:
     small = dataclasses.replace(PI0_MINI.language, depth=1, heads=8, head_dim=256)
     expert = dataclasses.replace(PI0.expert, depth=1)
     policy = weights.build(dataclasses.replace(PI0_MINI, language=small, expert=expert), "cpu")
+    fold_norms(policy)
     cast(policy, torch.bfloat16)
     fuse_qkv(policy)
     fuse_gate_up(policy)
