@@ -307,6 +307,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """`Ops.linear_add`."""
+    out: Tensor = searched_linear(x, weight, bias, residual)
+    return out
+
+
 def searched() -> list[str]:
     """A line for each shape that was searched in this process."""
     return [

@@ -140,7 +140,7 @@ def default_launch(q: Tensor) -> Launch:
         rows = 64 if width > 128 else 128
         fallback = Launch(block_m=rows, block_n=32, matrix_instr_nonkdim=16)
     else:
-        wide = Launch(block_m=128, block_n=64, num_warps=8, num_stages=2)
+        wide = Launch(block_m=64, block_n=32, num_warps=8, num_stages=2)
         fallback = wide if width > 128 else Launch(block_m=64, block_n=64, num_stages=3)
     return TABLE.get((key, width), fallback)
 

@@ -245,6 +245,7 @@ class Blas(Knob[BlasOptions]):
             few = 0 if gemm.backend == "torch" else gemm.max_rows  # type: ignore[attr-defined]
             policy.ops.linear = cublaslt.linear(policy.ops.linear, few)
             policy.ops.linear_gelu = cublaslt.linear_gelu
+            policy.ops.linear_add = cublaslt.linear_add
         if options.pad_strides:
             _pad_strides(policy)
 
@@ -332,6 +333,8 @@ def _algorithm_problem(cfg: Configuration, options: BlasOptions) -> Refusal | No
         )
     if options.library != "default":
         return Refusal("invalid", f"{wanted} and blas.library={options.library} both choose")
+    if options.backend != "torch" and cfg.knobs["fusion"].residuals:  # type: ignore[attr-defined]
+        return Refusal("invalid", f"fusion.residuals leaves no product to blas={options.backend}")
     if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
         return Refusal("invalid", f"{wanted} multiplies 16-bit matrices; use precision=bfloat16")
     return None

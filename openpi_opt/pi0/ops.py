@@ -147,6 +147,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return gelu(F.linear(x, weight, bias))
 
 
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """A linear layer and the residual it is added to, for who leaves both to one GEMM."""
+    return residual + F.linear(x, weight, bias)
+
+
 @dataclass
 class Ops:
     """The replaceable operations; signatures and contracts are those of the defaults above.
@@ -167,3 +172,4 @@ class Ops:
     rotary_qk: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rotary_qk
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
     linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_gelu
+    linear_add: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor] = linear_add
