@@ -7,7 +7,7 @@ WORKERS ?= 2
 export PYTHON
 py = .venv/bin/python
 
-.PHONY: docs help sweep test test-gpu lint ui bench stress compare clean
+.PHONY: docs help sweep test test-gpu lint ui bench stress versions compare clean
 
 help:
 	@echo "make sweep      set up .venv and run the first sweep (attention=aiter,sdpa)"
@@ -17,6 +17,7 @@ help:
 	@echo "make docs       the documentation as a site in build/site/"
 	@echo "make bench      what a trial costs beside its own time, and how fast commands begin"
 	@echo "make stress     300 random kills of sweeps and trials, and what was lost (5 to 10 minutes)"
+	@echo "make versions   the tests that compile and measure, on each Python that the machine has"
 	@echo "make compare    slots busy beside Hydra's own Optuna sweeper (installs it in build/)"
 	@echo "make clean      remove .venv and caches; results in mlruns/ stay"
 
@@ -51,6 +52,9 @@ bench: .venv/installed
 
 stress: .venv/installed
 	$(py) -m benchmarks.stress
+
+versions:
+	sh tools/versions.sh
 
 compare: .venv/installed
 	$(py) -m benchmarks.compare_sweepers

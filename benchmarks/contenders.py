@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from filelock import FileLock
 
 from openpi_opt import runtime
 from openpi_opt.config import Config
@@ -73,9 +74,10 @@ def contend(words: str, folder: Path, out: TextIO) -> None:
         print(json.dumps({"failed": refusal}), file=out, flush=True)
         return
     device = runtime.torch_device(cfg)
-    policy = runtime.build_policy(cfg, device)
-    call = runtime.apply_knobs(policy, cfg).call
-    torch.cuda.empty_cache()
+    with FileLock(folder / "memory.lock"):  # in float32 a policy takes 14 GB
+        policy = runtime.build_policy(cfg, device)
+        call = runtime.apply_knobs(policy, cfg).call
+        torch.cuda.empty_cache()
     inputs = make_inputs(runtime.workload_of(cfg), policy.config, 0, device)
     actions = call(inputs).cpu()
     faulthandler.cancel_dump_traceback_later()

@@ -172,7 +172,7 @@ def _check_optuna(
         " LEFT JOIN trial_user_attributes a ON a.trial_id = t.trial_id AND a.key = 'config_hash'"
         " LEFT JOIN trial_values v ON v.trial_id = t.trial_id"
         " WHERE s.study_name LIKE ? AND t.state IN ('COMPLETE', 'PRUNED')",
-        f"{study.name}#%",
+        f"{study.name} %",
     )
     copied = Counter((json.loads(text or "null"), _rounded(value)) for text, value in rows)
     wanted = Counter(_point(record) for record in records if record["role"] == "trial")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import gc
+import io
 import math
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 USER_ERROR = 2
 INTERRUPTED = interrupt.INTERRUPTED
 PIPE_CLOSED = 141  # what a shell reports for a process ended by SIGPIPE
+# What characters become where a stream's encoding lacks them: plus-minus, times, arrow, dashes.
+_PLAIN = {"\u00b1": "+-", "\u00d7": "x", "\u2192": "->", "\u2013": "-", "\u2014": "-"}
 CONTINUED = "what had finished is kept; the same command goes on"
 
 
@@ -37,6 +42,7 @@ def run(main: Callable[[], int], kept: str = "nothing was changed") -> NoReturn:
     """
     cause = ""
     code: Any
+    _usable_streams()
     try:
         code = interrupt.inside(lambda: _flushed(main), kept)
     except SystemExit as end:
@@ -50,10 +56,17 @@ def run(main: Callable[[], int], kept: str = "nothing was changed") -> NoReturn:
         _drop_stdout()
         code = PIPE_CLOSED
     except BaseException as error:
-        if not interrupt.pressed():
+        unnamed = isinstance(error, OSError) and error.filename is None
+        refused = _stdout_refuses() if unnamed else None
+        if refused is not None:
+            _complain(f"error: stdout takes no more: {refused.strerror}. What is recorded is kept.")
+            _drop_stdout()
+            code = USER_ERROR
+        elif interrupt.pressed():
+            cause = f" (on the way out: {_one_line(error)})"
+            code = INTERRUPTED
+        else:
             raise
-        cause = f" (on the way out: {_one_line(error)})"
-        code = INTERRUPTED
     finally:  # also when Hydra exits by itself
         # To look through all objects of torch or MLflow for garbage once more, as the interpreter
         # does on its way out, takes most of a second and frees nothing that outlives the process.
@@ -68,6 +81,50 @@ def run(main: Callable[[], int], kept: str = "nothing was changed") -> NoReturn:
         except OSError:  # of a terminal that was closed
             _drop_stdout()
     sys.exit(code)
+
+
+def _usable_streams() -> None:
+    """Let stdout and stderr take any text, and exist.
+
+    A terminal or a batch system's log may be ASCII: `±` becomes `+-` there, a line of a table `-`,
+    `|` or `+`, an accented letter its letter, and anything else `?`. A stream that was closed at
+    the start would be the next file that is opened; it becomes /dev/null.
+    """
+    codecs.register_error("openpi_opt.plain", _in_plain_characters)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.set_inheritable(null, null == number)  # and then also for children
+            setattr(sys, name, os.fdopen(null, "w", encoding="utf-8"))
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="openpi_opt.plain")
+
+
+def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_plain, error.object[error.start : error.end])), error.end
+
+
+def _plain(character: str) -> str:
+    name = unicodedata.name(character, "")
+    if name.startswith("BOX DRAWINGS"):
+        bent = " AND " in name  # a corner or a crossing
+        return "+" if bent else {"HORIZONTAL": "-", "VERTICAL": "|"}.get(name.split()[-1], "+")
+    if name.endswith("BLOCK"):
+        return "#"
+    letters = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    return _PLAIN.get(character) or letters or "?"
+
+
+def _stdout_refuses() -> OSError | None:
+    """Why stdout does not take what was printed; None where it takes an empty line."""
+    try:
+        print(flush=True)
+    except OSError as error:
+        return error
+    return None
 
 
 def _flushed(main: Callable[[], int]) -> int:

@@ -182,14 +182,7 @@ def load_policy(
         preset = resolve_auto([f"preset={preset}", *overrides], where)[0].removeprefix("preset=")
     cfg = compose(list(overrides), preset, where)
     if checkpoint is not None:
-        path = checkpoint_file.inspect(os.fspath(checkpoint))
-        weights = Weights(kind="checkpoint", path=path)
-        update: dict[str, str] = {"name": _model(path)}
-        if not any("model.rope_frequencies" in override for override in overrides):
-            update["rope_frequencies"] = checkpoint_file.rope_frequencies(path)
-        model = cfg.model.model_copy(update=update)
-        cfg = cfg.model_copy(update={"weights": weights, "model": model})
-        _LOG.info("%s: %s, rope_frequencies %s", path, model.name, model.rope_frequencies)
+        cfg = _with_checkpoint(cfg, os.fspath(checkpoint), overrides)
     machine = probe()
     cfg = cfg.resolved(machine)
     for knob in KNOBS:
@@ -213,6 +206,18 @@ def load_policy(
         if device.type == "cuda":
             torch.cuda.synchronize()
     return ReadyPolicy(prepared, cfg, time.perf_counter() - start, transforms)
+
+
+def _with_checkpoint(cfg: Config, checkpoint: str, overrides: Sequence[str]) -> Config:
+    """The configuration with these weights, the model that they are, and its rotary frequencies."""
+    path = checkpoint_file.inspect(checkpoint)
+    weights = Weights(kind="checkpoint", path=path)
+    update: dict[str, str] = {"name": _model(path)}
+    if not any("model.rope_frequencies" in override for override in overrides):
+        update["rope_frequencies"] = checkpoint_file.rope_frequencies(path)
+    model = cfg.model.model_copy(update=update)
+    _LOG.info("%s: %s, rope_frequencies %s", path, model.name, model.rope_frequencies)
+    return cfg.model_copy(update={"weights": weights, "model": model})
 
 
 def _transforms(

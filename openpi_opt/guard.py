@@ -44,9 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     gpus = machine.gpus_for(cfg.device)
     meter = power.Meter(cfg, gpus[0].arch if gpus else machine.cpu, folder)
-    found = meter.measure(options.precisions, cli.say)
-    if options.out is not None:
-        options.out.write_text(found.model_dump_json(indent=1), encoding="utf-8")
+
+    def keep(found: Power) -> None:
+        if options.out is not None:
+            options.out.write_text(found.model_dump_json(indent=1), encoding="utf-8")
+
+    found = meter.measure(options.precisions, cli.say, keep)
     where = gpus[0].name if gpus else f"CPU ({machine.cpu})"
     console = Console(width=None if options.table == "terminal" else 120)
     console.print(f"{found.model} on {where}, workload {cfg.workload.name}, {found.seconds:.0f} s")
@@ -64,7 +67,7 @@ def summary(power: Power) -> list[str]:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in power.honest.items())
     lines.append(f"unchanged, share of the tolerance: {shares}")
     for kind in power.plain_rel_l2:
-        row = power.smallest(kind)  # type: ignore[arg-type]
+        row = power.smallest(kind)
         lines.append(f"smallest margin in {kind}: {times(row.multiple)} ({row.name})")
     lines.append(cannot_see([(row.name, row.kind) for row in power.missed()]))
     return lines

@@ -89,9 +89,9 @@ class Machine:
                 return vendor.device
         hidden = [trouble for trouble in self.troubles if trouble.hides]
         if hidden and not self.gpus:
+            mend = hidden[0].mend[0].upper() + hidden[0].mend[1:]
             raise UserError(
-                f"no GPU can be used: {hidden[0]}.\n{hidden[0].mend.capitalize()}; or say "
-                "platform=cpu to run on the CPU."
+                f"no GPU can be used: {hidden[0]}.\n{mend}; or say platform=cpu to run on the CPU."
             )
         return "cpu"
 

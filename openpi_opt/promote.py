@@ -23,7 +23,7 @@ from openpi_opt.confirm.provenance import of_promotion
 from openpi_opt.paths import user_conf_dir
 from openpi_opt.process.devices import DEVICE_HELP, gpu_name
 from openpi_opt.track.journal import Journal, Record
-from openpi_opt.track.mlflow_log import leave_tag
+from openpi_opt.track.mlflow_log import leave_tag, leave_verdict
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
 _PRESET_TAG = "openpi_opt.preset"
@@ -95,6 +95,7 @@ def _write(
     preset.write(path, winner, document, replace=arguments.force)
     if record is not None:
         _tag(runs.study_dir, arguments.name, record.uid, replaced)
+    _leave_verdict(runs, arguments.name, document)
     cli.say(f"wrote {path}")
     folder = Path(arguments.preset_dir) if arguments.preset_dir else None
     cli.say(f"use it: {_usage(arguments.name, folder)}")
@@ -107,6 +108,23 @@ def _tag(study_dir: Path, name: str, uid: str, replaced: Mapping[str, Any]) -> N
     if replaced.get("trial") not in (None, uid) and other.is_dir():
         leave_tag(other, old, _PRESET_TAG, f"{name} (replaced)")
     leave_tag(study_dir, uid, _PRESET_TAG, name)
+
+
+def _leave_verdict(runs: FreshRuns, name: str, document: Mapping[str, Any]) -> None:
+    """Have MLflow show the preset's figures on the run above the processes that gave them."""
+    gain, (low, high) = document["gain_over_baseline"], document["ci95_ms"]
+    figures = {f"latency/{key}": document[key] for key in ("mean_ms", "p95_ms", "p99_ms")}
+    figures |= {"latency/ci95_low_ms": low, "latency/ci95_high_ms": high}
+    text = f"Preset **{name}**: {document['mean_ms']:.3f} ms (95%: {low:.3f} to {high:.3f})"
+    if gain:
+        figures |= {"gain": gain["mean"], "gain_at_least": gain["at_least"]}
+        text += (
+            f", {gain['verdict']} than the baseline by {gain['mean']:.2%}, at least "
+            f"{gain['at_least']:.2%}"
+        )
+    processes = [r for r in runs.journal.records() if r.role == "confirm"]
+    if processes:
+        leave_verdict(runs.study_dir, processes[-1].uid, name, figures, f"{text}.")
 
 
 def _record_of(journal: Journal, cfg: Config) -> Record | None:

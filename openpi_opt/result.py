@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -449,11 +449,11 @@ def parse_plain(document: Any) -> Ok | Pruned | Wrong | Refused | Failed:
     return _ADAPTER.validate_python(document)
 
 
-def write_atomic(path: Path, text: str, replace: bool = True) -> None:
+def write_atomic(path: Path, content: str | bytes, replace: bool = True) -> None:
     """Write a file so that a reader sees the old content or the whole new one, never a part.
 
-    Where the file system can, a file that is not finished has no name (O_TMPFILE): a kill while it
-    is written leaves nothing behind.
+    Where the file system can, a file that is not finished has no name (O_TMPFILE), and a new one
+    gets its own at once: a kill leaves nothing behind.
 
     Raises:
         FileExistsError: the file is there and `replace` is False. It is left as it is.
@@ -462,24 +462,26 @@ def write_atomic(path: Path, text: str, replace: bool = True) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     handle = _open_nameless(path.parent)
     try:
-        with _text(temporary if handle is None else handle) as file:
-            file.write(text)
+        with open(temporary if handle is None else handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
             if handle is not None:
                 # `src_dir_fd` makes Python follow the link in /proc (AT_SYMLINK_FOLLOW).
-                target = temporary if replace else path
-                os.link(f"/proc/self/fd/{handle}", target, src_dir_fd=handle)
+                nameless = f"/proc/self/fd/{handle}"
+                try:
+                    os.link(nameless, path, src_dir_fd=handle)
+                except FileExistsError:
+                    if not replace:
+                        raise
+                    os.link(nameless, temporary, src_dir_fd=handle)
+                    os.replace(temporary, path)
             elif not replace:
                 os.link(temporary, path)
-        if replace:
-            os.replace(temporary, path)
+            else:
+                os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _text(file: Path | int) -> TextIO:
-    return open(file, "w", encoding="utf-8")
 
 
 def _open_nameless(folder: Path) -> int | None:

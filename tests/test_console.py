@@ -80,3 +80,40 @@ def test_completion_of_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     assert candidates(["openpi-opt compare fi"]) == ["first "]
     assert "complete -o nospace" in bash("openpi-opt")
+
+
+PROGRAM = """
+import sys
+from openpi_opt import cli
+def main():
+    print("5.0 \u00b1 0.1 \u2502 \u250f\u2501 \u2588 \u00fc \u00d7 \u03bb")
+    print("Z\u00fcrich \u2192", file=sys.stderr)
+    return 0
+cli.run(main)
+"""
+
+
+def program(redirect: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {redirect}', sys.executable, PROGRAM],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONPATH": str(package_dir().parent)} | env,
+    )
+
+
+def test_a_stream_that_is_ascii_gets_plain_characters() -> None:
+    done = program("", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, "5.0 +- 0.1 | +- # u x ?\n")
+    assert done.stderr == "Zurich ->\n"
+    assert "\u00b1" in program("", PYTHONIOENCODING="utf-8").stdout
+
+
+def test_stdout_may_be_closed_or_full() -> None:
+    assert program(">&-").returncode == program(">&- 2>&-").returncode == 0
+    full = program(">/dev/full")
+    assert full.returncode == 2
+    assert full.stderr.endswith(
+        "error: stdout takes no more: No space left on device. What is recorded is kept.\n"
+    )

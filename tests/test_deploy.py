@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,12 +15,14 @@ from openpi_opt import Observation, preset, runtime
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.pi0 import checkpoint, weights
-from openpi_opt.pi0.config import MODELS, PI0_MINI, PI05_MINI
+from openpi_opt.pi0.config import PI0_MINI, PI05_MINI
 from openpi_opt.pi0.workload import make_inputs
 
 pytestmark = pytest.mark.usefixtures("home_of_our_own")
 
 SDPA = {"attention": {"vision": "sdpa", "prefill": "sdpa", "denoise": "sdpa"}}
+# What `verify` does is told by tests/guarding/test_verify.py; it takes seconds.
+load_policy = functools.partial(openpi_opt.load_policy, verify=False)
 SMALL = ["model=pi0_mini", "platform=cpu", "workload.steps=2", "workload.horizon=4"]
 
 
@@ -44,12 +47,12 @@ def presets(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def plain() -> openpi_opt.ReadyPolicy:
-    return openpi_opt.load_policy(overrides=SMALL)
+    return load_policy(overrides=SMALL)
 
 
 def test_a_preset_gives_the_actions_of_the_plain_policy(presets: Path) -> None:
-    policy = openpi_opt.load_policy("fast", preset_dir=presets, overrides=["platform=cpu"])
-    plain = openpi_opt.load_policy(overrides=[*SMALL, "precision=float32"])
+    policy = load_policy("fast", preset_dir=presets, overrides=["platform=cpu"])
+    plain = load_policy(overrides=[*SMALL, "precision=float32"])
     seen, noise = observation(policy)
     actions = policy.sample_actions(seen, noise)
     assert actions.shape == (1, 4, 32)
@@ -57,13 +60,13 @@ def test_a_preset_gives_the_actions_of_the_plain_policy(presets: Path) -> None:
 
 
 def test_noise_is_drawn_when_none_is_given() -> None:
-    policy = openpi_opt.load_policy(overrides=SMALL)
+    policy = load_policy(overrides=SMALL)
     seen, _ = observation(policy)
     assert (policy.sample_actions(seen) - policy.sample_actions(seen)).abs().max() > 1e-3
 
 
 def test_masks_other_than_promised_are_refused(presets: Path) -> None:
-    policy = openpi_opt.load_policy("fast", preset_dir=presets, overrides=["platform=cpu"])
+    policy = load_policy("fast", preset_dir=presets, overrides=["platform=cpu"])
     seen, noise = observation(policy)
     three = Observation(
         seen.images, torch.ones(1, 3, dtype=torch.bool), seen.tokens, seen.token_mask, seen.state
@@ -73,7 +76,7 @@ def test_masks_other_than_promised_are_refused(presets: Path) -> None:
 
 
 def test_wrong_shapes_are_named() -> None:
-    policy = openpi_opt.load_policy(overrides=SMALL)
+    policy = load_policy(overrides=SMALL)
     seen, noise = observation(policy)
     with pytest.raises(ValueError, match=r"noise has shape \[1, 3, 32\]; .* \[1, 4, 32\]"):
         policy.sample_actions(seen, noise[:, :3])
@@ -116,7 +119,7 @@ def test_the_checkpoint_says_which_model_it_is(tmp_path: Path) -> None:
         saved = weights.build(model, "cpu", steps=2)
         weights.init_random(saved, 1)
         checkpoint.save(saved, tmp_path / "model.safetensors")
-        policy = openpi_opt.load_policy(checkpoint=tmp_path, overrides=overrides)
+        policy = load_policy(checkpoint=tmp_path, overrides=overrides)
         assert policy.config.model.name == model.name
         seen, noise = observation(policy)
         inputs = make_inputs(runtime.workload_of(policy.config), model, 5, "cpu")
@@ -136,11 +139,11 @@ def test_the_checkpoint_says_which_model_it_is(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_loaded_says_why(arguments: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        openpi_opt.load_policy(**arguments)
+        load_policy(**arguments)
 
 
 def test_threads_share_a_compiled_policy() -> None:
-    policy = openpi_opt.load_policy(overrides=[*SMALL, "compile=default", "simplify=all"])
+    policy = load_policy(overrides=[*SMALL, "compile=default", "simplify=all"])
     seen, noise = observation(policy)
     states = [torch.full_like(seen.state, float(n)) for n in range(4)]
     views = [dataclasses.replace(seen, state=state) for state in states]
@@ -208,16 +211,15 @@ def test_arrays_bytes_and_short_prompts_mean_the_same(plain: openpi_opt.ReadyPol
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_what_the_callers_program_has_switched_changes_nothing(
-    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(MODELS, "pi0", PI0_MINI)
     saved = weights.build(PI0_MINI, "cpu", steps=2)
     weights.init_random(saved, 1)
     checkpoint.save(saved, tmp_path / "model.safetensors")
     knobs = ["attention=sdpa", "simplify=all", f"precision={precision}", *SMALL[1:]]
 
     def load() -> openpi_opt.ReadyPolicy:
-        return openpi_opt.load_policy(checkpoint=tmp_path, overrides=knobs)
+        return load_policy(checkpoint=tmp_path, overrides=knobs)
 
     plain = load()
     seen, noise = observation(plain)
@@ -236,14 +238,13 @@ def test_what_the_callers_program_has_switched_changes_nothing(
     assert torch.equal(other.sample_actions(seen, noise), expected)
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODELS, "pi0", PI0_MINI)
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     saved = weights.build(PI0_MINI, "cpu", steps=2)
     weights.init_random(saved, 1)
     saved.state_proj.weight[3, 2] = torch.inf
     checkpoint.save(saved, tmp_path / "model.safetensors")
     with pytest.raises(checkpoint.CheckpointError, match=r"state_proj\.weight holds NaN"):
-        openpi_opt.load_policy(checkpoint=tmp_path, overrides=SMALL[1:])
+        load_policy(checkpoint=tmp_path, overrides=SMALL[1:])
 
 
 def test_warming_up_tells_the_time_of_the_first_answer(plain: openpi_opt.ReadyPolicy) -> None:
@@ -256,7 +257,7 @@ def test_warming_up_tells_the_time_of_the_first_answer(plain: openpi_opt.ReadyPo
 
 def test_a_flexible_policy_takes_any_prompt_and_admitted_camera() -> None:
     workload = ["workload=any_prompt", "workload.active_cameras=[true,true,false]"]
-    policy = openpi_opt.load_policy(overrides=[*SMALL, *workload, "attention=sdpa"])
+    policy = load_policy(overrides=[*SMALL, *workload, "attention=sdpa"])
     seen, noise = observation(policy)
     short = dataclasses.replace(seen, token_mask=torch.arange(48)[None] < 3)
     assert not torch.equal(policy.sample_actions(short, noise), policy.sample_actions(seen, noise))
@@ -283,18 +284,17 @@ def test_a_flexible_policy_takes_any_prompt_and_admitted_camera() -> None:
     ],
 )
 def test_rotary_frequencies_are_those_of_the_checkpoints_origin(
-    origin: dict[str, Any], rope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    origin: dict[str, Any], rope: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(MODELS, "pi0", PI0_MINI)
     saved = weights.build(PI0_MINI, "cpu", steps=2)
     weights.init_random(saved, 1)
     tensors = {origin.get("prefix", "") + name: t for name, t in saved.state_dict().items()}
     save_file(tensors, tmp_path / "model.safetensors")
     if "config" in origin:
         (tmp_path / "config.json").write_text(json.dumps(origin["config"]))
-    policy = openpi_opt.load_policy(checkpoint=tmp_path, overrides=SMALL[1:])
+    policy = load_policy(checkpoint=tmp_path, overrides=SMALL[1:])
     assert policy.config.model.rope_frequencies == rope
-    asked = openpi_opt.load_policy(
+    asked = load_policy(
         checkpoint=tmp_path, overrides=[*SMALL[1:], "++model.rope_frequencies=float32"]
     )
     assert asked.config.model.rope_frequencies == "float32"

@@ -175,6 +175,7 @@ def test_a_choice_of_no_gpu_is_an_error_and_never_the_cpu(
         with pytest.raises(UserError, match=f"CUDA_VISIBLE_DEVICES={chosen}") as error:
             Config.parse(raw).resolved(machine.probe())
         assert "platform=cpu" in str(error.value)
+        assert raw or "Name GPUs that exist" in str(error.value)
     on_cpu = Config.parse({"platform": {"device": "cpu"}}).resolved(machine.probe())
     assert on_cpu.device == "cpu"
 

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from openpi_opt.config import Config, Tracking
 from openpi_opt.engine.executor import Run
-from openpi_opt.engine.trials import refused
+from openpi_opt.engine.trials import cannot_run, refused
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
 from openpi_opt.process.child import Stop, StoppedError, end_marked
@@ -272,7 +272,7 @@ class FreshRuns:
     def _told(self, cfg: Config, shown: str, uid: str, result: TrialResult) -> TrialResult:
         """A new result, kept in the journal and said."""
         folder = self.study_dir / "confirm" / uid
-        record = self._keep(cfg, result, uid, folder if folder.exists() else None)
+        record = self._keep(cfg, shown, result, uid, folder if folder.exists() else None)
         self._say(f"  {shown}: {_summary(record.result)}")
         return record.result
 
@@ -311,18 +311,17 @@ class FreshRuns:
         try:
             return self._run(cfg, folder, references, _ignore, machine, place)
         except OSError as error:
-            raise UserError(
-                f"cannot run a trial in {folder}: {error.strerror or error}.\n"
-                "Everything recorded before is kept. Free space, memory or permissions, then run "
-                "the same command again to continue."
-            ) from error
+            raise cannot_run(folder, error) from error
 
-    def _keep(self, cfg: Config, result: TrialResult, uid: str, folder: Path | None) -> Record:
+    def _keep(
+        self, cfg: Config, shown: str, result: TrialResult, uid: str, folder: Path | None
+    ) -> Record:
         return self.journal.append(
             Record(
                 uid=uid,
                 study=self.study_dir.name,
                 role="confirm",
+                shown=shown,
                 labels=cfg.labels(),
                 result=result.model_copy(update={"fingerprint": self.fingerprint(cfg)}),
                 trial_dir=folder and folder.relative_to(self.study_dir).as_posix(),

@@ -14,14 +14,13 @@ from openpi_opt.config import Config, Platform
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.known import Known
 from openpi_opt.engine.recovery import Started, recover, runs_elsewhere
-from openpi_opt.errors import UserError
 from openpi_opt.machine import Device, Gpu, Machine
 from openpi_opt.process.locks import Claims, Controllers, Held
 from openpi_opt.result import Pruned, TrialResult
 from openpi_opt.track import curve, pareto
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record, Role
-from openpi_opt.track.store import Store
+from openpi_opt.track.store import Store, unusable
 
 
 class Ledger:
@@ -273,8 +272,5 @@ def _user_errors(study_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot use the study's folder {study_dir}: {error.strerror or error}.\n"
-            "Everything recorded before is kept. Free space or mend permissions (the file system "
-            "must have locks), then run the same command again to continue."
-        ) from error
+        mend = "Free space or mend permissions (the file system must have locks)"
+        raise unusable(f"use the study's folder {study_dir}", study_dir, error, mend) from error

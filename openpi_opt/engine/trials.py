@@ -23,6 +23,7 @@ from openpi_opt.result import Failed, Refused, TrialResult
 from openpi_opt.space.optimizer import Proposal
 from openpi_opt.track import identity
 from openpi_opt.track.journal import Record, Role
+from openpi_opt.track.store import unusable
 
 _FEW = 3  # swept keys that a line names whatever their values
 
@@ -156,11 +157,8 @@ class Trials:
 
 def cannot_run(folder: Path, error: OSError) -> UserError:
     """The host that refuses a process or a file is the user's to mend."""
-    return UserError(
-        f"cannot run a trial in {folder}: {error.strerror or error}.\n"
-        "Everything recorded before is kept. Free space, memory or permissions, then run "
-        "the same command again to continue."
-    )
+    mend = "Free space, memory or permissions"
+    return unusable(f"run a trial in {folder}", folder, error, mend)
 
 
 def lost_result(cfg: Config, folder: Path, error: LostError) -> Failed:

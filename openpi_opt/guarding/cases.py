@@ -75,6 +75,8 @@ def cases(
         Case("black", with_frames(other, [-1.0], last)),
         Case("white and grey", with_frames(other, [1.0, 0.0], first)),
     ]
+    if sum(workload.active_cameras) == 1:
+        found.append(Case("grey", with_frames(other, [0.0], first)))
     everything = tuple(True for _ in workload.active_cameras)
     for i, cameras in enumerate((everything, workload.active_cameras, workload.active_cameras)):
         inputs = make_inputs(workload, config, seed + _OTHER_SEEDS + 1 + i, "cpu")
@@ -119,7 +121,7 @@ def masked(inputs: Inputs, which: int, cameras: tuple[bool, ...]) -> Inputs:
     active = [index for index, on in enumerate(cameras) if on]
     lengths = [1, slots, (slots + 1) // 2]
     for row in range(batch):
-        pattern = ((row + which) * 5) % (2 ** len(active) - 1) + 1  # never none
+        pattern = ((row + which) * 5 + 1) % 2 ** len(active)  # none at times: the prompt is left
         image_mask[row] = False
         image_mask[row, [c for i, c in enumerate(active) if pattern >> i & 1]] = True
         token_mask[row] = torch.arange(slots) < lengths[(row + which) % len(lengths)]

@@ -88,6 +88,15 @@ def on_ops(**values: Any) -> Apply:
     return apply
 
 
+def on_rotary(rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Apply:
+    """Replace the rotary embedding, of one tensor and of queries and keys together."""
+
+    def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    return on_ops(rotary=rotate, rotary_qk=both)
+
+
 def on_inputs(change: Callable[[Inputs], Inputs]) -> Apply:
     """Give the policy other inputs."""
 
@@ -671,18 +680,18 @@ def _attention(function: Attention, *stages: str) -> Apply:
 def catalogue(policy: Pi0Policy, workload: Workload) -> list[Mutation]:
     """All mutations of a policy without declared layout, each with a memory of its own.
 
-    Those that need several rows or several cameras are left out where there is one. Layers are
+    Those that need several rows, cameras or steps are left out where there is one. Layers are
     skipped at the first, middle and last place that can matter.
     """
     found = [
         *_of_masks(policy, workload),
         *_of_attention(),
         *_of_inputs(workload),
-        *_of_time(),
+        *_of_time(workload.steps),
         *_of_layers(policy),
         *_of_rounding(),
-        *_of_data(),
-        *(_of_pi05() if policy.config.family == "pi05" else _of_pi0()),
+        *_of_data(workload.steps),
+        *(_of_pi05(workload.steps) if policy.config.family == "pi05" else _of_pi0()),
         *_of_actions(),
     ]
     return [mutation for mutation in found if mutation.batch <= workload.batch_size]
@@ -794,17 +803,21 @@ def swapped_cameras(one: int, other: int) -> Callable[[Inputs], Inputs]:
     return change
 
 
-def _of_time() -> list[Mutation]:
-    return [
-        Mutation("rotary halves swapped", on_ops(rotary=rotary_backwards)),
-        Mutation("rotary interleaved", on_ops(rotary=rotary_interleaved)),
+def _of_time(steps: int) -> list[Mutation]:
+    found = [
+        Mutation("rotary halves swapped", on_rotary(rotary_backwards)),
+        Mutation("rotary interleaved", on_rotary(rotary_interleaved)),
         Mutation("rotary base of 20,000", other_frequencies(lambda f: f ** (1.0 + 0.0753))),
         Mutation("rotary frequencies of 1% more", other_frequencies(lambda f: 1.01 * f)),
-        Mutation("last step left out", last_step_left_out),
-        Mutation("last velocity again", last_velocity_again),
         Mutation("time reversed", time_reversed),
-        Mutation("one step fewer, rescheduled", one_step_fewer),
     ]
+    if steps > 1:
+        found += [
+            Mutation("last step left out", last_step_left_out),
+            Mutation("last velocity again", last_velocity_again),
+            Mutation("one step fewer, rescheduled", one_step_fewer),
+        ]
+    return found if steps > 1 else found[:-1]
 
 
 def _of_layers(policy: Pi0Policy) -> list[Mutation]:
@@ -852,16 +865,18 @@ def _of_rounding() -> list[Mutation]:
     ]
 
 
-def _of_data() -> list[Mutation]:
+def _of_data(steps: int) -> list[Mutation]:
     """Shortcuts that are taken for some data only."""
-    return [
+    found = [
         Mutation("vision reused for a similar frame", frame_reuse(LITTLE_FRAME)),
         Mutation("vision reused for a nearly equal frame", frame_reuse(LITTLE_FRAME / 5.0)),
-        Mutation("step skipped where little changed", step_skipping),
         Mutation("black camera as masked", on_inputs(blank_as_masked(-1.0))),
         Mutation("white camera as masked", on_inputs(blank_as_masked(1.0))),
         Mutation("grey camera as masked", on_inputs(blank_as_masked(0.0))),
     ]
+    if steps > 3:
+        found.append(Mutation("step skipped where little changed", step_skipping))
+    return found
 
 
 def _of_actions() -> list[Mutation]:
@@ -889,8 +904,8 @@ def _of_pi0() -> list[Mutation]:
     ]
 
 
-def _of_pi05() -> list[Mutation]:
-    return [
+def _of_pi05(steps: int) -> list[Mutation]:
+    found = [
         Mutation(
             "gates dropped",
             on_modulations(lambda scale, shift, gate: (scale, shift, torch.ones_like(gate))),
@@ -908,7 +923,9 @@ def _of_pi05() -> list[Mutation]:
             on_modulations(lambda *parts: tuple(part.roll(-1, dims=0) for part in parts)),
         ),
         Mutation("scale as s", on_ops(adaptive_rms_norm=adaptive_rms_norm_without_one)),
-        Mutation("condition stale by one step", condition_stale),
         Mutation("state in the prompt left out", on_inputs(without_state_in_prompt)),
         Mutation("state in the prompt stale", stale_state_in_prompt),
     ]
+    if steps > 1:
+        found.append(Mutation("condition stale by one step", condition_stale))
+    return found

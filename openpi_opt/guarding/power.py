@@ -81,7 +81,7 @@ class Power(BaseModel):
     key: str
     model: str
     seconds: float
-    plain_rel_l2: dict[str, float]
+    plain_rel_l2: dict[Kind, float]
     """distance of the plain policy from float32, by precision"""
     honest: dict[str, float]
     """share of the tolerance that the unchanged policy takes, by precision and check"""
@@ -134,13 +134,17 @@ class Meter:
         self.honest: dict[str, float] = {}
 
     def measure(
-        self, kinds: Sequence[Kind], tell: Callable[[str], None] = lambda text: None
+        self,
+        kinds: Sequence[Kind],
+        tell: Callable[[str], None] = lambda text: None,
+        keep: Callable[[Power], object] = lambda found: None,
     ) -> Power:
-        """All mutations in all `kinds`; the float32 form of the 16-bit ones is float32's."""
+        """All mutations in all `kinds`, at least one; `keep` gets what there is after each."""
         started = time.monotonic()
         tell("float32: structure")
         form = self._form(self.asked("float32"))
-        rows, plain = [], {}
+        rows: list[Caught] = []
+        plain: dict[Kind, float] = {}
         for kind in kinds:
             asked = self.asked(kind)
             plain[kind] = asked.reference.plain_rel_l2
@@ -152,15 +156,16 @@ class Meter:
                 Caught(name=name, kind=kind, form=multiple, own=own.get(name))
                 for name, multiple in form.items()
             ]
-        found = Power(
-            key=self.asked("float32").key,
-            model=self.cfg.model.name,
-            seconds=round(time.monotonic() - started, 1),
-            plain_rel_l2=plain,
-            honest=self.honest,
-            rows=rows,
-            kinds={kind: _said(rows, kind) for kind in kinds},
-        )
+            found = Power(
+                key=self.asked("float32").key,
+                model=self.cfg.model.name,
+                seconds=round(time.monotonic() - started, 1),
+                plain_rel_l2=plain,
+                honest=self.honest,
+                rows=rows,
+                kinds={name: _said(rows, name) for name in plain},
+            )
+            keep(found)
         write_atomic(power_path(self.folder, found.key), found.model_dump_json(indent=1))
         return found
 

@@ -18,7 +18,6 @@ from openpi_opt.kernels import (
     triton_norm,
     triton_rotary,
     triton_skinny_gemm,
-    triton_suffix,
 )
 from openpi_opt.kernels.launch import LINEAR, encoded
 from openpi_opt.kernels.triton_skinny_gemm import skinny_linear
@@ -33,7 +32,6 @@ MODULES = (
     triton_norm,
     triton_rotary,
     triton_skinny_gemm,
-    triton_suffix,
 )
 
 _HEADS, _HEAD_DIM = PI0.expert.heads, PI0.expert.head_dim
@@ -126,19 +124,6 @@ def layer_attention() -> None:
         attend(q, past, (k, v), rope, _STATE, _HEAD_DIM**-0.5)
 
 
-def suffix() -> None:
-    """The two ends of a denoising step, of horizons 10 and 50, of pi0 and of pi05."""
-    wide = {"dtype": torch.float32}
-    into, out_of = _empty(_WIDTH, 32, **wide), _empty(_WIDTH, _WIDTH, **wide)
-    row, weight, bias = _empty(_WIDTH, **wide), _empty(32, _WIDTH, **wide), _empty(32, **wide)
-    state = _empty(1, 1, _WIDTH, **wide)
-    for horizon in (10, 50):
-        x_t, tokens = _empty(1, horizon, 32, **wide), _empty(1, horizon + 1, _WIDTH)
-        triton_suffix.embed_actions(x_t, into, row, out_of, row, state, torch.bfloat16, True)
-        triton_suffix.advance_actions(x_t, tokens, None, None, weight, bias, -0.1, EPS)
-        triton_suffix.advance_actions(x_t, tokens, row, row, weight, bias, -0.1, EPS)
-
-
 def elementwise() -> None:
     """Norms, activation and rotary embedding of the prefix and of vision; pi05's suffix norm."""
     x, gain = _empty(1, _PREFIX, 2048), _empty(2048, dtype=torch.float32)
@@ -160,7 +145,6 @@ CASES: tuple[Callable[[], None], ...] = (
     skinny,
     expert_layer,
     layer_attention,
-    suffix,
     elementwise,
 )
 

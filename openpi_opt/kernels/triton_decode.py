@@ -4,9 +4,8 @@
 In a denoising step 11 queries of 8 heads see 799 keys of one head. A flash kernel that walks the
 keys has 6 blocks for 132 processors and takes 11 us; cuDNN's takes 25 us, twice, because the state
 token must not see the actions. Here the keys are split over blocks as well (flash decoding): one
-kernel writes partial results (running maximum m and weight sum l in float32, the weighted mean of
-the values in the inputs' dtype), a second one adds them in a fixed order. With `fused` the last
-block of a row does that itself, in the same order.
+kernel writes partial sums (running maximum m, weight sum l, weighted values), a second one adds
+them in a fixed order. With `fused` the last block of a row does that itself, in the same order.
 
 The rows of the product are (token, head) pairs: heads that share a key head share its tiles, and
 no key is repeated. Cached and new keys may lie in two tensors, so the cache is never copied.
@@ -73,10 +72,8 @@ def _combine(
     for split in range(splits):
         place = (first + split) * rows_padded + row
         weight = tl.exp2(tl.load(sums + place * 2, mask=live, other=LOWEST) - top)
-        weight *= tl.load(sums + place * 2 + 1, mask=live, other=0.0)
-        total += weight
-        part = load_rows(partial, place, width, live, width, block_d)
-        out += weight[:, None] * part.to(tl.float32)
+        total += weight * tl.load(sums + place * 2 + 1, mask=live, other=0.0)
+        out += weight[:, None] * load_rows(partial, place, width, live, width, block_d)
     return out / tl.where(total > 0, total, 1.0)[:, None]
 
 
@@ -176,9 +173,7 @@ def _split(
     place = (pair * splits + split) * rows_padded + row
     column = tl.arange(0, block_d)
     keep = live[:, None] & (column < width)[None, :]
-    inverse = 1.0 / tl.where(total > 0, total, 1.0)
-    mean = (acc * inverse[:, None]).to(partial.dtype.element_ty)
-    tl.store(partial + place[:, None] * width + column[None, :], mean, mask=keep)
+    tl.store(partial + place[:, None] * width + column[None, :], acc, mask=keep)
     tl.store(sums + place * 2, top, mask=live)
     tl.store(sums + place * 2 + 1, total, mask=live)
     if fused and arrived_last(counter + pair * tl.num_programs(1) + row_block, splits - 1):
@@ -203,9 +198,8 @@ def _add_splits(
     place = (pair * splits + split) * rows_padded + row
     top = tl.load(sums + place * 2, mask=live, other=LOWEST)
     weight = tl.exp2(top - tl.max(top, 0))
-    weight *= tl.load(sums + place * 2 + 1, mask=live, other=0.0)
-    total = tl.sum(weight, 0)
-    parts = load_rows(partial, place, width, live, width, block_d).to(tl.float32)
+    total = tl.sum(weight * tl.load(sums + place * 2 + 1, mask=live, other=0.0), 0)
+    parts = load_rows(partial, place, width, live, width, block_d)
     result = tl.sum(weight[:, None] * parts, 0) / tl.where(total > 0, total, 1.0)
     batch, kv_head = pair // kv_heads, pair % kv_heads
     token, head = row // group, kv_head * group + row % group
@@ -251,7 +245,7 @@ def _run(
     rows_padded, pairs = row_blocks * launch.block_m, batch * kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     places = pairs * splits * rows_padded
-    partial = torch.empty(places * width, dtype=q.dtype, device=q.device)
+    partial = torch.empty(places * width, dtype=torch.float32, device=q.device)
     sums = torch.empty(places * 2, dtype=torch.float32, device=q.device)
     counter = counters(q.device, pairs * row_blocks) if launch.fused else sums
     cos, sin = (q, q) if rope is None else (t.contiguous() for t in rope)

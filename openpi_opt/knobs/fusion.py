@@ -17,8 +17,8 @@ class FusionOptions(Options):
     `qkv`: Gemma towers, [2560, 2048] and [2560, 1024]. `gate_up`: Gemma towers, [32768, 2048] and
     [8192, 1024]. `vision_qkv`: SigLIP, [3456, 1152] with bias. `vision_mlp`: SigLIP's GELU in the
     GEMM before it. `expert_layer`: a layer of the action expert is six launches of own kernels; it
-    needs the first two. `suffix`: one own kernel before the expert's layers and one after them.
-    `vision_patches`: SigLIP's patch convolution as one GEMM, [1152, 588], float32 or TF32.
+    needs the first two. `vision_patches`: SigLIP's patch convolution as one GEMM, [1152, 588],
+    float32 or TF32.
     """
 
     qkv: bool = False
@@ -26,12 +26,11 @@ class FusionOptions(Options):
     vision_qkv: bool = False
     vision_mlp: bool = False
     expert_layer: bool = False
-    suffix: bool = False
     vision_patches: bool = False
 
 
 _PROJECTIONS = ("qkv", "gate_up", "vision_qkv")
-_MORE = ("vision_mlp", "expert_layer", "suffix", "vision_patches")
+_MORE = ("vision_mlp", "expert_layer", "vision_patches")
 
 
 class Fusion(Knob[FusionOptions]):
@@ -55,10 +54,6 @@ class Fusion(Knob[FusionOptions]):
 
     `vision_patches` is exact: kernel and stride of the convolution are the same. cuDNN computed it
     in float32 for 75 us although TF32 was on (H100); `precision.tf32` decides for the product.
-
-    `suffix` (NVIDIA and AMD, not run on AMD) makes one kernel of the action projection with the
-    folded time MLP and the state's token, and one of the final norm, the projection to actions and
-    the Euler step; it needs `simplify.time_mlp`. `openpi_opt.surgery.suffix`.
     """
 
     name = "fusion"
@@ -68,6 +63,7 @@ class Fusion(Knob[FusionOptions]):
         "gate_up": ("prefill", "denoise"),
         "vision_qkv": ("vision",),
         "vision_mlp": ("vision",),
+        "vision_patches": ("vision",),
         "expert_layer": ("prefill", "denoise"),
     }
 
@@ -76,22 +72,16 @@ class Fusion(Knob[FusionOptions]):
         options = self.of(cfg)
         if options.vision_mlp and (problem := _vision_mlp_contradiction(cfg)):
             return Refusal("invalid", f"fusion.vision_mlp {problem}")
-        for switch, contradiction in (
-            ("expert_layer", _layer_contradiction),
-            ("suffix", _suffix_contradiction),
-        ):
-            if not getattr(options, switch):
-                continue
-            if cfg.platform.device == "cpu":
-                return Refusal(
-                    "unavailable",
-                    f"fusion.{switch} needs a GPU; Triton kernels run on the CPU in interpreter "
-                    "mode only, for tests",
-                )
-            problem = contradiction(cfg, options)
-            if problem is not None:
-                return Refusal("invalid", f"fusion.{switch} {problem}")
-        return None
+        if not options.expert_layer:
+            return None
+        if cfg.platform.device == "cpu":
+            return Refusal(
+                "unavailable",
+                "fusion.expert_layer needs a GPU; Triton kernels run on the CPU in interpreter "
+                "mode only, for tests",
+            )
+        problem = _layer_contradiction(cfg, options)
+        return None if problem is None else Refusal("invalid", f"fusion.expert_layer {problem}")
 
     def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Fuse the weights as cast by `precision`, which comes before."""
@@ -121,10 +111,6 @@ class Fusion(Knob[FusionOptions]):
             fuse_expert_layers(policy, launches, gemm.max_rows)  # type: ignore[attr-defined]
             if isinstance(policy, LeanPolicy):
                 policy.derive()
-        if options.suffix:
-            from openpi_opt.surgery.suffix import fuse_suffix
-
-            fuse_suffix(policy, cfg.knobs["precision"].tf32)  # type: ignore[attr-defined]
 
     def label(self, options: FusionOptions) -> str:
         """The switches that are on; `all` are the three of projections."""
@@ -165,13 +151,4 @@ def _layer_contradiction(cfg: Configuration, options: FusionOptions) -> str | No
         return "leaves none of the expert's products to FP8; take denoise out of blas.fp8.stages"
     if cfg.model.family == "pi05" and not simplify.time_mlp:  # type: ignore[attr-defined]
         return "needs the constants of each step of pi05; use simplify.time_mlp=true"
-    return None
-
-
-def _suffix_contradiction(cfg: Configuration, options: FusionOptions) -> str | None:
-    """What among the options keeps the ends of a step from being fused, or None."""
-    if not cfg.knobs["simplify"].time_mlp:  # type: ignore[attr-defined]
-        return "needs the time MLP folded; use simplify.time_mlp=true"
-    if cfg.model.family == "pi05" and not options.expert_layer:
-        return "of pi05 needs fusion.expert_layer"
     return None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from openpi_opt.deploy import ReadyPolicy
     from openpi_opt.serve.server import PolicyServer
 
-_OWN = ("preset", "preset_dir", "checkpoint", "robot", "tokenizer", "norm_stats")
+_OWN = ("preset", "preset_dir", "checkpoint", "robot", "tokenizer", "norm_stats", "store")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _EPILOG = """keys of this command, as key=value:
   preset=NAME         knobs, model and workload (preset_dir=FOLDER where it is elsewhere)
@@ -30,6 +30,7 @@ _EPILOG = """keys of this command, as key=value:
   robot=NAME|FILE     libero, droid, aloha, or a YAML of your own
   tokenizer=FILE      PaliGemma's SentencePiece model
   norm_stats=FILE     openpi's statistics, where the checkpoint has none
+  store=FOLDER        where it is remembered what the guard has passed (~/.cache/openpi_opt)
 every other key=value is an override as of sweep: workload.horizon=10 workload.layout=flexible
 Clients are openpi-client's WebsocketClientPolicy(host, port); GET /healthz answers OK."""
 
@@ -47,6 +48,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (8000)")
     parser.add_argument("--queue", type=cli.at_least(1), default=8, help="requests that may wait")
     parser.add_argument("--max-mib", type=cli.at_least(1), default=64, help="of a message (64)")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not ask the guard before the first start"
+    )
     robot = parser.add_argument_group("closed loop against this server, which then ends")
     robot.add_argument("--fake-robot", type=_rate, metavar="HZ", help="ask HZ times a second")
     robot.add_argument("--seconds", type=_rate, default=60.0, help="how long (60)")
@@ -96,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _policy(arguments: argparse.Namespace) -> ReadyPolicy:
     from openpi_opt.deploy import load_policy
 
-    policy = load_policy(overrides=arguments.overrides, **arguments.settings)
+    verify = not arguments.no_verify
+    policy = load_policy(overrides=arguments.overrides, verify=verify, **arguments.settings)
     cfg = policy.config
     weights = cfg.weights.path or "random weights, which are for measuring only"
     cli.say(

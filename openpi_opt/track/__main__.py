@@ -12,6 +12,7 @@ from openpi_opt.process.locks import Controllers
 from openpi_opt.track.follow import follow
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError, tracking_of
+from openpi_opt.track.optuna_copy import CopyError, OptunaCopy
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
 
@@ -38,8 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         except TrackingError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        _sync_optuna(store, study_dir, journal)
         print(f"{name}: {count} of {len(journal.records())} records delivered, the rest was there")
     return 0
+
+
+def _sync_optuna(store: Store, study_dir: Path, journal: Journal) -> None:
+    """Bring the store's own copy for Optuna up to date, where there is one."""
+    if not store.optuna_db.exists():
+        return
+    try:
+        OptunaCopy(store, study_dir).update(journal.records())
+    except CopyError as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def end_if_left(study_dir: Path, log: MlflowLog) -> None:

@@ -27,6 +27,7 @@ from openpi_opt.errors import UserError, masked
 from openpi_opt.result import TrialResult, write_atomic
 from openpi_opt.track import identity
 from openpi_opt.track.fingerprint import package_version
+from openpi_opt.track.store import unusable
 
 SCHEMA_VERSION = 1
 Role = Literal["trial", "baseline", "confirm"]
@@ -44,7 +45,8 @@ class Record(BaseModel):
     """One trial of a study: what was asked, and what came of it.
 
     `params` are the swept Hydra keys with their values, `labels` the short text of every knob,
-    `space` tells the search space that `params` are a point of, `trial_dir` is relative to the
+    `space` tells the search space that `params` are a point of, `shown` is what a process of a
+    confirmation is called (role and round), `trial_dir` is relative to the
     study's folder. `number` is given by `Journal.append`.
     """
 
@@ -60,6 +62,7 @@ class Record(BaseModel):
     labels: dict[str, str] = Field(default_factory=dict)
     result: TrialResult
     trial_dir: str | None = None
+    shown: str = ""
     fingerprint_hash: str
     created_at: str = Field(default_factory=utc_now)
     check: str | None = None  # of the line itself; lines of older versions have none
@@ -214,7 +217,14 @@ class Journal:
 
     def _take_new_lines(self) -> bytes:
         """Read on from where reading ended; returns what follows the last newline."""
-        if not self.path.exists():
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < self._read_to:
+            raise UserError(
+                f"{self.path} was deleted, moved or cut short meanwhile: {size} of "
+                f"{self._read_to} bytes that were read are left.\nPut it back, or start anew with "
+                "study=NAME."
+            )
+        if not size:
             return b""
         with self.path.open("rb") as file:
             file.seek(self._read_to)
@@ -387,8 +397,5 @@ def _user_errors(study_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot use the journal in {study_dir}: {error.strerror or error}.\n"
-            "Everything recorded before is kept. Free space or mend permissions, then run the "
-            "same command again to continue."
-        ) from error
+        what = f"use the journal in {study_dir}"
+        raise unusable(what, study_dir, error, "Free space or mend permissions") from error

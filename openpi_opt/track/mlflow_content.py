@@ -34,6 +34,8 @@ def run_name(record: Record) -> str:
     shown = " ".join(f"{key}={value}" for key, value in {**knobs, **keys}.items())
     if record.role == "baseline":
         shown = "baseline"
+    if record.role == "confirm" and record.shown:
+        return one_line(f"{record.number} {record.shown}", 120)
     return one_line(f"{record.number} {shown or record.role}", 120)
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 UID_TAG = "openpi_opt.uid"
 PARENT_TAG = "mlflow.parentRunId"
 TAGS_FILE = "tags.jsonl"
+VERDICTS_FILE = "verdicts.jsonl"
+DAY_TAG = "openpi_opt.day"
 # MLflow's own defaults let one call to a dead server block for four minutes, send usage statistics
 # out, and print links on stdout, which belongs to the verb. What the user has set stays.
 _ENVIRONMENT = {
@@ -128,6 +130,7 @@ class MlflowLog:
         records = journal.records()
         with self._talking(study_dir.name), _study_lock(study_dir):
             self._apply_tags(study_dir)
+            self._apply_verdicts(study_dir)
             self._show_study(study_dir, journal)
         self._judge(study_dir, records)
 
@@ -228,6 +231,19 @@ class MlflowLog:
             if run is not None and run.data.tags.get(tag["key"]) != tag["value"]:
                 self._connect().set_tag(run.info.run_id, tag["key"], tag["value"])
 
+    def _apply_verdicts(self, study_dir: Path) -> None:
+        """Show what promotions ended with, on the runs above their processes."""
+        client = self._connect()
+        for verdict in read_lines(study_dir / VERDICTS_FILE):
+            run = self._run_of(verdict["uid"])
+            above = run and run.data.tags.get(PARENT_TAG)
+            if not above:
+                continue
+            for name, value in json.loads(verdict["figures"]).items():
+                client.log_metric(above, name, value)
+            client.set_tag(above, "openpi_opt.preset", verdict["preset"])
+            client.set_tag(above, content.NOTE_TAG, verdict["text"])
+
     def _deliver(self, record: Record, study_dir: Path) -> str:
         parent = self._parent(study_dir)
         marked = self._marked(study_dir, parent)
@@ -235,13 +251,35 @@ class MlflowLog:
             return marked[record.uid]
         run = self._run_of(record.uid)
         if run is None:
-            run = self._create_run(record, parent)
+            under = self._confirmation(record, parent) if record.role == "confirm" else parent
+            run = self._create_run(record, under)
         run_id: str = run.info.run_id
         if run.info.status == "RUNNING":
             self._fill(record, study_dir, run_id)
         marked[record.uid] = run_id
         _mark(study_dir, {"uid": record.uid, "run_id": run_id, "parent": parent})
         return run_id
+
+    def _confirmation(self, record: Record, parent: str) -> str:
+        """The run that processes of confirmations of one day hang below, found or made."""
+        day = record.created_at[:10]
+        key = f"{record.study} {day}"
+        if key not in self._parents:
+            client = self._connect()
+            found = client.search_runs(
+                [self._experiment()],
+                f"tags.`{STUDY_TAG}` = '{record.study}' AND tags.`{ROLE_TAG}` = 'confirmation' "
+                f"AND tags.`{DAY_TAG}` = '{day}'",
+                max_results=1,
+            )
+            above = found[0] if found else None
+            if above is None:
+                tags = {STUDY_TAG: record.study, ROLE_TAG: "confirmation", DAY_TAG: day}
+                tags[PARENT_TAG] = parent
+                above = client.create_run(self._experiment(), run_name=f"confirm {day}", tags=tags)
+                client.set_terminated(above.info.run_id, "FINISHED")
+            self._parents[key] = above.info.run_id
+        return self._parents[key]
 
     def _create_run(self, record: Record, parent: str) -> Run:
         return self._connect().create_run(
@@ -443,6 +481,17 @@ def baselines(records: Sequence[Record]) -> dict[tuple[str, str], float]:
         for record in records
         if record.role == "baseline" and isinstance(record.result, Ok)
     }
+
+
+def leave_verdict(
+    study_dir: Path, uid: str, preset: str, figures: Mapping[str, float], text: str
+) -> None:
+    """Have the outcome of a promotion shown on the run above its processes.
+
+    `uid` is of one of them, `figures` become metrics, `text` (Markdown) the description.
+    """
+    line = {"uid": uid, "preset": preset, "figures": json.dumps(dict(figures)), "text": text}
+    _append(study_dir / VERDICTS_FILE, line)
 
 
 def leave_tag(study_dir: Path, uid: str, key: str, value: str) -> None:

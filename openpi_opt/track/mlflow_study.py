@@ -107,7 +107,7 @@ def view(study: str, records: Sequence[Record]) -> str:
     state: dict[str, Any] = {
         "searchFilter": (
             f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{ROLE_TAG}` != 'confirm' "
-            f"AND tags.`{ROLE_TAG}` != 'study'"
+            f"AND tags.`{ROLE_TAG}` != 'confirmation' AND tags.`{ROLE_TAG}` != 'study'"
         ),
         "orderByKey": "metrics.`latency/mean_ms`",
         "orderByAsc": True,

@@ -6,12 +6,14 @@ without pyplot, so nothing here needs a display or leaves state behind.
 
 from __future__ import annotations
 
-import os
+import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from openpi_opt.result import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,11 +242,11 @@ def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
     written = []
     for kind in FORMATS:
         path = folder / f"{stem}.{kind}"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        image = io.BytesIO()
         with matplotlib.rc_context({"svg.hashsalt": stem}):
             metadata = {"Date": None} if kind == "svg" else {"Software": None}
-            figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
-        os.replace(temporary, path)
+            figure.savefig(image, format=kind, dpi=150, metadata=metadata)
+        write_atomic(path, image.getvalue())
         written.append(path)
     return written
 

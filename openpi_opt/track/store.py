@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import mmap
 import re
 import tempfile
 from dataclasses import dataclass
@@ -112,6 +113,21 @@ class Store:
         return self.study_dir(name)
 
 
+def unusable(what: str, folder: Path, error: OSError, mend: str) -> UserError:
+    """The message for what the system refuses in a study's folder, or in a trial's inside it."""
+    study_dir = folder.parents[1] if folder.parent.name == "trials" else folder
+    made = error.filename is None or not study_dir.is_relative_to(str(error.filename))
+    if isinstance(error, FileNotFoundError) and made and not (study_dir / "study.json").is_file():
+        return UserError(
+            f"cannot {what}: the study's folder was deleted or moved meanwhile, and what was "
+            f"recorded with it.\nPut it back to {study_dir}, or start anew with the same command."
+        )
+    return UserError(
+        f"cannot {what}: {error.strerror or error}.\nEverything recorded before is kept. {mend}, "
+        "then run the same command again to continue."
+    )
+
+
 def sqlite_url(path: Path) -> str:
     """The URL of a sqlite file for SQLAlchemy, which decodes `%` in it. Imports SQLAlchemy."""
     from sqlalchemy.engine import URL
@@ -152,14 +168,37 @@ def _check_path(folder: Path, given: str | Path) -> None:
 
 
 def _make_writable(folder: Path, given: str | Path) -> None:
-    """Make the folder and prove by writing that it takes files (permission bits can mislead)."""
+    """Make the folder and prove by writing that it takes files (permission bits can mislead).
+
+    So it is with folders inside that trials write to, which may be links or mounts of their own;
+    compiled code there must run, too.
+    """
+    kept = Store(folder)
+    place = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"writable")
+        inside = [folder / "studies", kept.references, kept.caches]
+        code = kept.caches if kept.caches.exists() else folder
+        for place in (folder, *(each for each in inside if each.exists())):
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(b"writable")
+                file.flush()
+                if place == code:
+                    _check_executable(file.fileno(), place, given)
     except OSError as error:
         raise UserError(
-            f"store={given}: cannot write there ({error.strerror or error}; {folder}).\n"
-            "Results are kept in this folder, so it must be a writable one: "
+            f"store={given}: cannot write there ({error.strerror or error}; {place}).\n"
+            "Results and compiled code are kept in this folder, so it must be a writable one: "
             "mend it, or give another with store=DIR."
+        ) from None
+
+
+def _check_executable(file: int, folder: Path, given: str | Path) -> None:
+    """Refuse a mount whose files cannot be mapped to run (noexec)."""
+    try:
+        mmap.mmap(file, 1, prot=mmap.PROT_READ | mmap.PROT_EXEC, flags=mmap.MAP_PRIVATE).close()
+    except PermissionError:
+        raise UserError(
+            f"store={given}: code in {folder} may not run (the file system is mounted noexec).\n"
+            "Compiled code of trials is kept there: give another folder with store=DIR."
         ) from None

@@ -33,7 +33,6 @@ from openpi_opt.surgery.expert import (
     fuse_expert_layers,
 )
 from openpi_opt.surgery.folded import fold_norms
-from openpi_opt.surgery.suffix import SuffixPolicy, fuse_suffix
 from openpi_opt.surgery.towers import gemma_layers
 
 HALF, FULL = torch.float16, torch.float32
@@ -186,8 +185,6 @@ def test_what_is_not_fused_is_refused() -> None:
     fused.fuse_gate_up(policy)
     with pytest.raises(ValueError, match="'up'"):
         fuse_expert_layers(policy, {"up": {}})
-    with pytest.raises(ValueError, match="time MLP"):
-        fuse_suffix(policy, tf32=False)
 
 
 KNOBS = {
@@ -227,7 +224,6 @@ def answers(cfg: Config) -> tuple[Pi0Policy, Callable[[Inputs], Tensor], Inputs]
 
 
 ALL_OF_IT = {**ONCE, **REST}
-SUFFIX = {"fusion": {**KNOBS["fusion"], "suffix": True}}
 MANY = {"gemm": {"backend": "triton_skinny", "max_rows": 2}}
 # Precision, simplify, other knobs, whether compiled.
 CASES: dict[str, tuple[str, dict[str, bool], dict[str, Any], bool]] = {
@@ -236,14 +232,11 @@ CASES: dict[str, tuple[str, dict[str, bool], dict[str, Any], bool]] = {
     "the rest": ("float32", REST, {}, False),
     "all, compiled": ("float32", ALL_OF_IT, {}, True),
     "all, float16": ("float16", ALL_OF_IT, {}, False),
-    "suffix": ("float32", REST, SUFFIX, False),
-    "suffix, state once, compiled": ("float32", ALL_OF_IT, SUFFIX, True),
     "more rows than the kernels are for": ("float32", REST, MANY, False),
 }
 PI05: dict[str, tuple[str, dict[str, bool], dict[str, Any], bool]] = {
     "compiled": ("float32", REST, {}, True),
-    "suffix, compiled": ("float32", REST, SUFFIX, True),
-    "float16": ("float16", REST, SUFFIX, False),
+    "float16": ("float16", REST, {}, False),
     "many rows": ("float32", REST, MANY, False),
 }
 LIMITS = {"float32": 1e-5, "float16": 3e-3}
@@ -276,7 +269,6 @@ def test_a_policy_of_such_layers(model: str, name: str) -> None:
     cfg = configuration(dtype, simplify, model, **{**KNOBS, **more}, compile=mode)
     policy, call, _ = answers(cfg)
     assert isinstance(policy.expert, FusedExpertTower | FusedAdaptiveTower)
-    assert isinstance(policy, SuffixPolicy) == (more == SUFFIX)
     out = call(inputs)
     assert error(out, plain(inputs)) < LIMITS[dtype]
     assert torch.equal(out, call(inputs))

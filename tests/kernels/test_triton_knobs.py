@@ -95,15 +95,6 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "aiter": ({"blas": {"backend": "aiter", "aiter": {"max_rows": 8}}}, "aiter"),
     "pi05": ({"model": {"name": "pi05_mini"}}, "simplify.time_mlp"),
-    "suffix": ({"fusion": {"suffix": True}}, "simplify.time_mlp"),
-    "suffix of pi05": (
-        {
-            "fusion": {"suffix": True},
-            "simplify": {"time_mlp": True},
-            "model": {"name": "pi05_mini"},
-        },
-        "fusion.expert_layer",
-    ),
 }
 
 
@@ -132,7 +123,6 @@ def test_the_expert_layer_overrules_no_other_option(name: str) -> None:
         {"workload": {"horizon": 31, "batch_size": 3}},
         {"blas": {"backend": "fp8", "fp8": {"stages": ["vision", "prefill"]}}},
         {"model": {"name": "pi05_mini"}, "simplify": {"time_mlp": True}},
-        {"fusion": {**ALL_FUSED, "suffix": True}, "simplify": {"time_mlp": True}},
         {"precision": {"dtype": "float16"}},
         {"elementwise": {"backend": "triton"}},
     ],

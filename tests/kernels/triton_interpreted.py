@@ -21,7 +21,6 @@ from openpi_opt.kernels import (
     triton_norm,
     triton_rotary,
     triton_skinny_gemm,
-    triton_suffix,
 )
 from openpi_opt.kernels.triton_skinny_gemm import skinny_linear, skinny_linear_reference
 from openpi_opt.pi0 import ops
@@ -338,27 +337,6 @@ def test_gated_skinny_linear(name: str, shape: tuple[int, int, int]) -> None:
             close(out, skinny_linear_reference(x.double(), weight.double(), **wide, gated=True))
 
 
-@pytest.mark.parametrize("dtype", [HALF, FULL])
-@pytest.mark.parametrize(
-    ("batch", "horizon", "state"), [(1, 10, True), (2, 40, True), (3, 3, False)]
-)
-def test_the_ends_of_a_step(batch: int, horizon: int, state: bool, dtype: torch.dtype) -> None:
-    actions, width = 7, 40
-    x_t, token = randn(batch, horizon, actions), randn(batch, 1, width) if state else None
-    into, out_of = randn(width, actions), randn(width, width) * width**-0.5
-    time, bias = randn(2, width)
-    given = (x_t, into, time, out_of, bias, token)
-    tokens = triton_suffix.embed_actions(*given, dtype, False)
-    wide = [None if t is None else t.double() for t in given]
-    close(tokens, triton_suffix.embed_actions_reference(*wide, torch.float64))
-    weight, shift = randn(actions, width), randn(width, seed=2)
-    for gain, moved in ((None, None), (time * 0.1, shift)):
-        arguments = (x_t, tokens, gain, moved, weight, bias[:actions])
-        out = triton_suffix.advance_actions(*arguments, -0.1, EPS)
-        wide = [None if t is None else t.double() for t in arguments]
-        close(out, triton_suffix.advance_actions_reference(*wide, -0.1, EPS))
-
-
 def test_linear_for_few_rows_only() -> None:
     linear = triton_skinny_gemm.linear(max_rows=8)
     weight, bias = randn(24, 40), randn(24)
@@ -398,23 +376,6 @@ OPERATORS = {
     "skinny": lambda: (
         skinny_linear,
         (randn(3, 20), randn(24, 20), randn(24), None, None, None, None, False, []),
-    ),
-    "embed_actions": lambda: (
-        triton_suffix.embed_actions,
-        (
-            randn(2, 3, 4),
-            randn(20, 4),
-            randn(20),
-            randn(20, 20),
-            randn(20),
-            randn(2, 1, 20),
-            HALF,
-            False,
-        ),
-    ),
-    "advance_actions": lambda: (
-        triton_suffix.advance_actions,
-        (randn(2, 3, 4), randn(2, 4, 20), None, None, randn(4, 20), randn(4), -0.1, EPS),
     ),
 }
 

@@ -35,7 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(folder: Path, name: str, **arguments: Any) -> openpi_opt.ReadyPolicy:
     arguments = {"robot": "libero", "tokenizer": folder / "tokenizer.model", **arguments}
-    return openpi_opt.load_policy(checkpoint=folder / name, overrides=SMALL, **arguments)
+    path = folder / name
+    return openpi_opt.load_policy(checkpoint=path, overrides=SMALL, verify=False, **arguments)
 
 
 @pytest.mark.parametrize("name", ["openpi", "lerobot", "openpi05"])
@@ -113,7 +114,7 @@ def test_statistics_are_found_or_named(folder: Path, tmp_path: Path) -> None:
 
 
 def test_infer_needs_a_robot() -> None:
-    policy = openpi_opt.load_policy(overrides=["model=pi0_mini", *SMALL])
+    policy = openpi_opt.load_policy(overrides=["model=pi0_mini", *SMALL], verify=False)
     with pytest.raises(UserError, match="robot='libero'"):
         policy.infer(libero())
 

@@ -34,7 +34,7 @@ except ImportError as error:
     pytest.skip(f"the server needs openpi_opt[serve]: {error}", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("platform=cpu", "workload.steps=2", "workload=openpi", "workload.horizon=4")
+SMALL = ("platform=cpu", "workload.steps=2", "workload=openpi", "workload.horizon=4", "--no-verify")
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,12 @@ from hosts import Host, wait_for
 
 from openpi_opt.track import copies
 
-SAMPLES = Path(__file__).parents[1] / "samples"
 LACKS = r"MLflow lacks \d of \d record\(s\)"
 
 
 @contextlib.contextmanager
 def bad_server(mode: str) -> Iterator[str]:
-    argv = [sys.executable, str(SAMPLES / "bad_server.py"), mode]
+    argv = [sys.executable, "-m", "benchmarks.bad_server", mode]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield f"http://127.0.0.1:{process.stdout.readline().strip()}"

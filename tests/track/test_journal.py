@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from track_samples import config, failed, ok, record, refused, wrong
 
 from openpi_opt.errors import UserError
 from openpi_opt.track.journal import Journal
+from openpi_opt.track.store import unusable
 
 HERE = Path(__file__).parent
 SAMPLES = HERE.parent / "samples"
@@ -227,6 +229,20 @@ def test_reading_changes_nothing(tmp_path: Path, three_lines: bytes) -> None:
 def test_unwritable_folder() -> None:
     with pytest.raises(UserError, match="recorded before is kept"):
         Journal.open(Path("/proc/openpi-opt"))
+
+
+def test_a_study_that_is_deleted_meanwhile_is_not_said_to_be_kept(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "s")
+    journal.append(record())
+    (tmp_path / "s" / "journal.jsonl").unlink()
+    with pytest.raises(UserError, match=r"deleted, moved or cut short meanwhile: 0 of \d+ bytes"):
+        journal.append(record())
+    assert not (tmp_path / "s" / "journal.jsonl").exists()
+    shutil.rmtree(tmp_path / "s")
+    trial = tmp_path / "s" / "trials" / "x"
+    told = str(unusable("run a trial", trial, FileNotFoundError(2, "no"), "Free space"))
+    assert "deleted or moved meanwhile" in told
+    assert "is kept" not in told
 
 
 def test_header_is_written_once(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from openpi_opt.track import __main__ as verb
 from openpi_opt.track import mlflow_log
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_content import metrics
-from openpi_opt.track.mlflow_log import MlflowLog, TrackingError, leave_tag
+from openpi_opt.track.mlflow_log import MlflowLog, TrackingError, leave_tag, leave_verdict
 from openpi_opt.track.store import Store
 
 # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
@@ -266,6 +266,30 @@ def test_a_tag_that_was_left_is_set_when_the_run_is_there(log: MlflowLog, study:
     for _ in range(2):
         log.show(study, journal)
         assert runs(log, study)[0].data.tags["openpi_opt.preset"] == "h100"
+
+
+def test_processes_of_a_confirmation_hang_below_a_run_with_its_verdict(
+    log: MlflowLog, study: Path
+) -> None:
+    shown = ["confirmation 1: baseline", "confirmation 1: attention=sdpa"]
+    _, *processes = keep(
+        study,
+        record(),
+        *(record(role="confirm").model_copy(update={"shown": text}) for text in shown),
+    )
+    log.sync(study, Journal.read(study))
+    leave_verdict(study, processes[0].uid, "fast", {"gain": 0.25}, "Preset **fast**")
+    log.show(study, Journal.read(study))
+    found = {run.info.run_name: run for run in runs(log, study)}
+    above = found[f"confirm {processes[0].created_at[:10]}"]
+    assert above.data.tags["mlflow.parentRunId"] == log.begin_study(study)
+    assert above.data.tags["openpi_opt.preset"] == "fast"
+    assert above.data.tags["mlflow.note.content"] == "Preset **fast**"
+    assert above.data.metrics["gain"] == 0.25
+    for number, text in enumerate(shown, 1):
+        run = found[f"{number} {text}"]
+        assert run.data.tags["mlflow.parentRunId"] == above.info.run_id
+    assert len(found) == 4
 
 
 def test_a_store_that_was_moved_takes_its_artifacts_along(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openpi_opt.errors import UserError
+from openpi_opt.paths import package_dir
 from openpi_opt.track.store import Store, check_study_name
 
 
@@ -40,16 +43,49 @@ def test_read_only_file_system_is_refused() -> None:
         Store.open("/proc/openpi-opt-store")
 
 
+def mounted(options: str, store: Path, place: Path) -> str:
+    """What opening the store says while `place` is a mount of its own with these options."""
+    code = f"""
+from openpi_opt.errors import UserError
+from openpi_opt.track.store import Store
+try:
+    print(Store.open({str(store)!r}))
+except UserError as error:
+    print(error)
+"""
+    place.mkdir(parents=True)
+    mount = f"mount -t tmpfs -o {options} none '{place}' || exit 77"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", f'{mount}; exec "$0" -c "$1"', sys.executable, code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(package_dir().parent)},
+    )
+    if done.returncode in (1, 77) and "Traceback" not in done.stderr:
+        pytest.skip(f"no mounts here: {done.stderr.strip()}")
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("inside", ["", "caches"])
+def test_a_mount_where_code_may_not_run_is_refused(tmp_path: Path, inside: str) -> None:
+    assert "mounted noexec" in mounted("noexec", tmp_path / "store", tmp_path / "store" / inside)
+
+
+@pytest.mark.parametrize("inside", ["caches", "references"])
+def test_read_only_folders_inside_are_refused(tmp_path: Path, inside: str) -> None:
+    place = tmp_path / "store" / inside
+    assert f"Read-only file system; {place}" in mounted("ro", tmp_path / "store", place)
+
+
 def test_open_without_create_needs_the_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         Store.open(tmp_path / "absent", create=False)
     assert not (tmp_path / "absent").exists()
 
 
-@pytest.mark.parametrize("name", ["a?b", "a\nb"])
-def test_paths_that_urls_cannot_carry(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="database URLs"):
-        Store.open(tmp_path / name)
+def test_a_path_that_tables_cannot_show(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="control characters"):
+        Store.open(tmp_path / "a\nb")
     assert list(tmp_path.iterdir()) == []
 
 

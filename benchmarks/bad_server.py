@@ -1,4 +1,6 @@
-"""A tracking server that misbehaves, on loopback: `python bad_server.py MODE`; prints its port.
+"""A tracking server that misbehaves, on loopback; prints its port.
+
+    python -m benchmarks.bad_server MODE
 
 hang: accepts and never replies. busy: 429, come back in an hour. drip: one byte every 3 s.
 """
@@ -10,11 +12,16 @@ import socket
 import sys
 import time
 
+MODES = ("hang", "busy", "drip")
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    """Too busy, or slow."""
+
     mode = "busy"
 
     def answer(self) -> None:
+        """Any request."""
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.send_response(429 if self.mode == "busy" else 200)
         if self.mode == "busy":
@@ -30,10 +37,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815
 
     def log_message(self, *args: object) -> None:
-        pass
+        """Nothing."""
 
 
 def main() -> None:
+    """Print the port and serve until killed."""
     if sys.argv[1] == "hang":
         listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         print(listener.getsockname()[1], flush=True)
