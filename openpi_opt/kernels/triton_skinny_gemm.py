@@ -68,8 +68,8 @@ def _entry(
 # By architecture, rows padded to 16, 32 or 64, N, K, what else the kernel does (`gated`, with or
 # without norm, and `normed` need the whole sum over K in one block).
 TABLE: dict[tuple[str, int, int, int, Kind], Launch] = {
-    # H100, by benchmarks/expert.py: the chain of one denoising step's 18 layers.
-    ("sm90", 16, 2560, 1024, "normed"): _entry(32, 512, 1, 2, 4, 512),
+    # H100, by benchmarks/tune.py: the chain of one denoising step's 18 layers.
+    ("sm90", 16, 2560, 1024, "normed"): _entry(32, 256, 1, 2, 4, 512),
     ("sm90", 16, 1024, 2048, "plain"): _entry(32, 128, 2, 4, 4, 512),
     ("sm90", 16, 4096, 1024, "gated"): _entry(32, 256, 1, 2, 4, 512),
     ("sm90", 16, 1024, 4096, "plain"): _entry(32, 256, 4, 2, 3, 512),
@@ -114,30 +114,25 @@ def _weights(weight, column, begin, stride, shape: tl.constexpr, launch: tl.cons
 
 
 @triton.jit
-def _scaled(acc, factor, bias, column, n: tl.constexpr):
-    """acc * factor + bias, by feature; either may be None."""
-    if factor is not None:
-        acc *= tl.load(factor + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        acc += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
-    return acc
+def _operand(pointer, place, keep, absent: tl.constexpr):
+    """What is at `place`, as float32; `absent` without a pointer.
+
+    Loaded before the product, so that its end does not wait for memory once more.
+    """
+    value = absent
+    if pointer is not None:
+        value = tl.load(pointer + place, mask=keep, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
-def _finish(
-    acc, factor, bias, residual, gain, out, scaled, squares, part, row, column, m, stride_residual,
-    n: tl.constexpr,
-):  # fmt: skip
-    """Apply factor and bias [N], add the residual [M, N], all in float32, round once, store.
+def _finish(acc, gain, gains, out, scaled, squares, part, row, column, m, n: tl.constexpr):
+    """Round the result [M, N] once and store it.
 
     For the next norm also store the sum of squares of these columns, as `part` of `squares`
     [P, M], and the result times 1 + gain [N]; None leaves either out.
     """
     keep = (row < m)[:, None] & (column < n)[None, :]
-    acc = _scaled(acc, factor, bias, column, n)
-    if residual is not None:
-        place = row[:, None] * stride_residual + column[None, :]
-        acc += tl.load(residual + place, mask=keep, other=0.0).to(tl.float32)
     place = row[:, None] * n + column[None, :]
     rounded = acc.to(out.dtype.element_ty)
     tl.store(out + place, rounded, mask=keep)
@@ -145,9 +140,8 @@ def _finish(
         wide = tl.where(keep, rounded.to(tl.float32), 0.0)
         tl.store(squares + part * m + row, tl.sum(wide * wide, 1), mask=row < m)
         if gain is not None:
-            g = tl.load(gain + column, mask=column < n, other=0.0).to(tl.float32)
-            wide = wide * (1.0 + g)[None, :]
-            tl.store(scaled + place, wide.to(out.dtype.element_ty), mask=keep)
+            wide = (wide * (1.0 + gains)).to(out.dtype.element_ty)
+            tl.store(scaled + place, wide, mask=keep)
 
 
 @triton.jit
@@ -177,19 +171,27 @@ def _linear(
             prefetch_rows(second, column, stride_weight, split * shape.span, shape.span,
                           launch.prefetch)  # fmt: skip
     follow(launch.dependent)
-    live = (row < m)[:, None]
-    if eps is not None:  # on their way during the product
+    live, inside = (row < m)[:, None], (column < n)[None, :]
+    keep = live & inside
+    factors = _operand(factor, column[None, :], inside, 1.0)
+    biases = _operand(bias, column[None, :], inside, 0.0)
+    gains = _operand(gain, column[None, :], inside, 0.0)
+    place = row[:, None] * stride_residual + column[None, :]
+    added = _operand(residual, place, keep, 0.0)
+    if shape.gated:
+        ups = _operand(None if bias is None else bias + n, column[None, :], inside, 0.0)
+    if eps is not None:
         part = tl.arange(0, shape.parts_padded)
-        known = (part < shape.parts)[:, None] & (row < m)[None, :]
-        sums = tl.load(squares + part[:, None] * m + row[None, :], mask=known, other=0.0)
+        there = (part < shape.parts)[:, None] & (row < m)[None, :]
+        sums = tl.load(squares + part[:, None] * m + row[None, :], mask=there, other=0.0)
     acc = tl.zeros((rows, block_n), tl.float32)
     up = tl.zeros((rows, block_n), tl.float32)
     for offset in range(0, shape.span, launch.block_k):
         begin = split * shape.span + offset
         w = _weights(weight, column, begin, stride_weight, shape, launch)
         inner = begin + tl.arange(0, launch.block_k)
-        keep = live if shape.even else live & (inner < shape.k)[None, :]
-        a = tl.load(x + row[:, None] * stride_x + inner[None, :], mask=keep, other=0.0)
+        known = live if shape.even else live & (inner < shape.k)[None, :]
+        a = tl.load(x + row[:, None] * stride_x + inner[None, :], mask=known, other=0.0)
         acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
         if shape.gated:
             w = _weights(second, column, begin, stride_weight, shape, launch)
@@ -198,27 +200,22 @@ def _linear(
         scale = tl.rsqrt(tl.sum(sums, 0) / shape.k + eps)[:, None]
         acc = acc * scale
         up = up * scale
+    place = row[:, None] * n + column[None, :]
     if shape.gated:
-        shift = None if bias is None else bias + n
-        up = _scaled(up, None, shift, column, n)
-        acc = gelu_tanh(_scaled(acc, None, bias, column, n)) * up
-        keep = live & (column < n)[None, :]
-        place = row[:, None] * n + column[None, :]
+        acc = gelu_tanh(acc + biases) * (up + ups)
         tl.store(out + place, acc.to(out.dtype.element_ty), mask=keep)
     elif partial is None:
-        _finish(acc, factor, bias, residual, gain, out, scaled, squares_out, column_block, row,
-                column, m, stride_residual, n)  # fmt: skip
+        acc = acc * factors + biases + added
+        _finish(acc, gain, gains, out, scaled, squares_out, column_block, row, column, m, n)
     else:
-        place = row[:, None] * n + column[None, :]
-        keep = live & (column < n)[None, :]
         tl.store(partial + split * rows * n + place, acc, mask=keep)
         if counter is not None:  # noqa: SIM102 (Triton has no `and` that stops early)
             if arrived_last(counter + column_block, launch.split_k - 1):
                 acc = tl.zeros((rows, block_n), tl.float32)
                 for other in range(launch.split_k):
                     acc += tl.load(partial + other * rows * n + place, mask=keep, other=0.0)
-                _finish(acc, factor, bias, residual, gain, out, scaled, squares_out, column_block,
-                        row, column, m, stride_residual, n)  # fmt: skip
+                acc = acc * factors + biases + added
+                _finish(acc, gain, gains, out, scaled, squares_out, column_block, row, column, m, n)
 
 
 @triton.jit
@@ -232,12 +229,17 @@ def _add_splits(
     row = tl.program_id(0) + tl.arange(0, 1)
     column = tl.program_id(1) * block + tl.arange(0, block)
     keep = (column < shape.n)[None, :]
+    factors = _operand(factor, column[None, :], keep, 1.0)
+    biases = _operand(bias, column[None, :], keep, 0.0)
+    gains = _operand(gain, column[None, :], keep, 0.0)
+    added = _operand(residual, row[:, None] * stride_residual + column[None, :], keep, 0.0)
     acc = tl.zeros((1, block), tl.float32)
     for split in tl.static_range(splits):
         place = (split * shape.rows + row)[:, None] * shape.n + column[None, :]
         acc += tl.load(partial + place, mask=keep, other=0.0)
-    _finish(acc, factor, bias, residual, gain, out, scaled, squares, tl.program_id(1), row, column,
-            m, stride_residual, shape.n)  # fmt: skip
+    acc = acc * factors + biases + added
+    part = tl.program_id(1)
+    _finish(acc, gain, gains, out, scaled, squares, part, row, column, m, shape.n)
 
 
 def default_launch(x: Tensor, n: int, k: int, kind: Kind) -> Launch:

@@ -16,13 +16,11 @@ class ElementwiseOptions(Options):
 
     `aiter`: AMD's RMSNorm and GELU * up; the rest stays torch's. Under `compile` kernels are opaque
     to Inductor, which then fuses less around them. `rotary=triton` takes that one kernel alone: it
-    turns queries and keys in one launch; Inductor makes two. `norms=triton` takes RMSNorm and
-    LayerNorm alone.
+    turns queries and keys in one launch; Inductor makes two.
     """
 
     backend: Literal["torch", "triton", "aiter"] = "torch"
     rotary: Literal["backend", "triton"] = "backend"
-    norms: Literal["backend", "triton"] = "backend"
 
 
 class Elementwise(Knob[ElementwiseOptions]):
@@ -72,15 +70,12 @@ class Elementwise(Knob[ElementwiseOptions]):
 
             ops.rotary = triton_rotary.rotary
             ops.rotary_qk = triton_rotary.rotary_qk
-        if "triton" in (options.backend, options.norms):
-            from openpi_opt.kernels import triton_norm
+        if options.backend == "triton":
+            from openpi_opt.kernels import triton_activation, triton_norm
 
             ops.rms_norm = triton_norm.rms_norm
             ops.adaptive_rms_norm = triton_norm.adaptive_rms_norm
             ops.layer_norm = triton_norm.layer_norm
-        if options.backend == "triton":
-            from openpi_opt.kernels import triton_activation
-
             ops.gelu = triton_activation.gelu
             ops.gelu_mul = triton_activation.gelu_mul
 
@@ -90,10 +85,8 @@ class Elementwise(Knob[ElementwiseOptions]):
         return ElementwiseOptions() if options.backend == "aiter" else options
 
     def label(self, options: ElementwiseOptions) -> str:
-        """The backend, and the kernels that are not its own."""
-        more = {name: getattr(options, name) for name in ("rotary", "norms")}
-        own = [f"{name}={value}" for name, value in more.items() if value != "backend"]
-        return " ".join((options.backend, *own))
+        """The backend, and the kernel that is not its own."""
+        return options.backend + (" rotary=triton" if options.rotary == "triton" else "")
 
 
 def _aiter_problem(cfg: Configuration, machine: Machine) -> Refusal | None:
