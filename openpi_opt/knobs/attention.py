@@ -28,8 +28,9 @@ class TritonLaunch(Options):
     """Launch parameters of an own Triton kernel; null takes the kernel's table.
 
     `blocks` (key blocks of a split) and `fused` (1: the last block adds the splits, 0: a second
-    kernel does) belong to the kernel of the denoising steps; `waves_per_eu` and
-    `matrix_instr_nonkdim` to AMD.
+    kernel does) belong to the kernel of the denoising steps; `waves_per_eu`,
+    `matrix_instr_nonkdim` and `dies` to AMD (8: blocks of one head run on one die of an MI300 and
+    find its keys in that die's L2; 1: as the hardware deals them), the last not in denoising steps.
     """
 
     block_m: int | None = None
@@ -38,6 +39,7 @@ class TritonLaunch(Options):
     num_warps: int | None = None
     num_stages: int | None = None
     fused: Literal[0, 1] | None = None
+    dies: Literal[1, 8] | None = None
     waves_per_eu: int | None = None
     matrix_instr_nonkdim: int | None = None
 
@@ -47,9 +49,9 @@ class TritonLaunch(Options):
 
     def canonical(self, stage: str, device: str) -> TritonLaunch:
         """Without what the kernel of `stage` on `device` does not read."""
-        idle = set() if stage == "denoise" else {"blocks", "fused"}
+        idle = {"dies"} if stage == "denoise" else {"blocks", "fused"}
         if device != "rocm":
-            idle |= {"waves_per_eu", "matrix_instr_nonkdim"}
+            idle |= {"dies", "waves_per_eu", "matrix_instr_nonkdim"}
         return self.model_copy(update=dict.fromkeys(idle))
 
 

@@ -29,6 +29,7 @@ class LinearLaunch(Options):
     `block_n` features a block, `block_k` inputs a tile, `split_k` blocks that share a sum, `fused`
     1: the last of them adds the parts, 0: a second kernel does. `prefetch` bytes an instruction
     asks for ahead, `dependent` 1: starts beside the kernel before (NVIDIA from sm90 on).
+    `waves_per_eu` and `matrix_instr_nonkdim` are AMD's.
     """
 
     block_n: Literal[16, 32, 64, 128] | None = None
@@ -39,6 +40,8 @@ class LinearLaunch(Options):
     fused: Literal[0, 1] | None = None
     prefetch: Literal[0, 128, 256, 512] | None = None
     dependent: Literal[0, 1] | None = None
+    waves_per_eu: Literal[0, 1, 2, 3, 4] | None = None
+    matrix_instr_nonkdim: Literal[0, 16, 32] | None = None
 
     def given(self) -> dict[str, int]:
         """The parameters that are not left to the table."""
@@ -50,6 +53,8 @@ class LinearLaunch(Options):
         idle -= {"split_k"} if name not in _UNSPLIT else set()
         if device != "cuda":
             idle |= {"prefetch", "dependent"}
+        if device != "rocm":
+            idle |= {"waves_per_eu", "matrix_instr_nonkdim"}
         return self.model_copy(update=dict.fromkeys(idle))
 
     def problem(self, name: str, rows: int, arch: str) -> str | None:
