@@ -10,24 +10,32 @@ before tuning, and writes the second as it does afterwards, as if asm had won ev
 import ctypes
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 source, gfx, units, job = sys.argv[1:]
 scratch = Path(tempfile.mkdtemp())
 (scratch / "rocm" / ".info").mkdir(parents=True)
 (scratch / "rocm" / ".info" / "version").write_text("7.0.0\n")
-os.environ |= {"GPU_ARCHS": gfx, "CU_NUM": units, "ROCM_HOME": str(scratch / "rocm"),
+(scratch / "rocm" / "bin").mkdir()
+(scratch / "rocm" / "bin" / "rocminfo").write_text(f"#!/bin/sh\necho Name: {gfx}\n")
+(scratch / "rocm" / "bin" / "rocminfo").chmod(0o755)
+os.environ |= {"PATH": f"{scratch / 'rocm' / 'bin'}:{os.environ['PATH']}",
+               "GPU_ARCHS": gfx, "CU_NUM": units, "ROCM_HOME": str(scratch / "rocm"),
                "ROCM_PATH": str(scratch / "rocm"), "AITER_JIT_DIR": str(scratch)}  # fmt: skip
 
 
 def module(name: str, **content: object) -> None:
     made = types.ModuleType(name)
     made.__path__ = [str(Path(source) / name.replace(".", "/"))]
+    made.__spec__ = ModuleSpec(name, None, is_package=True)
+    made.__spec__.submodule_search_locations = made.__path__
     made.__dict__.update(content)
     sys.modules[name] = made
 
@@ -44,21 +52,11 @@ def nothing(*_: object, **__: object) -> None:
     raise AssertionError("needs a GPU")
 
 
-import logging  # noqa: E402
-
-import torch  # noqa: E402
-
-module(
-    "aiter",
-    dtypes=types.SimpleNamespace(
-        bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32, fp8=torch.float8_e4m3fn
-    ),
-    logger=logging.getLogger("aiter"),
-    gemm_a16w16_asm=nothing,
-    hipb_create_extension=nothing,
-    hipb_mm=nothing,
-)
+module("aiter", logger=logging.getLogger("aiter"), gemm_a16w16_asm=nothing,
+       hipb_create_extension=nothing, hipb_mm=nothing)  # fmt: skip
 sys.path.insert(0, source)
+importlib.import_module("aiter.jit.core")
+sys.modules["aiter"].dtypes = importlib.import_module("aiter.utility.dtypes")  # type: ignore[attr-defined]
 module("aiter.ops")
 module("aiter.ops.gemm_op_common", get_padded_m=compiled_padding())
 # Whether FlyDSL can be imported is the machine's; a row that names it is served where it can.
