@@ -532,8 +532,7 @@ class _Engine:
         if job.lost and not error.phase:
             raise UserError(
                 f"a trial was lost twice before it had begun: {error}.\n"
-                "Everything recorded before is kept. Mend the nodes or their queue, then run the "
-                "same command again to continue."
+                "Mend the nodes or their queue, then run the same command again to continue."
             )
         if job.lost or error.outcome == "oom":
             self._finish(job, lost_result(job.cfg, job.folder, error))

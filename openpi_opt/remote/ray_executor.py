@@ -176,7 +176,7 @@ class RayHandle:
         except ray.exceptions.LocalRayletDiedError as error:
             raise UserError(
                 f"executor=ray: the cluster is gone ({_first_line(error)}).\n"
-                "Everything recorded before is kept. Start it, then run the same command again."
+                "Start it, then run the same command again to continue."
             ) from error
         except ray.exceptions.RayError as error:
             raise LostError(_first_line(error)) from error
