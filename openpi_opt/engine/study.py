@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 from openpi_opt import interrupt
-from openpi_opt.config import RACE_FILE, Config, nature
+from openpi_opt.config import RACE_FILE, Config, is_lossy
 from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.executor import Executor, LocalExecutor, LostError, Run
@@ -588,7 +588,7 @@ class _Engine:
             return
         if self.criteria.over(result):  # fast perhaps, but never the best
             return
-        may_win = self.criteria.allow_lossy or not nature(result.config).lossy
+        may_win = self.criteria.allow_lossy or not is_lossy(result.config)
         if may_win and result.latency.mean_ms < self._best.get(result.context_hash, math.inf):
             self._best[result.context_hash] = result.latency.mean_ms
             write_atomic(self.ledger.study_dir / RACE_FILE, json.dumps(self._best))

@@ -13,10 +13,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openpi_opt.cli import print_uncut, run
 from openpi_opt.errors import UserError
+from openpi_opt.track.store import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from openpi_opt.kernels.offline import Arch
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{' and '.join(missing)} not installed: the kernels cannot be compiled\n"
             "make test or make sweep installs both; Triton has wheels for Linux"
         )
+    if arguments.write_table is not None:
+        return _write_table(arguments.write_table, arguments.store)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise UserError("TRITON_INTERPRET is set: nothing is compiled then; unset it")
     rows = table(_architectures(arguments.arch))
@@ -47,6 +51,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         _print(rows)
     return PROBLEM if any(not row["fits"] for row in rows) else 0
+
+
+def _write_table(study: str, store: str) -> int:
+    """Put the launch parameters of a study's fastest trial into the shipped tables."""
+    from openpi_opt.kernels import write_table
+    from openpi_opt.track.journal import Journal
+    from openpi_opt.track.store import Store
+
+    study_dir = Store.open(store, create=False).find_study(study)
+    record = write_table.best(Journal.read(study_dir).records())
+    found = write_table.entries(record)
+    for module in dict.fromkeys(entry.module for entry in found):
+        own = {entry.key: entry.launch for entry in found if entry.module is module}
+        path = Path(str(module.__file__))
+        write_table.write(path, own, f"Study {study}, trial {record.number}")
+        print(f"{path}: {len(own)} entries of trial {record.number} of study {study}")
+        for key, launch in own.items():
+            print(f"  {key}: {launch}")
+    return 0
 
 
 def table(archs: Sequence[Arch]) -> list[dict[str, Any]]:
@@ -178,6 +201,15 @@ def _parser() -> argparse.ArgumentParser:
         "--arch", default=DEFAULT, metavar="LIST", help=f"separated by commas (default: {DEFAULT})"
     )
     parser.add_argument("--json", action="store_true", help="everything, as one JSON document")
+    parser.add_argument(
+        "--write-table",
+        metavar="STUDY",
+        help="instead: write the launch parameters of the study's fastest trial into the kernels' "
+        "table, by architecture and shape",
+    )
+    parser.add_argument(
+        "--store", default=DEFAULT_STORE, metavar="DIR", help="the study's (default: %(default)s)"
+    )
     return parser
 
 

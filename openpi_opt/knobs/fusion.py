@@ -103,8 +103,12 @@ class Fusion(Knob[FusionOptions]):
             from openpi_opt.surgery.lean import LeanPolicy
 
             launch = cfg.knobs["attention"].launch("denoise")  # type: ignore[attr-defined]
-            launches = {"attention": launch.canonical("denoise", cfg.platform.device).given()}
-            fuse_expert_layers(policy, launches, cfg.knobs["gemm"].max_rows)  # type: ignore[attr-defined]
+            gemm, device = cfg.knobs["gemm"], cfg.platform.device
+            launches = {
+                "attention": launch.canonical("denoise", cfg.platform.device).given(),
+                **{n: own.canonical(n, device).given() for n, own in gemm.launches().items()},  # type: ignore[attr-defined]
+            }
+            fuse_expert_layers(policy, launches, gemm.max_rows)  # type: ignore[attr-defined]
             if isinstance(policy, LeanPolicy):
                 policy.derive()
 
