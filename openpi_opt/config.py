@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -508,19 +508,34 @@ def _digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-class Nature(NamedTuple):
-    """What tables ask of a recorded configuration: all knobs at defaults, and less accurate."""
+class _Recorded(dict[str, Any]):
+    """The knobs of a document, each read when it is asked for."""
 
-    plain: bool
-    lossy: bool
-
-
-def nature(config: Mapping[str, Any]) -> Nature:
-    """The nature of a result's configuration. It is kept: to read one takes half a millisecond."""
-    return _nature(json.dumps(config["knobs"], sort_keys=True))
+    def __getitem__(self, name: str) -> Any:
+        return _options(name, json.dumps(self.get(name, {}), sort_keys=True))
 
 
 @functools.lru_cache(maxsize=65_536)
-def _nature(knobs: str) -> Nature:
-    cfg = Config.parse(json.loads(knobs))
-    return Nature(cfg.is_baseline(), cfg.lossy())
+def _options(name: str, options: str) -> BaseModel:
+    return BY_NAME[name].options_type.model_validate_json(options)
+
+
+@functools.cache
+def _plain() -> Config:
+    return Config.parse({})
+
+
+@functools.cache
+def plain_labels() -> dict[str, str]:
+    """The labels of a configuration whose knobs all are at their defaults."""
+    return _plain().labels()
+
+
+def is_lossy(config: Mapping[str, Any]) -> bool:
+    """`Config.lossy` of a recorded configuration, in microseconds: few knobs can be lossy."""
+    return _plain().model_copy(update={"knobs": _Recorded(config["knobs"])}).lossy()
+
+
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """`Config.is_baseline` of a recorded configuration, in half a millisecond."""
+    return Config.parse(config["knobs"]).is_baseline()

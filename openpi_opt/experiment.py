@@ -28,8 +28,9 @@ from openpi_opt.space.space import parse_override
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal, utc_now
 from openpi_opt.track.mlflow_content import device
-from openpi_opt.track.report import Row, flag_lines, rows
+from openpi_opt.track.report import Row, rows
 from openpi_opt.track.store import DEFAULT_STORE, Store
+from openpi_opt.track.table import flag_lines
 
 # Keys of an experiment's command line that the sweep does not have.
 _OWN_KEYS = ("experiment", "out")

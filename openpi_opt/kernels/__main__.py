@@ -65,19 +65,21 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 
 def _write_table(study: str, store: str) -> int:
-    """Put the launch parameters of a study's fastest trial into the shipped table."""
-    from openpi_opt.kernels import triton_skinny_gemm, write_table
+    """Put the launch parameters of a study's fastest trial into the shipped tables."""
+    from openpi_opt.kernels import write_table
     from openpi_opt.track.journal import Journal
     from openpi_opt.track.store import Store
 
     study_dir = Store.open(store, create=False).find_study(study)
     record = write_table.best(Journal.read(study_dir).records())
     found = write_table.entries(record)
-    path = Path(triton_skinny_gemm.__file__)
-    write_table.write(path, found, f"study {study}, trial {record.number}")
-    print(f"{path}: {len(found)} entries of trial {record.number} of study {study}")
-    for key, launch in found.items():
-        print(f"  {key}: {launch}")
+    for module in dict.fromkeys(entry.module for entry in found):
+        own = {entry.key: entry.launch for entry in found if entry.module is module}
+        path = Path(str(module.__file__))
+        write_table.write(path, own, f"Study {study}, trial {record.number}")
+        print(f"{path}: {len(own)} entries of trial {record.number} of study {study}")
+        for key, launch in own.items():
+            print(f"  {key}: {launch}")
     return 0
 
 

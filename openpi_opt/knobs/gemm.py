@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
-from openpi_opt.knobs.launch import LINEARS, LinearLaunch, linears_problem
+from openpi_opt.knobs.launch import LINEARS, LinearLaunch, arch_of, linears_problem
 
 if TYPE_CHECKING:
     from openpi_opt.machine import Machine
@@ -57,7 +57,7 @@ class Gemm(Knob[GemmOptions]):
                 "mode only, for tests",
             )
         options = self.canonical(cfg)
-        problem = linears_problem(options.launches(), _rows(cfg), _arch(cfg, machine))
+        problem = linears_problem(options.launches(), _rows(cfg), arch_of(cfg, machine))
         return None if problem is None else Refusal("invalid", problem)
 
     def canonical(self, cfg: Configuration) -> GemmOptions:
@@ -73,6 +73,11 @@ class Gemm(Knob[GemmOptions]):
             for name, launch in options.launches().items()
         }
         return options.model_copy(update=launches)
+
+    def float32_form(self, cfg: Configuration) -> GemmOptions:
+        """Launch parameters are those of 16 bits: tiles of float32 would not fit."""
+        launches = {f"launch_{name}": LinearLaunch() for name in LINEARS}
+        return self.canonical(cfg).model_copy(update=launches)
 
     def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Put the kernel into the policy's operations."""
@@ -98,8 +103,3 @@ def _rows(cfg: Configuration) -> int:
     once = cfg.knobs["simplify"].state_once  # type: ignore[attr-defined]
     state = cfg.model.family == "pi0" and not once
     return cfg.workload.batch_size * (cfg.workload.horizon + state)
-
-
-def _arch(cfg: Configuration, machine: Machine) -> str:
-    gpus = machine.gpus_for(cfg.platform.device)
-    return gpus[cfg.platform.gpu or 0].arch if gpus else ""
