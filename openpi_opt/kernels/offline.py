@@ -12,6 +12,7 @@ Occupancy, NVIDIA: the CUDA C++ programming guide's table of compute capabilitie
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -47,7 +48,8 @@ class Arch:
 
     `waves` and `blocks` are the most at a time. `shared_bytes` is what it has, `shared_block_bytes`
     what one workgroup may take of it, `shared_reserved_bytes` what the system takes per workgroup.
-    AMD's registers are per lane and SIMD, NVIDIA's per multiprocessor.
+    AMD's registers are per lane and SIMD, NVIDIA's per multiprocessor. `units` is how many of them
+    the GPU has.
     """
 
     name: str
@@ -59,29 +61,41 @@ class Arch:
     shared_block_bytes: int
     shared_reserved_bytes: int = 0
     blocks: int = 32
+    units: int = 132
 
 
 _KIB = 1024
 
 
-def _nvidia(number: int, warps: int, shared_kib: int, blocks: int = 32) -> Arch:
+def _nvidia(number: int, warps: int, shared_kib: int, blocks: int = 32, units: int = 132) -> Arch:
     """Of a compute capability; a block may take all shared memory but 1 KiB, which is reserved."""
     return Arch(
         f"sm{number}", GPUTarget("cuda", number, 32), "nvidia", 65536, warps, shared_kib * _KIB,
-        (shared_kib - 1) * _KIB, _KIB, blocks,
+        (shared_kib - 1) * _KIB, _KIB, blocks, units,
     )  # fmt: skip
 
 
 ARCHS = {
     arch.name: arch
     for arch in (
-        Arch("gfx942", GPUTarget("hip", "gfx942", 64), "amd", 512, 8, 64 * _KIB, 64 * _KIB),
-        Arch("gfx950", GPUTarget("hip", "gfx950", 64), "amd", 512, 8, 160 * _KIB, 160 * _KIB),
-        _nvidia(80, 64, 164),
-        _nvidia(89, 48, 100, 24),
+        Arch(
+            "gfx942", GPUTarget("hip", "gfx942", 64), "amd", 512, 8, 64 * _KIB, 64 * _KIB, units=304
+        ),
+        Arch(
+            "gfx950",
+            GPUTarget("hip", "gfx950", 64),
+            "amd",
+            512,
+            8,
+            160 * _KIB,
+            160 * _KIB,
+            units=256,
+        ),
+        _nvidia(80, 64, 164, units=108),
+        _nvidia(89, 48, 100, 24, units=142),
         _nvidia(90, 64, 228),
-        _nvidia(100, 64, 228),
-        _nvidia(120, 48, 100, 24),
+        _nvidia(100, 64, 228, units=148),
+        _nvidia(120, 48, 100, 24, units=188),
     )
 }
 """MI300X, MI350 and MI355X; A100; L4, L40 and Ada RTX; H100 and H200; B200; RTX 50 and RTX PRO."""
@@ -128,6 +142,8 @@ class Variant:
     constants: Mapping[str, Any]
     attributes: Mapping[tuple[int, ...], Any]
     options: Mapping[str, Any]
+    blocks: int
+    """of the grid; no part of what is compiled"""
 
     @property
     def name(self) -> str:
@@ -155,17 +171,18 @@ def noted_launches(arch: Arch, modules: Iterable[ModuleType]) -> Iterator[list[V
     noted: list[Variant] = []
 
     def launch(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop("grid")
+        grid = kwargs.pop("grid")
         kwargs.pop("warmup")
-        noted.append(_variant(kernel, args, kwargs))
+        noted.append(_variant(kernel, args, kwargs, math.prod(grid)))
 
     with ExitStack() as stack:
         hip = "7.0" if arch.vendor == "amd" else None
         stack.enter_context(mock.patch.object(torch.version, "hip", hip))
         stack.enter_context(mock.patch.object(JITFunction, "run", launch))
         for module in modules:
-            if hasattr(module, "arch"):
-                stack.enter_context(mock.patch.object(module, "arch", return_value=arch.name))
+            for name, value in (("arch", arch.name), ("units", arch.units)):
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, return_value=value))
         yield noted
 
 
@@ -231,7 +248,9 @@ def nvidia_occupancy(registers: int, shared_bytes: int, warps: int, arch: Arch) 
     return Occupancy(float(blocks * warps), arch.waves, limit)
 
 
-def _variant(kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
+def _variant(
+    kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any], blocks: int
+) -> Variant:
     """As Triton specialises a launch: constants, ones and multiples of 16 are compiled in."""
     names = [parameter.name for parameter in kernel.params]
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
@@ -247,7 +266,7 @@ def _variant(kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, An
             constants[parameter.name] = value
         elif isinstance(value, Tensor) or (kind == "i32" and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    return Variant(kernel, signature, constants, attributes, options)
+    return Variant(kernel, signature, constants, attributes, options, blocks)
 
 
 def _kind(value: Any, constexpr: bool) -> str:
