@@ -103,14 +103,17 @@ def _products(rows: int, adaptive: bool) -> None:
         return _empty(size, dtype=torch.float32) if adaptive else None
 
     x, seen, hidden = (_empty(1, rows, width) for width in (_WIDTH, _HEADS * _HEAD_DIM, _MLP))
-    # The first layer gets one sum of squares from torch, the others 32 parts of it.
-    for parts in (32,) if adaptive else (1, 32):
-        squares = _empty(parts, rows, dtype=torch.float32)
-        skinny_linear(x, _empty(_QKV, _WIDTH), vector(_QKV), squares, EPS)
-    skinny_linear(x, _empty(2 * _MLP, _WIDTH), vector(2 * _MLP), squares, EPS, True)
-    for branch in (seen, hidden):
+    launched = {}
+    for name, branch in (("out", seen), ("down", hidden)):
         weight = _empty(_WIDTH, branch.shape[-1])
-        skinny_linear_onward(branch, weight, x, vector(_WIDTH), vector(_WIDTH))
+        launched[name] = skinny_linear_onward(branch, weight, x, vector(_WIDTH), vector(_WIDTH))
+    sums = [launched["down"][2]]
+    if not adaptive:  # the first layer gets whole sums of squares from torch
+        sums.append(_empty(1, rows, dtype=torch.float32))
+    for squares in sums:
+        skinny_linear(x, _empty(_QKV, _WIDTH), vector(_QKV), squares, EPS)
+    squares = launched["out"][2]
+    skinny_linear(x, _empty(2 * _MLP, _WIDTH), vector(2 * _MLP), squares, EPS, True)
 
 
 def layer_attention() -> None:
