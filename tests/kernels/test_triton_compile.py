@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from openpi_opt.errors import UserError
-from openpi_opt.kernels.__main__ import main
+from openpi_opt.kernels.__main__ import DEFAULT, main
 from openpi_opt.kernels.instructions import instructions
 from openpi_opt.kernels.offline import (
     ARCHS,
@@ -55,7 +55,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("call", CASES, ids=lambda call: call.__name__)
-@pytest.mark.parametrize("name", ARCHS)
+@pytest.mark.parametrize("name", DEFAULT.split(","))
 def test_shipped_parameters_fit_the_machine(name: str, call: Callable[[], None]) -> None:
     arch = ARCHS[name]
     noted = variants(call, arch, MODULES)
@@ -66,8 +66,7 @@ def test_shipped_parameters_fit_the_machine(name: str, call: Callable[[], None])
         assert found.fits, variant.key
         assert 0 < found.registers <= 512, variant.key
         assert found.occupancy.waves >= 1, variant.key
-        if arch.vendor == "amd":
-            assert found.spilled == found.scratch_bytes == 0, variant.key
+        assert found.spilled == found.scratch_bytes == 0, variant.key
             mix = instructions(binary.asm["amdgcn"])
             assert not mix.narrow, (variant.key, mix.text())
             assert not any("_32x32x" in name for name in mix.mfma), (variant.key, mix.text())
