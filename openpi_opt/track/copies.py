@@ -97,6 +97,8 @@ class Copies:
         try:
             self._write("finish")
             self._wait(INTERRUPTED_S if interrupt.pressed() else WAIT_S)
+        except KeyboardInterrupt:  # ends this wait; what the verb has to say is still said
+            interrupt.heeded()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -117,7 +119,7 @@ class Copies:
         except subprocess.TimeoutExpired:
             self._say(
                 f"waiting up to {seconds:.0f} s for MLflow and Optuna's database to take the last "
-                "results; the journal has them (Ctrl-C: end now)"
+                "results; the journal has them (Ctrl-C: do not wait)"
             )
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(max(0.0, end - time.monotonic()))

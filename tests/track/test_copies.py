@@ -68,7 +68,7 @@ def test_a_server_that_misbehaves_holds_back_no_trial(tmp_path: Path) -> None:
         host.assert_tidy()
 
 
-def test_one_ctrl_c_ends_a_sweep_whose_server_hangs(host: Host) -> None:
+def test_one_ctrl_c_ends_a_sweep_or_a_wait_for_a_server_that_hangs(host: Host) -> None:
     with bad_server("hang") as uri:
         host.env |= {"MLFLOW_TRACKING_URI": uri}
         sweep = host.start("--seeds", "3", "--seconds", "30", "--mlflow")
@@ -78,6 +78,13 @@ def test_one_ctrl_c_ends_a_sweep_whose_server_hangs(host: Host) -> None:
         sweep.communicate(timeout=60)
         assert time.monotonic() - begun < 10
         assert sweep.returncode == 130
+        sweep = host.start("--seeds", "1", "--study", "done", "--mlflow")
+        assert sweep.stderr is not None
+        next(line for line in sweep.stderr if line.startswith("waiting up to"))
+        sweep.send_signal(signal.SIGINT)  # ends the wait for copies, and not the verb's words
+        _, said = sweep.communicate(timeout=10)
+        assert "MLflow lacks 1 of 1 record(s)" in said
+        assert sweep.returncode == 0, said
     assert not followers(host)
 
 
