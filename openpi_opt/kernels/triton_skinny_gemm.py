@@ -336,7 +336,7 @@ class _Product:
         weight, shape = self.weight, self.shape(launch)
         size = weight.element_size()
         return (
-            bool(launch.dependent)
+            launch.dependent in (1, 2)
             and shape.even
             and shape.span * size % launch.prefetch == 0
             and (shape.span * size // launch.prefetch).bit_count() == 1
