@@ -57,7 +57,7 @@ TABLES: dict[str, dict[Any, Any]] = {
     "decode": triton_decode.TABLE,
     "flash": triton_attention.TABLE,
 }
-PREFETCH = [(0, 0), (1, 0), (1, 128), (1, 512), (1, 1024), (2, 0), (2, 512), (3, 0)]
+PREFETCH = [(0, 0), (1, 0), (1, 128), (1, 512), (1, 1024), (2, 0), (2, 512)]
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def start(work: Workload) -> None:
 def variants(name: str, launch: Any, work: Workload) -> Iterator[Any]:
     """Launches that differ from `launch` in one choice, or in the tile."""
     if name == "attention":
-        axes = {"num_stages": (1, 2), "fused": (0, 1), "dependent": (0, 1, 2, 3)}
+        axes = {"num_stages": (1, 2), "fused": (0, 1), "dependent": (0, 1, 2)}
         rows, keys = 8 * work.rows, work.stored + work.rows
         for m, n, blocks, warps in itertools.product((16, 32, 64), (32, 64), (1, 2, 4), (4, 8)):
             splits = math.ceil(keys / (n * blocks))
@@ -305,9 +305,7 @@ class Tuning:
             }
             for d, p in PREFETCH
         ]
-        alone = [{"attention": changed(self.now("attention"), {"dependent": d})} for d in range(4)]
-        for choices in (alone, beside):
-            self.take_best(choices, self.compile(choices))
+        self.take_best(beside, self.compile(beside))
         before = math.inf
         while self.best < before and time.monotonic() < self.deadline:
             before = self.best

@@ -36,7 +36,7 @@ class Launch:
     fused: int = 0
     """1: the last block adds the parts of a split; 0: a second kernel does"""
     dependent: int = 0
-    """1 or 2: start beside the kernel before; 3: let the next one do so (NVIDIA from sm90 on)"""
+    """1 or 2: start beside the kernel before (NVIDIA from sm90 on)"""
     prefetch: int = 0
     """bytes an instruction asks for in L2 before the wait; 0: none"""
     dies: int = 1
@@ -47,7 +47,7 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """The arguments of the launch itself, those that this vendor's compiler knows."""
         given: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if self.dependent in (1, 2):
+        if self.dependent:
             given["launch_pdl"] = True
         if torch.version.hip is not None:
             amd = {

@@ -207,10 +207,6 @@ def _add_splits(
     tl.store(out + target + column, result.to(out.dtype.element_ty), mask=column < width)
 
 
-# How the kernel that adds the splits follows, by how the one that makes them does.
-_DEPENDENT_SUM = (0, 1, 2, 1)
-
-
 def default_launch(q: Tensor, kv_heads: int) -> Launch:
     """The measured parameters of this architecture, or the default.
 
@@ -273,13 +269,11 @@ def _run(
         blocks=launch.blocks, **launch.options(),
     )  # fmt: skip
     if not launch.fused:
-        last = dataclasses.replace(
-            launch, num_warps=4, num_stages=1, dependent=_DEPENDENT_SUM[launch.dependent]
-        )
         _add_splits[(rows, pairs)](
             partial, sums, out, rows, rows_padded, group, splits=splits, width=width,
             kv_heads=kv_heads, block_s=triton.next_power_of_2(splits),
-            block_d=triton.next_power_of_2(width), dependent=last.dependent, **last.options(),
+            block_d=triton.next_power_of_2(width), dependent=launch.dependent,
+            **dataclasses.replace(launch, num_warps=4, num_stages=1).options(),
         )  # fmt: skip
     return out
 
@@ -287,7 +281,7 @@ def _run(
 def _prefetch(k: Tensor, v: Tensor, launch: Launch) -> int:
     """Bytes that one instruction prefetches of the cached keys and values; 0 for none."""
     whole = k.shape[-1] * k.element_size() % 128 == 0 and k.shape[-1].bit_count() == 1
-    return 128 if launch.dependent in (1, 2) and whole and k.shape[1] > 0 else 0
+    return 128 if launch.dependent and whole and k.shape[1] > 0 else 0
 
 
 @torch.library.custom_op("openpi_opt::triton_decode_attention", mutates_args=())

@@ -336,7 +336,7 @@ class _Product:
         weight, shape = self.weight, self.shape(launch)
         size = weight.element_size()
         return (
-            launch.dependent in (1, 2)
+            bool(launch.dependent)
             and shape.even
             and shape.span * size % launch.prefetch == 0
             and (shape.span * size // launch.prefetch).bit_count() == 1
