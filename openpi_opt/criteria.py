@@ -1,7 +1,7 @@
 """What results are judged by: the objectives of a study, and the limits that a result must keep.
 
-Judging is no part of a measurement: it reads results, so the same results are judged anew when the
-limits change. Nothing here knows how a study is searched or shown.
+Judging does not belong to a measurement: it reads results. So the same results are judged again
+when the limits change. Nothing here knows how a study is searched or shown.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Criteria(BaseModel):
     """What counts as better, and what as too much.
 
     `objectives` are minimised; of several, the Pareto set is the answer. A result above one of
-    `limits` (in the unit of its name) is no answer at all, and a lossy one only with `allow_lossy`.
+    `limits` (in the unit of its name) is not an answer, and a lossy one only with `allow_lossy`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -125,7 +125,7 @@ class Criteria(BaseModel):
         return [OBJECTIVES[name] for name in self.objectives]
 
     def shown(self) -> list[Figure]:
-        """What a table shows beside the latency: the other objectives, then what is limited."""
+        """What a table shows next to the latency: the other objectives, then what is limited."""
         found = [*self.figures(), *(LIMITS[name] for name in self.limits)]
         return [figure for figure in dict.fromkeys(found) if figure.key != "mean_ms"]
 

@@ -338,7 +338,10 @@ def parser(verb: str, description: str, report: str) -> argparse.ArgumentParser:
         help="begin no round that would not end within this time; what was done is reported",
     )
     found.add_argument(
-        "--seed", type=cli.at_least(0), default=0, help="another one measures anew (default: 0)"
+        "--seed",
+        type=cli.at_least(0),
+        default=0,
+        help="another seed measures all again (default: 0)",
     )
     found.add_argument("--device", type=gpu_name, metavar="GPU", help=DEVICE_HELP)
     found.add_argument("--out", metavar="DIR", help=f"where {report} (default: the study)")
@@ -376,7 +379,7 @@ def open_session(
     study_dir: Path,
     again: Callable[[Journal], Config] | None = None,
 ) -> Session:
-    """A session on a study, which is made when there is none.
+    """A session on a study, which is made if it does not exist.
 
     Raises:
         UserError: a study that cannot be read or written.

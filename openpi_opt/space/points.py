@@ -20,7 +20,7 @@ _MOST_KEPT = 20_000
 class Points:
     """Composes every point once.
 
-    Of a space that is `sensible_only`, points that a knob refuses are none, and lossy ones only
+    In a space that is `sensible_only`, points that a knob refuses do not count. Lossy ones count only
     with `allow_lossy`.
     """
 
@@ -35,8 +35,8 @@ class Points:
         """The configuration of a point, with `auto` resolved.
 
         Raises:
-            UserError: the point is none, for instance because its values contradict each other;
-                NotSensibleError where only a knob says so.
+            UserError: its values have no configuration, for instance because they contradict each
+                other; NotSensibleError where only a knob says so.
         """
         cfg = self._composed(params)
         if self._space.sensible_only:

@@ -1,4 +1,4 @@
-"""The keys of `conf/sweep.yaml` that steer a sweep and are no part of a trial."""
+"""The keys of `conf/sweep.yaml` that steer a sweep and do not belong to a trial."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def _explain(error: ValidationError) -> str:
     if name == "sampler":
         return f"sampler={first['input']}: unknown. Use one of {', '.join(get_args(SamplerName))}."
     if name == "n_trials" and first["type"] == "greater_than_equal":
-        return f"n_trials={first['input']}: at least 1 trial is needed, or there is no sweep."
+        return f"n_trials={first['input']}: at least 1 trial is needed for a sweep."
     if name.startswith("objective.minimize."):
         known = ", ".join(OBJECTIVES)
         return f"objective={first['input']}: unknown. Use one or more of {known}."
@@ -222,7 +222,7 @@ def check_not_swept(space: Space) -> None:
         if bare in _JUDGING:
             raise UserError(
                 f"{key} judges all trials of a study and cannot itself be swept.\n"
-                "Give it one value; another one later judges the same results anew."
+                "Give it one value. Another value later judges the same results again."
             )
         if bare.split(".")[0] in Settings.model_fields:
             hint = f"Give {key} one value and start one sweep for each."

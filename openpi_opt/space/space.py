@@ -37,7 +37,6 @@ from openpi_opt.space.dimensions import (
     Dimension,
     Integers,
     Interval,
-    floats,
 )
 from openpi_opt.space.schema_keys import key_values
 
@@ -134,7 +133,7 @@ class Space:
         return {key: self.dimensions[key].value(text) for key, text in params.items()}
 
     def hash(self) -> str:
-        """Identity of the space, 8 hexadecimal digits; the order of keys and values is no part."""
+        """Identity of the space, 8 hexadecimal digits, whatever the order of keys and values."""
         described = {key: repr(_unordered(value)) for key, value in self.dimensions.items()}
         text = json.dumps([described, sorted(self.fixed)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -233,7 +232,9 @@ def _range(line: str, sweep: RangeSweep) -> Dimension:
         raise _empty(line)
     if len(listed) > MAX_LISTED:
         raise UserError(f"{line!r} has more than {MAX_LISTED} values. Use interval(LOW,HIGH).")
-    return floats(listed)
+    # Adding a step again and again leaves 0.30000000000000004. Twelve digits are kept, so that the
+    # value is the one a user would write.
+    return Choices(tuple(repr(float(f"{value:.12g}")) for value in listed))
 
 
 def _before_stop(values: Iterable[float], sweep: RangeSweep) -> list[float]:
@@ -273,8 +274,8 @@ def _no_tags(line: str, tags: set[str]) -> None:
 def _text(value: Any) -> str:
     """The text of a value that the grammar reads back as that value.
 
-    A string goes into quotes unless it is a plain word: `str(1)` is no number, `'a b'` no syntax
-    error.
+    A string goes into quotes unless it is a plain word: so `str(1)` stays a text, and a blank may be
+    part of it.
     """
     if isinstance(value, str):
         plain = _PLAIN_WORD.fullmatch(value) and value.lower() not in _NOT_WORDS
