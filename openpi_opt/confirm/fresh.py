@@ -214,7 +214,6 @@ class FreshRuns:
                 "\nThey would disturb each other. Wait for that one to end."
             ) from None
         copies: Copies | None = None
-        hurried = True
         try:
             self._end_orphans()
             if self._tracking is not None:
@@ -229,13 +228,12 @@ class FreshRuns:
             if self._lease.slot.gpu is not None:
                 self._say(f"on {self._lease.slot.name} ({self._lease.slot.gpu.uuid})")
             yield
-            hurried = False
         finally:
             if self._lease is not None:
                 self._lease.release()
             lock.release()
             if copies is not None:
-                copies.close(len(self.journal), at_once=hurried)
+                copies.close(len(self.journal))
 
     def _end_orphans(self) -> None:
         """End what a killed session left; it may hold the device that is to be leased."""
