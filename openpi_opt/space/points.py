@@ -20,8 +20,8 @@ _MOST_KEPT = 20_000
 class Points:
     """Composes every point once.
 
-    In a space that is `sensible_only`, points that a knob refuses do not count. Lossy ones count only
-    with `allow_lossy`.
+    In a space that is `sensible_only`, points that a knob refuses do not count. Lossy ones count
+    only with `allow_lossy`.
     """
 
     def __init__(self, space: Space, compose: Compose, machine: Machine, allow_lossy: bool = False):

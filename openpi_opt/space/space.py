@@ -274,8 +274,8 @@ def _no_tags(line: str, tags: set[str]) -> None:
 def _text(value: Any) -> str:
     """The text of a value that the grammar reads back as that value.
 
-    A string goes into quotes unless it is a plain word: so `str(1)` stays a text, and a blank may be
-    part of it.
+    A string goes into quotes unless it is a plain word: so `str(1)` stays a text, and may hold
+    blanks.
     """
     if isinstance(value, str):
         plain = _PLAIN_WORD.fullmatch(value) and value.lower() not in _NOT_WORDS
