@@ -77,7 +77,7 @@ class Criteria(BaseModel):
 
     @staticmethod
     def of(objectives: Sequence[ObjectiveName], allow_lossy: bool, limits: Limits) -> Criteria:
-        """Those of a sweep."""
+        """The criteria of a sweep."""
         given = {name: getattr(limits, name) for name in LIMITS}
         return Criteria(
             objectives=tuple(objectives),
@@ -87,7 +87,7 @@ class Criteria(BaseModel):
 
     @staticmethod
     def load(study_dir: Path) -> Criteria | None:
-        """Those of the newest sweep of a study; None: latency alone, without limits.
+        """The criteria of a study's newest sweep; None: latency alone, without limits.
 
         Raises:
             UserError: the file is damaged.
@@ -104,7 +104,7 @@ class Criteria(BaseModel):
             ) from None
 
     def save(self, study_dir: Path) -> None:
-        """Leave them in the study's folder.
+        """Write them into the study's folder.
 
         Raises:
             OSError: the folder cannot be written.
@@ -112,7 +112,7 @@ class Criteria(BaseModel):
         write_atomic(study_dir / _FILE, self.model_dump_json(indent=1) + "\n")
 
     def allowing(self, allow_lossy: bool) -> Criteria:
-        """The same, with lossy results admitted when they were not."""
+        """These criteria, with lossy results admitted if `allow_lossy`."""
         return self.model_copy(update={"allow_lossy": self.allow_lossy or allow_lossy})
 
     @property

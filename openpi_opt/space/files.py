@@ -1,7 +1,8 @@
 """Option files as data: what Hydra composes is read here, the project's own files and the users'.
 
-A preset or a space may come from anywhere, so a file is bounded in size, depth and aliases, names
-no code to run, reads no variable that could hold a secret, and does not lead out of its folder.
+A preset or a space may come from anywhere. So a file is bounded in size, depth and aliases. It
+names no code to run, reads no variable that could hold a secret, and does not lead out of its
+folder.
 Words mean what they mean on the command line: `off` is a word, `1e-3` and `016` are numbers
 (YAML 1.2, not 1.1), so that `- override /compile: off` chooses the option `off`.
 """
@@ -336,7 +337,7 @@ def _check_preset(file: OptionFile) -> None:
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which what aliases stand for is there once for each."""
+    """A copy in which each alias has its own copy of the value."""
     if isinstance(value, Mapping):
         return {key: _unshared(part) for key, part in value.items()}
     return [_unshared(part) for part in value] if isinstance(value, list) else value
