@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from openpi_opt.errors import UserError
 from openpi_opt.space.dimensions import Integers, Interval
-from openpi_opt.space.space import Space
+from openpi_opt.space.space import Space, text_of
 
 WORDS = st.text("abcxyz_", min_size=1, max_size=5)
 STRINGS = st.text(st.characters(codec="ascii", categories=["L", "N", "P", "Z"]), max_size=8)
@@ -187,9 +187,7 @@ def test_a_range_of_millions_is_not_written_out() -> None:
 
 @given(st.lists(STRINGS, min_size=1, max_size=5, unique=True))
 def test_any_string_survives_the_way_through_the_grammar(strings: list[str]) -> None:
-    from openpi_opt.space.space import _text
-
-    assert [values_of(_text(string)) for string in strings] == strings
+    assert [values_of(text_of(string)) for string in strings] == strings
 
 
 @given(start=NUMBERS, stop=NUMBERS, step=NUMBERS.filter(bool))
