@@ -23,7 +23,8 @@ from openpi_opt.confirm.provenance import of_promotion
 from openpi_opt.paths import user_conf_dir
 from openpi_opt.process.devices import DEVICE_HELP, gpu_name
 from openpi_opt.track.journal import Journal, Record
-from openpi_opt.track.mlflow_log import leave_tag, leave_verdict
+from openpi_opt.track.left import leave_tag, leave_verdict
+from openpi_opt.track.link import where
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
 _PRESET_TAG = "openpi_opt.preset"
@@ -99,6 +100,7 @@ def _write(
     cli.say(f"wrote {path}")
     folder = Path(arguments.preset_dir) if arguments.preset_dir else None
     cli.say(f"use it: {_usage(arguments.name, folder)}")
+    cli.say(f"see it: {where(runs.study_dir)}")
     return 0
 
 

@@ -11,10 +11,12 @@ import sys
 import time
 import webbrowser
 from collections.abc import Sequence
+from pathlib import Path
 
 from openpi_opt import cli
 from openpi_opt.errors import UserError
 from openpi_opt.track.journal import Journal
+from openpi_opt.track.link import serving, where
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError, tracking_of
 from openpi_opt.track.store import DEFAULT_STORE, Store, sqlite_url
 
@@ -32,14 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = Store.open(arguments.store, create=False)
     port = _port(arguments.port)
     os.environ.pop("MLFLOW_TRACKING_URI", None)  # this is about the store's own database
-    page = _page(store, arguments.study or _latest(store), f"http://{HOST}:{port}")
+    study_dir = store.find_study(arguments.study or _latest(store))
+    _deliver(store, study_dir)
+    address = f"http://{HOST}:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
     command += ["--backend-store-uri", sqlite_url(store.mlflow_db), "--workers", "1"]
     command += ["--default-artifact-root", store.artifacts.as_uri()]
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as server:
+    with (
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as server,
+        serving(store.path, address),
+    ):
         try:
             _wait(server, port)
+            page = where(study_dir)
             print(page, flush=True)
             cli.say("serving on this host alone, until Ctrl-C")
             if arguments.browser:
@@ -60,15 +68,13 @@ def _latest(store: Store) -> str:
     return max(names, key=lambda name: store.study_dir(name).stat().st_mtime)
 
 
-def _page(store: Store, study: str, server: str) -> str:
-    """The address of a study, after MLflow got what it lacks of it."""
-    study_dir = store.find_study(study)
+def _deliver(store: Store, study_dir: Path) -> None:
+    """Let MLflow have what it lacks of a study."""
     journal = Journal.read(study_dir)
     log = MlflowLog(store, tracking_of(journal))
     try:
         log.sync(study_dir, journal)
         log.show(study_dir, journal)
-        return log.page(server, study)
     except TrackingError as error:
         raise UserError(str(error)) from error
 

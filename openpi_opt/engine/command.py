@@ -16,7 +16,6 @@ from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.errors import UserError, hidden
 from openpi_opt.machine import Machine
-from openpi_opt.paths import conf_dir
 from openpi_opt.remote.engines import connected
 from openpi_opt.remote.remote import Nodes
 from openpi_opt.result import Ok
@@ -25,6 +24,7 @@ from openpi_opt.space.points import Compose, Points
 from openpi_opt.space.prepare import prepare, require_some
 from openpi_opt.space.settings import Settings, check_not_swept, default_study_name
 from openpi_opt.space.space import Space
+from openpi_opt.track.link import where
 from openpi_opt.track.mlflow_content import reason
 from openpi_opt.track.report import Group, Row, groups, mean_ms, what
 from openpi_opt.track.store import DEFAULT_STORE, Store, check_study_name
@@ -188,10 +188,7 @@ def _print_next(outcome: StudyOutcome, promotable: bool, flag: str) -> None:
     print(f"  python -m openpi_opt.compare {outcome.name}{store}{flag}")
     if promotable:
         print(f"  python -m openpi_opt.promote {outcome.name}{store}{flag} --name NAME")
-    if conf_dir() == Path.cwd() / "conf" and not store:
-        print("  make ui")
-    else:
-        print(f"  make ui STORE={outcome.store.path}")
+    print(f"  {where(outcome.store.study_dir(outcome.name))}")
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ from openpi_opt.space.sources import Enumerated, Sampled, Source
 from openpi_opt.track.copies import Copies
 from openpi_opt.track.identity import summary
 from openpi_opt.track.journal import Record
-from openpi_opt.track.optuna_copy import write_space
+from openpi_opt.track.optuna_copy import note_point, write_space
 from openpi_opt.track.store import Store
 
 # How often to look what other sweeps have finished, while there is something to wait for.
@@ -152,6 +152,8 @@ def run_study(
         engine.note_passed_over()
         engine.note_measured()
         ledger.draw()
+        if request.swept:
+            display.note(ledger.report())
         hurried = False
     finally:
         executor.close()
@@ -565,6 +567,8 @@ class _Engine:
         """A job whose result is known."""
         job.let_go(done=True)
         self._tell(job, record)
+        if job.proposal is not None and record.params != job.params:
+            note_point(self.ledger.study_dir, self.trials.space, record.uid, job.params)
         if shown and job.proposal is not None:
             title = label(job.cfg, job.role, job.params)
             changed = self.ledger.known.changes(record)

@@ -56,6 +56,25 @@ def print_groups(
             _say(console, text)
 
 
+def print_side_by_side(found: Sequence[Group]) -> None:
+    """Print the best of each group: of other machines and workloads, so not compared."""
+    body = []
+    for group in found:
+        best = group.best
+        if best is None or best.ok is None:
+            body.append([group.title, "none", "", "", ""])
+            continue
+        latency = best.ok.latency
+        gain = f"{best.vs_baseline:.2f}x" if best.vs_baseline is not None else ""
+        name = f"{best.record.study}:{best.record.number} {what(best, group)}"
+        interval = f"{latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}"
+        body.append([group.title, name, f"{latency.mean_ms:.3f}", interval, gain])
+    heads = ["machine and workload", "best", "mean ms", "95% interval", "vs.\nbaseline"]
+    print("\nside by side, each against its own baseline")
+    for _, line in _grid(heads, body, {*heads[:2]}, set(), TABLE_WIDTH):
+        print(line.rstrip())
+
+
 def _say(console: Console | None, text: str | Text, folded: bool = False) -> None:
     if console is None:
         print(str(text).rstrip())
@@ -145,7 +164,7 @@ def _trials(group: Group, columns: Sequence[Figure], width: int) -> Iterator[tup
         [
             _number(row, group),
             *([what(row, group)] if single else row.differs.values()),
-            _outcome(row),
+            outcome(row),
             *_numbers(row, kinds),
             *([limit] if any(limits) else []),
             *(figure.cell(row.ok) if row.ok else "" for figure in shown),
@@ -214,7 +233,8 @@ def _guard_lines(found: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _outcome(row: Row) -> str:
+def outcome(row: Row) -> str:
+    """How the trial ended, with its role unless that is `trial`."""
     role = row.record.role
     words = [row.record.result.outcome, *(["lossy"] if row.lossy else [])]
     words += ["over limit"] if row.over else []
