@@ -15,11 +15,10 @@ from typing import Any
 from openpi_opt import cli, criteria, preset, provenance
 from openpi_opt.config import Config
 from openpi_opt.confirm import bench, simulate, summary
-from openpi_opt.confirm.bench import ProcessBench
-from openpi_opt.confirm.contenders import contenders
+from openpi_opt.confirm.bench import ProcessBench, contenders
 from openpi_opt.confirm.fresh import FreshRuns
 from openpi_opt.confirm.promotion import Judged, Wanted
-from openpi_opt.confirm.provenance import of_promotion
+from openpi_opt.confirm.summary import of_promotion
 from openpi_opt.paths import user_conf_dir
 from openpi_opt.process.devices import DEVICE_HELP, gpu_name
 from openpi_opt.track.journal import Journal, Record

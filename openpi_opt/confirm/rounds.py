@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 Stage = Literal["tau", "screening", "confirmation"]
 Key = TypeVar("Key", bound=str)
 # A configuration's key, and the number of its process in the stage.
-Place = tuple[str, int]
+Numbered = tuple[str, int]
 # With the mean latency of that process in ms; None: it was not ok.
 Mean = tuple[str, int, float | None]
 
@@ -24,14 +24,9 @@ class NeededError(Exception):
     """A configuration that the others are compared with did not end ok; its key is the argument."""
 
 
-class Measurer(Protocol):
-    """Who measures."""
-
-    def means(self, stage: Stage, places: Iterable[Place]) -> Generator[Mean, None, None]:
-        """Mean latency in ms of one fresh process for each place, in order; None: not ok.
-
-        Some places are asked for before the means of those in front of them are there.
-        """
+# Measures one fresh process for each place, in order. Some places are asked for before the means of
+# those in front of them are there.
+Means = Callable[[Stage, Iterable[Numbered]], Generator[Mean, None, None]]
 
 
 @dataclass
@@ -67,15 +62,17 @@ def draw_rounds(keys: Sequence[Key], count: int, seed: int) -> list[list[Key]]:
 
 
 def measure_rounds(
-    bench: Measurer,
+    means: Means,
     rounds: Sequence[Sequence[str]],
-    needed: Collection[str],
+    needed: Collection[str] = (),
     deadline: Deadline | None = None,
+    stage: Stage = "confirmation",
+    first: int = 0,
 ) -> tuple[dict[str, list[float]], list[str]]:
-    """The means of every configuration by round, and who was dropped.
+    """The means of every configuration by round, and which were dropped.
 
     A configuration that is not ok once is not run again: it cannot be judged any more. With a
-    `deadline` there may be fewer rounds, but only whole ones.
+    `deadline` there may be fewer rounds, but only whole ones. The rounds are numbered from `first`.
 
     Raises:
         NeededError: one of `needed` was not ok.
@@ -83,15 +80,16 @@ def measure_rounds(
     found: dict[str, list[float]] = {key: [] for order in rounds for key in order}
     dropped: list[str] = []
 
-    def places() -> Iterator[Place]:
+    def places() -> Iterator[Numbered]:
         for number, order in enumerate(rounds):
-            done = sum(map(len, found.values())) / len(order)
-            if deadline is not None and not deadline.another(number, done):
-                return
-            yield from ((key, number) for key in order if key not in dropped)
+            if deadline is not None:
+                done = sum(map(len, found.values())) / len(order)
+                if not deadline.another(number, done):
+                    return
+            yield from ((key, first + number) for key in order if key not in dropped)
 
-    with closing(bench.means("confirmation", places())) as means:
-        for key, _, mean in means:
+    with closing(means(stage, places())) as measured:
+        for key, _, mean in measured:
             if key in dropped:
                 continue  # it had been started ahead
             if mean is not None:

@@ -24,7 +24,7 @@ from openpi_opt import result as results
 from openpi_opt.confirm import power, promotion
 from openpi_opt.confirm.judge import Subject
 from openpi_opt.confirm.promotion import Judged, Schedule, Wanted
-from openpi_opt.confirm.rounds import Mean, Place, Stage
+from openpi_opt.confirm.rounds import Mean, Numbered, Stage
 from openpi_opt.errors import UserError
 from openpi_opt.result import Ok
 
@@ -89,7 +89,7 @@ class SimulatedBench:
             if key != BASELINE
         ]
 
-    def means(self, stage: Stage, places: Iterable[Place]) -> Generator[Mean, None, None]:
+    def means(self, stage: Stage, places: Iterable[Numbered]) -> Generator[Mean, None, None]:
         """Draw the means of processes."""
         for key, number in places:
             yield key, number, self._draw(key)

@@ -132,7 +132,6 @@ def run_study(
     ledger.takes_pruned = request.settings.pruning is not None
     engine: _Engine | None = None
     copies: Copies | None = None
-    hurried = True
     try:
         settle(criteria, ledger, display)
         machine_hash = ledger.fingerprint_hash(first)
@@ -154,12 +153,11 @@ def run_study(
         ledger.draw()
         if request.swept:
             display.note(ledger.report())
-        hurried = False
     finally:
         executor.close()
         ledger.close()
         if copies is not None:
-            copies.close(len(ledger.journal), at_once=hurried)
+            copies.close(len(ledger.journal))
     return engine.outcome(store, ended)
 
 
@@ -204,7 +202,6 @@ class _Engine:
     _left_out: dict[str, int] = field(default_factory=dict)
     _used: Callable[[], float] = float  # the part of the number of trials that is used
     neighbours: Neighbours | None = None  # where a sampler chooses
-    hurried: bool = False  # by a second interruption
     _read: int = 0  # records of the journal that were looked at
     _started: float = field(default_factory=time.monotonic)
 
@@ -301,16 +298,12 @@ class _Engine:
         return self.neighbours
 
     def _end(self) -> None:
-        """End what still runs; a second interruption ends it at once."""
+        """End what still runs."""
         jobs = [*self._ready, *self._waiting, *self._running.values()]
         try:
             # Also what an interruption kept from being counted among those that run.
             self.executor.stop()
             self.executor.close()
-        except KeyboardInterrupt:
-            self.hurried = True
-            self.executor.stop(at_once=True)
-            raise
         finally:
             for job in jobs:
                 job.let_go()
@@ -541,8 +534,7 @@ class _Engine:
         if job.lost and not error.phase:
             raise UserError(
                 f"a trial was lost twice before it had begun: {error}.\n"
-                "Everything recorded before is kept. Mend the nodes or their queue, then run the "
-                "same command again to continue."
+                "Mend the nodes or their queue, then run the same command again to continue."
             )
         if job.lost or error.outcome == "oom":
             self._finish(job, lost_result(job.cfg, job.folder, error))

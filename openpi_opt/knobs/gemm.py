@@ -74,6 +74,11 @@ class Gemm(Knob[GemmOptions]):
         }
         return options.model_copy(update=launches)
 
+    def float32_form(self, cfg: Configuration) -> GemmOptions:
+        """Launch parameters are those of 16 bits: tiles of float32 would not fit."""
+        launches = {f"launch_{name}": LinearLaunch() for name in LINEARS}
+        return self.canonical(cfg).model_copy(update=launches)
+
     def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Put the kernel into the policy's operations."""
         options = self.of(cfg)

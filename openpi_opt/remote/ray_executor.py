@@ -176,15 +176,15 @@ class RayHandle:
         except ray.exceptions.LocalRayletDiedError as error:
             raise UserError(
                 f"executor=ray: the cluster is gone ({_first_line(error)}).\n"
-                "Everything recorded before is kept. Start it, then run the same command again."
+                "Start it, then run the same command again to continue."
             ) from error
         except ray.exceptions.RayError as error:
             raise LostError(_first_line(error)) from error
         return text
 
-    def cancel(self, at_once: bool) -> None:
-        """End it; `at_once` ends the worker process, and so the trial, which watches it."""
-        ray.cancel(self._reference, force=at_once)
+    def cancel(self) -> None:
+        """Take it out of the queue; where it runs, the node sees by itself."""
+        ray.cancel(self._reference)
 
 
 def _reach(address: str) -> None:

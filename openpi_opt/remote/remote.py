@@ -59,7 +59,7 @@ class Handle(Protocol):
             LostError: the engine, the node or the process ended it.
         """
 
-    def cancel(self, at_once: bool) -> None:
+    def cancel(self) -> None:
         """End it, wherever it is. After its end this does nothing."""
 
 
@@ -202,7 +202,6 @@ class RemoteExecutor:
         self._lost: list[str] = []
         self._threads = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="trial")
         self._stop = threading.Event()
-        self._at_once = threading.Event()
         self.contended = False
 
     def suits(self, slot: Slot, cfg: Config) -> bool:
@@ -261,10 +260,8 @@ class RemoteExecutor:
         """Nothing: that is known on the nodes."""
         return {}
 
-    def stop(self, at_once: bool = False) -> None:
-        """End all trials: with time to end themselves, or without."""
-        if at_once:
-            self._at_once.set()
+    def stop(self) -> None:
+        """End all trials."""
         self._stop.set()
 
     def close(self) -> None:
@@ -307,9 +304,7 @@ class RemoteExecutor:
     def _end(self, handle: Handle, order: Order) -> None:
         """End a trial, and wait until its node has; nobody holds it for the node afterwards."""
         give_up(order.folder)
-        handle.cancel(self._at_once.is_set())
+        handle.cancel()
         deadline = time.monotonic() + _ENDING_SECONDS
         while locks.is_held(order.folder / NODE_LOCK) and time.monotonic() < deadline:
-            if self._at_once.wait(0.1):
-                handle.cancel(True)
-                return
+            time.sleep(0.1)

@@ -22,13 +22,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from openpi_opt import interrupt
 from openpi_opt.config import Tracking
 from openpi_opt.errors import masked
 from openpi_opt.paths import package_dir
 from openpi_opt.track.store import Store
 
-# What a verb waits at its end for copies that are under way.
+# What a verb waits at its end for copies that are under way, and where it was interrupted.
 WAIT_S = 20.0
+INTERRUPTED_S = 5.0
 # After this silence of a tracker that has work to do, a line says so.
 LATE_S = 30.0
 _SLOW_S = 3.0
@@ -84,18 +86,18 @@ class Copies:
         self._thread = threading.Thread(target=self._listen, name="copies", daemon=True)
         self._thread.start()
 
-    def close(self, records: int, at_once: bool = False) -> None:
-        """Let the process finish, for `WAIT_S` seconds at most, and say what is missing.
+    def close(self, records: int) -> None:
+        """Let the process finish, within the time for that, and say what is missing.
 
-        `records` is how many the journal has. With `at_once` it is ended now.
+        `records` is how many the journal has.
         """
         if self._process is None or self._thread is None:
             return
         try:
-            if not at_once:
-                self._write("finish")
-                self._wait()
+            self._write("finish")
+            self._wait(INTERRUPTED_S if interrupt.pressed() else WAIT_S)
         finally:
+            whole = self._process.poll() == 0
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -105,26 +107,28 @@ class Copies:
                     assert pipe is not None
                     pipe.close()
             self._process = None
-            self._say_missing(records)
+            self._say_missing(records, whole)
 
-    def _wait(self) -> None:
+    def _wait(self, seconds: float) -> None:
         assert self._process is not None
-        end = time.monotonic() + WAIT_S
+        end = time.monotonic() + seconds
         try:
             self._process.wait(_SLOW_S)
         except subprocess.TimeoutExpired:
             self._say(
-                f"waiting up to {WAIT_S:.0f} s for MLflow and Optuna's database to take the last "
+                f"waiting up to {seconds:.0f} s for MLflow and Optuna's database to take the last "
                 "results; the journal has them (Ctrl-C: end now)"
             )
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(max(0.0, end - time.monotonic()))
 
-    def _say_missing(self, records: int) -> None:
+    def _say_missing(self, records: int, whole: bool) -> None:
+        """`whole`: the process has come to its end, so MLflow also knows that the study ended."""
         left = records if self._left is None else self._left
-        if self._mlflow and left:
+        lacks = f"lacks {left} of {records} record(s), which the journal has"
+        if self._mlflow and (left or not whole):
             self._say(
-                f"MLflow lacks {left} of {records} record(s), which the journal has; deliver them: "
+                f"MLflow {lacks if left else 'may show the study as running'}; deliver them: "
                 + self._command
             )
 

@@ -15,11 +15,12 @@ from openpi_opt import pairs
 from openpi_opt.config import Config
 from openpi_opt.confirm import rounds
 from openpi_opt.confirm.fresh import FreshRuns
+from openpi_opt.confirm.rounds import Deadline
 from openpi_opt.errors import UserError
 from openpi_opt.pairs import Pairs
 from openpi_opt.process.run import Place
 from openpi_opt.result import TrialResult
-from openpi_opt.rounds import Deadline, Session
+from openpi_opt.session import Session
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import Store
 
@@ -72,7 +73,7 @@ def test_every_round_has_the_three_in_random_order_and_all_count(tmp_path: Path)
     assert all(sorted(order) == sorted(pairs.ROLES) for order in orders)
     assert len(set(orders)) > 3
     assert {p.shown for p in processes if p.result.latency.mean_ms < 9.9} == {"B"}
-    found.session.write(pairs.document(found), pairs.table(found), pairs.figure(found))
+    found.session.write(pairs.report(found))
     document = json.loads((tmp_path / "out" / "pairs.json").read_text())
     assert document["a_a"]["verdict"] in ("same", "ambiguous")
     assert document["a_b"]["verdict"] == "faster"
@@ -94,7 +95,7 @@ def test_flags_are_counted_below_the_tables(tmp_path: Path) -> None:
         return ok(cfg, found.latency.mean_ms, flags)  # type: ignore[union-attr]
 
     found = measure(tmp_path, shared, planned=4)
-    said = pairs.table(found).splitlines()
+    said = pairs.report(found).text.splitlines()
     assert "- flagged drift: 12 of 12 processes" in said
     assert "- flagged gpu_shared: 4 of 12 processes" in said
 
@@ -121,7 +122,7 @@ def test_the_time_ends_it_at_a_whole_round_and_the_rest_can_follow(
     found = measure(tmp_path, machine, limit_s=20.0)
     assert 3 <= found.rounds <= 6  # each takes 3 s, and A and B went before
     assert len(machine.ran) == 2 + 3 * found.rounds
-    assert f"({found.planned} were planned; the time was over)" in pairs.table(found)
+    assert f"({found.planned} were planned; the time was over)" in pairs.report(found).text
     whole = measure(tmp_path, machine)
     assert whole.rounds == 20
     assert len(machine.ran) == 62

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from openpi_opt.config import Config
-from openpi_opt.confirm.contenders import contenders
+from openpi_opt.confirm.bench import contenders
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
 from openpi_opt.result import Latency, Ok, Refused, TrialResult

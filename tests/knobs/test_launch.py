@@ -46,6 +46,12 @@ def test_they_count_only_where_the_fused_layer_reads_them(raw: dict) -> None:
     assert config(given, H100).hash() != config(fused(), H100).hash()
 
 
+def test_the_guard_s_float32_form_leaves_them_to_the_kernels() -> None:
+    """Its tiles take twice the memory, and its structure is the same for all of them."""
+    given = fused(launch_down={"block_n": 32, "block_k": 512, "num_stages": 5})
+    assert KNOB.float32_form(config(given, H100)) == KNOB.float32_form(config(fused(), H100))
+
+
 @pytest.mark.parametrize(
     ("launch", "words"),
     [

@@ -7,23 +7,16 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from process_samples import LIMITS, SAY
 
 from openpi_opt.process import child, locks, watcher
 from openpi_opt.process.child import Ended, Tether, run_command
-
-LIMITS = {"start": 20.0, "load": 20.0, "measure": 20.0}
-SAY = """
-import json, os, sys, time, signal
-def say(text): os.write(int(sys.argv[-1]), (text + "\\n").encode())
-def phase(name): say(json.dumps({"phase": name}))
-"""
 
 
 class Scripts:
@@ -287,24 +280,20 @@ def test_a_child_that_prints_for_ever_is_ended_in_time(scripts: Scripts) -> None
     assert scripts.log.stat().st_size < 6 * 2**20
 
 
-@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("deaf", [False, True])
 def test_a_stop_from_another_thread_ends_the_group(
-    scripts: Scripts, monkeypatch: pytest.MonkeyPatch, at_once: bool
+    scripts: Scripts, monkeypatch: pytest.MonkeyPatch, deaf: bool
 ) -> None:
-    """One stop gives time to heed SIGTERM; the second takes it back."""
-    monkeypatch.setattr(child, "GRACE_SECONDS", 60.0)
+    monkeypatch.setattr(child, "GRACE_SECONDS", 1.0 if deaf else 60.0)
     stop = child.Stop()
 
     def on_phase(phase: str) -> None:
         stop.set()
 
-    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" if at_once else ""
-    body = f"{deaf}\nopen({str(scripts.folder / 'pid')!r}, 'w').write(str(os.getpid()))"
+    first = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" if deaf else ""
+    body = f"{first}\nopen({str(scripts.folder / 'pid')!r}, 'w').write(str(os.getpid()))"
     script = scripts.folder / "child.py"
     script.write_text(SAY + f"{body}\nphase('load')\nwhile True: time.sleep(1)")
-    timer = threading.Timer(1.0, stop.set, [True])
-    if at_once:
-        timer.start()
     with pytest.raises(child.StoppedError):
         run_command(
             [sys.executable, str(script)],
@@ -314,7 +303,6 @@ def test_a_stop_from_another_thread_ends_the_group(
             on_phase,
             Tether(stop=stop),
         )
-    timer.cancel()
     assert wait_gone(int((scripts.folder / "pid").read_text()))
 
 

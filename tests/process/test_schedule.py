@@ -18,9 +18,8 @@ from typing import Any
 
 import pytest
 from hosts import Host, wait_for
+from process_samples import LIMITS, SAY, gpu, machine
 from search_samples import CPU, failed, ok
-from test_child import LIMITS, SAY
-from test_devices import gpu, machine
 
 from openpi_opt.config import Config
 from openpi_opt.engine.display import Silent
