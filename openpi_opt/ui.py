@@ -16,7 +16,7 @@ from pathlib import Path
 from openpi_opt import cli
 from openpi_opt.errors import UserError
 from openpi_opt.track.journal import Journal
-from openpi_opt.track.link import serving, where
+from openpi_opt.track.link import page_of, serving
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError, tracking_of
 from openpi_opt.track.store import DEFAULT_STORE, Store, sqlite_url
 
@@ -41,18 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     command += ["--backend-store-uri", sqlite_url(store.mlflow_db), "--workers", "1"]
     command += ["--default-artifact-root", store.artifacts.as_uri()]
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-    with (
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as server,
-        serving(store.path, address),
-    ):
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as server:
         try:
             _wait(server, port)
-            page = where(study_dir)
-            print(page, flush=True)
-            cli.say("serving on this host alone, until Ctrl-C")
-            if arguments.browser:
-                webbrowser.open(page)
-            return server.wait()
+            with serving(store.path, address):
+                page = f"{address}/{page_of(study_dir)}"
+                print(page, flush=True)
+                cli.say("serving on this host alone, until Ctrl-C")
+                if arguments.browser:
+                    webbrowser.open(page)
+                return server.wait()
         finally:
             server.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -11,6 +11,7 @@ import math
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,10 @@ def _policy(arguments: argparse.Namespace) -> ReadyPolicy:
     from openpi_opt.deploy import load_policy
 
     verify = not arguments.no_verify
-    policy = load_policy(overrides=arguments.overrides, verify=verify, **arguments.settings)
+    with warnings.catch_warnings():
+        # As of a preset that was promoted on another machine.
+        warnings.showwarning = lambda message, *_, **__: cli.say(f"warning: {message}")
+        policy = load_policy(overrides=arguments.overrides, verify=verify, **arguments.settings)
     cfg = policy.config
     weights = cfg.weights.path or "random weights, which are for measuring only"
     cli.say(

@@ -21,11 +21,12 @@ from openpi_opt.errors import UserError
 from openpi_opt.track import curve
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.left import VERDICTS_FILE, read_lines
-from openpi_opt.track.report import Group, Row, groups, mean_ms, what
+from openpi_opt.track.report import Group, Row, groups, mean_ms, what, whole
 from openpi_opt.track.table import count_name, flag_lines, outcome
 
 _MOST_ROWS = 60
 _FEWEST = 8  # trials from which an importance is told
+_FEWEST_MINUTES = 0.1  # results that were read from a folder have no times of their own
 _MOST_FOR_IMPORTANCE = 1_000  # of the newest: Optuna adds them one at a time
 _TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -190,7 +191,7 @@ def _overview(found: Sequence[Group]) -> Section:
         latency = best.ok.latency
         interval = f"{latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}"
         gain = "" if best.vs_baseline is None else f"{best.vs_baseline:.2f}x"
-        name = f"{best.record.study}:{best.record.number} {what(best, group)}"
+        name = f"{best.record.study}:{best.record.number} {whole(best, group)}"
         rows.append(([group.title, name, f"{latency.mean_ms:.3f}", interval, gain], ""))
         bars.append((group.title, latency.mean_ms, latency.ci95_low_ms, latency.ci95_high_ms))
     heads = ["machine and workload", "best", "mean ms", "95% interval", "vs baseline"]
@@ -207,7 +208,8 @@ def _part(group: Group) -> dict[str, Any]:
     fingerprint = group.rows[-1].record.result.fingerprint
     gpu = fingerprint.get("gpu") or {}
     driver = f"driver {gpu['driver']}" if gpu.get("driver") else None
-    machine = [gpu.get("name"), driver, fingerprint.get("cpu"), f"{fingerprint.get('cores')} cores"]
+    cores = f"{fingerprint['cores']} cores" if fingerprint.get("cores") else None
+    machine = [gpu.get("name"), driver, fingerprint.get("cpu"), cores]
     return {
         "title": group.title,
         "best": _best(group),
@@ -232,7 +234,7 @@ def _best(group: Group) -> str:
     latency = row.ok.latency
     gain = "" if row.vs_baseline is None else f", {row.vs_baseline:.2f}x the baseline's speed"
     return (
-        f"Best: trial {row.record.number} ({what(row, group)}), {latency.mean_ms:.3f} ms "
+        f"Best: trial {row.record.number} ({whole(row, group)}), {latency.mean_ms:.3f} ms "
         f"(95%: {latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}){gain}. "
         "One process: a promotion confirms it."
     )
@@ -270,7 +272,7 @@ def _trials(group: Group, rows: Sequence[Row]) -> Iterator[Section]:
 def _progress(group: Group) -> Iterator[Section]:
     records = sorted((row.record for row in group.rows), key=lambda record: record.created_at)
     found = curve.steps(records, group.criteria)
-    if len(found) < 2:
+    if len(found) < 2 or group.studies > 1 or found[-1].minutes < _FEWEST_MINUTES:
         return
     names = {row.record.number: what(row, group) for row in group.rows}
     trace = {
@@ -305,6 +307,7 @@ def _categories(best: Row | None) -> Iterator[Section]:
         return
     spent = dict(sorted(ok.kernels.category_ms.items(), key=lambda entry: -entry[1]))
     bar = _bar("", spent)
+    bar |= {"textposition": "outside", "cliponaxis": False}
     bar["text"] = [f"{ok.kernels.by_category.get(name, 0)} calls" for name in spent]
     heading = "Kernel categories of the best trial"
     yield _section(heading, "", figure=_figure([bar], "", "ms"))
@@ -458,5 +461,5 @@ def _figure(
         "yaxis": {"title": {"text": y}, "automargin": True},
     }
     layout["yaxis"]["autorange" if reverse else "rangemode"] = "reversed" if reverse else "tozero"
-    parts = [list(traces), layout, {"responsive": True, "displaylogo": False}]
+    parts = [list(traces), layout, {"responsive": True, "displayModeBar": False}]
     return ", ".join(json.dumps(part, allow_nan=False).replace("</", "<\\/") for part in parts)

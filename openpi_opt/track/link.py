@@ -25,6 +25,15 @@ def note_page(study_dir: Path, server: str | None, page: str) -> None:
     write_atomic(study_dir / _PAGE, json.dumps({"server": server, "page": page}) + "\n")
 
 
+def page_of(study_dir: Path) -> str:
+    """The address of a study's page below that of the server.
+
+    Raises:
+        OSError: MLflow was never shown the study.
+    """
+    return str(json.loads((study_dir / _PAGE).read_bytes())["page"])
+
+
 @contextmanager
 def serving(store: Path, server: str) -> Iterator[None]:
     """Say that `server` shows the store, until the end of the block or of this process."""

@@ -15,7 +15,16 @@ from openpi_opt.figures import Figure
 from openpi_opt.result import Ok, Pruned
 from openpi_opt.track.journal import Record
 from openpi_opt.track.mlflow_content import one_line
-from openpi_opt.track.report import MAX_REASON, STALE_MARK, Group, Row, groups, of_limit, what
+from openpi_opt.track.report import (
+    MAX_REASON,
+    STALE_MARK,
+    Group,
+    Row,
+    groups,
+    of_limit,
+    what,
+    whole,
+)
 
 MIN_FOLDED = 8  # a knob's column may fold its text down to this many characters
 # A table is this wide at most as long as its figures allow it.
@@ -66,7 +75,7 @@ def print_side_by_side(found: Sequence[Group]) -> None:
             continue
         latency = best.ok.latency
         gain = f"{best.vs_baseline:.2f}x" if best.vs_baseline is not None else ""
-        name = f"{best.record.study}:{best.record.number} {what(best, group)}"
+        name = f"{best.record.study}:{best.record.number} {whole(best, group)}"
         interval = f"{latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}"
         body.append([group.title, name, f"{latency.mean_ms:.3f}", interval, gain])
     heads = ["machine and workload", "best", "mean ms", "95% interval", "vs.\nbaseline"]
