@@ -18,6 +18,7 @@ from openpi_opt.samples import Samples
 Phase = Literal[
     "start",
     "import",
+    "queue",
     "load",
     "reference",
     "apply",

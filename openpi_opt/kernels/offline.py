@@ -12,6 +12,7 @@ Occupancy, NVIDIA: the CUDA C++ programming guide's table of compute capabilitie
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -47,7 +48,7 @@ class Arch:
 
     `shared_bytes` is what it has, `shared_block_bytes` what one workgroup may take of it,
     `shared_reserved_bytes` what the system takes per workgroup. AMD's registers are per lane and
-    SIMD, NVIDIA's per multiprocessor.
+    SIMD, NVIDIA's per multiprocessor. `units` is how many of them the GPU has.
     """
 
     name: str
@@ -58,14 +59,26 @@ class Arch:
     shared_bytes: int
     shared_block_bytes: int
     shared_reserved_bytes: int = 0
+    units: int = 132
 
 
 _KIB = 1024
 ARCHS = {
     arch.name: arch
     for arch in (
-        Arch("gfx942", GPUTarget("hip", "gfx942", 64), "amd", 512, 8, 64 * _KIB, 64 * _KIB),
-        Arch("gfx950", GPUTarget("hip", "gfx950", 64), "amd", 512, 8, 160 * _KIB, 160 * _KIB),
+        Arch(
+            "gfx942", GPUTarget("hip", "gfx942", 64), "amd", 512, 8, 64 * _KIB, 64 * _KIB, units=304
+        ),
+        Arch(
+            "gfx950",
+            GPUTarget("hip", "gfx950", 64),
+            "amd",
+            512,
+            8,
+            160 * _KIB,
+            160 * _KIB,
+            units=256,
+        ),
         Arch("sm90", GPUTarget("cuda", 90, 32), "nvidia", 65536, 64, 228 * _KIB, 227 * _KIB, _KIB),
     )
 }
@@ -114,6 +127,8 @@ class Variant:
     constants: Mapping[str, Any]
     attributes: Mapping[tuple[int, ...], Any]
     options: Mapping[str, Any]
+    blocks: int
+    """of the grid; no part of what is compiled"""
 
     @property
     def name(self) -> str:
@@ -141,17 +156,18 @@ def noted_launches(arch: Arch, modules: Iterable[ModuleType]) -> Iterator[list[V
     noted: list[Variant] = []
 
     def launch(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop("grid")
+        grid = kwargs.pop("grid")
         kwargs.pop("warmup")
-        noted.append(_variant(kernel, args, kwargs))
+        noted.append(_variant(kernel, args, kwargs, math.prod(grid)))
 
     with ExitStack() as stack:
         hip = "7.0" if arch.vendor == "amd" else None
         stack.enter_context(mock.patch.object(torch.version, "hip", hip))
         stack.enter_context(mock.patch.object(JITFunction, "run", launch))
         for module in modules:
-            if hasattr(module, "arch"):
-                stack.enter_context(mock.patch.object(module, "arch", return_value=arch.name))
+            for name, value in (("arch", arch.name), ("units", arch.units)):
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, return_value=value))
         yield noted
 
 
@@ -217,7 +233,9 @@ def nvidia_occupancy(registers: int, shared_bytes: int, warps: int, arch: Arch) 
     return Occupancy(float(blocks * warps), arch.waves, limit)
 
 
-def _variant(kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
+def _variant(
+    kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any], blocks: int
+) -> Variant:
     """As Triton specialises a launch: constants, ones and multiples of 16 are compiled in."""
     names = [parameter.name for parameter in kernel.params]
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
@@ -233,7 +251,7 @@ def _variant(kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, An
             constants[parameter.name] = value
         elif isinstance(value, Tensor) or (kind == "i32" and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    return Variant(kernel, signature, constants, attributes, options)
+    return Variant(kernel, signature, constants, attributes, options, blocks)
 
 
 def _kind(value: Any, constexpr: bool) -> str:

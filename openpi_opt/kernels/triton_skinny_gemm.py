@@ -43,6 +43,7 @@ from openpi_opt.kernels.triton_common import (
     padded,
     prefetch_rows,
     unit_stride,
+    units,
 )
 from openpi_opt.pi0 import ops
 
@@ -225,8 +226,8 @@ def _add_splits(
 def default_launch(x: Tensor, n: int, k: int, kind: Kind) -> Launch:
     """The measured parameters of this shape and architecture, or a choice by rule.
 
-    The rule: tiles of 32 features, and as many splits as give every processor a block (132 on an
-    H100, 304 on an MI300X) while a block keeps at least 256 input features.
+    The rule: tiles of 32 features, and as many splits as give 128 processors a block while a block
+    keeps at least 256 input features. On AMD see `_for_units`.
     """
     name, rows = arch(x), padded(as_rows(x).shape[0])
     found = TABLE.get((name, rows, n, k, kind))
@@ -239,16 +240,40 @@ def default_launch(x: Tensor, n: int, k: int, kind: Kind) -> Launch:
 def _by_rule(x: Tensor, n: int, k: int, kind: Kind, name: str) -> Launch:
     wide = x.dtype == torch.float32
     block_k = min(64 if wide else 128, padded(k))
+    if name.startswith("gfx"):
+        return _for_units(units(x), padded(as_rows(x).shape[0]), n, k, kind, block_k)
     split_k, columns = 1, triton.cdiv(n, 32)
     while kind == "plain" and split_k * columns < 128 and k // (2 * split_k) >= 2 * block_k:
         split_k *= 2
-    launch = Launch(block_n=32, block_k=block_k, split_k=split_k, num_warps=4)
-    if name.startswith("gfx"):
-        # Blocks of one column run on different dies: a second kernel adds the splits.
-        return dataclasses.replace(launch, num_stages=2, matrix_instr_nonkdim=16)
-    return dataclasses.replace(
-        launch, num_stages=3 if kind.startswith("gated") or wide else 4, fused=1
+    stages = 3 if kind.startswith("gated") or wide else 4
+    return Launch(
+        block_n=32, block_k=block_k, split_k=split_k, num_warps=4, num_stages=stages, fused=1
     )
+
+
+def _for_units(count: int, rows: int, n: int, k: int, kind: Kind, block_k: int) -> Launch:
+    """Launch on AMD, computed from the number of compute units and not measured.
+
+    16 rows: tiles of 16 features by 256, which leave three to seven waves a SIMD and no spills;
+    more rows: 32 by 128. As many splits as fill the compute units better, a block keeping two
+    tiles. At Pi0's products that is 160 or 256 blocks for 304 units (MI300X) and 256 (MI350).
+    """
+    block_n, block_k = (16, min(2 * block_k, padded(k))) if rows == 16 else (32, block_k)
+    columns = triton.cdiv(n, block_n)
+
+    def busy(blocks: int) -> float:
+        return blocks / (count * triton.cdiv(blocks, count))
+
+    split_k = other = 1
+    while kind == "plain" and k // (2 * other) >= 2 * block_k:
+        other *= 2
+        if busy(other * columns) > 1.05 * busy(split_k * columns):
+            split_k = other
+    # Blocks of one column run on different dies: a second kernel adds the splits.
+    return Launch(
+        block_n=block_n, block_k=block_k, split_k=split_k, num_warps=4, num_stages=2,
+        matrix_instr_nonkdim=16,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,9 @@ def mean_ms(result: TrialResult) -> float | None:
 
 def seconds(result: TrialResult) -> float:
     """What the trial took of a device and the host, without waiting for others."""
-    return sum(spent for phase, spent in result.phase_seconds.items() if phase != "wait")
+    return sum(
+        spent for phase, spent in result.phase_seconds.items() if phase not in ("wait", "queue")
+    )
 
 
 def _changed(options: BaseModel, default: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:

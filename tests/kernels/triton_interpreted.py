@@ -389,3 +389,24 @@ def test_operators_are_as_registered(name: str) -> None:
     torch._dynamo.reset()  # the operators share the code that Dynamo counts compilations of
     compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments), operator(*arguments))
+
+
+@pytest.mark.parametrize("name", ["gfx942", "gfx950"])
+def test_what_is_arranged_otherwise_on_amd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks dealt to dies, values in one tile, four heads a block: the same results."""
+    for module in (triton_activation, triton_attention, triton_rotary):
+        monkeypatch.setattr(module, "arch", lambda tensor: name)
+    for shape in ((2, 70, 70, 3, 3, 72), (1, 200, 90, 5, 1, 24)):
+        q, k, v = qkv(shape, FULL)
+        out = triton_attention.attention({"dies": 8, "block_m": 16})(
+            q, k, v, Visibility(None, None), 0.3
+        )
+        close(out, attended(q, k, v, None, 0.3))
+    for heads, kv_heads in ((8, 1), (3, 5)):
+        q, k = randn(2, 3, heads, 24), randn(2, 3, kv_heads, 24)
+        angles = randn(2, 3, 12)
+        found = triton_rotary.rotary_qk(q, k, angles.cos(), angles.sin())
+        for x, out in zip((q, k), found, strict=True):
+            close(out, ops.rotary(x.double(), angles.cos().double(), angles.sin().double()))
+    gate, up = randn(3, 2100), randn(3, 2100, seed=1)
+    close(triton_activation.gelu_mul(gate, up), ops.gelu_mul(gate.double(), up.double()))
