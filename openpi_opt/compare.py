@@ -34,6 +34,7 @@ from openpi_opt.track.pareto import objectives
 from openpi_opt.track.report import Row, groups
 from openpi_opt.track.store import DEFAULT_STORE, find_studies
 from openpi_opt.track.table import print_groups, print_side_by_side
+from openpi_opt.verbs import verb_parser
 
 _SAMPLES = {name for name in Latency.model_fields if name.endswith("samples_ms")}
 # Parts that only some outcomes have, with the columns that they always take in CSV.
@@ -184,12 +185,11 @@ def _columns(text: str) -> list[Figure]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.compare",
+    parser = verb_parser(
+        "compare",
         description="Print the trials of studies: what differs, outcome, latency, kernels. Several "
         "studies share a table where machine, software and workload are equal; their best stand "
         "side by side below.",
-        epilog="example: python -m openpi_opt.compare first --columns p95_ms,p99_ms",
     )
     parser.add_argument(
         "study",

@@ -25,6 +25,7 @@ from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.left import leave_tag, leave_verdict
 from openpi_opt.track.link import where
 from openpi_opt.track.store import DEFAULT_STORE, Store
+from openpi_opt.verbs import verb_parser
 
 _PRESET_TAG = "openpi_opt.preset"
 
@@ -159,8 +160,8 @@ def _usage(name: str, folder: Path | None) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.promote",
+    parser = verb_parser(
+        "promote",
         description="Measure a study's best configurations and the baseline again, in interleaved "
         "fresh processes, and write the winner as a preset.",
     )

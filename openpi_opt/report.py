@@ -10,6 +10,7 @@ from openpi_opt import cli
 from openpi_opt.errors import UserError
 from openpi_opt.result import write_atomic
 from openpi_opt.track.store import DEFAULT_STORE, find_studies
+from openpi_opt.verbs import verb_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,15 +43,14 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.report",
+    parser = verb_parser(
+        "report",
         description=(
             "Write one self-contained HTML file: the best, a table with intervals, stages against "
             "their floors, importance of knobs, kernel categories, ladder, flags, how to "
             "reproduce. Several studies share a table where machine, software and workload are "
             "equal, and stand side by side where they are not."
         ),
-        epilog="example: python -m openpi_opt.report first --out first.html",
     )
     parser.add_argument(
         "study",

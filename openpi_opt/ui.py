@@ -19,6 +19,7 @@ from openpi_opt.track.journal import Journal
 from openpi_opt.track.link import page_of, serving
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError, tracking_of
 from openpi_opt.track.store import DEFAULT_STORE, Store, sqlite_url
+from openpi_opt.verbs import verb_parser
 
 HOST = "127.0.0.1"
 _START_S = 90
@@ -99,10 +100,9 @@ def _wait(server: subprocess.Popen[bytes], port: int) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.ui",
+    parser = verb_parser(
+        "ui",
         description="Start MLflow's server on a free port of this host and open a study there.",
-        epilog="example: python -m openpi_opt.ui first",
     )
     parser.add_argument("study", nargs="?", metavar="STUDY", help="default: the latest")
     parser.add_argument(

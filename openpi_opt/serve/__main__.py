@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from openpi_opt import cli
 from openpi_opt.errors import UserError
+from openpi_opt.verbs import verb_parser
 
 if TYPE_CHECKING:
     from openpi_opt.deploy import ReadyPolicy
@@ -38,8 +39,8 @@ Clients are openpi-client's WebsocketClientPolicy(host, port); GET /healthz answ
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; `settings` holds the keys of this command, `overrides` the others."""
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.serve",
+    parser = verb_parser(
+        "serve",
         description="Serve a policy to robots, by openpi's websocket protocol.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
