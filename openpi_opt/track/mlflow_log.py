@@ -181,19 +181,11 @@ class MlflowLog:
 
     def _marked_runs(self, study: str, parent: str) -> dict[str, Run]:
         """The trials that have marks, by uid."""
-        found: dict[str, Run] = {}
-        for tag in (pareto.PARETO_TAG, pareto.OVER_TAG):
-            token: str | None = None
-            while True:
-                page = self._connect().search_runs(
-                    [self._experiment()],
-                    f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{tag}` LIKE '%'",
-                    page_token=token,
-                )
-                found |= {run.data.tags.get(UID_TAG, ""): run for run in page}
-                token = page.token
-                if not token:
-                    break
+        found = {
+            run.data.tags.get(UID_TAG, ""): run
+            for tag in (pareto.PARETO_TAG, pareto.OVER_TAG)
+            for run in self._search(f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{tag}` LIKE '%'")
+        }
         return {uid: run for uid, run in found.items() if uid and run.info.run_id != parent}
 
     def _mark_run(self, run: Run, wanted: dict[str, str]) -> None:
@@ -266,13 +258,11 @@ class MlflowLog:
         key = f"{record.study} {day}"
         if key not in self._parents:
             client = self._connect()
-            found = client.search_runs(
-                [self._experiment()],
+            of_day = (
                 f"tags.`{STUDY_TAG}` = '{record.study}' AND tags.`{ROLE_TAG}` = 'confirmation' "
-                f"AND tags.`{DAY_TAG}` = '{day}'",
-                max_results=1,
+                f"AND tags.`{DAY_TAG}` = '{day}'"
             )
-            above = found[0] if found else None
+            above = next(self._search(of_day), None)
             if above is None:
                 tags = {STUDY_TAG: record.study, ROLE_TAG: "confirmation", DAY_TAG: day}
                 tags[PARENT_TAG] = parent
@@ -318,17 +308,11 @@ class MlflowLog:
 
     def _parent(self, study_dir: Path) -> str:
         """Id of the study's parent run, found or made (under the study's lock)."""
-        from mlflow.entities import ViewType
-
         study = study_dir.name
         if study not in self._parents:
             client = self._connect()
-            found = client.search_runs(
-                [self._experiment()],
-                f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{ROLE_TAG}` = 'study'",
-                ViewType.ALL,
-                order_by=["attributes.start_time ASC"],
-            )
+            own = f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{ROLE_TAG}` = 'study'"
+            found = list(self._search(own, deleted=True))
             active = [run for run in found if run.info.lifecycle_stage == "active"]
             run = [*active, *found, None][0] or self._create_parent(study)
             if run.info.lifecycle_stage == "deleted":
@@ -347,33 +331,33 @@ class MlflowLog:
 
     def _run_of(self, uid: str) -> Run | None:
         """The run of a record, also one that was deleted in the UI: it stays deleted."""
-        from mlflow.entities import ViewType
-
         if not re.fullmatch("[0-9a-f]{32}", uid):
             raise ValueError(f"{uid!r} is not the uid of a record")
-        found = self._connect().search_runs(
-            [self._experiment()], f"tags.`{UID_TAG}` = '{uid}'", ViewType.ALL, max_results=1
-        )
-        return found[0] if found else None
+        return next(self._search(f"tags.`{UID_TAG}` = '{uid}'", deleted=True), None)
 
     def _complete_runs(self, study: str) -> dict[str, str]:
         """Run ids by uid of the study's ended runs, from the server."""
+        ended = f"tags.`{STUDY_TAG}` = '{study}' AND attributes.status != 'RUNNING'"
+        runs = self._search(ended, deleted=True)
+        return {run.data.tags[UID_TAG]: run.info.run_id for run in runs if UID_TAG in run.data.tags}
+
+    def _search(self, text: str, deleted: bool = False) -> Iterator[Run]:
+        """Runs by a filter, with `deleted` also those that were deleted; the oldest first."""
         from mlflow.entities import ViewType
 
-        complete: dict[str, str] = {}
         token: str | None = None
         while True:
             page = self._connect().search_runs(
                 [self._experiment()],
-                f"tags.`{STUDY_TAG}` = '{study}' AND attributes.status != 'RUNNING'",
-                ViewType.ALL,
+                text,
+                ViewType.ALL if deleted else ViewType.ACTIVE_ONLY,
+                order_by=["attributes.start_time ASC"],
                 page_token=token,
             )
-            tagged = ((run.data.tags.get(UID_TAG), run.info.run_id) for run in page)
-            complete |= {uid: run_id for uid, run_id in tagged if uid}
+            yield from page
             token = page.token
             if not token:
-                return complete
+                return
 
     def _marked(self, study_dir: Path, parent: str) -> dict[str, str]:
         """Run ids by uid of what was delivered under this parent run, read once from disk."""
