@@ -10,7 +10,6 @@ from typing import Any
 
 from filelock import FileLock
 
-from openpi_opt import interrupt
 from openpi_opt.config import Config, Platform
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.known import Known
@@ -122,6 +121,10 @@ class Ledger:
         found = self.journal.find(cfg.hash(), self.fingerprint_hash(cfg))
         stands = found is not None and found.number >= self.known_from
         return self.known.changes(found) if found is not None and stands else []
+
+    def exists(self) -> bool:
+        """Whether the journal is still where it was."""
+        return (self.study_dir / "journal.jsonl").is_file()
 
     def refresh(self) -> None:
         """Take in what other sweeps recorded."""
@@ -254,9 +257,8 @@ class Ledger:
         return f"report: {path} ({time.monotonic() - begun:.1f} s)"
 
     def close(self) -> None:
-        """Leave the study."""
-        with interrupt.shielded(), self.controllers.alone():
-            self.controllers.leave()
+        """Leave the study. No lock is waited for: its holder may be stopped."""
+        self.controllers.leave()
 
     def _recover(self) -> None:
         recover(self.study_dir, self.journal, self.controllers, self.claims, self._display.note)
