@@ -106,7 +106,8 @@ def _refuse_bomb(file: IO[bytes] | gzip.GzipFile, read: int) -> None:
         raise ProfileError(f"more than {MAX_FILE_MIB} MiB of text; record a shorter time")
     if not isinstance(file, gzip.GzipFile) or read < _RATIO_MIB * 2**20:
         return
-    packed = max(file.fileobj.tell(), 1)  # type: ignore[attr-defined]
+    raw: Any = file.fileobj
+    packed = max(raw.tell(), 1)
     if read > MAX_RATIO * packed:
         raise ProfileError(
             f"it unpacks to more than {MAX_RATIO} times its size ({packed >> 10} KiB to "
