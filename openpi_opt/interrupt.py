@@ -103,6 +103,12 @@ def pressed() -> bool:
     return _state.pressed
 
 
+def heeded() -> None:
+    """Note that a press was for a wait alone, and is done with: `main` goes on."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    _state.pressed = _state.raised = False
+
+
 def told() -> None:
     """Note that what is kept was said, so that `tell` need not."""
     _state.told = True

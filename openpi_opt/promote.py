@@ -75,7 +75,7 @@ def _write(
     path: Path,
     judged_by: criteria.Criteria,
 ) -> int:
-    """Write the winner's preset, then have its run in MLflow tagged; 1 when there is none."""
+    """Write the winner's preset and have its run in MLflow tagged; 1 if no preset is written."""
     runs, key = benched.runs, judged.winner.subject.key
     winner, over = benched.configs[key], benched.over[key]
     if over:  # only the baseline: others above a limit were dropped
@@ -187,8 +187,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--again",
         action="store_true",
-        help="confirm anew; without it an interrupted promotion is continued, a finished one "
-        "answered from its runs",
+        help="confirm once more; without it an interrupted promotion is continued, and a finished "
+        "one is answered from its runs",
     )
     parser.add_argument(
         "--allow-lossy", action="store_true", help="let lossy configurations (FP8) be the best"

@@ -45,8 +45,8 @@ MAX_THROTTLED = 3
 COOLING_S = 15.0
 # What a process is taken to need until one has been seen.
 _UNKNOWN_S = 60.0
-# Processes beside each other, whatever the device has room for: what is measured next depends on
-# what was found, and these may turn out to be in vain.
+# Processes that prepare at a time, whatever the device has room for. What is measured next depends
+# on what was found, so some of them may turn out to be in vain.
 _MOST_PREPARED = 5
 # Phases in which a process has the device, and those of them that a confirmation leaves out.
 _ALONE = ("warmup", "guard", "measure", "profile", "energy", "ceilings")
@@ -158,7 +158,7 @@ class FreshRuns:
             self.fingerprint_hash(cfg),
         ]
         gpu = self.fingerprint(cfg)["gpu"]
-        if gpu is not None:  # another GPU, however equal, begins anew
+        if gpu is not None:  # processes of another GPU do not count, even of the same model
             parts.append(gpu["uuid"])
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
@@ -182,8 +182,8 @@ class FreshRuns:
     def seconds(self, cfg: Config) -> float:
         """What a process of `cfg` adds to a session, by the journal; 60 when it knows none.
 
-        Its work with the device for itself is that of its last processes. The rest is shared by
-        the processes beside each other: the mean over the last ones of any configuration.
+        Its work with the device for itself is that of its last processes. The processes that
+        prepare together share the rest: the mean over the last ones of any configuration.
         """
         ok = [record for record in self.journal.records() if isinstance(record.result, Ok)]
         if not ok:
@@ -274,7 +274,7 @@ class FreshRuns:
                 self._say(f"  {shown}: throttled, discarded; again in {wait:.0f} s")
                 pause(wait)
         raise UserError(
-            f"{shown}: the GPU's clock was throttled in {MAX_THROTTLED + 1} processes on end, so "
+            f"{shown}: the GPU's clock was throttled in {MAX_THROTTLED + 1} processes in a row, so "
             "no latency would hold.\nCool it or raise its power limit. What is finished is kept: "
             "the same command continues."
         )

@@ -46,9 +46,10 @@ _TYPES = {
 class Arch:
     """Limits of one compute unit (AMD) or multiprocessor (NVIDIA) that decide the occupancy.
 
-    `shared_bytes` is what it has, `shared_block_bytes` what one workgroup may take of it,
-    `shared_reserved_bytes` what the system takes per workgroup. AMD's registers are per lane and
-    SIMD, NVIDIA's per multiprocessor. `units` is how many of them the GPU has.
+    `waves` and `blocks` are the most at a time. `shared_bytes` is what it has, `shared_block_bytes`
+    what one workgroup may take of it, `shared_reserved_bytes` what the system takes per workgroup.
+    AMD's registers are per lane and SIMD, NVIDIA's per multiprocessor. `units` is how many of them
+    the GPU has.
     """
 
     name: str
@@ -59,10 +60,21 @@ class Arch:
     shared_bytes: int
     shared_block_bytes: int
     shared_reserved_bytes: int = 0
+    blocks: int = 32
     units: int = 132
 
 
 _KIB = 1024
+
+
+def _nvidia(number: int, warps: int, shared_kib: int, blocks: int = 32, units: int = 132) -> Arch:
+    """Of a compute capability; a block may take all shared memory but 1 KiB, which is reserved."""
+    return Arch(
+        f"sm{number}", GPUTarget("cuda", number, 32), "nvidia", 65536, warps, shared_kib * _KIB,
+        (shared_kib - 1) * _KIB, _KIB, blocks, units,
+    )  # fmt: skip
+
+
 ARCHS = {
     arch.name: arch
     for arch in (
@@ -79,16 +91,19 @@ ARCHS = {
             160 * _KIB,
             units=256,
         ),
-        Arch("sm90", GPUTarget("cuda", 90, 32), "nvidia", 65536, 64, 228 * _KIB, 227 * _KIB, _KIB),
+        _nvidia(80, 64, 164, units=108),
+        _nvidia(89, 48, 100, 24, units=142),
+        _nvidia(90, 64, 228),
+        _nvidia(100, 64, 228, units=148),
+        _nvidia(120, 48, 100, 24, units=188),
     )
 }
-"""MI300X, MI350 and MI355X, H100 and H200."""
+"""MI300X, MI350 and MI355X; A100; L4, L40 and Ada RTX; H100 and H200; B200; RTX 50 and RTX PRO."""
 
 _SIMDS = 4  # of a compute unit
 _AMD_GRANULE = 8  # registers of a lane are given out in eights
 _NVIDIA_GRANULE = 256  # registers of a warp
 _NVIDIA_WARPS_TOGETHER = 4  # a block's warps are spread over the four partitions
-_NVIDIA_BLOCKS = 32
 
 
 @dataclass(frozen=True)
@@ -224,7 +239,7 @@ def nvidia_occupancy(registers: int, shared_bytes: int, warps: int, arch: Arch) 
     bounds = {
         "registers": fitting // warps,
         "shared memory": arch.shared_bytes // (shared_bytes + arch.shared_reserved_bytes),
-        "blocks": _NVIDIA_BLOCKS,
+        "blocks": arch.blocks,
         "none": arch.waves // warps,
     }
     blocks = min(bounds.values())

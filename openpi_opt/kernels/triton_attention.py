@@ -35,9 +35,9 @@ from openpi_opt.pi0.ops import Attention, Visibility
 
 # By architecture and head width.
 TABLE: dict[tuple[str, int], Launch] = {
-    # H100, us of this kernel and of torch's SDPA (cuDNN) at 788 and at 3 x 256 tokens.
-    ("sm90", 256): Launch(block_m=64, block_n=32, num_warps=4, num_stages=3),  # 24.4, 27.3
-    ("sm90", 72): Launch(block_m=128, block_n=64, num_warps=8, num_stages=3),  # 8.8, 11.1
+    # H100, by benchmarks/tune.py --flash: us at 816 and at 3 x 256 tokens.
+    ("sm90", 256): Launch(block_m=64, block_n=64, num_warps=4, num_stages=3),  # 24.6
+    ("sm90", 72): Launch(block_m=64, block_n=64, num_warps=4, num_stages=3),  # 9.7
 }
 
 
@@ -151,7 +151,7 @@ def default_launch(q: Tensor) -> Launch:
         # Computed, not measured: 192 blocks of vision for 304 and 256 compute units, no spills.
         fallback = Launch(block_m=64, block_n=32, dies=8, matrix_instr_nonkdim=16)
     else:
-        wide = Launch(block_m=128, block_n=64, num_warps=8, num_stages=2)
+        wide = Launch(block_m=64, block_n=32, num_warps=8, num_stages=2)
         fallback = wide if width > 128 else Launch(block_m=64, block_n=64, num_stages=3)
     return TABLE.get((key, width), fallback)
 

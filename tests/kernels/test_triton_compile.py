@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from openpi_opt.errors import UserError
-from openpi_opt.kernels.__main__ import main
+from openpi_opt.kernels.__main__ import DEFAULT, main
 from openpi_opt.kernels.instructions import instructions
 from openpi_opt.kernels.offline import (
     ARCHS,
@@ -38,6 +38,7 @@ from openpi_opt.pi0.gemma import Attending, KeysValues, Rope
 from openpi_opt.pi0.ops import Segment, Visibility, eager_attention
 from openpi_opt.pi0.precision import cast
 from openpi_opt.surgery.expert import fuse_expert_layers
+from openpi_opt.surgery.folded import fold_norms
 from openpi_opt.surgery.fused import fuse_gate_up, fuse_qkv
 
 
@@ -54,7 +55,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("call", CASES, ids=lambda call: call.__name__)
-@pytest.mark.parametrize("name", ARCHS)
+@pytest.mark.parametrize("name", DEFAULT.split(","))
 def test_shipped_parameters_fit_the_machine(name: str, call: Callable[[], None]) -> None:
     arch = ARCHS[name]
     noted = variants(call, arch, MODULES)
@@ -65,8 +66,8 @@ def test_shipped_parameters_fit_the_machine(name: str, call: Callable[[], None])
         assert found.fits, variant.key
         assert 0 < found.registers <= 512, variant.key
         assert found.occupancy.waves >= 1, variant.key
+        assert found.spilled == found.scratch_bytes == 0, variant.key
         if arch.vendor == "amd":
-            assert found.spilled == found.scratch_bytes == 0, variant.key
             mix = instructions(binary.asm["amdgcn"])
             assert not mix.narrow, (variant.key, mix.text())
             assert not any("_32x32x" in name for name in mix.mfma), (variant.key, mix.text())
@@ -101,6 +102,7 @@ def test_the_expert_layer_launches_what_its_cases_do(name: str) -> None:
     small = dataclasses.replace(PI0_MINI.language, depth=1, heads=8, head_dim=256)
     expert = dataclasses.replace(PI0.expert, depth=1)
     policy = weights.build(dataclasses.replace(PI0_MINI, language=small, expert=expert), "cpu")
+    fold_norms(policy)
     cast(policy, torch.bfloat16)
     fuse_qkv(policy)
     fuse_gate_up(policy)
