@@ -150,7 +150,7 @@ def test_the_sweep_gets_the_experiments_overrides_but_for_what_is_given(tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["experiment=nope"], "batch_scaling, perf_per_watt"),
+        (["experiment=nope"], "batch_scaling, instances, perf_per_watt"),
         (["experiment=batch_scaling", "out="], "out no value"),
         (["experiment=batch_scaling", "attention=["], "not an override"),
     ],
