@@ -9,7 +9,6 @@ from typing import Any
 
 from filelock import FileLock
 
-from openpi_opt import interrupt
 from openpi_opt.config import Config, Platform
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.known import Known
@@ -245,9 +244,8 @@ class Ledger:
             curve.write(self.study_dir, self.journal.records())
 
     def close(self) -> None:
-        """Leave the study."""
-        with interrupt.shielded(), self.controllers.alone():
-            self.controllers.leave()
+        """Leave the study. No lock is waited for: its holder may be stopped."""
+        self.controllers.leave()
 
     def _recover(self) -> None:
         recover(self.study_dir, self.journal, self.controllers, self.claims, self._display.note)

@@ -141,10 +141,12 @@ def run_study(
         loop.note_what_it_did()
         ledger.draw()
     finally:
-        executor.close()
-        ledger.close()
-        if copies is not None:
-            copies.close(len(ledger.journal))
+        try:
+            executor.close()
+            ledger.close()
+        finally:
+            if copies is not None:
+                copies.close(len(ledger.journal))
     return loop.outcome(store, ended)
 
 

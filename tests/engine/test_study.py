@@ -322,6 +322,8 @@ def test_a_class_that_fails_three_times_is_left_out(sweep: Sweeps) -> None:
     assert "compile=default" in line
     assert "crashed in phase load" in line
     assert "5 more left out" in line
+    states = [trial.state.name for trial in sweep.optuna()]  # and none FAIL
+    assert (states.count("COMPLETE"), states.count("PRUNED")) == (8, 3)
     again, run = sweep("compile=off,default", "weights.seed=range(0,8)", **arguments)
     assert run.ran == []
     assert again.left_out == outcome.left_out
