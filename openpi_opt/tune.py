@@ -180,7 +180,7 @@ def _text(found: Counter[Product], libraries: dict[Product, str | None] | None) 
         )
     else:
         hits = sum(library is not None for library in libraries.values())
-        lines.append(f"the tables serve {hits} of {len(found)} products")
+        lines.append(f"aiter serves {hits} of {len(found)} products")
     return "\n".join(lines)
 
 

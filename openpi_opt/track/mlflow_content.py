@@ -23,7 +23,8 @@ MAX_REASON = 500
 MAX_FILE_BYTES = 256 * 2**20
 PARAM_SECTIONS = ("model", "weights", "workload")
 # What a trial's folder may hold beside the result.
-TRIAL_FILES = ("*.log", "log.txt", "trace*.json", "trace*.json.gz")
+TRIAL_FILES = ("*.log", "log.txt", "trace*.json", "trace*.json.gz", "inductor.tar.gz",
+               "profile/trace*")  # fmt: skip
 
 
 def run_name(record: Record) -> str:
