@@ -129,7 +129,7 @@ class Measure(Section):
     """How latency is sampled. The minima are the field's rule: fewer says nothing.
 
     Calls are planned until the 95% interval of their mean and of their median is within `rel_ci`
-    of it (half-width), then so many, and a margin, are measured anew and reported
+    of it (half-width). Then that number and a margin are measured and reported
     (`measure/planning.py`). At least `iterations` and at most `max_iterations` are reported;
     planning and measuring together are laid out for `max_seconds`, which `Config.resolved` fills
     in where it is null, by the device. `rel_ci` null measures exactly `iterations`.
@@ -208,7 +208,7 @@ class Limits(create_model("_Judged", __base__=Section, **_JUDGED)):  # type: ign
     `best_ms`: the fastest of the sweep so far, for `profile.energy=auto`, and `race`: how many
     times slower than the fastest a trial may be; the sweep fills both in.
     `latency_ms` and the limits of all other figures (`figures.LIMITS`) judge results: above one of
-    them a trial is never the best. They change no measurement, so they are no part of a
+    them a trial is never the best. They change no measurement, so they do not belong to a
     configuration's identity. `compile_seconds` is the first call as it was seen: less with warm
     caches.
     """

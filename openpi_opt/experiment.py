@@ -96,7 +96,7 @@ def run(words: Sequence[str], sweep: Callable[[Sequence[str]], int]) -> int:
 
 
 def _study_name(name: str, given: Sequence[str]) -> str:
-    """The day, the experiment, and a hash of what the command line says: the same, the same."""
+    """The day, the experiment, and a hash of the command line."""
     day, *_, digest = default_study_name([f"experiment={name}", *given]).split("-")
     return f"{day}-{name}-{digest}"
 

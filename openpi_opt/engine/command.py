@@ -17,8 +17,7 @@ from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.errors import UserError, hidden
 from openpi_opt.machine import Machine
 from openpi_opt.paths import conf_dir
-from openpi_opt.remote.engines import connected
-from openpi_opt.remote.remote import Nodes
+from openpi_opt.remote.remote import Nodes, connected
 from openpi_opt.result import Ok
 from openpi_opt.space.named import chosen_starts
 from openpi_opt.space.points import Compose, Points

@@ -80,6 +80,11 @@ def test_fp8_without_a_stage_is_refused() -> None:
         config({"blas": {"backend": "fp8", "fp8": {"stages": []}}})
 
 
+def test_searching_algorithms_times_kernels() -> None:
+    assert KNOB.times_kernels(config({"blas": {"algorithm": "searched"}}, H100))
+    assert not KNOB.times_kernels(config({}, H100))
+
+
 def test_only_fp8_is_lossy_and_held_to_the_wider_limit() -> None:
     aiter: dict = {"blas": {"backend": "fp8", "fp8": {"gemm": "aiter"}}}
     assert config(FP8, H100).lossy()

@@ -35,6 +35,8 @@ DENOISE: Raw = {"attention": {"denoise": "triton"}}
 FLOAT32: Raw = {"precision": {"dtype": "float32"}}
 TF32: Raw = {"precision": {"dtype": "float32", "tf32": True}}
 PAD: Raw = {"blas": {"pad_strides": True}}
+SEARCHED: Raw = {"blas": {"algorithm": "searched"}}
+RESIDUALS: Raw = {"fusion": {"residuals": True}}
 MANUAL: Raw = {"graph": {"mode": "manual"}}
 FUSED = dict.fromkeys(("qkv", "gate_up", "vision_qkv", "expert_layer"), True)
 EXPERT: Raw = {"fusion": FUSED, **DENOISE, **SKINNY}
@@ -61,6 +63,7 @@ RUNS: list[tuple[str, Raw, list[str]]] = [
     ("blas", BLAS_AITER, [*AITER]),
     ("blas", tunable(mode="tune"), [*AMD]),
     ("blas", PAD, [*ALL]),
+    ("blas", SEARCHED, [*NVIDIA]),
     ("elementwise", ELEMENTWISE_AITER, [*AITER]),
     ("elementwise", {"elementwise": {"backend": "triton"}}, [*GPUS]),
     ("gemm", SKINNY, [*GPUS]),
@@ -104,6 +107,11 @@ CONTRADICTIONS: list[tuple[str, Raw, Machine, str]] = [
     ("blas", {"blas": {"backend": "fp8", "pad_strides": True}}, H100, "pad_strides"),
     ("blas", {**PAD, **SKINNY}, H100, "pad_strides"),
     ("blas", {**PAD, "fusion": FUSED}, H100, "pad_strides"),
+    ("blas", {**SEARCHED, **FLOAT32}, H100, "searched"),
+    ("blas", {"blas": {"algorithm": "searched", "library": "cublas"}}, H100, "cublas"),
+    ("blas", {"blas": {"algorithm": "searched", "backend": "fp8"}, **RESIDUALS}, H100,
+     "fusion.residuals"),
+    ("fusion", RESIDUALS, H100, "searched"),
     ("elementwise", {**ELEMENTWISE_AITER, **FLOAT32}, MI300X, "precision=bfloat16"),
     ("attention", {"attention": {"prefill": "flash"}, **FLOAT32}, H100, "float32"),
     ("attention", {"attention": {"prefill": "cudnn"}, **FLOAT32}, H100, "float32"),
@@ -156,6 +164,7 @@ COMPATIBLE: list[tuple[str, Raw, Machine]] = [
     ("attention", {"attention": {"prefill": "math"}, **FLOAT32}, H100),
     ("attention", {"attention": {"vision": "flash"}, **FLEXIBLE}, CPU),
     ("compile", {**compiled(), **MANUAL}, H100),
+    ("fusion", {**RESIDUALS, **SEARCHED}, H100),
     ("fusion", {**EXPERT, "workload": {"horizon": 31, "batch_size": 3}}, H100),
     ("fusion", {**EXPERT, **FP8_PREFIX}, H100),
     ("fusion", {**EXPERT, "model": {"name": "pi05_mini"}, "simplify": {"time_mlp": True}}, H100),
