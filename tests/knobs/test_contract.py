@@ -205,7 +205,8 @@ def test_right_numbers_and_the_same_again(model: str, knob: str, option: str, dt
     report = judged(prepared.call, cfg)
     assert report.passed, guard.explain(report)
     assert torch.equal(first, prepared.call(inputs))
-    assert torch.equal(first, prepare(cfg).call(inputs))
+    if knob != "compile":  # which would only be traced a second time
+        assert torch.equal(first, prepare(cfg).call(inputs))
 
 
 @pytest.mark.parametrize(
