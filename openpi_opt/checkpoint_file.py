@@ -207,6 +207,20 @@ def rope_frequencies(given: str) -> RopeFrequencies:
     return "float32" if lerobot and settings.get("dtype") != "bfloat16" else "bfloat16"
 
 
+def horizon(given: str) -> int | None:
+    """Actions of a chunk that the checkpoint was trained to give, where its config.json says so.
+
+    openpi calls them `action_horizon`, LeRobot `chunk_size`.
+
+    Raises:
+        CheckpointError: a config.json that cannot be read.
+    """
+    path = Path(given)
+    settings = _settings(path if path.is_dir() else path.parent)
+    found = settings.get("action_horizon", settings.get("chunk_size"))
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
 def _settings(folder: Path) -> dict[str, Any]:
     """The config.json of a checkpoint's folder; empty where there is none."""
     file = folder / "config.json"

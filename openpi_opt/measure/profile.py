@@ -10,6 +10,8 @@ import gzip
 import json
 import os
 import shutil
+import sys
+import tarfile
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -94,6 +96,33 @@ def profile_call(
         return found
     reference = profile_of(_record(uncaptured, inputs, device, None), device)
     return with_stages_of(found, reference)
+
+
+def call_for_tool(call: Callable[[T], object], inputs: T, device: Device) -> None:
+    """One call for a profiler around this process, marked for CUDA's tools."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.profiler.start()
+        call(inputs)
+        synchronise(device)
+        torch.cuda.profiler.stop()
+    else:
+        call(inputs)
+        synchronise(device)
+
+
+def keep_generated_code(target: Path) -> list[str]:
+    """Pack what Inductor generated in this process into `target`; returns what to say of it."""
+    cache = sys.modules.get("torch._inductor.codecache")
+    modules = cache.PyCodeCache.modules if cache is not None else []
+    sources = sorted({str(module.__file__) for module in modules})
+    if not sources:
+        return []
+    with tarfile.open(target, "w:gz") as archive:
+        for source in sources:
+            archive.add(source, arcname=Path(source).name)
+    return [f"What Inductor generated is in {target.name}: {len(sources)} modules."]
 
 
 def profile_of_replay_on_rocm(

@@ -174,6 +174,10 @@ def occupation(launches: Iterable[Launch]) -> Occupation:
     return Occupation(busy, idle, longest)
 
 
+MAX_LAUNCHES = 1_000_000
+"""Of a recording: about 300 inferences, and 300 MB while they are sorted."""
+
+
 class Recording:
     """What a trace says of launches, gathered event by event in any order."""
 
@@ -204,6 +208,10 @@ class Recording:
                 a time that is negative or not a number.
         """
         self.events += 1
+        if len(self._device.start_us) + len(self._operators.start_us) > MAX_LAUNCHES:
+            raise ProfileError(
+                f"more than {MAX_LAUNCHES:,} kernels and operator calls; record a shorter time"
+            )
         if not isinstance(event, dict):
             raise ProfileError(f"Damaged event in the trace: {_shown(event)}")
         if event.get("ph") != "X":  # complete events only: those with a start and a duration
