@@ -175,6 +175,7 @@ def _optimizer(
         allow_lossy=settings.objective.allow_lossy,
         points=points,
         patience=pace.patience,
+        hurried=pace.is_short(),
     )
 
 
@@ -292,6 +293,7 @@ class _Engine:
         self.neighbours = Neighbours(
             *(self.optimizer, self.request.space, self.points),
             share=lambda: max(self._used(), self.pace.share()),
+            hurried=self.pace.is_short(),
         )
         return self.neighbours
 

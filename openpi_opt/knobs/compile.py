@@ -128,7 +128,14 @@ class Compile(Knob[CompileOptions]):
 
     name = "compile"
     options_type = CompileOptions
-    slow: ClassVar = {"mode": AUTOTUNING, "scope": ("call",)}
+    slow: ClassVar = {
+        "mode": AUTOTUNING,
+        "scope": ("call",),
+        # They time kernels, so they have the device while they compile.
+        "inductor.coordinate_descent_tuning": ("True",),
+        "inductor.triton.multi_kernel": ("1", "2", "3"),
+    }
+    quick: ClassVar = {"scope": "layer"}
 
     def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """Inductor needs a host compiler, its graph capture a GPU, and each option this torch."""

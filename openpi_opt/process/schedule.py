@@ -258,7 +258,7 @@ class Schedule:
             time.sleep(_SETTLE_SECONDS)
         if turn._child is not None:
             turn._child.resume()
-        os.write(turn._write, b".")
+        os.write(turn._write, bytes([min(len(others), 255)]))
 
     def lose(self, by: Turn) -> None:
         """Something of `by` that cannot be killed is on the device: nobody gets it any more."""

@@ -20,7 +20,16 @@ from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
 from openpi_opt.errors import UserError
-from openpi_opt.space.features import PARTS, SECONDS, TOTAL, features, is_slow, touched
+from openpi_opt.space.features import (
+    PARTS,
+    SECONDS,
+    TOTAL,
+    features,
+    is_slow,
+    is_tuned,
+    quick_values,
+    touched,
+)
 from openpi_opt.space.points import Points
 from openpi_opt.space.space import Space
 from openpi_opt.space.stage_model import Guess, Seen, StageModel
@@ -34,6 +43,7 @@ if TYPE_CHECKING:
 RANDOM = 10
 _TRIES = 400  # random points looked at for one that a knob admits
 _PASSES = 2  # over all keys, from each start
+_MOST_NEW = 3
 _CONTRADICTION = "invalid: "  # how the reason of a knob begins that other options can mend
 _MOST_REASONS = 8
 
@@ -75,16 +85,26 @@ class Map:
         return Place(params, features(cfg, self.space, params))
 
     def anywhere(self, chosen: random.Random) -> Place | None:
-        """A random place: each key at its default, or with equal chance at another value."""
+        """A random place: each key at its default, or with equal chance at another value.
+
+        Keys whose default is a table of measured values stay there.
+        """
         for _ in range(_TRIES):
             params = {
-                key: texts[0] if chosen.random() < 0.5 else chosen.choice(texts)
+                key: texts[0] if is_tuned(key) or chosen.random() < 0.5 else chosen.choice(texts)
                 for key, texts in self.values.items()
             }
             found = self.place(params)
             if found is not None:
                 return found
         return None
+
+    def quick(self, place: Place) -> Place:
+        """The place with the values of a short first call, where a knob admits them."""
+        for key, text in quick_values().items():
+            if text in self.values.get(key, ()):
+                place = self.place({**place.params, key: text}) or place
+        return place
 
     def changed(self, place: Place, key: str, text: str) -> Place | None:
         """The place with one value changed, and as few others as a knob then asks for.
@@ -165,7 +185,10 @@ class Map:
 
 
 class StagesSampler(BaseSampler):
-    """Proposes by the model. `patience()` says how much a trial's seconds count: 0 not at all."""
+    """Proposes by the model. `patience()` says how much a trial's seconds count: 0 not at all.
+
+    `hurried`: what compiles for minutes is never proposed.
+    """
 
     def __init__(
         self,
@@ -173,14 +196,17 @@ class StagesSampler(BaseSampler):
         points: Points,
         seed: int,
         patience: Callable[[], float] = lambda: 0.0,
+        hurried: bool = False,
     ):
+        self._hurried = hurried
         self._map = Map(space, points)
         self._space = space
         self._random = random.Random(seed)
         self._rng = np.random.default_rng(seed)
         self._patience = patience
-        self._model = StageModel(touched)
+        self._model = StageModel(touched, is_tuned)
         self._turn = 0
+        self._tried: set[tuple[str, str]] = set()  # options, with their values
         self._places: dict[tuple[str, ...], Place | None] = {}
 
     def infer_relative_search_space(
@@ -211,6 +237,7 @@ class StagesSampler(BaseSampler):
         """The point that is worth a trial next."""
         seen, pending = self._sorted(trials)
         known = {place.key for place, _ in seen} | {place.key for place in pending}
+        self._tried = set().union(*known)
         timed = [place for place, trial in seen if trial.total is not None and not trial.bad]
         if len(seen) + len(pending) < RANDOM or not timed:
             return self._any(known, quick=True)
@@ -256,7 +283,11 @@ class StagesSampler(BaseSampler):
         return self._model.draw(self._rng, self._patience())
 
     def _descend(self, start: Place, guess: Guess, looked: dict[Key, tuple[float, Params]]) -> None:
-        """Change one key at a time as long as that is faster; every place goes to `looked`."""
+        """Change one key at a time as long as that is faster; every place goes to `looked`.
+
+        At most `_MOST_NEW` options of a place were never tried: of many at once a trial says
+        little, and it is as slow as the worst of them.
+        """
         here, cost = start, guess.cost(start.features)
         looked.setdefault(start.key, (cost, start.params))
         for _ in range(_PASSES):
@@ -266,7 +297,7 @@ class StagesSampler(BaseSampler):
                     if text == here.params[key]:
                         continue
                     other = self._map.changed(here, key, text)
-                    if other is None or other.key in looked:
+                    if other is None or other.key in looked or not self._admits(other):
                         continue
                     found = guess.cost(other.features)
                     looked[other.key] = found, other.params
@@ -274,6 +305,10 @@ class StagesSampler(BaseSampler):
                         here, cost = other, found
             if cost == before:
                 return
+
+    def _admits(self, place: Place) -> bool:
+        new = sum(pair not in self._tried for pair in place.features.items())
+        return new <= _MOST_NEW and not (self._hurried and is_slow(place.features))
 
     def _any(self, known: set[Key], quick: bool = False) -> Params:
         """A random point that is not known, if there is one among many.
@@ -285,7 +320,11 @@ class StagesSampler(BaseSampler):
             found = self._map.anywhere(self._random)
             if found is None:
                 break
-            if found.key not in known and not (quick and is_slow(found.features)):
+            if quick:
+                found = self._map.quick(found)
+            if found.key not in known and not (
+                (quick or self._hurried) and is_slow(found.features)
+            ):
                 break
         return found.params if found else {key: t[0] for key, t in self._map.values.items()}
 
