@@ -18,7 +18,8 @@ case $part in
   keep
   timeout -s INT 120 python3 -m openpi_opt.sweep store=/tmp/blind study=beside "${PRESET:-preset=h100}" "${common[@]}" 2>&1 \
     | tee "$out/beside.log"
-  keep
+  keep ;;
+3)
   timeout -s INT 100 python3 -m benchmarks.neighbours --neighbours "${NEIGHBOURS:-4}" --rounds 4 --out "$out/neighbours.json" \
     "${PRESET:-preset=h100}" workload=three_cameras compile=off "$@" 2>&1 | tee "$out/neighbours.log" ;;
 esac

@@ -75,14 +75,22 @@ class Blocks:
 
     def block(self) -> list[float]:
         """Milliseconds of each call."""
+        from openpi_opt.measure import clock
+
+        return clock.time_calls(self.call, self, 10, self.iterations, self.cfg.device).samples_ms
+
+    def upload(self):
+        """The same inputs in fresh memory, for `clock.Feed`."""
         from openpi_opt import runtime
         from openpi_opt.measure import clock
 
-        device = runtime.torch_device(self.cfg)
-        return clock.time_calls(
-            *(self.call, [self.observation], lambda each: clock.upload(each, device)),
-            *(10, self.iterations, self.cfg.device),
-        ).samples_ms
+        return clock.upload(self.observation, runtime.torch_device(self.cfg))
+
+    def renew(self, inputs) -> None:
+        """Nothing: the inputs stay as they are."""
+
+    def keep(self, inputs, output) -> None:
+        """Nothing is looked at."""
 
     def warm(self, seconds: float) -> None:
         """Load, before the first block."""

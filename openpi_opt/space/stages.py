@@ -84,14 +84,16 @@ class Map:
             self._examples.setdefault(pair, params)
         return Place(params, features(cfg, self.space, params))
 
-    def anywhere(self, chosen: random.Random) -> Place | None:
-        """A random place: each key at its default, or with equal chance at another value.
+    def anywhere(self, chosen: random.Random, default: float = 0.5) -> Place | None:
+        """A random place: a key is at its default with that chance, else at any of its values.
 
         Keys whose default is a table of measured values stay there.
         """
         for _ in range(_TRIES):
             params = {
-                key: texts[0] if is_tuned(key) or chosen.random() < 0.5 else chosen.choice(texts)
+                key: texts[0]
+                if is_tuned(key) or chosen.random() < default
+                else chosen.choice(texts)
                 for key, texts in self.values.items()
             }
             found = self.place(params)
@@ -317,7 +319,7 @@ class StagesSampler(BaseSampler):
         """
         found = None
         for _ in range(_TRIES):
-            found = self._map.anywhere(self._random)
+            found = self._map.anywhere(self._random, 0.2 if quick else 0.5)
             if found is None:
                 break
             if quick:
