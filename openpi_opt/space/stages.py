@@ -13,7 +13,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from optuna.samplers import BaseSampler
@@ -64,6 +64,15 @@ class Place:
         return frozenset(self.features.items())
 
 
+class _Move(NamedTuple):
+    """A change of a place that was not composed, and what it would about cost."""
+
+    cost: float
+    here: Place
+    key: str
+    text: str
+
+
 class Map:
     """The space as places: composed, refused where a knob refuses, in canonical form."""
 
@@ -73,6 +82,8 @@ class Map:
         self.values = {key: tuple(d.texts()) for key, d in space.dimensions.items()}
         self._examples: dict[tuple[str, str], Params] = {}
         self._with: dict[tuple[str, str], Params] = {}
+        self._acted: dict[tuple[str, str], dict[str, str]] = {}
+        self._owned: dict[str, set[str]] = {}
 
     def place(self, params: Params) -> Place | None:
         """The place of a point; None where a knob refuses it, or its values contradict."""
@@ -108,6 +119,21 @@ class Map:
                 place = self.place({**place.params, key: text}) or place
         return place
 
+    def roughly(self, place: Place, key: str, text: str) -> dict[str, str] | None:
+        """The features after a change as it acted elsewhere, without composing; None: not known."""
+        acted = self._acted.get((key, text))
+        if acted is None:
+            return None
+        kept = {name: v for name, v in place.features.items() if name not in self._owned[key]}
+        return {**kept, **acted}
+
+    def _note(self, place: Place, other: Place, key: str, text: str) -> None:
+        gone = dict(place.features.items() - other.features.items())
+        come = dict(other.features.items() - place.features.items())
+        if gone or come:  # else nothing reads it here, which says nothing of elsewhere
+            self._owned.setdefault(key, set()).update(gone, come)
+            self._acted[key, text] = come
+
     def changed(self, place: Place, key: str, text: str) -> Place | None:
         """The place with one value changed, and as few others as a knob then asks for.
 
@@ -116,6 +142,7 @@ class Map:
         """
         direct = self.place({**place.params, key: text})
         if direct is not None:
+            self._note(place, direct, key, text)
             return direct
         more = self._with.get((key, text))
         if more is not None and (found := self.place({**place.params, **more, key: text})):
@@ -248,10 +275,18 @@ class StagesSampler(BaseSampler):
         if (somewhere := self._map.anywhere(self._random)) is not None:
             starts.append(somewhere)
         looked: dict[Key, tuple[float, Params]] = {}
+        left: list[_Move] = []
         for start in starts:
-            self._descend(start, guess, looked)
-        fresh = [(cost, params) for key, (cost, params) in looked.items() if key not in known]
-        return min(fresh, key=lambda entry: entry[0])[1] if fresh else self._any(known)
+            left += self._descend(start, guess, looked)
+        fresh = [entry for key, entry in looked.items() if key not in known]
+        best = min(fresh, key=lambda entry: entry[0], default=None)
+        for move in sorted(left, key=lambda move: move.cost):
+            if best is not None and best[0] <= move.cost:
+                break
+            other = self._map.changed(move.here, move.key, move.text)
+            if other is not None and other.key not in known and self._admits(other):
+                best = guess.cost(other.features), other.params
+        return best[1] if best is not None else self._any(known)
 
     def guess(self, trials: Sequence[FrozenTrial]) -> Callable[[Params], float]:
         """The expected cost of a point, to order points by."""
@@ -284,21 +319,32 @@ class StagesSampler(BaseSampler):
             return self._model.mean(self._patience())
         return self._model.draw(self._rng, self._patience())
 
-    def _descend(self, start: Place, guess: Guess, looked: dict[Key, tuple[float, Params]]) -> None:
+    def _descend(
+        self, start: Place, guess: Guess, looked: dict[Key, tuple[float, Params]]
+    ) -> list[_Move]:
         """Change one key at a time as long as that is faster; every place goes to `looked`.
 
         At most `_MOST_NEW` options of a place were never tried: of many at once a trial says
-        little, and it is as slow as the worst of them.
+        little, and it is as slow as the worst of them. Returns the changes that were not composed,
+        since what they did elsewhere makes nothing faster here.
         """
         here, cost = start, guess.cost(start.features)
         looked.setdefault(start.key, (cost, start.params))
+        left = []
         for _ in range(_PASSES):
             before = cost
             for key in self._random.sample(sorted(self._map.values), len(self._map.values)):
                 for text in self._map.values[key]:
                     if text == here.params[key]:
                         continue
+                    rough = self._map.roughly(here, key, text)
+                    expected = None if rough is None else guess.cost(rough)
+                    if expected is not None and expected >= cost:
+                        left.append(_Move(expected, here, key, text))
+                        continue
                     other = self._map.changed(here, key, text)
+                    if other is not None and other.key == here.key and is_tuned(key):
+                        break  # its kernel does not run here
                     if other is None or other.key in looked or not self._admits(other):
                         continue
                     found = guess.cost(other.features)
@@ -306,7 +352,8 @@ class StagesSampler(BaseSampler):
                     if found < cost:
                         here, cost = other, found
             if cost == before:
-                return
+                break
+        return left
 
     def _admits(self, place: Place) -> bool:
         new = sum(pair not in self._tried for pair in place.features.items())
