@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 _EXCLUSIVE_POLL_SECONDS = 0.05
 
+# Of a trial's time so far, for timed calls that are made again and must answer the same.
+_CALLS_AGAIN = 0.02
 # Half-widths of the 95% interval of the mean, about four standard errors.
 _SURELY = 2
 # A trial within this factor of the fastest so far is worth its energy.
@@ -273,13 +275,13 @@ def _run_checked(
             progress.enter("load")
             policy = runtime.build_policy(cfg, device)
     if not seen.passed:
-        return _wrong(asked.wrong_structure(seen))
+        return _wrong(asked.knowing(seen).wrong_structure())
     progress.enter("apply")
     if cfg.canonical().knobs["compile"] != cfg.baseline().knobs["compile"]:
         compilation.observe()
     prepared = runtime.apply_knobs(policy, cfg)
     identity.note_imported(cfg, folder)
-    found = _measure(prepared, asked, seen, progress, folder, monitor)
+    found = _measure(prepared, asked.knowing(seen), progress, folder, monitor)
     if found["outcome"] == "ok":
         asked = replace(asked, cfg=_raced(asked.cfg, folder))
         _explain(found, prepared, asked, machine, progress, references.with_name("ceilings"))
@@ -295,7 +297,6 @@ def _wrong(report: results.GuardReport) -> dict[str, Any]:
 def _measure(
     prepared: Prepared,
     asked: Question,
-    seen: results.StructureReport,
     progress: Progress,
     folder: Path,
     monitor: Monitor | None,
@@ -322,7 +323,7 @@ def _measure(
     progress.enter("warmup")
     clock.warm_up(prepared.call, inputs, cfg.measure.warmup, device)
     progress.enter("guard")
-    report = asked.check(prepared.call, prepared.policy.layout, seen)
+    report = asked.check(prepared.call, prepared.policy.layout)
     if not report.passed:
         return _wrong(report)
     # Before the timing, whose inputs and outputs are kept for the guard and are not the policy's.
@@ -346,7 +347,14 @@ def _measure(
     latency = timed.latency
     compiled_in_all = compilation.found(late=compilation.graphs() - compiled)
     progress.enter("guard")
-    watched = asked.judge(witness, prepared.call, latency.wall_samples_ms)
+    spare_ms = _CALLS_AGAIN * 1e3 * sum(progress.seconds.values())
+    watched = asked.judge(
+        witness,
+        prepared.call,
+        prepared.policy.layout,
+        latency.wall_samples_ms,
+        int(spare_ms / latency.wall_mean_ms),
+    )
     report = report.model_copy(update={"timed": watched, "passed": watched.passed})
     if not report.passed:
         return _wrong(report)

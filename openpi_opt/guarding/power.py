@@ -45,6 +45,9 @@ from openpi_opt.result import GuardPower, write_atomic
 Kind = Literal["float32", "bfloat16", "float16", "fp8"]
 KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "float16", "fp8")
 
+# Gets a check, a mutation, and how many times its tolerance the check sees it.
+Keep = Callable[[str, str, float], None]
+
 # What a mutation must show: in float32, and in anything coarser.
 FORM_ENOUGH, OWN_ENOUGH = 50.0, 1.5
 FEW = 2
@@ -132,21 +135,24 @@ class Meter:
         self.folder = folder
         self.device = runtime.torch_device(cfg)
         self.honest: dict[str, float] = {}
+        self.keep: Keep = lambda check, mutation, multiple: None
 
     def measure(
         self,
         kinds: Sequence[Kind],
         tell: Callable[[str], None] = lambda text: None,
-        keep: Callable[[Power], object] = lambda found: None,
+        keep: Keep | None = None,
     ) -> Power:
-        """All mutations in all `kinds`, at least one; `keep` gets what there is after each."""
+        """All mutations in all `kinds`, at least one; `keep` gets each multiple as it comes."""
+        self.keep = keep or self.keep
         started = time.monotonic()
         tell("float32: structure")
-        form = self._form(self.asked("float32"))
+        exact = self.asked("float32")
+        form = self._form(exact)
         rows: list[Caught] = []
         plain: dict[Kind, float] = {}
         for kind in kinds:
-            asked = self.asked(kind)
+            asked = exact if kind == "float32" else self.asked(kind)
             plain[kind] = asked.reference.plain_rel_l2
             own: dict[str, float] = {}
             if kind != "float32":
@@ -156,16 +162,15 @@ class Meter:
                 Caught(name=name, kind=kind, form=multiple, own=own.get(name))
                 for name, multiple in form.items()
             ]
-            found = Power(
-                key=self.asked("float32").key,
-                model=self.cfg.model.name,
-                seconds=round(time.monotonic() - started, 1),
-                plain_rel_l2=plain,
-                honest=self.honest,
-                rows=rows,
-                kinds={name: _said(rows, name) for name in plain},
-            )
-            keep(found)
+        found = Power(
+            key=exact.key,
+            model=self.cfg.model.name,
+            seconds=round(time.monotonic() - started, 1),
+            plain_rel_l2=plain,
+            honest=self.honest,
+            rows=rows,
+            kinds={name: _said(rows, name) for name in plain},
+        )
         write_atomic(power_path(self.folder, found.key), found.model_dump_json(indent=1))
         return found
 
@@ -194,14 +199,14 @@ class Meter:
         cfg = self.config("float32")
         inputs = [case.inputs for case in asked.cases]
         actions = asked.reference.actions
-        limits = [asked.reference.tolerance(i, cfg.guard) for i in range(len(inputs))]
+        limits = [asked.reference.tolerance(cfg.guard, i) for i in range(len(inputs))]
         everything = dict.fromkeys(self._names(), len(inputs))
         policy = self._build(cfg)
         found = self._all(policy, inputs, actions, limits, FORM_ENOUGH, "float32", everything)
-        weak = {n: structure.PROVOKED for n, multiple in found.items() if multiple < FORM_ENOUGH}
+        few = structure.provoking(asked.cases)
+        weak = {n: len(few) for n, multiple in found.items() if multiple < FORM_ENOUGH}
         if weak:
             del policy
-            few = inputs[: structure.PROVOKED]
             actions = structure.provoked_reference(cfg, self.device, few, self.folder)
             limits = [structure.provoked_tolerance(cfg)] * len(few)
             policy = structure.provoked_policy(cfg, self.device)
@@ -213,9 +218,11 @@ class Meter:
     def _own(self, asked: Question, kind: Kind, form: dict[str, float]) -> dict[str, float]:
         """Each mutation in the candidate's precision."""
         cfg = self.config(kind)
+        if cfg.lossy():
+            asked = asked.knowing(asked.structure())
         policy = runtime.apply_knobs(self._build(cfg), cfg).policy
         inputs = [case.inputs for case in asked.cases]
-        limits = [asked.reference.tolerance(i, cfg.guard, cfg.lossy()) for i in range(len(inputs))]
+        limits = [asked.reference.tolerance(cfg.guard, i, cfg.lossy()) for i in range(len(inputs))]
         count = {n: FEW if m >= FORM_ENOUGH else len(inputs) for n, m in form.items()}
         return self._all(policy, inputs, asked.reference.actions, limits, OWN_ENOUGH, kind, count)
 
@@ -241,12 +248,14 @@ class Meter:
         with torch.no_grad():
             call = Mutation("unchanged", _nothing).candidate(policy, previous)
             self.honest[name] = self._multiple(call, inputs, actions, limits, INFINITE)
+            self.keep(name, "unchanged", self.honest[name])
             for mutation in catalogue(policy, workload):
                 few = count.get(mutation.name, 0)
                 if few:
                     call = mutation.candidate(policy, previous)
                     asked = inputs[:few]
                     found[mutation.name] = self._multiple(call, asked, actions, limits, enough)
+                    self.keep(name, mutation.name, found[mutation.name])
         return found
 
     def _multiple(
