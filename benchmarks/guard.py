@@ -7,8 +7,8 @@
 `honest` draws weights, workload, precision and knobs at random, builds the policy, and asks all
 that a trial is asked: structure, own precision, timed calls. Whatever ends as wrong is a false
 alarm. `margins` measures by how many times its tolerance each mutation is caught, with both small
-models, one row and three, and four seeds of weights and inputs. `cost` runs one configuration twice
-as a trial and says what share of it the guard took, the first time and with the structure known.
+models, one row and three, and four seeds of weights and inputs. `cost` runs one configuration
+three times as a trial and says what share of it the guard took, the first time and with the structure known.
 The exit code is 1 after a false alarm, or where a mutation is caught by less than is asked of it.
 """
 
@@ -181,7 +181,7 @@ def run_cost(options: argparse.Namespace) -> bool:
         config.write_text(json.dumps(cfg.dump()), encoding="utf-8")
         command = [sys.executable, "-m", "openpi_opt.trial", "--config", str(config)]
         command += ["--result", str(result), "--references", str(Path(name) / "references")]
-        for which in ("first", "again"):
+        for which in ("first", "again", "again"):
             subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
             document = json.loads(result.read_text(encoding="utf-8"))
             spent = document["phase_seconds"]

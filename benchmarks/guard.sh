@@ -26,7 +26,7 @@ saver=$!
 
 device() { timeout "$(left)" "$PY" "${@:2}" >>"$OUT/$1.txt" 2>&1; echo "$1: exit code $? with $(left) s left"; }
 common="model=$MODEL platform=$PLATFORM $WORKLOAD"
-device cost -m benchmarks.guard cost $common $PRESET --out "$OUT/cost.jsonl"
+device cost -m benchmarks.guard cost $common $PRESET --out "$OUT/cost.jsonl" &
 device margins -m openpi_opt.guard $common --store "$work/store" --table markdown --out "$OUT/margins.jsonl"
 while [ "$(jobs -rp | grep -vc "^$saver$")" -gt 0 ] && [ "$(left)" -gt 1 ]; do sleep 1; done
 kill "$saver"

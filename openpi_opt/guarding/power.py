@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +29,7 @@ from torch import Tensor
 from openpi_opt import runtime
 from openpi_opt.config import Config
 from openpi_opt.guarding import structure
-from openpi_opt.guarding.mutations import Mutation, catalogue
+from openpi_opt.guarding.mutations import Mutation, catalogue, on_inputs
 from openpi_opt.guarding.question import Question, ask, power_path
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.measure import guard
@@ -246,7 +245,9 @@ class Meter:
         previous = make_inputs(workload, policy.config, seed, self.device)
         found = {}
         with torch.no_grad():
-            call = Mutation("unchanged", _nothing).candidate(policy, previous)
+            call = Mutation("unchanged", on_inputs(lambda inputs: inputs)).candidate(
+                policy, previous
+            )
             self.honest[name] = self._multiple(call, inputs, actions, limits, INFINITE)
             self.keep(name, "unchanged", self.honest[name])
             for mutation in catalogue(policy, workload):
@@ -277,9 +278,3 @@ class Meter:
             if largest >= enough:
                 break
         return largest
-
-
-@contextmanager
-def _nothing(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
-    """No mistake: the policy as it is."""
-    yield inputs
