@@ -21,7 +21,7 @@ done
 for worker in $(seq "$WORKERS"); do
   host "honest-$worker" honest --platform cpu --runs "$RUNS" --seed "$worker"
 done
-(while sleep 20; do tar -C "$work" -czf "$OUT/host.tar.gz" .; done) &
+(while sleep 20; do tar -C "$work" --exclude=./store -czf "$OUT/host.tar.gz" .; done) &
 saver=$!
 
 device() { timeout "$(left)" "$PY" "${@:2}" >>"$OUT/$1.txt" 2>&1; echo "$1: exit code $? with $(left) s left"; }
@@ -30,5 +30,5 @@ device cost -m benchmarks.guard cost $common $PRESET --out "$OUT/cost.jsonl" &
 device margins -m openpi_opt.guard $common --store "$work/store" --table markdown --out "$OUT/margins.jsonl"
 while [ "$(jobs -rp | grep -vc "^$saver$")" -gt 0 ] && [ "$(left)" -gt 1 ]; do sleep 1; done
 kill "$saver"
-tar -C "$work" -czf "$OUT/host.tar.gz" --exclude=./store .
+tar -C "$work" --exclude=./store -czf "$OUT/host.tar.gz" .
 tail -qn 1 "$work"/honest-*.txt

@@ -126,9 +126,13 @@ def measure_once(cfg: Config, arch: str, folder: Path, key: str) -> None:
 
 
 class Meter:
-    """Measures one context; policies are built one after the other, each freed before the next."""
+    """Measures one context; policies are built one after the other, each freed before the next.
 
-    def __init__(self, cfg: Config, arch: str, folder: Path) -> None:
+    `few`: inputs that the own precision is asked of a mutation which the form shows anyway.
+    """
+
+    def __init__(self, cfg: Config, arch: str, folder: Path, few: int = FEW) -> None:
+        self.few = few
         self.cfg = cfg.baseline()
         self.arch = arch
         self.folder = folder
@@ -207,10 +211,10 @@ class Meter:
         if weak:
             del policy
             actions = structure.provoked_reference(cfg, self.device, few, self.folder)
-            limits = [structure.provoked_tolerance(cfg)] * len(few)
+            limits = [cfg.guard.floor] * len(few)
             policy = structure.provoked_policy(cfg, self.device)
             name = "float32, second weights"
-            more = self._all(policy, few, actions, limits, FORM_ENOUGH, name, weak)
+            more = self._all(policy, few, actions, limits, FORM_ENOUGH, name, weak, moved=True)
             found |= {name: max(found[name], multiple) for name, multiple in more.items()}
         return found
 
@@ -222,7 +226,7 @@ class Meter:
         policy = runtime.apply_knobs(self._build(cfg), cfg).policy
         inputs = [case.inputs for case in asked.cases]
         limits = [asked.reference.tolerance(cfg.guard, i, cfg.lossy()) for i in range(len(inputs))]
-        count = {n: FEW if m >= FORM_ENOUGH else len(inputs) for n, m in form.items()}
+        count = {n: self.few if m >= FORM_ENOUGH else len(inputs) for n, m in form.items()}
         return self._all(policy, inputs, asked.reference.actions, limits, OWN_ENOUGH, kind, count)
 
     def _names(self) -> list[str]:
@@ -238,43 +242,37 @@ class Meter:
         enough: float,
         name: str,
         count: dict[str, int],
+        moved: bool = False,
     ) -> dict[str, float]:
-        """Multiples of the mutations in `count`, each by the first so many inputs."""
+        """Multiples of the mutations in `count`, each by the first so many inputs.
+
+        With `moved` distances are relative to how far the policy moved from the noise.
+        """
         workload = runtime.workload_of(self.cfg)
         seed = self.cfg.workload.seed + _PREVIOUS_SEED
         previous = make_inputs(workload, policy.config, seed, self.device)
         found = {}
+
+        def multiple(mutation: Mutation, few: int, enough: float) -> float:
+            """The largest one, over inputs in order until one shows enough, then the first again.
+
+            As in the guard, which asks that twice.
+            """
+            call, largest = mutation.candidate(policy, previous), 0.0
+            for index in [*range(few), 0]:
+                given, start = upload(inputs[index], self.device), inputs[index].noise
+                far = guard.distance(call(given), actions[index], start if moved else None).rel_l2
+                largest = max(largest, INFINITE if far is None else far / limits[index])
+                if largest >= enough:
+                    break
+            self.keep(name, mutation.name, largest)
+            return largest
+
         with torch.no_grad():
-            call = Mutation("unchanged", on_inputs(lambda inputs: inputs)).candidate(
-                policy, previous
-            )
-            self.honest[name] = self._multiple(call, inputs, actions, limits, INFINITE)
-            self.keep(name, "unchanged", self.honest[name])
+            unchanged = Mutation("unchanged", on_inputs(lambda inputs: inputs))
+            self.honest[name] = multiple(unchanged, len(inputs), INFINITE)
             for mutation in catalogue(policy, workload):
                 few = count.get(mutation.name, 0)
                 if few:
-                    call = mutation.candidate(policy, previous)
-                    asked = inputs[:few]
-                    found[mutation.name] = self._multiple(call, asked, actions, limits, enough)
-                    self.keep(name, mutation.name, found[mutation.name])
+                    found[mutation.name] = multiple(mutation, few, enough)
         return found
-
-    def _multiple(
-        self,
-        call: Callable[[Inputs], Tensor],
-        inputs: Sequence[Inputs],
-        actions: Sequence[Tensor],
-        limits: Sequence[float],
-        enough: float,
-    ) -> float:
-        """The largest multiple of a tolerance, over the inputs in order until one shows enough.
-
-        As in the guard, the first input is asked again at the end.
-        """
-        largest = 0.0
-        for index in [*range(len(inputs)), 0]:
-            found = guard.distance(call(upload(inputs[index], self.device)), actions[index]).rel_l2
-            largest = max(largest, INFINITE if found is None else found / limits[index])
-            if largest >= enough:
-                break
-        return largest

@@ -57,8 +57,6 @@ if TYPE_CHECKING:
     from openpi_opt.kernels.fp8 import Fp8Linear
 
 PROVOKED = ("ordinary 0", "next frame")  # cases that are asked of the second set of weights
-# Of `guard.floor`, with the second weights: honest variants differ by up to 3e-6 there.
-PROVOKED_FACTOR = 2.0
 # A kernel may be so many times as far from the exact product as plain rounding of its own results.
 LOCAL_FACTOR = 3.0
 # Weights in FP8 may be so many times as far away as rounding them with the best scale.
@@ -151,7 +149,7 @@ def _checked(
         }
     del prepared, call
     gc.collect()
-    second, admitted = _provoked(cfg, form, device, provoking(cases), folder)
+    second = _provoked(cfg, form, device, provoking(cases), folder)
     local = judge.checks()
     report = StructureReport(
         passed=True,
@@ -163,7 +161,7 @@ def _checked(
         unchecked=unchecked(cfg),
         emulated={name: rel_l2 for name, rel_l2 in emulated.items() if rel_l2 is not None},
     )
-    problem = main.problem or _problem(report, main.passed, admitted)
+    problem = main.problem or _problem(report, main.passed, cfg.guard.floor)
     return report.model_copy(update={"passed": problem is None, "problem": problem})
 
 
@@ -206,8 +204,8 @@ def unchecked(cfg: Config) -> list[str]:
 
 def _provoked(
     cfg: Config, form: Config, device: torch.device, inputs: Sequence[Inputs], folder: Path
-) -> tuple[float | None, float]:
-    """The largest distance with the second weights, None where not finite, and what is admitted."""
+) -> float | None:
+    """The largest distance with the second weights, of how far they moved; None: not finite."""
     stored = provoked_reference(cfg, device, inputs, folder)
     call = apply(provoked_policy(cfg, device), cfg, form, Judge(_half(cfg))).call
     found = [
@@ -215,12 +213,7 @@ def _provoked(
         for item, actions in zip(inputs, stored, strict=True)
     ]
     finite = [rel_l2 for rel_l2 in found if rel_l2 is not None]
-    return (max(finite) if len(finite) == len(found) else None), provoked_tolerance(cfg)
-
-
-def provoked_tolerance(cfg: Config) -> float:
-    """What is admitted in float32 with the second weights."""
-    return PROVOKED_FACTOR * cfg.guard.floor
+    return max(finite) if len(finite) == len(found) else None
 
 
 def provoking(cases: Sequence[Case]) -> list[Inputs]:
@@ -429,11 +422,13 @@ def _key(cfg: Config, form: Config, reference_key: str) -> str:
 def _foreign() -> list[Path]:
     """Python files this process has imported that are of no installed package and not of this one.
 
-    `sitecustomize` and its like count as such wherever they lie beside installed packages.
+    A package is installed where its metadata lies beside it. `sitecustomize` and its like count as
+    foreign wherever they lie beside installed packages.
     """
     paths = sysconfig.get_paths()
     installed = [Path(paths[name]).resolve() for name in ("stdlib", "purelib", "platlib")]
-    ours = [Path(__file__).resolve().parents[1], *installed]
+    sites = {Path(entry).resolve() for entry in sys.path if any(Path(entry).glob("*.dist-info"))}
+    ours = [Path(__file__).resolve().parents[1], *installed, *sites]
     found = set()
     for name, module in list(sys.modules.items()):
         place = getattr(module, "__file__", None)

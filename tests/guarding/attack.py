@@ -276,7 +276,7 @@ ATTACKS: dict[str, Attack] = {
     "content_cache": answers_by(lambda inputs: content(*inputs)),
     "prefix_cache": vision_by(content),
     "step_skipping": step_skipping(0.05),
-    "rarely_skipping": step_skipping(0.005),
+    "rarely_skipping": step_skipping(0.01),
     "vision_by_one_camera": vision_by(lambda images: content(images[:, 0])),
     "vision_by_every_other_pixel": vision_by(lambda images: content(images[..., ::2, ::2])),
     "vision_by_address": vision_by(lambda images: images.data_ptr(), after=40),
