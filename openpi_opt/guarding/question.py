@@ -157,7 +157,8 @@ class Question:
 
         after = self._check(call, layout, overwrite, lambda case: case.resembles or case.ordinary)
         problem = None if after.passed else f"after the timed calls: {guard.explain(after)}"
-        return found.model_copy(update={"passed": after.passed, "problem": problem})
+        problem = problem or witness.overwritten()
+        return found.model_copy(update={"passed": problem is None, "problem": problem})
 
 
 def ask(policy: Pi0Policy, cfg: Config, arch: str, folder: Path) -> Question:

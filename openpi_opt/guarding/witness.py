@@ -173,6 +173,12 @@ class Witness:
             problem=problem,
         )
 
+    def overwritten(self) -> str | None:
+        """What is wrong if a held output is no longer what it was, or None; ask at any time."""
+        if any(not torch.equal(held.output, held.copy) for held in self._held):
+            return "the result of a timed call was overwritten by a later call"
+        return None
+
     def _kept_whole(self) -> str | None:
         """What is wrong with the held outputs as memory, or None."""
         if self._finite is not None and not bool(self._finite):
@@ -180,8 +186,8 @@ class Witness:
         places = [_storage(held.output) for held in self._held]
         if len(set(places)) < len(places):
             return "two timed calls returned the same memory"
-        if any(not torch.equal(held.output, held.copy) for held in self._held):
-            return "the result of a timed call was overwritten by a later call"
+        if (overwritten := self.overwritten()) is not None:
+            return overwritten
         if len(self._held) < len(self._chosen):
             return f"{len(self._held)} of {len(self._chosen)} timed calls could be compared"
         return None
