@@ -30,7 +30,7 @@ from openpi_opt.machine import probe
 from openpi_opt.paths import package_dir
 from openpi_opt.process import watcher
 from openpi_opt.process.environment import child_environment
-from openpi_opt.rounds import composed
+from openpi_opt.session import composed
 
 STOP_SECONDS, SETTLE_SECONDS = 10.0, 0.1
 

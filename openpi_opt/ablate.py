@@ -14,12 +14,20 @@ from typing import Any
 from openpi_opt import cli
 from openpi_opt.confirm.judge import Confirmed, Verdict
 from openpi_opt.errors import UserError
-from openpi_opt.rounds import Session, interval, percent, target_parser, target_session, why
-from openpi_opt.rounds import table as markdown
-from openpi_opt.track.plots import Bar, effects_figure
+from openpi_opt.session import (
+    Report,
+    Session,
+    cells,
+    interval,
+    percent,
+    plain,
+    target_parser,
+    target_session,
+)
+from openpi_opt.track.plots import Bar
 
 WHOLE = "all knobs"
-_HEADS = "without", "mean ms", "interval", "time added", "interval", "the knob"
+_HEADS = ["without", "mean ms", "interval", "time added", "interval", "the knob"]
 # What the verdict on the configuration without the knob says of the knob.
 _SAYS: dict[Verdict, str] = {
     "slower": "helps",
@@ -39,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = target_session("ablate", arguments)
     with found.alone(arguments.device):
         ablation = measure(found)
-    found.write(document(found, ablation), table(found, ablation), _figure(found, ablation))
+    found.write(report(found, ablation))
     return 0
 
 
@@ -90,65 +98,33 @@ def measure(found: Session) -> Ablation:
             shares = -change.mean, -change.high, -change.low
             losses.append(Loss(label, measured.confirmed(shown), *shares, _SAYS[change.verdict]))
     losses.sort(key=lambda loss: -loss.added)
-    failed = {shown: why(result) for shown, result in measured.failed.items()}
-    whole = measured.confirmed(WHOLE)
+    whole, failed = measured.confirmed(WHOLE), measured.reasons()
     return Ablation(whole, losses, failed, moves.refused, measured.flagged())
 
 
-def document(found: Session, ablation: Ablation) -> dict[str, Any]:
-    """The ablation as plain data."""
-    return {
-        **found.about_target(),
-        "whole": {"mean_ms": ablation.whole.mean_ms, "means_ms": ablation.whole.means_ms},
-        "without": [
-            {
-                "knobs": loss.knobs,
-                "mean_ms": loss.measured.mean_ms,
-                "means_ms": loss.measured.means_ms,
-                "config_hash": loss.measured.subject.key,
-                "added": loss.added,
-                "ci95": [loss.low, loss.high],
-                "verdict": loss.says,
-            }
-            for loss in ablation.losses
-        ],
+def report(found: Session, ablation: Ablation) -> Report:
+    """The ablation as plain data, table and plot."""
+    rows: list[list[str]] = [_HEADS, ["(nothing: all knobs)", *cells(ablation.whole), "", "", ""]]
+    entries, bars = [], []
+    for loss in ablation.losses:
+        added, low, high = loss.added, loss.low, loss.high
+        share = [percent(added), interval(low, high), loss.says]
+        rows.append([loss.knobs, *cells(loss.measured), *share])
+        text = f"{percent(added)}, {loss.says}"
+        bars.append(Bar(f"without {loss.knobs}", 100 * added, 100 * low, 100 * high, text))
+        says = {"added": added, "ci95": [low, high], "verdict": loss.says}
+        entries.append({"knobs": loss.knobs, **plain(loss.measured), **says})
+    remarks = [f"{name}: {reason}" for name, reason in ablation.failed.items()]
+    remarks += [f"{name} taken away alone: {why}" for name, why in ablation.remarks.items()]
+    document = {
+        "whole": plain(ablation.whole),
+        "without": entries,
         "failed": ablation.failed,
         "remarks": ablation.remarks,
         "flagged": ablation.flagged,
     }
-
-
-def table(found: Session, ablation: Ablation) -> str:
-    """The ablation as Markdown."""
-
-    def shown(entry: Confirmed) -> list[str]:
-        return [f"{entry.mean_ms:.3f}", interval(*entry.ci95_ms(), "{:.3f}".format)]
-
-    rows = [["(nothing: all knobs)", *shown(ablation.whole), "", "", ""]]
-    for loss in ablation.losses:
-        share = [percent(loss.added), interval(loss.low, loss.high), loss.says]
-        rows.append([loss.knobs, *shown(loss.measured), *share])
-    remarks = [f"{name}: {reason}" for name, reason in ablation.failed.items()]
-    remarks += [f"{name} taken away alone: {why}" for name, why in ablation.remarks.items()]
-    return found.report(markdown(_HEADS, rows), [*remarks, *ablation.flagged])
-
-
-def _figure(found: Session, ablation: Ablation) -> Any:
-    bars = [
-        Bar(
-            f"without {loss.knobs}",
-            100 * loss.added,
-            100 * loss.low,
-            100 * loss.high,
-            f"{percent(loss.added)}, {loss.says}",
-        )
-        for loss in ablation.losses
-    ]
-    return effects_figure(
-        f"ablation of {found.runs.study_dir.name}\n{found.subtitle()}",
-        "time added when the knob is taken away, in % (95% interval)",
-        bars,
-    )
+    axis = "time added when the knob is taken away, in % (95% interval)"
+    return found.effects(document, rows, [*remarks, *ablation.flagged], "ablation of", axis, bars)
 
 
 def _parser() -> Any:

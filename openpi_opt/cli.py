@@ -71,7 +71,6 @@ def run(main: Callable[[], int], kept: str = "nothing was changed") -> NoReturn:
         # To look through all objects of torch or MLflow for garbage once more, as the interpreter
         # does on its way out, takes most of a second and frees nothing that outlives the process.
         gc.freeze()
-    interrupt.over()
     if interrupt.pressed() and code:
         code = INTERRUPTED
     if code == INTERRUPTED:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -29,8 +30,9 @@ from openpi_opt.result import (
 )
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.pareto import objectives
-from openpi_opt.track.report import Row, lossy, print_table, rows
+from openpi_opt.track.report import Row, rows
 from openpi_opt.track.store import DEFAULT_STORE, Store
+from openpi_opt.track.table import print_table
 
 _SAMPLES = {name for name in Latency.model_fields if name.endswith("samples_ms")}
 # Parts that only some outcomes have, with the columns that they always take in CSV.
@@ -51,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: an unknown study or store, or a damaged journal.
     """
     arguments = _parser().parse_args(argv)
+    gc.disable()  # whatever is read is kept until the end
     study_dir = Store.open(arguments.store, create=False).find_study(arguments.study)
-    journal = Journal.read(study_dir)
+    journal = Journal.read(study_dir, brief=True)
     for note in journal.notes:
         print(f"note: {note}", file=sys.stderr)
     records = journal.records()
@@ -83,7 +86,7 @@ def trial(row: Row, study_dir: Path, judged_by: criteria.Criteria | None = None)
         "labels": record.labels,
         "outcome": result.outcome,
         "reason": None if isinstance(result, Ok) else result.reason,
-        "lossy": lossy(record),
+        "lossy": row.lossy,
         "best": row.best,
         "pareto": row.pareto,
         "over_limit": [f"{name}: {text}" for name, text in row.over.items()],

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -129,7 +129,7 @@ class Measure(Section):
     """How latency is sampled. The minima are the field's rule: fewer says nothing.
 
     Calls are planned until the 95% interval of their mean and of their median is within `rel_ci`
-    of it (half-width), then so many, and a margin, are measured anew and reported
+    of it (half-width). Then that number and a margin are measured and reported
     (`measure/planning.py`). At least `iterations` and at most `max_iterations` are reported;
     planning and measuring together are laid out for `max_seconds`, which `Config.resolved` fills
     in where it is null, by the device. `rel_ci` null measures exactly `iterations`.
@@ -209,7 +209,7 @@ class Limits(create_model("_Judged", __base__=Section, **_JUDGED)):  # type: ign
     `best_ms`: the fastest of the sweep so far, for `profile.energy=auto`, and `race`: how many
     times slower than the fastest a trial may be; the sweep fills both in.
     `latency_ms` and the limits of all other figures (`figures.LIMITS`) judge results: above one of
-    them a trial is never the best. They change no measurement, so they are no part of a
+    them a trial is never the best. They change no measurement, so they do not belong to a
     configuration's identity. `compile_seconds` is the first call as it was seen: less with warm
     caches.
     """
@@ -509,19 +509,34 @@ def _digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-class Nature(NamedTuple):
-    """What tables ask of a recorded configuration: all knobs at defaults, and less accurate."""
+class _Recorded(dict[str, Any]):
+    """The knobs of a document, each read when it is asked for."""
 
-    plain: bool
-    lossy: bool
-
-
-def nature(config: Mapping[str, Any]) -> Nature:
-    """The nature of a result's configuration. It is kept: to read one takes half a millisecond."""
-    return _nature(json.dumps(config["knobs"], sort_keys=True))
+    def __getitem__(self, name: str) -> Any:
+        return _options(name, json.dumps(self.get(name, {}), sort_keys=True))
 
 
 @functools.lru_cache(maxsize=65_536)
-def _nature(knobs: str) -> Nature:
-    cfg = Config.parse(json.loads(knobs))
-    return Nature(cfg.is_baseline(), cfg.lossy())
+def _options(name: str, options: str) -> BaseModel:
+    return BY_NAME[name].options_type.model_validate_json(options)
+
+
+@functools.cache
+def _plain() -> Config:
+    return Config.parse({})
+
+
+@functools.cache
+def plain_labels() -> dict[str, str]:
+    """The labels of a configuration whose knobs all are at their defaults."""
+    return _plain().labels()
+
+
+def is_lossy(config: Mapping[str, Any]) -> bool:
+    """`Config.lossy` of a recorded configuration, in microseconds: few knobs can be lossy."""
+    return _plain().model_copy(update={"knobs": _Recorded(config["knobs"])}).lossy()
+
+
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """`Config.is_baseline` of a recorded configuration, in half a millisecond."""
+    return Config.parse(config["knobs"]).is_baseline()

@@ -28,8 +28,9 @@ from openpi_opt.space.space import parse_override
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal, utc_now
 from openpi_opt.track.mlflow_content import device
-from openpi_opt.track.report import Row, flag_lines, rows
+from openpi_opt.track.report import Row, rows
 from openpi_opt.track.store import DEFAULT_STORE, Store
+from openpi_opt.track.table import flag_lines
 
 # Keys of an experiment's command line that the sweep does not have.
 _OWN_KEYS = ("experiment", "out")
@@ -95,7 +96,7 @@ def run(words: Sequence[str], sweep: Callable[[Sequence[str]], int]) -> int:
 
 
 def _study_name(name: str, given: Sequence[str]) -> str:
-    """The day, the experiment, and a hash of what the command line says: the same, the same."""
+    """The day, the experiment, and a hash of the command line."""
     day, *_, digest = default_study_name([f"experiment={name}", *given]).split("-")
     return f"{day}-{name}-{digest}"
 

@@ -1,16 +1,14 @@
 """Ctrl-C, SIGTERM and a closed terminal, from the first line of a verb to its last.
 
-Python raises KeyboardInterrupt wherever the main thread happens to be, which goes wrong in several
-places. In an import it leaves torsos of modules, and may come out as something else (pydantic makes
-a SchemaError of it). In a destructor or a callback it is printed and forgotten; a library may
-swallow it. Before `main` and after it nobody catches it. Here instead:
+The first press raises KeyboardInterrupt within `main`, and there is time to end trials and copies.
+The second one ends the process where it is: the journal makes any exit safe, the kernel frees the
+locks, and watchers end the trials. Before `main` nothing has begun, so the first press ends the
+process. After `main` it is ignored.
 
-* before `main`, nothing has begun: the process ends at once;
-* within `main`, KeyboardInterrupt is raised, but not amid an import or what is `shielded`: then
-  after it. Is it lost (it has not left `main`, and no exception is being handled), it is raised
-  again;
-* after `main` all is done, and what Python still does takes a moment: the first press is ignored;
-* a second press ends now, wherever the first one has got to.
+Python raises KeyboardInterrupt wherever the main thread happens to be. In an import it leaves
+torsos of modules, and may come out as something else. In a destructor or a callback it is printed
+and forgotten, and a library may swallow it. So it waits for the end of an import or of what is
+`shielded`. It is raised again when it has not left `main` and no exception is being handled.
 
 The package itself loads this module before all others, so it imports only what is there already.
 """
@@ -34,15 +32,13 @@ NOTHING = "nothing was begun"
 # Started and ended by others, which is SIGTERM's business alone: they have nothing to save.
 _WORKERS = ("openpi_opt.trial", "openpi_opt.measure.ceilings")
 _AGAIN_SECONDS = 0.05
+_SHOW_CURSOR = b"\x1b[?25h"
 
 
 class _State:
-    """Of this process. `raised`: KeyboardInterrupt was, for the first press."""
+    """Of this process. `raised`: KeyboardInterrupt was, for the press."""
 
-    begun = False
-    presses = 0
-    raised = False
-    told = False
+    begun = ended = pressed = raised = told = False
     kept = NOTHING
     shields = 0
 
@@ -79,38 +75,38 @@ def inside(main: Callable[[], int], kept: str) -> int:
     `kept` is what to tell of an interruption: what is kept.
     """
     _state.kept, _state.told = kept, False
-    _state.begun = True
-    return main()
+    _state.begun, _state.ended = True, False
+    try:
+        return main()
+    finally:
+        _state.ended = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
     """What is not to be left half done: the first press waits for its end, the second does not.
 
-    In any thread but the main one, which is never interrupted, this does nothing.
+    For the main thread, which alone is interrupted.
     """
-    import threading  # long since loaded, but not when this module is
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     _state.shields += 1
     try:
         yield
     finally:
         _state.shields -= 1
-    if pressed():
+    if _state.pressed:
         _on_alarm(signal.SIGALRM, sys._getframe())
-
-
-def over() -> None:
-    """Note that `main` has ended: nobody is to be woken any more."""
-    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def pressed() -> bool:
     """Whether one of the signals came."""
-    return _state.presses > 0
+    return _state.pressed
+
+
+def heeded() -> None:
+    """Note that a press was for a wait alone, and is done with: `main` goes on."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    _state.pressed = _state.raised = False
 
 
 def told() -> None:
@@ -130,21 +126,36 @@ def tell(more: str = "") -> None:
 def _on_signal(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGHUP:
         _let_go_of_terminal()
-        if pressed():
+        if _state.pressed:
             return  # a shell sends it once more than the kernel
-    _state.presses += 1
-    first = _state.presses == 1
-    if not _is_inside(frame):
-        if not (first and _state.begun):
-            tell()
-            os._exit(INTERRUPTED)
-        return
-    if first:
-        _look_again()
-    if first and not _may_raise(frame):
-        return
-    _state.raised = True
-    raise KeyboardInterrupt
+    if _state.pressed or not _state.begun:
+        tell()
+        if os.isatty(2):  # a progress display may have hidden it
+            os.write(2, _SHOW_CURSOR)
+        os._exit(INTERRUPTED)
+    _state.pressed = True
+    if not _state.ended:
+        signal.signal(signal.SIGALRM, _on_alarm)
+        signal.siginterrupt(signal.SIGALRM, False)  # system calls are not disturbed
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS, _AGAIN_SECONDS)
+        _raise_in(frame)
+
+
+def _on_alarm(number: int, frame: FrameType | None) -> None:
+    cleaning_up = _state.raised and sys.exc_info()[1] is not None
+    if not (cleaning_up or _state.ended):
+        _raise_in(frame)
+
+
+def _raise_in(frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, unless an import or something shielded is under way."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib."):
+            return
+        frame = frame.f_back
+    if _state.shields == 0:
+        _state.raised = True
+        raise KeyboardInterrupt
 
 
 def _let_go_of_terminal() -> None:
@@ -157,41 +168,7 @@ def _let_go_of_terminal() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
-def _look_again() -> None:
-    """Come back later, and again, without disturbing system calls."""
-    signal.signal(signal.SIGALRM, _on_alarm)
-    signal.siginterrupt(signal.SIGALRM, False)
-    signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS, _AGAIN_SECONDS)
-
-
-def _on_alarm(number: int, frame: FrameType | None) -> None:
-    if not _is_inside(frame):
-        over()
-        return
-    cleaning_up = _state.raised and sys.exc_info()[1] is not None
-    if _may_raise(frame) and not cleaning_up:
-        _state.raised = True
-        raise KeyboardInterrupt
-
-
 def _on_unraisable(unraisable: Any) -> None:
     """After a press what torsos complain about in their destructors is no news."""
-    if not pressed():
+    if not _state.pressed:
         sys.__unraisablehook__(unraisable)
-
-
-def _is_inside(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_code is inside.__code__:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _may_raise(frame: FrameType | None) -> bool:
-    """Whether neither an import nor something shielded is under way."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib."):
-            return False
-        frame = frame.f_back
-    return _state.shields == 0

@@ -16,12 +16,24 @@ from openpi_opt import cli
 from openpi_opt.confirm.judge import Confirmed, Gain
 from openpi_opt.confirm.steps import Knobs
 from openpi_opt.errors import UserError
-from openpi_opt.rounds import Session, interval, percent, target_parser, target_session, why
-from openpi_opt.rounds import table as markdown
-from openpi_opt.track.plots import Bar, effects_figure
+from openpi_opt.session import (
+    Report,
+    Session,
+    cells,
+    interval,
+    percent,
+    plain,
+    target_parser,
+    target_session,
+    why,
+)
+from openpi_opt.track.plots import Bar
 
 BASELINE = "baseline"
-_HEADS = ["added", "mean ms", "interval", "saved by the step", "interval", "verdict"]
+_HEADS = [
+    *("added", "mean ms", "interval"),
+    *("saved by the step", "interval", "verdict", "of the baseline"),
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = target_session("ladder", arguments)
     with found.alone(arguments.device):
         ladder = measure(found, climb(found, arguments.screening))
-    found.write(document(found, ladder), table(found, ladder), _figure(found, ladder))
+    found.write(report(found, ladder))
     return 0
 
 
@@ -141,77 +153,41 @@ def measure(found: Session, way: Way) -> Ladder:
             below = added
     if len(rungs) == 1:
         raise UserError("no rung above the baseline ended ok; see above.")
-    reasons = {added: why(result) for added, result in measured.failed.items()}
-    return Ladder(rungs, reasons, way, measured.flagged())
+    return Ladder(rungs, measured.reasons(), way, measured.flagged())
 
 
-def document(found: Session, ladder: Ladder) -> dict[str, Any]:
-    """The ladder as plain data."""
-    return {
-        **found.about_target(),
-        "rungs": [
-            {
-                "added": rung.added,
-                "mean_ms": rung.measured.mean_ms,
-                "ci95_ms": list(rung.measured.ci95_ms()),
-                "means_ms": rung.measured.means_ms,
-                "config_hash": rung.measured.subject.key,
-                "step": _plain(rung.step),
-                "total": _plain(rung.total),
-            }
-            for rung in ladder.rungs
-        ],
+def report(found: Session, ladder: Ladder) -> Report:
+    """The ladder as plain data, table and plot."""
+    entries, rows, bars = [], [_HEADS], []
+    for rung in ladder.rungs:
+        mean_ms, step = rung.measured.mean_ms, rung.step
+        of_step, left, text = ["", "", ""], "100%", f"{mean_ms:.2f} ms"
+        if step and rung.total:
+            of_step = [percent(step.mean), interval(step.low, step.high), step.verdict]
+            left, text = f"{1 - rung.total.mean:.2%}", f"{text}, {percent(-step.mean)} by the step"
+        rows.append([rung.added, *cells(rung.measured), *of_step, left])
+        bars.append(Bar(rung.added, mean_ms, *rung.measured.ci95_ms(), text))
+        gains = {"step": _plain(step), "total": _plain(rung.total)}
+        entries.append({"added": rung.added, **plain(rung.measured), **gains})
+    way = ladder.way
+    remarks = [f"{added}: failed when measured, {why}" for added, why in ladder.failed.items()]
+    remarks += [f"{name} alone: {reason}" for name, reason in way.remarks.items()]
+    remarks += [f"{name}: changes nothing on top of the others" for name in way.idle]
+    document = {
+        "rungs": entries,
         "failed": ladder.failed,
-        "remarks": ladder.way.remarks,
-        "without_effect": ladder.way.idle,
+        "remarks": way.remarks,
+        "without_effect": way.idle,
         "flagged": ladder.flagged,
     }
-
-
-def table(found: Session, ladder: Ladder) -> str:
-    """The ladder as Markdown."""
-    rows = []
-    for rung in ladder.rungs:
-        measured, step = rung.measured, rung.step
-        cells = [
-            rung.added,
-            f"{measured.mean_ms:.3f}",
-            interval(*measured.ci95_ms(), "{:.3f}".format),
-        ]
-        if step and rung.total:
-            cells += [percent(step.mean), interval(step.low, step.high), step.verdict]
-            cells += [f"{1 - rung.total.mean:.2%}"]
-        else:
-            cells += ["", "", "", "100%"]
-        rows.append(cells)
-    remarks = [f"{added}: failed when measured, {why}" for added, why in ladder.failed.items()]
-    remarks += [f"{name} alone: {reason}" for name, reason in ladder.way.remarks.items()]
-    remarks += [f"{name}: changes nothing on top of the others" for name in ladder.way.idle]
-    return found.report(markdown([*_HEADS, "of the baseline"], rows), [*remarks, *ladder.flagged])
+    axis = "latency of one inference in ms (95% interval of the mean over processes)"
+    return found.effects(document, rows, [*remarks, *ladder.flagged], "ladder to", axis, bars)
 
 
 def _plain(found: Gain | None) -> dict[str, Any] | None:
     if found is None:
         return None
     return {"mean": found.mean, "ci95": [found.low, found.high], "verdict": found.verdict}
-
-
-def _figure(found: Session, ladder: Ladder) -> Any:
-    bars = [
-        Bar(
-            rung.added,
-            rung.measured.mean_ms,
-            *rung.measured.ci95_ms(),
-            f"{rung.measured.mean_ms:.2f} ms"
-            + (f", {percent(-rung.step.mean)} by the step" if rung.step else ""),
-        )
-        for rung in ladder.rungs
-    ]
-    return effects_figure(
-        f"ladder to {found.runs.study_dir.name}\n{found.subtitle()}",
-        "latency of one inference in ms (95% interval of the mean over processes)",
-        bars,
-    )
 
 
 def _parser() -> Any:

@@ -9,33 +9,40 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
-from openpi_opt import cli, rounds
+from openpi_opt import cli
 from openpi_opt.config import Config
 from openpi_opt.confirm import power
-from openpi_opt.confirm.contenders import short
-from openpi_opt.confirm.judge import Gain
-from openpi_opt.confirm.paired import MIN_PAIRS, Compared, Spread, compare, spread_of
+from openpi_opt.confirm.bench import short
+from openpi_opt.confirm.judge import CONFIDENCE, Compared, Gain, Spread, compare, spread_of
 from openpi_opt.errors import UserError
-from openpi_opt.rounds import Measured, Session, interval, open_session, percent, refusal
+from openpi_opt.session import (
+    Measured,
+    Process,
+    Report,
+    Session,
+    composed,
+    interval,
+    open_session,
+    parser,
+    percent,
+    refusal,
+    table,
+)
 from openpi_opt.track import plots
 from openpi_opt.track.journal import utc_now
 from openpi_opt.track.store import Store
 
 ROLES = "A", "A again", "B"
 _VERB = "pairs"
-_HEADS = (
-    "pair",
-    "time added",
-    "95% interval",
-    "p (t test)",
-    "p (signs flipped)",
-    "spread",
-    "verdict",
-)
+_HEADS = [
+    *("pair", "time added", "95% interval"),
+    *("p (t test)", "p (signs flipped)", "spread", "verdict"),
+]
 
 
 @dataclass
@@ -74,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     session = open_session(_VERB, arguments, a, Store.open(arguments.store).study_dir(name))
     with session.alone(arguments.device):
         found = measure(session, b)
-    session.write(document(found), table(found), figure(found))
+    session.write(report(found))
     return 0
 
 
@@ -97,7 +104,7 @@ def _config(arguments: argparse.Namespace, own: Sequence[str]) -> Config:
     words = [*arguments.common, *own]
     if arguments.iterations is not None:
         words += ["measure.rel_ci=null", f"measure.iterations={arguments.iterations}"]
-    return rounds.composed(words, arguments.preset_dir)
+    return composed(words, arguments.preset_dir)
 
 
 def _check(a: Config, b: Config, machine: Any) -> None:
@@ -118,20 +125,25 @@ def _check(a: Config, b: Config, machine: Any) -> None:
             raise UserError(f"{name} ({short(cfg)}) cannot run here: {reason}")
 
 
-def document(found: Pairs) -> dict[str, Any]:
-    """All figures as plain data."""
-    spread, (a_a, a_b) = _spread(found), _compared(found).values()
-    return {
+def report(found: Pairs) -> Report:
+    """All figures as plain data, as Markdown and as a plot."""
+    means = found.measured.means
+    compared = {role: compare(means("A"), means(role), found.session.seed) for role in ROLES[1:]}
+    spread = spread_of(means("A", "A again"))
+    tau = power.Tau(spread.tau, spread.processes - 1).upper
+    rounds = power.pairs_needed(power.GAIN, tau, power.level(1), power.PROBABILITY)
+    text = _text(found, compared, spread, rounds)
+    document = {
         **found.session.about(),
         "written_at": utc_now(),
         "a": _described(found.a),
         "b": _described(found.b),
         "measure": found.a.measure.model_dump(mode="json"),
         "planned_rounds": found.planned,
-        "a_a": _plain(a_a),
-        "a_b": _plain(a_b),
+        "a_a": _plain(compared["A again"]),
+        "a_b": _plain(compared["B"]),
         "spread": asdict(spread),
-        "rounds_for_1_percent": _rounds_for(spread),
+        "rounds_for_1_percent": rounds,
         "phase_seconds": _phases(found),
         "wall_seconds_per_process": found.session.wall_s,
         "processes": [
@@ -147,40 +159,25 @@ def document(found: Pairs) -> dict[str, Any]:
             for each in found.measured.processes
         ],
     }
+    return Report(document, text, lambda: _figure(found, compared))
 
 
 def _described(cfg: Config) -> dict[str, Any]:
     return {"label": short(cfg), "config_hash": cfg.hash(), "knobs": cfg.dump()["knobs"]}
 
 
-def _compared(found: Pairs) -> dict[str, Compared]:
-    """A again and B, each against A."""
-    means = found.measured.means
-    return {role: compare(means("A"), means(role), found.session.seed) for role in ROLES[1:]}
-
-
-def _spread(found: Pairs) -> Spread:
-    return spread_of(found.measured.means("A", "A again"))
-
-
-def _rounds_for(spread: Spread) -> int:
-    """Rounds by which a promotion with one finalist finds 1%, planned with this spread."""
-    tau = power.Tau(spread.tau, spread.processes - 1).upper
-    return power.pairs_needed(power.GAIN, tau, power.level(1), power.PROBABILITY)
-
-
 def _phases(found: Pairs) -> dict[str, float]:
     """Mean seconds of each phase, over the judged processes."""
     seconds = [process.result.phase_seconds for process in found.measured.processes]
     names = dict.fromkeys(name for each in seconds for name in each)
-    return {name: sum(s.get(name, 0.0) for s in seconds) / len(seconds) for name in names}
+    return {name: fmean(each.get(name, 0.0) for each in seconds) for name in names}
 
 
 def _plain(compared: Compared) -> dict[str, Any]:
-    judged: Gain = compared.judged
+    judged, added = compared.judged, _added(compared)
     return {
-        "change": compared.change,
-        "ci95": [compared.low, compared.high],
+        "change": added[0],
+        "ci95": added[1:],
         "p_value": compared.p_value,
         "sign_flip_p_value": compared.flip_p_value,
         "spread_between_processes": compared.spread,
@@ -191,24 +188,25 @@ def _plain(compared: Compared) -> dict[str, Any]:
     }
 
 
-def table(found: Pairs) -> str:
-    """The result as Markdown."""
+def _added(compared: Compared) -> list[float]:
+    """The share of time that the second takes more than the first, with its 95% interval."""
+    gain = compared.interval
+    return [-gain.mean, -gain.high, -gain.low]
+
+
+def _text(found: Pairs, compared: Mapping[str, Compared], spread: Spread, rounds: int) -> str:
     whole = f"{found.rounds} rounds of three fresh processes"
     if found.rounds < found.planned:
         whole += f" ({found.planned} were planned; the time was over)"
-    processes, pairs = [], []
+    processes, pairs = [["process", "mean ms", "std between processes"]], [_HEADS]
     for role in ROLES:
         means = found.measured.means(role)
-        mean, between = sum(means) / len(means), power.spread(means).value
-        processes.append([role, f"{mean:.3f}", f"{between:.3%}"])
-    for name, compared in _compared(found).items():
-        p_values = f"{compared.p_value:.2g}", f"{compared.flip_p_value:.2g}"
-        cells = [
-            f"{name} - A",
-            _fine(compared.change),
-            interval(compared.low, compared.high, _fine),
-        ]
-        pairs.append([*cells, *p_values, f"{compared.spread:.3%}", compared.judged.verdict])
+        processes.append([role, f"{fmean(means):.3f}", f"{power.spread(means).value:.3%}"])
+    for role, each in compared.items():
+        change, low, high = _added(each)
+        p_values = f"{each.p_value:.2g}", f"{each.flip_p_value:.2g}"
+        added = _fine(change), interval(low, high, _fine)
+        pairs.append([f"{role} - A", *added, *p_values, f"{each.spread:.3%}", each.judged.verdict])
     lines = [
         f"# A/A and A/B: {found.session.where()}",
         "",
@@ -217,41 +215,33 @@ def table(found: Pairs) -> str:
         f"- A: {short(found.a)}",
         f"- B: {short(found.b)}",
         "",
-        *rounds.table(["process", "mean ms", "std between processes"], processes),
+        *table(*processes),
         "",
-        *rounds.table([*_HEADS, "spread", "verdict"], pairs),
+        *table(*pairs),
         "",
-        *_remarks(found),
+        *(f"- {line}" for line in _remarks(found, compared["B"].judged, spread, rounds)),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _remarks(found: Pairs) -> list[str]:
-    spread = _spread(found)
-    seconds = _phases(found)
-    shown = ", ".join(f"{name} {took:.1f}" for name, took in seconds.items() if took >= 0.05)
-    level, b = power.level(1), _compared(found)["B"]
+def _remarks(found: Pairs, judged: Gain, spread: Spread, rounds: int) -> list[str]:
+    shown = ", ".join(f"{name} {s:.1f}" for name, s in _phases(found).items() if s >= 0.05)
     wall_s = found.session.wall_s
     every = f"; one after another every {wall_s:.1f} s" if wall_s else ""
-    lines = [
-        f"- spread between processes of A (tau): {spread.tau:.3%} in {spread.processes} processes "
+    drifts = "drifts up" if spread.trend > 0 else "drifts down"
+    trend = drifts if spread.trend_p <= 1 - CONFIDENCE else "shows no trend"
+    return [
+        f"spread between processes of A (tau): {spread.tau:.3%} in {spread.processes} processes "
         f"(95% interval {spread.low:.3%} to {spread.high:.3%}, excess kurtosis "
         f"{spread.excess_kurtosis:+.1f})",
-        f"- over the time A {_trend(spread)} (Kendall's tau {spread.trend:+.2f}, p "
-        f"{spread.trend_p:.2g})",
-        f"- the verdict is the promotion's for one finalist, one-sided level {level:g} each way: "
-        f"B takes {_bounds(b.judged)} than A",
-        f"- with this spread a promotion of one finalist plans {_rounds_for(spread)} rounds to "
-        f"find {power.GAIN:.0%} with {power.PROBABILITY:.0%} probability",
-        f"- seconds of a process on average: {shown}{every}",
+        f"over the time A {trend} (Kendall's tau {spread.trend:+.2f}, p {spread.trend_p:.2g})",
+        f"the verdict is the promotion's for one finalist, one-sided level {power.level(1):g} each "
+        f"way: B takes {_bounds(judged)} than A",
+        f"with this spread a promotion of one finalist plans {rounds} rounds to find "
+        f"{power.GAIN:.0%} with {power.PROBABILITY:.0%} probability",
+        f"seconds of a process on average: {shown}{every}",
+        *found.measured.flagged(),
     ]
-    return [*lines, *(f"- {line}" for line in found.measured.flagged())]
-
-
-def _trend(spread: Spread) -> str:
-    if spread.trend_p > 1 - 0.95:
-        return "shows no trend"
-    return "drifts up" if spread.trend > 0 else "drifts down"
 
 
 def _bounds(judged: Gain) -> str:
@@ -267,75 +257,69 @@ def _fine(value: float) -> str:
     return f"{value:+.3%}" if math.fabs(value) < 0.01 else percent(value)
 
 
-def figure(found: Pairs) -> Any:
+def _figure(found: Pairs, compared: Mapping[str, Compared]) -> Any:
     """Each process, and the differences within the rounds."""
-    processes = [
-        plots.Series(
-            role,
-            [
-                plots.Point(each.place + 1, ms.mean_ms, ms.ci95_low_ms, ms.ci95_high_ms)
-                for each in found.measured.processes
-                if each.shown == role
-                for ms in [each.result.latency]
-            ],
-        )
-        for role in ROLES
-    ]
+
+    def point(each: Process) -> plots.Point:
+        ms = each.result.latency
+        return plots.Point(each.place + 1, ms.mean_ms, ms.ci95_low_ms, ms.ci95_high_ms)
+
+    def level(each: Compared) -> plots.Point:
+        mean, low, high = (100 * share for share in _added(each))
+        return plots.Point(0, mean, low, high)
+
+    of = {role: [each for each in found.measured.processes if each.shown == role] for role in ROLES}
+    processes = [plots.Series(role, [point(each) for each in of[role]]) for role in ROLES]
     differences = [
         plots.Series(
-            f"{name} - A",
-            [plots.Point(n + 1, 100 * math.expm1(d)) for n, d in enumerate(compared.differences)],
-            level=plots.Point(0, 100 * compared.change, 100 * compared.low, 100 * compared.high),
-            colour=ROLES.index(name),
+            f"{role} - A",
+            [plots.Point(n + 1, 100 * math.expm1(d)) for n, d in enumerate(each.differences)],
+            level=level(each),
+            colour=ROLES.index(role),
         )
-        for name, compared in _compared(found).items()
+        for role, each in compared.items()
     ]
+    title = "each process, with its own 95% interval"
+    within = "within a round; mean and 95% interval"
     return plots.dots(
         f"A/A and A/B: {found.session.where()}\nA: {short(found.a)}\nB: {short(found.b)}",
         [
-            plots.Panel(
-                "each process, with its own 95% interval",
-                processes,
-                "process, in order of time",
-                "mean latency, ms",
-            ),
-            plots.Panel(
-                "within a round; mean and 95% interval", differences, "round", "time added, %"
-            ),
+            plots.Panel(title, processes, "process, in order of time", "mean latency, ms"),
+            plots.Panel(within, differences, "round", "time added, %"),
         ],
     )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = rounds.parser(
+    found = parser(
         _VERB,
         "Compare configuration A with itself and with B, in rounds of three fresh processes in "
         "random order.",
         "the report goes",
     )
-    parser.add_argument(
+    found.add_argument(
         "common",
         nargs="*",
         metavar="GROUP=OPTION",
         help="what A and B have in common, as `sweep` takes it (preset=NAME, too)",
     )
-    parser.add_argument("--a", nargs="+", metavar="GROUP=OPTION", help="what only A has")
-    parser.add_argument("--b", nargs="+", metavar="GROUP=OPTION", help="what only B has")
-    parser.add_argument(
+    found.add_argument("--a", nargs="+", metavar="GROUP=OPTION", help="what only A has")
+    found.add_argument("--b", nargs="+", metavar="GROUP=OPTION", help="what only B has")
+    found.add_argument(
         "--pairs",
         dest="rounds",
-        type=cli.at_least(MIN_PAIRS),
+        type=cli.at_least(power.MIN_PAIRS),
         default=20,
-        help=f"rounds, at least {MIN_PAIRS} (default: %(default)s)",
+        help=f"rounds, at least {power.MIN_PAIRS} (default: %(default)s)",
     )
-    parser.add_argument(
+    found.add_argument(
         "--iterations",
         type=cli.at_least(10),
         help="timed calls in each process: the spread between processes is what counts here "
         "(default: as `measure` says)",
     )
-    parser.add_argument("--study", help="name of the study that keeps the processes")
-    return parser
+    found.add_argument("--study", help="name of the study that keeps the processes")
+    return found
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ from typing import Any
 from openpi_opt import cli, criteria, preset, provenance
 from openpi_opt.config import Config
 from openpi_opt.confirm import bench, simulate, summary
-from openpi_opt.confirm.bench import ProcessBench
-from openpi_opt.confirm.contenders import contenders
+from openpi_opt.confirm.bench import ProcessBench, contenders
 from openpi_opt.confirm.fresh import FreshRuns
 from openpi_opt.confirm.promotion import Judged, Wanted
-from openpi_opt.confirm.provenance import of_promotion
+from openpi_opt.confirm.summary import of_promotion
 from openpi_opt.paths import user_conf_dir
 from openpi_opt.process.devices import DEVICE_HELP, gpu_name
 from openpi_opt.track.journal import Journal, Record
@@ -76,7 +75,7 @@ def _write(
     path: Path,
     judged_by: criteria.Criteria,
 ) -> int:
-    """Write the winner's preset, then have its run in MLflow tagged; 1 when there is none."""
+    """Write the winner's preset and have its run in MLflow tagged; 1 if no preset is written."""
     runs, key = benched.runs, judged.winner.subject.key
     winner, over = benched.configs[key], benched.over[key]
     if over:  # only the baseline: others above a limit were dropped
@@ -188,8 +187,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--again",
         action="store_true",
-        help="confirm anew; without it an interrupted promotion is continued, a finished one "
-        "answered from its runs",
+        help="confirm once more; without it an interrupted promotion is continued, and a finished "
+        "one is answered from its runs",
     )
     parser.add_argument(
         "--allow-lossy", action="store_true", help="let lossy configurations (FP8) be the best"

@@ -2,7 +2,7 @@
 
 Nothing here chooses an implementation. `auto` names a preset for this GPU, model and workload;
 `other_machine` says how a machine differs from the one that a preset was promoted on.
-`confirm.provenance` writes it.
+`confirm.summary` writes it.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from openpi_opt.samples import Samples
 Phase = Literal[
     "start",
     "import",
+    "queue",
     "load",
     "reference",
     "apply",
@@ -47,7 +48,7 @@ class Latency(_Part):
     """Latency of one whole `sample_actions` call in milliseconds, over `samples_ms`.
 
     `clock` says what was read: device events on a GPU, the wall clock on a CPU. The wall clock is
-    kept beside device events. The intervals hold for this process; the spread between processes is
+    kept as well. The intervals hold for this process; the spread between processes is
     not in them. `noisy`: std above 10% of the mean.
 
     - `ci95_*` bound the mean (Student's t over `effective_samples`, which is less than
@@ -55,10 +56,10 @@ class Latency(_Part):
     - `rel_ci` is the relative half-width of the wider of the two; `asked_rel_ci` what was asked
       for, None for a fixed number of iterations.
     - `ended` says why there are not more iterations: the interval was expected to be narrow enough
-      after so many (`interval`), or the time (`seconds`) or number allowed (`iterations`) was.
+      by then (`interval`), or the time (`seconds`) or number allowed (`iterations`) was used up.
     - `planning_samples_ms` are the calls by which the number of iterations was chosen. No figure
       contains them: a number of iterations chosen by the samples that it reports biases the mean.
-    - `looks` says what the run does beside scattering: "drifting up 3.0% over the run".
+    - `looks` says what the run does apart from scattering: "drifting up 3.0% over the run".
     - `upload_ms` is the mean time in which an observation reaches the GPU, measured before each
       call and in no other figure; None on a CPU.
     """
@@ -489,7 +490,7 @@ def write_atomic(path: Path, content: str | bytes, replace: bool = True) -> None
 
 
 def _open_nameless(folder: Path) -> int | None:
-    """A file without a name in `folder`, for writing; None where there is no such thing."""
+    """A file without a name in `folder`, for writing; None where the file system has none."""
     if not hasattr(os, "O_TMPFILE") or not os.path.exists("/proc/self/fd"):
         return None
     try:

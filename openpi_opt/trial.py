@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import select
@@ -30,7 +31,7 @@ from openpi_opt.errors import RefusedError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine, probe
 from openpi_opt.measure import power
-from openpi_opt.process.devices import measure_lock
+from openpi_opt.process.devices import float32_seat, measure_lock
 from openpi_opt.process.environment import (
     CACHES,
     child_environment,
@@ -47,9 +48,11 @@ if TYPE_CHECKING:
     from openpi_opt.measure.clock import Timing
     from openpi_opt.measure.gpu_state import Monitor
     from openpi_opt.pi0.inputs import Inputs
+    from openpi_opt.pi0.policy import Pi0Policy
+    from openpi_opt.process.locks import Held
     from openpi_opt.runtime import Prepared
 
-_EXCLUSIVE_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 # Of a trial's time so far, for timed calls that are made again and must answer the same.
 _CALLS_AGAIN = 0.02
@@ -156,11 +159,34 @@ def measuring_alone(cfg: Config, progress: Progress) -> Iterator[None]:
         yield
         return
     progress.enter("wait")
-    held = None
-    while held is None:
-        held = measure_lock()
-        if held is None:
-            time.sleep(_EXCLUSIVE_POLL_SECONDS)
+    with _having(measure_lock):
+        yield
+
+
+@contextmanager
+def in_float32(cfg: Config, machine: Machine, progress: Progress) -> Iterator[None]:
+    """Wait until there is room on the GPU for a float32 policy, and give its memory back after.
+
+    Trials that prepare beside each other hold their 16 bits each, and few of them float32.
+    """
+    accelerator = BY_DEVICE[cfg.device].accelerator()
+    if accelerator is None:
+        progress.enter("load")
+        yield
+        return
+    gpu = machine.gpus_for(cfg.device)[0]
+    progress.enter("queue")
+    with _having(lambda: float32_seat(gpu)):
+        progress.enter("load")
+        yield
+        gc.collect()
+        accelerator.empty_cache()
+
+
+@contextmanager
+def _having(lock: Callable[[], Held | None]) -> Iterator[None]:
+    while (held := lock()) is None:
+        time.sleep(_POLL_SECONDS)
     try:
         yield
     finally:
@@ -206,7 +232,6 @@ def _run(
     progress.enter("import")
     _import_all(cfg)
     identity.imported(cfg)  # as they are now: they may be edited while this runs
-    progress.enter("load")
     with contextlib.ExitStack() as stack:
         # Before torch makes a context: processes that are there now are not this one.
         monitor = stack.enter_context(gpu_state.monitor(gpus[0])) if gpus else None
@@ -249,14 +274,42 @@ def _run_checked(
     import torch
 
     from openpi_opt import runtime
-    from openpi_opt.guarding import power as power_of_guard
-    from openpi_opt.guarding import question
     from openpi_opt.measure import compilation
 
-    device = runtime.torch_device(cfg)
     accelerator = BY_DEVICE[cfg.device].accelerator()
     if accelerator is not None and not accelerator.is_available():
         raise RefusedError("unavailable", f"torch {torch.__version__} sees no usable GPU")
+    with in_float32(cfg, machine, progress):
+        policy, asked = _questioned(cfg, machine, progress, references)
+        if policy is None:
+            return _wrong(asked.wrong_structure())
+        progress.enter("apply")
+        if cfg.canonical().knobs["compile"] != cfg.baseline().knobs["compile"]:
+            compilation.observe()
+        prepared = runtime.apply_knobs(policy, cfg)
+        del policy
+        identity.note_imported(cfg, folder)
+    found = _measure(prepared, asked, progress, folder, monitor)
+    if found["outcome"] == "ok":
+        asked = replace(asked, cfg=_raced(asked.cfg, folder))
+        _explain(found, prepared, asked, machine, progress, references.with_name("ceilings"))
+    return found
+
+
+def _questioned(
+    cfg: Config, machine: Machine, progress: Progress, references: Path
+) -> tuple[Pi0Policy | None, Question]:
+    """The plain float32 policy and what the guard asks, which knows the structure.
+
+    No policy where the structure is wrong.
+    """
+    import torch
+
+    from openpi_opt import runtime
+    from openpi_opt.guarding import power as power_of_guard
+    from openpi_opt.guarding import question
+
+    device = runtime.torch_device(cfg)
     policy = runtime.build_policy(cfg, device)
     progress.enter("reference")
     gpus = machine.gpus_for(cfg.device)
@@ -274,18 +327,7 @@ def _run_checked(
         if seen.passed:
             progress.enter("load")
             policy = runtime.build_policy(cfg, device)
-    if not seen.passed:
-        return _wrong(asked.knowing(seen).wrong_structure())
-    progress.enter("apply")
-    if cfg.canonical().knobs["compile"] != cfg.baseline().knobs["compile"]:
-        compilation.observe()
-    prepared = runtime.apply_knobs(policy, cfg)
-    identity.note_imported(cfg, folder)
-    found = _measure(prepared, asked.knowing(seen), progress, folder, monitor)
-    if found["outcome"] == "ok":
-        asked = replace(asked, cfg=_raced(asked.cfg, folder))
-        _explain(found, prepared, asked, machine, progress, references.with_name("ceilings"))
-    return found
+    return (policy if seen.passed else None), asked.knowing(seen)
 
 
 def _wrong(report: results.GuardReport) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from openpi_opt import cli
 from openpi_opt.config import Config
-from openpi_opt.confirm.contenders import contenders
+from openpi_opt.confirm.bench import contenders
 from openpi_opt.errors import RefusedError, UserError
 from openpi_opt.kernels.aiter_tables import (
     Product,

@@ -71,12 +71,3 @@ def home_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.getbasetemp() / "home"
         patch.setenv("HOME", str(folder))
         yield folder
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that are known to fail and not mended yet: `tests/open.txt`, one id in a line."""
-    lines = (Path(__file__).parent / "open.txt").read_text(encoding="utf-8").splitlines()
-    open_ = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
-    for item in items:
-        if item.nodeid in open_ or item.nodeid.partition("[")[0] in open_:
-            item.add_marker(pytest.mark.skip(reason="open: see tests/open.txt"))

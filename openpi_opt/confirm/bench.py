@@ -9,23 +9,104 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from openpi_opt import cli, criteria
+from openpi_opt import cli
 from openpi_opt.config import Config
 from openpi_opt.confirm import power, promotion
-from openpi_opt.confirm.contenders import Contender, short
 from openpi_opt.confirm.fresh import FreshRuns, Planned
-from openpi_opt.confirm.judge import Subject, changed_knobs
+from openpi_opt.confirm.judge import Subject, differing
 from openpi_opt.confirm.promotion import Judged, Schedule, Wanted
-from openpi_opt.confirm.rounds import Mean, NeededError, Place, Stage
+from openpi_opt.confirm.rounds import Mean, NeededError, Numbered, Stage
+from openpi_opt.criteria import Criteria, over_text
 from openpi_opt.errors import UserError
 from openpi_opt.result import Ok, TrialResult, write_atomic
+from openpi_opt.track import identity
+from openpi_opt.track.journal import Record
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A configuration of the study with its newest measurement there."""
+
+    config: Config
+    number: int
+    mean_ms: float
+    fingerprint_hash: str
+    changed: tuple[str, ...] = ()  # of the package since it was measured
+
+
+def contenders(
+    records: Sequence[Record], allow_lossy: bool = False, criteria: Criteria | None = None
+) -> list[Contender]:
+    """The different configurations of a study that are right, best first, without the baseline.
+
+    The best is the least of the study's objective, or of the mean latency where it has several.
+
+    Lossy ones (FP8) do not compete with the others unless `allow_lossy`, and those above a limit of
+    `criteria` not at all. When only the baseline itself was `ok`, it is the only element.
+
+    Raises:
+        UserError: no trial is `ok`, none keeps the limits, or the trials belong to different
+            contexts.
+    """
+    criteria = (criteria or Criteria()).allowing(allow_lossy)
+    ok = [(r, r.result) for r in records if isinstance(r.result, Ok) and r.role != "confirm"]
+    if not ok:
+        raise UserError(
+            "this study has no trial with outcome ok, so there is nothing to promote. "
+            "`python -m openpi_opt.compare STUDY` shows the reasons."
+        )
+    contexts = {result.context_hash for _, result in ok}
+    if len(contexts) > 1:
+        raise UserError(
+            f"this study holds {len(contexts)} different models, workloads or platforms, whose "
+            "latencies cannot be compared. Sweep one of them in a study of its own."
+        )
+    newest: dict[str, Contender] = {}
+    over: dict[str, bool] = {}  # by its newest measurement
+    order: dict[str, float] = {}
+    first = criteria.figures()[0]
+    for record, result in ok:
+        cfg = _unlimited(Config.load(result.config))
+        if not cfg.is_baseline() and (criteria.allow_lossy or not cfg.lossy()):
+            config_hash = cfg.hash()
+            newest[config_hash] = Contender(
+                *(cfg, record.number, result.latency.mean_ms, record.fingerprint_hash),
+                changed=tuple(identity.changes(result)),
+            )
+            order[config_hash] = result.latency.mean_ms if criteria.several else first.value(result)
+            over[config_hash] = bool(criteria.over(result))
+    within = sorted((key for key in newest if not over[key]), key=order.__getitem__)
+    if newest and not within:
+        raise UserError(
+            f"none of the {len(newest)} configurations of this study keeps its limits "
+            f"({criteria.limits_text()}), so there is nothing to promote.\n"
+            "promote takes another one with --limit NAME=VALUE; the sweep with another one judges "
+            "the same results again. Or sweep further."
+        )
+    record, result = ok[0]
+    plain = _unlimited(Config.load(result.config)).baseline()
+    return [newest[key] for key in within] or [
+        Contender(plain, record.number, result.latency.mean_ms, record.fingerprint_hash)
+    ]
+
+
+def _unlimited(cfg: Config) -> Config:
+    """The same, measured to its end however slow: the limit was that day's, or of `pruning`."""
+    return cfg.model_copy(update={"limits": cfg.limits.model_copy(update={"latency_ms": None})})
+
+
+def short(cfg: Config) -> str:
+    """The knobs that differ from the baseline, with their labels."""
+    plain = cfg.baseline().labels()
+    changed = {k: v for k, v in cfg.labels().items() if v != plain[k]}
+    return " ".join(f"{k}={v}" for k, v in changed.items()) or "baseline"
 
 
 def confirm(
@@ -33,7 +114,7 @@ def confirm(
     candidates: Sequence[Contender],
     wanted: Wanted,
     again: bool = False,
-    judged_by: criteria.Criteria | None = None,
+    judged_by: Criteria | None = None,
 ) -> tuple[ProcessBench, Judged]:
     """Run a promotion to its end, or the rest of an interrupted one.
 
@@ -56,7 +137,7 @@ def confirm(
     others = current or others
     bench = ProcessBench(runs, baseline, [c.config for c in others], wanted, again, judged_by)
     subjects = [
-        Subject(c.config.hash(), changed_knobs(c.config), c.number, c.mean_ms) for c in others
+        Subject(c.config.hash(), len(differing(c.config)), c.number, c.mean_ms) for c in others
     ]
     cli.say(
         f"{len(others)} configuration(s) of the study {runs.study_dir.name} against the baseline"
@@ -66,7 +147,7 @@ def confirm(
     except NeededError:
         raise UserError(
             "the baseline did not end ok, so no gain can be stated; see above.\n"
-            "Mend the cause, then begin anew with --again."
+            "Mend the cause, then start over with --again."
         ) from None
     except power.TooShortError as error:
         raise too_short(wanted, error) from None
@@ -105,7 +186,7 @@ def check_time(runs: FreshRuns, candidates: Sequence[Contender], wanted: Wanted)
 
 
 class ProcessBench:
-    """A `promotion.Bench` of fresh processes; the schedule is kept beside their folders."""
+    """A `promotion.Bench` of fresh processes. The schedule is kept next to their folders."""
 
     def __init__(
         self,
@@ -114,14 +195,14 @@ class ProcessBench:
         others: Sequence[Config],
         wanted: Wanted,
         again: bool = False,
-        judged_by: criteria.Criteria | None = None,
+        judged_by: Criteria | None = None,
     ):
         self.runs = runs
         self.configs = {cfg.hash(): cfg for cfg in [baseline, *others]}
         self.over: dict[str, dict[str, str]] = {key: {} for key in self.configs}
         # The processes that are judged, by configuration.
         self.confirmed: dict[str, list[Ok]] = defaultdict(list)
-        self._criteria = judged_by or criteria.Criteria()
+        self._criteria = judged_by or Criteria()
         self._baseline = baseline.hash()
         gpu = runs.fingerprint(baseline)["gpu"]
         asked = {
@@ -135,25 +216,21 @@ class ProcessBench:
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
         self.path = _schedule_path(runs.study_dir / "confirm", digest, again)
 
-    def means(self, stage: Stage, places: Iterable[Place]) -> Generator[Mean, None, None]:
+    def means(self, stage: Stage, places: Iterable[Numbered]) -> Generator[Mean, None, None]:
         """Mean latency in ms of fresh processes, now or from before an interruption."""
-        asked: list[tuple[str, int, str]] = []
+        # Confirmation runs belong to their schedule; the others may serve every promotion here.
+        of = (self.path.stem,) if stage == "confirmation" else ()
 
-        def planned() -> Iterator[Planned]:
-            # Confirmation runs belong to their schedule; the others may serve every promotion here.
-            place = (self.path.stem,) if stage == "confirmation" else ()
-            for key, number in places:
-                cfg = self.configs[key]
-                shown = f"{stage} {number + 1}: {short(cfg)}"
-                asked.append((key, number, shown))
-                yield Planned(cfg, shown, (*place, stage, number), retry=not place)
+        def planned(key: str, number: int) -> Planned:
+            cfg = self.configs[key]
+            shown = f"{stage} {number + 1}: {short(cfg)}"
+            return Planned(cfg, shown, (*of, stage), not of, key, number)
 
-        with closing(self.runs.in_turn(planned())) as results:
-            for place, result in enumerate(results):
-                key, number, shown = asked[place]
+        with closing(self.runs.in_turn(planned(*each) for each in places)) as results:
+            for each, result in results:
                 if stage == "confirmation" and isinstance(result, Ok):
-                    self.confirmed[key].append(result)
-                yield key, number, self._mean(key, shown, result)
+                    self.confirmed[each.key].append(result)
+                yield each.key, each.number, self._mean(each.key, each.shown, result)
 
     def _mean(self, key: str, shown: str, result: TrialResult) -> float | None:
         if not isinstance(result, Ok):
@@ -161,7 +238,7 @@ class ProcessBench:
         over = self._criteria.over(result)
         self.over[key] |= over
         if over and key != self._baseline:  # that one is measured to compare with, whatever it has
-            cli.say(f"  {shown}: over the limit ({criteria.over_text(over)})")
+            cli.say(f"  {shown}: over the limit ({over_text(over)})")
             return None
         return result.latency.mean_ms
 
@@ -185,12 +262,12 @@ class ProcessBench:
             found = Schedule.model_validate_json(self.path.read_bytes())
         except ValidationError:
             raise UserError(
-                f"{self.path} is damaged: it is no schedule of a promotion.\n"
+                f"{self.path} is damaged: it is not the schedule of a promotion.\n"
                 "Restore it, or begin a new promotion with --again."
             ) from None
         cli.say(
             f"continuing the promotion of {self.path.name}: {len(found.rounds)} rounds in the "
-            "order that was drawn for it; what is finished is not run again (--again begins anew)"
+            "order that was drawn for it; what is finished is not run again (--again starts over)"
         )
         return found
 

@@ -1,9 +1,9 @@
-"""Fresh processes outside of a sweep: for promotions, ladders and ablations.
+"""Fresh processes outside of a sweep: for promotions, ladders, ablations and pairs.
 
 Each process has a place (what it is for, and its number there). Its record's uid is made from the
-place, the configuration and the fingerprint, so after an interruption the journal answers for
+place, the configuration and the fingerprint. So after an interruption the journal answers for
 every process that had finished, and only the missing ones run. All of them run on one device,
-leased as a sweep leases it; what a killed session left running is ended before the next begins.
+leased as a sweep leases it. What a killed session left running is ended before the next begins.
 The next processes prepare while one measures (`process.schedule`).
 """
 
@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -39,13 +40,13 @@ from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.store import Store
 
-# A throttled process is discarded and repeated, so often at most, after a pause that doubles.
+# A throttled process is discarded and repeated, this many times at most. The pause doubles.
 MAX_THROTTLED = 3
 COOLING_S = 15.0
-# What a process takes as long as none has been seen.
+# What a process is taken to need until one has been seen.
 _UNKNOWN_S = 60.0
-# Processes beside each other, whatever the device has room for: what is measured next depends on
-# what was found, and these may turn out to be in vain.
+# Processes that prepare at a time, whatever the device has room for. What is measured next depends
+# on what was found, so some of them may turn out to be in vain.
 _MOST_PREPARED = 5
 # Phases in which a process has the device, and those of them that a confirmation leaves out.
 _ALONE = ("warmup", "guard", "measure", "profile", "energy", "ceilings")
@@ -54,16 +55,19 @@ _ONCE = ("ceilings", "profile", "energy")
 
 @dataclass(frozen=True)
 class Planned:
-    """A process that is to run: its configuration, what is said of it, and its place.
+    """A process that is to run: its configuration, its name on the screen, and its place.
 
-    With `retry` one that was not ok in an earlier session runs again, and else that is final. One
-    that other files of this package measured runs again in any case.
+    `key` and `number` are what `Measurer.means` was asked for. With `retry` it runs again if it was
+    not ok in an earlier session; else that is final. It runs again in any case if files of this
+    package have changed since.
     """
 
     config: Config
     shown: str
     place: tuple[str | int, ...]
     retry: bool = False
+    key: str = ""
+    number: int = 0
 
 
 class FreshRuns:
@@ -88,11 +92,13 @@ class FreshRuns:
 
     def measure(self, planned: Planned) -> TrialResult:
         """The result of one process: `in_turn` of it alone."""
-        [result] = self.in_turn([planned])
+        [(_, result)] = self.in_turn([planned])
         return result
 
-    def in_turn(self, planned: Iterable[Planned]) -> Generator[TrialResult, None, None]:
-        """The results of all `planned`, in order; the next processes prepare while one measures.
+    def in_turn(
+        self, planned: Iterable[Planned]
+    ) -> Generator[tuple[Planned, TrialResult], None, None]:
+        """All `planned` with their results, in order; the next prepare while one measures.
 
         A process that the journal has does not run again. `planned` is asked for the next one
         whenever there is room for another process. Only within `alone`.
@@ -103,8 +109,8 @@ class FreshRuns:
         assert self._lease is not None, "measure only within `alone`"
         stop, slot = Stop(), self._lease.slot
         schedule = Schedule(stop, Room.of(slot, self.machine.memory_mib), in_order=True)
-        begun: deque[_Begun] = deque()
-        left = iter(planned)
+        begun: deque[tuple[Planned, str, TrialResult | Future[TrialResult]]] = deque()
+        most, left = min(_MOST_PREPARED, prepared(slot)), iter(planned)
         with ThreadPoolExecutor(_MOST_PREPARED, thread_name_prefix="process") as threads:
 
             def begin() -> bool:
@@ -112,52 +118,47 @@ class FreshRuns:
                 if each is None:
                     return False
                 uid, known = self._known(each)
-                job = None
                 if known is None:
                     self._new.add(uid)
-                    entry = schedule.join()
-                    job = threads.submit(self._job, each, uid, entry, stop)
-                begun.append(_Begun(each, uid, known, job))
+                    job = threads.submit(self._job, each, uid, schedule.join(), stop)
+                begun.append((each, uid, known or job))
                 return True
 
             try:
                 while begun or begin():
-                    while len(begun) < self._prepared and begin():
+                    while len(begun) < most and begin():
                         pass
-                    yield self._ended(begun.popleft())
+                    each, uid, answer = begun.popleft()
+                    if isinstance(answer, Future):
+                        yield each, self._kept(each, uid, answer.result())
+                    else:
+                        self._say(f"  {each.shown}: {_summary(answer)} (known)")
+                        yield each, answer
             finally:
                 stop.set()
 
-    @property
-    def _prepared(self) -> int:
-        assert self._lease is not None
-        return min(_MOST_PREPARED, prepared(self._lease.slot))
-
-    def _ended(self, begun: _Begun) -> TrialResult:
-        """The result of a process, when it has ended; a new one is kept and told."""
-        each = begun.planned
-        if begun.known is not None:
-            self._say(f"  {each.shown}: {_summary(begun.known)} (known)")
-            return begun.known
-        assert begun.job is not None
-        return self._told(each.config, each.shown, begun.uid, begun.job.result())
-
     def _known(self, each: Planned) -> tuple[str, TrialResult | None]:
         """The identity of a process, and its result if it need not run."""
-        uid, attempt = self.uid(each.config, *each.place), 0
+        uid, attempt = self._uid(each), 0
         while (record := self.journal.by_uid(uid)) is not None:
             final = isinstance(record.result, Ok) or not each.retry
             if uid in self._new or (final and not identity.changes(record.result)):
                 return uid, record.result
             attempt += 1
-            uid = self.uid(each.config, *each.place, f"attempt {attempt}")
+            uid = self._uid(each, f"attempt {attempt}")
         return uid, None
 
-    def uid(self, cfg: Config, *place: str | int) -> str:
-        """Identity of the process at `place` on this GPU: 32 hexadecimal digits."""
-        parts = [*map(str, place), cfg.hash(), self.fingerprint_hash(cfg)]
+    def _uid(self, each: Planned, *attempt: str) -> str:
+        """Identity of a process on this GPU: 32 hexadecimal digits."""
+        cfg = each.config
+        parts = [
+            *map(str, [*each.place, each.number]),
+            *attempt,
+            cfg.hash(),
+            self.fingerprint_hash(cfg),
+        ]
         gpu = self.fingerprint(cfg)["gpu"]
-        if gpu is not None:  # another GPU, however equal, begins anew
+        if gpu is not None:  # processes of another GPU do not count, even of the same model
             parts.append(gpu["uuid"])
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
@@ -181,20 +182,19 @@ class FreshRuns:
     def seconds(self, cfg: Config) -> float:
         """What a process of `cfg` adds to a session, by the journal; 60 when it knows none.
 
-        Its own work, with the device for itself, is that of its last processes. Those beside each
-        other share the time to prepare: that is the mean over the last ones of any configuration.
+        Its work with the device for itself is that of its last processes. The processes that
+        prepare together share the rest: the mean over the last ones of any configuration.
         """
-        took = [_Took.of(record) for record in self.journal.records()]
-        ok = [each for each in took if each.ok]
+        ok = [record for record in self.journal.records() if isinstance(record.result, Ok)]
         if not ok:
             return _UNKNOWN_S
-        mine = [each for each in ok if each.config_hash == cfg.hash()][-3:] or ok[-3:]
-        confirming = [each for each in ok if each.confirming]
-        starts = [each.starting(each.started) for each in confirming[:1] or mine]
-        starts += [each.starting(before.ended) for before, each in pairwise(confirming)]
+        mine = [each for each in ok if each.result.config_hash == cfg.hash()][-3:] or ok[-3:]
+        confirming = [each for each in ok if each.role == "confirm"]
+        rest = [_beside_s(each) for each in confirming[:1] or mine]
+        rest += [_beside_s(each, _ended(before)) for before, each in pairwise(confirming)]
         # A session that was killed or asleep took longer than its processes.
-        starting = [min(max(0.0, each), _UNKNOWN_S) for each in starts[-2 * _MOST_PREPARED :]]
-        return sum(each.work for each in mine) / len(mine) + sum(starting) / len(starting)
+        rest = [min(max(0.0, each), _UNKNOWN_S) for each in rest[-2 * _MOST_PREPARED :]]
+        return fmean(_alone_s(each, without=_ONCE) for each in mine) + fmean(rest)
 
     @contextmanager
     def alone(self, cfg: Config, wanted: int | str | None = None) -> Iterator[None]:
@@ -214,7 +214,6 @@ class FreshRuns:
                 "\nThey would disturb each other. Wait for that one to end."
             ) from None
         copies: Copies | None = None
-        hurried = True
         try:
             self._end_orphans()
             if self._tracking is not None:
@@ -229,62 +228,45 @@ class FreshRuns:
             if self._lease.slot.gpu is not None:
                 self._say(f"on {self._lease.slot.name} ({self._lease.slot.gpu.uuid})")
             yield
-            hurried = False
         finally:
             if self._lease is not None:
                 self._lease.release()
             lock.release()
             if copies is not None:
-                copies.close(len(self.journal), at_once=hurried)
+                copies.close(len(self.journal))
 
     def _end_orphans(self) -> None:
         """End what a killed session left; it may hold the device that is to be leased."""
         for folder in sorted((self.study_dir / "confirm").glob("*/")):
-            if self.journal.by_uid(folder.name) is None:
-                ended = end_marked(folder.name)
-                if ended:
-                    self._say(f"ended {ended} process(es) that a killed session left")
-
-    def _without_process(self, cfg: Config, folder: Path) -> TrialResult | None:
-        return refused(cfg, self.machine) or _left(folder, cfg)
+            if self.journal.by_uid(folder.name) is None and (ended := end_marked(folder.name)):
+                self._say(f"ended {ended} process(es) that a killed session left")
 
     def _job(self, each: Planned, uid: str, entry: Entry, stop: Stop) -> TrialResult:
-        folder = self.study_dir / "confirm" / uid
-        quick = _quick(each.config)
-
-        def start(cfg: Config) -> TrialResult:
-            return entry.run(cfg, lambda turn: self._start(cfg, folder, turn, stop))
+        """One process, in a thread: refused, found on disk, or run when the device is free."""
+        cfg, folder = _quick(each.config), self.study_dir / "confirm" / uid
 
         def pause(seconds: float) -> None:
             if stop.wait(seconds):
                 raise StoppedError("ended while it paused")
 
+        def start() -> TrialResult:
+            return entry.run(cfg, lambda turn: self._start(cfg, folder, turn, stop))
+
         with entry:
             try:
-                known = self._without_process(each.config, folder)
-                return known or self._unthrottled(quick, each.shown, start, self._pause or pause)
+                known = refused(each.config, self.machine) or _left(folder, each.config)
+                return known or self._unthrottled(each.shown, start, self._pause or pause)
             except DeviceLostError as error:
                 raise UserError(
                     f"{each.shown}: {error}.\nWhat is finished is kept: the same command continues "
                     "when that process is gone."
                 ) from error
 
-    def _told(self, cfg: Config, shown: str, uid: str, result: TrialResult) -> TrialResult:
-        """A new result, kept in the journal and said."""
-        folder = self.study_dir / "confirm" / uid
-        record = self._keep(cfg, shown, result, uid, folder if folder.exists() else None)
-        self._say(f"  {shown}: {_summary(record.result)}")
-        return record.result
-
     def _unthrottled(
-        self,
-        cfg: Config,
-        shown: str,
-        start: Callable[[Config], TrialResult],
-        pause: Callable[[float], None],
+        self, shown: str, start: Callable[[], TrialResult], pause: Callable[[float], None]
     ) -> TrialResult:
         for attempt in range(MAX_THROTTLED + 1):
-            result = start(cfg)
+            result = start()
             if not throttled(result):
                 return result
             if attempt < MAX_THROTTLED:
@@ -292,7 +274,7 @@ class FreshRuns:
                 self._say(f"  {shown}: throttled, discarded; again in {wait:.0f} s")
                 pause(wait)
         raise UserError(
-            f"{shown}: the GPU's clock was throttled in {MAX_THROTTLED + 1} processes on end, so "
+            f"{shown}: the GPU's clock was throttled in {MAX_THROTTLED + 1} processes in a row, so "
             "no latency would hold.\nCool it or raise its power limit. What is finished is kept: "
             "the same command continues."
         )
@@ -307,37 +289,28 @@ class FreshRuns:
             stop=stop,
             turn=turn,
         )
-        references, machine = self._store.references, self.machine
         try:
+            references, machine = self._store.references, self.machine
             return self._run(cfg, folder, references, _ignore, machine, place)
         except OSError as error:
             raise cannot_run(folder, error) from error
 
-    def _keep(
-        self, cfg: Config, shown: str, result: TrialResult, uid: str, folder: Path | None
-    ) -> Record:
-        return self.journal.append(
-            Record(
-                uid=uid,
-                study=self.study_dir.name,
-                role="confirm",
-                shown=shown,
-                labels=cfg.labels(),
-                result=result.model_copy(update={"fingerprint": self.fingerprint(cfg)}),
-                trial_dir=folder and folder.relative_to(self.study_dir).as_posix(),
-                fingerprint_hash=self.fingerprint_hash(cfg),
-            )
+    def _kept(self, each: Planned, uid: str, result: TrialResult) -> TrialResult:
+        """A new result, kept in the journal and said."""
+        cfg, folder = each.config, self.study_dir / "confirm" / uid
+        record = Record(
+            uid=uid,
+            study=self.study_dir.name,
+            role="confirm",
+            shown=each.shown,
+            labels=cfg.labels(),
+            result=result.model_copy(update={"fingerprint": self.fingerprint(cfg)}),
+            trial_dir=f"confirm/{uid}" if folder.exists() else None,
+            fingerprint_hash=self.fingerprint_hash(cfg),
         )
-
-
-@dataclass
-class _Begun:
-    """A process that was planned: its identity, and its result or who is at it."""
-
-    planned: Planned
-    uid: str
-    known: TrialResult | None
-    job: Future[TrialResult] | None
+        kept = self.journal.append(record).result
+        self._say(f"  {each.shown}: {_summary(kept)}")
+        return kept
 
 
 def _ignore(_: str) -> None:
@@ -371,36 +344,21 @@ def throttled(result: TrialResult) -> bool:
     return any(check.name == "gpu_clock" and check.status == "flag" for check in checks)
 
 
-@dataclass(frozen=True)
-class _Took:
-    """When a process was there, and what it did: seconds `booked` with the device for itself, and
-    of these the `work` that a process of a confirmation does, too."""
+def _alone_s(record: Record, without: Sequence[str] = ()) -> float:
+    """Seconds in which a process had the device for itself, `without` some of these phases."""
+    phases = record.result.phase_seconds
+    return sum(phases.get(phase, 0.0) for phase in _ALONE if phase not in without)
 
-    ok: bool
-    confirming: bool
-    config_hash: str
-    started: datetime
-    ended: datetime
-    booked: float
-    work: float
 
-    def starting(self, free: datetime) -> float:
-        """Seconds that it took besides, from when the device was free at the earliest."""
-        return (self.ended - max(self.started, free)).total_seconds() - self.booked
+def _beside_s(record: Record, free: datetime | None = None) -> float:
+    """The other seconds that a process took, counted from when the device was free."""
+    began = datetime.fromisoformat(record.result.started_at)
+    took = _ended(record) - (began if free is None else max(began, free))
+    return took.total_seconds() - _alone_s(record)
 
-    @staticmethod
-    def of(record: Record) -> _Took:
-        result = record.result
-        phases = {k: v for k, v in result.phase_seconds.items() if k in _ALONE}
-        return _Took(
-            ok=isinstance(result, Ok),
-            confirming=record.role == "confirm",
-            config_hash=result.config_hash,
-            started=datetime.fromisoformat(result.started_at),
-            ended=datetime.fromisoformat(record.created_at.replace("Z", "+00:00")),
-            booked=sum(phases.values()),
-            work=sum(v for k, v in phases.items() if k not in _ONCE),
-        )
+
+def _ended(record: Record) -> datetime:
+    return datetime.fromisoformat(record.created_at.replace("Z", "+00:00"))
 
 
 def _summary(result: TrialResult) -> str:

@@ -1,10 +1,10 @@
 """Judging a promotion: gains from interleaved fresh processes, verdicts, and the winner.
 
-The best of many equal configurations looks faster than the baseline nearly always, so the numbers
+The best of many equal configurations nearly always looks faster than the baseline. So the numbers
 that chose the finalists say nothing about their gain. In confirmation every configuration runs
-once per round, in an order drawn anew for each round, so that drift of the machine meets all
-alike. A gain is judged from the paired differences of the rounds only, with a one-sided Student
-interval on the log scale; the number of rounds is fixed beforehand (`confirm.power`).
+once per round, in an order drawn for that round, so that drift of the machine meets all alike. A
+gain is judged from the paired differences of the rounds only, with a one-sided Student interval on
+the log scale. The number of rounds is fixed beforehand (`confirm.power`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import numpy as np
 import scipy  # its `stats` takes a second to load, so when it is used: --help does not
 
 from openpi_opt.config import Config
-from openpi_opt.confirm.power import GAIN
+from openpi_opt.confirm.power import GAIN, level, spread
 from openpi_opt.knobs import KNOBS
 
 Verdict = Literal["faster", "same", "ambiguous", "slower"]
+CONFIDENCE = 0.95
+# Of the check by flipped signs; with fewer than 15 pairs scipy goes through all flips instead.
+FLIPS = 19_999
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Gain:
 
     `low` and `high` bound the gain, each at the confidence asked for, from confirmation runs
     alone. The verdict is `faster` when `low` is above 0, `slower` when `high` is below 0, `same`
-    when both lie within the margin around 0, and else `ambiguous`: too few runs to tell.
+    when both lie within 1% around 0, and else `ambiguous`: too few runs to tell.
     """
 
     mean: float
@@ -78,16 +81,11 @@ class Confirmed:
         return max(0.0, self.mean_ms - half), self.mean_ms + half
 
 
-def gain(
-    baseline_ms: Sequence[float],
-    candidate_ms: Sequence[float],
-    alpha: float,
-    margin: float = GAIN,
-) -> Gain:
+def gain(baseline_ms: Sequence[float], candidate_ms: Sequence[float], alpha: float) -> Gain:
     """Paired gain with a one-sided lower and upper bound at level `alpha` each.
 
     The paired t interval of the logarithms' differences. `same` is the two one-sided tests
-    procedure (Schuirmann 1987) with the bounds +- `margin`.
+    procedure (Schuirmann 1987) with the bounds +- `power.GAIN`.
 
     Raises:
         ValueError: fewer than two pairs, or lists of different length.
@@ -100,15 +98,15 @@ def gain(
     center = float(np.mean(ratios))
     # A spread that no finite number holds gives no bound, and never a verdict.
     low, high, mean = (1 - math.exp(min(x, 700.0)) for x in (center + half, center - half, center))
-    return Gain(mean=mean, low=low, high=high, verdict=_verdict(low, high, margin))
+    return Gain(mean=mean, low=low, high=high, verdict=_verdict(low, high))
 
 
-def _verdict(low: float, high: float, margin: float) -> Verdict:
+def _verdict(low: float, high: float) -> Verdict:
     if low > 0:
         return "faster"
     if high < 0:
         return "slower"
-    return "same" if -margin < low and high < margin else "ambiguous"
+    return "same" if low > -GAIN and high < GAIN else "ambiguous"
 
 
 def choose(baseline: Confirmed, candidates: Sequence[Confirmed], alpha: float) -> Confirmed:
@@ -130,12 +128,110 @@ def choose(baseline: Confirmed, candidates: Sequence[Confirmed], alpha: float) -
     return best
 
 
-def changed_knobs(cfg: Config) -> int:
-    """How many knobs differ from the baseline."""
-    return len(differing(cfg))
-
-
 def differing(cfg: Config) -> list[str]:
     """Names of the knobs that differ from the baseline, in the order of the registry."""
     plain, mine = cfg.baseline().canonical().knobs, cfg.canonical().knobs
     return [knob.name for knob in KNOBS if mine[knob.name] != plain[knob.name]]
+
+
+def paired_spread(first_ms: Sequence[float], second_ms: Sequence[float]) -> float:
+    """Spread between processes (tau) that pairs show: that of their log differences, over √2.
+
+    What moves both processes of a round alike (slow drift) is not in it.
+    """
+    differences = np.log(second_ms) - np.log(first_ms)
+    return float(np.std(differences, ddof=1)) / math.sqrt(2)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Pairs of processes of a first and a second configuration.
+
+    `differences` are log(second / first) by round. `interval` is the gain of the second with its
+    two-sided 95% interval (Student's t on the logarithms), and `p_value` that of no gain;
+    `flip_p_value` is that of the same question asked without a distribution, by flipping the signs
+    of the differences. `judged` is the promotion's own judgement, at the level of one finalist.
+    `spread` is `paired_spread`.
+    """
+
+    differences: list[float]
+    interval: Gain
+    p_value: float
+    flip_p_value: float
+    judged: Gain
+    spread: float
+
+
+def compare(first_ms: Sequence[float], second_ms: Sequence[float], seed: int = 0) -> Compared:
+    """Compare the means of paired processes in milliseconds.
+
+    Raises:
+        ValueError: fewer than two pairs, or lists of different length.
+    """
+    interval = gain(first_ms, second_ms, (1 - CONFIDENCE) / 2)
+    first, second = np.log(first_ms), np.log(second_ms)
+    differences = second - first
+    if np.any(differences != differences[0]):
+        p_value = float(scipy.stats.ttest_1samp(differences, 0.0).pvalue)
+        flipped = scipy.stats.permutation_test(
+            (second, first),
+            lambda x, y, axis: np.mean(x - y, axis=axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=FLIPS,
+            random_state=seed,  # scipy calls it rng from 1.15 on, and still knows this name
+        )
+        flip_p_value = float(flipped.pvalue)
+    else:  # no scatter, so no test
+        p_value = flip_p_value = float(differences[0] == 0)
+    return Compared(
+        differences=differences.tolist(),
+        interval=interval,
+        p_value=p_value,
+        flip_p_value=flip_p_value,
+        judged=gain(first_ms, second_ms, level(1)),
+        spread=paired_spread(first_ms, second_ms),
+    )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Tau of processes of one configuration, with its 95% interval, and how they lie in time.
+
+    The interval is the chi-squared one: right for normal noise. `excess_kurtosis` is 0 for such
+    noise and larger for one with heavy tails. `trend` is Kendall's correlation of latency and
+    time with its p-value `trend_p`: drift.
+    """
+
+    tau: float
+    low: float
+    high: float
+    processes: int
+    excess_kurtosis: float
+    trend: float
+    trend_p: float
+
+
+def spread_of(means_ms: Sequence[float]) -> Spread:
+    """The spread of processes of one configuration, given in order of time.
+
+    Raises:
+        ValueError: fewer than four.
+    """
+    count, logs = len(means_ms), np.log(means_ms)
+    if count < 4:
+        raise ValueError(f"need four or more processes, got {count}")
+    tau = spread(means_ms).value
+    if tau == 0:
+        return Spread(0.0, 0.0, 0.0, count, 0.0, 0.0, 1.0)
+    least, most = scipy.stats.chi2.interval(CONFIDENCE, count - 1)
+    rank = scipy.stats.kendalltau(np.arange(count), logs)
+    return Spread(
+        tau=tau,
+        low=tau * math.sqrt((count - 1) / float(most)),
+        high=tau * math.sqrt((count - 1) / float(least)),
+        processes=count,
+        excess_kurtosis=float(scipy.stats.kurtosis(logs, bias=False)),
+        trend=float(rank.statistic),
+        trend_p=float(rank.pvalue),
+    )

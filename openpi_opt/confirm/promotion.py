@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -25,12 +24,8 @@ from pydantic import BaseModel, ConfigDict
 from openpi_opt.confirm import power
 from openpi_opt.confirm.judge import Confirmed, Subject, choose, gain
 from openpi_opt.confirm.power import Costs, Plan, Promise, Tau
-from openpi_opt.confirm.rounds import Measurer, NeededError, draw_rounds, measure_rounds
+from openpi_opt.confirm.rounds import Mean, Numbered, Stage, draw_rounds, measure_rounds
 
-# Neighbours in time whose average is the drift: more than a round of confirmation has, so that
-# what is left is what differs within a round.
-WINDOW = 15
-_TURNS = 4
 # What a process takes is read from the journal for this many contenders, the fastest.
 _TIMED = 20
 
@@ -55,14 +50,17 @@ class Schedule(BaseModel):
     promise: Promise | None
 
 
-class Bench(Measurer, Protocol):
-    """Who measures, and who remembers the schedule."""
+class Bench(Protocol):
+    """Measures, and remembers the schedule."""
+
+    def means(self, stage: Stage, places: Iterable[Numbered]) -> Generator[Mean, None, None]:
+        """Measure, as `rounds.Means` says."""
 
     def seconds(self, key: str) -> float:
         """What one process of this configuration takes, as far as is known."""
 
     def note(self, text: str) -> None:
-        """Say something."""
+        """Tell the user."""
 
     def schedule(self) -> Schedule | None:
         """The schedule of this promotion, when it was interrupted after it had been drawn."""
@@ -111,7 +109,7 @@ def run(bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: 
         schedule = _prepare(bench, baseline, contenders, wanted)
         bench.keep(schedule)
     subjects = {s.key: s for s in [baseline, *contenders]}
-    found, dropped = measure_rounds(bench, schedule.rounds, [baseline.key])
+    found, dropped = measure_rounds(bench.means, schedule.rounds, [baseline.key])
     base = Confirmed(baseline, found[baseline.key])
     candidates = [
         Confirmed(subjects[key], found[key], gain(base.means_ms, found[key], schedule.alpha))
@@ -125,37 +123,80 @@ def run(bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: 
 def _prepare(
     bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: Wanted
 ) -> Schedule:
-    places = min(wanted.finalists, len(contenders), power.MAX_FINALISTS)
+    places = min(wanted.finalists, len(contenders))
     if not contenders or wanted.rounds is not None:
         pairs = wanted.rounds or wanted.tau_processes
         fastest = sorted(contenders, key=lambda s: s.first_ms)[:places]
         return _schedule(baseline, [s.key for s in fastest], pairs, wanted)
     bench.note(check_time(bench.seconds, baseline, contenders, wanted))
-    baseline_tau = _measure_tau(bench, baseline, wanted.tau_processes)
+    alone = [[baseline.key]] * wanted.tau_processes
+    means, _ = measure_rounds(bench.means, alone, [baseline.key], stage="tau")
+    baseline_tau = power.spread(means[baseline.key])
     contenders = _near(contenders, places, baseline_tau) if wanted.known else contenders
-    alone = len(contenders) <= places
-    screening = _Screening(bench, contenders, 0 if alone else wanted.known)
     costs = _costs(bench.seconds, baseline, contenders, wanted)
     bench.note(
         f"spread between processes: {baseline_tau.value:.2%} in {wanted.tau_processes} processes "
         f"of the baseline; the rounds are planned when the {len(contenders)} contender(s) have "
         "shown theirs"
     )
-    runs = _for_noise(costs, wanted.limit_s) if alone else power.MIN_SCREENING
+    logs = {s.key: [math.log(s.first_ms)] * costs.known for s in contenders}
+    have, runs = costs.known, power.MIN_SCREENING
+    if len(contenders) <= places:
+        runs = _for_noise(costs, wanted.limit_s)
     # What the processes of screening differ by is seen before confirmation begins, and none of them
     # is judged: the plan may follow it.
     while True:
-        screening.run(runs)
-        seen = screening.settled()
-        tau = power.of_pair(baseline_tau, seen.tau)
-        plan = power.make_plan(tau, costs, wanted.limit_s, screening.runs)
-        if plan.screening <= screening.runs:
+        _screen(bench, contenders, logs, have - costs.known, runs - costs.known)
+        have = max(have, runs)
+        seen, tails = settle(np.array([*logs.values()]).T)
+        tau = power.of_pair(baseline_tau, seen)
+        plan = power.make_plan(tau, costs, wanted.limit_s, have)
+        if plan.screening <= have:
             break
         runs = plan.screening
-    bench.note(explain(tau, seen.tails, costs, plan, wanted.limit_s))
-    return _schedule(
-        baseline, screening.best(places), plan.pairs, wanted, baseline_tau, plan.promise
-    )
+    bench.note(explain(tau, tails, costs, plan, wanted.limit_s))
+    level = {s.key: float(np.mean(logs.get(s.key) or math.log(s.first_ms))) for s in contenders}
+    best = sorted(logs, key=level.__getitem__)[:places]
+    return _schedule(baseline, best, plan.pairs, wanted, baseline_tau, plan.promise)
+
+
+def _screen(
+    bench: Bench, contenders: Sequence[Subject], logs: dict[str, list[float]], begin: int, end: int
+) -> None:
+    """Add the rounds from `begin` to `end` to `logs`; a contender that fails leaves it.
+
+    The orders are the same after an interruption, whatever `end` is.
+    """
+    keys = [s.key for s in contenders]
+    seed = zlib.crc32("\n".join(keys).encode())
+    orders = draw_rounds(keys, end, seed)[begin:]
+    rounds = [[key for key in order if key in logs] for order in orders]
+    means, failed = measure_rounds(bench.means, rounds, stage="screening", first=begin)
+    for key in failed:
+        del logs[key]
+    for key in logs:
+        logs[key] += np.log(means.get(key, [])).tolist()
+
+
+def settle(logs: NDArray[np.float64]) -> tuple[Tau, float]:
+    """The spread between processes when levels and rounds are taken off, and its excess kurtosis.
+
+    `logs` [rounds, configurations] holds logarithms of means. What a round adds to all of them is
+    drift of the machine, or the day of the sweep. With one configuration that cannot be told from
+    spread, so all of it counts. The excess kurtosis is 0 for normal noise, and large where few
+    processes are slow by far more than the others differ.
+    """
+    if not logs.size:
+        return Tau(0.0, 0), 0.0
+    rounds, configurations = logs.shape
+    left = logs - logs.mean(axis=0)
+    if configurations > 1:
+        left = left - left.mean(axis=1, keepdims=True)
+    freedom = (rounds - 1) * max(1, configurations - 1)
+    if not freedom or not np.any(left != left[0, 0]):
+        return Tau(0.0, freedom), 0.0
+    tau = Tau(math.sqrt(float(np.sum(left**2)) / freedom), freedom)
+    return tau, float(scipy.stats.kurtosis(left, axis=None))
 
 
 def check_time(
@@ -164,7 +205,7 @@ def check_time(
     contenders: Sequence[Subject],
     wanted: Wanted,
 ) -> str:
-    """What to expect of the time, by what processes took (`seconds`), before any is started.
+    """What to say of the time before any process starts; `seconds` tells what one takes.
 
     Raises:
         power.TooShortError: not even a machine that hardly scatters shows anything in the time.
@@ -199,7 +240,7 @@ def _costs(
     contenders: Sequence[Subject],
     wanted: Wanted,
 ) -> Costs:
-    places = min(wanted.finalists, len(contenders), power.MAX_FINALISTS)
+    places = min(wanted.finalists, len(contenders))
     return Costs(
         contenders=len(contenders),
         finalists=places,
@@ -242,16 +283,6 @@ def _schedule(
     )
 
 
-def _measure_tau(bench: Bench, baseline: Subject, processes: int) -> Tau:
-    found: list[float] = []
-    with closing(bench.means("tau", ((baseline.key, n) for n in range(processes)))) as means:
-        for key, _, mean in means:
-            if mean is None:
-                raise NeededError(key)
-            found.append(mean)
-    return power.spread(found)
-
-
 def _near(contenders: Sequence[Subject], places: int, tau: Tau) -> list[Subject]:
     """Without those whose one process in the study is too far behind to belong to the finalists."""
     if len(contenders) <= places:
@@ -259,99 +290,6 @@ def _near(contenders: Sequence[Subject], places: int, tau: Tau) -> list[Subject]
     last = sorted(s.first_ms for s in contenders)[places - 1]
     limit = last * math.exp(power.CUT * math.sqrt(2) * tau.upper)
     return [s for s in contenders if s.first_ms <= limit]
-
-
-class _Screening:
-    """Processes of the contenders, in turns and in random order; those that fail are out.
-
-    The study's process counts as the first when `known` is 1. `runs` is the number of processes
-    that each contender has.
-    """
-
-    def __init__(self, bench: Bench, contenders: Sequence[Subject], known: int):
-        self._bench, self._known, self.runs = bench, known, known
-        # The same order after an interruption: it is the order of time, too.
-        self._seed = zlib.crc32("\n".join(s.key for s in contenders).encode())
-        self._first = [(s.key, math.log(s.first_ms)) for s in contenders]
-        self._left = [s.key for s in contenders]
-        self._new: list[tuple[str, float]] = []
-
-    def run(self, runs: int) -> None:
-        """Measure until each contender has `runs` processes."""
-        # The first rounds are the same however many are drawn.
-        rounds = draw_rounds([key for key, _ in self._first], runs - self._known, self._seed)
-        places = (
-            (key, number)
-            for number, order in enumerate(rounds)
-            for key in order
-            if number >= self.runs - self._known and key in self._left
-        )
-        with closing(self._bench.means("screening", places)) as means:
-            for key, _, mean in means:
-                if key not in self._left:
-                    continue  # it had been started ahead
-                if mean is None:
-                    self._left.remove(key)
-                else:
-                    self._new.append((key, math.log(mean)))
-        self.runs = max(self.runs, runs)
-
-    def settled(self) -> Settled:
-        """Levels of those left, and what their processes differ by."""
-        series = [self._first, self._new] if self._known else [self._new]
-        return settle([[(key, log) for key, log in each if key in self._left] for each in series])
-
-    def best(self, places: int) -> list[str]:
-        """The fastest, best first; without any process of its own one keeps the study's place."""
-        levels = {**dict(self._first), **self.settled().levels}
-        return sorted(self._left, key=lambda key: levels[key])[:places]
-
-
-@dataclass(frozen=True)
-class Settled:
-    """Levels of configurations on the log scale, free of drift, with the tau that is left.
-
-    `tails` is the excess kurtosis of what is left: 0 for normal noise, large where few processes
-    are slow by far more than the others differ.
-    """
-
-    levels: dict[str, float]
-    tau: Tau
-    tails: float
-
-
-def settle(series: Sequence[Sequence[tuple[str, float]]]) -> Settled:
-    """Settle processes that ran one after another, given as (configuration, log of its mean).
-
-    Each series is a stretch of time of its own. The drift that all share is the moving average over
-    `WINDOW` neighbours of what is left beside the levels; both are taken off in turns. The order of
-    the configurations is random, so the two hardly mix.
-    """
-    every = [list(each) for each in series if each]
-    keys = list(dict.fromkeys(key for each in every for key, _ in each))
-    if not keys:
-        return Settled({}, Tau(0.0, 0), 0.0)
-    place = {key: number for number, key in enumerate(keys)}
-    who = np.array([place[key] for each in every for key, _ in each])
-    logs = np.array([log for each in every for _, log in each])
-    ends = np.cumsum([len(each) for each in every])[:-1]
-    drift = np.zeros(len(logs))
-    for _ in range(_TURNS):
-        levels = np.bincount(who, logs - drift) / np.bincount(who)
-        drift = np.concatenate([_smooth(part) for part in np.split(logs - levels[who], ends)])
-    left = logs - drift - levels[who]
-    taken = len(keys) - 1 + sum(max(1.0, len(each) / WINDOW) for each in every)
-    freedom = math.floor(len(left) - taken)
-    tau = Tau(math.sqrt(float(left @ left) / freedom), freedom) if freedom > 0 else Tau(0.0, 0)
-    tails = float(scipy.stats.kurtosis(left)) if np.any(left != left[0]) else 0.0
-    return Settled(dict(zip(keys, levels.tolist(), strict=True)), tau, tails)
-
-
-def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Moving average [n] over `WINDOW` neighbours, fewer at the ends."""
-    window = np.ones(min(WINDOW, 2 * len(values) - 1))
-    sums, counts = (np.convolve(v, window, "same") for v in (values, np.ones(len(values))))
-    return sums[: len(values)] / counts[: len(values)]
 
 
 def explain(tau: Tau, tails: float, costs: Costs, plan: Plan, limit_s: float | None) -> str:

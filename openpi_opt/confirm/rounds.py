@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 Stage = Literal["tau", "screening", "confirmation"]
 Key = TypeVar("Key", bound=str)
 # A configuration's key, and the number of its process in the stage.
-Place = tuple[str, int]
+Numbered = tuple[str, int]
 # With the mean latency of that process in ms; None: it was not ok.
 Mean = tuple[str, int, float | None]
 
@@ -21,22 +21,17 @@ _MARGIN = 1.05
 
 
 class NeededError(Exception):
-    """A configuration that the others are compared with did not end ok; its key is the argument."""
+    """A configuration that others are compared with did not end ok; its key is the argument."""
 
 
-class Measurer(Protocol):
-    """Who measures."""
-
-    def means(self, stage: Stage, places: Iterable[Place]) -> Generator[Mean, None, None]:
-        """Mean latency in ms of one fresh process for each place, in order; None: not ok.
-
-        Some places are asked for before the means of those in front of them are there.
-        """
+# Measures one fresh process for each place, in order. Some places are asked for before the means of
+# those in front of them are there.
+Means = Callable[[Stage, Iterable[Numbered]], Generator[Mean, None, None]]
 
 
 @dataclass
 class Deadline:
-    """`limit_s` seconds from now on, or no end with None. It ends rounds, never what they show."""
+    """The end in `limit_s` seconds, or none. Time alone ends the rounds, whatever they show."""
 
     limit_s: float | None
     _began: float = field(default_factory=lambda: time.monotonic())
@@ -45,8 +40,8 @@ class Deadline:
     def another(self, begun: int, done: float) -> bool:
         """Whether one more round would end in time after `begun` rounds, of which `done` ended.
 
-        Processes are started ahead, so `done` counts processes, in rounds. The first round is begun
-        in any case within the time.
+        Processes start ahead of their turn, so `done` may be a fraction. The first round begins
+        whenever some of the time is left.
         """
         now = time.monotonic()
         if self._first is None:
@@ -67,15 +62,17 @@ def draw_rounds(keys: Sequence[Key], count: int, seed: int) -> list[list[Key]]:
 
 
 def measure_rounds(
-    bench: Measurer,
+    means: Means,
     rounds: Sequence[Sequence[str]],
-    needed: Collection[str],
+    needed: Collection[str] = (),
     deadline: Deadline | None = None,
+    stage: Stage = "confirmation",
+    first: int = 0,
 ) -> tuple[dict[str, list[float]], list[str]]:
-    """The means of every configuration by round, and who was dropped.
+    """The means of every configuration by round, and which were dropped.
 
     A configuration that is not ok once is not run again: it cannot be judged any more. With a
-    `deadline` there may be fewer rounds, but only whole ones.
+    `deadline` there may be fewer rounds, but only whole ones. The rounds are numbered from `first`.
 
     Raises:
         NeededError: one of `needed` was not ok.
@@ -83,17 +80,18 @@ def measure_rounds(
     found: dict[str, list[float]] = {key: [] for order in rounds for key in order}
     dropped: list[str] = []
 
-    def places() -> Iterator[Place]:
+    def places() -> Iterator[Numbered]:
         for number, order in enumerate(rounds):
-            done = sum(map(len, found.values())) / len(order)
-            if deadline is not None and not deadline.another(number, done):
-                return
-            yield from ((key, number) for key in order if key not in dropped)
+            if deadline is not None:
+                done = sum(map(len, found.values())) / len(order)
+                if not deadline.another(number, done):
+                    return
+            yield from ((key, first + number) for key in order if key not in dropped)
 
-    with closing(bench.means("confirmation", places())) as means:
-        for key, _, mean in means:
+    with closing(means(stage, places())) as measured:
+        for key, _, mean in measured:
             if key in dropped:
-                continue  # it had been started ahead
+                continue  # it had started ahead of its turn
             if mean is not None:
                 found[key].append(mean)
             elif key in needed:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt import cli
-from openpi_opt.compare import print_table
 from openpi_opt.engine.display import Display, Lines, Live
 from openpi_opt.engine.dry_run import print_dry_run
 from openpi_opt.engine.plan import StudyRequest
@@ -18,8 +17,7 @@ from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.errors import UserError, hidden
 from openpi_opt.machine import Machine
 from openpi_opt.paths import conf_dir
-from openpi_opt.remote.engines import connected
-from openpi_opt.remote.remote import Nodes
+from openpi_opt.remote.remote import Nodes, connected
 from openpi_opt.result import Ok
 from openpi_opt.space.named import chosen_starts
 from openpi_opt.space.points import Compose, Points
@@ -27,8 +25,9 @@ from openpi_opt.space.prepare import prepare, require_some
 from openpi_opt.space.settings import Settings, check_not_swept, default_study_name
 from openpi_opt.space.space import Space
 from openpi_opt.track.mlflow_content import reason
-from openpi_opt.track.report import Group, Row, groups, lossy, mean_ms, shared, what
+from openpi_opt.track.report import Group, Row, groups, mean_ms, what
 from openpi_opt.track.store import DEFAULT_STORE, Store, check_study_name
+from openpi_opt.track.table import print_table
 
 
 def run_command_line(
@@ -142,9 +141,9 @@ def _front_line(row: Row, group: Group) -> str:
 
 def _what(row: Row, group: Group) -> str:
     """What tells it apart from the baseline."""
-    words = [*(f"{key}={text}" for key, text in shared(group).items()), what(row, group)]
+    words = [*(f"{key}={text}" for key, text in group.shared.items()), what(row, group)]
     found = " ".join(word for word in words if word != "nothing else")
-    return found + (", lossy" if lossy(row.record) else "")
+    return found + (", lossy" if row.lossy else "")
 
 
 def _best_line(row: Row, group: Group) -> str:

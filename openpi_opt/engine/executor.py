@@ -96,7 +96,7 @@ class Executor(Protocol):
     def measured(self) -> dict[str, float]:
         """Seconds in which a trial had each device for itself; empty where that is not known."""
 
-    def stop(self, at_once: bool = False) -> None:
+    def stop(self) -> None:
         """End all that runs; the futures then raise `StoppedError`."""
 
     def close(self) -> None:
@@ -175,9 +175,9 @@ class LocalExecutor:
         now = {slot.name: each.measured_seconds for slot, each in self._schedules.items()}
         return {name: now.get(name, 0.0) + self._measured.get(name, 0.0) for name in now}
 
-    def stop(self, at_once: bool = False) -> None:
-        """End all processes: with time to end themselves, or without."""
-        self._stop.set(at_once)
+    def stop(self) -> None:
+        """End all processes."""
+        self._stop.set()
 
     def close(self) -> None:
         """Wait for all that runs."""

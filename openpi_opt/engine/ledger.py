@@ -122,6 +122,10 @@ class Ledger:
         stands = found is not None and found.number >= self.known_from
         return self.known.changes(found) if found is not None and stands else []
 
+    def exists(self) -> bool:
+        """Whether the journal is still where it was."""
+        return (self.study_dir / "journal.jsonl").is_file()
+
     def refresh(self) -> None:
         """Take in what other sweeps recorded."""
         self.journal.refresh()

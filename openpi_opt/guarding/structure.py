@@ -45,6 +45,7 @@ from openpi_opt.config import Config
 from openpi_opt.guarding import reference as known
 from openpi_opt.guarding.cases import Case
 from openpi_opt.knobs import BY_NAME, KNOBS
+from openpi_opt.knobs.attention import STAGES as ATTENTION
 from openpi_opt.measure import guard
 from openpi_opt.measure.clock import upload
 from openpi_opt.pi0 import weights
@@ -408,7 +409,7 @@ def _short(name: str) -> str:
 def _key(cfg: Config, form: Config, reference_key: str) -> str:
     parts = {
         "form": form.dump()["knobs"],
-        "in_16_bits": BY_NAME["attention"].of(cfg).model_dump(mode="json"),
+        "in_16_bits": BY_NAME["attention"].of(cfg).model_dump(mode="json", include={*ATTENTION}),
         "fp8": cfg.canonical().knobs["blas"].model_dump(mode="json"),
         "dtype": str(_half(cfg)),
         "floor": cfg.guard.floor,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
+from openpi_opt.knobs.launch import AttentionLaunch, arch_of
 
 if TYPE_CHECKING:
     from openpi_opt.machine import Machine
@@ -24,48 +25,19 @@ _SIXTEEN_BITS = ("flash", "cudnn")  # on a GPU
 _WITHOUT_MASK = ("flash", "aiter")
 
 
-class TritonLaunch(Options):
-    """Launch parameters of an own Triton kernel; null takes the kernel's table.
-
-    `blocks` (key blocks of a split) and `fused` (1: the last block adds the splits, 0: a second
-    kernel does) belong to the kernel of the denoising steps; `waves_per_eu` and
-    `matrix_instr_nonkdim` to AMD.
-    """
-
-    block_m: int | None = None
-    block_n: int | None = None
-    blocks: int | None = None
-    num_warps: int | None = None
-    num_stages: int | None = None
-    fused: Literal[0, 1] | None = None
-    waves_per_eu: int | None = None
-    matrix_instr_nonkdim: int | None = None
-
-    def given(self) -> dict[str, int]:
-        """The parameters that are not left to the table."""
-        return {name: value for name, value in self.model_dump().items() if value is not None}
-
-    def canonical(self, stage: str, device: str) -> TritonLaunch:
-        """Without what the kernel of `stage` on `device` does not read."""
-        idle = set() if stage == "denoise" else {"blocks", "fused"}
-        if device != "rocm":
-            idle |= {"waves_per_eu", "matrix_instr_nonkdim"}
-        return self.model_copy(update=dict.fromkeys(idle))
-
-
 class AttentionOptions(Options):
     """One backend per stage, and the launch parameters of the own Triton kernels."""
 
     vision: Backend = "eager"
     prefill: Backend = "eager"
     denoise: Backend = "eager"
-    launch_vision: TritonLaunch = TritonLaunch()
-    launch_prefill: TritonLaunch = TritonLaunch()
-    launch_denoise: TritonLaunch = TritonLaunch()
+    launch_vision: AttentionLaunch = AttentionLaunch()
+    launch_prefill: AttentionLaunch = AttentionLaunch()
+    launch_denoise: AttentionLaunch = AttentionLaunch()
 
-    def launch(self, stage: str) -> TritonLaunch:
+    def launch(self, stage: str) -> AttentionLaunch:
         """The launch parameters of a stage."""
-        launch: TritonLaunch = getattr(self, f"launch_{stage}")
+        launch: AttentionLaunch = getattr(self, f"launch_{stage}")
         return launch
 
 
@@ -110,6 +82,8 @@ class Attention(Knob[AttentionOptions]):
                 "attention=triton needs a GPU; Triton kernels run on the CPU in interpreter mode "
                 "only, for tests",
             )
+        if (problem := _misfit(self.canonical(cfg), cfg, arch_of(cfg, machine))) is not None:
+            return problem
         if "aiter" not in self._backends(cfg):
             return None
         device = cfg.platform.device
@@ -134,7 +108,7 @@ class Attention(Knob[AttentionOptions]):
         launches = {
             f"launch_{stage}": options.launch(stage).canonical(stage, device)
             if getattr(options, stage) == "triton"
-            else TritonLaunch()
+            else AttentionLaunch()
             for stage in STAGES
         }
         return options.model_copy(update=launches)
@@ -166,7 +140,7 @@ class Attention(Knob[AttentionOptions]):
 
         Launch parameters are those of 16 bits: tiles of float32 would not fit.
         """
-        launches = {f"launch_{stage}": TritonLaunch() for stage in STAGES}
+        launches = {f"launch_{stage}": AttentionLaunch() for stage in STAGES}
         plain = dict.fromkeys(self.in_16_bits_only(cfg), "sdpa")
         return self.canonical(cfg).model_copy(update={**launches, **plain})
 
@@ -204,6 +178,17 @@ def _sdpa_problem(name: str, devices: tuple[str, ...], cfg: Configuration) -> Re
         return Refusal(
             "invalid", f"attention={name} computes in 16 bits; precision=float32 contradicts it"
         )
+    return None
+
+
+def _misfit(options: AttentionOptions, cfg: Configuration, arch: str) -> Refusal | None:
+    """Launch parameters that no processor of `arch` can hold."""
+    wide = cfg.knobs["precision"].dtype == "float32"  # type: ignore[attr-defined]
+    for stage in STAGES:
+        launch = options.launch(stage)
+        found = launch.problem(stage, arch, 4 if wide else 2) if launch.given() else None
+        if found is not None:
+            return Refusal("invalid", f"attention.launch_{stage} {found}")
     return None
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
+from openpi_opt.knobs.launch import LINEARS, LinearLaunch, arch_of, linears_problem
 
 if TYPE_CHECKING:
     from openpi_opt.machine import Machine
@@ -14,10 +15,22 @@ if TYPE_CHECKING:
 
 
 class GemmOptions(Options):
-    """`triton_skinny` takes the layers of at most `max_rows` rows; torch keeps the others."""
+    """`triton_skinny` takes the layers of at most `max_rows` rows; torch keeps the others.
+
+    `launch_*` are the launch parameters of the four products of a layer with
+    `fusion.expert_layer`.
+    """
 
     backend: Literal["torch", "triton_skinny"] = "torch"
     max_rows: int = Field(64, ge=1, le=64)
+    launch_qkv: LinearLaunch = LinearLaunch()
+    launch_out: LinearLaunch = LinearLaunch()
+    launch_gate_up: LinearLaunch = LinearLaunch()
+    launch_down: LinearLaunch = LinearLaunch()
+
+    def launches(self) -> dict[str, LinearLaunch]:
+        """By product."""
+        return {name: getattr(self, f"launch_{name}") for name in LINEARS}
 
 
 class Gemm(Knob[GemmOptions]):
@@ -31,7 +44,9 @@ class Gemm(Knob[GemmOptions]):
     name = "gemm"
     options_type = GemmOptions
     # Few rows: the denoising steps, and the state token where it is run once.
-    stages: ClassVar = {"backend": ("prefill", "denoise"), "max_rows": ("prefill", "denoise")}
+    stages: ClassVar = dict.fromkeys(
+        ("backend", "max_rows", *(f"launch_{name}" for name in LINEARS)), ("prefill", "denoise")
+    )
 
     def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """Triton compiles for GPUs only."""
@@ -41,12 +56,28 @@ class Gemm(Knob[GemmOptions]):
                 "gemm=triton_skinny needs a GPU; Triton kernels run on the CPU in interpreter "
                 "mode only, for tests",
             )
-        return None
+        options = self.canonical(cfg)
+        problem = linears_problem(options.launches(), _rows(cfg), arch_of(cfg, machine))
+        return None if problem is None else Refusal("invalid", problem)
 
     def canonical(self, cfg: Configuration) -> GemmOptions:
-        """`max_rows` means nothing to torch."""
+        """`max_rows` means nothing to torch, launch parameters nothing without fused layers."""
         options = self.of(cfg)
-        return GemmOptions() if options.backend == "torch" else options
+        if options.backend == "torch":
+            return GemmOptions()
+        fused = cfg.knobs["fusion"].expert_layer  # type: ignore[attr-defined]
+        read = bool(fused) and _rows(cfg) <= options.max_rows
+        device = cfg.platform.device
+        launches = {
+            f"launch_{name}": launch.canonical(name, device) if read else LinearLaunch()
+            for name, launch in options.launches().items()
+        }
+        return options.model_copy(update=launches)
+
+    def float32_form(self, cfg: Configuration) -> GemmOptions:
+        """Launch parameters are those of 16 bits: tiles of float32 would not fit."""
+        launches = {f"launch_{name}": LinearLaunch() for name in LINEARS}
+        return self.canonical(cfg).model_copy(update=launches)
 
     def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Put the kernel into the policy's operations."""
@@ -58,6 +89,17 @@ class Gemm(Knob[GemmOptions]):
         policy.ops.linear = triton_skinny_gemm.linear(options.max_rows)
 
     def label(self, options: GemmOptions) -> str:
-        """The backend, and the threshold if it is not the kernel's own."""
-        default = options.max_rows == type(options)().max_rows
-        return options.backend if default else f"{options.backend} max_rows={options.max_rows}"
+        """The backend, the threshold if it is not the kernel's own, and launch parameters."""
+        words: list[str] = [options.backend]
+        if options.max_rows != type(options)().max_rows:
+            words.append(f"max_rows={options.max_rows}")
+        for name, launch in options.launches().items():
+            words += [f"{name}.{key}={value}" for key, value in launch.given().items()]
+        return " ".join(words)
+
+
+def _rows(cfg: Configuration) -> int:
+    """Rows of a denoising step's products."""
+    once = cfg.knobs["simplify"].state_once  # type: ignore[attr-defined]
+    state = cfg.model.family == "pi0" and not once
+    return cfg.workload.batch_size * (cfg.workload.horizon + state)

@@ -239,10 +239,11 @@ def _prefill(plan: _Plan) -> Work:
     count = _Count()
     fmt = plan.linear_format("prefill")
     _gemma(count, tower, plan.batch * tokens, pairs, fmt, plan.fmt, plan.last_layer)
-    if plan.state_once:
-        expert = plan.model.expert
-        denoise = plan.linear_format("denoise")
+    expert = plan.model.expert
+    if plan.model.state_tokens:  # projected once a call
         count.linear(plan.batch, plan.model.action_dim * expert.width, plan.outer)
+    if plan.state_once:
+        denoise = plan.linear_format("denoise")
         pairs = plan.batch * (plan.valid + 1)
         _gemma(count, expert, plan.batch, pairs, denoise, plan.fmt, last_layer=True)
     width = tower.width * WIDTH[plan.fmt]
@@ -273,8 +274,6 @@ def _denoise(plan: _Plan) -> Work:
         # One time for the whole batch: two layers for the condition, one for each norm.
         count.linear(1, expert.width**2, plan.outer, 2)
         count.linear(1, 3 * expert.width**2, plan.outer, 2 * expert.depth + 1)
-    if own:
-        count.linear(plan.batch, actions * expert.width, plan.outer)
     return Work(
         operations=dict(count.operations),
         weights=count.weights,

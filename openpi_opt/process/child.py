@@ -65,22 +65,14 @@ class Stop:
     def __init__(self) -> None:
         self._read_fd, self._write_fd = os.pipe()
         self._set = threading.Event()
-        self._at_once = threading.Event()
 
     @property
     def is_set(self) -> bool:
         """Whether children are to end."""
         return self._set.is_set()
 
-    @property
-    def at_once(self) -> bool:
-        """Whether they are to end without the time that SIGTERM leaves them."""
-        return self._at_once.is_set()
-
-    def set(self, at_once: bool = False) -> None:
+    def set(self) -> None:
         """End all children, and those that start later."""
-        if at_once:
-            self._at_once.set()
         if not self._set.is_set():
             self._set.set()
             os.write(self._write_fd, b".")  # never read: it wakes every watcher
@@ -432,13 +424,13 @@ class _Watch:
     def end(self) -> None:
         """End what is left, and reap the watcher."""
         try:
-            if not self.gone and not (self.stop and self.stop.at_once):
+            if not self.gone:
                 self.child.terminate()
                 self._wait(GRACE_SECONDS)
-        finally:  # also when a second Ctrl-C interrupts the grace
+        finally:
             if not self.gone:
                 self.child.kill()
-                self._wait(UNKILLABLE_SECONDS, heed=False)
+                self._wait(UNKILLABLE_SECONDS)
             ended = self.child.reap(UNKILLABLE_SECONDS if self.gone else 0.0)
             if self.gone and self.returncode is None:
                 self.returncode = ended  # the watcher was killed, and the child with it
@@ -453,12 +445,10 @@ class _Watch:
             left=self.left,
         )
 
-    def _wait(self, seconds: float, heed: bool = True) -> None:
-        """Wait up to `seconds` until nothing is left; with `heed` at most until all is to end."""
+    def _wait(self, seconds: float) -> None:
+        """Wait up to `seconds` until nothing is left."""
         deadline = time.monotonic() + seconds
         while not self.gone and time.monotonic() < deadline:
-            if heed and self.stop is not None and self.stop.at_once:
-                return
             self.output.drain()  # a full pipe would keep it from ending
             select.select([self.pipes.status[0]], [], [], 0.02)
             self._look()

@@ -45,6 +45,7 @@ DEVICE_HELP = (
 # Trials that prepare beside each other have at least so many cores each, and are at most so many.
 _CORES_EACH = 2
 _MOST_PREPARED = 8
+_MIB_A_SEAT = 40_000
 
 
 class DeviceSettings(BaseModel):
@@ -363,6 +364,24 @@ def measure_lock() -> Held | None:
         UserError: the folder of leases cannot be used.
     """
     return _take("measure.lock")
+
+
+def float32_seats(memory_mib: int | None) -> int:
+    """How many trials may hold a float32 policy on a GPU at once: 14 GB, and what it computes."""
+    return max(1, (memory_mib or 0) // _MIB_A_SEAT)
+
+
+def float32_seat(gpu: Gpu) -> Held | None:
+    """The lock of one of them, or None while all are taken.
+
+    Raises:
+        UserError: the folder of leases cannot be used.
+    """
+    for number in range(float32_seats(gpu.memory_mib)):
+        held = _take(f"{gpu.uuid}.float32-{number}.lock")
+        if held is not None:
+            return held
+    return None
 
 
 def _take(name: str) -> Held | None:

@@ -134,7 +134,7 @@ def child_environment(
         # A waiting OpenMP thread that spins keeps the core from the thread it waits for as soon as
         # anything else runs: 50 ms calls became 5 s beside one busy neighbour on two cores.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    env.update(_import_path(env))
+    env.update(import_path(env))
     return env
 
 
@@ -191,7 +191,7 @@ def _gpu_selection(
     return chosen_by
 
 
-def _import_path(env: Mapping[str, str]) -> dict[str, str]:
+def import_path(env: Mapping[str, str]) -> dict[str, str]:
     """Let the child import this very package, also from a checkout that is not installed.
 
     Not for site-packages: put in front, it would hide modules of the standard library.

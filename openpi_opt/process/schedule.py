@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from openpi_opt.config import Config
 from openpi_opt.measure.roofline import stage_work
 from openpi_opt.process.child import Child, Stop, StoppedError
-from openpi_opt.process.devices import Slot
+from openpi_opt.process.devices import Slot, float32_seats
 from openpi_opt.result import Failed, Ok, TrialResult
 
 # A process inside a driver call stops when that ends. One that takes longer is named in the result.
@@ -30,10 +30,10 @@ _STOP_SECONDS = 10.0
 # Kernels that a process had queued before it was stopped still run.
 _SETTLE_SECONDS = 0.1
 _POLL_SECONDS = 0.1
-# Bytes of weights that a trial holds at most while it prepares: its own, and float32 for the guard.
-_COPIES = 3
+# Weights are held that a call does not read: most of the table of tokens.
+_HELD = 1.3
 _CONTEXT_MIB = 2048  # a runtime's context and libraries, torch, activations
-_MARGIN = 1.15  # between trials that differ in their knobs only
+_MARGIN = 1.05  # between trials that differ in their knobs only
 
 
 class DeviceLostError(Exception):
@@ -42,10 +42,11 @@ class DeviceLostError(Exception):
 
 @dataclass(frozen=True)
 class Need:
-    """Memory that a trial takes at most, in MiB."""
+    """Memory that a trial takes in MiB; `float32` more of the device while it has such a policy."""
 
     device: float
     host: float
+    float32: float = 0.0
 
 
 @dataclass
@@ -64,13 +65,13 @@ class Room:
     def need(self, cfg: Config) -> Need:
         """From trials of the same context that have ended, else from the size of the weights."""
         seen = self._seen.get(cfg.context_hash())
-        if seen is not None:
-            return Need(seen.device * _MARGIN + _CONTEXT_MIB, seen.host * _MARGIN)
         if cfg.model.name == "auto":
             cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"name": "pi0"})})
-        weights = sum(stage.weights for stage in stage_work(cfg).values()) / 2**20
-        whole = _COPIES * weights + _CONTEXT_MIB
-        return Need(whole, whole)
+        weights = _HELD * sum(stage.weights for stage in stage_work(cfg).values()) / 2**20
+        if seen is not None:
+            return Need(seen.device * _MARGIN + _CONTEXT_MIB, seen.host * _MARGIN, weights)
+        whole = weights + _CONTEXT_MIB
+        return Need(whole, whole if self.device_mib else whole + weights, weights)
 
     def learn(self, result: TrialResult) -> None:
         """Take in what a trial took."""
@@ -87,6 +88,8 @@ class Room:
             return True
         host = sum(need.host for need in needs)
         device = sum(need.device for need in needs)
+        seats = float32_seats(None if self.device_mib is None else int(self.device_mib))
+        device += sum(sorted(need.float32 for need in needs)[-seats:])
         return host <= self.host_mib and (self.device_mib is None or device <= self.device_mib)
 
 

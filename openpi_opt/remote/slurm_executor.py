@@ -74,7 +74,7 @@ class SlurmEngine:
                 "It needs openpi_opt with its packages at the same path as here."
             ) from error
         except KeyboardInterrupt:
-            handle.cancel(at_once=True)
+            handle.cancel()
             raise
 
     def slots(self, device: Device) -> int:
@@ -180,9 +180,9 @@ class SlurmHandle:
             raise LostError(f"job {self.job_id} ended {self._job.state} without an answer")
         raise RuntimeError(f"job {self.job_id}: {error}")
 
-    def cancel(self, at_once: bool) -> None:
+    def cancel(self) -> None:
         """Take it out of the queue, or end it; without a queue it runs, and sees by itself."""
-        if at_once or self._queued:
+        if self._queued:
             self._job.cancel(check=False)
 
 

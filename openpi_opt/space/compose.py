@@ -109,7 +109,7 @@ class Composer:
         Raises:
             UserError: unknown group, option or key; a value that no schema admits.
         """
-        values = self._assembled(overrides)
+        values = self.assembled(overrides)
         return trial_config(self.compose(overrides).values if values is None else values)
 
     def settings(self, overrides: Sequence[str]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ class Composer:
             folders.append(self._preset_dir)
         return [path for folder in folders if (path := folder / f"{option}.yaml").is_file()]
 
-    def _assembled(self, overrides: Sequence[str]) -> dict[str, Any] | None:
+    def assembled(self, overrides: Sequence[str]) -> dict[str, Any] | None:
         """The sections and settings without Hydra, or None where only Hydra can tell."""
         parsed = [parse_override(line) for line in overrides]
         shared = tuple(o.input_line or "" for o in parsed if _section(o) is None)

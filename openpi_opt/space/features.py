@@ -1,7 +1,7 @@
 """A configuration as the options that are not at their default, and a result as its parts.
 
-The canonical form counts: an option that nothing reads is no feature, so the launch parameters of a
-kernel are features only where that kernel runs.
+The canonical form counts: an option that nothing reads is not a feature. So the launch parameters
+of a kernel are features only where that kernel runs.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def mean_ms(result: TrialResult) -> float | None:
 
 def seconds(result: TrialResult) -> float:
     """What the trial took of a device and the host, without waiting for others."""
-    return sum(spent for phase, spent in result.phase_seconds.items() if phase != "wait")
+    return sum(
+        spent for phase, spent in result.phase_seconds.items() if phase not in ("wait", "queue")
+    )
 
 
 def _changed(options: BaseModel, default: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The keys of `conf/sweep.yaml` that steer a sweep and are no part of a trial."""
+"""The keys of `conf/sweep.yaml` that steer a sweep and do not belong to a trial."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from openpi_opt.space.space import Space, parse_override
 SamplerName = Literal["auto", "grid", "stages", "tpe", "random", "gp"]
 # Where a study is kept and what is looked at afterwards change no result.
 _NOT_IDENTITY = ("tracking", "limits", "profile", "hydra")
-# These settings say what is tried and what wins, so they are part of a study's identity.
+# These settings say what is tried and what wins, so they belong to a study's identity.
 _DECIDING = ("space", "objective")
 _LONGEST_TEXT = 60
 _DEFAULT_TRIALS = 50
@@ -204,7 +204,7 @@ def _explain(error: ValidationError) -> str:
     if name == "sampler":
         return f"sampler={first['input']}: unknown. Use one of {', '.join(get_args(SamplerName))}."
     if name == "n_trials" and first["type"] == "greater_than_equal":
-        return f"n_trials={first['input']}: at least 1 trial is needed, or there is no sweep."
+        return f"n_trials={first['input']}: at least 1 trial is needed for a sweep."
     if name.startswith("objective.minimize."):
         known = ", ".join(OBJECTIVES)
         return f"objective={first['input']}: unknown. Use one or more of {known}."
@@ -222,7 +222,7 @@ def check_not_swept(space: Space) -> None:
         if bare in _JUDGING:
             raise UserError(
                 f"{key} judges all trials of a study and cannot itself be swept.\n"
-                "Give it one value; another one later judges the same results anew."
+                "Give it one value. Another value later judges the same results again."
             )
         if bare.split(".")[0] in Settings.model_fields:
             hint = f"Give {key} one value and start one sweep for each."
@@ -241,7 +241,7 @@ def identity(overrides: Sequence[str]) -> list[str]:
 
 
 def _plain_objective(line: str) -> str:
-    """One spelling for the same objectives; none for the latency alone, which is the default."""
+    """One spelling for the same objectives; empty for the latency alone, which is the default."""
     override = parse_override(line)
     value = override.value()
     if override.key_or_group not in _OBJECTIVES or not isinstance(value, (str, list)):
@@ -255,7 +255,7 @@ def objective_text(names: Sequence[str]) -> str:
 
 
 def default_study_name(overrides: Sequence[str], today: datetime | None = None) -> str:
-    """A name out of the UTC date and the overrides: the same command, the same day, the same name.
+    """A name from the UTC date and the overrides: the same for the same command on the same day.
 
     The text is for people and may be cut; the hash tells apart what reads the same.
     """

@@ -22,13 +22,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from openpi_opt import interrupt
 from openpi_opt.config import Tracking
 from openpi_opt.errors import masked
 from openpi_opt.paths import package_dir
 from openpi_opt.track.store import Store
 
-# What a verb waits at its end for copies that are under way.
+# What a verb waits at its end for copies that are under way, and where it was interrupted.
 WAIT_S = 20.0
+INTERRUPTED_S = 5.0
 # After this silence of a tracker that has work to do, a line says so.
 LATE_S = 30.0
 _SLOW_S = 3.0
@@ -57,6 +59,7 @@ class Copies:
         self._uri = os.environ.get("MLFLOW_TRACKING_URI") or str(store.mlflow_db)
         self._mlflow = tracking.mlflow
         self._left: int | None = None  # records that MLflow lacks, as the process says
+        self._ended = False  # MLflow knows that the study has
         self._told: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
@@ -84,17 +87,18 @@ class Copies:
         self._thread = threading.Thread(target=self._listen, name="copies", daemon=True)
         self._thread.start()
 
-    def close(self, records: int, at_once: bool = False) -> None:
-        """Let the process finish, for `WAIT_S` seconds at most, and say what is missing.
+    def close(self, records: int) -> None:
+        """Let the process finish, within the time for that, and say what is missing.
 
-        `records` is how many the journal has. With `at_once` it is ended now.
+        `records` is how many the journal has.
         """
         if self._process is None or self._thread is None:
             return
         try:
-            if not at_once:
-                self._write("finish")
-                self._wait()
+            self._write("finish")
+            self._wait(INTERRUPTED_S if interrupt.pressed() else WAIT_S)
+        except KeyboardInterrupt:  # ends this wait; what the verb has to say is still said
+            interrupt.heeded()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -107,15 +111,15 @@ class Copies:
             self._process = None
             self._say_missing(records)
 
-    def _wait(self) -> None:
+    def _wait(self, seconds: float) -> None:
         assert self._process is not None
-        end = time.monotonic() + WAIT_S
+        end = time.monotonic() + seconds
         try:
             self._process.wait(_SLOW_S)
         except subprocess.TimeoutExpired:
             self._say(
-                f"waiting up to {WAIT_S:.0f} s for MLflow and Optuna's database to take the last "
-                "results; the journal has them (Ctrl-C: end now)"
+                f"waiting up to {seconds:.0f} s for MLflow and Optuna's database to take the last "
+                "results; the journal has them (Ctrl-C: do not wait)"
             )
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(max(0.0, end - time.monotonic()))
@@ -127,6 +131,8 @@ class Copies:
                 f"MLflow lacks {left} of {records} record(s), which the journal has; deliver them: "
                 + self._command
             )
+        elif self._mlflow and not self._ended:
+            self._say(f"MLflow may show the study as running; {self._command} ends it there")
 
     def _write(self, line: str) -> None:
         assert self._process is not None
@@ -155,6 +161,7 @@ class Copies:
     def _take(self, line: bytes) -> None:
         message = json.loads(line)
         self._left = message.get("left", self._left)
+        self._ended = message.get("ended", self._ended)
         if "note" in message:
             self._say_once(message["about"], message["note"])
 

@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from openpi_opt.config import is_lossy
 from openpi_opt.criteria import Criteria
 from openpi_opt.result import Ok, write_atomic
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Record
-from openpi_opt.track.report import lossy
 
 STEM = "best_so_far"
 ENDINGS = ("json", *plots.FORMATS)
@@ -86,4 +86,4 @@ def _may_win(record: Record, criteria: Criteria) -> bool:
     result = record.result
     if not isinstance(result, Ok) or record.role == "confirm" or criteria.over(result):
         return False
-    return criteria.allow_lossy or not lossy(record)
+    return criteria.allow_lossy or not is_lossy(record.result.config)

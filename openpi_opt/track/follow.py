@@ -1,7 +1,8 @@
 """`python -m openpi_opt.track follow`: the process that `copies.Copies` starts.
 
 It reads an order on stdin, copies what the journal has and gets, and says on stdout, one JSON
-object a line, what MLflow still lacks (`left`) and what is wrong (`note`, `about` one of the two).
+object a line, what MLflow still lacks (`left`), what is wrong (`note`, `about` one of the two), and
+that MLflow has all (`ended`).
 "finish" on stdin makes it copy the rest and end. The end of stdin without that word means that the
 verb was killed.
 """
@@ -61,6 +62,7 @@ def follow(end_study: EndStudy) -> int:
     optuna.finish()
     while not (follower.look() and follower.end()):
         time.sleep(RETRY_S)
+    _tell(ended=True)
     optuna.join()
     return 0
 

@@ -16,7 +16,8 @@ from openpi_opt.criteria import Criteria
 from openpi_opt.result import Ok
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_study import differs
-from openpi_opt.track.report import Group, Row, flag_lines, groups, mean_ms
+from openpi_opt.track.report import Group, Row, groups, mean_ms
+from openpi_opt.track.table import flag_lines
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

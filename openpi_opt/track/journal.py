@@ -26,6 +26,7 @@ from openpi_opt import result as results
 from openpi_opt.errors import UserError, masked
 from openpi_opt.result import TrialResult, write_atomic
 from openpi_opt.track import identity
+from openpi_opt.track.brief import Brief
 from openpi_opt.track.fingerprint import package_version
 from openpi_opt.track.store import unusable
 
@@ -83,8 +84,9 @@ class Header(BaseModel):
 class Journal:
     """The records of one study, in memory and on disk. Make it with `open` or `read`."""
 
-    def __init__(self, study_dir: Path, header: Header | None):
+    def __init__(self, study_dir: Path, header: Header | None, brief: Brief | None = None):
         self.study_dir = study_dir
+        self._brief = brief
         self.path = study_dir / "journal.jsonl"
         self.header = header
         self.notes: list[str] = []
@@ -115,14 +117,16 @@ class Journal:
         return journal
 
     @staticmethod
-    def read(study_dir: Path) -> Journal:
+    def read(study_dir: Path, brief: bool = False) -> Journal:
         """Read without a lock and without changing anything, for instance of a running sweep.
+
+        With `brief`, records have neither samples nor a kernel table, and lack nothing else.
 
         Raises:
             UserError: a damaged line before the end, a newer format, or an unreadable file.
         """
         with _user_errors(study_dir):
-            journal = Journal(study_dir, _read_header(study_dir))
+            journal = Journal(study_dir, _read_header(study_dir), Brief() if brief else None)
             rest = journal._take_new_lines()
         if _is_record(rest):  # whole, only its newline is missing
             journal._take(Record.model_validate_json(rest))
@@ -228,12 +232,14 @@ class Journal:
             return b""
         with self.path.open("rb") as file:
             file.seek(self._read_to)
-            *lines, rest = file.read().split(b"\n")
-        for line in lines:
-            self._lines += 1
-            self._check_and_take(_parse_line(line, f"{self.path} line {self._lines}"))
-            self._read_to += len(line) + 1
-        return rest
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return line
+                self._lines += 1
+                where = f"{self.path} line {self._lines}"
+                self._check_and_take(_parse_line(line[:-1], where, self._brief))
+                self._read_to += len(line)
+        return b""
 
     def _check_and_take(self, record: Record) -> None:
         """Take a line that was read; one that is there twice or out of order is noted."""
@@ -331,9 +337,10 @@ def _sealed(line: bytes) -> bytes:
     return line[:-1] + b',"check":"%08x"}' % zlib.crc32(line[:-1])
 
 
-def _parse_line(line: bytes, where: str) -> Record:
+def _parse_line(line: bytes, where: str, brief: Brief | None = None) -> Record:
+    text, kept = (line, {}) if brief is None else brief.shortened(line)
     try:
-        record = Record.model_validate_json(line)
+        record = Record.model_validate_json(text)
     except ValidationError:
         raise _unreadable(line, where) from None
     if record.check is not None and _sealed(line[: -len(_CHECK)] + b"}") != line:
@@ -342,6 +349,8 @@ def _parse_line(line: bytes, where: str) -> Record:
             "changed now.\nRestore it from a backup, or move it into a file of another name, then "
             "try again."
         )
+    if brief is not None:
+        brief.give_back(record.result, kept)
     return record
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from openpi_opt.config import Config, nature
+from openpi_opt.config import is_lossy, plain_labels
 from openpi_opt.figures import metrics as figures
 from openpi_opt.result import Gpu, Kernels, Ok, Pruned, Roofline, Wrong
 from openpi_opt.track.journal import Record
@@ -28,7 +28,7 @@ TRIAL_FILES = ("*.log", "log.txt", "trace*.json", "trace*.json.gz")
 
 def run_name(record: Record) -> str:
     """Short name of a trial's run: its number, and what sets it apart from the baseline."""
-    plain = Config.parse({}).labels()
+    plain = plain_labels()
     knobs = {key: text for key, text in record.labels.items() if text != plain.get(key)}
     keys = {key: text for key, text in record.params.items() if key.split(".")[0] not in knobs}
     shown = " ".join(f"{key}={value}" for key, value in {**knobs, **keys}.items())
@@ -92,7 +92,7 @@ def tags(record: Record) -> dict[str, str]:
         "compile_cache": (result.compile_cache or "") if isinstance(result, Ok) else "",
         "noisy": str(result.latency.noisy).lower() if isinstance(result, Ok) else "",
         "flags": one_line("; ".join(result.flags()), MAX_REASON) if isinstance(result, Ok) else "",
-        "lossy": "true" if nature(result.config).lossy else "",
+        "lossy": "true" if is_lossy(result.config) else "",
         "reason": one_line(reason(record), MAX_REASON),
     }
     marked = {f"openpi_opt.{key}": value[:MAX_TAG] for key, value in found.items() if value}
@@ -145,6 +145,8 @@ def device(config: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> str:
 
 def one_line(text: str, limit: int) -> str:
     """Text for one line of a table or message: no control characters, cut at `limit`."""
+    if len(text) <= limit and text.isprintable() and "  " not in text:
+        return text.strip()  # as nearly all are
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)  # colours in the end of a log
     clean = "".join(c if c.isprintable() else " " for c in text)
     clean = " ".join(clean.split())

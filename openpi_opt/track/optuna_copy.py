@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from openpi_opt.config import nature
+from openpi_opt.config import is_lossy
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import masked
 from openpi_opt.result import Pruned, TrialResult, write_atomic
@@ -99,7 +99,7 @@ def constraints(result: TrialResult, criteria: Criteria) -> dict[str, float]:
     limits = criteria.excess(result)
     if criteria.allow_lossy:
         return limits
-    return {_LOSSY: 1.0 if nature(result.config).lossy else -1.0, **limits}
+    return {_LOSSY: 1.0 if is_lossy(result.config) else -1.0, **limits}
 
 
 class OptunaCopy:

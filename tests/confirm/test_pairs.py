@@ -1,10 +1,8 @@
-"""`pairs`: rounds, resuming, the end by time, the report; and two real processes in turn."""
+"""`pairs`: rounds, resuming, the end by time, the report."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +13,12 @@ from openpi_opt import pairs
 from openpi_opt.config import Config
 from openpi_opt.confirm import rounds
 from openpi_opt.confirm.fresh import FreshRuns
+from openpi_opt.confirm.rounds import Deadline
 from openpi_opt.errors import UserError
 from openpi_opt.pairs import Pairs
 from openpi_opt.process.run import Place
 from openpi_opt.result import TrialResult
-from openpi_opt.rounds import Deadline, Session
+from openpi_opt.session import Session
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import Store
 
@@ -72,7 +71,7 @@ def test_every_round_has_the_three_in_random_order_and_all_count(tmp_path: Path)
     assert all(sorted(order) == sorted(pairs.ROLES) for order in orders)
     assert len(set(orders)) > 3
     assert {p.shown for p in processes if p.result.latency.mean_ms < 9.9} == {"B"}
-    found.session.write(pairs.document(found), pairs.table(found), pairs.figure(found))
+    found.session.write(pairs.report(found))
     document = json.loads((tmp_path / "out" / "pairs.json").read_text())
     assert document["a_a"]["verdict"] in ("same", "ambiguous")
     assert document["a_b"]["verdict"] == "faster"
@@ -94,7 +93,7 @@ def test_flags_are_counted_below_the_tables(tmp_path: Path) -> None:
         return ok(cfg, found.latency.mean_ms, flags)  # type: ignore[union-attr]
 
     found = measure(tmp_path, shared, planned=4)
-    said = pairs.table(found).splitlines()
+    said = pairs.report(found).text.splitlines()
     assert "- flagged drift: 12 of 12 processes" in said
     assert "- flagged gpu_shared: 4 of 12 processes" in said
 
@@ -121,7 +120,7 @@ def test_the_time_ends_it_at_a_whole_round_and_the_rest_can_follow(
     found = measure(tmp_path, machine, limit_s=20.0)
     assert 3 <= found.rounds <= 6  # each takes 3 s, and A and B went before
     assert len(machine.ran) == 2 + 3 * found.rounds
-    assert f"({found.planned} were planned; the time was over)" in pairs.table(found)
+    assert f"({found.planned} were planned; the time was over)" in pairs.report(found).text
     whole = measure(tmp_path, machine)
     assert whole.rounds == 20
     assert len(machine.ran) == 62
@@ -133,41 +132,3 @@ def test_one_that_fails_ends_it(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"nothing to compare with: B ended oom"):
         measure(tmp_path, fails)
-
-
-def verb(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "openpi_opt.pairs", "model=pi0_mini", "platform=cpu"]
-    command += ["workload.steps=1", "workload.horizon=2", "measure.warmup=3", *arguments]
-    return subprocess.run(
-        [*command, "--no-mlflow"], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
-    )
-
-
-def test_real_processes_pass_their_gates(tmp_path: Path) -> None:
-    command = ["--b", "attention=sdpa", "--iterations", "10", "--minutes", "0.00001"]
-    done = verb(*command, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "was enough for 0 round(s)" in done.stderr
-    assert "Traceback" not in done.stderr
-    files = sorted(tmp_path.rglob("result.json"))
-    found = [json.loads(file.read_text()) for file in files]
-    assert [each["outcome"] for each in found] == ["ok", "ok"]
-    for each in found:
-        seconds = each["phase_seconds"]
-        assert {"start", "import", "wait", "load", "measure"} <= set(seconds)
-        assert 0.05 < seconds["start"] < 60
-        assert seconds["import"] > seconds["load"] / 100
-        assert each["latency"]["iterations"] == 10
-    assert "(known)" in verb(*command, cwd=tmp_path).stderr
-
-
-def test_bad_requests_end_with_two_and_no_traceback(tmp_path: Path) -> None:
-    for arguments, said in (
-        ([], "A and B compute the same"),
-        (["--b", "workload=openpi"], "cannot be compared"),
-        (["--b", "graph=manual"], "B (graph=manual) cannot run here"),
-        (["--b", "attention=sdp"], "sdp"),
-    ):
-        done = verb(*arguments, cwd=tmp_path)
-        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
-        assert said in done.stderr

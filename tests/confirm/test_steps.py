@@ -29,7 +29,7 @@ from openpi_opt.knobs.base import Options
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.process.devices import LEASES_VARIABLE
 from openpi_opt.result import TrialResult
-from openpi_opt.rounds import Session, target_session
+from openpi_opt.session import Session, target_session
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.plots import Bar
@@ -198,7 +198,7 @@ def test_the_time_ends_rounds_and_the_same_command_goes_on(
     assert found.rounds == 4
     assert "the time is over: 4 of 6 rounds" in capsys.readouterr().err
     assert {len(rung.measured.means_ms) for rung in result.rungs} == {4}
-    assert "4 fresh processes each" in ladder.table(found, result)
+    assert "4 fresh processes each" in ladder.report(found, result).text
     found, rest = sessions(timed)
     assert len(ladder.measure(found, ladder.climb(found, 1)).rungs[0].measured.means_ms) == 6
     assert len(run.ran) - 4 * 3 == len(run.ran) + len(rest.ran) - 6 * 3, "nothing ran twice"
@@ -297,9 +297,9 @@ def test_documents_tables_and_plots_say_the_same(
 ) -> None:
     found, _ = Sessions(tmp_path, "ladder")()
     result = ladder.measure(found, ladder.climb(found, 1))
-    rows = ladder.table(found, result)
-    figure = plots.effects_figure("t", "ms", [Bar("a", 1.0, 0.5, 2.0, "x")])
-    found.write(ladder.document(found, result), rows, figure)
+    report = ladder.report(found, result)
+    found.write(report)
+    rows = report.text
     assert capsys.readouterr().out == rows == (tmp_path / "out" / "ladder.md").read_text()
     document = json.loads((tmp_path / "out" / "ladder.json").read_text())
     assert [rung["added"] for rung in document["rungs"]] == [r.added for r in result.rungs]
@@ -328,16 +328,16 @@ def test_what_the_processes_of_the_figures_were_flagged_for_is_said(
         started.append(True)
         measured = len(run.ran)
         result = ladder.measure(found, way)
-        text, document = ladder.table(found, result), ladder.document(found, result)
+        report = ladder.report(found, result)
     else:
         started.append(True)
         measured = len(run.ran)
         ablation = ablate.measure(found)
-        text, document = ablate.table(found, ablation), ablate.document(found, ablation)
+        report = ablate.report(found, ablation)
     of = len(run.ran) - measured
     line = f"flagged drift: {of // 2} of {of} processes"
-    assert f"- {line}" in text.splitlines()
-    assert document["flagged"] == [line]
+    assert f"- {line}" in report.text.splitlines()
+    assert report.document["flagged"] == [line]
 
 
 def test_no_interval_of_a_latency_goes_below_zero() -> None:

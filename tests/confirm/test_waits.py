@@ -17,7 +17,8 @@ import pytest
 import yaml
 from search_samples import FakeRun, ok
 
-from openpi_opt import preset, promote, rounds
+from openpi_opt import preset, promote
+from openpi_opt import session as sessions
 from openpi_opt.config import Config
 from openpi_opt.confirm.fresh import FreshRuns
 from openpi_opt.errors import UserError
@@ -55,7 +56,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setenv(LEASES_VARIABLE, str(tmp_path / "leases"))
     fake = partial(FreshRuns, run=FakeRun(judge))
     monkeypatch.setattr(promote, "FreshRuns", fake)
-    monkeypatch.setattr(rounds, "FreshRuns", fake)
+    monkeypatch.setattr(sessions, "FreshRuns", fake)
     return Store.open(tmp_path / "store")
 
 
@@ -111,10 +112,10 @@ def test_a_better_one_found_during_the_wait_is_the_target(
     verb: str, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found(store, "s", PLAIN, SDPA)
-    arguments = rounds.target_parser(verb, "").parse_args(
+    arguments = sessions.target_parser(verb, "").parse_args(
         ["s", "--store", str(store.path), "--no-mlflow"]
     )
-    session = rounds.target_session(verb, arguments)
+    session = sessions.target_session(verb, arguments)
     assert session.config.hash() == SDPA.hash()
     lease = reserve(PLAIN, probe(), None, [], print)
 

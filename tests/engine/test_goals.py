@@ -9,8 +9,8 @@ import pytest
 from hosts import optuna_study
 from search_samples import CPU, failed, ok, pruned
 from space_samples import command_lines
-from test_study import Sweeps
-from test_study import compose as plain_compose
+from sweep_samples import Sweeps
+from sweep_samples import compose as plain_compose
 
 from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria

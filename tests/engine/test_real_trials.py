@@ -2,80 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hosts import wait_for
+from terminal_samples import Terminal, trials_of
 
-from openpi_opt.paths import package_dir
 from openpi_opt.result import Failed, Ok
-from openpi_opt.track.journal import Journal, Record
 
-SHORT = ["measure.warmup=3", "measure.iterations=10", "measure.rel_ci=null", "profile=none"]
-SHORT += ["workload.steps=2", "workload.horizon=4", "platform=cpu", "study=s"]
 FULL_OUTPUT = 200  # columns: nothing is cut at 80
-
-
-class Terminal:
-    """Runs the verb in an empty working folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.env = os.environ | {"PYTHONPATH": str(package_dir().parent)}
-        self.env.pop("MLFLOW_TRACKING_URI", None)
-
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "openpi_opt.sweep", *words, *SHORT],
-            cwd=self.folder,
-            env=self.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *words: str) -> tuple[int, str, str]:
-        process = self.start(*words)
-        out, err = process.communicate(timeout=100)
-        return process.returncode, out, err
-
-    @property
-    def records(self) -> list[Record]:
-        return Journal.read(self.folder / "mlruns" / "studies" / "s").records()
-
-    def trial_pid(self, after: set[int]) -> int:
-        """The process of a trial of this folder that is not in `after`."""
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            for pid in trials_of(self.folder):
-                if pid not in after:
-                    return pid
-            time.sleep(0.02)
-        raise AssertionError("no trial was started")
-
-
-def trials_of(folder: Path) -> Iterator[int]:
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                ours = words[1:3] == ["-m", "openpi_opt.trial"]  # and not its watcher
-                if ours and any(str(folder) in word for word in words):
-                    yield int(entry.name)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture

@@ -45,6 +45,34 @@ def test_two_ways_to_choose_a_library_contradict() -> None:
 
 
 @pytest.mark.parametrize(
+    ("on", "more", "expected"),
+    [
+        (H100, {}, None),
+        (H100, {"precision": {"dtype": "float32"}}, "invalid"),
+        (H100, {"blas": {"algorithm": "searched", "library": "cublas"}}, "invalid"),
+        (MI300X, {}, "unavailable"),
+        (CPU, {}, "unavailable"),
+    ],
+)
+def test_searched_algorithms_are_cublaslts(on: Machine, more: dict, expected: str | None) -> None:
+    raw = {"precision": {"dtype": "bfloat16"}, "blas": {"algorithm": "searched"}}
+    assert outcome({**raw, **more}, on) == expected
+    assert KNOB.times_kernels(config({**raw, **more}, on))
+
+
+def test_residuals_are_left_to_searched_products_only() -> None:
+    fusion = BY_NAME["fusion"]
+    alone = {"precision": {"dtype": "bfloat16"}, "fusion": {"residuals": True}}
+    refusal = fusion.check(config(alone, H100), H100)
+    assert refusal is not None
+    assert refusal.outcome == "invalid"
+    searched = {**alone, "blas": {"algorithm": "searched"}}
+    assert fusion.check(config(searched, H100), H100) is None
+    fp8 = {"algorithm": "searched", "backend": "fp8"}
+    assert outcome({**alone, "blas": fp8}, H100) == "invalid"
+
+
+@pytest.mark.parametrize(
     ("on", "expected"),
     [
         (H100, None),

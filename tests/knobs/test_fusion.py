@@ -43,7 +43,7 @@ def storages(policy: Pi0Policy) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("switch", [*ALL, "all", "vision_mlp", "vision_patches"])
+@pytest.mark.parametrize("switch", [*ALL, "all", "vision_mlp", "vision_patches", "residuals"])
 def test_same_actions(switch: str, dtype: str) -> None:
     fusion = ALL if switch == "all" else {switch: True}
     cfg = config(precision={"dtype": dtype}, fusion=fusion)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import os
 import stat
 from pathlib import Path
@@ -8,27 +7,20 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from process_samples import gpu, machine
 from search_samples import CPU
 
 from openpi_opt.config import Config
 from openpi_opt.engine.display import Silent
 from openpi_opt.engine.executor import LocalExecutor
 from openpi_opt.errors import UserError
-from openpi_opt.machine import Gpu, Machine, TorchBuild
+from openpi_opt.machine import Gpu
 from openpi_opt.process import devices, locks
 from openpi_opt.process.devices import LEASES_VARIABLE, Devices, Slot, lease
 from openpi_opt.space.settings import DeviceSettings, Settings
 from openpi_opt.track.store import Store
 
 CORES = list(range(16))
-
-
-def gpu(index: int, name: str = "H100") -> Gpu:
-    return Gpu(index, f"GPU-{index}a", name, "nvidia", "sm90", 80_000, "1")
-
-
-def machine(*gpus: Gpu) -> Machine:
-    return dataclasses.replace(CPU, gpus=gpus, torch=TorchBuild("2.13", "13.0", None))
 
 
 def found(given: object, *gpus: Gpu) -> Devices:

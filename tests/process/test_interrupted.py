@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from hosts import wait_for
-from test_survives import ROOT, Shell, held
+from terminal_samples import ROOT, Shell, held
 
 from benchmarks.stress_check import marked
 from openpi_opt.process.devices import LEASES_VARIABLE as VARIABLE

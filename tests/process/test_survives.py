@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pty
 import re
 import resource
-import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,15 +20,13 @@ import optuna
 import pytest
 from hosts import Host, optuna_study, wait_for
 from search_samples import CPU
-from test_real_trials import trials_of
-from test_study import compose
+from sweep_samples import compose
+from terminal_samples import ROOT, Shell, held, trials_of
 
 from openpi_opt.config import Config
 from openpi_opt.engine.display import Silent
 from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.study import run_study
-from openpi_opt.paths import package_dir
-from openpi_opt.process import child, locks
 from openpi_opt.process.run import run_trial
 from openpi_opt.result import Failed
 from openpi_opt.space.settings import Settings
@@ -39,65 +34,15 @@ from openpi_opt.space.space import Space
 from openpi_opt.track.journal import Journal
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
-ROOT = package_dir().parent
 QUICK = ["model=pi0_mini", "platform=cpu", "study=s", "workload.steps=1", "workload.horizon=2"]
 QUICK += ["measure.iterations=10", "measure.warmup=3", "measure.rel_ci=null", "profile=none"]
 QUICK += ["guard.inputs=2", "baseline=false"]
-
-
-class Shell:
-    """A command in the foreground of a terminal of its own, where Ctrl-C can be pressed."""
-
-    def __init__(self, folder: Path, argv: list[str], **env: str):
-        self.pid, self._terminal = pty.fork()
-        if self.pid == 0:
-            os.chdir(folder)
-            os.execve(sys.executable, [sys.executable, *argv], {**os.environ, **env})
-        self.shown = ""
-        self.code: int | None = None
-
-    def read(self, seconds: float) -> bool:
-        """Take what is printed; False when the terminal is closed."""
-        if select.select([self._terminal], [], [], seconds)[0]:
-            try:
-                chunk = os.read(self._terminal, 65536)
-            except OSError:  # nobody has it open any more
-                return False
-            self.shown += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", chunk.decode(errors="replace"))
-            return bool(chunk)
-        return True
-
-    def wait_for(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline, self.shown
-            assert self.read(0.02), self.shown
-
-    def press_ctrl_c(self) -> None:
-        os.write(self._terminal, b"\x03")
-
-    def close(self) -> None:
-        """Close the terminal under the command."""
-        os.close(self._terminal)
-
-    def end(self, seconds: float = 60) -> str:
-        deadline = time.monotonic() + seconds
-        while self.read(0.05):
-            assert time.monotonic() < deadline, self.shown
-        _, status = os.waitpid(self.pid, 0)
-        os.close(self._terminal)
-        self.code = os.waitstatus_to_exitcode(status)
-        return " ".join(self.shown.split())
 
 
 def sweep_in(folder: Path, *words: str, **env: str) -> Shell:
     path = os.pathsep.join(filter(None, [env.pop("site", ""), str(ROOT)]))
     argv = ["-m", "openpi_opt.sweep", *words, *QUICK]
     return Shell(folder, argv, PYTHONPATH=path, OPENPI_OPT_LEASES=str(folder / "leases"), **env)
-
-
-def held(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*.lock") if path.is_file() and locks.is_held(path)]
 
 
 def open_runs(uri: str) -> tuple[int, list[str]]:
@@ -108,13 +53,6 @@ def open_runs(uri: str) -> tuple[int, list[str]]:
     experiments = [e.experiment_id for e in client.search_experiments()]
     runs = client.search_runs(experiments)
     return len(runs), [run.info.run_name for run in runs if run.info.status == "RUNNING"]
-
-
-def freeze(pid: int) -> None:
-    """Stop a process, and wait until it is: a SIGTERM sent at once could still be heeded."""
-    os.kill(pid, signal.SIGSTOP)
-    stat = Path(f"/proc/{pid}/stat")
-    wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
 
 
 def test_one_ctrl_c_ends_gracefully_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -164,18 +102,25 @@ def assert_nothing_hidden_is_written(folder: Path, said: str) -> None:
     assert "hidden-" not in said
 
 
-LONG_GRACE = "from openpi_opt.process import child\nchild.GRACE_SECONDS = 600.0\n"
+# A trial that does not heed SIGTERM, and a sweep that would wait for it for minutes.
+DEAF = """
+import signal, sys
+if any("trial" in word for word in sys.orig_argv):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+    from openpi_opt.process import child
+    child.GRACE_SECONDS = 600.0
+"""
 
 
 def test_two_ctrl_c_end_now(tmp_path: Path) -> None:
-    """With a grace of minutes, and a trial that does not heed what comes first."""
     site = tmp_path / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(LONG_GRACE)
+    (site / "sitecustomize.py").write_text(DEAF)
     shell = sweep_in(tmp_path, "-m", "weights.seed=0,1", "tracking=none", site=str(site))
     shell.wait_for(lambda: list(trials_of(tmp_path)))
     (trial,) = trials_of(tmp_path)
-    freeze(trial)
+    shell.wait_for(lambda: ignores_sigterm(trial))
     shell.press_ctrl_c()
     shell.wait_for(lambda: "Ctrl-C again" in " ".join(shell.shown.split()))
     time.sleep(0.5)
@@ -184,8 +129,13 @@ def test_two_ctrl_c_end_now(tmp_path: Path) -> None:
     said = shell.end(30)
     assert shell.code == 130, said
     assert "Traceback" not in said
-    wait_for(lambda: not list(trials_of(tmp_path)))
-    assert held(tmp_path) == []
+    wait_for(lambda: not list(trials_of(tmp_path)) and held(tmp_path) == [])
+
+
+def ignores_sigterm(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    ignored = re.search(r"SigIgn:\s*(\w+)", status)
+    return ignored is not None and bool(int(ignored[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 class Server:
@@ -272,12 +222,11 @@ def test_a_server_that_hangs_dies_and_comes_back(host: Host, server: Server) -> 
 def interrupted_twice(host: Host, server: Server) -> None:
     """The first Ctrl-C waits for a trial alone, and the second one for nothing."""
     host.env |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "600"}
-    (host.folder / "sitecustomize.py").write_text(LONG_GRACE)
+    (host.folder / "sitecustomize.py").write_text(DEAF)
     host.env["PYTHONPATH"] = os.pathsep.join([str(host.folder), host.env["PYTHONPATH"]])
     sweep = host.start("--seeds", "7", "--seconds", "600", "--mlflow")
-    wait_for(host.processes)
+    wait_for(lambda: any(map(ignores_sigterm, host.processes())))
     server.signal(signal.SIGSTOP)
-    freeze(host.processes()[0])
     sweep.send_signal(signal.SIGINT)
     assert sweep.stderr is not None
     said = next(line for line in sweep.stderr if line.startswith("interrupted"))
@@ -288,8 +237,7 @@ def interrupted_twice(host: Host, server: Server) -> None:
     sweep.send_signal(signal.SIGINT)
     sweep.communicate(timeout=30)
     assert sweep.returncode == 130
-    wait_for(lambda: not host.processes())
-    assert held(host.folder) == []
+    wait_for(lambda: not host.processes() and held(host.folder) == [])
     server.signal(signal.SIGCONT)
 
 
@@ -467,23 +415,6 @@ def test_a_class_that_crashes_three_times_is_not_started_again(tmp_path: Path) -
     states = [trial.state.name for trial in optuna_study(tmp_path / "store", "s").get_trials()]
     assert states.count("COMPLETE") == 7
     assert states.count("PRUNED") == 3
-
-
-def test_gigabytes_on_stdout_cost_neither_disk_nor_memory(tmp_path: Path) -> None:
-    code = "import os\nblock = b'x' * (1 << 20)\nfor _ in range(2048): os.write(1, block)"
-    argv = [sys.executable, "-c", code]
-    tracemalloc.start()
-    try:
-        ended = child.run_command(
-            argv, dict(os.environ), {"start": 120.0}, tmp_path / "log.txt", print
-        )
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert ended.returncode == 0
-    assert (tmp_path / "log.txt").stat().st_size < 6 * 2**20
-    assert peak < 16 * 2**20
-    assert b"bytes left out" in (tmp_path / "log.txt").read_bytes()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from hosts import Host, wait_for
 from search_samples import CPU
-from test_real_trials import Terminal
+from terminal_samples import Terminal
 
 from openpi_opt.config import Config, Platform
 from openpi_opt.engine import recovery
@@ -28,12 +28,11 @@ from openpi_opt.engine.ledger import Ledger
 from openpi_opt.engine.recovery import ALIVE, NODE_LOCK
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
-from openpi_opt.process import locks
+from openpi_opt.process import locks, watcher
 from openpi_opt.process.devices import LEASES_VARIABLE
 from openpi_opt.remote import node, remote
-from openpi_opt.remote.engines import connected
-from openpi_opt.remote.orders import Answer, Description, Order, Question, give_up, read_note
-from openpi_opt.remote.remote import Nodes
+from openpi_opt.remote.orders import Answer, Description, Order, Question, read_note
+from openpi_opt.remote.remote import Nodes, connected
 from openpi_opt.result import Failed, Ok
 from openpi_opt.space.settings import Settings
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
@@ -109,7 +108,8 @@ class Fleet(Host):
                     words = (entry / "cmdline").read_bytes().decode(errors="replace")
                 except OSError:
                     continue
-                if "stub_trial.py" in words and str(self.store) in words:
+                ours = "stub_trial.py" in words and "watcher.py" not in words
+                if ours and str(self.store) in words:
                     found.append(int(entry.name))
         return found
 
@@ -122,8 +122,12 @@ def fleet(tmp_path: Path, executor: dict) -> Iterator[Fleet]:
 
 
 def agent_of(trial: int) -> int:
-    """The process on the node that runs a trial."""
-    return int(Path(f"/proc/{trial}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    """The process on the node that runs a trial: the parent of its watcher."""
+    of_trial = watcher.look(trial)
+    assert of_trial is not None
+    of_watcher = watcher.look(of_trial.parent)
+    assert of_watcher is not None
+    return of_watcher.parent
 
 
 def test_every_outcome_comes_back_once_and_nothing_stays(fleet: Fleet) -> None:
@@ -327,11 +331,9 @@ def test_an_order_that_nobody_wants_any_more_is_void(order: Order) -> None:
     assert carried_out(order).kind == "void"
     alive = locks.take(order.folder / ALIVE)
     assert alive is not None
-    give_up(order.folder)
+    (order.folder / ALIVE).unlink()
     assert carried_out(order).kind == "void"
-    alive.release(remove=True)
-    give_up(order.folder)
-    assert not (order.folder / ALIVE).exists()
+    alive.release()
 
 
 def test_an_order_for_another_machine_is_refused(order: Order) -> None:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from track_samples import config, failed, ok, record, refused, wrong
 
 from openpi_opt.errors import UserError
+from openpi_opt.result import Latency
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import unusable
 
@@ -293,3 +294,29 @@ def test_lines_without_a_checksum_are_read(tmp_path: Path) -> None:
     assert (len(journal), journal.notes) == (4, [])
     journal.append(record())
     assert Journal.read(tmp_path).records()[-1].check
+
+
+def test_a_brief_record_lacks_samples_and_the_kernel_table_alone(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path)
+    cfg = config(blas={"tunableop": {"file": '},"config_hash":'}})
+    for result in (ok(cfg=cfg), ok(11), wrong(), refused("]}"), failed('"files":{},"started_at":')):
+        journal.append(record(result, params={"a": '"config":{'}))
+    whole, brief = (Journal.read(tmp_path, brief=short).records() for short in (False, True))
+    assert whole[0].result.kernel_table
+    assert not brief[0].result.kernel_table
+    assert brief[0].result.config is not brief[1].result.config
+    assert brief[0].result.fingerprint is brief[1].result.fingerprint
+    gone = {"kernel_table": True, "latency": {n for n in Latency.model_fields if "samples" in n}}
+    for one, other in zip(whole, brief, strict=True):
+        assert dict(other.result.config) == one.result.config
+        told = [item.result.model_dump(exclude={"config": True, **gone}) for item in (one, other)]
+        assert told[0] == told[1]
+        assert one.model_copy(update={"result": None}) == other.model_copy(update={"result": None})
+
+
+def test_a_changed_line_is_noticed_in_brief_too(tmp_path: Path) -> None:
+    Journal.open(tmp_path).append(record())
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"name":"aten::mm"', b'"name":"aten::bm"'))
+    with pytest.raises(UserError, match="checksum"):
+        Journal.read(tmp_path, brief=True)

@@ -21,8 +21,9 @@ from openpi_opt.track import __main__ as verb
 from openpi_opt.track import pareto, plots
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import MlflowLog
-from openpi_opt.track.report import groups, print_table, rows
+from openpi_opt.track.report import groups, rows
 from openpi_opt.track.store import Store
+from openpi_opt.track.table import print_table
 
 # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")

@@ -14,20 +14,19 @@ import termios
 from typing import Any
 
 import pytest
-from rich.console import Console
 from track_samples import FINGERPRINT, H100, config, failed, ok, record, refused, roofline, wrong
 
 from openpi_opt.config import Config
 from openpi_opt.track.fingerprint import fingerprint
 from openpi_opt.track.journal import Record
-from openpi_opt.track.report import groups, print_table, rows, table
+from openpi_opt.track.report import groups, rows
+from openpi_opt.track.table import print_table
 
 
-def text(records: list[Record], width: int = 200) -> str:
-    console = Console(width=width, file=io.StringIO(), color_system=None)
-    console.print(table(records))
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+def text(records: list[Record]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        print_table(records)
+    return out.getvalue()
 
 
 def numbered(*records: Record) -> list[Record]:
@@ -71,7 +70,7 @@ def test_a_narrow_terminal_loses_nothing(width: int) -> None:
     )
     code = (
         "import sys; from openpi_opt.track.journal import Record\n"
-        "from openpi_opt.track.report import print_table\n"
+        "from openpi_opt.track.table import print_table\n"
         "print_table([Record.model_validate_json(line) for line in open(sys.argv[1])])"
     )
     with tempfile.NamedTemporaryFile("w") as file:
@@ -149,7 +148,7 @@ def test_another_fingerprint_is_marked_and_not_compared() -> None:
     assert (first.best, second.best, third.best) == (False, False, True)
     assert second.vs_baseline == 20.0  # both measured on the old one
     assert third.vs_baseline == 1.0  # itself: plain, and not the old baseline's 2x
-    shown = text(records, width=400)
+    shown = text(records)
     assert "1†" in shown
     assert "triton: 1.0 ->" in shown
     assert f"† measured on {records[0].fingerprint_hash}" in shown
@@ -221,9 +220,7 @@ def test_mixed_counts_say_what_they_are() -> None:
 
 
 def test_reasons_are_one_short_line() -> None:
-    shown = text(
-        numbered(record(failed("\x1b[31mCUDA error\x1b[0m\n\nsecond\tline " + "x" * 500))), 400
-    )
+    shown = text(numbered(record(failed("\x1b[31mCUDA error\x1b[0m\n\nsecond\tline " + "x" * 500))))
     assert "CUDA error second line xxx" in shown
     assert "\x1b" not in shown
     assert all(len(row.reason) <= 300 for row in rows([record(failed("y" * 500))]))
@@ -236,7 +233,7 @@ def test_flags_stand_below_the_table() -> None:
 
 
 def test_no_flagged_trial_is_left_out_of_a_long_line() -> None:
-    shown = text(numbered(*(record(ok()) for _ in range(40))), 2000)
+    shown = text(numbered(*(record(ok()) for _ in range(40))))
     (line,) = (line for line in shown.splitlines() if line.startswith("flagged gpu_clock"))
     assert "0 (1200 of 1980 MHz before), 1 (1200" in line
     assert line.endswith(" 37, 38, 39")
@@ -260,7 +257,7 @@ def test_a_lossy_trial_is_marked_and_never_best() -> None:
     assert [row.best for row in rows(records)] == [True, False]
     allowed = rows(records, allow_lossy=True)
     assert [row.best for row in allowed] == [False, True]
-    shown = text(records, width=300)
+    shown = text(records)
     assert "ok lossy" in shown
     assert "wider limit" in shown
 

@@ -13,8 +13,7 @@ from search_samples import CPU, FakeRun, failed, ok
 from openpi_opt import promote
 from openpi_opt.config import Config
 from openpi_opt.confirm import fresh, summary
-from openpi_opt.confirm.bench import ProcessBench, confirm
-from openpi_opt.confirm.contenders import Contender
+from openpi_opt.confirm.bench import Contender, ProcessBench, confirm
 from openpi_opt.confirm.fresh import FreshRuns, Planned
 from openpi_opt.confirm.promotion import Judged, Wanted
 from openpi_opt.criteria import Criteria

@@ -18,14 +18,15 @@ from typing import Any
 
 from openpi_opt import cli
 from openpi_opt.config import Config
-from openpi_opt.confirm.contenders import contenders, short
+from openpi_opt.confirm.bench import contenders, short
 from openpi_opt.confirm.fresh import FreshRuns, Planned
 from openpi_opt.confirm.judge import Confirmed, Gain, Subject, gain
+from openpi_opt.confirm.power import MIN_PAIRS
 from openpi_opt.confirm.rounds import (
     Deadline,
     Mean,
     NeededError,
-    Place,
+    Numbered,
     Stage,
     draw_rounds,
     flagged,
@@ -43,8 +44,6 @@ from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import DEFAULT_STORE, Store
 
-# The fewest rounds that say anything.
-MIN_ROUNDS = 3
 # One-sided level of each bound of a 95% interval.
 ALPHA = 0.025
 
@@ -72,7 +71,7 @@ class Measured:
         return shown not in self.failed
 
     def means(self, *shown: str) -> list[float]:
-        """Means in ms of the processes that are called so, in order of time."""
+        """Means in ms of the processes with these names, in order of time."""
         return [p.result.latency.mean_ms for p in self.processes if p.shown in shown]
 
     def confirmed(self, shown: str) -> Confirmed:
@@ -84,9 +83,22 @@ class Measured:
         """The gain of `after` over `before` in the pairs of the rounds, with its 95% interval."""
         return gain(self.means(before), self.means(after), ALPHA)
 
+    def reasons(self) -> dict[str, str]:
+        """Why those that failed did."""
+        return {shown: why(result) for shown, result in self.failed.items()}
+
     def flagged(self) -> list[str]:
         """A line for each check that flagged some of the processes."""
         return flagged(process.result.flags() for process in self.processes)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a verb leaves: figures as plain data, a text in Markdown, a plot."""
+
+    document: Mapping[str, Any]
+    text: str
+    figure: Callable[[], Any]
 
 
 @dataclass
@@ -114,13 +126,13 @@ class Session:
 
     @contextmanager
     def alone(self, device: int | str | None) -> Iterator[None]:
-        """Have the device; a study's best is what it is then, not what it was before the wait.
+        """Take the device, then look again for the study's best: the wait may have been long.
 
         Raises:
             UserError: as `FreshRuns.alone`.
         """
         with self.runs.alone(self.config, device):
-            self.deadline = Deadline(self.deadline.limit_s)  # the wait is not of this time
+            self.deadline = Deadline(self.deadline.limit_s)  # the wait does not count
             if self.again is not None:
                 before, self.config = self.config, self.again()
                 if before.hash() != self.config.hash():
@@ -137,8 +149,8 @@ class Session:
     ) -> Measured:
         """Every configuration once per round, in random order.
 
-        `configs` are by what is said of them. The order depends on the seed, the stage and the
-        configurations alone, so after an interruption it is the same.
+        The keys of `configs` are what the screen calls them. The order depends on the seed, the
+        stage and the configurations alone, so it is the same after an interruption.
 
         Raises:
             UserError: one of `needed` was not ok.
@@ -146,25 +158,41 @@ class Session:
         names = [f"{shown} {cfg.hash()}" for shown, cfg in configs.items()]
         text = "\n".join([self.verb, str(self.seed), stage, *names])
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-        bench = _Bench(self, configs, stage)
+        found, of = Measured(0), (self.verb, self.config.hash(), self.seed, stage)
+
+        def planned(shown: str, number: int) -> Planned:
+            said = f"{stage} {number + 1}: {shown}"
+            return Planned(configs[shown], said, (*of, shown), key=shown, number=number)
+
+        def means(_: Stage, places: Iterable[Numbered]) -> Generator[Mean, None, None]:
+            with closing(self.runs.in_turn(planned(*each) for each in places)) as results:
+                for place, (each, result) in enumerate(results):
+                    if isinstance(result, Ok):
+                        found.processes.append(Process(each.key, each.number, place, result))
+                        yield each.key, each.number, result.latency.mean_ms
+                    else:
+                        found.failed.setdefault(each.key, result)
+                        yield each.key, each.number, None
+
         started, known = time.monotonic(), len(self.runs.journal)
         try:
-            order = draw_rounds(list(configs), rounds, seed)
-            means, _ = measure_rounds(bench, order, needed, deadline)
+            by_shown, _ = measure_rounds(
+                means, draw_rounds(list(configs), rounds, seed), needed, deadline
+            )
         except NeededError as error:
             [shown] = error.args
             raise UserError(
-                f"there is nothing to compare with: {shown} ended {why(bench.found.failed[shown])}"
+                f"there is nothing to compare with: {shown} ended {why(found.failed[shown])}"
             ) from None
         new = len(self.runs.journal) - known
         self.wall_s = (time.monotonic() - started) / new if new else None
-        bench.found.rounds = len(means[next(iter(needed))])
-        return bench.found
+        found.rounds = len(by_shown[next(iter(needed))])
+        return found
 
     def judged(
         self, configs: Mapping[str, Config], needed: Collection[str], stage: str
     ) -> Measured:
-        """`interleaved` in all rounds that fit into the time, whose number `rounds` becomes.
+        """`interleaved`, in all rounds that fit into the time; `rounds` becomes their number.
 
         Raises:
             UserError: `needed` was not ok, or the time was too short for any statement.
@@ -172,16 +200,16 @@ class Session:
         found = self.interleaved(configs, needed, stage, self.rounds, self.deadline)
         if found.rounds < self.rounds:
             cli.say(f"the time is over: {found.rounds} of {self.rounds} rounds")
-        if found.rounds < MIN_ROUNDS:
+        if found.rounds < MIN_PAIRS:
             raise UserError(
-                f"--minutes was enough for {found.rounds} round(s); {MIN_ROUNDS} are the least "
+                f"--minutes was enough for {found.rounds} round(s); {MIN_PAIRS} are the least "
                 "that say anything.\nWhat ran is kept: the same command goes on. Give more "
                 "--minutes, or a smaller measure.max_seconds."
             )
         self.rounds = found.rounds
         return found
 
-    def write(self, document: Mapping[str, Any], table: str, figure: Any) -> None:
+    def write(self, report: Report) -> None:
         """Table, figures and plot, in the session's folder; the table also on stdout.
 
         Raises:
@@ -190,25 +218,45 @@ class Session:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             paths = [self.folder / f"{self.verb}.{end}" for end in ("md", "json")]
-            write_atomic(paths[0], table)
-            write_atomic(paths[1], json.dumps(document, indent=1, allow_nan=False) + "\n")
-            paths += plots.save(figure, self.folder, self.verb)
+            write_atomic(paths[0], report.text)
+            write_atomic(paths[1], json.dumps(report.document, indent=1, allow_nan=False) + "\n")
+            paths += plots.save(report.figure(), self.folder, self.verb)
         except OSError as error:
             raise UserError(
                 f"cannot write in {self.folder}: {error.strerror or error}.\n"
                 "Give another folder with --out; what was measured is kept."
             ) from error
-        print(table, end="")
+        print(report.text, end="")
         cli.say("wrote " + ", ".join(map(str, paths)))
 
-    def report(self, table: Sequence[str], remarks: Sequence[str]) -> str:
-        """The text of a report in Markdown: what it is of, the table, remarks below."""
-        lines = [f"{self.subtitle()}; intervals are 95%.", "", *table]
+    def effects(
+        self,
+        document: Mapping[str, Any],
+        rows: Sequence[Sequence[str]],
+        remarks: Sequence[str],
+        title: str,
+        axis: str,
+        bars: Sequence[plots.Bar],
+    ) -> Report:
+        """The report of `ladder` and `ablate`; the first of `rows` holds the heads."""
+        lines = [f"{self.subtitle()}; intervals are 95%.", "", *table(*rows)]
         lines += ["", *(f"- {line}" for line in remarks)] if remarks else []
-        return "\n".join(lines) + "\n"
+        cfg, labels = self.config, self.config.labels()
+        about = {
+            **self.about(),
+            "target": {name: labels[name] for name in self.target.knobs},
+            "config_hash": cfg.hash(),
+            "context_hash": cfg.context_hash(),
+        }
+        title = f"{title} {self.runs.study_dir.name}\n{self.subtitle()}"
+        return Report(
+            {**about, **document},
+            "\n".join(lines) + "\n",
+            lambda: plots.effects_figure(title, axis, bars),
+        )
 
     def about(self) -> dict[str, Any]:
-        """What the figures are of, for JSON."""
+        """What the figures belong to, for JSON."""
         cfg = self.config
         seen = self.runs.fingerprint(cfg)
         return {
@@ -221,16 +269,6 @@ class Session:
             "seed": self.seed,
         }
 
-    def about_target(self) -> dict[str, Any]:
-        """`about`, with the knobs that are added or taken away."""
-        cfg, labels = self.config, self.config.labels()
-        return {
-            **self.about(),
-            "target": {name: labels[name] for name in self.target.knobs},
-            "config_hash": cfg.hash(),
-            "context_hash": cfg.context_hash(),
-        }
-
     def where(self) -> str:
         """Model, device and workload."""
         about = self.about()
@@ -240,36 +278,6 @@ class Session:
     def subtitle(self) -> str:
         """Model, device, workload and number of processes."""
         return f"{self.where()}, {self.rounds} fresh processes each, interleaved"
-
-
-@dataclass
-class _Bench:
-    """A `Measurer` of one stage; keeps what it saw."""
-
-    session: Session
-    configs: Mapping[str, Config]
-    stage: str
-    found: Measured = field(default_factory=lambda: Measured(0))
-
-    def means(self, stage: Stage, places: Iterable[Place]) -> Generator[Mean, None, None]:
-        session, asked = self.session, list[Place]()
-
-        def planned() -> Iterator[Planned]:
-            for shown, number in places:
-                asked.append((shown, number))
-                place = (session.verb, session.config.hash(), session.seed, self.stage, shown)
-                said = f"{self.stage} {number + 1}: {shown}"
-                yield Planned(self.configs[shown], said, (*place, number))
-
-        with closing(session.runs.in_turn(planned())) as results:
-            for place, result in enumerate(results):
-                shown, number = asked[place]
-                if isinstance(result, Ok):
-                    self.found.processes.append(Process(shown, number, place, result))
-                    yield shown, number, result.latency.mean_ms
-                else:
-                    self.found.failed.setdefault(shown, result)
-                    yield shown, number, None
 
 
 def why(result: TrialResult) -> str:
@@ -293,10 +301,25 @@ def interval(low: float, high: float, show: Callable[[float], str] = percent) ->
     return f"{show(low)} to {show(high)}"
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(heads: Sequence[str], *rows: Sequence[str]) -> list[str]:
     """The lines of a table in Markdown; the columns of the numbers are not aligned."""
     every = [heads, ["---"] * len(heads), *rows]
     return [f"| {' | '.join(cells)} |" for cells in every]
+
+
+def cells(measured: Confirmed) -> list[str]:
+    """Mean latency in ms and its 95% interval, for a table."""
+    return [f"{measured.mean_ms:.3f}", interval(*measured.ci95_ms(), "{:.3f}".format)]
+
+
+def plain(measured: Confirmed) -> dict[str, Any]:
+    """Mean, interval and the means that they rest on, for JSON."""
+    return {
+        "mean_ms": measured.mean_ms,
+        "ci95_ms": list(measured.ci95_ms()),
+        "means_ms": measured.means_ms,
+        "config_hash": measured.subject.key,
+    }
 
 
 def parser(verb: str, description: str, report: str) -> argparse.ArgumentParser:
@@ -315,7 +338,10 @@ def parser(verb: str, description: str, report: str) -> argparse.ArgumentParser:
         help="begin no round that would not end within this time; what was done is reported",
     )
     found.add_argument(
-        "--seed", type=cli.at_least(0), default=0, help="another one measures anew (default: 0)"
+        "--seed",
+        type=cli.at_least(0),
+        default=0,
+        help="another seed measures all again (default: 0)",
     )
     found.add_argument("--device", type=gpu_name, metavar="GPU", help=DEVICE_HELP)
     found.add_argument("--out", metavar="DIR", help=f"where {report} (default: the study)")
@@ -336,9 +362,9 @@ def target_parser(verb: str, description: str) -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--rounds",
-        type=cli.at_least(MIN_ROUNDS),
+        type=cli.at_least(MIN_PAIRS),
         default=8,
-        help=f"fresh processes of each configuration, at least {MIN_ROUNDS} (default: %(default)s)",
+        help=f"fresh processes of each configuration, at least {MIN_PAIRS} (default: %(default)s)",
     )
     found.add_argument(
         "--allow-lossy", action="store_true", help="a study's best may be lossy (FP8)"
@@ -353,7 +379,7 @@ def open_session(
     study_dir: Path,
     again: Callable[[Journal], Config] | None = None,
 ) -> Session:
-    """A session on a study, which is made when there is none.
+    """A session on a study, which is made if it does not exist.
 
     Raises:
         UserError: a study that cannot be read or written.

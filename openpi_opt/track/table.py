@@ -1,0 +1,292 @@
+"""Tables of a study on stdout: trials with figures, reasons, flags, stages against their floors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from itertools import zip_longest
+
+from rich.console import Console
+from rich.text import Text
+
+from openpi_opt.criteria import Criteria
+from openpi_opt.figures import Figure
+from openpi_opt.result import Ok, Pruned
+from openpi_opt.track.journal import Record
+from openpi_opt.track.mlflow_content import one_line
+from openpi_opt.track.report import MAX_REASON, STALE_MARK, Group, Row, groups, of_limit, what
+
+MIN_FOLDED = 8  # a knob's column may fold its text down to this many characters
+# A table is this wide at most as long as its figures allow it.
+TABLE_WIDTH = 120
+WHAT = "what differs"
+_FIGURES_WIDTH = 60  # of the columns beside those of the keys
+
+
+def print_table(
+    records: Sequence[Record],
+    allow_lossy: bool = False,
+    criteria: Criteria | None = None,
+    stages: bool = False,
+    columns: Sequence[Figure] = (),
+    kept: Mapping[str, str] | None = None,
+) -> None:
+    """Print the trials of a study on stdout: folded to the terminal, uncut in a pipe or a file.
+
+    `columns` are figures to show beside those by which the study is judged.
+    With `stages` a second table follows, of the stages against their floors. On a terminal too
+    narrow for its numbers the lines run over: nothing is left out.
+    """
+    print_groups(groups(records, allow_lossy, criteria, kept), stages, columns)
+
+
+def print_groups(
+    found: Sequence[Group], stages: bool = False, columns: Sequence[Figure] = ()
+) -> None:
+    """`print_table` of groups that are made already."""
+    console = Console(highlight=False) if sys.stdout.isatty() else None
+    width = min(console.width, TABLE_WIDTH) if console else TABLE_WIDTH
+    for group in found:
+        for text, style in _trials(group, columns, width):
+            _say(console, Text(text, style) if console else text)
+        for text in _below(group):
+            _say(console, Text(text, overflow="fold") if console else text, folded=True)
+        for text in _floors(group, width) if stages else ():
+            _say(console, text)
+
+
+def _say(console: Console | None, text: str | Text, folded: bool = False) -> None:
+    if console is None:
+        print(str(text).rstrip())
+    else:
+        console.print(text, soft_wrap=not folded, markup=False)
+
+
+def _grid(
+    heads: Sequence[str],
+    body: Sequence[Sequence[str]],
+    folded: AbstractSet[str],
+    left: AbstractSet[str],
+    width: int,
+) -> Iterator[tuple[int, str]]:
+    """Lines of a table, each with its row (-1 for heads); text of `folded` columns is folded."""
+    cells = [[head.split("\n") for head in heads]]
+    columns = [*zip(*body, strict=True)] if body else [()] * len(heads)
+    natural = [
+        max(map(len, [*head, *column])) for head, column in zip(cells[0], columns, strict=True)
+    ]
+    least = [
+        min(size, max(MIN_FOLDED, *map(len, head.split("\n")))) if head in folded else size
+        for head, size in zip(heads, natural, strict=True)
+    ]
+    widths = list(natural)
+    while sum(widths) + 2 * len(widths) - 1 > width and widths != least:
+        place = max(range(len(widths)), key=lambda n: (widths[n] > least[n], widths[n]))
+        widths[place] -= 1
+    for row in body:
+        cells.append(
+            [
+                [text] if len(text) <= size else _folded(text, size)
+                for text, size in zip(row, widths, strict=True)
+            ]
+        )
+    form = [str.ljust if head in folded or head in left else str.rjust for head in heads]
+    for number, row_cells in enumerate(cells, -1):
+        tall = max(map(len, row_cells))
+        if number < 0:  # heads stand on the line below them
+            row_cells = [[""] * (tall - len(cell)) + cell for cell in row_cells]
+        if tall == 1:
+            parts: Sequence[Sequence[str]] = [[cell[0] if cell else "" for cell in row_cells]]
+        else:
+            parts = [*zip_longest(*row_cells, fillvalue="")]
+        for line in parts:
+            texts = zip(form, line, widths, strict=True)
+            yield number, "  ".join([put(text, size) for put, text, size in texts])
+        if number < 0:
+            yield number, "─" * (sum(widths) + 2 * len(widths) - 1)
+
+
+def _folded(text: str, width: int) -> list[str]:
+    """Text in lines of at most `width`, broken at spaces where there are some."""
+    lines = [""]
+    for word in text.split(" "):
+        if len(lines[-1]) + 1 + len(word) <= width and lines[-1]:
+            lines[-1] += f" {word}"
+            continue
+        parts = [word[at : at + width] for at in range(0, len(word), width)]
+        lines = [*lines, *parts] if lines[-1] else [*lines[:-1], *parts]
+    return lines
+
+
+def _trials(group: Group, columns: Sequence[Figure], width: int) -> Iterator[tuple[str, str]]:
+    """Lines of the table of trials, with the style of each."""
+    kinds = {
+        row.record.result.kernels.kind
+        for row in group.rows
+        if isinstance(row.record.result, Ok | Pruned) and row.record.result.kernels
+    }
+    wide = [
+        max(len(key), *(len(row.differs[key]) for row in group.rows)) + 2
+        for key in group.rows[0].differs
+    ]
+    single = sum(wide) > TABLE_WIDTH - _FIGURES_WIDTH
+    common = " ".join(f"{key}={text}" for key, text in group.shared.items())
+    yield group.title, ""
+    if single and common:
+        yield f"all trials: {common}", ""
+    knobs = [WHAT] if single else list(group.rows[0].differs)
+    limits = [of_limit(row) for row in group.rows]
+    shown = list(dict.fromkeys([*group.criteria.shown(), *columns]))
+    heads = ["#", *knobs, "outcome", "mean ± std ms", count_name(kinds), "vs.\nbaseline"]
+    heads += ["of\nlimit"] if any(limits) else []
+    heads += [figure.head or figure.title for figure in shown]
+    body = [
+        [
+            _number(row, group),
+            *([what(row, group)] if single else row.differs.values()),
+            _outcome(row),
+            *_numbers(row, kinds),
+            *([limit] if any(limits) else []),
+            *(figure.cell(row.ok) if row.ok else "" for figure in shown),
+        ]
+        for row, limit in zip(group.rows, limits, strict=True)
+    ]
+    for number, line in _grid(heads, body, {*knobs}, {"outcome"}, width):
+        yield line, "" if number < 0 else _style(group.rows[number])
+
+
+def _floors(group: Group, width: int) -> list[str]:
+    """Each trial's stages: floor, busy time under the profiler, and the one's share of the other.
+
+    Nothing where no trial has such figures. Confirmations are not profiled.
+    """
+    shown = [
+        (row, row.ok.roofline, row.ok.latency.mean_ms)
+        for row in group.rows
+        if row.ok and row.ok.roofline and row.record.role != "confirm"
+        if row.ok.roofline.floor_ms is not None
+    ]
+    names = list(dict.fromkeys(name for _, found, _ in shown for name in found.stages))
+    if not names:
+        return []
+    body = [
+        [
+            _number(row, group),
+            _against(found.floor_ms, mean_ms, found.fraction),
+            *(
+                _against(each.floor_ms, each.measured_ms, each.fraction) if each else ""
+                for each in map(found.stages.get, names)
+            ),
+        ]
+        for row, found, mean_ms in shown
+    ]
+    lines = ["", "floor of time, ms (of stages: busy, under the profiler)"]
+    return lines + [line for _, line in _grid(["#", "call", *names], body, set(), set(), width)]
+
+
+def _against(floor_ms: float | None, took_ms: float | None, fraction: float | None) -> str:
+    if floor_ms is None:
+        return ""
+    if took_ms is None or fraction is None:
+        return f"{floor_ms:.3f}"
+    return f"{floor_ms:.3f} of {took_ms:.3f} {fraction:>5.1%}"
+
+
+def _below(group: Group) -> list[str]:
+    """What stands below a table: reasons, flags, footnotes, what the guard sees."""
+    return [
+        *_reasons(group.rows),
+        *flag_lines(group.rows),
+        *group.footnotes,
+        *_guard_lines(group.rows),
+    ]
+
+
+def _guard_lines(found: Sequence[Row]) -> list[str]:
+    """What the guard of these trials sees, where that was measured."""
+    powers = {row.ok.guard.power for row in found if row.ok and row.ok.guard.power}
+    lines = []
+    for power in sorted(powers, key=lambda power: power.smallest):
+        seen = f"smallest margin {power.smallest:.1f} times the tolerance ({power.mutation})"
+        missed = f"; this guard cannot see: {', '.join(power.missed)}" if power.missed else ""
+        lines.append(f"guard, by mistakes made on purpose: {seen}{missed}")
+    return lines
+
+
+def _outcome(row: Row) -> str:
+    role = row.record.role
+    words = [row.record.result.outcome, *(["lossy"] if row.lossy else [])]
+    words += ["over limit"] if row.over else []
+    return " ".join(words if role == "trial" else [*words, role])
+
+
+def _reasons(found: Sequence[Row]) -> list[str]:
+    """Each reason once, with the numbers of the trials that have it."""
+    numbers: dict[tuple[str, str], list[str]] = {}
+    for row in found:
+        if row.reason:
+            key = row.record.result.outcome, row.reason
+            numbers.setdefault(key, []).append(str(row.record.number))
+    return [f"{', '.join(who)} {outcome}: {why}" for (outcome, why), who in numbers.items()]
+
+
+def flag_lines(found: Sequence[Row]) -> list[str]:
+    """A line for each check that flagged a trial, with the trials; `~` shows the spread already.
+
+    Where there are many, what the check said of the later ones is left out, never their numbers.
+    """
+    flagged: dict[str, list[tuple[str, str]]] = {}
+    for row in found:
+        for check in row.ok.checks if row.ok else []:
+            if check.status == "flag" and check.name != "spread":
+                flagged.setdefault(check.name, []).append((str(row.record.number), check.detail))
+    lines = []
+    for name, who in flagged.items():
+        text, details = f"flagged {name}: ", True
+        for place, (number, detail) in enumerate(who):
+            text += ", " if place else ""
+            if details:
+                said = one_line(detail.removeprefix(f"{name}: "), MAX_REASON)
+                details = len(text) + len(said) <= MAX_REASON
+            text += f"{number} ({said})" if details else number
+        lines.append(text)
+    return lines
+
+
+def count_name(kinds: AbstractSet[str]) -> str:
+    """What the count of kernels counts: a CPU has operators."""
+    return "operators" if kinds == {"operator_calls"} else "kernels"
+
+
+def _number(row: Row, group: Group) -> str:
+    mark = "* " if row.best or row.pareto else ""
+    study = f"{row.record.study}:" if group.studies > 1 else ""
+    return f"{mark}{study}{row.record.number}{STALE_MARK if row.stale or row.changed else ''}"
+
+
+def _numbers(row: Row, kinds: AbstractSet[str]) -> list[str]:
+    """Mean and std, kernels, ratio: empty where the outcome has none."""
+    pruned = row.record.result
+    if isinstance(pruned, Pruned):
+        count = str(pruned.kernels.total) if pruned.kernels else ""
+        return [f"above {pruned.seen_low_ms:.3f}", count, ""]
+    if row.ok is None:
+        return ["", "", ""]
+    latency, kernels = row.ok.latency, row.ok.kernels
+    count = str(kernels.total) if kernels else ""
+    if len(kinds) > 1 and kernels and kernels.kind == "operator_calls":
+        count += " operators"
+    return [
+        f"{'~ ' if latency.noisy else ''}{latency.mean_ms:.3f} ± {latency.std_ms:.3f}",
+        count,
+        f"{row.vs_baseline:.2f}x" if row.vs_baseline is not None else "",
+    ]
+
+
+def _style(row: Row) -> str:
+    if row.best or row.pareto:
+        return "bold green"
+    if row.stale:
+        return "dim"
+    return "" if row.ok and not row.over else "yellow"
