@@ -166,11 +166,13 @@ class Profile(Section):
     `energy`: over `energy_seconds` of calls; auto: where the machine tells it, and in a sweep of
     trials about as fast as the best so far; true: always, and refuse the trial where the machine
     does not tell it. `roofline`: against ceilings that were measured once on this machine,
-    or the vendor's.
+    or the vendor's. `trace` keeps the Chrome trace, and what Inductor generated. `tool`: the whole
+    trial under that profiler (`openpi_opt/process/tools.py`), which counts kernels itself.
     """
 
     kernels: bool = True
     trace: bool = False
+    tool: Literal["none", "rocprofv3", "ncu", "nsys"] = "none"
     energy: bool | Literal["auto"] = "auto"
     energy_seconds: float = Field(3.0, ge=2, allow_inf_nan=False)
     roofline: Literal["measured", "datasheet", "none"] = "measured"
@@ -424,6 +426,8 @@ class Config(BaseModel):
     def _changed_context(self) -> dict[str, Any]:
         changed = self.model_dump(mode="json", include=set(CONTEXT_SECTIONS), exclude_defaults=True)
         changed.get("workload", {}).pop("name", None)
+        if self.profile.tool != "none":  # its latency is no answer for the same trial without
+            changed["profile"] = {"tool": self.profile.tool}
         return {name: values for name, values in changed.items() if values}
 
     def labels(self) -> dict[str, str]:

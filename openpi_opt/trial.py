@@ -430,7 +430,13 @@ def _counted(
     from openpi_opt.measure import profile
 
     notes = [note for knob in KNOBS for note in knob.notes(cfg)]
-    if not cfg.profile.kernels:
+    if cfg.profile.trace:
+        notes += profile.keep_generated_code(folder / "inductor.tar.gz")
+    if cfg.profile.tool != "none":
+        progress.enter("profile")
+        profile.call_for_tool(prepared.call, inputs[0], cfg.device)
+        notes.append(f"Run under {cfg.profile.tool}: all times are those under it.")
+    if not cfg.profile.kernels or cfg.profile.tool != "none":
         return {"kernels": None, "notes": notes}
     progress.enter("profile")
     trace = folder / "trace.json.gz" if cfg.profile.trace else None

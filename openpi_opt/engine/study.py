@@ -140,11 +140,15 @@ def run_study(
         ended = loop.run()
         loop.note_what_it_did()
         ledger.draw()
+        if request.swept:
+            display.note(ledger.report())
     finally:
-        executor.close()
-        ledger.close()
-        if copies is not None:
-            copies.close(len(ledger.journal))
+        try:
+            executor.close()
+            ledger.close()
+        finally:
+            if copies is not None:
+                copies.close(len(ledger.journal))
     return loop.outcome(store, ended)
 
 
