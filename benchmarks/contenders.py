@@ -5,7 +5,8 @@
 
 Every process compiles and captures once, beside the others, and then waits; the controller lets
 them measure one after the other, round after round, so that a clock that moves moves all alike. A
-process that waits does not disturb. `tree=FOLDER` runs another checkout, with this file in it. The
+process that waits does not disturb. `tree=FOLDER` runs another checkout, with this file in it;
+`tables=FILE` takes the launches that `benchmarks.tune` wrote. The
 distance is that of the actions from the plain eager policy in float32. For a quick decision: what
 is claimed is confirmed by `openpi_opt.promote`.
 """
@@ -29,6 +30,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
+from benchmarks import tune
 from openpi_opt import runtime
 from openpi_opt.config import Config
 from openpi_opt.knobs import KNOBS
@@ -39,6 +41,8 @@ from openpi_opt.space.compose import compose
 
 REPLAYS = 30
 WARM_S = 0.5
+LIMIT_S = 150
+"""to the first actions; then a process says where it is and fails"""
 
 
 def _config(words: str) -> tuple[Config, str | None]:
@@ -68,8 +72,12 @@ def _reference(cfg: Config, folder: Path, inputs: Inputs) -> torch.Tensor:
 def contend(words: str, folder: Path, out: TextIO) -> None:
     """A contender: prepares, says so on `out`, and measures for each line it is sent."""
     began = time.monotonic()
-    faulthandler.dump_traceback_later(150, exit=True)
-    cfg, refusal = _config(words)
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    given = words.split()
+    for word in given:
+        if word.startswith("tables="):
+            tune.read(Path(word.removeprefix("tables=")))
+    cfg, refusal = _config(" ".join(word for word in given if not word.startswith("tables=")))
     if refusal is not None:
         print(json.dumps({"failed": refusal}), file=out, flush=True)
         return

@@ -20,8 +20,7 @@ from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.process.run import run_trial
-from openpi_opt.remote.engines import connected
-from openpi_opt.remote.remote import Nodes
+from openpi_opt.remote.remote import Nodes, connected
 from openpi_opt.space.settings import Settings
 from openpi_opt.space.space import Space, parse_override
 from openpi_opt.track.store import Store

@@ -24,7 +24,7 @@ FAULTS = (
     *("ok", "nan", "ok", "negative", "ok", "flood", "ok", "daemon", "ok", "hang"),
     *("ok", "escape"),
 )
-FLOOD_BYTES = 200 * 2**20
+FLOOD_BYTES = 40 * 2**20
 
 
 def main() -> None:

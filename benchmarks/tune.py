@@ -1,25 +1,28 @@
 """Tune the kernels of the action expert where they run: in the chain of one denoising step.
 
-    python -m benchmarks.tune --out tune.json [--rows 11,51,pi05:50] [--seconds 100]
+    python -m benchmarks.tune --out tune.json [--rows 11,51,pi05:50] [--seconds 100] [--flash]
 
 A kernel that starts beside its predecessor and fetches its weights early makes others faster or
 slower, so times of single kernels do not add up. Here the 18 fused layers of the full model are
 captured as one graph, with their own weights (620 MB, far more than any cache), and one launch
 parameter is changed at a time, in the table of the kernels: what makes the whole chain faster
-stays. A variant whose result differs is never taken. The last lines are the entries to paste.
+stays. A variant whose result differs is never taken. `--flash` tunes the attention of the prefix
+and of vision, which stand alone. The last lines are the entries to paste; `benchmarks.contenders`
+takes the file as `tables=tune.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,8 +32,8 @@ import torch
 import triton
 from torch import Tensor
 
-from openpi_opt.kernels import triton_decode, triton_skinny_gemm
-from openpi_opt.kernels.launch import Launch
+from openpi_opt.kernels import triton_attention, triton_decode, triton_skinny_gemm
+from openpi_opt.kernels.launch import FLASH, Launch
 from openpi_opt.kernels.triton_common import arch, padded
 from openpi_opt.pi0 import weights
 from openpi_opt.pi0.config import PI0, PI0_MINI
@@ -52,6 +55,7 @@ KINDS = {"qkv": "normed", "out": "plain", "gate_up": "gated", "down": "plain"}
 TABLES: dict[str, dict[Any, Any]] = {
     "gemm": triton_skinny_gemm.TABLE,
     "decode": triton_decode.TABLE,
+    "flash": triton_attention.TABLE,
 }
 PREFETCH = [(0, 0), (1, 0), (1, 128), (1, 512), (1, 1024), (2, 0), (2, 512)]
 
@@ -145,9 +149,7 @@ def entries(work: Workload) -> dict[str, tuple[str, Any]]:
     name, m = arch(torch.empty(1, device="cuda")), padded(work.rows)
     found: dict[str, tuple[str, Any]] = {}
     for key, shape in SHAPES.items():
-        gain = ", gain" if work.adaptive and KINDS[key] != "plain" else ""
-        kind = KINDS[key] + gain
-        found[key] = ("gemm", (name, m, *shape, kind))
+        found[key] = ("gemm", (name, m, *shape, KINDS[key]))
     found["attention"] = ("decode", (name, m))
     return found
 
@@ -166,12 +168,18 @@ def start(work: Workload) -> None:
             TABLES[table][key] = triton_skinny_gemm.default_launch(x, n, k, key[4])
 
 
-def variants(name: str, launch: Any) -> Iterator[Any]:
+def variants(name: str, launch: Any, work: Workload) -> Iterator[Any]:
     """Launches that differ from `launch` in one choice, or in the tile."""
     if name == "attention":
-        axes = {"block_m": (16, 32, 64, 128), "block_n": (16, 32, 64, 128), "blocks": (1, 2, 3, 4),
-                "num_warps": (2, 4, 8), "num_stages": (1, 2), "fused": (0, 1),
-                "dependent": (0, 1, 2)}  # fmt: skip
+        axes = {"num_stages": (1, 2), "fused": (0, 1), "dependent": (0, 1, 2)}
+        rows, keys = 8 * work.rows, work.stored + work.rows
+        for m, n, blocks, warps in itertools.product((16, 32, 64), (32, 64), (1, 2, 4), (4, 8)):
+            splits = math.ceil(keys / (n * blocks))
+            if 40 <= math.ceil(rows / m) * splits <= 270:
+                tile = {"block_m": m, "block_n": n, "blocks": blocks, "num_warps": warps}
+                yield changed(launch, tile)
+                if splits <= 8:
+                    yield changed(launch, {**tile, "fused": 1})
     else:
         axes = {"block_n": (16, 32, 64, 128), "block_k": (64, 128, 256, 512),
                 "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}  # fmt: skip
@@ -262,28 +270,31 @@ class Tuning:
         right = "us" in found and found["error"] < 2e-2
         return float(found["us"]) if right else math.inf
 
-    def take_best(self, choices: list[dict[str, Launch]]) -> bool:
-        """Try all, keep the fastest if it gains more than 0.2%."""
-        self.compile([job for choice in choices for job in choice.items()])
+    def take_best(self, choices: list[dict[str, Launch]], jobs: Sequence[Future[None]]) -> None:
+        """Try all once their `jobs` are done, keep the fastest if it gains more than 0.2%."""
+        wait(jobs, timeout=max(0.0, self.deadline - time.monotonic()))
         times: list[float] = []
         for choice in choices:
             if time.monotonic() < self.deadline:
                 times.append(self.tried(choice, str(choice)))
         if not times or min(times) > self.best * 0.998:
-            return False
+            return
         self.best = min(times)
         chosen = choices[times.index(self.best)]
         for name, launch in chosen.items():
             self.put(name, launch)
         self.say(f"{self.best:9.1f}  {chosen}")
-        return True
 
-    def compile(self, jobs: list[tuple[str, Launch]]) -> None:
-        """Compile launches in parallel; measuring one then takes a fifth of a second."""
-        wait([self.pool.submit(_compile, *job) for job in set(jobs)])
+    def compile(self, choices: Iterable[dict[str, Launch]]) -> list[Future[None]]:
+        """Start compiling launches in parallel; measuring one then takes a fifth of a second."""
+        jobs = dict.fromkeys(job for choice in choices for job in choice.items())
+        return [self.pool.submit(_compile, *job) for job in jobs]
 
     def run(self) -> None:
-        """All launches beside their predecessors first, then each parameter of each launch."""
+        """All launches beside their predecessors first, then each parameter of each launch.
+
+        A launch of one kernel means nothing to another, so a round is compiled as a whole.
+        """
         beside = [
             {
                 name: changed(
@@ -294,43 +305,146 @@ class Tuning:
             }
             for d, p in PREFETCH
         ]
-        improved = self.take_best(beside) or True
-        while improved and time.monotonic() < self.deadline:
-            improved = False
+        self.take_best(beside, self.compile(beside))
+        before = math.inf
+        while self.best < before and time.monotonic() < self.deadline:
+            before = self.best
+            rounds = []
             for name in ("attention", *SHAPES):
-                launches = dict.fromkeys(variants(name, self.now(name)))
-                improved |= self.take_best([{name: launch} for launch in launches])
+                launches = dict.fromkeys(variants(name, self.now(name), self.chain.work))
+                choices = [{name: launch} for launch in launches]
+                rounds.append((choices, self.compile(choices)))
+            for choices, jobs in rounds:
+                self.take_best(choices, jobs)
+
+
+def _workers() -> int:
+    return max(1, min(13, (os.cpu_count() or 2) - 2))
+
+
+Entry = tuple[str, Any, Launch]
+"""Which table, the key in it, and what to put there."""
 
 
 def tune(work: Workload, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
     """Tune a chain, report."""
     start(work)
-    workers = max(1, min(13, (os.cpu_count() or 2) - 2))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (work,)) as pool:
-        tuning = Tuning(work, seconds, pool, say)
-        say(f"{work}: start {tuning.best / 18:.2f} us a layer")
-        tuning.run()
+    pool = ProcessPoolExecutor(_workers(), context, _start_worker, (work,))
+    tuning = Tuning(work, seconds, pool, say)
+    say(f"{work}: start {tuning.best / 18:.2f} us a layer")
+    tuning.run()
+    pool.shutdown(wait=False, cancel_futures=True)
     say(f"{work}: {tuning.best:.1f} us a step, {tuning.best / 18:.2f} a layer")
+    found = [(*tuning.places[name], tuning.now(name)) for name in tuning.places]
     return {"work": dataclasses.asdict(work), "us": tuning.best, "tried": tuning.record,
-            "entries": [f"{tuning.places[name][1]}: {tuning.now(name)},"
-                        for name in tuning.places]}  # fmt: skip
+            "entries": _written(found)}  # fmt: skip
+
+
+FLASHES = {256: ((1, 816, 8, 256), (1, 816, 1, 256)), 72: ((3, 256, 16, 72), (3, 256, 16, 72))}
+CALLS = 9
+
+
+def _flash(width: int, launch: Launch) -> Callable[[], Tensor]:
+    """`CALLS` calls under `launch`, each with keys of its own, as in the layers."""
+    q, k = (
+        torch.randn(CALLS, *shape, device="cuda", dtype=torch.bfloat16) for shape in FLASHES[width]
+    )
+    values = {name: getattr(launch, name) for name in FLASH}
+    attend = triton_attention.attention({n: v for n, v in values.items() if v})
+    visibility = Visibility(None, (Segment(0, q.shape[2], None),))
+
+    def calls() -> Tensor:
+        return torch.stack(
+            [attend(a, b, b, visibility, width**-0.5) for a, b in zip(q, k, strict=True)]
+        )
+
+    return calls
+
+
+def _compile_flash(width: int, launch: Launch) -> None:
+    try:
+        _flash(width, launch)()
+    except REFUSED:
+        return
+
+
+def tune_flash(width: int, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """The attention of this head width alone: every tile, the fastest that computes the same."""
+    deadline = time.monotonic() + seconds
+    name = arch(torch.empty(1, device="cuda"))
+    probe = torch.empty(1, 1, 1, width, dtype=torch.bfloat16, device="cuda")
+    now = triton_attention.default_launch(probe)
+    choices = [now] + [
+        changed(now, {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages})
+        for m, n, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
+    ]
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(_workers(), context)
+    jobs = [pool.submit(_compile_flash, width, launch) for launch in choices]
+    torch.manual_seed(0)
+    expected = _flash(width, now)().double()
+    record, best = [], (math.inf, now)
+    for launch, job in zip(choices, jobs, strict=True):
+        if time.monotonic() > deadline:
+            break
+        wait([job], timeout=20)
+        torch.manual_seed(0)
+        calls = _flash(width, launch)
+        try:
+            error = float((calls().double() - expected).norm() / expected.norm())
+            ms = triton.testing.do_bench_cudagraph(calls, rep=20, return_mode="median")
+        except REFUSED as failure:
+            record.append({"what": str(launch), "failed": type(failure).__name__})
+            continue
+        us = ms * 1000 / CALLS
+        record.append({"what": str(launch), "us": us, "error": error})
+        if error < 1e-2 and us < best[0]:
+            best = us, launch
+    pool.shutdown(wait=False, cancel_futures=True)
+    say(f"flash {width}: {record[0].get('us')} -> {best[0]:.2f} us  {best[1]}")
+    found = [("flash", (name, width), best[1])]
+    return {"work": f"flash {width}", "tried": record, "entries": _written(found)}
+
+
+def _written(entries: Iterable[Entry]) -> list[Any]:
+    return [[table, list(key), dataclasses.asdict(launch)] for table, key, launch in entries]
+
+
+def read(path: Path) -> None:
+    """Put the entries of a file that this benchmark wrote into the tables."""
+    for result in json.loads(path.read_text())["results"]:
+        for table, key, launch in result["entries"]:
+            TABLES[table][tuple(key)] = Launch(**launch)
 
 
 def main() -> None:
     """Tune for each workload, print, write JSON."""
-    parser = argparse.ArgumentParser(description="Tune the action expert's chain of kernels.")
+    parser = argparse.ArgumentParser(description="Tune the own kernels where they run.")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of all measurements")
-    parser.add_argument("--rows", default="11", help="comma-separated: rows, pi05:rows")
-    parser.add_argument("--seconds", type=float, default=100, help="time for each")
+    parser.add_argument("--rows", default="11", help="comma-separated: rows, pi05:rows; or none")
+    parser.add_argument("--seconds", default="100", help="time for each, comma-separated")
+    parser.add_argument("--flash", type=float, default=0, metavar="SECONDS",
+                        help="time for each of both other attentions")  # fmt: skip
     options = parser.parse_args()
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     report["results"] = []
-    for text in options.rows.split(","):
-        result = tune(Workload.parse(text), options.seconds, partial(print, flush=True))
+    say = partial(print, flush=True)
+    works = [Workload.parse(text) for text in options.rows.split(",") if text != "none"]
+    seconds = [float(text) for text in options.seconds.split(",")]
+    jobs: list[Callable[[], dict[str, Any]]] = [
+        partial(tune, work, seconds[min(index, len(seconds) - 1)], say)
+        for index, work in enumerate(works)
+    ]
+    if options.flash:
+        jobs += [partial(tune_flash, width, options.flash, say) for width in FLASHES]
+    for job in jobs:
+        result = job()
         report["results"].append(result)
         options.out.write_text(json.dumps(report, indent=1))
-        print("\n".join(result["entries"]), flush=True)
+        for table, key, launch in result["entries"]:
+            say(f"{table} {tuple(key)}: {Launch(**launch)},")
+    os._exit(0)  # workers may still compile what nobody waits for
 
 
 if __name__ == "__main__":

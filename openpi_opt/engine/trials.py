@@ -1,28 +1,27 @@
-"""One trial from its claim to its record."""
+"""A configuration to measure, its name on the screen, and the results that need no process."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
 from openpi_opt.config import Config
-from openpi_opt.engine.display import Display
-from openpi_opt.engine.executor import Executor, LostError, Task
-from openpi_opt.engine.ledger import Ledger
+from openpi_opt.engine.executor import LostError
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine
+from openpi_opt.process import tools
 from openpi_opt.process.devices import Lease
 from openpi_opt.process.locks import Held
 from openpi_opt.process.run import log_tail
-from openpi_opt.result import Failed, Refused, TrialResult
+from openpi_opt.result import Failed, Refused
 from openpi_opt.space.optimizer import Proposal
 from openpi_opt.track import identity
-from openpi_opt.track.journal import Record, Role
+from openpi_opt.track.journal import Role
 from openpi_opt.track.store import unusable
 
 _FEW = 3  # swept keys that a line names whatever their values
@@ -92,69 +91,6 @@ class Race:
         return cfg.model_copy(update={"limits": cfg.limits.model_copy(update=changed)}).raced()
 
 
-@dataclass
-class Trials:
-    """Starts jobs and keeps their results."""
-
-    ledger: Ledger
-    executor: Executor
-    machine: Machine
-    display: Display
-    space: str
-    new: int = 0
-
-    def claim(self, job: Job) -> bool:
-        """Get the right to measure; False while somebody else has it. Then look for a record."""
-        job.claim = self.ledger.claim(job.cfg, self._space(job))
-        return job.claim is not None
-
-    def start(self, job: Job, lease: Lease, race: Race) -> Future[TrialResult]:
-        """Start the trial's process; what is surely slower than its race is not measured to the
-        end.
-
-        Raises:
-            UserError: its folder cannot be made.
-        """
-        job.lease = lease
-        gpu = lease.slot.gpu
-        try:
-            job.folder, job.alive = self.ledger.started(
-                job.cfg, job.role, job.params, self._space(job), job.uid, gpu
-            )
-        except OSError as error:
-            raise cannot_run(self.ledger.study_dir, error) from error
-        assert job.claim is not None
-        self.display.begin(lease.slot.name, f"{job.position} {job.title}")
-        task = Task(
-            cfg=race.limits(job.cfg),
-            uid=job.uid,
-            folder=job.folder,
-            machine_hash=self.ledger.fingerprint_hash(job.cfg),
-            fds=(job.claim.fd, job.alive.fd),
-        )
-        return self.executor.start(task, lease)
-
-    def keep(self, job: Job, result: TrialResult) -> Record:
-        """Journal a result, then let go of device and claim: it cannot be lost any more.
-
-        Raises:
-            UserError: the journal cannot be written.
-        """
-        gpu = job.lease.slot.gpu if job.lease else None
-        record = self.ledger.keep(
-            *(job.cfg, result, job.role, job.params, job.uid, job.folder),
-            space=self._space(job),
-            gpu=gpu,
-        )
-        job.let_go(done=True)
-        self.new += 1
-        return record
-
-    def _space(self, job: Job) -> str:
-        """A baseline is no point of the space."""
-        return "" if job.proposal is None else self.space
-
-
 def cannot_run(folder: Path, error: OSError) -> UserError:
     """The host that refuses a process or a file is the user's to mend."""
     mend = "Free space, memory or permissions"
@@ -177,9 +113,10 @@ def lost_result(cfg: Config, folder: Path, error: LostError) -> Failed:
 
 
 def refused(cfg: Config, machine: Machine) -> Refused | None:
-    """The result without a process, when a knob says that `cfg` cannot run here."""
-    for knob in KNOBS:
-        refusal = knob.check(cfg, machine)
+    """The result without a process, when something says that `cfg` cannot run here."""
+    checks = [partial(knob.check, cfg, machine) for knob in KNOBS]
+    for check in (*checks, partial(tools.refusal, cfg)):
+        refusal = check()
         if refusal is not None:
             return Refused(
                 outcome=refusal.outcome,

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from openpi_opt.cli import print_uncut, run
 from openpi_opt.errors import UserError
 from openpi_opt.track.store import DEFAULT_STORE
+from openpi_opt.verbs import verb_parser
 
 if TYPE_CHECKING:
     from openpi_opt.kernels.offline import Arch
@@ -29,7 +31,7 @@ _WIDTH = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table on stdout; 1 when a kernel takes more than the GPU has, else 0.
+    """Print the table on stdout; 1 when a kernel has one of `faults`, else 0.
 
     Raises:
         UserError: an unknown architecture, or an installation that cannot compile for it.
@@ -50,7 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({"kernels": rows}, indent=1))
     else:
         _print(rows)
-    return PROBLEM if any(not row["fits"] for row in rows) else 0
+    return PROBLEM if any(faults(row) for row in rows) else 0
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row of the table; on AMD by the guide that `instructions` names."""
+    found = [] if row["fits"] else ["more shared memory than there is"]
+    if row["mix"]:
+        found += ["spills"] * bool(row["spilled"])
+        found += ["narrow loads"] * bool(row["instructions"]["narrow"])
+        found += ["MFMA of 32x32"] * any("_32x32x" in name for name in row["instructions"]["mfma"])
+    return found
 
 
 def _write_table(study: str, store: str) -> int:
@@ -96,6 +108,8 @@ def table(archs: Sequence[Arch]) -> list[dict[str, Any]]:
                     "cases": [case.__name__],
                     "constants": {k: str(v) for k, v in variant.constants.items()},
                     "options": dict(variant.options),
+                    "blocks": variant.blocks,
+                    "units": arch.units,
                     **asdict(found),
                     "instructions": mix and asdict(mix),
                     "mix": mix.text() if mix else "",
@@ -133,7 +147,8 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    heads = ("arch", "kernel", "warps", "regs", "spilled", "shared\nKiB", "waves", "limit")
+    heads = ("arch", "kernel", "warps", "regs", "spilled", "shared\nKiB", "waves", "limit",
+             "blocks")  # fmt: skip
     body = []
     for row, differs in zip(rows, _differences(rows), strict=True):
         occupancy = row["occupancy"]
@@ -143,6 +158,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
             str(row["registers"]), str(row["spilled"]),
             shared if row["fits"] else f"{shared} too much",
             f"{occupancy['waves']:g} of {occupancy['most']}", occupancy["limit"],
+            str(row["blocks"]),
         ))  # fmt: skip
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for head, *cells in zip(heads, *body, strict=True):
@@ -164,11 +180,22 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         if row["mix"]:
             name = " ".join(filter(None, [row["arch"], row["kernel"], differs]))
             console.print(f"{name}: {row['mix']}", soft_wrap=True)
+    judged = [row for row in rows if row["mix"]]
+    if judged:
+        wrong = Counter(fault for row in judged for fault in faults(row))
+        listed = ", ".join(f"{count} with {fault}" for fault, count in wrong.items())
+        print(f"{len(judged)} kernels for AMD: {listed or 'no spills, narrow loads or 32x32 MFMA'}")
+    units = ", ".join(f"{row['units']} on {row['arch']}" for row in _first_of_arch(rows))
     console.print(
         "waves: per SIMD on AMD, warps per multiprocessor on NVIDIA; limit: what keeps more from "
         "fitting; regs: per thread, on AMD with the accumulators; loads and LDS: instructions by "
-        "bytes per lane, 16 is the most; nothing was run"
+        "bytes per lane, 16 is the most; blocks: of the launch, for processors to share ("
+        f"{units}); nothing was run"
     )
+
+
+def _first_of_arch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({row["arch"]: row for row in reversed(rows)}.values())[::-1]
 
 
 def _differences(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -192,10 +219,11 @@ def _differences(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.kernels",
+    parser = verb_parser(
+        "kernels",
         description="Registers, shared memory, spills and occupancy of each own Triton kernel, "
-        "compiled for GPUs that need not be here. Exit code 1 when one takes more than there is.",
+        "compiled for GPUs that need not be here, and on AMD the instruction mix. Exit code 1 when "
+        "one takes more than there is, or on AMD spills, loads narrowly or uses MFMA of 32x32.",
     )
     parser.add_argument(
         "--arch", default=DEFAULT, metavar="LIST", help=f"separated by commas (default: {DEFAULT})"

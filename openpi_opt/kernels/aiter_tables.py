@@ -114,9 +114,9 @@ def usable(rows: Iterable[Row], gfx: str, units: int | None) -> list[Row]:
 def served(
     rows: Iterable[Row], gfx: str, units: int, products: Iterable[Product]
 ) -> dict[Product, str | None]:
-    """By product, the library of its row as aiter looks it up; None where there is no row.
+    """By product, who computes it as aiter decides; None where it hands the product to torch.
 
-    aiter tries the rows as they are, then padded twice.
+    aiter tries the rows as they are, then padded twice, then its own kernel for vectors.
     """
     known = {
         (int(row["M"]), int(row["N"]), int(row["K"]), row["bias"].lower(), row["dtype"]): row
@@ -128,8 +128,18 @@ def served(
     for product in products:
         m, n, k, bias, dtype = product
         tries = (known.get((rows_, n, k, str(bias).lower(), dtype)) for rows_ in _padded(m, n))
-        found[product] = next((row["libtype"] for row in tries if row), None)
+        unlisted = "skinny" if _for_vectors(m, n, k, units) else None
+        found[product] = next((row["libtype"] for row in tries if row), unlisted)
     return found
+
+
+def _for_vectors(m: int, n: int, k: int, units: int) -> bool:
+    """Whether aiter has a kernel without a row (`is_skinny_default_shape`)."""
+    if k % 8:
+        return False
+    if m <= 4:
+        return n <= (2 if m == 1 else 1) * units and k <= 9216
+    return m <= 16 and n <= units and k <= (5120 if m <= 8 else 256)
 
 
 def _padded(m: int, n: int) -> tuple[int, int, int]:

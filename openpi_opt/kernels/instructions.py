@@ -27,9 +27,9 @@ _WAIT = re.compile(r"^\s+s_waitcnt", re.MULTILINE)
 class Instructions:
     """`loads` and `lds_reads` count by bytes per lane, `mfma` by shape and type.
 
-    `narrow` names the loads that are judged too narrow, with their number: from memory all below 4
-    bytes, and those of 4 where they are at least half; from LDS more than a few below 8, for sums
-    over waves read single words.
+    `narrow` names the loads that are judged too narrow, with their number: from memory those below
+    4 bytes that are at least an eighth, and those of 4 that are at least half; from LDS more than a
+    few below 8, for sums over waves read single words.
     """
 
     loads: dict[int, int]
@@ -66,7 +66,7 @@ def instructions(amdgcn: str) -> Instructions:
     narrow = {
         name: count
         for (name, size, in_lds), count in sorted(names.items())
-        if (count > _FEW and size < 8 if in_lds else size < 4 or _much(count, size, loads))
+        if (count > _FEW and size < 8 if in_lds else _much(count, size, loads))
     }
     return Instructions(
         loads=dict(sorted(loads.items(), reverse=True)),
@@ -78,7 +78,7 @@ def instructions(amdgcn: str) -> Instructions:
 
 
 def _much(count: int, size: int, loads: Counter[int]) -> bool:
-    return size == 4 and 2 * count >= loads.total()
+    return size <= 4 and (2 if size == 4 else 8) * count >= loads.total()
 
 
 def _widths(what: str, counts: dict[int, int]) -> str:

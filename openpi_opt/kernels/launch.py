@@ -39,6 +39,8 @@ class Launch:
     """1 or 2: start beside the kernel before (NVIDIA from sm90 on)"""
     prefetch: int = 0
     """bytes an instruction asks for in L2 before the wait; 0: none"""
+    dies: int = 1
+    """8: blocks that read the same run on one of the 8 dies of an MI300 or MI350"""
     waves_per_eu: int = 0
     matrix_instr_nonkdim: int = 0
 
@@ -59,7 +61,7 @@ class Launch:
 FIELDS = tuple(field.name for field in dataclasses.fields(Launch))
 _OF_ALL = ("num_warps", "num_stages", "dependent", "waves_per_eu", "matrix_instr_nonkdim")
 DECODE = ("block_m", "block_n", "blocks", "fused", *_OF_ALL)
-FLASH = ("block_m", "block_n", *_OF_ALL[:2], *_OF_ALL[3:])
+FLASH = ("block_m", "block_n", "dies", *_OF_ALL[:2], *_OF_ALL[3:])
 LINEAR = ("block_n", "block_k", "split_k", "fused", "prefetch", *_OF_ALL)
 """What `triton_decode`, `triton_attention` and `triton_skinny_gemm` read."""
 

@@ -3,13 +3,12 @@
 cuBLASLt and hipBLASLt (not run on AMD) have an epilogue that adds the bias and applies GELU in its
 tanh form to the float32 sums, before they are rounded; torch reaches it by `_addmm_activation`.
 That operator means another GELU on the CPU (erf), and Inductor takes it apart again, so it stands
-behind an operator of our own. Reference: `linear_gelu_reference`.
+behind an operator of our own. Reference: `openpi_opt.pi0.ops.linear_gelu`.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from openpi_opt.pi0 import ops
@@ -18,7 +17,7 @@ from openpi_opt.pi0 import ops
 @torch.library.custom_op("openpi_opt::linear_gelu", mutates_args=())
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu_tanh(x [..., K] @ weight [N, K]^T + bias [N]) -> [..., N] of x's dtype."""
-    return linear_gelu_reference(x, weight, bias)
+    return ops.linear_gelu(x, weight, bias)
 
 
 @linear_gelu.register_kernel("cuda")
@@ -31,8 +30,3 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @linear_gelu.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`linear_gelu` in plain PyTorch."""
-    return ops.gelu(F.linear(x, weight, bias))

@@ -12,6 +12,7 @@ Occupancy, NVIDIA: the CUDA C++ programming guide's table of compute capabilitie
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -45,9 +46,10 @@ _TYPES = {
 class Arch:
     """Limits of one compute unit (AMD) or multiprocessor (NVIDIA) that decide the occupancy.
 
-    `shared_bytes` is what it has, `shared_block_bytes` what one workgroup may take of it,
-    `shared_reserved_bytes` what the system takes per workgroup. AMD's registers are per lane and
-    SIMD, NVIDIA's per multiprocessor.
+    `waves` and `blocks` are the most at a time. `shared_bytes` is what it has, `shared_block_bytes`
+    what one workgroup may take of it, `shared_reserved_bytes` what the system takes per workgroup.
+    AMD's registers are per lane and SIMD, NVIDIA's per multiprocessor. `units` is how many of them
+    the GPU has.
     """
 
     name: str
@@ -58,24 +60,50 @@ class Arch:
     shared_bytes: int
     shared_block_bytes: int
     shared_reserved_bytes: int = 0
+    blocks: int = 32
+    units: int = 132
 
 
 _KIB = 1024
+
+
+def _nvidia(number: int, warps: int, shared_kib: int, blocks: int = 32, units: int = 132) -> Arch:
+    """Of a compute capability; a block may take all shared memory but 1 KiB, which is reserved."""
+    return Arch(
+        f"sm{number}", GPUTarget("cuda", number, 32), "nvidia", 65536, warps, shared_kib * _KIB,
+        (shared_kib - 1) * _KIB, _KIB, blocks, units,
+    )  # fmt: skip
+
+
 ARCHS = {
     arch.name: arch
     for arch in (
-        Arch("gfx942", GPUTarget("hip", "gfx942", 64), "amd", 512, 8, 64 * _KIB, 64 * _KIB),
-        Arch("gfx950", GPUTarget("hip", "gfx950", 64), "amd", 512, 8, 160 * _KIB, 160 * _KIB),
-        Arch("sm90", GPUTarget("cuda", 90, 32), "nvidia", 65536, 64, 228 * _KIB, 227 * _KIB, _KIB),
+        Arch(
+            "gfx942", GPUTarget("hip", "gfx942", 64), "amd", 512, 8, 64 * _KIB, 64 * _KIB, units=304
+        ),
+        Arch(
+            "gfx950",
+            GPUTarget("hip", "gfx950", 64),
+            "amd",
+            512,
+            8,
+            160 * _KIB,
+            160 * _KIB,
+            units=256,
+        ),
+        _nvidia(80, 64, 164, units=108),
+        _nvidia(89, 48, 100, 24, units=142),
+        _nvidia(90, 64, 228),
+        _nvidia(100, 64, 228, units=148),
+        _nvidia(120, 48, 100, 24, units=188),
     )
 }
-"""MI300X, MI350 and MI355X, H100 and H200."""
+"""MI300X, MI350 and MI355X; A100; L4, L40 and Ada RTX; H100 and H200; B200; RTX 50 and RTX PRO."""
 
 _SIMDS = 4  # of a compute unit
 _AMD_GRANULE = 8  # registers of a lane are given out in eights
 _NVIDIA_GRANULE = 256  # registers of a warp
 _NVIDIA_WARPS_TOGETHER = 4  # a block's warps are spread over the four partitions
-_NVIDIA_BLOCKS = 32
 
 
 @dataclass(frozen=True)
@@ -114,6 +142,8 @@ class Variant:
     constants: Mapping[str, Any]
     attributes: Mapping[tuple[int, ...], Any]
     options: Mapping[str, Any]
+    blocks: int
+    """of the grid; no part of what is compiled"""
 
     @property
     def name(self) -> str:
@@ -141,17 +171,18 @@ def noted_launches(arch: Arch, modules: Iterable[ModuleType]) -> Iterator[list[V
     noted: list[Variant] = []
 
     def launch(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop("grid")
+        grid = kwargs.pop("grid")
         kwargs.pop("warmup")
-        noted.append(_variant(kernel, args, kwargs))
+        noted.append(_variant(kernel, args, kwargs, math.prod(grid)))
 
     with ExitStack() as stack:
         hip = "7.0" if arch.vendor == "amd" else None
         stack.enter_context(mock.patch.object(torch.version, "hip", hip))
         stack.enter_context(mock.patch.object(JITFunction, "run", launch))
         for module in modules:
-            if hasattr(module, "arch"):
-                stack.enter_context(mock.patch.object(module, "arch", return_value=arch.name))
+            for name, value in (("arch", arch.name), ("units", arch.units)):
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, return_value=value))
         yield noted
 
 
@@ -208,7 +239,7 @@ def nvidia_occupancy(registers: int, shared_bytes: int, warps: int, arch: Arch) 
     bounds = {
         "registers": fitting // warps,
         "shared memory": arch.shared_bytes // (shared_bytes + arch.shared_reserved_bytes),
-        "blocks": _NVIDIA_BLOCKS,
+        "blocks": arch.blocks,
         "none": arch.waves // warps,
     }
     blocks = min(bounds.values())
@@ -217,7 +248,9 @@ def nvidia_occupancy(registers: int, shared_bytes: int, warps: int, arch: Arch) 
     return Occupancy(float(blocks * warps), arch.waves, limit)
 
 
-def _variant(kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
+def _variant(
+    kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any], blocks: int
+) -> Variant:
     """As Triton specialises a launch: constants, ones and multiples of 16 are compiled in."""
     names = [parameter.name for parameter in kernel.params]
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
@@ -233,7 +266,7 @@ def _variant(kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, An
             constants[parameter.name] = value
         elif isinstance(value, Tensor) or (kind == "i32" and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    return Variant(kernel, signature, constants, attributes, options)
+    return Variant(kernel, signature, constants, attributes, options, blocks)
 
 
 def _kind(value: Any, constexpr: bool) -> str:

@@ -20,7 +20,7 @@ from openpi_opt.kernels import (
     triton_skinny_gemm,
 )
 from openpi_opt.kernels.launch import LINEAR, encoded
-from openpi_opt.kernels.triton_skinny_gemm import skinny_linear
+from openpi_opt.kernels.triton_skinny_gemm import skinny_linear, skinny_linear_onward
 from openpi_opt.pi0.config import PI0
 from openpi_opt.pi0.gemma import EPS, Rope
 from openpi_opt.pi0.ops import SEE_ALL, Padding, Segment, Visibility
@@ -85,7 +85,7 @@ def skinny() -> None:
     wide, x = _empty(1, 11, 2048), _empty(1, 11, _WIDTH)
     for fused in (0, 1):
         launch = encoded(LINEAR, {"fused": fused, "split_k": 2})
-        skinny_linear(wide, _empty(_WIDTH, 2048), residual=x, launch=launch)
+        skinny_linear_onward(wide, _empty(_WIDTH, 2048), x, launch=launch)
 
 
 def expert_layer() -> None:
@@ -103,13 +103,17 @@ def _products(rows: int, adaptive: bool) -> None:
         return _empty(size, dtype=torch.float32) if adaptive else None
 
     x, seen, hidden = (_empty(1, rows, width) for width in (_WIDTH, _HEADS * _HEAD_DIM, _MLP))
-    gain, gate = _empty(_WIDTH, dtype=torch.float32), vector(_WIDTH)
-    for features, gated in ((_QKV, False), (2 * _MLP, True)):
-        for norm in (gain, None):
-            weight = _empty(features, _WIDTH)
-            skinny_linear(x, weight, vector(features), None, norm, EPS, None, gated)
-    skinny_linear(seen, _empty(_WIDTH, _HEADS * _HEAD_DIM), residual=x, factor=gate)
-    skinny_linear(hidden, _empty(_WIDTH, _MLP), residual=x, factor=gate)
+    launched = {}
+    for name, branch in (("out", seen), ("down", hidden)):
+        weight = _empty(_WIDTH, branch.shape[-1])
+        launched[name] = skinny_linear_onward(branch, weight, x, vector(_WIDTH), vector(_WIDTH))
+    sums = [launched["down"][2]]
+    if not adaptive:  # the first layer gets whole sums of squares from torch
+        sums.append(_empty(1, rows, dtype=torch.float32))
+    for squares in sums:
+        skinny_linear(x, _empty(_QKV, _WIDTH), vector(_QKV), squares, EPS)
+    squares = launched["out"][2]
+    skinny_linear(x, _empty(2 * _MLP, _WIDTH), vector(2 * _MLP), squares, EPS, True)
 
 
 def layer_attention() -> None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openpi_opt.kernels.triton_common import as_rows, gelu_tanh
+from openpi_opt.kernels.triton_common import arch, as_rows, gelu_tanh
 
 _BLOCK = 1024
 _WARPS = 4
@@ -42,10 +42,12 @@ def _launch(gate: Tensor, up: Tensor | None, silu: bool) -> Tensor:
     factor = rows if up is None else as_rows(up)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     width = gate.shape[-1]
-    grid = (len(rows), triton.cdiv(width, _BLOCK))
+    # 16 bytes a lane: 64 lanes a wave on AMD.
+    block = 2 * _BLOCK if arch(gate).startswith("gfx") else _BLOCK
+    grid = (len(rows), triton.cdiv(width, block))
     _activate[grid](
         rows, factor, out, rows.stride(0), factor.stride(0), width, silu=silu,
-        product=up is not None, block=_BLOCK, num_warps=_WARPS,
+        product=up is not None, block=block, num_warps=_WARPS,
     )  # fmt: skip
     return out
 

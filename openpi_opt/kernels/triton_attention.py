@@ -3,7 +3,8 @@
 
 As in `triton_decode`, the rows of the product are (token, head) pairs over one key head, so MQA
 repeats no key. A head width that is no power of two is cut in two tiles, 72 = 64 + 8 padded to 16:
-80 columns of products instead of 128.
+80 columns of products instead of 128. On gfx942, which has no transposing read of LDS, values stay
+one tile: 16 columns are too few for a thread to turn in its registers, and were read by 2 bytes.
 Reference: `openpi_opt.pi0.ops.eager_attention` in float64.
 
 Letters: B batch, S queries, T keys, Hq query heads, Hkv key heads, D head dim.
@@ -25,6 +26,7 @@ from openpi_opt.kernels.triton_common import (
     LOWEST,
     arch,
     load_rows,
+    neighbours_on_one_die,
     padded,
     unit_stride,
 )
@@ -33,9 +35,9 @@ from openpi_opt.pi0.ops import Attention, Visibility
 
 # By architecture and head width.
 TABLE: dict[tuple[str, int], Launch] = {
-    # H100, us of this kernel and of torch's SDPA (cuDNN) at 788 and at 3 x 256 tokens.
-    ("sm90", 256): Launch(block_m=64, block_n=32, num_warps=4, num_stages=3),  # 24.4, 27.3
-    ("sm90", 72): Launch(block_m=128, block_n=64, num_warps=8, num_stages=3),  # 8.8, 11.1
+    # H100, by benchmarks/tune.py --flash: us at 816 and at 3 x 256 tokens.
+    ("sm90", 256): Launch(block_m=64, block_n=64, num_warps=4, num_stages=3),  # 24.6
+    ("sm90", 72): Launch(block_m=64, block_n=64, num_warps=4, num_stages=3),  # 9.7
 }
 
 
@@ -47,9 +49,16 @@ def _flash(
     width: tl.constexpr, kv_heads: tl.constexpr, masked: tl.constexpr, bounded: tl.constexpr,
     padded_keys: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr, tail: tl.constexpr,
-    aligned: tl.constexpr, key_blocks: tl.constexpr,
+    block_v: tl.constexpr, tail_v: tl.constexpr, aligned: tl.constexpr, key_blocks: tl.constexpr,
+    dies: tl.constexpr,
 ):  # fmt: skip
-    row_block, pair = tl.program_id(0), tl.program_id(1)
+    if dies > 1:
+        row_blocks = tl.num_programs(0)
+        place = tl.program_id(1) * row_blocks + tl.program_id(0)
+        place = neighbours_on_one_die(place, row_blocks * tl.num_programs(1), dies)
+        row_block, pair = place % row_blocks, place // row_blocks
+    else:
+        row_block, pair = tl.program_id(0), tl.program_id(1)
     batch, kv_head = pair // kv_heads, pair % kv_heads
     row = row_block * block_m + tl.arange(0, block_m)
     live = row < rows
@@ -62,11 +71,13 @@ def _flash(
     place = tl.multiple_of(token * stride_qs + head * stride_qh, aligned)
     q += tl.multiple_of(batch * stride_qb, aligned)
     queries = load_rows(q, place, 1, live, first, block_d)
-    acc = tl.zeros((block_m, block_d), tl.float32)
+    first_v: tl.constexpr = block_v if tail_v > 0 else width
+    acc = tl.zeros((block_m, block_v), tl.float32)
     if tail > 0:
         queries_tail = load_rows(q + block_d, place, 1, live, width - block_d,
                                  tail)  # fmt: skip
-        acc_tail = tl.zeros((block_m, tail), tl.float32)
+    if tail_v > 0:
+        acc_tail = tl.zeros((block_m, tail_v), tl.float32)
     seen = tl.where(token < lead, lead_keys, keys)
     top = tl.full((block_m,), LOWEST, tl.float32)
     total = tl.zeros((block_m,), tl.float32)
@@ -103,20 +114,20 @@ def _flash(
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(weights, 1)
         top = higher
-        tile = load_rows(v, key, stride_vs, inside, first, block_d)
+        tile = load_rows(v, key, stride_vs, inside, first_v, block_v)
         weights = weights.to(tile.dtype)
         acc = tl.dot(weights, tile, acc * shrink[:, None], input_precision="ieee")
-        if tail > 0:
-            tile = load_rows(v + block_d, key, stride_vs, inside, width - block_d, tail)
+        if tail_v > 0:
+            tile = load_rows(v + block_v, key, stride_vs, inside, width - block_v, tail_v)
             acc_tail = tl.dot(weights, tile, acc_tail * shrink[:, None], input_precision="ieee")
     scale_out = 1.0 / tl.where(total > 0, total, 1.0)
     tokens = rows // group
     target = out + (((batch * tokens + token) * kv_heads * group + head) * width)[:, None]
-    column = tl.arange(0, block_d)
+    column = tl.arange(0, block_v)
     result = (acc * scale_out[:, None]).to(out.dtype.element_ty)
     tl.store(target + column[None, :], result, mask=live[:, None] & (column < width)[None, :])
-    if tail > 0:
-        column = block_d + tl.arange(0, tail)
+    if tail_v > 0:
+        column = block_v + tl.arange(0, tail_v)
         result = (acc_tail * scale_out[:, None]).to(out.dtype.element_ty)
         tl.store(target + column[None, :], result, mask=live[:, None] & (column < width)[None, :])
 
@@ -137,10 +148,10 @@ def default_launch(q: Tensor) -> Launch:
     if q.dtype == torch.float32:  # no matrix instruction: tiles that fit the registers
         return Launch(block_m=16, block_n=32)
     if key.startswith("gfx"):
-        rows = 64 if width > 128 else 128
-        fallback = Launch(block_m=rows, block_n=32, matrix_instr_nonkdim=16)
+        # Computed, not measured: 192 blocks of vision for 304 and 256 compute units, no spills.
+        fallback = Launch(block_m=64, block_n=32, dies=8, matrix_instr_nonkdim=16)
     else:
-        wide = Launch(block_m=128, block_n=64, num_warps=8, num_stages=2)
+        wide = Launch(block_m=64, block_n=32, num_warps=8, num_stages=2)
         fallback = wide if width > 128 else Launch(block_m=64, block_n=64, num_stages=3)
     return TABLE.get((key, width), fallback)
 
@@ -164,6 +175,7 @@ def flash_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     seen, *mask_strides = mask_arguments(mask, batch, tokens, k.shape[1], q)
     block_d, tail = tiles(width)
+    block_v, tail_v = (padded(width), 0) if arch(q) == "gfx942" else (block_d, tail)
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
     tail_block = keys % chosen.block_n != 0
     bounded = mask is not None or padding is not None or lead > 0 or tail_block
@@ -173,9 +185,9 @@ def flash_attention(
         *strides, *mask_strides, width=width,
         kv_heads=kv_heads, masked=mask is not None, bounded=bounded,
         padded_keys=padding is not None, block_m=chosen.block_m,
-        block_n=chosen.block_n, block_d=block_d, tail=tail,
+        block_n=chosen.block_n, block_d=block_d, tail=tail, block_v=block_v, tail_v=tail_v,
         aligned=math.gcd(16, *strides), key_blocks=triton.cdiv(keys, chosen.block_n),
-        **chosen.options(),
+        dies=chosen.dies, **chosen.options(),
     )  # fmt: skip
     return out
 

@@ -39,6 +39,18 @@ def load_rows(base, index, stride, live, width: tl.constexpr, block: tl.constexp
 
 
 @triton.jit
+def neighbours_on_one_die(place, count, dies: tl.constexpr):
+    """Block number `place` of `count` -> its work, so that each die gets consecutive pieces.
+
+    MI300X and MI350 deal blocks to their 8 dies in turn, and each die has an L2 of its own; AMD's
+    workload tuning guide, "XCD": blocks that read the same belong on one die. A permutation.
+    """
+    die, turn = place % dies, place // dies
+    more = count % dies  # so many dies get one piece more
+    return die * (count // dies) + tl.minimum(die, more) + turn
+
+
+@triton.jit
 def gelu_tanh(x):
     """GELU in its tanh approximation, x float32: 0.5 (1 + tanh u) is the logistic of 2u."""
     inner = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
@@ -117,6 +129,16 @@ def arch(tensor: Tensor) -> str:
     return _arch(tensor.device.index or 0) if tensor.is_cuda else "cpu"
 
 
+def units(tensor: Tensor) -> int:
+    """Compute units or multiprocessors of its GPU: 304 on MI300X, 256 on MI350, 132 on H100."""
+    return _units(tensor.device.index or 0) if tensor.is_cuda else 1
+
+
+@cache
+def _units(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
 @cache
 def _arch(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
@@ -161,4 +183,5 @@ def padded(width: int) -> int:
 
 def elementwise_warps(block: int) -> int:
     """Warps for a row of `block` elements: 8 elements a thread up to eight warps."""
-    return max(1, min(8, block // 256))
+    lanes = 32 if torch.version.hip is None else 64
+    return max(1, min(8, block // (8 * lanes)))

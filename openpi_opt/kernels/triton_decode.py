@@ -210,11 +210,16 @@ def _add_splits(
 def default_launch(q: Tensor, kv_heads: int) -> Launch:
     """The measured parameters of this architecture, or the default.
 
-    The default: 6 row blocks x 13 splits = 78 blocks at Pi0's shape.
+    The default: 6 row blocks x 13 splits = 78 blocks at Pi0's shape. On AMD, computed and not
+    measured: tiles of 32 keys, 6 x 26 blocks, two or three waves a SIMD instead of one or two.
     """
     few = q.shape[1] * q.shape[2] // kv_heads <= 128
     name = arch(q)
     rule = Launch(block_n=64) if few else Launch(block_m=32, block_n=64, blocks=2)
+    if name.startswith("sm") and name != "sm90":  # less of a tile in each thread, which else spills
+        rule = dataclasses.replace(rule, num_warps=8)
+    if name.startswith("gfx"):
+        rule = Launch(block_n=32, blocks=1 if few else 2, matrix_instr_nonkdim=16)
     if can_follow(name):
         rule = dataclasses.replace(rule, dependent=1)
     launch = TABLE.get((name, padded(q.shape[1])), rule) if q.shape[0] == 1 else rule

@@ -146,9 +146,7 @@ def _linear(name: str, cfg: Config, arch: str) -> tuple[ModuleType, Any, Any]:
     expert = MODELS[cfg.model.name].expert
     qkv = (expert.heads + 2 * expert.kv_heads) * expert.head_dim
     features = {"qkv": qkv, "out": expert.width, "gate_up": expert.mlp_width, "down": expert.width}
-    folded = cfg.knobs["simplify"].fold_norms and cfg.model.family == "pi0"  # type: ignore[attr-defined]
-    gain = "" if folded else ", gain"
-    kind: Any = {"qkv": f"normed{gain}", "gate_up": f"gated{gain}"}.get(name, "plain")
+    kind: Any = {"qkv": "normed", "gate_up": "gated"}.get(name, "plain")
     n, k = features[name], LINEARS[name]
     x = torch.empty(cfg.workload.batch_size * _tokens(cfg), k, dtype=torch.bfloat16)
     key = (arch, padded(x.shape[0]), n, k, kind)

@@ -107,11 +107,15 @@ class OverrideOptions(Options):
 class BlasOptions(Options):
     """`backend` computes the linear layers, `library` is torch's own preference among BLAS.
 
+    `algorithm=searched` times cuBLASLt's algorithms for each shape instead of taking the first one
+    of its heuristic, and leaves bias and GELU to it.
+
     `pad_strides` keeps weights whose rows are multiples of 512 bytes with 256 bytes between them.
     """
 
     backend: Literal["torch", "aiter", "fp8"] = "torch"
     library: Literal["default", "cublas", "cublaslt", "rocblas", "hipblaslt", "ck"] = "default"
+    algorithm: Literal["heuristic", "searched"] = "heuristic"
     aiter: AiterOptions = AiterOptions()
     tunableop: TunableOpOptions = TunableOpOptions()
     fp8: Fp8Options = Fp8Options()
@@ -123,6 +127,8 @@ class Blas(Knob[BlasOptions]):
     """Matrix products by torch's BLAS, by AMD's tuned GEMMs, or in FP8.
 
     - `library`, both vendors: `torch.backends.cuda.preferred_blas_library`.
+    - `algorithm=searched`, NVIDIA: `openpi_opt.kernels.cublaslt`, in the first call of each
+      process; the record names the shapes. AMD's counterpart is `tunableop`.
     - `aiter`, AMD: `aiter.tuned_gemm.gemm_a16w16` with a table of tuned shapes; -1.0 ms reported
       on MI350 (sunxxuns/openpi-1, USE_AITER_GEMM and OPENPI_ROUTE_*), with weight preshuffle 31.2
       ms in all (AITER_PRESHUFFLE_WEIGHTS). Not run on AMD.
@@ -143,6 +149,7 @@ class Blas(Knob[BlasOptions]):
         options = self.of(cfg)
         problems = [
             _library_problem(cfg, options),
+            _algorithm_problem(cfg, options),
             _tunableop_problem(cfg, options.tunableop),
             _aiter_problem(cfg, options.aiter, machine) if options.backend == "aiter" else None,
             _fp8_problem(cfg, options.fp8, machine) if options.backend == "fp8" else None,
@@ -171,6 +178,7 @@ class Blas(Knob[BlasOptions]):
         return BlasOptions(
             backend=options.backend,
             library=options.library,
+            algorithm=options.algorithm,
             aiter=aiter,
             tunableop=tunable,
             fp8=Fp8Options(stages=ordered, gemm=fp8.gemm, fast_accum=fast),
@@ -230,12 +238,21 @@ class Blas(Knob[BlasOptions]):
             _route_to_aiter(policy, cfg, options.aiter)
         elif options.backend == "fp8":
             _to_fp8(policy, cfg, options.fp8)
+        if options.algorithm == "searched":
+            from openpi_opt.kernels import cublaslt
+
+            gemm = cfg.knobs["gemm"]
+            few = 0 if gemm.backend == "torch" else gemm.max_rows  # type: ignore[attr-defined]
+            policy.ops.linear = cublaslt.linear(policy.ops.linear, few)
+            policy.ops.linear_gelu = cublaslt.linear_gelu
+            policy.ops.linear_add = cublaslt.linear_add
         if options.pad_strides:
             _pad_strides(policy)
 
     def times_kernels(self, cfg: Configuration) -> bool:
-        """TunableOp measures every solution."""
-        return self.canonical(cfg).tunableop.mode == "tune"
+        """TunableOp measures every solution, and a search every algorithm."""
+        options = self.canonical(cfg)
+        return options.tunableop.mode == "tune" or options.algorithm == "searched"
 
     def wrap(self, call: Call, cfg: Configuration) -> Call:
         """After the first call: did aiter serve anything, and what did TunableOp find?"""
@@ -256,6 +273,10 @@ class Blas(Knob[BlasOptions]):
     def notes(self, cfg: Configuration) -> list[str]:
         """What the files that were read hold, and the shapes that aiter handed back to torch."""
         notes = [f"blas.{key}: {content_of(path)}" for key, path in self.files(cfg).items()]
+        if self.of(cfg).algorithm == "searched":
+            from openpi_opt.kernels import cublaslt
+
+            notes += cublaslt.searched()
         if not self._uses_aiter(cfg):
             return notes
         from openpi_opt.kernels.tuned_gemm import lookups
@@ -267,6 +288,8 @@ class Blas(Knob[BlasOptions]):
         words: list[str] = [options.backend]
         if options.library != "default":
             words.append(options.library)
+        if options.algorithm != "heuristic":
+            words.append(options.algorithm)
         if options.pad_strides:
             words.append("pad_strides")
         for name in ("aiter", "tunableop", "fp8", "overrides"):
@@ -296,6 +319,24 @@ def _library_problem(cfg: Configuration, options: BlasOptions) -> Refusal | None
         return Refusal(
             "invalid", f"blas.library and environment.variables.{rival[0]} both choose; give one"
         )
+    return None
+
+
+def _algorithm_problem(cfg: Configuration, options: BlasOptions) -> Refusal | None:
+    if options.algorithm == "heuristic":
+        return None
+    wanted = "blas.algorithm=searched"
+    if cfg.platform.device != "cuda":
+        return Refusal(
+            "unavailable",
+            f"{wanted} asks NVIDIA's cuBLASLt; on AMD use blas.tunableop.mode=tune",
+        )
+    if options.library != "default":
+        return Refusal("invalid", f"{wanted} and blas.library={options.library} both choose")
+    if options.backend != "torch" and cfg.knobs["fusion"].residuals:  # type: ignore[attr-defined]
+        return Refusal("invalid", f"fusion.residuals leaves no product to blas={options.backend}")
+    if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
+        return Refusal("invalid", f"{wanted} multiplies 16-bit matrices; use precision=bfloat16")
     return None
 
 

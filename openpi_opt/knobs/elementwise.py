@@ -41,7 +41,7 @@ class Elementwise(Knob[ElementwiseOptions]):
         """Triton compiles for GPUs only, aiter for AMD's and 16 bits."""
         if self.of(cfg).backend == "aiter":
             return _aiter_problem(cfg, machine)
-        if "triton" in (self.of(cfg).backend, self.of(cfg).rotary) and cfg.platform.device == "cpu":
+        if "triton" in self.of(cfg).model_dump().values() and cfg.platform.device == "cpu":
             return Refusal(
                 "unavailable",
                 "elementwise=triton needs a GPU; Triton kernels run on the CPU in interpreter "
@@ -50,35 +50,34 @@ class Elementwise(Knob[ElementwiseOptions]):
         return None
 
     def canonical(self, cfg: Configuration) -> ElementwiseOptions:
-        """The own backend has the own rotary embedding already."""
+        """The own backend has the own kernels already."""
         options = self.of(cfg)
         return ElementwiseOptions(backend="triton") if options.backend == "triton" else options
 
     def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Put the kernels into the policy's operations."""
-        if "triton" in (self.of(cfg).backend, self.of(cfg).rotary):
-            from openpi_opt.kernels import triton_rotary
-
-            policy.ops.rotary = triton_rotary.rotary
-            policy.ops.rotary_qk = triton_rotary.rotary_qk
-        if self.of(cfg).backend == "torch":
-            return
-        if self.of(cfg).backend == "aiter":
+        options, ops = self.of(cfg), policy.ops
+        if options.backend == "aiter":
             from openpi_opt.kernels import aiter_elementwise
             from openpi_opt.kernels.aiter import import_part
 
             for part in ("aiter.ops.rmsnorm", "aiter.ops.activation"):
                 import_part(part, "elementwise=aiter")
-            policy.ops.rms_norm = aiter_elementwise.rms_norm
-            policy.ops.gelu_mul = aiter_elementwise.gelu_mul
-            return
-        from openpi_opt.kernels import triton_activation, triton_norm
+            ops.rms_norm = aiter_elementwise.rms_norm
+            ops.gelu_mul = aiter_elementwise.gelu_mul
+        if "triton" in (options.backend, options.rotary):
+            from openpi_opt.kernels import triton_rotary
 
-        policy.ops.rms_norm = triton_norm.rms_norm
-        policy.ops.adaptive_rms_norm = triton_norm.adaptive_rms_norm
-        policy.ops.layer_norm = triton_norm.layer_norm
-        policy.ops.gelu = triton_activation.gelu
-        policy.ops.gelu_mul = triton_activation.gelu_mul
+            ops.rotary = triton_rotary.rotary
+            ops.rotary_qk = triton_rotary.rotary_qk
+        if options.backend == "triton":
+            from openpi_opt.kernels import triton_activation, triton_norm
+
+            ops.rms_norm = triton_norm.rms_norm
+            ops.adaptive_rms_norm = triton_norm.adaptive_rms_norm
+            ops.layer_norm = triton_norm.layer_norm
+            ops.gelu = triton_activation.gelu
+            ops.gelu_mul = triton_activation.gelu_mul
 
     def float32_form(self, cfg: Configuration) -> ElementwiseOptions:
         """Aiter's kernels take 16 bits only."""

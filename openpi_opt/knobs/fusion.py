@@ -18,7 +18,7 @@ class FusionOptions(Options):
     [8192, 1024]. `vision_qkv`: SigLIP, [3456, 1152] with bias. `vision_mlp`: SigLIP's GELU in the
     GEMM before it. `expert_layer`: a layer of the action expert is six launches of own kernels; it
     needs the first two. `vision_patches`: SigLIP's patch convolution as one GEMM, [1152, 588],
-    float32 or TF32.
+    float32 or TF32. `residuals`: SigLIP and the prefix, in the GEMMs before them.
     """
 
     qkv: bool = False
@@ -27,10 +27,11 @@ class FusionOptions(Options):
     vision_mlp: bool = False
     expert_layer: bool = False
     vision_patches: bool = False
+    residuals: bool = False
 
 
 _PROJECTIONS = ("qkv", "gate_up", "vision_qkv")
-_MORE = ("vision_mlp", "expert_layer", "vision_patches")
+_MORE = ("vision_mlp", "expert_layer", "vision_patches", "residuals")
 
 
 class Fusion(Knob[FusionOptions]):
@@ -54,6 +55,9 @@ class Fusion(Knob[FusionOptions]):
 
     `vision_patches` is exact: kernel and stride of the convolution are the same. cuDNN computed it
     in float32 for 75 us although TF32 was on (H100); `precision.tf32` decides for the product.
+
+    `residuals` needs `blas.algorithm=searched`, whose products read a residual in their epilogue. A
+    sum is rounded once instead of twice.
     """
 
     name = "fusion"
@@ -64,6 +68,7 @@ class Fusion(Knob[FusionOptions]):
         "vision_qkv": ("vision",),
         "vision_mlp": ("vision",),
         "vision_patches": ("vision",),
+        "residuals": ("vision", "prefill"),
         "expert_layer": ("prefill", "denoise"),
     }
 
@@ -72,6 +77,11 @@ class Fusion(Knob[FusionOptions]):
         options = self.of(cfg)
         if options.vision_mlp and (problem := _vision_mlp_contradiction(cfg)):
             return Refusal("invalid", f"fusion.vision_mlp {problem}")
+        if options.residuals and cfg.knobs["blas"].algorithm != "searched":  # type: ignore[attr-defined]
+            return Refusal(
+                "invalid",
+                "fusion.residuals leaves residuals to the products of blas.algorithm=searched",
+            )
         if not options.expert_layer:
             return None
         if cfg.platform.device == "cpu":
@@ -98,6 +108,8 @@ class Fusion(Knob[FusionOptions]):
             fused.fuse_vision_mlp(policy)
         if options.vision_patches:
             fused.fuse_vision_patches(policy)
+        if options.residuals:
+            fused.fuse_residuals(policy)
         if options.expert_layer:
             from openpi_opt.surgery.expert import fuse_expert_layers
             from openpi_opt.surgery.lean import LeanPolicy

@@ -43,6 +43,7 @@ class LinearLaunch(_Launch):
     `block_n` features a block, `block_k` inputs a tile, `split_k` blocks that share a sum, `fused`
     1: the last of them adds the parts, 0: a second kernel does. `prefetch` bytes an instruction
     asks for ahead, `dependent` 1 or 2: starts beside the kernel before (NVIDIA from sm90 on).
+    `waves_per_eu` and `matrix_instr_nonkdim` are AMD's.
     """
 
     block_n: Literal[16, 32, 64, 128] | None = None
@@ -53,6 +54,8 @@ class LinearLaunch(_Launch):
     fused: Literal[0, 1] | None = None
     prefetch: Literal[0, 128, 256, 512] | None = None
     dependent: Literal[0, 1, 2] | None = None
+    waves_per_eu: Literal[0, 1, 2, 3, 4] | None = None
+    matrix_instr_nonkdim: Literal[0, 16, 32] | None = None
 
     def canonical(self, name: str, device: str) -> LinearLaunch:
         """Without what the product `name` does not read on `device`."""
@@ -61,6 +64,8 @@ class LinearLaunch(_Launch):
             idle = {"split_k", "fused"}
         if device != "cuda":
             idle |= {"prefetch", "dependent"}
+        if device != "rocm":
+            idle |= {"waves_per_eu", "matrix_instr_nonkdim"}
         return self.model_copy(update=dict.fromkeys(idle))
 
     def problem(self, name: str, rows: int, arch: str) -> str | None:
@@ -89,7 +94,9 @@ class AttentionLaunch(_Launch):
 
     `block_m` (token, head) pairs and `block_n` keys a tile. `blocks` (tiles of keys that one block
     sums) and `fused` (1: the last block adds the splits, 0: a second kernel does) belong to the
-    kernel of the denoising steps; `waves_per_eu` and `matrix_instr_nonkdim` to AMD.
+    kernel of the denoising steps; `waves_per_eu`, `matrix_instr_nonkdim` and `dies` to AMD. `dies`,
+    of the other stages: 8, blocks of one head run on one die of an MI300 and find its keys in that
+    die's L2; 1, as the hardware deals them.
     """
 
     block_m: Literal[16, 32, 64, 128, 256] | None = None
@@ -98,16 +105,17 @@ class AttentionLaunch(_Launch):
     num_warps: Literal[1, 2, 4, 8, 16] | None = None
     num_stages: Literal[1, 2, 3, 4, 5, 6] | None = None
     fused: Literal[0, 1] | None = None
+    dies: Literal[1, 8] | None = None
     waves_per_eu: Literal[0, 1, 2, 3, 4, 8] | None = None
     matrix_instr_nonkdim: Literal[0, 4, 16, 32] | None = None
 
     def canonical(self, stage: str, device: str) -> AttentionLaunch:
         """Without what the kernel of `stage` on `device` does not read."""
-        idle = set() if stage == "denoise" else {"blocks", "fused"}
+        idle = {"dies"} if stage == "denoise" else {"blocks", "fused"}
         if stage == "denoise" and self.blocks == 1:  # nothing to fetch ahead
             idle.add("num_stages")
         if device != "rocm":
-            idle |= {"waves_per_eu", "matrix_instr_nonkdim"}
+            idle |= {"dies", "waves_per_eu", "matrix_instr_nonkdim"}
         return self.model_copy(update=dict.fromkeys(idle))
 
     def problem(self, stage: str, arch: str, size: int = _BYTES) -> str | None:

@@ -2,7 +2,7 @@
 
 Module names give the state dict the names of an openpi file.
 Letters: B batch, S tokens of this call, T all keys (cached ones first), W width, Hq query heads,
-Hkv key/value heads, D head dim.
+Hkv key/value heads, D head dim, F MLP width.
 """
 
 from collections.abc import Sequence
@@ -117,13 +117,17 @@ class SelfAttention(nn.Module):
         v = self.v_proj(x).view(*x.shape[:-1], self.kv_heads, self.head_dim)
         return q, k, v
 
-    def forward(self, x: Tensor, how: Attending, past: Past | None) -> tuple[Tensor, KeysValues]:
-        """[B, S, W] -> the same shape, and the keys and values of all T tokens."""
+    def attended(self, x: Tensor, how: Attending, past: Past | None) -> tuple[Tensor, KeysValues]:
+        """[B, S, W] -> the heads [B, S, Hq * D] before their projection, and as `forward`."""
         q, k, v = self.qkv(x)
         q, k = self.ops.rotary_qk(q, k, *how.rope)
         cache = KeysValues(k, v) if past is None else past.joined(k, v)
-        heads = how.attend(q, *cache, how.visibility, self.scale)
-        return self.o_proj(heads.flatten(2)), cache
+        return how.attend(q, *cache, how.visibility, self.scale).flatten(2), cache
+
+    def forward(self, x: Tensor, how: Attending, past: Past | None) -> tuple[Tensor, KeysValues]:
+        """[B, S, W] -> the same shape, and the keys and values of all T tokens."""
+        heads, cache = self.attended(x, how, past)
+        return self.o_proj(heads), cache
 
 
 class GatedMlp(nn.Module):
@@ -136,9 +140,13 @@ class GatedMlp(nn.Module):
         self.up_proj = Linear(config.width, config.mlp_width, False, ops)
         self.down_proj = Linear(config.mlp_width, config.width, False, ops)
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """[B, S, W] -> gelu(gate(x)) * up(x), [B, S, F]."""
+        return self.ops.gelu_mul(self.gate_proj(x), self.up_proj(x))
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, W] -> [B, S, W]."""
-        return self.down_proj(self.ops.gelu_mul(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.hidden(x))
 
 
 class LayerParts(nn.Module):

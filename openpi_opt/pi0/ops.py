@@ -142,6 +142,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`gelu` of a linear layer, for who leaves both to one GEMM (knob `fusion`)."""
+    return gelu(F.linear(x, weight, bias))
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """A linear layer and the residual it is added to, for who leaves both to one GEMM."""
+    return residual + F.linear(x, weight, bias)
+
+
 @dataclass
 class Ops:
     """The replaceable operations; signatures and contracts are those of the defaults above.
@@ -161,3 +171,5 @@ class Ops:
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary
     rotary_qk: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rotary_qk
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
+    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_gelu
+    linear_add: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor] = linear_add

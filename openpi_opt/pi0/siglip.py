@@ -1,7 +1,7 @@
 """The SigLIP vision tower (So400m/14): pre-LN transformer over 256 image tokens, no pooling.
 
 Module names give the state dict the names of an openpi file.
-Letters: N images, 256 tokens an image, W width, Hq heads, D head dim.
+Letters: N images, 256 tokens an image, W width, Hq heads, D head dim, F MLP width.
 """
 
 import torch
@@ -62,11 +62,14 @@ class SelfAttention(nn.Module):
         shape = (*x.shape[:-1], self.heads, self.head_dim)
         return self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
 
+    def attended(self, x: Tensor) -> Tensor:
+        """[N, 256, W] -> the heads [N, 256, Hq * D] before their projection."""
+        q, k, v = self.qkv(x)
+        return self.ops.attention_vision(q, k, v, SEE_ALL, self.scale).flatten(2)
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, 256, W] -> [N, 256, W]."""
-        q, k, v = self.qkv(x)
-        heads = self.ops.attention_vision(q, k, v, SEE_ALL, self.scale)
-        return self.out_proj(heads.flatten(2))
+        return self.out_proj(self.attended(x))
 
 
 class Mlp(nn.Module):
@@ -78,9 +81,13 @@ class Mlp(nn.Module):
         self.fc1 = Linear(config.width, config.mlp_width, True, ops)
         self.fc2 = Linear(config.mlp_width, config.width, True, ops)
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """[N, 256, W] -> gelu_tanh(fc1(x)), [N, 256, F]."""
+        return self.ops.gelu(self.fc1(x))
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, 256, W] -> [N, 256, W]."""
-        return self.fc2(self.ops.gelu(self.fc1(x)))
+        return self.fc2(self.hidden(x))
 
 
 class EncoderLayer(nn.Module):

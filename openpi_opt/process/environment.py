@@ -30,7 +30,10 @@ DECISIVE_PREFIXES = (
     *("TORCH", "PYTORCH_", "ATEN_", "TRITON_", "AITER_", "USE_ROCM_", "FLASH_ATTENTION_", "XLA_"),
     *("MLIR_", "LLVM_", "OPTIMIZE_EPILOGUE", "DISABLE_ADDMM_", "DISABLE_LLVM_", "DISABLE_PTXAS_"),
     *("OMP_", "KMP_", "GOMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_", "BLIS_", "NUMEXPR_"),
-    *("MALLOC_", "GLIBC_TUNABLES"),
+    *("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "LD_AUDIT", "LD_BIND_NOW", "LD_DEBUG"),
+    *("PYTHONOPTIMIZE", "PYTHONMALLOC", "PYTHONDEVMODE", "PYTHONTRACEMALLOC", "PYTHONDEBUG"),
+    *("PYTHONASYNCIODEBUG", "PYTHONPROFILE", "PYTHONPERF", "PYTHON_PERF", "PYTHON_GIL"),
+    *("PYTHON_JIT", "PYTHON_CPU_COUNT"),
 )
 # Where compilers keep what they made: below the folder that the sweep gives to a fingerprint.
 CACHES = {
@@ -134,7 +137,7 @@ def child_environment(
         # A waiting OpenMP thread that spins keeps the core from the thread it waits for as soon as
         # anything else runs: 50 ms calls became 5 s beside one busy neighbour on two cores.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    env.update(_import_path(env))
+    env.update(import_path(env))
     return env
 
 
@@ -191,7 +194,7 @@ def _gpu_selection(
     return chosen_by
 
 
-def _import_path(env: Mapping[str, str]) -> dict[str, str]:
+def import_path(env: Mapping[str, str]) -> dict[str, str]:
     """Let the child import this very package, also from a checkout that is not installed.
 
     Not for site-packages: put in front, it would hide modules of the standard library.

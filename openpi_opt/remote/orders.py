@@ -1,14 +1,13 @@
 """What a sweep and its nodes say to each other, as JSON text that any engine can carry.
 
-Files pass through the store, which sweep and nodes share. Locks on it say who is alive: the sweep
-holds `alive.lock` of a trial as long as it wants the trial, the node holds `node.lock` as long as
-it works on it. An order is void without the first, so a job that a queue starts late, or once more,
-measures nothing that was given up.
+Files pass through the store, which sweep and nodes share. Locks on it say who is alive. The sweep
+holds `alive.lock` of a trial, and removes it when it wants the trial no more. The node holds
+`node.lock` as long as it works on it. An order is void without the first, so a job that a queue
+starts late, or once more, measures nothing that was given up.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -22,7 +21,6 @@ from openpi_opt.process import locks
 from openpi_opt.process.locks import Held
 from openpi_opt.process.run import TRIAL_COMMAND
 
-_GIVEN_UP = "given up"
 _MACHINE = TypeAdapter(Machine)
 
 
@@ -102,19 +100,7 @@ def is_wanted(folder: Path) -> bool:
     Raises:
         OSError: the store cannot be reached.
     """
-    path = folder / ALIVE
-    return locks.is_held(path) and locks.note(path) != _GIVEN_UP
-
-
-def give_up(folder: Path) -> None:
-    """Let the node know that the trial is to end, while its sweep still lives."""
-    with contextlib.suppress(FileNotFoundError):
-        fd = os.open(folder / ALIVE, os.O_WRONLY | os.O_NOFOLLOW)
-        try:
-            os.write(fd, _GIVEN_UP.encode())
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    return locks.is_held(folder / ALIVE)
 
 
 def write_note(held: Held, host: str, phase: str) -> None:

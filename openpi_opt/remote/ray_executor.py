@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import socket
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from openpi_opt.engine.display import Display
 from openpi_opt.engine.executor import LostError
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Device
-from openpi_opt.paths import package_dir
+from openpi_opt.process.environment import import_path
 from openpi_opt.remote import node
 from openpi_opt.remote.orders import Description, Order, Question
 from openpi_opt.space.settings import RaySettings
@@ -56,7 +54,8 @@ class RayEngine:
                 address=settings.address,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env=_runtime_env(),
+                # Workers import this very package, also from a checkout that is not installed.
+                runtime_env={"env_vars": import_path({"PYTHONPATH": "${PYTHONPATH}"})},
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise _no_cluster(settings.address, error) from error
@@ -209,14 +208,6 @@ def _no_cluster(address: str, error: Exception) -> UserError:
         "Start one (ray start --head, and ray start --address=... on the other nodes), and run "
         "the sweep on one of its nodes."
     )
-
-
-def _runtime_env() -> dict[str, Any]:
-    """Lets workers import this very package, also from a checkout that is not installed."""
-    root = package_dir().parent
-    if root in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}:
-        return {}
-    return {"env_vars": {"PYTHONPATH": os.pathsep.join([str(root), "${PYTHONPATH}"])}}
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from openpi_opt import result as results
 from openpi_opt.config import Config
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.executor import LostError, Task
-from openpi_opt.engine.recovery import NODE_LOCK
+from openpi_opt.engine.recovery import ALIVE, NODE_LOCK
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Device, Machine
 from openpi_opt.process import locks
@@ -33,10 +34,10 @@ from openpi_opt.remote.orders import (
     Description,
     Order,
     Question,
-    give_up,
     read_note,
 )
 from openpi_opt.result import TrialResult
+from openpi_opt.space.settings import ExecutorSettings, RaySettings, SlurmSettings
 from openpi_opt.track.fingerprint import described, differences, source_hash
 from openpi_opt.track.store import Store
 
@@ -89,6 +90,38 @@ class Engine(Protocol):
         """Let go of the engine."""
 
 
+@contextmanager
+def connected(settings: ExecutorSettings, cpu_slots: int = 1) -> Iterator[Engine | None]:
+    """The engine that `executor` names, let go of at the end; None for this host alone.
+
+    Raises:
+        UserError: its package is missing, or it cannot be reached.
+    """
+    engine: Engine | None = None
+    try:  # what an engine needs is imported only when it is named
+        if isinstance(settings, RaySettings):
+            from openpi_opt.remote.ray_executor import RayEngine
+
+            engine = RayEngine(settings, cpu_slots)
+        elif isinstance(settings, SlurmSettings):
+            from openpi_opt.remote.slurm_executor import SlurmEngine
+
+            engine = SlurmEngine(settings)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("ray", "submitit"):
+            raise
+        raise UserError(
+            f"executor={settings.kind} needs the package {package}, which is not installed.\n"
+            f"Install it here and on the nodes: pip install 'openpi_opt[{settings.kind}]'"
+        ) from error
+    try:
+        yield engine
+    finally:
+        if engine is not None:
+            engine.close()
+
+
 @dataclass(frozen=True)
 class Nodes:
     """What was found out about the nodes of an engine, and the machine that they all are."""
@@ -123,7 +156,7 @@ class Nodes:
             found = engine.describe(question, display, folder)
         finally:
             held.release(remove=True)
-            _remove(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # an engine's files may be on their way
         _check(engine, found)
         with_gpu = [one for one in found if one.machine["gpus"]]
         machine = (with_gpu or found)[0].as_machine()
@@ -140,11 +173,6 @@ class Nodes:
         for gpu in gpus[1:]:
             _same(self.engine, {**base, "gpu": described(gpus[0])}, {**base, "gpu": described(gpu)})
         return {**base, "gpu": described(gpus[0]) if gpus else None}
-
-
-def _remove(folder: Path) -> None:
-    """Files of an engine may still be on their way; they are small."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(engine: Engine, found: Sequence[Description]) -> None:
@@ -303,7 +331,7 @@ class RemoteExecutor:
 
     def _end(self, handle: Handle, order: Order) -> None:
         """End a trial, and wait until its node has; nobody holds it for the node afterwards."""
-        give_up(order.folder)
+        (order.folder / ALIVE).unlink(missing_ok=True)  # what nobody holds, nobody wants
         handle.cancel()
         deadline = time.monotonic() + _ENDING_SECONDS
         while locks.is_held(order.folder / NODE_LOCK) and time.monotonic() < deadline:

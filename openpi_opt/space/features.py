@@ -1,7 +1,7 @@
 """A configuration as the options that are not at their default, and a result as its parts.
 
-The canonical form counts: an option that nothing reads is no feature, so the launch parameters of a
-kernel are features only where that kernel runs.
+The canonical form counts: an option that nothing reads is not a feature. So the launch parameters
+of a kernel are features only where that kernel runs.
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
 In a step 11 rows (10 without the state token) go through 18 layers, ten times an inference. As
 PyTorch operations a layer is some thirty launches, most of them shorter than the gaps between them.
 Here norms, activation and residuals are part of the products around them, and attention reads the
-prefix's keys where the prefill left them, so no step copies or writes a cache.
+prefix's keys where the prefill left them, so no step copies or writes a cache. The product that
+makes the residual stream also sums its squares and multiplies it by the gain of the next norm; the
+product that reads it scales its own result.
 
-The norms of pi05 have a gain, a shift and a gate that are constants of the step. The gain is
-applied to the product's input, the gate to its result, and the shift becomes a bias, shift @ W^T,
-computed once: norm(x) * (1 + gain) + shift is never written.
+The norms of pi05 have a gain, a shift and a gate that are constants of the step. The gate is a
+factor of the product's result, and the shift becomes a bias, shift @ W^T, computed once.
 
 Of more rows than the kernels are for (`max_rows`; batches) torch's products are as good; then only
 the attention is the own kernel, and the rest are the policy's operations.
@@ -31,7 +32,7 @@ from torch import Tensor
 from openpi_opt.kernels.launch import LINEAR, encoded
 from openpi_opt.kernels.triton_decode import CachedAttention, cached_attention
 from openpi_opt.kernels.triton_rotary import rotary
-from openpi_opt.kernels.triton_skinny_gemm import MAX_ROWS, skinny_linear
+from openpi_opt.kernels.triton_skinny_gemm import MAX_ROWS, skinny_linear, skinny_linear_onward
 from openpi_opt.pi0.adaptive import AdaptiveLayer, AdaptiveTower
 from openpi_opt.pi0.gemma import (
     EPS,
@@ -76,68 +77,90 @@ class Constants(NamedTuple):
     gate_mlp: Tensor | None
 
 
-def _step(
-    layer: LayerParts, kernels: Kernels, x: Tensor, how: Attending, past: Past | None, c: Constants
-) -> tuple[Tensor, KeysValues]:
-    """[B, S, W] -> the same shape, and the call's own keys and values [B, S, Hkv, D].
+class Stream(NamedTuple):
+    """The residual stream between two layers, [B, S, W], and what its next norm needs."""
 
-    These keys are before their rotary embedding, which the attention kernel does on the way.
+    x: Tensor
+    scaled: Tensor | None = None
+    """x * (1 + gain); None where that is x, or where plain operations will norm x"""
+    squares: Tensor | None = None
+    """[P, B * S] float32, whose sum over P is that of the squares of x"""
+
+
+def entering(kernels: Kernels, x: Tensor, gain: Tensor | None) -> Stream:
+    """What the layers get; the gain is the first norm's."""
+    if x.shape[0] * x.shape[1] > kernels.max_rows:
+        return Stream(x)
+    wide = x.float()
+    scaled = None if gain is None else (wide * (1.0 + gain)).to(x.dtype)
+    return Stream(x, scaled, wide.square().sum(-1).view(1, -1))
+
+
+def _step(
+    layer: LayerParts,
+    kernels: Kernels,
+    stream: Stream,
+    how: Attending,
+    past: Past | None,
+    c: Constants,
+    next_gain: Tensor | None,
+) -> tuple[Stream, KeysValues]:
+    """-> the stream for a norm with `next_gain`, and the call's own keys and values.
+
+    These keys [B, S, Hkv, D] are before their rotary embedding, which the attention kernel does on
+    the way.
     """
     attention, mlp = cast(FusedAttention, layer.self_attn), cast(FusedMlp, layer.mlp)
-    qkv = _linear(kernels, "qkv", attention.qkv_proj, x, bias=c.bias_qkv, gain=c.gain_in, eps=EPS)
-    heads = qkv.view(*x.shape[:-1], -1, attention.head_dim)
+    qkv = _normed(kernels, "qkv", attention.qkv_proj, stream, c.gain_in, c.bias_qkv)
+    heads = qkv.view(*stream.x.shape[:-1], -1, attention.head_dim)
     counts = (attention.heads, attention.kv_heads, attention.kv_heads)
     q, k, v = heads.split(counts, dim=-2)
     before = (k[:, :0], v[:, :0]) if past is None else _stored(past)
     seen = kernels.attend(q, before, (k, v), how.rope, how.visibility, attention.scale).flatten(2)
-    x = _linear(kernels, "out", attention.o_proj, seen, residual=x, factor=c.gate_attention)
-    hidden = _linear(
-        kernels, "gate_up", mlp.gate_up_proj, x, bias=c.bias_gate_up, gain=c.gain_mlp, eps=EPS,
-        gated=True,
-    )  # fmt: skip
-    x = _linear(kernels, "down", mlp.down_proj, hidden, residual=x, factor=c.gate_mlp)
-    return x, KeysValues(k, v)
+    stream = _added(kernels, "out", attention.o_proj, seen, stream, c.gate_attention, c.gain_mlp)
+    hidden = _normed(kernels, "gate_up", mlp.gate_up_proj, stream, c.gain_mlp, c.bias_gate_up)
+    stream = _added(kernels, "down", mlp.down_proj, hidden, stream, c.gate_mlp, next_gain)
+    return stream, KeysValues(k, v)
 
 
-def _linear(
+def _normed(
     kernels: Kernels,
     name: str,
     linear: Linear,
-    x: Tensor,
-    *,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    gain: Tensor | None = None,
-    eps: float | None = None,
-    factor: Tensor | None = None,
-    gated: bool = False,
-) -> Tensor:
-    """norm(x) @ weight^T * factor + bias + residual: see `skinny_linear`, in one launch."""
-    if x.shape[0] * x.shape[1] > kernels.max_rows:
-        return _plain(linear, x, bias, residual, gain, eps, factor, gated)
-    launch = kernels.launches[name]
-    out: Tensor = skinny_linear(x, linear.weight, bias, residual, gain, eps, factor, gated, launch)
-    return out
-
-
-def _plain(
-    linear: Linear,
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    stream: Stream,
     gain: Tensor | None,
-    eps: float | None,
-    factor: Tensor | None,
-    gated: bool,
+    bias: Tensor | None,
 ) -> Tensor:
-    """The same by the policy's operations, rounded as in the plain layer."""
+    """norm(x) @ weight^T + bias; of `gate_up` GELU(gate) * up."""
+    gated = name == "gate_up"
+    if stream.squares is not None:
+        x = stream.x if stream.scaled is None else stream.scaled
+        launch = kernels.launches[name]
+        out: Tensor = skinny_linear(x, linear.weight, bias, stream.squares, EPS, gated, launch)
+        return out
     ops = linear.ops
-    out = linear(x if eps is None else ops.rms_norm(x, gain, eps))
-    out = out if factor is None else (out * factor).to(x.dtype)
-    out = out if bias is None else (out + bias).to(x.dtype)
-    if gated:
-        out = ops.gelu_mul(*out.chunk(2, dim=-1))
-    return out if residual is None else residual + out
+    out = linear(ops.rms_norm(stream.x, gain, EPS))
+    out = out if bias is None else (out + bias).to(out.dtype)
+    return ops.gelu_mul(*out.chunk(2, dim=-1)) if gated else out
+
+
+def _added(
+    kernels: Kernels,
+    name: str,
+    linear: Linear,
+    branch: Tensor,
+    stream: Stream,
+    gate: Tensor | None,
+    gain: Tensor | None,
+) -> Stream:
+    """x + branch @ weight^T * gate, for a norm with `gain`."""
+    if stream.squares is not None:
+        x, scaled, squares = skinny_linear_onward(
+            branch, linear.weight, stream.x, gate, gain, kernels.launches[name]
+        )
+        return Stream(x, None if gain is None else scaled, squares)
+    out = linear(branch)
+    return Stream(stream.x + (out if gate is None else (out * gate).to(out.dtype)))
 
 
 class FusedExpertLayer(GemmaLayer):
@@ -149,17 +172,20 @@ class FusedExpertLayer(GemmaLayer):
 
     kernels: Kernels
 
-    def step(self, x: Tensor, how: Attending, past: Past | None) -> tuple[Tensor, KeysValues]:
+    def step(
+        self, stream: Stream, how: Attending, past: Past | None, next_gain: Tensor | None
+    ) -> tuple[Stream, KeysValues]:
         """As `_step`; the gains are constants of the model."""
         gains = [norm_gain(norm) for norm in (self.input_layernorm, self.post_attention_layernorm)]
         constants = Constants(gains[0], None, None, gains[1], None, None)
-        return _step(self, self.kernels, x, how, past, constants)
+        return _step(self, self.kernels, stream, how, past, constants, next_gain)
 
     def forward(self, x: Tensor, how: Attending, past: Past | None) -> tuple[Tensor, KeysValues]:
         """As in `GemmaLayer`; `how.attend` is not called, its cached form is the layer's own."""
-        x, own = self.step(x, how, past)
+        stream = entering(self.kernels, x, norm_gain(self.input_layernorm))
+        stream, own = self.step(stream, how, past, None)
         own = KeysValues(rotary(own.keys, *how.rope), own.values)
-        return x, own if past is None else past.joined(*own)
+        return stream.x, own if past is None else past.joined(*own)
 
 
 class FusedExpertTower(GemmaTower):
@@ -172,20 +198,19 @@ class FusedExpertTower(GemmaTower):
         self, x: Tensor, how: Attending, past: Sequence[Past] | None = None
     ) -> tuple[Tensor, list[KeysValues]]:
         """As in `GemmaTower`, but no keys and values are returned."""
-        for index, layer in enumerate(self.layers):
+        layers = [cast(FusedExpertLayer, layer) for layer in self.layers]
+        gains = [norm_gain(layer.input_layernorm) for layer in layers] + [None]
+        stream = entering(layers[0].kernels, x, gains[0])
+        for index, layer in enumerate(layers):
             before = None if past is None else past[index]
-            x, _ = cast(FusedExpertLayer, layer).step(x, how, before)
-        return x, []
+            stream, _ = layer.step(stream, how, before, gains[index + 1])
+        return stream.x, []
 
 
 class FusedAdaptiveLayer(AdaptiveLayer):
-    """A layer of pi05's expert as the same chain of kernels; `FusedAdaptiveTower` calls `step`."""
+    """A layer of pi05's expert as the same chain of kernels, which `FusedAdaptiveTower` runs."""
 
     kernels: Kernels
-
-    def step(self, x: Tensor, how: Attending, past: Past | None, c: Constants) -> Tensor:
-        """[B, S, W] -> the same shape."""
-        return _step(self, self.kernels, x, how, past, c)[0]
 
 
 class FusedAdaptiveTower(AdaptiveTower):
@@ -224,10 +249,13 @@ class FusedAdaptiveTower(AdaptiveTower):
 
     def layered(self, x: Tensor, how: Attending, past: Sequence[Past], row: Tensor) -> Tensor:
         """The layers without the final norm, of a row [C] of `constants`."""
-        layers = [cast(FusedAdaptiveLayer, layer) for layer in self.layers]
-        for layer, before, c in zip(layers, past, self._rows(row), strict=True):
-            x = layer.step(x, how, before, c)
-        return x
+        layers, constants = expert_layers(self), self._rows(row)
+        kernels = cast(FusedAdaptiveLayer, layers[0]).kernels
+        gains = [*(c.gain_in for c in constants), None]
+        stream = entering(kernels, x, gains[0])
+        for layer, before, c, gain in zip(layers, past, constants, gains[1:], strict=True):
+            stream, _ = _step(layer, kernels, stream, how, before, c, gain)
+        return stream.x
 
     def last_norm(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift [W] of the final norm, of a row [C] of `constants`."""

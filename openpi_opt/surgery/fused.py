@@ -19,7 +19,7 @@ from openpi_opt.pi0 import gemma, siglip
 from openpi_opt.pi0.layers import Linear
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.surgery.last_layer import KeysValuesLayer
-from openpi_opt.surgery.towers import decoder_layers, vision_layers
+from openpi_opt.surgery.towers import decoder_layers, gemma_layers, vision_layers
 
 
 class FusedLinear(Linear):
@@ -80,10 +80,10 @@ class FusedMlp(gemma.GatedMlp):
 
     gate_up_proj: FusedLinear
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, W] -> [B, S, W]; `gelu_mul` gets strided halves [B, S, F]."""
+    def hidden(self, x: Tensor) -> Tensor:
+        """[B, S, W] -> [B, S, F]; `gelu_mul` gets strided halves [B, S, F]."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.ops.gelu_mul(gate, up))
+        return self.ops.gelu_mul(gate, up)
 
 
 class FusedVisionAttention(siglip.SelfAttention):
@@ -101,9 +101,36 @@ class FusedVisionAttention(siglip.SelfAttention):
 class FusedVisionMlp(siglip.Mlp):
     """fc1, its bias and GELU in one GEMM: [4304, 1152] in the full model."""
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """[N, 256, W] -> [N, 256, F]; the input of GELU is not rounded."""
+        return self.ops.linear_gelu(x, self.fc1.weight, self.fc1.bias)
+
+
+def _added(linear: Linear, x: Tensor, residual: Tensor) -> Tensor:
+    """residual + linear(x) by `ops.linear_add`."""
+    return linear.ops.linear_add(x, linear.weight, linear.bias, residual)
+
+
+class AddingEncoderLayer(siglip.EncoderLayer):
+    """A SigLIP layer whose residuals are added by the GEMMs before them."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """[N, 256, W] -> [N, 256, W]; the input of GELU is not rounded."""
-        return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
+        """[N, 256, W] -> [N, 256, W]; a sum is rounded once."""
+        x = _added(self.self_attn.out_proj, self.self_attn.attended(self.layer_norm1(x)), x)
+        return _added(self.mlp.fc2, self.mlp.hidden(self.layer_norm2(x)), x)
+
+
+class AddingGemmaLayer(gemma.GemmaLayer):
+    """A layer of the prefix whose residuals are added by the GEMMs before them."""
+
+    def forward(
+        self, x: Tensor, how: gemma.Attending, past: gemma.Past | None
+    ) -> tuple[Tensor, gemma.KeysValues]:
+        """As in `GemmaLayer`; a sum is rounded once."""
+        heads, cache = self.self_attn.attended(self.input_layernorm(x), how, past)
+        x = _added(self.self_attn.o_proj, heads, x)
+        hidden = self.mlp.hidden(self.post_attention_layernorm(x))
+        return _added(self.mlp.down_proj, hidden, x), cache
 
 
 class PatchProduct(siglip.Embeddings):
@@ -151,8 +178,18 @@ def fuse_vision_qkv(policy: Pi0Policy) -> None:
 
 def fuse_vision_mlp(policy: Pi0Policy) -> None:
     """GELU in the GEMM before it in every SigLIP layer."""
+    policy.ops.linear_gelu = linear_gelu
     for layer in vision_layers(policy.vision):
         layer.mlp.__class__ = FusedVisionMlp
+
+
+def fuse_residuals(policy: Pi0Policy) -> None:
+    """Residuals in the GEMMs before them, in every layer of SigLIP and of the prefix."""
+    for vision in vision_layers(policy.vision):
+        vision.__class__ = AddingEncoderLayer
+    for layer in gemma_layers(policy.language):
+        if not isinstance(layer, KeysValuesLayer):
+            layer.__class__ = AddingGemmaLayer
 
 
 def fuse_vision_patches(policy: Pi0Policy) -> None:

@@ -59,12 +59,14 @@ class Copies:
         self._uri = os.environ.get("MLFLOW_TRACKING_URI") or str(store.mlflow_db)
         self._mlflow = tracking.mlflow
         self._left: int | None = None  # records that MLflow lacks, as the process says
+        self._ended = False  # MLflow knows that the study has
         self._told: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         if not (tracking.mlflow or optuna):
             return
         order = {
+            "parent": os.getpid(),
             "store": str(store.path),
             "study": study_dir.name,
             "experiment": tracking.experiment if tracking.mlflow else None,
@@ -96,8 +98,9 @@ class Copies:
         try:
             self._write("finish")
             self._wait(INTERRUPTED_S if interrupt.pressed() else WAIT_S)
+        except KeyboardInterrupt:  # ends this wait; what the verb has to say is still said
+            interrupt.heeded()
         finally:
-            whole = self._process.poll() == 0
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -107,7 +110,7 @@ class Copies:
                     assert pipe is not None
                     pipe.close()
             self._process = None
-            self._say_missing(records, whole)
+            self._say_missing(records)
 
     def _wait(self, seconds: float) -> None:
         assert self._process is not None
@@ -117,20 +120,20 @@ class Copies:
         except subprocess.TimeoutExpired:
             self._say(
                 f"waiting up to {seconds:.0f} s for MLflow and Optuna's database to take the last "
-                "results; the journal has them (Ctrl-C: end now)"
+                "results; the journal has them (Ctrl-C: do not wait)"
             )
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(max(0.0, end - time.monotonic()))
 
-    def _say_missing(self, records: int, whole: bool) -> None:
-        """`whole`: the process has come to its end, so MLflow also knows that the study ended."""
+    def _say_missing(self, records: int) -> None:
         left = records if self._left is None else self._left
-        lacks = f"lacks {left} of {records} record(s), which the journal has"
-        if self._mlflow and (left or not whole):
+        if self._mlflow and left:
             self._say(
-                f"MLflow {lacks if left else 'may show the study as running'}; deliver them: "
+                f"MLflow lacks {left} of {records} record(s), which the journal has; deliver them: "
                 + self._command
             )
+        elif self._mlflow and not self._ended:
+            self._say(f"MLflow may show the study as running; {self._command} ends it there")
 
     def _write(self, line: str) -> None:
         assert self._process is not None
@@ -159,6 +162,7 @@ class Copies:
     def _take(self, line: bytes) -> None:
         message = json.loads(line)
         self._left = message.get("left", self._left)
+        self._ended = message.get("ended", self._ended)
         if "note" in message:
             self._say_once(message["about"], message["note"])
 

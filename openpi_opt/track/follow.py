@@ -1,7 +1,8 @@
 """`python -m openpi_opt.track follow`: the process that `copies.Copies` starts.
 
 It reads an order on stdin, copies what the journal has and gets, and says on stdout, one JSON
-object a line, what MLflow still lacks (`left`) and what is wrong (`note`, `about` one of the two).
+object a line, what MLflow still lacks (`left`), what is wrong (`note`, `about` one of the two), and
+that MLflow has all (`ended`).
 "finish" on stdin makes it copy the rest and end. The end of stdin without that word means that the
 verb was killed.
 """
@@ -39,16 +40,15 @@ def follow(end_study: EndStudy) -> int:
 
     `end_study` ends the study's run in MLflow unless another sweep works on it.
     """
-    parent = os.getppid()
     # A call to a server that never answers does not see the end of stdin.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return 0
     orders = _Lines()
     order = orders.next(None)
     if not order:
         return 0
     asked = json.loads(order)
+    if os.getppid() != asked["parent"]:  # killed while this was starting
+        return 0
     optuna = _OptunaFollower(asked)
     follower = _MlflowFollower(asked, end_study)
     while True:
@@ -61,6 +61,7 @@ def follow(end_study: EndStudy) -> int:
     optuna.finish()
     while not (follower.look() and follower.end()):
         time.sleep(RETRY_S)
+    _tell(ended=True)
     optuna.join()
     return 0
 

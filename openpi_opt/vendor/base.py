@@ -8,8 +8,9 @@ installed. What a driver does not answer is unknown and said, and the rest goes 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -177,7 +178,7 @@ class Unreadable:
         return refuse
 
 
-class Vendor:
+class Vendor(ABC):
     """All that differs between vendors. Subclasses override what they have.
 
     `name` stands in `Gpu.vendor`, `device` in `platform=`, `label` and `runtime` in messages,
@@ -214,20 +215,20 @@ class Vendor:
         return gpus, ()
 
     def selection(self, gpu: Gpu) -> dict[str, str]:
-        """Variables that show a process this GPU alone."""
-        raise NotImplementedError
+        """Variables that show a process this GPU alone; none where there is nothing to choose."""
+        return {}
 
     def state(self, gpu: Gpu) -> AbstractContextManager[Any]:
         """A `Driver` of this GPU, `Unreadable` with the reason where there is none."""
-        raise NotImplementedError
+        return nullcontext(Unreadable(f"no driver tells the state of {self.label}"))
 
+    @abstractmethod
     def meter(self, gpu: Gpu | None) -> AbstractContextManager[Meter]:
         """The meter of this GPU.
 
         Raises:
             NoMeterError: at entry, with the reason.
         """
-        raise NotImplementedError
 
     def findings(self, host: Host) -> list[Finding]:
         """What `doctor` says of this vendor's drivers, power limits and processes."""

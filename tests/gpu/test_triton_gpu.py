@@ -96,41 +96,43 @@ def flash(shape: tuple[int, ...], visible: int | None) -> Case:
     )
 
 
-def skinny(rows: int, n: int, k: int, launch: dict[str, int], normed: bool) -> Case:
-    x, weight = randn(1, rows, k), randn(n, k, seed=1) * k**-0.5
-    residual, gain = randn(1, rows, n), randn(k, dtype=torch.float32) * 0.1
-    code = encoded(LINEAR, launch)
-    norm = {"gain": gain, "eps": EPS} if normed else {}
-
-    def ours(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-        out: Tensor = triton_skinny_gemm.skinny_linear(
-            x, weight, residual=residual, **norm, launch=code
-        )
-        return out
-
-    def expected(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-        wide = x.double()
-        if normed:
-            wide = wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() * (1 + gain.double())
-        return wide @ weight.double().T + residual.double()
-
-    return ours, (x, weight, residual), expected
-
-
-def gated(rows: int) -> Case:
-    x, weight = randn(1, rows, 1024), randn(8192, 1024, seed=1) / 32
+def normed(rows: int, n: int, gated: bool) -> Case:
+    x, weight = randn(1, rows, 1024), randn(n, 1024, seed=1) / 32
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
-        out: Tensor = triton_skinny_gemm.skinny_linear(x, weight, eps=EPS, gated=True)
+        squares = x.float().square().sum(-1).view(1, -1)
+        out: Tensor = triton_skinny_gemm.skinny_linear(x, weight, None, squares, EPS, gated)
         return out
 
     def expected(x: Tensor, weight: Tensor) -> Tensor:
         wide = x.double()
-        wide = wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
-        gate, up = (wide @ weight.double().T).chunk(2, -1)
+        out = wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() @ weight.double().T
+        if not gated:
+            return out
+        gate, up = out.chunk(2, -1)
         return F.gelu(gate, approximate="tanh") * up
 
     return ours, (x, weight), expected
+
+
+def onward(rows: int, k: int, launch: dict[str, int], gain: bool) -> Case:
+    x, weight = randn(1, rows, k), randn(1024, k, seed=1) * k**-0.5
+    residual = randn(1, rows, 1024)
+    gains = randn(1024, dtype=torch.float32) * 0.1 if gain else None
+    code = encoded(LINEAR, launch)
+
+    def ours(x: Tensor, weight: Tensor, residual: Tensor) -> list[Tensor]:
+        out, scaled, squares = triton_skinny_gemm.skinny_linear_onward(
+            x, weight, residual, None, gains, code
+        )
+        return [out, scaled if gain else out, squares.sum(0, keepdim=True)]
+
+    def expected(x: Tensor, weight: Tensor, residual: Tensor) -> list[Tensor]:
+        out = x.double() @ weight.double().T + residual.double()
+        scaled = out if gains is None else out * (1 + gains.double())
+        return [out, scaled, out.square().sum(-1)]
+
+    return ours, (x, weight, residual), expected
 
 
 def norms() -> Case:
@@ -182,14 +184,14 @@ CASES: dict[str, Callable[[], Case]] = {
     "prefill": lambda: flash((1, 788, 8, 1, 256), None),
     "prefill, masked": lambda: flash((1, 788, 8, 1, 256), 532),
     "vision": lambda: flash((3, 256, 16, 16, 72), None),
-    "qkv": lambda: skinny(11, 2560, 1024, {}, True),
-    "qkv, 51 rows": lambda: skinny(51, 2560, 1024, {}, True),
-    "o": lambda: skinny(11, 1024, 2048, {}, False),
-    "o, two kernels": lambda: skinny(11, 1024, 2048, {"fused": 0, "split_k": 8}, False),
-    "down": lambda: skinny(11, 1024, 4096, {}, False),
-    "k": lambda: skinny(11, 256, 1024, {}, False),
-    "gate, up": lambda: gated(11),
-    "gate, up, 51 rows": lambda: gated(51),
+    "qkv": lambda: normed(11, 2560, False),
+    "qkv, 51 rows": lambda: normed(51, 2560, False),
+    "o": lambda: onward(11, 2048, {}, False),
+    "o, two kernels": lambda: onward(11, 2048, {"fused": 0, "split_k": 8}, True),
+    "down": lambda: onward(11, 4096, {}, False),
+    "down, 51 rows, gain": lambda: onward(51, 4096, {}, True),
+    "gate, up": lambda: normed(11, 8192, True),
+    "gate, up, 51 rows": lambda: normed(51, 8192, True),
     "add and norm": norms,
     "layer norm": layer_norm,
     "gelu_mul": gelu_mul,

@@ -8,6 +8,7 @@ bfloat16 tiles as if they were integers (Triton 3.6 to 3.7), so bfloat16 is left
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,12 @@ from openpi_opt.kernels import (
     triton_rotary,
     triton_skinny_gemm,
 )
-from openpi_opt.kernels.triton_skinny_gemm import skinny_linear, skinny_linear_reference
+from openpi_opt.kernels.triton_skinny_gemm import (
+    skinny_linear,
+    skinny_linear_onward,
+    skinny_linear_onward_reference,
+    skinny_linear_reference,
+)
 from openpi_opt.pi0 import ops
 from openpi_opt.pi0.gemma import Rope
 from openpi_opt.pi0.ops import Padding, Segment, Visibility
@@ -90,8 +96,12 @@ BACKENDS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["none", "keys", "queries", "one"])
-@pytest.mark.parametrize("shape", SHAPES)
+KINDS = ("none", "keys", "queries", "one")
+# Each shape with two kinds of masks, each kind with two shapes: the interpreter is slow.
+MASKED = [(s, KINDS[(i + j) % 4]) for i, s in enumerate(SHAPES) for j in (0, 1)]
+
+
+@pytest.mark.parametrize(("shape", "kind"), MASKED)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_attention_with_any_mask(name: str, shape: tuple[int, ...], kind: str) -> None:
     mask = mask_of(kind, shape)
@@ -308,33 +318,42 @@ def encoded(overrides: dict[str, int]) -> list[int]:
 def test_skinny_linear(name: str, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
     for dtype in (HALF, FULL):
-        x, weight = randn(1, m, k, dtype=dtype), randn(n, k, dtype=dtype) * k**-0.5
-        tensors = {
-            "bias": randn(n),
-            "residual": randn(1, m, n, dtype=dtype),
-            "gain": randn(k) * 0.1,
-            "factor": randn(n, seed=1),
-        }
-        wide = {key: tensor.double() for key, tensor in tensors.items()}
-        for names in ((), ("bias", "residual"), ("factor", "residual"), tuple(tensors)):
-            eps = {"eps": EPS} if names != () else {}
-            given = {key: tensors[key] for key in names}
-            out = skinny_linear(x, weight, **given, **eps, launch=encoded(LAUNCHES[name]))
-            expected = {key: wide[key] for key in names}
-            close(out, skinny_linear_reference(x.double(), weight.double(), **expected, **eps))
+        x = randn(1, m, k, dtype=dtype)
+        squares = x.float().square().view(m, 4, -1).sum(-1).T.contiguous()
+        norm = {"squares": squares, "eps": EPS}
+        for gated in (False, True):
+            features = 2 * n if gated else n
+            weight, bias = randn(features, k, dtype=dtype) * k**-0.5, randn(features)
+            given: dict[str, Any]
+            every = {"bias": bias, **norm}
+            for given in ({}, {"bias": bias}, norm, every) if dtype == FULL else (every,):
+                code = encoded(LAUNCHES[name])
+                out = skinny_linear(x, weight, **given, gated=gated, launch=code)
+                wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()}
+                args = x.double(), weight.double()
+                close(out, skinny_linear_reference(*args, **wide, gated=gated))
 
 
-@pytest.mark.parametrize("shape", [(1, 40, 72), (11, 64, 128), (51, 17, 100)])
-@pytest.mark.parametrize("name", ["rule", "split, fused", "no split"])
-def test_gated_skinny_linear(name: str, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("shape", [(1, 40, 72), (7, 33, 64), (11, 300, 128), (51, 17, 100)])
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_skinny_linear_onward(name: str, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
     for dtype in (HALF, FULL):
-        x, weight = randn(1, m, k, dtype=dtype), randn(2 * n, k, dtype=dtype) * k**-0.5
-        gain, bias, factor = randn(k) * 0.1, randn(2 * n), randn(2 * n, seed=1)
-        for given in ({}, {"eps": EPS}, {"eps": EPS, "gain": gain, "bias": bias, "factor": factor}):
-            out = skinny_linear(x, weight, **given, gated=True, launch=encoded(LAUNCHES[name]))
-            wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()}
-            close(out, skinny_linear_reference(x.double(), weight.double(), **wide, gated=True))
+        x, weight = randn(1, m, k, dtype=dtype), randn(n, k, dtype=dtype) * k**-0.5
+        residual = randn(1, m, n, dtype=dtype)
+        factor, gain = randn(n, seed=1), randn(n, seed=2) * 0.1
+        every = {"factor": factor, "gain": gain}
+        for given in ({}, {"factor": factor}, every) if dtype == FULL else (every,):
+            code = encoded(LAUNCHES[name])
+            out, scaled, squares = skinny_linear_onward(x, weight, residual, **given, launch=code)
+            wide = {key: tensor.double() for key, tensor in given.items()}
+            args = x.double(), weight.double(), residual.double()
+            expected = skinny_linear_onward_reference(*args, **wide)
+            close(out, expected[0])
+            assert scaled.shape == expected[1].shape
+            if "gain" in given:
+                close(scaled, expected[1])
+            close(squares.sum(0, keepdim=True), out.double().square().sum(-1).view(1, -1))
 
 
 def test_linear_for_few_rows_only() -> None:
@@ -375,7 +394,11 @@ OPERATORS = {
     ),
     "skinny": lambda: (
         skinny_linear,
-        (randn(3, 20), randn(24, 20), randn(24), None, None, None, None, False, []),
+        (randn(3, 20), randn(24, 20), randn(24), randn(2, 3).square(), EPS, False, []),
+    ),
+    "onward": lambda: (
+        skinny_linear_onward,
+        (randn(3, 20), randn(24, 20), randn(3, 24), None, randn(24), []),
     ),
 }
 
@@ -389,3 +412,24 @@ def test_operators_are_as_registered(name: str) -> None:
     torch._dynamo.reset()  # the operators share the code that Dynamo counts compilations of
     compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments), operator(*arguments))
+
+
+@pytest.mark.parametrize("name", ["gfx942", "gfx950"])
+def test_what_is_arranged_otherwise_on_amd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks dealt to dies, values in one tile, four heads a block: the same results."""
+    for module in (triton_activation, triton_attention, triton_rotary):
+        monkeypatch.setattr(module, "arch", lambda tensor: name)
+    for shape in ((2, 70, 70, 3, 3, 72), (1, 200, 90, 5, 1, 24)):
+        q, k, v = qkv(shape, FULL)
+        out = triton_attention.attention({"dies": 8, "block_m": 16})(
+            q, k, v, Visibility(None, None), 0.3
+        )
+        close(out, attended(q, k, v, None, 0.3))
+    for heads, kv_heads in ((8, 1), (3, 5)):
+        q, k = randn(2, 3, heads, 24), randn(2, 3, kv_heads, 24)
+        angles = randn(2, 3, 12)
+        found = triton_rotary.rotary_qk(q, k, angles.cos(), angles.sin())
+        for x, out in zip((q, k), found, strict=True):
+            close(out, ops.rotary(x.double(), angles.cos().double(), angles.sin().double()))
+    gate, up = randn(3, 2100), randn(3, 2100, seed=1)
+    close(triton_activation.gelu_mul(gate, up), ops.gelu_mul(gate.double(), up.double()))
