@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openpi_opt import cli
+from openpi_opt.verbs import verb_parser
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,11 +116,10 @@ def table(power: Power) -> Table:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.guard",
+    parser = verb_parser(
+        "guard",
         description="What the guard catches with these weights and this workload, by mistakes made "
         "on purpose.",
-        epilog="example: python -m openpi_opt.guard workload=openpi weights.path=checkpoint",
     )
     parser.add_argument(
         "overrides", nargs="*", help="as for sweep: model=, weights.path=, workload=, platform="

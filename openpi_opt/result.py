@@ -394,8 +394,8 @@ class Ok(_Common):
 class Pruned(_Common):
     """The actions are right, and the call is surely slower than `limit_ms`, so it was left at that.
 
-    `seen_*` is what the first calls after the warm-up showed: enough for that, no latency. The
-    kernels are counted all the same.
+    `seen_*` are what the first calls after the warm-up showed. They are too few for a latency.
+    The kernels are counted all the same.
     """
 
     outcome: Literal["pruned"] = "pruned"
@@ -428,7 +428,7 @@ class Refused(_Common):
 
 
 class Failed(_Common):
-    """Started and did not come to an end of its own."""
+    """The trial started and did not end by itself."""
 
     outcome: Literal["oom", "timeout", "crashed", "error"]
     reason: str

@@ -43,6 +43,7 @@ from openpi_opt.space.compose import compose
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import DEFAULT_STORE, Store
+from openpi_opt.verbs import verb_parser
 
 # One-sided level of each bound of a 95% interval.
 ALPHA = 0.025
@@ -324,8 +325,8 @@ def plain(measured: Confirmed) -> dict[str, Any]:
 
 def parser(verb: str, description: str, report: str) -> argparse.ArgumentParser:
     """The options that all three verbs have; `report` says what goes to --out."""
-    found = argparse.ArgumentParser(
-        prog=f"python -m openpi_opt.{verb}",
+    found = verb_parser(
+        verb,
         description=description,
         epilog="After an interruption, or when the time was over, the same command goes on; "
         "finished processes are kept.",

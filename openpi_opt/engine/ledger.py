@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -242,6 +243,18 @@ class Ledger:
         with _user_errors(self.study_dir):
             pareto.write(self.study_dir, self.journal.records())
             curve.write(self.study_dir, self.journal.records())
+
+    def report(self) -> str:
+        """Write the study as one HTML file; a line that says where it is, or why there is none."""
+        from openpi_opt.report import write
+
+        begun = time.monotonic()
+        try:
+            path = write([self.study_dir])
+        except Exception as error:  # noqa: BLE001
+            # Results are kept and their table is to come: whatever this is must not cost them.
+            return f"no report: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return f"report: {path} ({time.monotonic() - begun:.1f} s)"
 
     def close(self) -> None:
         """Leave the study. No lock is waited for: its holder may be stopped."""

@@ -140,6 +140,8 @@ def run_study(
         ended = loop.run()
         loop.note_what_it_did()
         ledger.draw()
+        if request.swept:
+            display.note(ledger.report())
     finally:
         try:
             executor.close()

@@ -29,13 +29,9 @@ from openpi_opt.measure.trace import (
     OUTSIDE,
     Launch,
     ProfileError,
+    Recording,
     TraceEvent,
-    has_generated_loops,
-    list_kernels,
-    list_operators,
-    lost_launches,
     occupation,
-    replays_graph,
     shares_us,
     stage_by_sequence,
 )
@@ -92,7 +88,7 @@ def profile_call(
         ProfileError: no kernel or operator call was recorded.
     """
     events = _record(call, inputs, device, trace_path)
-    if BY_DEVICE[device].replay_hides_kernels and replays_graph(events):
+    if BY_DEVICE[device].replay_hides_kernels and Recording.of(events).replays_graph():
         without = None if uncaptured is None else _record(uncaptured, inputs, device, None)
         return profile_of_replay_on_rocm(events, without)
     found = profile_of(events, device)
@@ -140,12 +136,12 @@ def profile_of_replay_on_rocm(
     Raises:
         ProfileError: there is nothing to count them on, or it recorded nothing.
     """
-    if without_graph is None or replays_graph(without_graph):
+    if without_graph is None or Recording.of(without_graph).replays_graph():
         # Inductor's own capture: the call without it cannot be had in this process.
         found = profile_of(events, "rocm")
         return replace(found, notes=[*found.notes, _HIDDEN_REPLAY])
     reference = profile_of(without_graph, "rocm")
-    if len(list_kernels(events)) >= reference.kernels.total:
+    if len(Recording.of(events).kernels()) >= reference.kernels.total:
         return with_stages_of(profile_of(events, "rocm"), reference)
     kernels = reference.kernels.model_copy(
         # The gaps of a call without its graph say nothing of the replay's.
@@ -156,14 +152,15 @@ def profile_of_replay_on_rocm(
 
 def profile_of(events: Sequence[TraceEvent], device: Device) -> Profile:
     """Read the trace of one inference. Raises ProfileError where nothing was recorded."""
-    launches = list_operators(events) if device == "cpu" else list_kernels(events)
+    recording, on_cpu = Recording.of(events), device == "cpu"
+    launches = (recording.operators() if on_cpu else recording.kernels()).launches()
     if not launches:
-        what = "operator call" if device == "cpu" else "device kernel"
+        what = "operator call" if on_cpu else "device kernel"
         raise ProfileError(
             f"torch.profiler recorded no {what}. On a GPU, CUPTI or roctracer may be missing or "
             "in use by another profiler; profile.kernels=false leaves the counts out."
         )
-    notes = _notes_on_cpu(events, launches) if device == "cpu" else _notes_on_gpu(events, launches)
+    notes = (_notes_on_cpu if on_cpu else _notes_on_gpu)(recording, launches)
     return _summary(launches, device, notes)
 
 
@@ -248,9 +245,9 @@ def _summary(launches: list[Launch], device: Device, notes: list[str]) -> Profil
     return Profile(kernels_of(launches, device), table_of(launches, device), launches, notes)
 
 
-def _notes_on_gpu(events: Sequence[TraceEvent], launches: Sequence[Launch]) -> list[str]:
+def _notes_on_gpu(recording: Recording, launches: Sequence[Launch]) -> list[str]:
     notes = []
-    lost = lost_launches(events)
+    lost = recording.lost_launches()
     if lost:
         notes.append(f"Counts are too low: {lost} launches have no kernel in the trace.")
     unknown = sum(launch.stage is None for launch in launches)
@@ -261,8 +258,8 @@ def _notes_on_gpu(events: Sequence[TraceEvent], launches: Sequence[Launch]) -> l
     return notes
 
 
-def _notes_on_cpu(events: Sequence[TraceEvent], launches: Sequence[Launch]) -> list[str]:
-    notes = [_GENERATED_LOOPS] if has_generated_loops(events) else []
+def _notes_on_cpu(recording: Recording, launches: Sequence[Launch]) -> list[str]:
+    notes = [_GENERATED_LOOPS] if recording.has_generated_loops() else []
     return [*notes, _NO_MARKERS] if launches[0].stage is None else notes
 
 

@@ -374,31 +374,6 @@ class Recording:
         return list(stages), found
 
 
-def list_kernels(events: Iterable[TraceEvent]) -> list[Launch]:
-    """`Recording.kernels` of a list of events, as objects."""
-    return Recording.of(events).kernels().launches()
-
-
-def list_operators(events: Iterable[TraceEvent]) -> list[Launch]:
-    """`Recording.operators` of a list of events, as objects."""
-    return Recording.of(events).operators().launches()
-
-
-def lost_launches(events: Iterable[TraceEvent]) -> int:
-    """`Recording.lost_launches` of a list of events."""
-    return Recording.of(events).lost_launches()
-
-
-def has_generated_loops(events: Iterable[TraceEvent]) -> bool:
-    """`Recording.has_generated_loops` of a list of events."""
-    return Recording.of(events).has_generated_loops()
-
-
-def replays_graph(events: Iterable[TraceEvent]) -> bool:
-    """`Recording.replays_graph` of a list of events."""
-    return Recording.of(events).replays_graph()
-
-
 def stage_by_sequence(
     reference: Sequence[tuple[str, str]], replayed: Sequence[str], copies: frozenset[str]
 ) -> list[str] | None:

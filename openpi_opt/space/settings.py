@@ -22,7 +22,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.figures import LIMITS, OBJECTIVES
 from openpi_opt.process.devices import DeviceSettings
 from openpi_opt.space.named import NamedSpace
-from openpi_opt.space.space import Space, parse_override
+from openpi_opt.space.space import Space, head, parse_override
 
 SamplerName = Literal["auto", "grid", "stages", "tpe", "random", "gp"]
 # Where a study is kept and what is looked at afterwards change no result.
@@ -236,7 +236,9 @@ def check_not_swept(space: Space) -> None:
 def identity(overrides: Sequence[str]) -> list[str]:
     """The overrides that decide what is measured and what wins, in the order written."""
     ignored = {*Settings.model_fields, *_NOT_IDENTITY} - {*_DECIDING}
-    deciding = (_plain_objective(line) for line in overrides if _head(line) not in ignored)
+    deciding = (
+        _plain_objective(line) for line in overrides if head(parse_override(line)) not in ignored
+    )
     return [line for line in deciding if line]
 
 
@@ -264,7 +266,3 @@ def default_study_name(overrides: Sequence[str], today: datetime | None = None) 
     text = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", "+".join(deciding))[:_LONGEST_TEXT].strip("-+.,")
     digest = hashlib.sha256("\n".join(deciding).encode()).hexdigest()[:6]
     return f"{day}-{text or 'defaults'}-{digest}"
-
-
-def _head(line: str) -> str:
-    return re.split(r"[./@]", parse_override(line).key_or_group)[0]

@@ -180,6 +180,11 @@ def parse_override(line: str) -> Override:
     return override
 
 
+def head(override: Override) -> str:
+    """The group or setting that an override is about."""
+    return re.split("[./]", override.key_or_group)[0]
+
+
 def _dimension(line: str, override: Override, options: Options | None) -> Dimension:
     sweep: Any = override.value()  # Hydra's annotation leaves Glob out
     if isinstance(sweep, ChoiceSweep):

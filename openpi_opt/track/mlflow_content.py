@@ -31,7 +31,11 @@ def run_name(record: Record) -> str:
     """Short name of a trial's run: its number, and what sets it apart from the baseline."""
     plain = plain_labels()
     knobs = {key: text for key, text in record.labels.items() if text != plain.get(key)}
-    keys = {key: text for key, text in record.params.items() if key.split(".")[0] not in knobs}
+    keys = {
+        key: text
+        for key, text in record.params.items()
+        if key.split(".")[0] not in knobs and text != plain.get(key)
+    }
     shown = " ".join(f"{key}={value}" for key, value in {**knobs, **keys}.items())
     if record.role == "baseline":
         shown = "baseline"

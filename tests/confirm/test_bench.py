@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from search_samples import CPU, FakeRun, failed, ok
 
 from openpi_opt import promote
@@ -351,7 +352,10 @@ def test_no_preset_is_written_of_a_baseline_over_a_limit(
     assert "no preset is written" in capsys.readouterr().err
     assert not (tmp_path / "x.yaml").exists()
     assert promote.main(command) == 0, "without a limit the baseline is the simplest"
-    assert (tmp_path / "x.yaml").exists()
+    provenance = yaml.safe_load((tmp_path / "x.yaml").read_text())["provenance"]
+    now = fingerprint(probe(), PLAIN.platform)
+    named = ("python", "torch", "triton", "aiter", "openpi_opt", "source_hash")
+    assert provenance["versions"] == {name: now[name] for name in named}
 
 
 def test_the_winner_of_a_tie_is_explained(

@@ -72,6 +72,10 @@ def test_every_round_has_the_three_in_random_order_and_all_count(tmp_path: Path)
     assert len(set(orders)) > 3
     assert {p.shown for p in processes if p.result.latency.mean_ms < 9.9} == {"B"}
     found.session.write(pairs.report(found))
+    rows = [
+        line for line in (tmp_path / "out" / "pairs.md").read_text().splitlines() if "|" in line
+    ]
+    assert [row.count("|") for row in rows] == [4] * 5 + [8] * 4, "as many cells as heads"
     document = json.loads((tmp_path / "out" / "pairs.json").read_text())
     assert document["a_a"]["verdict"] in ("same", "ambiguous")
     assert document["a_b"]["verdict"] == "faster"
