@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -60,14 +61,20 @@ class Pace:
         usual = statistics.median([*lasted, *ages]) if ages else usual
         return self._passed() + usual > 60 * self.minutes
 
-    def text(self) -> str:
-        """Trials done, how many an hour, and the time left: "12 done, 240/h, 7.5 min left"."""
+    def text(self, position: str = "") -> str:
+        """Trials done, how many an hour, and the time left: "12 done, 240/h, 7.5 min left".
+
+        Without a budget the time is estimated where `position` says how many there are: "[3/12]".
+        """
         passed = self._passed()
         words = [f"{self.done} done"]
         if self.done and passed:
             words.append(f"{3600 * self.done / passed:.0f}/h")
         if self.minutes is not None:
             words.append(f"{max(0.0, self.minutes - passed / 60):.1f} min left")
+        elif self.done and (known := re.fullmatch(r"\[(\d+)/(\d+)\]", position)):
+            left = (int(known[2]) - int(known[1])) * passed / self.done
+            words += [f"about {left / 60:.1f} min left"] if left else []
         return ", ".join(words)
 
     def _passed(self) -> float:
