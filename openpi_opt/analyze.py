@@ -18,6 +18,7 @@ from openpi_opt.analysis.breakdown import Breakdown, Part, analyse
 from openpi_opt.cli import least_width, print_uncut, run
 from openpi_opt.errors import UserError
 from openpi_opt.measure.trace import ProfileError
+from openpi_opt.verbs import verb_parser
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -271,8 +272,8 @@ def _printable(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.analyze",
+    parser = verb_parser(
+        "analyze",
         description="Where the time of traces goes: stages, categories, kernels, gaps.",
     )
     parser.add_argument(

@@ -81,7 +81,7 @@ class Study:
         """Write the study as one HTML file; returns it."""
         from openpi_opt.report import write
 
-        return write(self.store, [self.name], None if out is None else Path(out))
+        return write([self._folder], None if out is None else Path(out))
 
     def _rows(self) -> list[Row]:
         criteria = Criteria.load(self._folder)

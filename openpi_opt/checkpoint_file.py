@@ -9,15 +9,14 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from openpi_opt.errors import UserError
+from openpi_opt.pi0.config import Family, RopeFrequencies
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
-Family = Literal["pi0", "pi05"]
-RopeFrequencies = Literal["bfloat16", "float32"]
 # In bytes, of a header or a JSON beside it. Those of Pi0 have 0.2 MB; the format admits 100 MB,
 # which take a gigabyte to parse.
 _LARGEST_TEXT = 8_000_000
@@ -166,7 +165,7 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 
 
 def family(given: str) -> Family:
-    """What the checkpoint that `inspect` admits holds: pi05 has an MLP of the time alone.
+    """The family of a checkpoint that `inspect` admits: only pi05 has an MLP of the time alone.
 
     openpi and LeRobot give it the same name, LeRobot with the prefix `model.`.
 
@@ -179,7 +178,7 @@ def family(given: str) -> Family:
 
 
 def shape(given: str, name: str) -> tuple[int, ...]:
-    """Of the tensor that openpi calls `name`, in a checkpoint that `inspect` admits.
+    """The shape of the tensor that openpi calls `name`, in a checkpoint that `inspect` admits.
 
     Raises:
         CheckpointError: as `inspect`, and for a checkpoint without it.
@@ -206,6 +205,20 @@ def rope_frequencies(given: str) -> RopeFrequencies:
     names = [name for file in files(path) for name in _header(file)[1]]
     lerobot = "type" in settings or any(name.startswith("model.") for name in names)
     return "float32" if lerobot and settings.get("dtype") != "bfloat16" else "bfloat16"
+
+
+def horizon(given: str) -> int | None:
+    """Actions of a chunk that the checkpoint was trained to give, where its config.json says so.
+
+    openpi calls them `action_horizon`, LeRobot `chunk_size`.
+
+    Raises:
+        CheckpointError: a config.json that cannot be read.
+    """
+    path = Path(given)
+    settings = _settings(path if path.is_dir() else path.parent)
+    found = settings.get("action_horizon", settings.get("chunk_size"))
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Print the trials of a study: `python -m openpi_opt.compare STUDY`.
+"""Print the trials of studies: `python -m openpi_opt.compare STUDY [STUDY ...]`.
 
 Read from the journal, so it works during a sweep, without MLflow, and changes nothing. Trials are
-judged by the objectives and limits of the newest sweep, or by those given here.
+judged by the objectives and limits of the newest sweep (of the first study), or by those given
+here. Several studies share a table where context and fingerprint are equal.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from openpi_opt import criteria
-from openpi_opt.cli import run
+from openpi_opt import cli, criteria
 from openpi_opt.figures import FIGURES, Figure
 from openpi_opt.result import (
     Compilation,
@@ -28,11 +28,13 @@ from openpi_opt.result import (
     Roofline,
     Wrong,
 )
-from openpi_opt.track.journal import Journal
+from openpi_opt.track.journal import Journal, Record
+from openpi_opt.track.link import where
 from openpi_opt.track.pareto import objectives
-from openpi_opt.track.report import Row, rows
-from openpi_opt.track.store import DEFAULT_STORE, Store
-from openpi_opt.track.table import print_table
+from openpi_opt.track.report import Row, groups
+from openpi_opt.track.store import DEFAULT_STORE, find_studies
+from openpi_opt.track.table import print_groups, print_side_by_side
+from openpi_opt.verbs import verb_parser
 
 _SAMPLES = {name for name in Latency.model_fields if name.endswith("samples_ms")}
 # Parts that only some outcomes have, with the columns that they always take in CSV.
@@ -47,26 +49,29 @@ _PARTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the trials of a study on stdout, and only them.
+    """Print the trials of studies on stdout, and only them.
 
     Raises:
         UserError: an unknown study or store, or a damaged journal.
     """
     arguments = _parser().parse_args(argv)
     gc.disable()  # whatever is read is kept until the end
-    study_dir = Store.open(arguments.store, create=False).find_study(arguments.study)
-    journal = Journal.read(study_dir, brief=True)
-    for note in journal.notes:
-        print(f"note: {note}", file=sys.stderr)
-    records = journal.records()
-    if not records:
-        print(f"note: study {arguments.study} has no finished trial yet", file=sys.stderr)
-    judged_by = criteria.of_arguments(arguments, study_dir)
+    folders = find_studies(arguments.store, arguments.study)
+    records = [record for folder in folders for record in _records(folder)]
+    judged_by = criteria.of_arguments(arguments, folders[0])
+    found = groups(records, criteria=judged_by, apart=len(folders) > 1)
     if arguments.format == "table":
-        print_table(records, criteria=judged_by, stages=True, columns=arguments.columns)
+        print_groups(found, stages=True, columns=arguments.columns)
+        if len(folders) > 1:
+            print_side_by_side(found)
+        else:
+            cli.say(f"see it: {where(folders[0])}")
         return 0
-    found = sorted(rows(records, criteria=judged_by), key=lambda row: row.record.number)
-    plain = [trial(row, study_dir, judged_by) for row in found]
+    homes = {folder.name: folder for folder in folders}
+    places = {name: place for place, name in enumerate(homes)}
+    every = [row for group in found for row in group.rows]
+    every.sort(key=lambda row: (places.get(row.record.study, 0), row.record.number))
+    plain = [trial(row, homes.get(row.record.study, folders[0]), judged_by) for row in every]
     if arguments.format == "json":
         print(json.dumps(plain, indent=1, allow_nan=False))
     else:
@@ -74,11 +79,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _records(study_dir: Path) -> list[Record]:
+    """What is recorded of a study; says on stderr what is wrong with its journal."""
+    journal = Journal.read(study_dir, brief=True)
+    for note in journal.notes:
+        cli.say(f"note: {note}")
+    records = journal.records()
+    if not records:
+        cli.say(f"note: study {study_dir.name} has no finished trial yet")
+    return records
+
+
 def trial(row: Row, study_dir: Path, judged_by: criteria.Criteria | None = None) -> dict[str, Any]:
     """One trial as plain data: all that a script wants, without the samples."""
     record, result = row.record, row.record.result
     ok = result if isinstance(result, Ok) else None
     return {
+        "study": record.study,
         "number": record.number,
         "uid": record.uid,
         "role": record.role,
@@ -168,11 +185,18 @@ def _columns(text: str) -> list[Figure]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.compare",
-        description="Print the trials of a study: what differs, outcome, latency, kernels.",
+    parser = verb_parser(
+        "compare",
+        description="Print the trials of studies: what differs, outcome, latency, kernels. Several "
+        "studies share a table where machine, software and workload are equal; their best stand "
+        "side by side below.",
     )
-    parser.add_argument("study", metavar="STUDY", help="name of the study")
+    parser.add_argument(
+        "study",
+        nargs="+",
+        metavar="STUDY",
+        help="name, or the folder of a study of another store (STORE/studies/NAME)",
+    )
     parser.add_argument(
         "--store", default=DEFAULT_STORE, metavar="DIR", help="the sweep's store (default: mlruns)"
     )
@@ -194,4 +218,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -129,7 +129,7 @@ class Measure(Section):
     """How latency is sampled. The minima are the field's rule: fewer says nothing.
 
     Calls are planned until the 95% interval of their mean and of their median is within `rel_ci`
-    of it (half-width), then so many, and a margin, are measured anew and reported
+    of it (half-width). Then that number and a margin are measured and reported
     (`measure/planning.py`). At least `iterations` and at most `max_iterations` are reported;
     planning and measuring together are laid out for `max_seconds`, which `Config.resolved` fills
     in where it is null, by the device. `rel_ci` null measures exactly `iterations`.
@@ -166,11 +166,13 @@ class Profile(Section):
     `energy`: over `energy_seconds` of calls; auto: where the machine tells it, and in a sweep of
     trials about as fast as the best so far; true: always, and refuse the trial where the machine
     does not tell it. `roofline`: against ceilings that were measured once on this machine,
-    or the vendor's.
+    or the vendor's. `trace` keeps the Chrome trace, and what Inductor generated. `tool`: the whole
+    trial under that profiler (`openpi_opt/process/tools.py`), which counts kernels itself.
     """
 
     kernels: bool = True
     trace: bool = False
+    tool: Literal["none", "rocprofv3", "ncu", "nsys"] = "none"
     energy: bool | Literal["auto"] = "auto"
     energy_seconds: float = Field(3.0, ge=2, allow_inf_nan=False)
     roofline: Literal["measured", "datasheet", "none"] = "measured"
@@ -182,7 +184,8 @@ class Guard(Section):
     A candidate passes when its relative L2 distance is at most `factor` times the distance of the
     plain eager policy in the same precision on the same inputs, but never more than `cap`;
     `floor` is the least tolerance, for float32, where the plain distance is zero. A lossy
-    configuration (fp8) has no plain counterpart: it may be up to `lossy_cap` away.
+    configuration (fp8) may be 1.5 times as far away as its own rounding, written plainly, and never
+    more than `lossy_cap`.
 
     `inputs` counts the ordinary inputs. `observations` names a safetensors file of the user's own,
     which are compared as well (`openpi_opt/guarding/cases.py`).
@@ -192,7 +195,7 @@ class Guard(Section):
     factor: float = Field(2.0, gt=0)
     floor: float = Field(1e-5, gt=0)
     cap: float = Field(0.05, gt=0)
-    lossy_cap: float = Field(0.10, gt=0)
+    lossy_cap: float = Field(0.15, gt=0)
     observations: str | None = None
 
 
@@ -208,7 +211,7 @@ class Limits(create_model("_Judged", __base__=Section, **_JUDGED)):  # type: ign
     `best_ms`: the fastest of the sweep so far, for `profile.energy=auto`, and `race`: how many
     times slower than the fastest a trial may be; the sweep fills both in.
     `latency_ms` and the limits of all other figures (`figures.LIMITS`) judge results: above one of
-    them a trial is never the best. They change no measurement, so they are no part of a
+    them a trial is never the best. They change no measurement, so they do not belong to a
     configuration's identity. `compile_seconds` is the first call as it was seen: less with warm
     caches.
     """
@@ -423,6 +426,8 @@ class Config(BaseModel):
     def _changed_context(self) -> dict[str, Any]:
         changed = self.model_dump(mode="json", include=set(CONTEXT_SECTIONS), exclude_defaults=True)
         changed.get("workload", {}).pop("name", None)
+        if self.profile.tool != "none":  # its latency is no answer for the same trial without
+            changed["profile"] = {"tool": self.profile.tool}
         return {name: values for name, values in changed.items() if values}
 
     def labels(self) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What results are judged by: the objectives of a study, and the limits that a result must keep.
 
-Judging is no part of a measurement: it reads results, so the same results are judged anew when the
-limits change. Nothing here knows how a study is searched or shown.
+Judging does not belong to a measurement: it reads results. So the same results are judged again
+when the limits change. Nothing here knows how a study is searched or shown.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Criteria(BaseModel):
     """What counts as better, and what as too much.
 
     `objectives` are minimised; of several, the Pareto set is the answer. A result above one of
-    `limits` (in the unit of its name) is no answer at all, and a lossy one only with `allow_lossy`.
+    `limits` (in the unit of its name) is not an answer, and a lossy one only with `allow_lossy`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,7 +77,7 @@ class Criteria(BaseModel):
 
     @staticmethod
     def of(objectives: Sequence[ObjectiveName], allow_lossy: bool, limits: Limits) -> Criteria:
-        """Those of a sweep."""
+        """The criteria of a sweep."""
         given = {name: getattr(limits, name) for name in LIMITS}
         return Criteria(
             objectives=tuple(objectives),
@@ -87,7 +87,7 @@ class Criteria(BaseModel):
 
     @staticmethod
     def load(study_dir: Path) -> Criteria | None:
-        """Those of the newest sweep of a study; None: latency alone, without limits.
+        """The criteria of a study's newest sweep; None: latency alone, without limits.
 
         Raises:
             UserError: the file is damaged.
@@ -104,7 +104,7 @@ class Criteria(BaseModel):
             ) from None
 
     def save(self, study_dir: Path) -> None:
-        """Leave them in the study's folder.
+        """Write them into the study's folder.
 
         Raises:
             OSError: the folder cannot be written.
@@ -112,7 +112,7 @@ class Criteria(BaseModel):
         write_atomic(study_dir / _FILE, self.model_dump_json(indent=1) + "\n")
 
     def allowing(self, allow_lossy: bool) -> Criteria:
-        """The same, with lossy results admitted when they were not."""
+        """These criteria, with lossy results admitted if `allow_lossy`."""
         return self.model_copy(update={"allow_lossy": self.allow_lossy or allow_lossy})
 
     @property
@@ -125,7 +125,7 @@ class Criteria(BaseModel):
         return [OBJECTIVES[name] for name in self.objectives]
 
     def shown(self) -> list[Figure]:
-        """What a table shows beside the latency: the other objectives, then what is limited."""
+        """What a table shows next to the latency: the other objectives, then what is limited."""
         found = [*self.figures(), *(LIMITS[name] for name in self.limits)]
         return [figure for figure in dict.fromkeys(found) if figure.key != "mean_ms"]
 

@@ -213,7 +213,15 @@ def _with_checkpoint(cfg: Config, checkpoint: str, overrides: Sequence[str]) -> 
     path = checkpoint_file.inspect(checkpoint)
     weights = Weights(kind="checkpoint", path=path)
     update: dict[str, str] = {"name": _model(path)}
-    if not any("model.rope_frequencies" in override for override in overrides):
+    named = {word.partition("=")[0].lstrip("+") for word in overrides}
+    trained, asked = checkpoint_file.horizon(path), cfg.workload.horizon
+    if trained not in (None, asked) and "workload.horizon" not in named:
+        raise UserError(
+            f"{path} was trained to give {trained} actions at once, and workload "
+            f"{cfg.workload.name} asks for {asked}: workload.horizon={trained} takes the "
+            f"checkpoint's, workload.horizon={asked} insists."
+        )
+    if "model.rope_frequencies" not in named:
         update["rope_frequencies"] = checkpoint_file.rope_frequencies(path)
     model = cfg.model.model_copy(update=update)
     _LOG.info("%s: %s, rope_frequencies %s", path, model.name, model.rope_frequencies)

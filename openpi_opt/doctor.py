@@ -15,6 +15,7 @@ from dataclasses import asdict
 
 from openpi_opt.audit import Finding, audit, this_host
 from openpi_opt.cli import run
+from openpi_opt.verbs import verb_parser
 
 PROBLEM = 1
 _WIDTH = 100
@@ -69,8 +70,8 @@ def _number(count: int, what: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.doctor",
+    parser = verb_parser(
+        "doctor",
         description="Machine, drivers, packages, and what would spoil a sweep, with the mends. "
         "Exit code 1 on a problem.",
     )

@@ -1,4 +1,4 @@
-"""Errors with a meaning of their own, a user's to mend or a refusal; and what none may tell."""
+"""The two errors with a meaning of their own, and texts without the passwords in them."""
 
 from __future__ import annotations
 

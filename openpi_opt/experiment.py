@@ -62,6 +62,8 @@ class Experiment(BaseModel):
         known = sorted(path.stem for path in folder.glob("*.yaml"))
         if name not in known:
             raise UserError(f"experiment={name}: unknown. Use one of {', '.join(known)}.")
+        if name == "instances":
+            raise UserError("experiment=instances is no study; its report is written at its end.")
         found = Experiment.model_validate(read(folder / f"{name}.yaml").content)
         unknown = {*found.columns, *found.panels} - set(FIGURES)
         assert not unknown, f"{name}: no such column {unknown}"
@@ -78,6 +80,10 @@ def run(words: Sequence[str], sweep: Callable[[Sequence[str]], int]) -> int:
     """
     own, rest = _own_words(words)
     name = own["experiment"]
+    if name == "instances":  # no sweep: several processes of one configuration
+        from openpi_opt import instances
+
+        return instances.run(rest, own.get("out"))
     experiment = Experiment.load(name)
     given = [word for word in rest if not word.startswith("-") and "=" in word]
     keys = {parse_override(word).key_or_group for word in given}
@@ -96,7 +102,7 @@ def run(words: Sequence[str], sweep: Callable[[Sequence[str]], int]) -> int:
 
 
 def _study_name(name: str, given: Sequence[str]) -> str:
-    """The day, the experiment, and a hash of what the command line says: the same, the same."""
+    """The day, the experiment, and a hash of the command line."""
     day, *_, digest = default_study_name([f"experiment={name}", *given]).split("-")
     return f"{day}-{name}-{digest}"
 

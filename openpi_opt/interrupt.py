@@ -7,8 +7,8 @@ process. After `main` it is ignored.
 
 Python raises KeyboardInterrupt wherever the main thread happens to be. In an import it leaves
 torsos of modules, and may come out as something else. In a destructor or a callback it is printed
-and forgotten, and a library may swallow it. So it waits for the end of an import or of what is
-`shielded`. It is raised again when it has not left `main` and no exception is being handled.
+and forgotten, and a library may swallow it. So it waits for the end of an import, and is raised
+again when it has not left `main` and no exception is being handled.
 
 The package itself loads this module before all others, so it imports only what is there already.
 """
@@ -23,7 +23,7 @@ import sys
 
 TYPE_CHECKING = False  # typing's would take as long as all of this
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from types import FrameType
     from typing import Any
 
@@ -40,7 +40,6 @@ class _State:
 
     begun = ended = pressed = raised = told = False
     kept = NOTHING
-    shields = 0
 
 
 _state = _State()
@@ -81,21 +80,6 @@ def inside(main: Callable[[], int], kept: str) -> int:
     finally:
         _state.ended = True
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-@contextlib.contextmanager
-def shielded() -> Iterator[None]:
-    """What is not to be left half done: the first press waits for its end, the second does not.
-
-    For the main thread, which alone is interrupted.
-    """
-    _state.shields += 1
-    try:
-        yield
-    finally:
-        _state.shields -= 1
-    if _state.pressed:
-        _on_alarm(signal.SIGALRM, sys._getframe())
 
 
 def pressed() -> bool:
@@ -148,14 +132,13 @@ def _on_alarm(number: int, frame: FrameType | None) -> None:
 
 
 def _raise_in(frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, unless an import or something shielded is under way."""
+    """Raise KeyboardInterrupt, unless an import is under way."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib."):
             return
         frame = frame.f_back
-    if _state.shields == 0:
-        _state.raised = True
-        raise KeyboardInterrupt
+    _state.raised = True
+    raise KeyboardInterrupt
 
 
 def _let_go_of_terminal() -> None:

@@ -25,7 +25,7 @@ def package_dir() -> Path:
 
 
 def content_of(path: str) -> str:
-    """What a file holds, as "sha256:..."; of one that cannot be read only where it should be."""
+    """The hash of a file's content, "sha256:..."; "unreadable:PATH" where it cannot be read."""
     try:
         return f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
     except OSError:

@@ -22,8 +22,10 @@ from openpi_opt.confirm.summary import of_promotion
 from openpi_opt.paths import user_conf_dir
 from openpi_opt.process.devices import DEVICE_HELP, gpu_name
 from openpi_opt.track.journal import Journal, Record
-from openpi_opt.track.mlflow_log import leave_tag, leave_verdict
+from openpi_opt.track.left import leave_tag, leave_verdict
+from openpi_opt.track.link import where
 from openpi_opt.track.store import DEFAULT_STORE, Store
+from openpi_opt.verbs import verb_parser
 
 _PRESET_TAG = "openpi_opt.preset"
 
@@ -75,7 +77,7 @@ def _write(
     path: Path,
     judged_by: criteria.Criteria,
 ) -> int:
-    """Write the winner's preset, then have its run in MLflow tagged; 1 when there is none."""
+    """Write the winner's preset and have its run in MLflow tagged; 1 if no preset is written."""
     runs, key = benched.runs, judged.winner.subject.key
     winner, over = benched.configs[key], benched.over[key]
     if over:  # only the baseline: others above a limit were dropped
@@ -98,6 +100,7 @@ def _write(
     cli.say(f"wrote {path}")
     folder = Path(arguments.preset_dir) if arguments.preset_dir else None
     cli.say(f"use it: {_usage(arguments.name, folder)}")
+    cli.say(f"see it: {where(runs.study_dir)}")
     return 0
 
 
@@ -157,8 +160,8 @@ def _usage(name: str, folder: Path | None) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.promote",
+    parser = verb_parser(
+        "promote",
         description="Measure a study's best configurations and the baseline again, in interleaved "
         "fresh processes, and write the winner as a preset.",
     )
@@ -187,8 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--again",
         action="store_true",
-        help="confirm anew; without it an interrupted promotion is continued, a finished one "
-        "answered from its runs",
+        help="confirm once more; without it an interrupted promotion is continued, and a finished "
+        "one is answered from its runs",
     )
     parser.add_argument(
         "--allow-lossy", action="store_true", help="let lossy configurations (FP8) be the best"

@@ -28,7 +28,7 @@ _DECISIVE = ("torch", "triton", "aiter")
 def presets(folders: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """The provenance of every preset in `folders`, by name; the first folder wins.
 
-    A file that is not data is left out: whoever asks for it by name hears why.
+    A file that is not data is left out; asking for it by name says why.
     """
     found: dict[str, dict[str, Any]] = {}
     for folder in folders:
@@ -120,10 +120,10 @@ def described(found: Mapping[str, Any]) -> str:
 
 
 def other_machine(found: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> list[str]:
-    """How this machine differs from the one that a preset was promoted on: a line for each.
+    """How this machine differs from the one that a preset was promoted on, a line for each.
 
-    Compared are the GPU (without one, the CPU), its driver, torch, triton and aiter; what either
-    side does not know is not compared. An empty list: its figures hold here.
+    The GPU (without one, the CPU), its driver, torch, triton and aiter are compared where both
+    sides know them. The preset's figures hold here if the list is empty.
     """
     gpu = fingerprint["gpu"] or {}
     here: dict[str, Any] = {"gpu": gpu.get("name"), "driver": gpu.get("driver")}
@@ -139,10 +139,7 @@ def other_machine(found: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> l
 
 
 def warn(name: str, preset_dir: Path | None, machine: Machine, platform: Platform) -> None:
-    """Warn (`UserWarning`) where this machine is another one than the preset's: once, in all words.
-
-    For whoever uses a preset without measuring it here.
-    """
+    """Warn (`UserWarning`) that a preset is used, unmeasured, on another machine than its own."""
     found = presets(folders(preset_dir)).get(name, {})
     differences = other_machine(found, fingerprint(machine, platform))
     if differences:

@@ -9,7 +9,8 @@ from pathlib import Path
 from openpi_opt import cli
 from openpi_opt.errors import UserError
 from openpi_opt.result import write_atomic
-from openpi_opt.track.store import DEFAULT_STORE, Store
+from openpi_opt.track.store import DEFAULT_STORE, find_studies
+from openpi_opt.verbs import verb_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,20 +20,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: no such store or study, or a file that cannot be written.
     """
     arguments = _parser().parse_args(argv)
-    store = Store.open(arguments.store, create=False)
-    print(write(store, arguments.study, arguments.out))
+    print(write(find_studies(arguments.store, arguments.study), arguments.out))
     return 0
 
 
-def write(store: Store, studies: Sequence[str], out: Path | None = None) -> Path:
-    """Write the report of studies; without `out` beside the journal of the first one.
+def write(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report of studies, given by their folders; without `out` into the first one.
 
     Raises:
-        UserError: no such study, or a file that cannot be written.
+        UserError: a damaged study, or a file that cannot be written.
     """
     from openpi_opt.track.html_report import Study, html
 
-    folders = [store.find_study(name) for name in studies]
     path = out or folders[0] / "report" / "report.html"
     text = html([Study.read(folder) for folder in folders])
     try:
@@ -44,15 +43,21 @@ def write(store: Store, studies: Sequence[str], out: Path | None = None) -> Path
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.report",
+    parser = verb_parser(
+        "report",
         description=(
             "Write one self-contained HTML file: the best, a table with intervals, stages against "
-            "their floors, importance of knobs, kernel categories, flags, how to reproduce."
+            "their floors, importance of knobs, kernel categories, ladder, flags, how to "
+            "reproduce. Several studies share a table where machine, software and workload are "
+            "equal, and stand side by side where they are not."
         ),
-        epilog="example: python -m openpi_opt.report first --out first.html",
     )
-    parser.add_argument("study", nargs="+", metavar="STUDY")
+    parser.add_argument(
+        "study",
+        nargs="+",
+        metavar="STUDY",
+        help="name, or the folder of a study of another store (STORE/studies/NAME)",
+    )
     parser.add_argument(
         "--store", default=DEFAULT_STORE, metavar="DIR", help="the sweep's store (default: mlruns)"
     )

@@ -48,7 +48,7 @@ class Latency(_Part):
     """Latency of one whole `sample_actions` call in milliseconds, over `samples_ms`.
 
     `clock` says what was read: device events on a GPU, the wall clock on a CPU. The wall clock is
-    kept beside device events. The intervals hold for this process; the spread between processes is
+    kept as well. The intervals hold for this process; the spread between processes is
     not in them. `noisy`: std above 10% of the mean.
 
     - `ci95_*` bound the mean (Student's t over `effective_samples`, which is less than
@@ -56,10 +56,10 @@ class Latency(_Part):
     - `rel_ci` is the relative half-width of the wider of the two; `asked_rel_ci` what was asked
       for, None for a fixed number of iterations.
     - `ended` says why there are not more iterations: the interval was expected to be narrow enough
-      after so many (`interval`), or the time (`seconds`) or number allowed (`iterations`) was.
+      by then (`interval`), or the time (`seconds`) or number allowed (`iterations`) was used up.
     - `planning_samples_ms` are the calls by which the number of iterations was chosen. No figure
       contains them: a number of iterations chosen by the samples that it reports biases the mean.
-    - `looks` says what the run does beside scattering: "drifting up 3.0% over the run".
+    - `looks` says what the run does apart from scattering: "drifting up 3.0% over the run".
     - `upload_ms` is the mean time in which an observation reaches the GPU, measured before each
       call and in no other figure; None on a CPU.
     """
@@ -226,7 +226,8 @@ class StructureReport(_Part):
 
     `rel_l2` is the worst distance of its float32 form from the float32 reference, `local` are the
     operations that have no such form, `unchecked` those that nothing but the candidate's own
-    precision checks, with the reason. `problem` says what is wrong.
+    precision checks, with the reason. `emulated` are the distances of a lossy candidate's rounding,
+    written plainly, by case. `problem` says what is wrong.
     """
 
     passed: bool
@@ -236,6 +237,7 @@ class StructureReport(_Part):
     large_logits_rel_l2: float | None = None
     local: list[LocalCheck] = Field(default_factory=list)
     unchecked: list[str] = Field(default_factory=list)
+    emulated: dict[str, float] = Field(default_factory=dict)
     problem: str | None = None
 
 
@@ -256,7 +258,8 @@ class GuardReport(_Part):
 
     The worst is the one nearest to, or farthest beyond, its tolerance; `case` names it.
     `plain_rel_l2` is the distance of the plain eager policy in the same precision. `power` is None
-    where `python -m openpi_opt.guard` has not measured it. Format 3 adds the last four fields.
+    where `python -m openpi_opt.guard` has not measured it. `problem` is what is wrong besides the
+    distance. Format 3 adds the last five fields.
     """
 
     passed: bool
@@ -270,6 +273,7 @@ class GuardReport(_Part):
     structure: StructureReport | None = None
     timed: TimedReport | None = None
     power: GuardPower | None = None
+    problem: str | None = None
 
 
 class Memory(_Part):
@@ -394,8 +398,8 @@ class Ok(_Common):
 class Pruned(_Common):
     """The actions are right, and the call is surely slower than `limit_ms`, so it was left at that.
 
-    `seen_*` is what the first calls after the warm-up showed: enough for that, no latency. The
-    kernels are counted all the same.
+    `seen_*` are what the first calls after the warm-up showed. They are too few for a latency.
+    The kernels are counted all the same.
     """
 
     outcome: Literal["pruned"] = "pruned"
@@ -428,7 +432,7 @@ class Refused(_Common):
 
 
 class Failed(_Common):
-    """Started and did not come to an end of its own."""
+    """The trial started and did not end by itself."""
 
     outcome: Literal["oom", "timeout", "crashed", "error"]
     reason: str
@@ -486,7 +490,7 @@ def write_atomic(path: Path, content: str | bytes, replace: bool = True) -> None
 
 
 def _open_nameless(folder: Path) -> int | None:
-    """A file without a name in `folder`, for writing; None where there is no such thing."""
+    """A file without a name in `folder`, for writing; None where the file system has none."""
     if not hasattr(os, "O_TMPFILE") or not os.path.exists("/proc/self/fd"):
         return None
     try:

@@ -43,6 +43,7 @@ from openpi_opt.space.compose import compose
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import DEFAULT_STORE, Store
+from openpi_opt.verbs import verb_parser
 
 # One-sided level of each bound of a 95% interval.
 ALPHA = 0.025
@@ -71,7 +72,7 @@ class Measured:
         return shown not in self.failed
 
     def means(self, *shown: str) -> list[float]:
-        """Means in ms of the processes that are called so, in order of time."""
+        """Means in ms of the processes with these names, in order of time."""
         return [p.result.latency.mean_ms for p in self.processes if p.shown in shown]
 
     def confirmed(self, shown: str) -> Confirmed:
@@ -126,13 +127,13 @@ class Session:
 
     @contextmanager
     def alone(self, device: int | str | None) -> Iterator[None]:
-        """Have the device; a study's best is what it is then, not what it was before the wait.
+        """Take the device, then look again for the study's best: the wait may have been long.
 
         Raises:
             UserError: as `FreshRuns.alone`.
         """
         with self.runs.alone(self.config, device):
-            self.deadline = Deadline(self.deadline.limit_s)  # the wait is not of this time
+            self.deadline = Deadline(self.deadline.limit_s)  # the wait does not count
             if self.again is not None:
                 before, self.config = self.config, self.again()
                 if before.hash() != self.config.hash():
@@ -149,8 +150,8 @@ class Session:
     ) -> Measured:
         """Every configuration once per round, in random order.
 
-        `configs` are by what is said of them. The order depends on the seed, the stage and the
-        configurations alone, so after an interruption it is the same.
+        The keys of `configs` are what the screen calls them. The order depends on the seed, the
+        stage and the configurations alone, so it is the same after an interruption.
 
         Raises:
             UserError: one of `needed` was not ok.
@@ -192,7 +193,7 @@ class Session:
     def judged(
         self, configs: Mapping[str, Config], needed: Collection[str], stage: str
     ) -> Measured:
-        """`interleaved` in all rounds that fit into the time, whose number `rounds` becomes.
+        """`interleaved`, in all rounds that fit into the time; `rounds` becomes their number.
 
         Raises:
             UserError: `needed` was not ok, or the time was too short for any statement.
@@ -256,7 +257,7 @@ class Session:
         )
 
     def about(self) -> dict[str, Any]:
-        """What the figures are of, for JSON."""
+        """What the figures belong to, for JSON."""
         cfg = self.config
         seen = self.runs.fingerprint(cfg)
         return {
@@ -313,7 +314,7 @@ def cells(measured: Confirmed) -> list[str]:
 
 
 def plain(measured: Confirmed) -> dict[str, Any]:
-    """The same and what it rests on, for JSON."""
+    """Mean, interval and the means that they rest on, for JSON."""
     return {
         "mean_ms": measured.mean_ms,
         "ci95_ms": list(measured.ci95_ms()),
@@ -324,8 +325,8 @@ def plain(measured: Confirmed) -> dict[str, Any]:
 
 def parser(verb: str, description: str, report: str) -> argparse.ArgumentParser:
     """The options that all three verbs have; `report` says what goes to --out."""
-    found = argparse.ArgumentParser(
-        prog=f"python -m openpi_opt.{verb}",
+    found = verb_parser(
+        verb,
         description=description,
         epilog="After an interruption, or when the time was over, the same command goes on; "
         "finished processes are kept.",
@@ -338,7 +339,10 @@ def parser(verb: str, description: str, report: str) -> argparse.ArgumentParser:
         help="begin no round that would not end within this time; what was done is reported",
     )
     found.add_argument(
-        "--seed", type=cli.at_least(0), default=0, help="another one measures anew (default: 0)"
+        "--seed",
+        type=cli.at_least(0),
+        default=0,
+        help="another seed measures all again (default: 0)",
     )
     found.add_argument("--device", type=gpu_name, metavar="GPU", help=DEVICE_HELP)
     found.add_argument("--out", metavar="DIR", help=f"where {report} (default: the study)")
@@ -376,7 +380,7 @@ def open_session(
     study_dir: Path,
     again: Callable[[Journal], Config] | None = None,
 ) -> Session:
-    """A session on a study, which is made when there is none.
+    """A session on a study, which is made if it does not exist.
 
     Raises:
         UserError: a study that cannot be read or written.

@@ -30,6 +30,7 @@ from openpi_opt.machine import find_aiter, probe
 from openpi_opt.space.compose import compose
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import DEFAULT_STORE, Store
+from openpi_opt.verbs import verb_parser
 
 _UNTUNED, _TUNED = "bf16_untuned_gemm.csv", "bf16_tuned_gemm.csv"
 _OFFLINE, _RESULTS = "tunableop_untuned0.csv", "tunableop_results0.csv"
@@ -179,7 +180,7 @@ def _text(found: Counter[Product], libraries: dict[Product, str | None] | None) 
         )
     else:
         hits = sum(library is not None for library in libraries.values())
-        lines.append(f"the tables serve {hits} of {len(found)} products")
+        lines.append(f"aiter serves {hits} of {len(found)} products")
     return "\n".join(lines)
 
 
@@ -225,12 +226,10 @@ def _next(folder: Path, command: list[str], cfg: Config) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.tune",
+    parser = verb_parser(
+        "tune",
         description="Write the matrix products of a configuration for AMD's tuners, say how to run "
         "them, and which products a tuned table serves.",
-        epilog="Example: python -m openpi_opt.tune gemm preset=mi350_runbook --out tuned "
-        "--gpu gfx950:256",
     )
     parser.add_argument("kind", choices=("gemm",), help="what is tuned")
     parser.add_argument(

@@ -11,12 +11,15 @@ import sys
 import time
 import webbrowser
 from collections.abc import Sequence
+from pathlib import Path
 
 from openpi_opt import cli
 from openpi_opt.errors import UserError
 from openpi_opt.track.journal import Journal
+from openpi_opt.track.link import page_of, serving
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError, tracking_of
 from openpi_opt.track.store import DEFAULT_STORE, Store, sqlite_url
+from openpi_opt.verbs import verb_parser
 
 HOST = "127.0.0.1"
 _START_S = 90
@@ -32,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = Store.open(arguments.store, create=False)
     port = _port(arguments.port)
     os.environ.pop("MLFLOW_TRACKING_URI", None)  # this is about the store's own database
-    page = _page(store, arguments.study or _latest(store), f"http://{HOST}:{port}")
+    study_dir = store.find_study(arguments.study or _latest(store))
+    _deliver(store, study_dir)
+    address = f"http://{HOST}:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
     command += ["--backend-store-uri", sqlite_url(store.mlflow_db), "--workers", "1"]
     command += ["--default-artifact-root", store.artifacts.as_uri()]
@@ -40,11 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as server:
         try:
             _wait(server, port)
-            print(page, flush=True)
-            cli.say("serving on this host alone, until Ctrl-C")
-            if arguments.browser:
-                webbrowser.open(page)
-            return server.wait()
+            with serving(store.path, address):
+                page = f"{address}/{page_of(study_dir)}"
+                print(page, flush=True)
+                cli.say("serving on this host alone, until Ctrl-C")
+                if arguments.browser:
+                    webbrowser.open(page)
+                return server.wait()
         finally:
             server.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -60,15 +67,13 @@ def _latest(store: Store) -> str:
     return max(names, key=lambda name: store.study_dir(name).stat().st_mtime)
 
 
-def _page(store: Store, study: str, server: str) -> str:
-    """The address of a study, after MLflow got what it lacks of it."""
-    study_dir = store.find_study(study)
+def _deliver(store: Store, study_dir: Path) -> None:
+    """Let MLflow have what it lacks of a study."""
     journal = Journal.read(study_dir)
     log = MlflowLog(store, tracking_of(journal))
     try:
         log.sync(study_dir, journal)
         log.show(study_dir, journal)
-        return log.page(server, study)
     except TrackingError as error:
         raise UserError(str(error)) from error
 
@@ -95,10 +100,9 @@ def _wait(server: subprocess.Popen[bytes], port: int) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.ui",
+    parser = verb_parser(
+        "ui",
         description="Start MLflow's server on a free port of this host and open a study there.",
-        epilog="example: python -m openpi_opt.ui first",
     )
     parser.add_argument("study", nargs="?", metavar="STUDY", help="default: the latest")
     parser.add_argument(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,56 @@ _ALL = (
         "-m attention=eager,sdpa",
         takes_overrides=True,
     ),
-    Verb("compare", "a study as a table, JSON or CSV", "first", takes_study=True),
-    Verb("report", "a study as one HTML file", "first --out first.html", takes_study=True),
+    Verb(
+        "compare",
+        "studies as a table, JSON or CSV",
+        "first --columns p95_ms,p99_ms",
+        takes_study=True,
+    ),
+    Verb("report", "studies as one HTML file", "first --out first.html", takes_study=True),
     Verb("ui", "MLflow's server, open on a study", "first", takes_study=True),
     Verb(
-        "promote", "confirm the best of a study as a preset", "first --name fast", takes_study=True
+        "promote",
+        "confirm the best of a study as a preset",
+        "first --name fast --minutes 30",
+        takes_study=True,
     ),
     Verb("ladder", "build a configuration up, a knob at a time", "preset=h100", True, True),
     Verb("ablate", "take a configuration apart, a knob at a time", "preset=h100", True, True),
-    Verb("pairs", "compare two configurations in rounds of fresh processes", "preset=h100", True),
+    Verb(
+        "pairs",
+        "compare two configurations in rounds of fresh processes",
+        "graph=manual --a attention=sdpa --b attention=triton",
+        True,
+    ),
     Verb("guard", "what the check of the actions can and cannot see", "model=pi0_mini", True),
-    Verb("serve", "a preset behind openpi's websocket protocol", "preset=h100 robot=libero", True),
+    Verb(
+        "serve",
+        "a preset behind openpi's websocket protocol",
+        "preset=h100 checkpoint=FOLDER robot=libero tokenizer=FILE",
+        True,
+    ),
     Verb("analyze", "where the time goes in a profiler's trace", "trace.json.gz"),
-    Verb("kernels", "registers, spills and instructions of the own kernels", ""),
-    Verb("tune", "matrix products for AMD's tuners", "gemm preset=mi350_runbook", True, True),
+    Verb("kernels", "registers, spills and instructions of the own kernels", "--arch gfx942,sm90"),
+    Verb(
+        "tune",
+        "matrix products for AMD's tuners",
+        "gemm preset=mi350_runbook --out tuned --gpu gfx950:256",
+        True,
+        True,
+    ),
     Verb("doctor", "what this machine has and lacks", ""),
     Verb("track", "deliver to MLflow what it lacks", "sync"),
 )
 VERBS = {verb.name: verb for verb in _ALL}
+
+
+def verb_parser(name: str, description: str, epilog: str = "", **more: Any) -> ArgumentParser:
+    """The parser of a verb's command line; its help ends with the verb's example."""
+    example = f"example: python -m openpi_opt.{name} {VERBS[name].example}".rstrip()
+    return ArgumentParser(
+        prog=f"python -m openpi_opt.{name}",
+        description=description,
+        epilog=f"{epilog}\n{example}".strip(),
+        **more,
+    )

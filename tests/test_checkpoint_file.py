@@ -31,13 +31,20 @@ def test_a_file_and_its_folder_are_accepted(good: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".pkl", ".ckpt"])
 def test_pickles_are_refused_with_the_reason(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"model{suffix}"
+    path = tmp_path / f"pytorch_model{suffix}"
     path.touch()
     with pytest.raises(UserError, match="loading one can run any code"):
         inspect(str(path))
+    with pytest.raises(UserError, match=f"pytorch_model{suffix} is a pickle"):
+        inspect(str(tmp_path))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_other_paths_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights.npz").touch()
+    with pytest.raises(UserError, match=r"'\.npz'; allowed are \.safetensors"):
+        inspect(str(tmp_path / "weights.npz"))
+    with pytest.raises(UserError, match="does not exist"):
+        inspect(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"holds neither model\.safetensors"):
         inspect(str(tmp_path))
 
@@ -80,6 +87,25 @@ def test_what_an_index_names_is_looked_at_and_nothing_else(tmp_path: Path) -> No
     assert family(str(tmp_path)) == family(str(index)) == "pi0"
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *((text, "is no index") for text in ("[]", "{}", '{"weight_map": 3}')),
+        ("", "cannot be read as JSON"),
+        ('{"weight_map": {}}', "names 0 shards"),
+        ('{"weight_map": {"a": "x.safetensors"}}', r"1 are missing: x\.safetensors"),
+        *(
+            (json.dumps({"weight_map": {"a": shard}}), "beside it")
+            for shard in ("../model.safetensors", "/etc/passwd", "model.bin")
+        ),
+    ],
+)
+def test_a_broken_index_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=rf"index\.json.*{words}"):
+        inspect(str(tmp_path))
+
+
 def with_header(file: Path, text: bytes) -> None:
     file.write_bytes(struct.pack("<Q", len(text)) + text)
 
@@ -119,6 +145,11 @@ def adapter(folder: Path) -> None:
     (folder / "adapter_model.safetensors").touch()
 
 
+def placeholder(folder: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / "model.safetensors").write_text(text)
+
+
 def named(*names: str) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         save_file({name: torch.zeros(2) for name in names}, folder / "model.safetensors")
@@ -140,6 +171,7 @@ FOREIGN = {
     ),
     "transformers": (named("model.vlm.lm_head.weight", "embed_action_time.x"), r"own PI0 classes"),
     "other": (named("model.layers.0.self_attn.q_proj.weight"), r"no tensor of a Pi0 policy"),
+    "placeholder": (placeholder, r"git lfs pull"),
     "run": (lambda folder: (folder / "pretrained_model").mkdir(), r"Give its folder"),
 }
 

@@ -142,6 +142,19 @@ def test_what_cannot_be_loaded_says_why(arguments: dict, words: str) -> None:
         load_policy(**arguments)
 
 
+@pytest.mark.parametrize("key", ["action_horizon", "chunk_size"])
+def test_the_horizon_is_the_checkpoints_unless_it_is_said(key: str, tmp_path: Path) -> None:
+    saved = weights.build(PI0_MINI, "cpu", steps=2)
+    weights.init_random(saved, 1)
+    checkpoint.save(saved, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({key: 6}))
+    with pytest.raises(UserError, match=r"trained to give 6 actions .*\.horizon=6 takes"):
+        load_policy(checkpoint=tmp_path, overrides=["platform=cpu", "workload=openpi"])
+    for said, horizon in (("workload.horizon=6", 6), ("++workload.horizon=4", 4)):
+        policy = load_policy(checkpoint=tmp_path, overrides=["platform=cpu", said])
+        assert policy.config.workload.horizon == horizon
+
+
 def test_threads_share_a_compiled_policy() -> None:
     policy = load_policy(overrides=[*SMALL, "compile=default", "simplify=all"])
     seen, noise = observation(policy)

@@ -116,12 +116,6 @@ def test_clearing_up_is_not_disturbed_but_by_the_second(program: Program) -> Non
     assert program.seconds < 30
 
 
-def test_what_is_shielded_is_ended_first(program: Program) -> None:
-    main = "from openpi_opt import interrupt\ndef main():\n    with interrupt.shielded():\n"
-    main += "        press()\n        time.sleep(0.3)\n        print('whole')\n    print('more')\n"
-    assert program.run(main) == (130, "whole\n", KEPT)
-
-
 def test_before_and_after_main(program: Program) -> None:
     early = "press()\ntime.sleep(60)\ndef main():\n    return 0\n"
     assert program.run(early) == (130, "", "interrupted: nothing was begun\n")

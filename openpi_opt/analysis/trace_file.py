@@ -13,6 +13,8 @@ import gzip
 import io
 import json
 import re
+import sys
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +25,13 @@ from openpi_opt.measure.trace import ProfileError, Recording
 
 MAX_FILE_MIB = 1024
 """Text of a trace that is read, unpacked: what is kept of it grows with its events."""
+MAX_RATIO, _RATIO_MIB = 64, 16
+"""Packed text may be so many times larger, from so many MiB on: real traces are 15 to 30 times."""
 MAX_VALUE_MIB = 16
 """One event, or one entry beside the events: kineto's largest have some ten KiB."""
 
 _CHUNK = 2**20
+_PATIENCE_SECONDS = 5.0
 _HEAD = 2**16
 _SDK_MIB = 512  # rocprofv3 writes all of a process as one value
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -39,7 +44,7 @@ def read_trace(path: Path) -> Recording:
 
     Raises:
         ProfileError: it cannot be read, is not JSON to its end, is no Chrome trace, is larger than
-            `MAX_FILE_MIB`, or has a damaged event.
+            `MAX_FILE_MIB`, unpacks to far more than traces do, or has a damaged event.
     """
     try:
         with _opened(path) as file:
@@ -95,6 +100,22 @@ def _events(text: _Text) -> Iterator[Any]:
         raise ProfileError(f"there is something after the end of the trace: {text.shown()}")
 
 
+def _refuse_bomb(file: IO[bytes] | gzip.GzipFile, read: int) -> None:
+    """Raise ProfileError where `read` bytes of text are more than a trace has."""
+    if read > MAX_FILE_MIB * 2**20:
+        raise ProfileError(f"more than {MAX_FILE_MIB} MiB of text; record a shorter time")
+    if not isinstance(file, gzip.GzipFile) or read < _RATIO_MIB * 2**20:
+        return
+    raw: Any = file.fileobj
+    packed = max(raw.tell(), 1)
+    if read > MAX_RATIO * packed:
+        raise ProfileError(
+            f"it unpacks to more than {MAX_RATIO} times its size ({packed >> 10} KiB to "
+            f"{read >> 20} MiB and more): no profiler writes such a trace; unpack it yourself if "
+            "it is one"
+        )
+
+
 class _Limited(io.RawIOBase):
     """A file of which `MAX_FILE_MIB` are read at most: gzip may unpack to terabytes."""
 
@@ -109,8 +130,7 @@ class _Limited(io.RawIOBase):
         """Read on."""
         data = self._file.read(len(buffer))
         self._read += len(data)
-        if self._read > MAX_FILE_MIB * 2**20:
-            raise ProfileError(f"more than {MAX_FILE_MIB} MiB of text; record a shorter time")
+        _refuse_bomb(self._file, self._read)
         buffer[: len(data)] = data
         return len(data)
 
@@ -127,6 +147,7 @@ class _Text:
         self._at = 0
         self._read = 0
         self._ended = False
+        self._said = time.monotonic()
 
     def peek(self) -> str:
         """The next character that is no space, or "" at the end."""
@@ -210,7 +231,9 @@ class _Text:
         data = self._file.read(size)
         self._read += len(data)
         self._ended = not data
-        if self._read > MAX_FILE_MIB * 2**20:
-            raise ProfileError(f"more than {MAX_FILE_MIB} MiB of text; record a shorter time")
+        _refuse_bomb(self._file, self._read)
+        if time.monotonic() > self._said + _PATIENCE_SECONDS:
+            self._said = time.monotonic()
+            print(f"reading, {self._read >> 20} MiB so far", file=sys.stderr)
         self._buffer = self._buffer[self._at :] + self._characters.decode(data, final=not data)
         self._at = 0

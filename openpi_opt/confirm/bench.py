@@ -88,7 +88,7 @@ def contenders(
             f"none of the {len(newest)} configurations of this study keeps its limits "
             f"({criteria.limits_text()}), so there is nothing to promote.\n"
             "promote takes another one with --limit NAME=VALUE; the sweep with another one judges "
-            "the same results anew. Or sweep further."
+            "the same results again. Or sweep further."
         )
     record, result = ok[0]
     plain = _unlimited(Config.load(result.config)).baseline()
@@ -147,7 +147,7 @@ def confirm(
     except NeededError:
         raise UserError(
             "the baseline did not end ok, so no gain can be stated; see above.\n"
-            "Mend the cause, then begin anew with --again."
+            "Mend the cause, then start over with --again."
         ) from None
     except power.TooShortError as error:
         raise too_short(wanted, error) from None
@@ -186,7 +186,7 @@ def check_time(runs: FreshRuns, candidates: Sequence[Contender], wanted: Wanted)
 
 
 class ProcessBench:
-    """A `promotion.Bench` of fresh processes; the schedule is kept beside their folders."""
+    """A `promotion.Bench` of fresh processes. The schedule is kept next to their folders."""
 
     def __init__(
         self,
@@ -262,12 +262,12 @@ class ProcessBench:
             found = Schedule.model_validate_json(self.path.read_bytes())
         except ValidationError:
             raise UserError(
-                f"{self.path} is damaged: it is no schedule of a promotion.\n"
+                f"{self.path} is damaged: it is not the schedule of a promotion.\n"
                 "Restore it, or begin a new promotion with --again."
             ) from None
         cli.say(
             f"continuing the promotion of {self.path.name}: {len(found.rounds)} rounds in the "
-            "order that was drawn for it; what is finished is not run again (--again begins anew)"
+            "order that was drawn for it; what is finished is not run again (--again starts over)"
         )
         return found
 

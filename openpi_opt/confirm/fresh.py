@@ -29,8 +29,9 @@ from openpi_opt.engine.executor import Run
 from openpi_opt.engine.trials import cannot_run, refused
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
-from openpi_opt.process.child import Stop, StoppedError, end_marked
+from openpi_opt.process.child import Stop, StoppedError
 from openpi_opt.process.devices import Lease, prepared, reserve
+from openpi_opt.process.leftovers import end_marked
 from openpi_opt.process.run import Place, parse_result, run_trial
 from openpi_opt.process.schedule import DeviceLostError, Entry, Room, Schedule, Turn
 from openpi_opt.result import Ok, TrialResult
@@ -45,8 +46,8 @@ MAX_THROTTLED = 3
 COOLING_S = 15.0
 # What a process is taken to need until one has been seen.
 _UNKNOWN_S = 60.0
-# Processes beside each other, whatever the device has room for: what is measured next depends on
-# what was found, and these may turn out to be in vain.
+# Processes that prepare at a time, whatever the device has room for. What is measured next depends
+# on what was found, so some of them may turn out to be in vain.
 _MOST_PREPARED = 5
 # Phases in which a process has the device, and those of them that a confirmation leaves out.
 _ALONE = ("warmup", "guard", "measure", "profile", "energy", "ceilings")
@@ -158,7 +159,7 @@ class FreshRuns:
             self.fingerprint_hash(cfg),
         ]
         gpu = self.fingerprint(cfg)["gpu"]
-        if gpu is not None:  # another GPU, however equal, begins anew
+        if gpu is not None:  # processes of another GPU do not count, even of the same model
             parts.append(gpu["uuid"])
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
@@ -182,8 +183,8 @@ class FreshRuns:
     def seconds(self, cfg: Config) -> float:
         """What a process of `cfg` adds to a session, by the journal; 60 when it knows none.
 
-        Its work with the device for itself is that of its last processes. The rest is shared by
-        the processes beside each other: the mean over the last ones of any configuration.
+        Its work with the device for itself is that of its last processes. The processes that
+        prepare together share the rest: the mean over the last ones of any configuration.
         """
         ok = [record for record in self.journal.records() if isinstance(record.result, Ok)]
         if not ok:
@@ -274,7 +275,7 @@ class FreshRuns:
                 self._say(f"  {shown}: throttled, discarded; again in {wait:.0f} s")
                 pause(wait)
         raise UserError(
-            f"{shown}: the GPU's clock was throttled in {MAX_THROTTLED + 1} processes on end, so "
+            f"{shown}: the GPU's clock was throttled in {MAX_THROTTLED + 1} processes in a row, so "
             "no latency would hold.\nCool it or raise its power limit. What is finished is kept: "
             "the same command continues."
         )

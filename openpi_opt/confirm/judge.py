@@ -1,10 +1,10 @@
 """Judging a promotion: gains from interleaved fresh processes, verdicts, and the winner.
 
-The best of many equal configurations looks faster than the baseline nearly always, so the numbers
+The best of many equal configurations nearly always looks faster than the baseline. So the numbers
 that chose the finalists say nothing about their gain. In confirmation every configuration runs
-once per round, in an order drawn anew for each round, so that drift of the machine meets all
-alike. A gain is judged from the paired differences of the rounds only, with a one-sided Student
-interval on the log scale; the number of rounds is fixed beforehand (`confirm.power`).
+once per round, in an order drawn for that round, so that drift of the machine meets all alike. A
+gain is judged from the paired differences of the rounds only, with a one-sided Student interval on
+the log scale. The number of rounds is fixed beforehand (`confirm.power`).
 """
 
 from __future__ import annotations

@@ -20,18 +20,18 @@ from pydantic import BaseModel, ConfigDict
 
 GAIN = 0.01
 PROBABILITY = 0.95
-# A plan aims higher than the promise. The formulas take noise for normal, and recorded noise has
-# tails; with this aim the simulator finds a gain in 95% of promotions on recorded noise, too.
+# A plan aims higher than the promise: the formulas take noise for normal, and recorded noise has
+# tails. With this aim the simulator finds a gain in 95% of promotions on recorded noise, too.
 PLANNED = 0.99
-# No wider gain is promised when time is short.
+# The widest gain that is promised when time is short.
 WIDEST_GAIN = 0.9
 # Each of the two ways to promote wrongly (not faster than the baseline; not faster than a finalist
 # nearer to it) has this probability at most, over a whole promotion.
 TOTAL_ALPHA = 0.005
 MAX_FINALISTS = 5
 TAU_PROCESSES = 8
-# Where every contender is a finalist nobody is screened out. This many degrees of freedom are then
-# measured on the contenders, to know their spread.
+# Where every contender is a finalist, none is screened out. About this many degrees of freedom are
+# then measured on the contenders, to know their spread.
 NOISE_FREEDOM = 12
 NOISE_SHARE = 0.25  # of the time, at most
 MIN_PAIRS = 3
@@ -42,9 +42,9 @@ MIN_SCREENING = 2
 # A plan uses the upper bound of tau at this confidence, so that its power holds on average.
 TAU_CONFIDENCE = 0.975
 # A contender is left out of screening when it is this many standard deviations of a difference
-# behind the slowest place among the finalists: below 1e-4 for one that belongs there.
+# behind the last finalist's place. For one that belongs there the probability is below 1e-4.
 CUT = 6.0
-# From this excess kurtosis on, the noise has so rare and slow processes that a plan may fall short.
+# Above this excess kurtosis a few processes are so slow that a plan may fall short.
 WILD = 5.0
 
 _MAX_RUNS = 1 << 20

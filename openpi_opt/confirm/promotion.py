@@ -60,7 +60,7 @@ class Bench(Protocol):
         """What one process of this configuration takes, as far as is known."""
 
     def note(self, text: str) -> None:
-        """Say something."""
+        """Tell the user."""
 
     def schedule(self) -> Schedule | None:
         """The schedule of this promotion, when it was interrupted after it had been drawn."""
@@ -205,7 +205,7 @@ def check_time(
     contenders: Sequence[Subject],
     wanted: Wanted,
 ) -> str:
-    """What to expect of the time, by what processes took (`seconds`), before any is started.
+    """What to say of the time before any process starts; `seconds` tells what one takes.
 
     Raises:
         power.TooShortError: not even a machine that hardly scatters shows anything in the time.

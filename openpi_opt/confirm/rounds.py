@@ -21,7 +21,7 @@ _MARGIN = 1.05
 
 
 class NeededError(Exception):
-    """A configuration that the others are compared with did not end ok; its key is the argument."""
+    """A configuration that others are compared with did not end ok; its key is the argument."""
 
 
 # Measures one fresh process for each place, in order. Some places are asked for before the means of
@@ -31,7 +31,7 @@ Means = Callable[[Stage, Iterable[Numbered]], Generator[Mean, None, None]]
 
 @dataclass
 class Deadline:
-    """`limit_s` seconds from now on, or no end with None. It ends rounds, never what they show."""
+    """The end in `limit_s` seconds, or none. Time alone ends the rounds, whatever they show."""
 
     limit_s: float | None
     _began: float = field(default_factory=lambda: time.monotonic())
@@ -40,8 +40,8 @@ class Deadline:
     def another(self, begun: int, done: float) -> bool:
         """Whether one more round would end in time after `begun` rounds, of which `done` ended.
 
-        Processes are started ahead, so `done` counts processes, in rounds. The first round is begun
-        in any case within the time.
+        Processes start ahead of their turn, so `done` may be a fraction. The first round begins
+        whenever some of the time is left.
         """
         now = time.monotonic()
         if self._first is None:
@@ -91,7 +91,7 @@ def measure_rounds(
     with closing(means(stage, places())) as measured:
         for key, _, mean in measured:
             if key in dropped:
-                continue  # it had been started ahead
+                continue  # it had started ahead of its turn
             if mean is not None:
                 found[key].append(mean)
             elif key in needed:

@@ -95,18 +95,18 @@ class SimulatedBench:
             yield key, number, self._draw(key)
 
     def seconds(self, key: str) -> float:
-        """Time is no matter here."""
+        """All processes take the same time: there is no limit."""
         return 1.0
 
     def note(self, text: str) -> None:
-        """Nothing to say, 500 times."""
+        """Say nothing: it would be said 500 times."""
 
     def schedule(self) -> Schedule | None:
-        """A new promotion each time."""
+        """None: each promotion is a new one."""
         return None
 
     def keep(self, schedule: Schedule) -> None:
-        """Nothing: it is not interrupted."""
+        """Keep nothing: a simulated promotion is not interrupted."""
 
     def _draw(self, key: str) -> float:
         return float(np.exp(self._levels[key] + next(self._drawn)))
@@ -140,7 +140,7 @@ def shipped() -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Sweeps:
-    """What is simulated: `count` sweeps of so many `configurations`, each then promoted."""
+    """What is simulated: `count` sweeps of `configurations` each, and their promotions."""
 
     configurations: int
     count: int
@@ -290,7 +290,7 @@ def _share(text: str) -> float:
 
 def _positive_share(text: str) -> float:
     if not (value := _share(text)):
-        raise argparse.ArgumentTypeError(f"{text} is no spread and no gain: give more than 0")
+        raise argparse.ArgumentTypeError(f"{text} is neither a spread nor a gain: give more than 0")
     return value
 
 

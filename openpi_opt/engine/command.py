@@ -16,7 +16,6 @@ from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.errors import UserError, hidden
 from openpi_opt.machine import Machine
-from openpi_opt.paths import conf_dir
 from openpi_opt.remote.remote import Nodes, connected
 from openpi_opt.result import Ok
 from openpi_opt.space.named import chosen_starts
@@ -24,8 +23,9 @@ from openpi_opt.space.points import Compose, Points
 from openpi_opt.space.prepare import prepare, require_some
 from openpi_opt.space.settings import Settings, check_not_swept, default_study_name
 from openpi_opt.space.space import Space
+from openpi_opt.track.link import where
 from openpi_opt.track.mlflow_content import reason
-from openpi_opt.track.report import Group, Row, groups, mean_ms, what
+from openpi_opt.track.report import Group, Row, groups, mean_ms, whole
 from openpi_opt.track.store import DEFAULT_STORE, Store, check_study_name
 from openpi_opt.track.table import print_table
 
@@ -136,14 +136,7 @@ def _front_line(row: Row, group: Group) -> str:
     figures = zip(criteria.figures(), values, strict=True)
     shown = ", ".join(figure.text(value) for figure, value in figures)
     gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
-    return f"  trial {row.record.number} ({_what(row, group)}): {shown}{gain}"
-
-
-def _what(row: Row, group: Group) -> str:
-    """What tells it apart from the baseline."""
-    words = [*(f"{key}={text}" for key, text in group.shared.items()), what(row, group)]
-    found = " ".join(word for word in words if word != "nothing else")
-    return found + (", lossy" if row.lossy else "")
+    return f"  trial {row.record.number} ({whole(row, group)}): {shown}{gain}"
 
 
 def _best_line(row: Row, group: Group) -> str:
@@ -153,7 +146,7 @@ def _best_line(row: Row, group: Group) -> str:
     for figure in group.criteria.figures():
         if figure.key != "mean_ms":
             figures += f", {figure.name} {figure.text(figure.value(row.ok))}"
-    line = f"trial {row.record.number} ({_what(row, group)}), {figures}"
+    line = f"trial {row.record.number} ({whole(row, group)}), {figures}"
     if row.record.role == "baseline":
         return f"best: the baseline, {line}; nothing that was tried is faster"
     gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
@@ -187,10 +180,7 @@ def _print_next(outcome: StudyOutcome, promotable: bool, flag: str) -> None:
     print(f"  python -m openpi_opt.compare {outcome.name}{store}{flag}")
     if promotable:
         print(f"  python -m openpi_opt.promote {outcome.name}{store}{flag} --name NAME")
-    if conf_dir() == Path.cwd() / "conf" and not store:
-        print("  make ui")
-    else:
-        print(f"  make ui STORE={outcome.store.path}")
+    print(f"  {where(outcome.store.study_dir(outcome.name))}")
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from openpi_opt.space.points import Points
 from openpi_opt.space.sensible import LeftOut, NotSensibleError
 from openpi_opt.space.sources import Source
 from openpi_opt.track.identity import summary
+from openpi_opt.track.optuna_copy import note_point
 
 # How often to look what other sweeps have finished, while there is something to wait for.
 _POLL_SECONDS = 0.25
@@ -206,6 +207,8 @@ class Jobs:
             return
         job.let_go(done=True)
         self.findings.take(job, record)
+        if job.proposal is not None and record.params != job.params:
+            note_point(self.ledger.study_dir, self.findings.space, record.uid, job.params)
         if shown and job.proposal is not None:
             title = label(job.cfg, job.role, job.params)
             changed = self.ledger.known.changes(record)
@@ -231,7 +234,7 @@ class Jobs:
         self.findings.take(job, record)
         words = [self.findings.against_best(record.result)]
         if job.proposal is not None and self.request.swept:
-            words.append(f"[{self.pace.text()}]")
+            words.append(f"[{self.pace.text(job.position)}]")
         self.display.end(
             *(job.position, job.title, record),
             known=False,

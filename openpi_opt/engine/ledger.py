@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 from filelock import FileLock
 
-from openpi_opt import interrupt
 from openpi_opt.config import Config, Platform
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.known import Known
@@ -244,10 +244,21 @@ class Ledger:
             pareto.write(self.study_dir, self.journal.records())
             curve.write(self.study_dir, self.journal.records())
 
+    def report(self) -> str:
+        """Write the study as one HTML file; a line that says where it is, or why there is none."""
+        from openpi_opt.report import write
+
+        begun = time.monotonic()
+        try:
+            path = write([self.study_dir])
+        except Exception as error:  # noqa: BLE001
+            # Results are kept and their table is to come: whatever this is must not cost them.
+            return f"no report: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return f"report: {path} ({time.monotonic() - begun:.1f} s)"
+
     def close(self) -> None:
-        """Leave the study."""
-        with interrupt.shielded(), self.controllers.alone():
-            self.controllers.leave()
+        """Leave the study. No lock is waited for: its holder may be stopped."""
+        self.controllers.leave()
 
     def _recover(self) -> None:
         recover(self.study_dir, self.journal, self.controllers, self.claims, self._display.note)

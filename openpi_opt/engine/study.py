@@ -140,11 +140,15 @@ def run_study(
         ended = loop.run()
         loop.note_what_it_did()
         ledger.draw()
+        if request.swept:
+            display.note(ledger.report())
     finally:
-        executor.close()
-        ledger.close()
-        if copies is not None:
-            copies.close(len(ledger.journal))
+        try:
+            executor.close()
+            ledger.close()
+        finally:
+            if copies is not None:
+                copies.close(len(ledger.journal))
     return loop.outcome(store, ended)
 
 
@@ -164,6 +168,7 @@ def _optimizer(
         allow_lossy=settings.objective.allow_lossy,
         points=points,
         patience=pace.patience,
+        hurried=pace.is_short(),
     )
 
 
@@ -241,6 +246,7 @@ class _Loop:
             self._neighbours = Neighbours(
                 *(optimizer, space, jobs.points),
                 share=lambda: max(sampled.share(), jobs.pace.share()),
+                hurried=jobs.pace.is_short(),
             )
         sampled = Sampled(optimizer, space, limit, jobs.open_hashes, self._neighbours)
         return Timed(sampled, jobs.pace)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,6 +14,7 @@ from openpi_opt.engine.executor import LostError
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine
+from openpi_opt.process import tools
 from openpi_opt.process.devices import Lease
 from openpi_opt.process.locks import Held
 from openpi_opt.process.run import log_tail
@@ -111,9 +113,10 @@ def lost_result(cfg: Config, folder: Path, error: LostError) -> Failed:
 
 
 def refused(cfg: Config, machine: Machine) -> Refused | None:
-    """The result without a process, when a knob says that `cfg` cannot run here."""
-    for knob in KNOBS:
-        refusal = knob.check(cfg, machine)
+    """The result without a process, when something says that `cfg` cannot run here."""
+    checks = [partial(knob.check, cfg, machine) for knob in KNOBS]
+    for check in (*checks, partial(tools.refusal, cfg)):
+        refusal = check()
         if refusal is not None:
             return Refused(
                 outcome=refusal.outcome,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from openpi_opt.cli import print_uncut, run
 from openpi_opt.errors import UserError
 from openpi_opt.track.store import DEFAULT_STORE
+from openpi_opt.verbs import verb_parser
 
 if TYPE_CHECKING:
     from openpi_opt.kernels.offline import Arch
@@ -218,8 +219,8 @@ def _differences(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.kernels",
+    parser = verb_parser(
+        "kernels",
         description="Registers, shared memory, spills and occupancy of each own Triton kernel, "
         "compiled for GPUs that need not be here, and on AMD the instruction mix. Exit code 1 when "
         "one takes more than there is, or on AMD spills, loads narrowly or uses MFMA of 32x32.",

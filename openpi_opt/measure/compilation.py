@@ -26,7 +26,7 @@ def graphs() -> int:
 
 
 def found(late: int) -> Compilation | None:
-    """What was compiled, or None if nothing was; `late` graphs were compiled among the samples."""
+    """What was compiled, or None; `late` counts the graphs that were compiled among the samples."""
     dynamo: Any = sys.modules.get("torch._dynamo")
     compiled = graphs()
     if dynamo is None or compiled == 0:

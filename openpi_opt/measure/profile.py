@@ -10,13 +10,17 @@ import gzip
 import json
 import os
 import shutil
+import sys
+import tarfile
 import tempfile
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch.autograd import profiler as autograd_profiler
 from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -27,13 +31,9 @@ from openpi_opt.measure.trace import (
     OUTSIDE,
     Launch,
     ProfileError,
+    Recording,
     TraceEvent,
-    has_generated_loops,
-    list_kernels,
-    list_operators,
-    lost_launches,
     occupation,
-    replays_graph,
     shares_us,
     stage_by_sequence,
 )
@@ -70,6 +70,43 @@ class Profile:
     notes: list[str]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one call launched, and how long that kept a GPU busy; on a CPU the time is 0."""
+
+    launches: int
+    busy_ms: float
+
+    def __str__(self) -> str:
+        if self.busy_ms == 0.0:
+            return f"{self.launches} operations"
+        return f"{self.launches} kernels in {self.busy_ms:.3f} ms"
+
+
+def work(call: Callable[[T], object], inputs: T, device: torch.device) -> Work:
+    """Count the kernels of one call, or on a CPU its operators.
+
+    Where a GPU shows no kernel (ROCm hides those of a graph) the time is that of the wall's clock.
+    """
+    if device.type == "cpu":
+        with autograd_profiler.profile(use_kineto=True) as recorder:
+            call(inputs)
+        return Work(len(recorder.kineto_results.events()), 0.0)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        start_ns = time.perf_counter_ns()
+        call(inputs)
+        torch.cuda.synchronize(device)
+        wall_ns = time.perf_counter_ns() - start_ns
+    assert profiler.profiler is not None
+    results = profiler.profiler.kineto_results
+    spent_ns = [
+        event.duration_ns()
+        for event in results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA
+    ]
+    return Work(len(spent_ns), (sum(spent_ns) or wall_ns) / 1e6)
+
+
 def profile_call(
     call: Callable[[T], object],
     inputs: T,
@@ -90,7 +127,7 @@ def profile_call(
         ProfileError: no kernel or operator call was recorded.
     """
     events = _record(call, inputs, device, trace_path)
-    if BY_DEVICE[device].replay_hides_kernels and replays_graph(events):
+    if BY_DEVICE[device].replay_hides_kernels and Recording.of(events).replays_graph():
         without = None if uncaptured is None else _record(uncaptured, inputs, device, None)
         return profile_of_replay_on_rocm(events, without)
     found = profile_of(events, device)
@@ -98,6 +135,33 @@ def profile_call(
         return found
     reference = profile_of(_record(uncaptured, inputs, device, None), device)
     return with_stages_of(found, reference)
+
+
+def call_for_tool(call: Callable[[T], object], inputs: T, device: Device) -> None:
+    """One call for a profiler around this process, marked for CUDA's tools."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.profiler.start()
+        call(inputs)
+        synchronise(device)
+        torch.cuda.profiler.stop()
+    else:
+        call(inputs)
+        synchronise(device)
+
+
+def keep_generated_code(target: Path) -> list[str]:
+    """Pack what Inductor generated in this process into `target`; returns what to say of it."""
+    cache = sys.modules.get("torch._inductor.codecache")
+    modules = cache.PyCodeCache.modules if cache is not None else []
+    sources = sorted({str(module.__file__) for module in modules})
+    if not sources:
+        return []
+    with tarfile.open(target, "w:gz") as archive:
+        for source in sources:
+            archive.add(source, arcname=Path(source).name)
+    return [f"What Inductor generated is in {target.name}: {len(sources)} modules."]
 
 
 def profile_of_replay_on_rocm(
@@ -111,12 +175,12 @@ def profile_of_replay_on_rocm(
     Raises:
         ProfileError: there is nothing to count them on, or it recorded nothing.
     """
-    if without_graph is None or replays_graph(without_graph):
+    if without_graph is None or Recording.of(without_graph).replays_graph():
         # Inductor's own capture: the call without it cannot be had in this process.
         found = profile_of(events, "rocm")
         return replace(found, notes=[*found.notes, _HIDDEN_REPLAY])
     reference = profile_of(without_graph, "rocm")
-    if len(list_kernels(events)) >= reference.kernels.total:
+    if len(Recording.of(events).kernels()) >= reference.kernels.total:
         return with_stages_of(profile_of(events, "rocm"), reference)
     kernels = reference.kernels.model_copy(
         # The gaps of a call without its graph say nothing of the replay's.
@@ -127,14 +191,15 @@ def profile_of_replay_on_rocm(
 
 def profile_of(events: Sequence[TraceEvent], device: Device) -> Profile:
     """Read the trace of one inference. Raises ProfileError where nothing was recorded."""
-    launches = list_operators(events) if device == "cpu" else list_kernels(events)
+    recording, on_cpu = Recording.of(events), device == "cpu"
+    launches = (recording.operators() if on_cpu else recording.kernels()).launches()
     if not launches:
-        what = "operator call" if device == "cpu" else "device kernel"
+        what = "operator call" if on_cpu else "device kernel"
         raise ProfileError(
             f"torch.profiler recorded no {what}. On a GPU, CUPTI or roctracer may be missing or "
             "in use by another profiler; profile.kernels=false leaves the counts out."
         )
-    notes = _notes_on_cpu(events, launches) if device == "cpu" else _notes_on_gpu(events, launches)
+    notes = (_notes_on_cpu if on_cpu else _notes_on_gpu)(recording, launches)
     return _summary(launches, device, notes)
 
 
@@ -219,9 +284,9 @@ def _summary(launches: list[Launch], device: Device, notes: list[str]) -> Profil
     return Profile(kernels_of(launches, device), table_of(launches, device), launches, notes)
 
 
-def _notes_on_gpu(events: Sequence[TraceEvent], launches: Sequence[Launch]) -> list[str]:
+def _notes_on_gpu(recording: Recording, launches: Sequence[Launch]) -> list[str]:
     notes = []
-    lost = lost_launches(events)
+    lost = recording.lost_launches()
     if lost:
         notes.append(f"Counts are too low: {lost} launches have no kernel in the trace.")
     unknown = sum(launch.stage is None for launch in launches)
@@ -232,8 +297,8 @@ def _notes_on_gpu(events: Sequence[TraceEvent], launches: Sequence[Launch]) -> l
     return notes
 
 
-def _notes_on_cpu(events: Sequence[TraceEvent], launches: Sequence[Launch]) -> list[str]:
-    notes = [_GENERATED_LOOPS] if has_generated_loops(events) else []
+def _notes_on_cpu(recording: Recording, launches: Sequence[Launch]) -> list[str]:
+    notes = [_GENERATED_LOOPS] if recording.has_generated_loops() else []
     return [*notes, _NO_MARKERS] if launches[0].stage is None else notes
 
 

@@ -56,21 +56,19 @@ def summarise(
             raise ValueError(
                 f"{len(samples)} samples_ms but {len(other)} {name}: each iteration is read by all"
             )
-    mean = float(samples.mean())
-    std = float(samples.std(ddof=1))
+    mean, half_width = float(samples.mean()), mean_half_width(samples)
     inefficient = inefficiency(samples)
-    half_width = mean_half_width(samples)
     low, high = median_interval(samples)
-    p50, p95, p99 = np.percentile(samples, [50, 95, 99], method="linear")
+    p50, p95, p99 = map(float, np.percentile(samples, [50, 95, 99], method="linear"))
     found = findings(samples, inefficient)
     return Latency(
         clock=clock,
         mean_ms=mean,
-        std_ms=std,
+        std_ms=float(samples.std(ddof=1)),
         min_ms=float(samples.min()),
-        p50_ms=float(p50),
-        p95_ms=float(p95),
-        p99_ms=float(p99),
+        p50_ms=p50,
+        p95_ms=p95,
+        p99_ms=p99,
         ci95_low_ms=mean - half_width,
         ci95_high_ms=mean + half_width,
         p50_low_ms=low,

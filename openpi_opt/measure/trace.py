@@ -174,6 +174,10 @@ def occupation(launches: Iterable[Launch]) -> Occupation:
     return Occupation(busy, idle, longest)
 
 
+MAX_LAUNCHES = 1_000_000
+"""Of a recording: about 300 inferences, and 300 MB while they are sorted."""
+
+
 class Recording:
     """What a trace says of launches, gathered event by event in any order."""
 
@@ -204,6 +208,10 @@ class Recording:
                 a time that is negative or not a number.
         """
         self.events += 1
+        if len(self._device.start_us) + len(self._operators.start_us) > MAX_LAUNCHES:
+            raise ProfileError(
+                f"more than {MAX_LAUNCHES:,} kernels and operator calls; record a shorter time"
+            )
         if not isinstance(event, dict):
             raise ProfileError(f"Damaged event in the trace: {_shown(event)}")
         if event.get("ph") != "X":  # complete events only: those with a start and a duration
@@ -364,31 +372,6 @@ class Recording:
             rows = rows[np.argsort(moment[rows], kind="stable")]
             found[rows] = list(_innermost(sorted(listed), moment[rows].tolist()))
         return list(stages), found
-
-
-def list_kernels(events: Iterable[TraceEvent]) -> list[Launch]:
-    """`Recording.kernels` of a list of events, as objects."""
-    return Recording.of(events).kernels().launches()
-
-
-def list_operators(events: Iterable[TraceEvent]) -> list[Launch]:
-    """`Recording.operators` of a list of events, as objects."""
-    return Recording.of(events).operators().launches()
-
-
-def lost_launches(events: Iterable[TraceEvent]) -> int:
-    """`Recording.lost_launches` of a list of events."""
-    return Recording.of(events).lost_launches()
-
-
-def has_generated_loops(events: Iterable[TraceEvent]) -> bool:
-    """`Recording.has_generated_loops` of a list of events."""
-    return Recording.of(events).has_generated_loops()
-
-
-def replays_graph(events: Iterable[TraceEvent]) -> bool:
-    """`Recording.replays_graph` of a list of events."""
-    return Recording.of(events).replays_graph()
 
 
 def stage_by_sequence(

@@ -188,10 +188,10 @@ class Pi0Policy(nn.Module):
     def declare_layout(self, layout: Layout | None) -> None:
         """Promise that every later batch has the masks of `layout`; None takes the promise back.
 
-        The masks in the inputs are then not read (reading them would synchronise): who declares
-        asks `Layout.refusal` on the host. Visibilities get their static `segments`, and
-        the prefix cache keeps the valid keys only. That is exact: a masked key's weight is
-        exactly 0 and positions count valid tokens only.
+        The masks in the inputs are then not read, for reading them would synchronise. The caller
+        asks `Layout.refusal` on the host. Visibilities get their static `segments`, and the prefix
+        cache keeps the valid keys only. That is exact: a masked key's weight is exactly 0 and
+        positions count valid tokens only.
 
         A flexible layout promises only its bounds. Masks are read on the device, which packs the
         valid tokens (`packing`); visibilities get `segments` and the `padding` behind those.

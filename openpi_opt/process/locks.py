@@ -195,7 +195,7 @@ class Controllers:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """What only one sweep of the study does at a time: settling, beginning, ending."""
+        """What only one sweep of the study does at a time: settling and beginning."""
         with FileLock(self._folder / "settle.lock"):
             yield
 

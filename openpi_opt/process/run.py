@@ -19,9 +19,11 @@ from openpi_opt import result as results
 from openpi_opt.config import Config, Limits
 from openpi_opt.figures import LIMITS
 from openpi_opt.machine import Machine, probe
-from openpi_opt.process.child import Ended, Stop, Tether, Turn, end_marked, run_command
+from openpi_opt.process import tools
+from openpi_opt.process.child import Ended, Stop, Tether, Turn, run_command
 from openpi_opt.process.devices import Slot
 from openpi_opt.process.environment import child_environment
+from openpi_opt.process.leftovers import end_marked
 from openpi_opt.result import Failed, TrialResult
 from openpi_opt.track import identity
 
@@ -77,7 +79,8 @@ def run_trial(
     for left in (result, folder / identity.FILE):
         left.unlink(missing_ok=True)
     results.write_atomic(config, json.dumps(cfg.dump(), indent=1))
-    argv = [*command, "--in-place", "--config", str(config)]
+    argv = [*tools.command(cfg.profile.tool, folder), *command]
+    argv += ["--in-place", "--config", str(config)]
     argv += ["--result", str(result), "--references", str(store_references.resolve())]
     limits, machine = phase_limits(cfg.limits), machine or probe()
     started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -11,12 +11,14 @@ import math
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openpi_opt import cli
 from openpi_opt.errors import UserError
+from openpi_opt.verbs import verb_parser
 
 if TYPE_CHECKING:
     from openpi_opt.deploy import ReadyPolicy
@@ -37,8 +39,8 @@ Clients are openpi-client's WebsocketClientPolicy(host, port); GET /healthz answ
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; `settings` holds the keys of this command, `overrides` the others."""
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.serve",
+    parser = verb_parser(
+        "serve",
         description="Serve a policy to robots, by openpi's websocket protocol.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -101,7 +103,12 @@ def _policy(arguments: argparse.Namespace) -> ReadyPolicy:
     from openpi_opt.deploy import load_policy
 
     verify = not arguments.no_verify
-    policy = load_policy(overrides=arguments.overrides, verify=verify, **arguments.settings)
+    asks = "the guard is asked first where this combination is new here; --no-verify does not"
+    cli.say(f"loading ({asks})" if verify else "loading, without the guard")
+    with warnings.catch_warnings():
+        # As of a preset that was promoted on another machine.
+        warnings.showwarning = lambda message, *_, **__: cli.say(f"warning: {message}")
+        policy = load_policy(overrides=arguments.overrides, verify=verify, **arguments.settings)
     cfg = policy.config
     weights = cfg.weights.path or "random weights, which are for measuring only"
     cli.say(

@@ -36,7 +36,7 @@ from openpi_opt.provenance import resolve_auto
 from openpi_opt.space.errors import user_errors
 from openpi_opt.space.files import PRESETS, Folder, PresetFolder, preset_parents, read
 from openpi_opt.space.settings import Settings
-from openpi_opt.space.space import parse_override
+from openpi_opt.space.space import head, parse_override
 
 _CONTROL = (*Settings.model_fields, "provenance", "hydra")
 _SCALARS = (str, int, float, bool, type(None))
@@ -109,7 +109,7 @@ class Composer:
         Raises:
             UserError: unknown group, option or key; a value that no schema admits.
         """
-        values = self._assembled(overrides)
+        values = self.assembled(overrides)
         return trial_config(self.compose(overrides).values if values is None else values)
 
     def settings(self, overrides: Sequence[str]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ class Composer:
             folders.append(self._preset_dir)
         return [path for folder in folders if (path := folder / f"{option}.yaml").is_file()]
 
-    def _assembled(self, overrides: Sequence[str]) -> dict[str, Any] | None:
+    def assembled(self, overrides: Sequence[str]) -> dict[str, Any] | None:
         """The sections and settings without Hydra, or None where only Hydra can tell."""
         parsed = [parse_override(line) for line in overrides]
         shared = tuple(o.input_line or "" for o in parsed if _section(o) is None)
@@ -282,11 +282,6 @@ def trial_config(values: Mapping[str, Any]) -> Config:
         UserError: unknown key, or a value that no schema admits.
     """
     return Config.parse({key: value for key, value in values.items() if key not in _CONTROL})
-
-
-def head(override: Override) -> str:
-    """The group or setting that an override is about."""
-    return override.key_or_group.split(".")[0].split("/")[0]
 
 
 @contextmanager

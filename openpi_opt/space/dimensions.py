@@ -6,20 +6,16 @@ what Optuna stores, what Hydra composes and what the user typed are one and the 
 
 from __future__ import annotations
 
-import bisect
-import decimal
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-# Above this a range of floats is handed to Optuna as a list of choices no more.
+# A range of floats has at most this many values.
 MAX_LISTED = 10_000
 
 
@@ -53,7 +49,7 @@ class Dimension(ABC):
 
 @dataclass(frozen=True)
 class Choices(Dimension):
-    """A list of values: `a,b`, `choice(a,b)`, `glob(*)`, or floats that form no even grid."""
+    """A list of values: `a,b`, `choice(a,b)`, `glob(*)`, or a range of floats."""
 
     values: tuple[str, ...]
 
@@ -136,43 +132,6 @@ class Integers(Dimension):
 
 
 @dataclass(frozen=True)
-class EvenFloats(Dimension):
-    """An evenly spaced list of floats: `range(0.1,0.5,0.1)`."""
-
-    values: tuple[float, ...]
-    step: float
-
-    def count(self) -> int:
-        """How many there are."""
-        return len(self.values)
-
-    def texts(self) -> Sequence[str]:
-        """In the order of the range, which may fall."""
-        return tuple(repr(value) for value in self.values)
-
-    def distribution(self) -> BaseDistribution:
-        """A grid of Optuna's, whose points may differ from ours in the last digit."""
-        from optuna.distributions import FloatDistribution
-
-        return FloatDistribution(self._sorted[0], self._sorted[-1], step=self.step)
-
-    def value(self, text: str) -> float:
-        """The number."""
-        return float(text)
-
-    def text(self, value: str | int | float) -> str:
-        """The element nearest to Optuna's point, so that both write the same digits."""
-        number = float(value)
-        at = bisect.bisect_left(self._sorted, number)
-        near = self._sorted[max(0, at - 1) : at + 1]
-        return repr(min(near, key=lambda element: abs(element - number)))
-
-    @cached_property
-    def _sorted(self) -> list[float]:
-        return sorted(self.values)
-
-
-@dataclass(frozen=True)
 class Interval(Dimension):
     """A continuum: `interval(0.1,1)`, `tag(log,interval(1e-4,1))`."""
 
@@ -185,7 +144,7 @@ class Interval(Dimension):
         return 1 if self.low == self.high else None
 
     def texts(self) -> Sequence[str]:
-        """The ends and a point between them that is no round number."""
+        """The ends and a point between them that is not a round number."""
         between = self.low + (math.sqrt(5) - 1) / 2 * (self.high - self.low)
         return tuple(repr(value) for value in dict.fromkeys((self.low, between, self.high)))
 
@@ -202,20 +161,6 @@ class Interval(Dimension):
     def text(self, value: str | int | float) -> str:
         """The number with all its digits."""
         return repr(float(value))
-
-
-def floats(values: Sequence[float]) -> Dimension:
-    """The dimension for a list of floats: a grid when it is one for Optuna too, else choices.
-
-    Adding a step again and again leaves 0.30000000000000004; twelve digits are kept, so that the
-    value is the one a user would write.
-    """
-    rounded = tuple(float(f"{value:.12g}") for value in values)
-    decimals = [decimal.Decimal(repr(value)) for value in rounded]
-    steps = {abs(b - a) for a, b in itertools.pairwise(decimals)} or {decimal.Decimal(1)}
-    if len(steps) == 1:
-        return EvenFloats(rounded, step=float(steps.pop()))
-    return Choices(tuple(repr(value) for value in rounded))
 
 
 class _Texts(Sequence[str]):

@@ -1,7 +1,8 @@
 """Option files as data: what Hydra composes is read here, the project's own files and the users'.
 
-A preset or a space may come from anywhere, so a file is bounded in size, depth and aliases, names
-no code to run, reads no variable that could hold a secret, and does not lead out of its folder.
+A preset or a space may come from anywhere. So a file is bounded in size, depth and aliases. It
+names no code to run, reads no variable that could hold a secret, and does not lead out of its
+folder.
 Words mean what they mean on the command line: `off` is a word, `1e-3` and `016` are numbers
 (YAML 1.2, not 1.1), so that `- override /compile: off` chooses the option `off`.
 """
@@ -31,7 +32,6 @@ _TARGET_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 _IN_PRESETS = ("defaults", "provenance")
 # Variables that `${oc.env:NAME}` may read: they say where things are.
 _PLACES = re.compile(r"HOME|USER|PWD|TMPDIR|SCRATCH|WORK|[A-Z0-9_]+_(DIR|PATH|HOME|ROOT)")
-_GLOBAL = re.compile(r"^#\s*@package\s+_global_\s*$", re.MULTILINE)
 _PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)\s*$", re.MULTILINE)
 # A part of an option's name: `a`, `a.b`, `a=b` and so on, but no way out of its folder.
 _PART = re.compile(r"[^\W.][\w.+=,@ -]*")
@@ -39,7 +39,7 @@ _LONGEST = 200
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain words, of which only true, false and null are no text or number."""
+    """YAML 1.2's plain words: only true, false and null are neither text nor numbers."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A key that is there twice is refused: the last one would win without a word."""
@@ -305,8 +305,8 @@ def _check_entry(path: Path, entry: Any) -> None:
         for name in option if isinstance(option, list) else [option]:
             if name is not None and not isinstance(name, str):
                 raise UserError(
-                    f"{path}: {group}: {name} is no word, and an option's name is one. Put it into "
-                    f'quotes: "{name}".'
+                    f"{path}: {group}: {name} is not a word, and an option's name is one. Put it "
+                    f'into quotes: "{name}".'
                 )
             if name not in (None, "_self_") and not str(group).startswith("override hydra"):
                 check_option(str(group).split("/")[-1].partition("@")[0], name)
@@ -337,7 +337,7 @@ def _check_preset(file: OptionFile) -> None:
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which what aliases stand for is there once for each."""
+    """A copy in which each alias has its own copy of the value."""
     if isinstance(value, Mapping):
         return {key: _unshared(part) for key, part in value.items()}
     return [_unshared(part) for part in value] if isinstance(value, list) else value

@@ -20,8 +20,8 @@ _MOST_KEPT = 20_000
 class Points:
     """Composes every point once.
 
-    Of a space that is `sensible_only`, points that a knob refuses are none, and lossy ones only
-    with `allow_lossy`.
+    In a space that is `sensible_only`, points that a knob refuses do not count. Lossy ones count
+    only with `allow_lossy`.
     """
 
     def __init__(self, space: Space, compose: Compose, machine: Machine, allow_lossy: bool = False):
@@ -35,8 +35,8 @@ class Points:
         """The configuration of a point, with `auto` resolved.
 
         Raises:
-            UserError: the point is none, for instance because its values contradict each other;
-                NotSensibleError where only a knob says so.
+            UserError: its values have no configuration, for instance because they contradict each
+                other; NotSensibleError where only a knob says so.
         """
         cfg = self._composed(params)
         if self._space.sensible_only:

@@ -36,7 +36,7 @@ class Count:
     """Combinations of a space: `raw` as written, `sensible` ones, and `distinct` configurations.
 
     `sensible` and `distinct` are exact where what can run was walked through, else estimates from
-    `drawn` random combinations. `raw` is None where there is no end of values. `left_out` has the
+    `drawn` random combinations. `raw` is None where a dimension is continuous. `left_out` has the
     number of combinations by reason, an estimate where values were dropped before; `alive` has the
     values of each dimension that can occur.
     """

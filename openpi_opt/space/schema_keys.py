@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from openpi_opt.config import SECTIONS
 from openpi_opt.knobs import BY_NAME
@@ -17,19 +18,41 @@ def key_values(key: str) -> list[Any]:
 
     The default comes first.
     """
-    head, *path = key.split(".")
-    model: Any = BY_NAME[head].options_type if head in BY_NAME else SECTIONS.get(head)
-    for name in path[:-1]:
-        model = model.model_fields[name].annotation if _has(model, name) else None
-    if not path or not _has(model, path[-1]):
+    field = _field(key)
+    if field is None:
         return []
-    field = model.model_fields[path[-1]]
-    values = _admitted(field.annotation)
-    return sorted(values, key=lambda value: value != field.default)
+    return sorted(_admitted(field.annotation), key=lambda value: value != field.default)
 
 
-def _has(model: Any, name: str) -> bool:
-    return isinstance(model, type) and issubclass(model, BaseModel) and name in model.model_fields
+def is_free(key: str) -> bool:
+    """Whether anything may be added below `key`: its values have names of the user's."""
+    field = _field(key)
+    return field is not None and get_origin(field.annotation) is dict
+
+
+def paths(head: str) -> list[str]:
+    """Every key below a section or knob, nested ones included: `compile.inductor.freezing`."""
+    return list(_below(head, _fields(_schema(head))))
+
+
+def _schema(head: str) -> Any:
+    return BY_NAME[head].options_type if head in BY_NAME else SECTIONS.get(head)
+
+
+def _fields(annotation: Any) -> dict[str, FieldInfo]:
+    """The fields of a model; none of anything else."""
+    is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return annotation.model_fields if is_model else {}
+
+
+def _field(key: str) -> FieldInfo | None:
+    """The schema's field of a key; None for a section or knob itself and for unknown keys."""
+    head, *path = key.split(".")
+    annotation, field = _schema(head), None
+    for name in path:
+        field = _fields(annotation).get(name)
+        annotation = field and field.annotation
+    return field
 
 
 def _admitted(annotation: Any) -> list[Any]:
@@ -47,23 +70,7 @@ def _admitted(annotation: Any) -> list[Any]:
     return [None] if annotation is type(None) else []
 
 
-def paths(head: str) -> list[str]:
-    """Every key below a section or knob, nested ones included: `compile.inductor.freezing`."""
-    model: Any = BY_NAME[head].options_type if head in BY_NAME else SECTIONS.get(head)
-    return [] if model is None else list(_below(head, model))
-
-
-def is_free(key: str) -> bool:
-    """Whether anything may be added below `key`: its values have names of the user's."""
-    head, *path = key.split(".")
-    model: Any = BY_NAME[head].options_type if head in BY_NAME else SECTIONS.get(head)
-    for name in path:
-        model = model.model_fields[name].annotation if _has(model, name) else None
-    return get_origin(model) is dict
-
-
-def _below(prefix: str, model: type[BaseModel]) -> Iterator[str]:
-    for name, field in model.model_fields.items():
+def _below(prefix: str, fields: dict[str, FieldInfo]) -> Iterator[str]:
+    for name, field in fields.items():
         yield f"{prefix}.{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _below(f"{prefix}.{name}", field.annotation)
+        yield from _below(f"{prefix}.{name}", _fields(field.annotation))

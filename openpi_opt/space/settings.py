@@ -1,4 +1,4 @@
-"""The keys of `conf/sweep.yaml` that steer a sweep and are no part of a trial."""
+"""The keys of `conf/sweep.yaml` that steer a sweep and do not belong to a trial."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from openpi_opt.errors import UserError
 from openpi_opt.figures import LIMITS, OBJECTIVES
 from openpi_opt.process.devices import DeviceSettings
 from openpi_opt.space.named import NamedSpace
-from openpi_opt.space.space import Space, parse_override
+from openpi_opt.space.space import Space, head, parse_override
 
 SamplerName = Literal["auto", "grid", "stages", "tpe", "random", "gp"]
 # Where a study is kept and what is looked at afterwards change no result.
 _NOT_IDENTITY = ("tracking", "limits", "profile", "hydra")
-# These settings say what is tried and what wins, so they are part of a study's identity.
+# These settings say what is tried and what wins, so they belong to a study's identity.
 _DECIDING = ("space", "objective")
 _LONGEST_TEXT = 60
 _DEFAULT_TRIALS = 50
@@ -204,7 +204,7 @@ def _explain(error: ValidationError) -> str:
     if name == "sampler":
         return f"sampler={first['input']}: unknown. Use one of {', '.join(get_args(SamplerName))}."
     if name == "n_trials" and first["type"] == "greater_than_equal":
-        return f"n_trials={first['input']}: at least 1 trial is needed, or there is no sweep."
+        return f"n_trials={first['input']}: at least 1 trial is needed for a sweep."
     if name.startswith("objective.minimize."):
         known = ", ".join(OBJECTIVES)
         return f"objective={first['input']}: unknown. Use one or more of {known}."
@@ -222,7 +222,7 @@ def check_not_swept(space: Space) -> None:
         if bare in _JUDGING:
             raise UserError(
                 f"{key} judges all trials of a study and cannot itself be swept.\n"
-                "Give it one value; another one later judges the same results anew."
+                "Give it one value. Another value later judges the same results again."
             )
         if bare.split(".")[0] in Settings.model_fields:
             hint = f"Give {key} one value and start one sweep for each."
@@ -236,12 +236,14 @@ def check_not_swept(space: Space) -> None:
 def identity(overrides: Sequence[str]) -> list[str]:
     """The overrides that decide what is measured and what wins, in the order written."""
     ignored = {*Settings.model_fields, *_NOT_IDENTITY} - {*_DECIDING}
-    deciding = (_plain_objective(line) for line in overrides if _head(line) not in ignored)
+    deciding = (
+        _plain_objective(line) for line in overrides if head(parse_override(line)) not in ignored
+    )
     return [line for line in deciding if line]
 
 
 def _plain_objective(line: str) -> str:
-    """One spelling for the same objectives; none for the latency alone, which is the default."""
+    """One spelling for the same objectives; empty for the latency alone, which is the default."""
     override = parse_override(line)
     value = override.value()
     if override.key_or_group not in _OBJECTIVES or not isinstance(value, (str, list)):
@@ -255,7 +257,7 @@ def objective_text(names: Sequence[str]) -> str:
 
 
 def default_study_name(overrides: Sequence[str], today: datetime | None = None) -> str:
-    """A name out of the UTC date and the overrides: the same command, the same day, the same name.
+    """A name from the UTC date and the overrides: the same for the same command on the same day.
 
     The text is for people and may be cut; the hash tells apart what reads the same.
     """
@@ -264,7 +266,3 @@ def default_study_name(overrides: Sequence[str], today: datetime | None = None) 
     text = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", "+".join(deciding))[:_LONGEST_TEXT].strip("-+.,")
     digest = hashlib.sha256("\n".join(deciding).encode()).hexdigest()[:6]
     return f"{day}-{text or 'defaults'}-{digest}"
-
-
-def _head(line: str) -> str:
-    return re.split(r"[./@]", parse_override(line).key_or_group)[0]

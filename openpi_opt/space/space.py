@@ -24,6 +24,7 @@ from hydra.core.override_parser.types import (
     Glob,
     IntervalSweep,
     Override,
+    Quote,
     QuotedString,
     RangeSweep,
 )
@@ -37,7 +38,6 @@ from openpi_opt.space.dimensions import (
     Dimension,
     Integers,
     Interval,
-    floats,
 )
 from openpi_opt.space.schema_keys import key_values
 
@@ -134,7 +134,7 @@ class Space:
         return {key: self.dimensions[key].value(text) for key, text in params.items()}
 
     def hash(self) -> str:
-        """Identity of the space, 8 hexadecimal digits; the order of keys and values is no part."""
+        """Identity of the space, 8 hexadecimal digits, whatever the order of keys and values."""
         described = {key: repr(_unordered(value)) for key, value in self.dimensions.items()}
         text = json.dumps([described, sorted(self.fixed)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -180,11 +180,16 @@ def parse_override(line: str) -> Override:
     return override
 
 
+def head(override: Override) -> str:
+    """The group or setting that an override is about."""
+    return re.split("[./]", override.key_or_group)[0]
+
+
 def _dimension(line: str, override: Override, options: Options | None) -> Dimension:
     sweep: Any = override.value()  # Hydra's annotation leaves Glob out
     if isinstance(sweep, ChoiceSweep):
         _no_tags(line, sweep.tags)
-        return Choices(tuple(dict.fromkeys(_text(value) for value in sweep.list)))
+        return Choices(tuple(dict.fromkeys(text_of(value) for value in sweep.list)))
     if isinstance(sweep, Glob):
         return _glob(line, override.key_or_group, sweep, options)
     if isinstance(sweep, RangeSweep):
@@ -195,21 +200,21 @@ def _dimension(line: str, override: Override, options: Options | None) -> Dimens
 
 def _glob(line: str, group: str, sweep: Glob, options: Options | None) -> Choices:
     known: Sequence[Any] = sorted(options(group)) if options else []
-    names = {_text(option): option for option in known or key_values(group)}
+    names = {text_of(option): option for option in known or key_values(group)}
     include, exclude = ([_word(word) for word in part] for part in (sweep.include, sweep.exclude))
     words = Glob(include=include, exclude=exclude)
     matching = [names[name] for name in words.filter([*names])]
     if not matching:
         there = f"{group} has the options {', '.join(names)}" if names else "no such group or key"
         raise UserError(f"{line!r} matches nothing: {there}.\nUse glob(*) for all of a group.")
-    return Choices(tuple(_text(option) for option in matching))
+    return Choices(tuple(text_of(option) for option in matching))
 
 
 def _word(pattern: Any) -> str:
     """A pattern of `glob`, which may be read as a number or be quoted."""
     if isinstance(pattern, QuotedString):
         return pattern.text
-    return pattern if isinstance(pattern, str) else _text(pattern)
+    return pattern if isinstance(pattern, str) else text_of(pattern)
 
 
 def _range(line: str, sweep: RangeSweep) -> Dimension:
@@ -233,7 +238,9 @@ def _range(line: str, sweep: RangeSweep) -> Dimension:
         raise _empty(line)
     if len(listed) > MAX_LISTED:
         raise UserError(f"{line!r} has more than {MAX_LISTED} values. Use interval(LOW,HIGH).")
-    return floats(listed)
+    # Adding a step again and again leaves 0.30000000000000004. Twelve digits are kept, so that the
+    # value is the one a user would write.
+    return Choices(tuple(repr(float(f"{value:.12g}")) for value in listed))
 
 
 def _before_stop(values: Iterable[float], sweep: RangeSweep) -> list[float]:
@@ -270,23 +277,22 @@ def _no_tags(line: str, tags: set[str]) -> None:
         )
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """The text of a value that the grammar reads back as that value.
 
-    A string goes into quotes unless it is a plain word: `str(1)` is no number, `'a b'` no syntax
-    error.
+    A string goes into quotes unless it is a plain word: so `str(1)` stays a text, and may hold
+    blanks.
     """
     if isinstance(value, str):
         plain = _PLAIN_WORD.fullmatch(value) and value.lower() not in _NOT_WORDS
-        return value if plain else _quoted(value)
+        return value if plain else quoted(value)
     if isinstance(value, bool):
         return str(value).lower()
     return Override._get_value_element_as_str(value)
 
 
-def _quoted(value: str) -> str:
-    from hydra.core.override_parser.types import Quote
-
+def quoted(value: str) -> str:
+    """A text in quotes, as the grammar reads it back."""
     return QuotedString(text=value, quote=Quote.single).with_quotes()
 
 

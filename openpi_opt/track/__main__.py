@@ -14,6 +14,7 @@ from openpi_opt.track.journal import Journal
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError, tracking_of
 from openpi_opt.track.optuna_copy import CopyError, OptunaCopy
 from openpi_opt.track.store import DEFAULT_STORE, Store
+from openpi_opt.verbs import verb_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,8 +67,8 @@ def end_if_left(study_dir: Path, log: MlflowLog) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m openpi_opt.track",
+    parser = verb_parser(
+        "track",
         description="Deliver studies from their journals to MLflow.",
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")

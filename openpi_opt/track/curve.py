@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -21,11 +22,12 @@ _PAUSE_MINUTES = 20.0
 
 
 class Step(NamedTuple):
-    """A trial that became the best: minutes of sweeping until then, its latency and number."""
+    """A trial that became the best: minutes of sweeping until then, its latency, number, end."""
 
     minutes: float
     best_ms: float
     number: int
+    at: str
 
 
 def steps(records: Sequence[Record], criteria: Criteria) -> list[Step]:
@@ -41,11 +43,11 @@ def steps(records: Sequence[Record], criteria: Criteria) -> list[Step]:
         before = before or datetime.fromisoformat(record.result.started_at)
         passed = max(0.0, (now - before).total_seconds() / 60)
         minutes, before = minutes + (passed if passed < _PAUSE_MINUTES else 0.0), now
-        best = found[-1].best_ms if found else float("inf")
-        if _may_win(record, criteria) and record.result.latency.mean_ms < best:  # type: ignore[union-attr]
-            found.append(Step(minutes, record.result.latency.mean_ms, record.number))  # type: ignore[union-attr]
+        mean_ms = _mean_ms(record, criteria)
+        if mean_ms < (found[-1].best_ms if found else math.inf):
+            found.append(Step(minutes, mean_ms, record.number, record.created_at))
     if found and found[-1].number != records[-1].number:
-        found.append(Step(minutes, found[-1].best_ms, records[-1].number))
+        found.append(Step(minutes, found[-1].best_ms, records[-1].number, records[-1].created_at))
     return found
 
 
@@ -82,8 +84,11 @@ def write(study_dir: Path, records: Sequence[Record]) -> list[Path]:
     return [path, *plots.save(figure, study_dir, STEM)]
 
 
-def _may_win(record: Record, criteria: Criteria) -> bool:
+def _mean_ms(record: Record, criteria: Criteria) -> float:
+    """The mean of a trial that may be the best; infinite for others."""
     result = record.result
     if not isinstance(result, Ok) or record.role == "confirm" or criteria.over(result):
-        return False
-    return criteria.allow_lossy or not is_lossy(record.result.config)
+        return math.inf
+    if is_lossy(result.config) and not criteria.allow_lossy:
+        return math.inf
+    return result.latency.mean_ms

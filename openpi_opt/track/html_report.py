@@ -1,76 +1,43 @@
 """One self-contained HTML file about one study or several: for a colleague without this project.
 
-Figures come from the journals alone. Plots are plotly's, with its script inside the file.
+Figures come from the journals, and from `ladder/` and `ablate/` beside them. Plots are drawn by
+plotly's script, which is inside the file; the file is made without importing plotly.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import json
 import math
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openpi_opt.criteria import Criteria
-from openpi_opt.result import Ok
+from openpi_opt.errors import UserError
+from openpi_opt.track import curve
 from openpi_opt.track.journal import Journal, Record
-from openpi_opt.track.mlflow_study import differs
-from openpi_opt.track.report import Group, Row, groups, mean_ms
-from openpi_opt.track.table import flag_lines
+from openpi_opt.track.left import VERDICTS_FILE, read_lines
+from openpi_opt.track.report import Group, Row, groups, mean_ms, what, whole
+from openpi_opt.track.table import count_name, flag_lines, outcome
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-_TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 1100px; margin: 2em auto;
-       padding: 0 1em; }
-h1 { font-size: 1.6em; } h2 { margin-top: 2em; border-bottom: 1px solid #d8dee4; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .25em .6em; text-align: left; border-bottom: 1px solid #e6eaee;
-         vertical-align: top; }
-th { background: #f5f7f9; } td.n, th.n { text-align: right; }
-tr.best { background: #e8f6ec; } .note { color: #5b6773; } code, pre { background: #f5f7f9; }
-pre { padding: .8em; overflow-x: auto; } .big { font-size: 1.25em; }
-</style><script>{{ script | safe }}</script></head><body>
-<h1>{{ title }}</h1>
-{% for study in studies %}{% for part in study.parts %}
-<h2>{{ study.name }}: {{ part.title }}</h2>
-<p class="big">{{ part.best }}</p>
-<p class="note">{{ part.machine }}</p>
-{{ part.progress | safe }}
-<table><tr><th class="n">#</th><th>what differs</th><th>outcome</th><th class="n">mean ms</th>
-<th class="n">95% interval</th><th class="n">std</th><th class="n">p99</th>
-<th class="n">vs baseline</th><th class="n">kernels</th></tr>
-{% for row in part.rows %}<tr{% if row.best %} class="best"{% endif %}>
-<td class="n">{{ row.number }}</td><td>{{ row.differs }}</td><td>{{ row.outcome }}</td>
-<td class="n">{{ row.mean }}</td>
-<td class="n">{{ row.interval }}</td><td class="n">{{ row.std }}</td>
-<td class="n">{{ row.p99 }}</td><td class="n">{{ row.ratio }}</td>
-<td class="n">{{ row.kernels }}</td></tr>{% endfor %}</table>
-{% if part.more %}<p class="note">{{ part.more }} more trials are in the study's journal.</p>
-{% endif %}
-{% for heading, text, plot in part.plots %}<h3>{{ heading }}</h3><p class="note">{{ text }}</p>
-{{ plot | safe }}{% endfor %}
-{% if part.notes %}<h3>Flags and notes</h3><ul>{% for note in part.notes %}<li>{{ note }}</li>
-{% endfor %}</ul>{% endif %}
-{% endfor %}
-<h3>Reproduce</h3><pre>{{ study.command }}</pre>
-<p class="note">{{ study.versions }}</p>
-{% endfor %}
-</body></html>
-"""
 _MOST_ROWS = 60
+_FEWEST = 8  # trials from which an importance is told
+_FEWEST_MINUTES = 0.1  # results that were read from a folder have no times of their own
+_MOST_FOR_IMPORTANCE = 1_000  # of the newest: Optuna adds them one at a time
+_TEMPLATE = Path(__file__).with_name("report.html")
+
+Section = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Study:
     """A study as a report shows it."""
 
-    name: str
+    folder: Path
     journal: Journal
     criteria: Criteria
 
@@ -82,7 +49,7 @@ class Study:
             UserError: a damaged journal.
         """
         criteria = Criteria.load(study_dir) or Criteria()
-        return Study(study_dir.name, Journal.read(study_dir), criteria)
+        return Study(study_dir, Journal.read(study_dir, brief=True), criteria)
 
     @property
     def trials(self) -> list[Record]:
@@ -91,32 +58,53 @@ class Study:
 
 
 def html(studies: Sequence[Study]) -> str:
-    """The whole report as text. Imports plotly and jinja2."""
+    """The whole report as text.
+
+    Studies that share a context and a fingerprint share a table; others are shown side by side.
+
+    Raises:
+        UserError: plotly's script is not installed.
+    """
     import jinja2
-    from plotly.offline import get_plotlyjs
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    names = ", ".join(study.name for study in studies)
-    return environment.from_string(_TEMPLATE).render(
+    several = len(studies) > 1
+    criteria = studies[0].criteria
+    records = [record for study in studies for record in study.trials]
+    found = groups(records, criteria=criteria, apart=several)
+    numbers = itertools.count()
+    names = ", ".join(study.folder.name for study in studies)
+
+    def numbered(sections: Sequence[Section]) -> list[Section]:
+        for section in sections:
+            if section["figure"]:
+                section["figure"] = {"id": next(numbers), "json": section["figure"]}
+        return list(sections)
+
+    overview = numbered([_overview(found)])[0] if several and found else None
+    parts = [_part(group) for group in found]
+    own = [_study(study) for study in studies]
+    for each in [*parts, *own]:
+        each["sections"] = numbered(each["sections"])
+    asked = f"Minimised: {criteria.objectives_text()}" + (
+        f". Limits: {criteria.limits_text()}." if criteria.limits else "."
+    )
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         title=f"openpi_opt: {names}",
-        script=get_plotlyjs(),
-        studies=[_study(study) for study in studies],
+        asked=asked,
+        script=_script(),
+        overview=overview,
+        parts=parts,
+        studies=own,
     )
 
 
-def best_so_far(records: Iterable[Record]) -> list[tuple[float, float, Record]]:
-    """Minutes since the first start, best mean in ms, and the trial, at each improvement."""
-    done = sorted(records, key=lambda record: record.created_at)
-    if not done:
-        return []
-    begun = min(_time(record.result.started_at) for record in done)
-    found: list[tuple[float, float, Record]] = []
-    best = math.inf
-    for record in done:
-        if isinstance(record.result, Ok) and record.result.latency.mean_ms < best:
-            best = record.result.latency.mean_ms
-            found.append(((_time(record.created_at) - begun).total_seconds() / 60, best, record))
-    return found
+def _script() -> str:
+    spec = importlib.util.find_spec("plotly")
+    if spec is None or spec.origin is None:
+        raise UserError("a report needs plotly: pip install 'plotly>=6'.")
+    path = Path(spec.origin).parent / "package_data" / "plotly.min.js"
+    return path.read_text(encoding="utf-8")
 
 
 def importance(rows: Sequence[Row]) -> dict[str, float]:
@@ -124,10 +112,9 @@ def importance(rows: Sequence[Row]) -> dict[str, float]:
 
     Source: Watanabe et al., PED-ANOVA, IJCAI 2023. Empty with fewer than 8 trials.
     """
-    timed = [row for row in rows if row.ok]
-    keys = list(timed[0].differs) if timed else []
-    keys = [key for key in keys if len({row.differs[key] for row in timed}) > 1]
-    if len(timed) < 8 or not keys:
+    timed = [row for row in rows if row.ok][-_MOST_FOR_IMPORTANCE:]
+    keys = _varying(timed)
+    if len(timed) < _FEWEST or not keys:
         return {}
     import optuna
     from optuna.distributions import CategoricalDistribution
@@ -137,22 +124,44 @@ def importance(rows: Sequence[Row]) -> dict[str, float]:
         key: CategoricalDistribution(sorted({row.differs[key] for row in timed})) for key in keys
     }
     study = optuna.create_study()
-    for row in timed:
-        study.add_trial(
-            optuna.trial.create_trial(
-                params={key: row.differs[key] for key in keys},
-                distributions=dict(kinds),
-                value=math.log(mean_ms(row)),
-            )
+    study.add_trials(
+        optuna.trial.create_trial(
+            params={key: row.differs[key] for key in keys},
+            distributions=dict(kinds),
+            value=math.log(mean_ms(row)),
         )
+        for row in timed
+    )
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
+def effect(rows: Sequence[Row], key: str, value: Callable[[Row], float]) -> float:
+    """Share of the variance of the log of `value` that knob `key` explains alone, 0 to 1.
+
+    The correlation ratio (Fisher): variance of the means of its options by the whole variance.
+    """
+    by_option: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        by_option[row.differs[key]].append(math.log(value(row)))
+    every = [number for numbers in by_option.values() for number in numbers]
+    mean = math.fsum(every) / len(every)
+    whole = math.fsum((number - mean) ** 2 for number in every)
+    between = math.fsum(
+        len(numbers) * (math.fsum(numbers) / len(numbers) - mean) ** 2
+        for numbers in by_option.values()
+    )
+    return between / whole if whole else 0.0
+
+
+def _varying(rows: Sequence[Row]) -> list[str]:
+    keys = list(rows[0].differs) if rows else []
+    return [key for key in keys if len({row.differs[key] for row in rows}) > 1]
+
+
 def _study(study: Study) -> dict[str, Any]:
-    header = study.journal.header
-    records = study.trials
-    seen = records[-1].result.fingerprint if records else {}
+    header, records = study.journal.header, study.journal.records()
+    seen: Mapping[str, Any] = records[-1].result.fingerprint if records else {}
     versions = {
         "torch": (seen.get("torch") or {}).get("version"),
         "triton": seen.get("triton"),
@@ -161,157 +170,296 @@ def _study(study: Study) -> dict[str, Any]:
         "git": seen.get("git"),
     }
     return {
-        "name": study.name,
-        "parts": [_part(group) for group in groups(records, criteria=study.criteria)],
+        "name": study.folder.name,
+        "sections": [*_ladder(study.folder), *_ablation(study.folder)],
+        "confirmed": [
+            line["text"].replace("**", "") for line in read_lines(study.folder / VERDICTS_FILE)
+        ],
         "command": "python -m openpi_opt.sweep " + " ".join(header.command if header else []),
         "versions": ", ".join(f"{name} {text}" for name, text in versions.items() if text),
     }
 
 
+def _overview(found: Sequence[Group]) -> Section:
+    """The best of each context on each machine: not compared where machines differ."""
+    rows, bars = [], []
+    for group in found:
+        best = group.best
+        if best is None or best.ok is None:
+            rows.append(([group.title, "no best", "", "", ""], ""))
+            continue
+        latency = best.ok.latency
+        interval = f"{latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}"
+        gain = "" if best.vs_baseline is None else f"{best.vs_baseline:.2f}x"
+        name = f"{best.record.study}:{best.record.number} {whole(best, group)}"
+        rows.append(([group.title, name, f"{latency.mean_ms:.3f}", interval, gain], ""))
+        bars.append((group.title, latency.mean_ms, latency.ci95_low_ms, latency.ci95_high_ms))
+    heads = ["machine and workload", "best", "mean ms", "95% interval", "vs baseline"]
+    text = (
+        "Each line has machine, software and workload of its own. Speeds against the baseline "
+        "compare; milliseconds of different workloads do not."
+    )
+    figure = _horizontal(bars, "latency of the best, ms") if len(bars) > 1 else None
+    return _section("", text, _table(heads, rows, (2, 3, 4)), figure)
+
+
 def _part(group: Group) -> dict[str, Any]:
     rows = sorted(group.rows, key=mean_ms)
-    best = next((row for row in rows if row.best), None)
     fingerprint = group.rows[-1].record.result.fingerprint
     gpu = fingerprint.get("gpu") or {}
-    machine = [gpu.get("name"), fingerprint.get("cpu"), f"{fingerprint.get('cores')} cores"]
+    driver = f"driver {gpu['driver']}" if gpu.get("driver") else None
+    cores = f"{fingerprint['cores']} cores" if fingerprint.get("cores") else None
+    machine = [gpu.get("name"), driver, fingerprint.get("cpu"), cores]
     return {
         "title": group.title,
-        "best": _best(best),
+        "best": _best(group),
         "machine": ", ".join(str(text) for text in machine if text),
-        "progress": _progress(group),
-        "rows": [_row(row) for row in rows[:_MOST_ROWS]],
-        "more": max(0, len(rows) - _MOST_ROWS),
-        "plots": [*_stages(best), *_categories(best), *_importance(rows), *_pareto(group)],
+        "sections": [
+            *_progress(group),
+            *_trials(group, rows),
+            *_stages(group.best),
+            *_categories(group.best),
+            *_importance(rows),
+            *_pareto(group),
+        ],
         "notes": [*group.footnotes, *flag_lines(group.rows)],
     }
 
 
-def _best(row: Row | None) -> str:
+def _best(group: Group) -> str:
+    row = group.best
     if row is None or row.ok is None:
-        return "No trial is the best one."
+        front = [str(row.record.number) for row in group.rows if row.pareto]
+        return f"Pareto set: trials {', '.join(front)}." if front else "No trial is the best one."
     latency = row.ok.latency
     gain = "" if row.vs_baseline is None else f", {row.vs_baseline:.2f}x the baseline's speed"
     return (
-        f"Best: trial {row.record.number} ({differs(row)}), {latency.mean_ms:.3f} ms "
+        f"Best: trial {row.record.number} ({whole(row, group)}), {latency.mean_ms:.3f} ms "
         f"(95%: {latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}){gain}. "
         "One process: a promotion confirms it."
     )
 
 
-def _row(row: Row) -> dict[str, Any]:
-    found = {
-        "number": row.record.number,
-        "differs": differs(row),
-        "outcome": row.record.result.outcome + (f": {row.reason}" if row.reason else ""),
-        "best": row.best,
-        "ratio": "" if row.vs_baseline is None else f"{row.vs_baseline:.2f}x",
-    } | dict.fromkeys(("mean", "interval", "std", "p99", "kernels"), "")
-    if row.ok is not None:
-        latency = row.ok.latency
-        found |= {
-            "mean": f"{latency.mean_ms:.3f}",
-            "interval": f"{latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}",
-            "std": f"{latency.std_ms:.3f}",
-            "p99": f"{latency.p99_ms:.3f}",
-            "kernels": row.ok.kernels.total if row.ok.kernels else "",
-        }
-    return found
+def _trials(group: Group, rows: Sequence[Row]) -> Iterator[Section]:
+    """The table of trials, the fastest first."""
+    kinds = {row.ok.kernels.kind for row in rows if row.ok and row.ok.kernels}
+    heads = ["#", "what differs", "outcome", "mean ms", "95% interval", "std", "p99"]
+    heads += ["vs baseline", count_name(kinds)]
+    body = []
+    for row in rows[:_MOST_ROWS]:
+        figures = [""] * 6
+        if row.ok is not None:
+            latency = row.ok.latency
+            figures = [
+                f"{latency.mean_ms:.3f}",
+                f"{latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}",
+                f"{latency.std_ms:.3f}",
+                f"{latency.p99_ms:.3f}",
+                "" if row.vs_baseline is None else f"{row.vs_baseline:.2f}x",
+                str(row.ok.kernels.total) if row.ok.kernels else "",
+            ]
+        number = f"{row.record.study}:{row.record.number}" if group.studies > 1 else ""
+        ended = outcome(row) + (f": {row.reason}" if row.reason else "")
+        mark = "best" if row.best or row.pareto else "" if row.ok and not row.over else "bad"
+        body.append(([number or str(row.record.number), what(row, group), ended, *figures], mark))
+    common = " ".join(f"{key}={text}" for key, text in group.shared.items())
+    text = f"All trials: {common}." if common else ""
+    yield _section("Trials", text, _table(heads, body, (0, 3, 4, 5, 6, 7, 8)))
+    if len(rows) > _MOST_ROWS:
+        yield _section("", f"{len(rows) - _MOST_ROWS} more trials are in the study's journal.")
 
 
-def _progress(group: Group) -> str:
-    import plotly.graph_objects as go
-
-    found = best_so_far(row.record for row in group.rows)
-    if len(found) < 2:
-        return ""
-    titles = {row.record.uid: differs(row) for row in group.rows}
-    figure = go.Figure(
-        go.Scatter(
-            x=[minutes for minutes, _, _ in found],
-            y=[best for _, best, _ in found],
-            text=[titles[record.uid] for _, _, record in found],
-            mode="lines+markers",
-            line_shape="hv",
-        )
-    )
-    return _drawn(figure, "minutes since the first trial began", "best so far, ms")
+def _progress(group: Group) -> Iterator[Section]:
+    records = sorted((row.record for row in group.rows), key=lambda record: record.created_at)
+    found = curve.steps(records, group.criteria)
+    if len(found) < 2 or group.studies > 1 or found[-1].minutes < _FEWEST_MINUTES:
+        return
+    names = {row.record.number: what(row, group) for row in group.rows}
+    trace = {
+        "x": [step.minutes for step in found],
+        "y": [step.best_ms for step in found],
+        "text": [names[step.number] for step in found],
+        "mode": "lines+markers",
+        "line": {"shape": "hv"},
+    }
+    figure = _figure([trace], "minutes of the sweep", "best so far, ms")
+    yield _section("Best so far", "", figure=figure)
 
 
-def _stages(best: Row | None) -> list[tuple[str, str, str]]:
-    import plotly.graph_objects as go
-
+def _stages(best: Row | None) -> Iterator[Section]:
     ok = best.ok if best else None
     if ok is None or ok.kernels is None or not ok.kernels.stage_ms:
-        return []
+        return
     took = ok.kernels.stage_ms
-    bars = [go.Bar(name="took", x=list(took), y=list(took.values()))]
     floors = {
         name: stage.floor_ms
         for name, stage in (ok.roofline.stages if ok.roofline else {}).items()
         if stage.floor_ms is not None and name in took
     }
-    if floors:
-        bars.append(go.Bar(name="floor", x=list(floors), y=list(floors.values())))
+    bars = [_bar("took", took), *([_bar("floor", floors)] if floors else [])]
     text = "Time of each stage in the best trial, beside the least that its work needs here."
-    return [("Stages against the floor", text, _drawn(go.Figure(bars), "", "ms"))]
+    yield _section("Stages against the floor", text, figure=_figure(bars, "", "ms"))
 
 
-def _categories(best: Row | None) -> list[tuple[str, str, str]]:
-    import plotly.graph_objects as go
-
+def _categories(best: Row | None) -> Iterator[Section]:
     ok = best.ok if best else None
     if ok is None or ok.kernels is None or not ok.kernels.category_ms:
-        return []
+        return
     spent = dict(sorted(ok.kernels.category_ms.items(), key=lambda entry: -entry[1]))
-    counts = [ok.kernels.by_category.get(name, 0) for name in spent]
-    text = [f"{count} calls" for count in counts]
-    bar = go.Bar(x=list(spent), y=list(spent.values()), text=text)
-    return [("Kernel categories of the best trial", "", _drawn(go.Figure(bar), "", "ms"))]
+    bar = _bar("", spent)
+    bar |= {"textposition": "outside", "cliponaxis": False}
+    bar["text"] = [f"{ok.kernels.by_category.get(name, 0)} calls" for name in spent]
+    heading = "Kernel categories of the best trial"
+    yield _section(heading, "", figure=_figure([bar], "", "ms"))
 
 
-def _importance(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    import plotly.graph_objects as go
-
+def _importance(rows: Sequence[Row]) -> Iterator[Section]:
     shares = importance(rows)
     if not shares:
-        return []
-    ordered = dict(sorted(shares.items(), key=lambda entry: entry[1]))
-    bar = go.Bar(x=list(ordered.values()), y=list(ordered), orientation="h")
-    text = "Share of each knob in what sets the fastest trials apart (PED-ANOVA)."
-    return [("Importance of knobs", text, _drawn(go.Figure(bar), "share", ""))]
+        return
+    text = "Share of each knob in what sets the fastest trials apart (Optuna's PED-ANOVA)."
+    bars = [(key, share, share, share) for key, share in shares.items()]
+    yield _section("Importance of knobs", text, figure=_horizontal(bars, "share"))
+    timed = [row for row in rows if row.ok and row.ok.kernels and row.ok.kernels.stage_ms]
+    stages = dict.fromkeys(n for r in timed if r.ok and r.ok.kernels for n in r.ok.kernels.stage_ms)
+    table: dict[str, list[float]] = {}
+    for stage in stages:
+
+        def took(row: Row, stage: str = stage) -> float:
+            assert row.ok is not None
+            assert row.ok.kernels is not None
+            return row.ok.kernels.stage_ms.get(stage, 0.0)
+
+        known = [row for row in timed if took(row) > 0]
+        if len(known) >= _FEWEST:
+            table[stage] = [effect(known, key, took) for key in shares]
+    if table:
+        heat = {
+            "type": "heatmap",
+            "x": list(table),
+            "y": list(shares),
+            "z": [list(column) for column in zip(*table.values(), strict=True)],
+            "texttemplate": "%{z:.0%}",
+            "colorscale": "Blues",
+            "zmin": 0,
+            "zmax": 1,
+        }
+        text = "Share of the variance of each stage's log time that a knob explains alone."
+        figure = _figure([heat], "", "", height=160 + 28 * len(shares))
+        yield _section("Importance by stage", text, figure=figure)
 
 
-def _pareto(group: Group) -> list[tuple[str, str, str]]:
-    import plotly.graph_objects as go
-
+def _pareto(group: Group) -> Iterator[Section]:
     criteria = group.criteria
     if not criteria.several:
-        return []
-    first, second = criteria.figures()[:2]
-    kinds = {"Pareto set": True, "dominated": False}
-    traces = []
-    for name, front in kinds.items():
-        rows = [row for row in group.rows if row.ok and row.pareto == front]
-        traces.append(
-            go.Scatter(
-                name=name,
-                mode="markers",
-                x=[first.value(row.ok) for row in rows if row.ok],
-                y=[second.value(row.ok) for row in rows if row.ok],
-                text=[differs(row) for row in rows],
-            )
-        )
-    return [("Pareto set", "", _drawn(go.Figure(traces), first.title, second.title))]
+        return
+    first, *others = criteria.figures()
+    for second in others:
+        traces = []
+        for name, front in {"Pareto set": True, "dominated": False}.items():
+            rows = [row for row in group.rows if row.ok and row.pareto == front]
+            traces.append({
+                "name": name,
+                "mode": "markers",
+                "x": [first.value(row.ok) for row in rows if row.ok],
+                "y": [second.value(row.ok) for row in rows if row.ok],
+                "text": [f"{row.record.number}: {what(row, group)}" for row in rows],
+            })  # fmt: skip
+        yield _section("Pareto set", "", figure=_figure(traces, first.title, second.title))
 
 
-def _drawn(figure: go.Figure, x: str, y: str) -> str:
-    figure.update_layout(
-        template="plotly_white", height=380, margin={"t": 20, "b": 50}, barmode="group"
-    )
-    figure.update_xaxes(title=x)
-    figure.update_yaxes(title=y, rangemode="tozero")
-    return str(figure.to_html(full_html=False, include_plotlyjs=False))
+def _ladder(folder: Path) -> Iterator[Section]:
+    """What `ladder` left: each knob on top of those before it, in fresh processes."""
+    found = _document(folder / "ladder" / "ladder.json")
+    if found is None:
+        return
+    rows = []
+    for rung in found["rungs"]:
+        step, (low, high) = rung["step"], rung["ci95_ms"]
+        saved = [f"{step['mean']:+.2%}", _percents(step["ci95"]), step["verdict"]] if step else []
+        cells = [rung["added"], f"{rung['mean_ms']:.3f}", f"{low:.3f} to {high:.3f}"]
+        rows.append(([*cells, *(saved or [""] * 3)], ""))
+    bars = [(rung["added"], rung["mean_ms"], *rung["ci95_ms"]) for rung in found["rungs"]]
+    heads = ["added", "mean ms", "95% interval", "saved by the step", "95% interval", "verdict"]
+    text = "Each step in interleaved fresh processes."
+    figure = _horizontal(bars, "latency, ms")
+    yield _section("Ladder", text, _table(heads, rows, (1, 2, 3, 4)), figure)
 
 
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+def _ablation(folder: Path) -> Iterator[Section]:
+    """What `ablate` left: the best without each of its knobs, in fresh processes."""
+    found = _document(folder / "ablate" / "ablate.json")
+    if found is None:
+        return
+    rows = [(["(nothing: all knobs)", f"{found['whole']['mean_ms']:.3f}", "", "", ""], "")]
+    for loss in found["without"]:
+        cells = [loss["knobs"], f"{loss['mean_ms']:.3f}", f"{loss['added']:+.2%}"]
+        rows.append(([*cells, _percents(loss["ci95"]), loss["verdict"]], ""))
+    heads = ["without", "mean ms", "time added", "95% interval", "the knob"]
+    text = "The best without each of its knobs, in interleaved fresh processes."
+    yield _section("Ablation", text, _table(heads, rows, (1, 2, 3)))
+
+
+def _document(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Move it away, then try again.") from error
+
+
+def _percents(interval: Sequence[float]) -> str:
+    return " to ".join(f"{end:+.2%}" for end in interval)
+
+
+def _section(
+    heading: str, text: str = "", table: dict[str, Any] | None = None, figure: str | None = None
+) -> Section:
+    return {"heading": heading, "text": text, "table": table, "figure": figure}
+
+
+def _table(
+    heads: Sequence[str], rows: Sequence[tuple[Sequence[str], str]], right: Sequence[int]
+) -> dict[str, Any]:
+    body = [{"cells": cells, "mark": mark} for cells, mark in rows]
+    return {"heads": heads, "rows": body, "right": right}
+
+
+def _bar(name: str, values: Mapping[str, float | None]) -> dict[str, Any]:
+    return {"type": "bar", "name": name, "x": list(values), "y": list(values.values())}
+
+
+def _horizontal(bars: Sequence[tuple[str, float, float, float]], x: str) -> str:
+    """Bars with their intervals, the first on top."""
+    trace: dict[str, Any] = {"type": "bar", "orientation": "h"}
+    trace |= {"x": [value for _, value, _, _ in bars], "y": [name for name, *_ in bars]}
+    if any(low != high for _, _, low, high in bars):
+        trace["error_x"] = {
+            "type": "data",
+            "symmetric": False,
+            "array": [high - value for _, value, _, high in bars],
+            "arrayminus": [value - low for _, value, low, _ in bars],
+        }
+    return _figure([trace], x, "", height=120 + 34 * len(bars), reverse=True)
+
+
+def _figure(
+    traces: Sequence[Mapping[str, Any]],
+    x: str,
+    y: str,
+    height: int = 380,
+    reverse: bool = False,
+) -> str:
+    """What Plotly.newPlot takes after the element; safe inside of a script."""
+    layout: dict[str, Any] = {
+        "height": height,
+        "margin": {"t": 20, "b": 50},
+        "barmode": "group",
+        "showlegend": len(traces) > 1,
+        "xaxis": {"title": {"text": x}, "automargin": True},
+        "yaxis": {"title": {"text": y}, "automargin": True},
+    }
+    layout["yaxis"]["autorange" if reverse else "rangemode"] = "reversed" if reverse else "tozero"
+    parts = [list(traces), layout, {"responsive": True, "displayModeBar": False}]
+    return ", ".join(json.dumps(part, allow_nan=False).replace("</", "<\\/") for part in parts)

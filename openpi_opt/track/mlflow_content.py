@@ -23,14 +23,19 @@ MAX_REASON = 500
 MAX_FILE_BYTES = 256 * 2**20
 PARAM_SECTIONS = ("model", "weights", "workload")
 # What a trial's folder may hold beside the result.
-TRIAL_FILES = ("*.log", "log.txt", "trace*.json", "trace*.json.gz")
+TRIAL_FILES = ("*.log", "log.txt", "trace*.json", "trace*.json.gz", "inductor.tar.gz",
+               "profile/trace*")  # fmt: skip
 
 
 def run_name(record: Record) -> str:
     """Short name of a trial's run: its number, and what sets it apart from the baseline."""
     plain = plain_labels()
     knobs = {key: text for key, text in record.labels.items() if text != plain.get(key)}
-    keys = {key: text for key, text in record.params.items() if key.split(".")[0] not in knobs}
+    keys = {
+        key: text
+        for key, text in record.params.items()
+        if key.split(".")[0] not in knobs and text != plain.get(key)
+    }
     shown = " ".join(f"{key}={value}" for key, value in {**knobs, **keys}.items())
     if record.role == "baseline":
         shown = "baseline"

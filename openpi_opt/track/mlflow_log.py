@@ -12,11 +12,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
@@ -29,6 +29,8 @@ from openpi_opt.track import mlflow_content as content
 from openpi_opt.track import mlflow_database as database
 from openpi_opt.track.copies import sync_command
 from openpi_opt.track.journal import Journal, Record
+from openpi_opt.track.left import TAGS_FILE, VERDICTS_FILE, append_line, read_lines
+from openpi_opt.track.link import note_page
 from openpi_opt.track.mlflow_study import ROLE_TAG, STUDY_TAG
 from openpi_opt.track.store import Store
 
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
 
 UID_TAG = "openpi_opt.uid"
 PARENT_TAG = "mlflow.parentRunId"
-TAGS_FILE = "tags.jsonl"
-VERDICTS_FILE = "verdicts.jsonl"
 DAY_TAG = "openpi_opt.day"
 # MLflow's own defaults let one call to a dead server block for four minutes, send usage statistics
 # out, and print links on stdout, which belongs to the verb. What the user has set stays.
@@ -140,6 +140,9 @@ class MlflowLog:
         criteria = Criteria.load(study_dir) or Criteria()
         for name, value in mlflow_study.metrics(records, criteria).items():
             client.log_metric(parent, name, value)
+        for step in curve.steps([r for r in records if r.role != "confirm"], criteria):
+            at = _milliseconds(step.at)
+            client.log_metric(parent, "best_so_far_ms", step.best_ms, at, step.number)
         known = client.get_run(parent).data.params
         for name, text in mlflow_study.params(journal.header, records, criteria).items():
             if name not in known and text:  # MLflow keeps the first value of a parameter
@@ -150,13 +153,9 @@ class MlflowLog:
         client.set_tag(parent, content.NOTE_TAG, text[: content.MAX_TAG])
         key = mlflow_study.VIEW_TAG + mlflow_study.view_key(study)
         client.set_experiment_tag(self._experiment(), key, mlflow_study.view(study, records))
+        note_page(study_dir, self.server, mlflow_study.page(self._experiment(), study))
         for path in [*curve.files(study_dir), *sorted(study_dir.glob("report/*"))]:
             _upload(client, parent, path)
-
-    def page(self, server: str, study: str) -> str:
-        """The address of a study's page on a server that shows this store."""
-        with self._talking(study):
-            return mlflow_study.page(server, self._experiment(), study)
 
     def _judge(self, study_dir: Path, records: Sequence[Record]) -> None:
         """Bring the marks of the Pareto set and of limits up to date, on trials and on the study.
@@ -182,19 +181,11 @@ class MlflowLog:
 
     def _marked_runs(self, study: str, parent: str) -> dict[str, Run]:
         """The trials that have marks, by uid."""
-        found: dict[str, Run] = {}
-        for tag in (pareto.PARETO_TAG, pareto.OVER_TAG):
-            token: str | None = None
-            while True:
-                page = self._connect().search_runs(
-                    [self._experiment()],
-                    f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{tag}` LIKE '%'",
-                    page_token=token,
-                )
-                found |= {run.data.tags.get(UID_TAG, ""): run for run in page}
-                token = page.token
-                if not token:
-                    break
+        found = {
+            run.data.tags.get(UID_TAG, ""): run
+            for tag in (pareto.PARETO_TAG, pareto.OVER_TAG)
+            for run in self._search(f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{tag}` LIKE '%'")
+        }
         return {uid: run for uid, run in found.items() if uid and run.info.run_id != parent}
 
     def _mark_run(self, run: Run, wanted: dict[str, str]) -> None:
@@ -229,7 +220,8 @@ class MlflowLog:
         for tag in read_lines(study_dir / TAGS_FILE):
             run = self._run_of(tag["uid"])
             if run is not None and run.data.tags.get(tag["key"]) != tag["value"]:
-                self._connect().set_tag(run.info.run_id, tag["key"], tag["value"])
+                value = tag["value"][: content.MAX_TAG]
+                self._connect().set_tag(run.info.run_id, tag["key"], value)
 
     def _apply_verdicts(self, study_dir: Path) -> None:
         """Show what promotions ended with, on the runs above their processes."""
@@ -266,13 +258,11 @@ class MlflowLog:
         key = f"{record.study} {day}"
         if key not in self._parents:
             client = self._connect()
-            found = client.search_runs(
-                [self._experiment()],
+            of_day = (
                 f"tags.`{STUDY_TAG}` = '{record.study}' AND tags.`{ROLE_TAG}` = 'confirmation' "
-                f"AND tags.`{DAY_TAG}` = '{day}'",
-                max_results=1,
+                f"AND tags.`{DAY_TAG}` = '{day}'"
             )
-            above = found[0] if found else None
+            above = next(self._search(of_day), None)
             if above is None:
                 tags = {STUDY_TAG: record.study, ROLE_TAG: "confirmation", DAY_TAG: day}
                 tags[PARENT_TAG] = parent
@@ -318,17 +308,11 @@ class MlflowLog:
 
     def _parent(self, study_dir: Path) -> str:
         """Id of the study's parent run, found or made (under the study's lock)."""
-        from mlflow.entities import ViewType
-
         study = study_dir.name
         if study not in self._parents:
             client = self._connect()
-            found = client.search_runs(
-                [self._experiment()],
-                f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{ROLE_TAG}` = 'study'",
-                ViewType.ALL,
-                order_by=["attributes.start_time ASC"],
-            )
+            own = f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{ROLE_TAG}` = 'study'"
+            found = list(self._search(own, deleted=True))
             active = [run for run in found if run.info.lifecycle_stage == "active"]
             run = [*active, *found, None][0] or self._create_parent(study)
             if run.info.lifecycle_stage == "deleted":
@@ -347,33 +331,33 @@ class MlflowLog:
 
     def _run_of(self, uid: str) -> Run | None:
         """The run of a record, also one that was deleted in the UI: it stays deleted."""
-        from mlflow.entities import ViewType
-
         if not re.fullmatch("[0-9a-f]{32}", uid):
             raise ValueError(f"{uid!r} is not the uid of a record")
-        found = self._connect().search_runs(
-            [self._experiment()], f"tags.`{UID_TAG}` = '{uid}'", ViewType.ALL, max_results=1
-        )
-        return found[0] if found else None
+        return next(self._search(f"tags.`{UID_TAG}` = '{uid}'", deleted=True), None)
 
     def _complete_runs(self, study: str) -> dict[str, str]:
         """Run ids by uid of the study's ended runs, from the server."""
+        ended = f"tags.`{STUDY_TAG}` = '{study}' AND attributes.status != 'RUNNING'"
+        runs = self._search(ended, deleted=True)
+        return {run.data.tags[UID_TAG]: run.info.run_id for run in runs if UID_TAG in run.data.tags}
+
+    def _search(self, text: str, deleted: bool = False) -> Iterator[Run]:
+        """Runs by a filter, with `deleted` also those that were deleted; the oldest first."""
         from mlflow.entities import ViewType
 
-        complete: dict[str, str] = {}
         token: str | None = None
         while True:
             page = self._connect().search_runs(
                 [self._experiment()],
-                f"tags.`{STUDY_TAG}` = '{study}' AND attributes.status != 'RUNNING'",
-                ViewType.ALL,
+                text,
+                ViewType.ALL if deleted else ViewType.ACTIVE_ONLY,
+                order_by=["attributes.start_time ASC"],
                 page_token=token,
             )
-            tagged = ((run.data.tags.get(UID_TAG), run.info.run_id) for run in page)
-            complete |= {uid: run_id for uid, run_id in tagged if uid}
+            yield from page
             token = page.token
             if not token:
-                return complete
+                return
 
     def _marked(self, study_dir: Path, parent: str) -> dict[str, str]:
         """Run ids by uid of what was delivered under this parent run, read once from disk."""
@@ -483,45 +467,11 @@ def baselines(records: Sequence[Record]) -> dict[tuple[str, str], float]:
     }
 
 
-def leave_verdict(
-    study_dir: Path, uid: str, preset: str, figures: Mapping[str, float], text: str
-) -> None:
-    """Have the outcome of a promotion shown on the run above its processes.
-
-    `uid` is of one of them, `figures` become metrics, `text` (Markdown) the description.
-    """
-    line = {"uid": uid, "preset": preset, "figures": json.dumps(dict(figures)), "text": text}
-    _append(study_dir / VERDICTS_FILE, line)
-
-
-def leave_tag(study_dir: Path, uid: str, key: str, value: str) -> None:
-    """Have a tag set on the run of a record, when MLflow has it."""
-    _append(study_dir / TAGS_FILE, {"uid": uid, "key": key, "value": value[: content.MAX_TAG]})
-
-
 def _mark(study_dir: Path, mark: dict[str, str]) -> None:
     """Note a delivery."""
-    _append(study_dir / "delivered.jsonl", mark)
-
-
-def _append(path: Path, line: dict[str, str]) -> None:
-    """Begins with a newline, so that a torn line before it does no harm."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" + json.dumps(line))
+    append_line(study_dir / "delivered.jsonl", mark)
 
 
 def _read_marks(study_dir: Path, parent: str) -> dict[str, str]:
     marks = [m for m in read_lines(study_dir / "delivered.jsonl") if m.get("parent") == parent]
     return {mark["uid"]: mark["run_id"] for mark in marks if {"uid", "run_id"} <= mark.keys()}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a line that cannot be read is none."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    found: list[dict[str, Any]] = []
-    for line in lines:
-        with suppress(ValueError):
-            parsed = json.loads(line)
-            if isinstance(parsed, dict):
-                found.append(parsed)
-    return found

@@ -122,10 +122,10 @@ def view(study: str, records: Sequence[Record]) -> str:
     return json.dumps(state)
 
 
-def page(server: str, experiment_id: str, study: str) -> str:
-    """The address of a study's page on a server."""
+def page(experiment_id: str, study: str) -> str:
+    """The address of a study's page below that of its server."""
     return (
-        f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs"
+        f"#/experiments/{experiment_id}/runs"
         f"?workflowType=machine_learning&viewStateShareKey={view_key(study)}"
     )
 

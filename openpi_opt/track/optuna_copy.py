@@ -1,9 +1,10 @@
 """Optuna's database as a copy of the journal: for optuna-dashboard and whoever reads it.
 
 One Optuna study for each search space of a study, called `STUDY SPACE`. It holds one trial for each
-record of the journal, in order, so a trial's number there is its number in the tables. A record of
-another space, a baseline (also where it is a point of the space) or a confirmation is a trial
-without parameters in state FAIL.
+record of the journal, in order, so a trial's number there is its number in the tables. A record
+that is no point of the space (of another space, a baseline, a confirmation) is a trial without
+parameters in state FAIL. One that turns out to be a point later (the baseline, as a rule) becomes
+one: the copy is then made anew, since Optuna changes no finished trial.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from openpi_opt.criteria import Criteria
 from openpi_opt.errors import masked
 from openpi_opt.result import Pruned, TrialResult, write_atomic
 from openpi_opt.track.journal import Record
+from openpi_opt.track.left import append_line, read_lines
 from openpi_opt.track.store import Store, sqlite_url
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ HASH_ATTRIBUTE = "config_hash"
 _BATCH = 50
 _LOCK_S = 30
 _SQLITE_S = 30
+_UID = "uid"  # of a record that may turn out to be a point
 _LOSSY = "lossy"  # the constraint's name
 
 
@@ -59,12 +62,25 @@ def write_space(study_dir: Path, space: str, distributions: Mapping[str, BaseDis
     write_atomic(folder / f"{space}.json", json.dumps(content, indent=1) + "\n")
 
 
+def note_point(study_dir: Path, space: str, uid: str, params: Mapping[str, str]) -> None:
+    """Keep that a record which was not proposed in this space is the point `params` of it."""
+    path = study_dir / "spaces" / f"{space}.points.jsonl"
+    if uid not in _points(study_dir, space):
+        append_line(path, {"uid": uid, "params": dict(params)})
+
+
+def _points(study_dir: Path, space: str) -> dict[str, dict[str, str]]:
+    lines = read_lines(study_dir / "spaces" / f"{space}.points.jsonl")
+    return {line["uid"]: line["params"] for line in lines if {"uid", "params"} <= line.keys()}
+
+
 def frozen(
     record: Record,
+    params: Mapping[str, str],
     distributions: Mapping[str, BaseDistribution],
     criteria: Criteria,
 ) -> FrozenTrial:
-    """A record as the finished trial that Optuna knows.
+    """A record as the finished trial of the point `params` that Optuna knows.
 
     An outcome without a latency is PRUNED, with its reason: samplers stay away from it.
     """
@@ -85,7 +101,7 @@ def frozen(
         optuna.trial.create_trial(
             state=states.PRUNED if values is None else states.COMPLETE,
             values=values,
-            params={key: _value(record.params[key], kind) for key, kind in distributions.items()},
+            params={key: _value(params[key], kind) for key, kind in distributions.items()},
             distributions=dict(distributions),
             user_attrs=attributes,
             intermediate_values=seen,
@@ -130,16 +146,24 @@ class OptunaCopy:
 
         with self._lock:  # several processes that make the tables at once break the database
             study = self._studies.get(path.stem) or self._open(path.stem, criteria)
-            have = len(study.get_trials(deepcopy=False))
+            points = _points(self._study_dir, path.stem)
+            trials = study.get_trials(deepcopy=False)
+            late = (t for t in trials if t.user_attrs.get(_UID) in points)
+            if next(late, None) is not None:
+                assert self._storage is not None  # of `_open`
+                optuna.delete_study(study_name=study.study_name, storage=self._storage)
+                study, trials = self._open(path.stem, criteria), []
+            have = len(trials)
             distributions = {
                 key: optuna.distributions.json_to_distribution(text)
                 for key, text in json.loads(path.read_text(encoding="utf-8")).items()
             }
             for record in records[have : have + _BATCH]:
-                ours = record.space == path.stem and record.params.keys() == distributions.keys()
-                study.add_trial(
-                    frozen(record, distributions, criteria) if ours else _placeholder(record)
-                )
+                params = record.params if record.space == path.stem else {}
+                params = points.get(record.uid, params)
+                ours = params.keys() == distributions.keys()
+                trial = frozen(record, params, distributions, criteria) if ours else None
+                study.add_trial(trial or _placeholder(record))
         return have + _BATCH < len(records)
 
     def _open(self, space: str, criteria: Criteria) -> optuna.Study:
@@ -201,7 +225,7 @@ class OptunaCopy:
 def _placeholder(record: Record) -> FrozenTrial:
     import optuna
 
-    what = {"role": record.role, "reason": "no point of this search space"}
+    what = {"role": record.role, "reason": "no point of this search space", _UID: record.uid}
     state = optuna.trial.TrialState.FAIL
     return _at(record, optuna.trial.create_trial(state=state, user_attrs=what))
 

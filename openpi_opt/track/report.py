@@ -132,6 +132,9 @@ def _titles(found: Sequence[Sequence[Record]]) -> list[str]:
             changed = differences(alike[0].result.fingerprint, record.result.fingerprint)
             words.append("; ".join([f"fingerprint {record.fingerprint_hash}", *changed]))
         titles.append(f"{title} ({', '.join(words)})" if words else title)
+    studies = [dict.fromkeys(record.study for record in members) for members in found]
+    if len({name for names in studies for name in names}) > 1:
+        return [f"{', '.join(names)}: {text}" for names, text in zip(studies, titles, strict=True)]
     return titles
 
 
@@ -213,6 +216,15 @@ def what(row: Row, group: Group) -> str:
     shown = {k: text for k, text in shown.items() if common.get(k) != text}
     rest = "baseline" if row.record.role == "baseline" else "nothing else" if common else "defaults"
     return " ".join(f"{key}={text}" for key, text in shown.items()) or rest
+
+
+def whole(row: Row, group: Group) -> str:
+    """What tells the trial apart from the baseline, also what all trials share."""
+    words = [*(f"{key}={text}" for key, text in group.shared.items()), what(row, group)]
+    if row.record.role == "baseline":
+        return "baseline"
+    found = " ".join(word for word in words if word != "nothing else")
+    return found + (", lossy" if row.lossy else "")
 
 
 def of_limit(row: Row) -> str:

@@ -6,6 +6,7 @@ import difflib
 import mmap
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +112,27 @@ class Store:
                 f"study {name!r} is not in the store {self.path}.\n{_hint(name, known)}"
             )
         return self.study_dir(name)
+
+
+def find_studies(store: str | Path, names: Sequence[str]) -> list[Path]:
+    """Folders of studies, each once: names in a store, or paths of studies of other stores.
+
+    Raises:
+        UserError: no such store or study.
+    """
+    found = []
+    for name in names:
+        if "/" not in name:
+            found.append(Store.open(store, create=False).find_study(name))
+            continue
+        folder = Path(name).expanduser().absolute()
+        if not (folder / "journal.jsonl").is_file():
+            raise UserError(
+                f"{name} is no folder of a study: it has no journal.jsonl. Give the name of a "
+                "study of --store, or STORE/studies/NAME of another store."
+            )
+        found.append(folder)
+    return list(dict.fromkeys(found))
 
 
 def unusable(what: str, folder: Path, error: OSError, mend: str) -> UserError:

@@ -15,7 +15,16 @@ from openpi_opt.figures import Figure
 from openpi_opt.result import Ok, Pruned
 from openpi_opt.track.journal import Record
 from openpi_opt.track.mlflow_content import one_line
-from openpi_opt.track.report import MAX_REASON, STALE_MARK, Group, Row, groups, of_limit, what
+from openpi_opt.track.report import (
+    MAX_REASON,
+    STALE_MARK,
+    Group,
+    Row,
+    groups,
+    of_limit,
+    what,
+    whole,
+)
 
 MIN_FOLDED = 8  # a knob's column may fold its text down to this many characters
 # A table is this wide at most as long as its figures allow it.
@@ -54,6 +63,25 @@ def print_groups(
             _say(console, Text(text, overflow="fold") if console else text, folded=True)
         for text in _floors(group, width) if stages else ():
             _say(console, text)
+
+
+def print_side_by_side(found: Sequence[Group]) -> None:
+    """Print the best of each group: of other machines and workloads, so not compared."""
+    body = []
+    for group in found:
+        best = group.best
+        if best is None or best.ok is None:
+            body.append([group.title, "none", "", "", ""])
+            continue
+        latency = best.ok.latency
+        gain = f"{best.vs_baseline:.2f}x" if best.vs_baseline is not None else ""
+        name = f"{best.record.study}:{best.record.number} {whole(best, group)}"
+        interval = f"{latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}"
+        body.append([group.title, name, f"{latency.mean_ms:.3f}", interval, gain])
+    heads = ["machine and workload", "best", "mean ms", "95% interval", "vs.\nbaseline"]
+    print("\nside by side, each against its own baseline")
+    for _, line in _grid(heads, body, {*heads[:2]}, set(), TABLE_WIDTH):
+        print(line.rstrip())
 
 
 def _say(console: Console | None, text: str | Text, folded: bool = False) -> None:
@@ -145,7 +173,7 @@ def _trials(group: Group, columns: Sequence[Figure], width: int) -> Iterator[tup
         [
             _number(row, group),
             *([what(row, group)] if single else row.differs.values()),
-            _outcome(row),
+            outcome(row),
             *_numbers(row, kinds),
             *([limit] if any(limits) else []),
             *(figure.cell(row.ok) if row.ok else "" for figure in shown),
@@ -214,7 +242,8 @@ def _guard_lines(found: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _outcome(row: Row) -> str:
+def outcome(row: Row) -> str:
+    """How the trial ended, with its role unless that is `trial`."""
     role = row.record.role
     words = [row.record.result.outcome, *(["lossy"] if row.lossy else [])]
     words += ["over limit"] if row.over else []

@@ -18,6 +18,7 @@ from openpi_opt.analysis.breakdown import break_down
 from openpi_opt.analysis.trace_file import read_trace
 from openpi_opt.analyze import main
 from openpi_opt.errors import UserError
+from openpi_opt.measure import trace
 from openpi_opt.measure.trace import ProfileError, Recording
 
 KERNEL: dict[str, Any] = {
@@ -89,6 +90,23 @@ def test_damage_is_said_with_the_name_of_the_file(
     assert str(path) in str(caught.value)
     assert said in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+def test_valid_events_may_be_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte of gzip that holds hundreds of valid kernels: refused after the first 16."""
+    one = json.dumps(KERNEL).encode() + b","
+    path = tmp_path / "bomb.json.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b"[" + one * (40 * 2**20 // len(one)))
+    with pytest.raises(UserError, match=r"64 times its size .*KiB to 1\d MiB"):
+        main([str(path)])
+    # one that packs like a trace ends by its number of launches
+    monkeypatch.setattr(trace, "MAX_LAUNCHES", 1000)
+    path.write_bytes(gzip.compress(json.dumps([KERNEL] * 1001).encode()))
+    main([str(path)])
+    path.write_bytes(gzip.compress(json.dumps([KERNEL] * 1003).encode()))
+    with pytest.raises(UserError, match="more than 1,000 kernels"):
+        main([str(path)])
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:

@@ -157,10 +157,12 @@ def test_plans_are_near_the_size_for_a_known_tau(tau: float, screening: int, pai
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.floats(0.0005, 0.1), st.integers(1, 40), st.floats(10, 5000))
-def test_a_plan_fits_or_says_what_it_needs(tau: float, contenders: int, limit: float) -> None:
+@given(st.floats(0.0005, 0.5), st.integers(1, 40), st.floats(10, 5000) | st.none())
+def test_a_plan_fits_or_says_what_it_needs(
+    tau: float, contenders: int, limit: float | None
+) -> None:
     costs = Costs(contenders, min(5, contenders))
-    if limit < costs.least_s:
+    if limit is not None and limit < costs.least_s:
         with pytest.raises(TooShortError):
             make_plan(Tau(tau, 7), costs, limit)
         return
@@ -169,8 +171,9 @@ def test_a_plan_fits_or_says_what_it_needs(tau: float, contenders: int, limit: f
     except TooShortError as error:
         limit = error.least_s  # what it asks for has to do
         plan = make_plan(Tau(tau, 7), costs, limit)
-    assert costs.seconds(plan.screening, plan.pairs) <= limit
+    assert limit is None or costs.seconds(plan.screening, plan.pairs) <= limit
     assert plan.promise.gain >= power.GAIN
+    assert limit or plan.promise.gain == power.GAIN
     chance = power.chance_selected(
         plan.promise.gain, plan.promise.tau, plan.screening, contenders, costs.finalists
     )
@@ -178,17 +181,6 @@ def test_a_plan_fits_or_says_what_it_needs(tau: float, contenders: int, limit: f
         plan.promise.gain, plan.promise.tau, plan.pairs, power.level(costs.finalists)
     )
     assert chance * found >= power.PLANNED - 1e-4
-
-
-@pytest.mark.parametrize("tau", [0.03, 0.1, 0.5])
-def test_a_large_spread_takes_many_processes_and_a_plan_for_them(tau: float) -> None:
-    costs = Costs(12, 5)
-    plan = make_plan(Tau(tau, 7), costs)
-    found = power.chance_selected(0.01, plan.promise.tau, plan.screening, 12, 5) * power.power(
-        0.01, plan.promise.tau, plan.pairs, power.level(5)
-    )
-    assert power.PLANNED - 1e-4 <= found < 0.995
-    assert costs.seconds(plan.screening, plan.pairs) > 5000
 
 
 def test_less_time_promises_less_and_never_another_level() -> None:
@@ -434,7 +426,7 @@ def test_few_configurations_keep_the_promise_too(configurations: int) -> None:
 
 
 def test_drift_promotes_nothing_that_is_not_faster_and_hides_no_gain() -> None:
-    drifting = sweeps(0.003, 60, 150, normal=True, drift=0.002)
+    drifting = sweeps(0.003, 60, 100, normal=True, drift=0.002)
     assert drifting.equal().value <= 0.01
     assert drifting.one_faster(0.01)[0].value >= 0.95
 

@@ -26,7 +26,7 @@ from openpi_opt.machine import probe
 from openpi_opt.process.devices import LEASES_VARIABLE, reserve
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
-from openpi_opt.track.mlflow_log import TAGS_FILE, read_lines
+from openpi_opt.track.left import TAGS_FILE, read_lines
 from openpi_opt.track.store import Store
 
 CONTEXT = {"model": {"name": "pi0_mini"}, "platform": {"device": "cpu"}}

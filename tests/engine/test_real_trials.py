@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hosts import wait_for
 from terminal_samples import Terminal, trials_of
 
 from openpi_opt.result import Failed, Ok
@@ -115,20 +114,6 @@ def test_a_trial_that_allocates_too_much_is_oom_and_nothing_ok_is_1(terminal: Te
     assert "no configuration was ok" in out
     assert "allocate" in out
     assert "log.txt" in out
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_sweep_leaves_no_process_and_can_go_on(
-    terminal: Terminal, number: signal.Signals
-) -> None:
-    sweep = terminal.start("-m", "weights.seed=0,1", "baseline=false", "tracking=none")
-    terminal.trial_pid(set())
-    sweep.send_signal(number)
-    _, err = sweep.communicate(timeout=30)
-    assert sweep.returncode == 130
-    assert "0 finished trial(s) are kept" in err
-    assert "Traceback" not in err
-    wait_for(lambda: not list(trials_of(terminal.folder)))
 
 
 def test_an_experiment_ends_with_its_table_and_plot(terminal: Terminal) -> None:

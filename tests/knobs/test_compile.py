@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,56 +104,12 @@ def test_modes_are_torchs_and_options_come_on_top(mode: str) -> None:
     assert module._settings(options) == {**expected, "triton.multi_kernel": 1}
 
 
-@pytest.mark.parametrize(
-    ("raw", "same_as"),
-    [
-        (of("off", "call", freezing=True), {}),
-        (of(group_fusion=True, benchmark_kernel=True), of()),
-        (of(max_fusion_size=64, shape_padding=True, freezing=False), of()),
-        (of(max_autotune_gemm_backends="ATEN"), of()),
-        (of(max_autotune_gemm=False), of()),
-        (of("max_autotune", max_autotune_pointwise=True), of("max_autotune")),
-        (of("max_autotune", coordinate_descent_tuning=True), of("max_autotune")),
-    ],
-)
-def test_what_has_no_effect_does_not_count(raw: dict, same_as: dict) -> None:
-    assert config(raw, H100).hash() == config(same_as, H100).hash()
-
-
-@pytest.mark.parametrize(
-    ("raw", "other"),
-    [
-        (of(freezing=True), of()),
-        (of(max_fusion_size=128), of()),
-        (of("max_autotune", max_autotune_gemm_backends="ATEN"), of("max_autotune")),
-        (of(max_autotune_gemm=True, max_autotune_gemm_backends="ATEN"), of(max_autotune_gemm=True)),
-        (of("max_autotune", coordinate_descent_tuning=False), of("max_autotune")),
-        (of(coordinate_descent_tuning=True), of()),
-        (of(triton={"multi_kernel": 1}), of()),
-        (of(scope="call"), of()),
-    ],
-)
-def test_what_has_an_effect_counts(raw: dict, other: dict) -> None:
-    assert config(raw, H100).hash() != config(other, H100).hash()
-
-
 def test_inert_options_are_noted_and_shown() -> None:
     cfg = config(of(group_fusion=True, freezing=True))
     (note,) = KNOB.notes(cfg)
     assert "compile.inductor.group_fusion" in note
     assert cfg.labels()["compile"] == "default group_fusion=True freezing=True"
     assert KNOB.notes(config(of("off", group_fusion=True))) == []
-
-
-@pytest.mark.parametrize("mode", ["reduce_overhead", "max_autotune"])
-def test_two_captures_contradict_and_a_cpu_has_none(mode: str) -> None:
-    both = KNOB.check(config({**of(mode), "graph": {"mode": "manual"}}, H100), H100)
-    assert both is not None
-    assert both.outcome == "invalid"
-    on_cpu = KNOB.check(config(of(mode)), CPU)
-    assert on_cpu is not None
-    assert on_cpu.outcome == "unavailable"
-    assert KNOB.check(config(of(mode), H100), H100) is None
 
 
 def test_the_cpp_wrapper_needs_a_cpp_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,14 +182,23 @@ def test_captured_actions_are_a_copy() -> None:
     assert float(first[0, 0]) == 1.0
 
 
-@pytest.mark.parametrize("scope", ["stage", "call", "layer"])
-def test_the_small_model_compiles_and_computes_the_same(scope: str) -> None:
-    sdpa = dict.fromkeys(("vision", "prefill", "denoise"), "sdpa")
+@pytest.mark.parametrize(("scope", "graphs"), [("stage", 3), ("call", 1), ("layer", 3)])
+def test_the_small_model_compiles_and_computes_the_same(
+    scope: str, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stages by Inductor, for a C++ compiler takes its time; the other two are traced only."""
+    if scope != "stage":
+        compile_ = torch.compile
+
+        def traced(function: Any, **settings: Any) -> Any:
+            return compile_(function, fullgraph=True, dynamic=False, backend="eager")
+
+        monkeypatch.setattr(torch, "compile", traced)
     cfg = config(
         {
             "precision": {"dtype": "float32"},
             "workload": {"steps": 2, "active_cameras": [True]},
-            "attention": sdpa,
+            "attention": {"vision": "eager", "prefill": "sdpa", "denoise": "eager"},
             **of(scope=scope, freezing=True, max_fusion_size=128),
         }
     )
@@ -245,8 +211,7 @@ def test_the_small_model_compiles_and_computes_the_same(scope: str) -> None:
     prepared = runtime.apply_knobs(policy, cfg)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     prepared.call(first)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
-    assert graphs == {"stage": 3, "call": 1, "layer": 3}[scope]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == graphs
     torch.testing.assert_close(prepared.call(second), expected, rtol=1e-3, atol=1e-4)
     assert not list(torch._dynamo.utils.counters["graph_break"])
     with pytest.raises(RuntimeError, match="recompile"):

@@ -6,7 +6,6 @@ from machine_samples import CPU, H100, MI300X, config
 
 from openpi_opt.errors import UserError
 from openpi_opt.knobs.environment import REFUSED, VARIABLES, Environment
-from openpi_opt.machine import Machine
 from openpi_opt.paths import conf_dir
 from openpi_opt.process.environment import child_environment, cleared_names
 
@@ -67,38 +66,6 @@ def test_refusals_say_why(name: str, value: object, words: list[str]) -> None:
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "serving"),
-    [
-        ("HIP_FORCE_DEV_KERNARG", 1, [MI300X]),
-        ("CUDA_MODULE_LOADING", "EAGER", [H100]),
-        ("DISABLE_ADDMM_CUDA_LT", 1, [H100, MI300X]),
-        ("OMP_NUM_THREADS", 2, [CPU, H100, MI300X]),
-    ],
-)
-def test_the_vendor_decides(name: str, value: object, serving: list[Machine]) -> None:
-    for machine in (CPU, H100, MI300X):
-        refusal = KNOB.check(config(of(**{name: value}), machine), machine)
-        assert (refusal is None) == (machine in serving)
-        if refusal:
-            assert refusal.outcome == "unavailable"
-            assert name in refusal.reason
-
-
-@pytest.mark.parametrize(
-    ("names", "value"),
-    [
-        (("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True"),
-        (("DISABLE_ADDMM_CUDA_LT", "DISABLE_ADDMM_HIP_LT"), "1"),
-    ],
-)
-def test_two_spellings_of_one_setting_are_invalid(names: tuple[str, ...], value: str) -> None:
-    refusal = KNOB.check(config(of(**dict.fromkeys(names, value)), MI300X), MI300X)
-    assert refusal is not None
-    assert refusal.outcome == "invalid"
-    assert all(name in refusal.reason for name in names)
-
-
 def test_inert_variables_are_recorded_and_have_no_effect() -> None:
     cfg = config(of(HIP_CACHE_ENABLED=1, TORCH_ROCM_USE_HIPBLASLT=0), MI300X)
     assert cfg.knobs["environment"].variables
@@ -133,12 +100,6 @@ def test_the_named_sets_that_the_field_speaks_of_exist() -> None:
 def test_every_variable_of_the_table_is_kept_out_of_a_trials_environment() -> None:
     kept = set(VARIABLES) - set(cleared_names(dict.fromkeys(VARIABLES, "1")))
     assert kept == {"OMP_NUM_THREADS"}  # says how many cores this process may have
-
-
-def test_order_does_not_matter() -> None:
-    one = of(GPU_MAX_HW_QUEUES=2, HIP_FORCE_DEV_KERNARG=1)
-    other = of(HIP_FORCE_DEV_KERNARG=1, GPU_MAX_HW_QUEUES=2)
-    assert config(one, MI300X).hash() == config(other, MI300X).hash()
 
 
 @pytest.mark.parametrize("file", sorted((conf_dir() / "environment").glob("*.yaml")), ids=str)

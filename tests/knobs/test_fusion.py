@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from openpi_opt.config import Config
-from openpi_opt.knobs import BY_NAME
-from openpi_opt.machine import probe
 from openpi_opt.pi0 import checkpoint
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.weights import init_random
@@ -94,16 +91,6 @@ def test_other_weights_can_be_loaded_into_and_saved_from_a_fused_policy(tmp_path
     assert all(torch.equal(saved[name], given[name]) for name in given)
     prepared.policy.load_state_dict(plain_policy(cfg).state_dict())
     assert relative(prepared.call(inputs), plain_actions(cfg, inputs)) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "blas", [{"backend": "aiter"}, {"backend": "fp8", "fp8": {"stages": ["vision"]}}]
-)
-def test_a_product_that_another_knob_wants_is_refused(blas: dict[str, Any]) -> None:
-    cfg = config(fusion={"vision_mlp": True}, blas=blas)
-    refusal = BY_NAME["fusion"].check(cfg, probe())
-    assert refusal is not None
-    assert refusal.outcome == "invalid"
 
 
 def test_labels() -> None:

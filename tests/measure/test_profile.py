@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from openpi_opt.measure.profile import profile_call
-from openpi_opt.measure.trace import list_operators
+from openpi_opt.measure.trace import Recording
 
 STEPS = 4
 
@@ -78,7 +78,7 @@ def test_the_trace_is_what_was_counted(small: Callable, tmp_path: Path) -> None:
 
     with gzip.open(path, "rt", encoding="utf-8") as file:
         document = json.load(file)
-    assert list_operators(document["traceEvents"]) == found.launches
+    assert Recording.of(document["traceEvents"]).operators().launches() == found.launches
     assert [entry.name for entry in tmp_path.iterdir()] == ["trace.json.gz"]
 
 

@@ -17,8 +17,7 @@ from openpi_opt.measure.trace import (
     Launch,
     Occupation,
     ProfileError,
-    list_kernels,
-    list_operators,
+    Recording,
     occupation,
     shares_us,
     stage_by_sequence,
@@ -50,6 +49,14 @@ def kernel(name: str, ts: float, dur: float, correlation: int, **more: Any) -> E
     args = {"stream": 7, "device": 0, "correlation": correlation, **more.pop("args", {})}
     device = {"ph": "X", "cat": "kernel", "pid": 0, "tid": 7}
     return {**device, "name": name, "ts": ts, "dur": dur, "args": args, **more}
+
+
+def kernels_in(events: list[Event]) -> list[Launch]:
+    return Recording.of(events).kernels().launches()
+
+
+def operators_in(events: list[Event]) -> list[Launch]:
+    return Recording.of(events).operators().launches()
 
 
 def copy(ts: float, dur: float, correlation: int) -> Event:
@@ -98,7 +105,7 @@ REPLAY = [
 
 
 def test_kernels_are_listed_in_order_of_their_start_with_the_stage_of_their_launch() -> None:
-    listed = [(launch.name, launch.start_us, launch.stage) for launch in list_kernels(EAGER)]
+    listed = [(launch.name, launch.start_us, launch.stage) for launch in kernels_in(EAGER)]
     assert listed == [
         (NVJET, 150.0, "vision"),
         (FLASH, 200.0, "prefill"),
@@ -201,7 +208,7 @@ def test_on_rocm_a_capture_that_cannot_be_left_out_is_said(without: Any) -> None
 
 
 def test_table_has_the_longest_first() -> None:
-    rows = table_of(list_kernels(EAGER), "cuda")
+    rows = table_of(kernels_in(EAGER), "cuda")
     assert [(row.name, row.category, row.calls) for row in rows] == [
         (NVJET, "gemm", 2),
         (FLASH, "attention", 1),
@@ -272,7 +279,7 @@ def test_the_innermost_marker_decides() -> None:
         kernel(ADD, 20.0, 1.0, 1),
         kernel(NVJET, 60.0, 1.0, 2),
     ]
-    assert [launch.stage for launch in list_kernels(events)] == ["vision", "denoise"]
+    assert [launch.stage for launch in kernels_in(events)] == ["vision", "denoise"]
 
 
 def test_a_marker_of_another_thread_does_not_count() -> None:
@@ -282,7 +289,7 @@ def test_a_marker_of_another_thread_does_not_count() -> None:
         runtime("cudaLaunchKernel", 20.0, 1),
         kernel(ADD, 30.0, 1.0, 1),
     ]
-    assert [launch.stage for launch in list_kernels(events)] == ["other"]
+    assert [launch.stage for launch in kernels_in(events)] == ["other"]
 
 
 def test_the_operator_stands_in_for_a_launch_that_was_not_recorded() -> None:
@@ -291,7 +298,7 @@ def test_the_operator_stands_in_for_a_launch_that_was_not_recorded() -> None:
         operator("aten::mm", 10.0, 5.0, **{"External id": 9}),
         kernel(NVJET, 30.0, 1.0, 1, args={"External id": 9}),
     ]
-    assert [launch.stage for launch in list_kernels(events)] == ["vision"]
+    assert [launch.stage for launch in kernels_in(events)] == ["vision"]
 
 
 def test_one_kernel_of_unknown_launch_leaves_no_stages() -> None:
@@ -326,7 +333,7 @@ def test_operator_calls_are_the_outermost_of_their_thread() -> None:
         operator("openpi_opt::rms_norm", 70.0, 5.0),
         {**operator("aten::copy_", 15.0, 5.0), "tid": 200},
     ]
-    listed = [(launch.name, launch.duration_us, launch.stage) for launch in list_operators(events)]
+    listed = [(launch.name, launch.duration_us, launch.stage) for launch in operators_in(events)]
     assert listed == [
         ("aten::linear", 30.0, "vision"),
         ("aten::copy_", 5.0, "other"),
@@ -338,7 +345,7 @@ def test_operator_calls_are_the_outermost_of_their_thread() -> None:
 
 def test_operators_that_start_together_are_one_call() -> None:
     events = [operator("aten::zero_", 10.0, 3.0), operator("aten::zeros", 10.0, 5.0)]
-    assert [launch.name for launch in list_operators(events)] == ["aten::zeros"]
+    assert [launch.name for launch in operators_in(events)] == ["aten::zeros"]
 
 
 def test_nesting_is_exact_at_the_size_of_real_timestamps() -> None:
@@ -348,7 +355,7 @@ def test_nesting_is_exact_at_the_size_of_real_timestamps() -> None:
         operator("aten::view", start + 0.239, 0.09),
         operator("aten::add", start + 0.1, 0.139),
     ]
-    assert [launch.name for launch in list_operators(events)] == ["aten::mul", "aten::view"]
+    assert [launch.name for launch in operators_in(events)] == ["aten::mul", "aten::view"]
 
 
 def test_generated_loops_on_a_cpu_are_said_to_be_missing() -> None:
@@ -376,7 +383,7 @@ def test_a_damaged_event_is_an_error(damage: Event) -> None:
 
 
 def test_one_unknown_stage_leaves_the_stages_empty() -> None:
-    launches = list_kernels([*EAGER, kernel(ADD, 400.0, 1.0, 99)])
+    launches = kernels_in([*EAGER, kernel(ADD, 400.0, 1.0, 99)])
     assert kernels_of(launches, "cuda").stage_ms == {}
     assert kernels_of(launches[:-1], "cuda").stage_ms != {}
 

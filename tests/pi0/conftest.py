@@ -15,14 +15,14 @@ from openpi_opt.pi0.workload import Workload
 
 @cache
 def _shared_policy(name: str) -> Pi0Policy:
-    policy = build(MODELS[name], "cpu")
+    policy = build(MODELS[name], "cpu", steps=3)
     init_random(policy, seed=0)
     return policy
 
 
 @pytest.fixture
 def policy() -> Pi0Policy:
-    """pi0_mini with random weights, float32, a copy for each test."""
+    """pi0_mini with random weights, float32, three steps, a copy for each test."""
     return copy.deepcopy(_shared_policy("pi0_mini"))
 
 
@@ -35,7 +35,7 @@ def either(request: pytest.FixtureRequest) -> Pi0Policy:
 @pytest.fixture
 def masked_workload() -> Workload:
     """Third camera masked, 20 of 28 prompt slots valid."""
-    return Workload((True, True, False), 28, 20, horizon=10, steps=10, batch_size=1)
+    return Workload((True, True, False), 28, 20, horizon=10, steps=3, batch_size=1)
 
 
 @pytest.fixture(autouse=True)

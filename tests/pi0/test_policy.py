@@ -104,16 +104,16 @@ def layout_of(layout: Layout) -> Workload:
     return Workload(layout.cameras, layout.prompt_slots, layout.prompt_tokens, 6, 2, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "dtype"),
     [
-        Layout((True, True, False), 12, 7),
-        Layout((True, True), 12, 7),
-        Layout((True, False, True), 5, 5),
-        Layout((True, True), 5, 5),
+        (Layout((True, True, False), 12, 7), torch.float32),
+        (Layout((True, True, False), 12, 7), torch.bfloat16),
+        (Layout((True, True), 12, 7), torch.float32),
+        (Layout((True, False, True), 5, 5), torch.float32),
+        (Layout((True, True), 5, 5), torch.float32),
     ],
-    ids=["scattered", "leading", "gap", "all_valid"],
+    ids=["scattered", "scattered in bfloat16", "leading", "gap", "all_valid"],
 )
 def test_declared_layout_equals_general_masks(
     either: Pi0Policy, layout: Layout, dtype: torch.dtype
@@ -149,10 +149,9 @@ def ragged(seed: int = 7) -> list[Inputs]:
     return batches
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("seed", [7, 8])
+@pytest.mark.parametrize(("seed", "dtype"), [(7, torch.float32), (8, torch.bfloat16)])
 def test_a_flexible_layout_serves_any_masks(
-    either: Pi0Policy, dtype: torch.dtype, seed: int
+    either: Pi0Policy, seed: int, dtype: torch.dtype
 ) -> None:
     policy = either
     cast(policy, dtype)
@@ -262,20 +261,17 @@ def test_float16_and_bfloat16_stay_near_float32(
         assert 0 < distance(other.sample_actions(inputs), exact) < limit
 
 
-@pytest.mark.parametrize(
-    ("declared", "dtype"),
-    [("exact", torch.float32), ("flexible", torch.float32), (None, torch.bfloat16)],
-)
+@pytest.mark.parametrize(("flexible", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_whole_call_compiles_to_one_graph(
-    masked_workload: Workload, declared: str | None, dtype: torch.dtype
+    masked_workload: Workload, flexible: bool, dtype: torch.dtype
 ) -> None:
-    workload = dataclasses.replace(masked_workload, steps=3)  # which are unrolled
+    """With a flexible layout, and with masks; knob `compile` has the exact one."""
+    workload = dataclasses.replace(masked_workload, steps=2, flexible=flexible)  # both unrolled
     policy = build(PI0_MINI, "cpu", workload.steps)
     init_random(policy, seed=0)
     cast(policy, dtype)
-    if declared:
-        flexible = declared == "flexible"
-        policy.declare_layout(dataclasses.replace(workload, flexible=flexible).layout)
+    if flexible:
+        policy.declare_layout(workload.layout)
     inputs = make_inputs(workload, PI0_MINI, 10, "cpu")
     eager = policy.sample_actions(inputs)
     torch._dynamo.reset()
@@ -284,9 +280,8 @@ def test_whole_call_compiles_to_one_graph(
 
 
 def test_stages_compile_once_each_and_can_be_replaced(
-    either: Pi0Policy, masked_workload: Workload
+    policy: Pi0Policy, masked_workload: Workload
 ) -> None:
-    policy = either
     inputs = make_inputs(masked_workload, PI0_MINI, 11, "cpu")
     policy.declare_layout(masked_workload.layout)
     eager = policy.sample_actions(inputs)
@@ -305,16 +300,6 @@ def test_stages_compile_once_each_and_can_be_replaced(
     assert distance(policy.sample_actions(inputs), eager) < 1e-6
     policy.sample_actions(make_inputs(masked_workload, PI0_MINI, 12, "cpu"))
     assert len(graphs) == 3
-
-
-@pytest.mark.parametrize("stage", ["encode_images", "denoise_step"])
-def test_stage_compiles_with_inductor(policy: Pi0Policy, stage: str) -> None:
-    policy.declare_layout(SEED_B1.layout)
-    inputs = make_inputs(SEED_B1, PI0_MINI, 13, "cpu")
-    eager = policy.sample_actions(inputs)
-    torch._dynamo.reset()
-    setattr(policy, stage, torch.compile(getattr(policy, stage), fullgraph=True, dynamic=False))
-    assert distance(policy.sample_actions(inputs), eager) < 1e-5
 
 
 def test_profiler_sees_the_three_stages() -> None:

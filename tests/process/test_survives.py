@@ -18,19 +18,13 @@ from pathlib import Path
 
 import optuna
 import pytest
-from hosts import Host, optuna_study, wait_for
+from hosts import Host, wait_for
 from search_samples import CPU
-from sweep_samples import compose
 from terminal_samples import ROOT, Shell, held, trials_of
 
 from openpi_opt.config import Config
-from openpi_opt.engine.display import Silent
-from openpi_opt.engine.plan import StudyRequest
-from openpi_opt.engine.study import run_study
 from openpi_opt.process.run import run_trial
 from openpi_opt.result import Failed
-from openpi_opt.space.settings import Settings
-from openpi_opt.space.space import Space
 from openpi_opt.track.journal import Journal
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -55,6 +49,14 @@ def open_runs(uri: str) -> tuple[int, list[str]]:
     return len(runs), [run.info.run_name for run in runs if run.info.status == "RUNNING"]
 
 
+def sync(store: Path, env: dict[str, str]) -> int:
+    """Deliver to MLflow what it lacks; returns how many records that were."""
+    command = [sys.executable, "-m", "openpi_opt.track", "sync", "--store", str(store)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[1])
+
+
 def test_one_ctrl_c_ends_gracefully_and_the_same_command_goes_on(tmp_path: Path) -> None:
     words = ["-m", "attention=aiter,sdpa"]  # the first has a result at once
     shell = sweep_in(tmp_path, *words, **HIDDEN)
@@ -69,6 +71,8 @@ def test_one_ctrl_c_ends_gracefully_and_the_same_command_goes_on(tmp_path: Path)
     wait_for(lambda: not list(trials_of(tmp_path)))
     assert held(tmp_path) == []
     uri = f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    if "track sync" in said:  # a busy host is late, and says so
+        sync(tmp_path / "mlruns", dict(os.environ))
     assert open_runs(uri) == (1 + 1, [])
     before = journal.read_bytes()
 
@@ -206,14 +210,8 @@ def test_a_server_that_hangs_dies_and_comes_back(host: Host, server: Server) -> 
     assert said.count("warning: MLflow at") == 1
     assert sorted(host.seeds()) == list(range(6)) == sorted(host.started())
     server.start()
-    sync = [sys.executable, "-m", "openpi_opt.track", "sync", "--store", str(host.store)]
-    counts = []
-    for _ in range(2):
-        done = subprocess.run(sync, env=host.env, capture_output=True, text=True, timeout=90)
-        assert done.returncode == 0, done.stderr
-        counts.append(int(done.stdout.split()[1]))
-    assert 2 <= counts[0] <= 6
-    assert counts[1] == 0
+    assert 2 <= sync(host.store, host.env) <= 6
+    assert sync(host.store, host.env) == 0
     assert open_runs(server.uri) == (6 + 1, [])
     host.assert_tidy()
     interrupted_twice(host, server)
@@ -239,16 +237,6 @@ def interrupted_twice(host: Host, server: Server) -> None:
     assert sweep.returncode == 130
     wait_for(lambda: not host.processes() and held(host.folder) == [])
     server.signal(signal.SIGCONT)
-
-
-def test_a_torn_line_is_mended_by_the_next_sweep(host: Host) -> None:
-    host.run("--seeds", "2")
-    with (host.study / "journal.jsonl").open("ab") as file:
-        file.write(b'{"schema_version":1,"uid":"0123')
-    said = host.run("--seeds", "3")
-    assert "the last line was torn" in said
-    assert [record.number for record in host.records] == [0, 1, 2]
-    assert host.started() == [0, 1, 2]
 
 
 SEEDS = 20
@@ -279,10 +267,7 @@ def finish(host: Host, *words: str) -> None:
     assert len(optuna.load_study(study_name=name, storage=storage).get_trials()) == SEEDS
 
 
-@pytest.mark.parametrize("tracking", [(), ("--mlflow",)], ids=["plain", "mlflow"])
-def test_a_full_disk_is_a_clear_end_and_corrupts_nothing(
-    host: Host, tracking: tuple[str, ...]
-) -> None:
+def test_a_full_disk_is_a_clear_end_and_corrupts_nothing(host: Host) -> None:
     """A small disk of its own that fills up amid the trials; mounting one takes root."""
     host.store.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(host.store)]
@@ -290,7 +275,7 @@ def test_a_full_disk_is_a_clear_end_and_corrupts_nothing(
     if done.returncode != 0:
         pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
     try:
-        sweep = host.start("--seeds", str(SEEDS), "--seconds", "0.1", *tracking)
+        sweep = host.start("--seeds", str(SEEDS), "--seconds", "0.1", "--mlflow")
         wait_for(lambda: host.starts.exists() and len(host.started()) > 5)
         filler = host.store / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -300,9 +285,8 @@ def test_a_full_disk_is_a_clear_end_and_corrupts_nothing(
         assert "space" in said or "full" in said, said
         assert len(host.records) >= 4
         filler.unlink()
-        finish(host, *tracking)
-        if tracking:
-            assert open_runs(f"sqlite:///{host.store}/mlflow.db") == (SEEDS + 1, [])
+        finish(host, "--mlflow")
+        assert open_runs(f"sqlite:///{host.store}/mlflow.db") == (SEEDS + 1, [])
     finally:
         subprocess.run(["umount", "-l", str(host.store)], check=True)
 
@@ -369,52 +353,6 @@ def test_clock_jumps_do_not_matter(host: Host) -> None:
     assert times != sorted(times), "the clock did jump"
     assert open_runs(f"sqlite:///{host.store}/mlflow.db") == (8 + 1, [])
     host.assert_tidy()
-
-
-def test_sweeps_that_start_at_the_same_instant_on_a_fresh_store(host: Host) -> None:
-    """Those of the clock that jumps do so with MLflow."""
-    sweeps = [host.start("--seeds", "9", "--seconds", "0.05") for _ in range(3)]
-    for sweep in sweeps:
-        _, said = sweep.communicate(timeout=90)
-        assert sweep.returncode == 0, said
-    assert sorted(host.seeds()) == list(range(9)) == sorted(host.started())
-    assert [record.number for record in host.records] == list(range(9))
-    storage = f"sqlite:///{host.store}/optuna.db"
-    (name,) = optuna.get_all_study_names(storage)
-    assert len(optuna.load_study(study_name=name, storage=storage).get_trials()) == 9
-    host.assert_tidy()
-
-
-def test_a_class_that_crashes_three_times_is_not_started_again(tmp_path: Path) -> None:
-    """And Optuna is told, so that it keeps away: PRUNED, not FAIL."""
-    script = tmp_path / "trial.py"
-    script.write_text(
-        "import argparse, json, os, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from pathlib import Path\n"
-        "from benchmarks.stub_trial import document\n"
-        "parser = argparse.ArgumentParser()\n"
-        "for name in ('config', 'result'): parser.add_argument('--' + name, type=Path)\n"
-        "own, _ = parser.parse_known_args()\n"
-        "config = json.loads(own.config.read_text())\n"
-        "with Path(sys.argv[0]).with_name('starts').open('a') as file: file.write('.')\n"
-        "if config['knobs']['compile']['mode'] == 'default': os.abort()\n"
-        "known = json.loads(own.config.with_name('trial.json').read_text())\n"
-        "own.result.write_text(json.dumps(document(config, known, 5.0)))\n"
-    )
-    settings = Settings.parse(
-        {"store": str(tmp_path / "store"), "baseline": False, "sampler": "random", "n_trials": 14}
-    )
-    space = Space.parse(["compile=off,default", "weights.seed=range(0,7)"])
-    run = partial(run_trial, command=[sys.executable, str(script)])
-    outcome = run_study(StudyRequest("s", space, settings, CPU), compose, Silent(), run)
-    assert (tmp_path / "starts").read_text() == "." * (7 + 3)
-    (line,) = outcome.left_out
-    assert "compile=default" in line
-    assert "crashed" in line
-    states = [trial.state.name for trial in optuna_study(tmp_path / "store", "s").get_trials()]
-    assert states.count("COMPLETE") == 7
-    assert states.count("PRUNED") == 3
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from robot_samples import libero, openpi_folder, tokenizer
 
+from openpi_opt import preset
+from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.serve import __main__ as verb
 from openpi_opt.serve import fake_robot
@@ -42,6 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("small")
     openpi_folder(path / "openpi")
     tokenizer(path / "tokenizer.model")
+    away = {"study": "s", "machine": {"gpu": "NVIDIA H100 80GB HBM3", "driver": "580"}}
+    preset.write(path / "away.yaml", Config.parse({}), away)
     return path
 
 
@@ -85,7 +89,7 @@ class Serving:
 
 @pytest.fixture(scope="module")
 def serving(folder: Path) -> Iterator[Serving]:
-    server = Serving(folder, "--max-mib", "2")
+    server = Serving(folder, "preset=away", f"preset_dir={folder}", "--max-mib", "2")
     yield server
     assert server.ended() == 0
     assert any("requests answered" in line for line in server.said)
@@ -105,6 +109,11 @@ def test_an_answer_has_actions_and_timing(serving: Serving) -> None:
     assert set(first["server_timing"]) == {"queue_ms", "decode_ms", "infer_ms"}
     assert second["server_timing"]["prev_total_ms"] >= first["server_timing"]["infer_ms"]
     assert first["policy_timing"]["model_ms"] > 0
+
+
+def test_a_preset_of_another_machine_is_warned_of(serving: Serving) -> None:
+    (line,) = (line for line in serving.said if line.startswith("warning: "))
+    assert "preset away: promoted with gpu NVIDIA H100 80GB HBM3, here it is absent" in line
 
 
 def test_openpis_own_client_is_served(serving: Serving, tmp_path: Path) -> None:

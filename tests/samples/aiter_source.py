@@ -56,6 +56,8 @@ module("aiter", logger=logging.getLogger("aiter"), gemm_a16w16_asm=nothing,
        hipb_create_extension=nothing, hipb_mm=nothing)  # fmt: skip
 sys.path.insert(0, source)
 importlib.import_module("aiter.jit.core")
+module("aiter.ops")
+module("aiter.ops.enum", ActivationType=None, QuantType=None)  # numbers from compiled code
 sys.modules["aiter"].dtypes = importlib.import_module("aiter.utility.dtypes")  # type: ignore[attr-defined]
 module("aiter.ops")
 module("aiter.ops.gemm_op_common", get_padded_m=compiled_padding())

@@ -64,7 +64,7 @@ def openpi_folder(folder: Path, model: str = "pi0_mini", asset: str = "libero") 
     policy = weights.build(MODELS[model], "cpu")
     weights.init_random(policy, 0)
     checkpoint.save(policy, folder / "model.safetensors")
-    config = {"action_dim": 32, "action_horizon": 10, "precision": "bfloat16"}
+    config = {"action_dim": 32, "action_horizon": 50, "precision": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))
     assets = folder / "assets" / "physical-intelligence" / asset
     assets.mkdir(parents=True)
@@ -79,7 +79,7 @@ def lerobot_folder(folder: Path, model: str = "pi0_mini", mode: str = "MEAN_STD"
     weights.init_random(policy, 0)
     tensors = {f"model.{name}": tensor for name, tensor in policy.state_dict().items()}
     save_file(tensors, folder / "model.safetensors")
-    config = {"type": MODELS[model].family, "dtype": "float32", "chunk_size": 10}
+    config = {"type": MODELS[model].family, "dtype": "float32", "chunk_size": 50}
     (folder / "config.json").write_text(json.dumps(config))
     state_file = "policy_preprocessor_step_2_normalizer_processor.safetensors"
     step = {

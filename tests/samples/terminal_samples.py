@@ -51,7 +51,7 @@ class Terminal:
 
     def trial_pid(self, after: set[int]) -> int:
         """The process of a trial of this folder that is not in `after`."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             for pid in trials_of(self.folder):
                 if pid not in after:
@@ -93,7 +93,7 @@ class Shell:
         return True
 
     def wait_for(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not condition():
             assert time.monotonic() < deadline, self.shown
             assert self.read(0.02), self.shown

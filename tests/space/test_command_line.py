@@ -66,7 +66,7 @@ from openpi_opt.paths import package_dir
         (["-m", "workload.batch_size=interval(1,4)"], ["workload.batch_size", "integer"]),
         (["-m", "platform=cpu,cuda"], ["platform=cuda"]),
         (["-m", "hydra.verbose=true,false"], ["hydra.verbose", "no effect"]),
-        (["space=nope"], ["space=nope", "attention, compile, full, ladder, none"]),
+        (["space=nope"], ["space=nope", "attention, compile, full, ladder, launch, none"]),
         (["-m", "space=full,ladder"], ["space", "cannot itself be swept"]),
         (["space=attention", "graph=manual"], ["no combination", "cpu", "--dry-run"]),
         (["space=attention", "attention=sdpq"], ["attention=sdpq", "mean attention=sdpa"]),
@@ -112,19 +112,23 @@ def test_a_store_that_cannot_be_written(command: CommandLine) -> None:
     assert "store=file" in command.error("-m", "attention=sdpa", "store=file")
 
 
+STAGES = ("vision", "prefill", "denoise")
+
+
 def composed(command: CommandLine, capsys: pytest.CaptureFixture, *words: str) -> str:
     command(*words, "--cfg", "job", "--package", "attention")
-    return capsys.readouterr().out.replace("# @package attention\n", "")
+    shown = capsys.readouterr().out.splitlines()
+    return "\n".join(line for line in shown if line.partition(":")[0] in STAGES)
 
 
 def test_a_preset_of_the_working_folder_composes_and_the_command_line_wins(
     command: CommandLine, capsys: pytest.CaptureFixture
 ) -> None:
-    sdpa, eager = (f"vision: {w}\nprefill: {w}\ndenoise: {w}\n" for w in ("sdpa", "eager"))
+    sdpa, eager = (f"vision: {w}\nprefill: {w}\ndenoise: {w}" for w in ("sdpa", "eager"))
     assert composed(command, capsys, "preset=good") == sdpa
     assert composed(command, capsys, "preset=good", "attention=eager") == eager
     mixed = composed(command, capsys, "preset=body", "attention.prefill=aiter")
-    assert mixed == "vision: sdpa\nprefill: aiter\ndenoise: sdpa\n"
+    assert mixed == "vision: sdpa\nprefill: aiter\ndenoise: sdpa"
     folder = command.folder / "elsewhere" / "preset"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text(PRESETS["good"])
@@ -179,13 +183,13 @@ def test_help_is_fast_and_loads_nothing_heavy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "wanted"),
     [
-        ("devices=[0,1]", "devices.gpus=[0,1]"),
-        ("devices=all", "devices.gpus=all"),
-        ("devices.cpu_slots=2", "devices.cpu_slots=2"),
-        ("attention=sdpa", "attention=sdpa"),
+        ("devices=[0,1]", "gpus:\n- 0\n- 1\n"),
+        ("devices=all", "gpus: all\n"),
+        ("devices.cpu_slots=2", "cpu_slots: 2\n"),
     ],
 )
-def test_gpus_are_named_in_a_list(word: str, wanted: str) -> None:
-    from openpi_opt.sweep import _devices
-
-    assert _devices(word) == wanted
+def test_gpus_are_named_in_a_list(
+    command: CommandLine, capsys: pytest.CaptureFixture, word: str, wanted: str
+) -> None:
+    command(word, "--cfg", "job", "--package", "devices")
+    assert wanted in capsys.readouterr().out

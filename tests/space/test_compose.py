@@ -44,7 +44,7 @@ def test_equal_to_hydra(lines: CommandLines, words: list[str]) -> None:
     for _ in range(4):
         point = {key: chosen.choice(d.texts()) for key, d in space.dimensions.items()}
         overrides = space.overrides(point)
-        values = compose._assembled(overrides)
+        values = compose.assembled(overrides)
         assert values is not None
         assert trial_config(values) == by_hydra(compose, overrides)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from openpi_opt.errors import UserError
 from openpi_opt.space.settings import Settings, check_not_swept, default_study_name, identity
-from openpi_opt.space.space import Space
+from openpi_opt.space.space import Space, quoted
 from openpi_opt.track.store import check_study_name
 
 DAY = datetime(2026, 5, 4, 23, 59, tzinfo=timezone.utc)
@@ -73,7 +73,5 @@ def test_names_that_read_the_same_differ() -> None:
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]))))
 def test_the_name_is_always_a_study_name(values: list[str]) -> None:
-    from openpi_opt.space.space import _quoted
-
-    overrides = [f"key{i}={_quoted(value)}" for i, value in enumerate(values) if value]
+    overrides = [f"key{i}={quoted(value)}" for i, value in enumerate(values) if value]
     check_study_name(default_study_name(overrides, DAY))

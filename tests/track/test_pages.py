@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -13,14 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from track_samples import failed, ok, record
+from track_samples import FINGERPRINT, config, failed, ok, record
 
-from openpi_opt import report
+from openpi_opt import compare, report
+from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.paths import package_dir
-from openpi_opt.track import html_report
-from openpi_opt.track.html_report import Study
+from openpi_opt.result import Ok
+from openpi_opt.track import html_report, link
 from openpi_opt.track.journal import Journal
+from openpi_opt.track.left import leave_verdict
 from openpi_opt.track.report import groups
 from openpi_opt.track.store import Store
 
@@ -45,6 +48,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         labels = item.labels | {"attention": params.get("attention", "eager")}
         journal.append(item.model_copy(update={"study": "shown", "labels": labels}))
     return store
+
+
+def fast() -> Config:
+    return config(attention={"vision": "sdpa"})
 
 
 def seen(url: str, folder: Path) -> str:
@@ -92,7 +99,7 @@ def test_the_link_opens_the_study_ready_to_read(page: str, tmp_path: Path) -> No
 
 @needs_browser
 def test_a_report_is_one_file_that_draws_itself(store: Store, tmp_path: Path) -> None:
-    path = report.write(store, ["shown"], tmp_path / "out" / "r.html")
+    path = report.write([store.study_dir("shown")], tmp_path / "out" / "r.html")
     text = seen(path.as_uri(), tmp_path / "profile")
     assert "Best: trial 1 (attention=sdpa), 12.500 ms" in text
     assert "1.60x the baseline" in text
@@ -102,20 +109,70 @@ def test_a_report_is_one_file_that_draws_itself(store: Store, tmp_path: Path) ->
     assert "<script src" not in path.read_text(encoding="utf-8")
 
 
-def test_a_report_of_several_studies_and_of_one_that_is_not_there(
-    store: Store, capsys: pytest.CaptureFixture[str]
+def study(store: Store, name: str, *results: tuple[Ok, str]) -> Path:
+    journal = Journal.open(store.study_dir(name), ["attention=eager,sdpa"])
+    for found, role in results:
+        journal.append(record(found, role=role).model_copy(update={"study": name}))
+    return journal.study_dir
+
+
+def test_studies_of_one_machine_share_a_table_and_others_stand_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert report.main(["shown", "shown", "--store", str(store.path)]) == 0
+    store, elsewhere = (Store.open(tmp_path / name) for name in ("here", "elsewhere"))
+    study(store, "one", (ok(20.0), "baseline"), (ok(10.0, fast()), "trial"))
+    study(store, "two", (ok(8.0, fast()), "trial"))
+    other = {**FINGERPRINT, "triton": "1.0"}
+    away = study(elsewhere, "away", (ok(2.0, fp=other), "baseline"))
+    names = ["one", "two", str(away), "--store", str(store.path)]
+    assert report.main(names) == 0
     path = Path(capsys.readouterr().out.strip())
-    assert path == store.study_dir("shown") / "report" / "report.html"
-    assert path.read_text(encoding="utf-8").count("<h2>shown: ") == 2
-    with pytest.raises(UserError, match="not in the store"):
-        report.main(["absent", "--store", str(store.path)])
+    assert path == store.study_dir("one") / "report" / "report.html"
+    text = path.read_text(encoding="utf-8").partition("</script></head>")[2]
+    assert text.count("<h2>") == 1 + 2 + 3, "side by side, two groups, three studies"
+    assert "two:0 attention=" in text
+    assert "2.50x" in text, "against the baseline of the other study on this machine"
+    assert "triton: " in text
+    assert compare.main(names) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^ *one:0 .* 1\.00x$", out, re.MULTILINE)
+    assert re.search(r"^\* two:0 .* 2\.50x$", out, re.MULTILINE)
+    assert re.search(r"^\* *0 .* 1\.00x$", out, re.MULTILINE), "the other machine's is its own best"
+    assert "side by side, each against its own baseline" in out
+    for wrong in ("absent", str(tmp_path)):
+        with pytest.raises(UserError, match=r"not in the store|no folder of a study"):
+            report.main([wrong, "--store", str(store.path)])
 
 
-def test_best_so_far_falls(store: Store) -> None:
-    found = html_report.best_so_far(Study.read(store.study_dir("shown")).trials)
-    assert [best for _, best, _ in found] == [20.0, 12.5]
+def test_a_report_shows_what_ladder_ablate_and_promote_left(store: Store, tmp_path: Path) -> None:
+    folder = store.study_dir("shown")
+    rung = {"added": "+ attention=sdpa", "mean_ms": 9.5, "ci95_ms": [9.25, 9.75]}
+    step = {"mean": 0.5, "ci95": [0.4, 0.6], "verdict": "faster"}
+    plain = {"added": "baseline", "mean_ms": 19.0, "ci95_ms": [18.0, 20.0], "step": None}
+    loss = {"knobs": "attention=sdpa", "mean_ms": 19.0, "added": 1.0, "ci95": [0.9, 1.1]}
+    (folder / "ladder").mkdir()
+    (folder / "ablate").mkdir()
+    ladder, ablate = folder / "ladder" / "ladder.json", folder / "ablate" / "ablate.json"
+    ladder.write_text(json.dumps({"rungs": [plain, {**rung, "step": step}]}))
+    document = {"whole": {"mean_ms": 9.5}, "without": [{**loss, "verdict": "helps"}]}
+    ablate.write_text(json.dumps(document))
+    leave_verdict(folder, "0" * 32, "fast", {}, "Preset **fast**: 9.500 ms.")
+    text = report.write([folder], tmp_path / "r.html").read_text(encoding="utf-8")
+    for words in ("+50.00%", "+40.00% to +60.00%", "+100.00%", "helps", "Preset fast: 9.500 ms."):
+        assert words in text, words
+
+
+def test_a_link_is_an_address_while_somebody_serves(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "mlruns")
+    folder = study(store, "shown")
+    command = f"python -m openpi_opt.ui shown --store {store.path}"
+    link.note_page(folder, None, "#/experiments/1/runs")
+    assert link.where(folder) == command
+    with link.serving(store.path, "http://127.0.0.1:1"):
+        assert link.where(folder) == "http://127.0.0.1:1/#/experiments/1/runs"
+    assert link.where(folder) == command
+    link.note_page(folder, "https://mlflow.example/", "#/experiments/1/runs")
+    assert link.where(folder) == "https://mlflow.example/#/experiments/1/runs"
 
 
 def test_the_knob_that_matters_is_the_important_one() -> None:
@@ -132,3 +189,9 @@ def test_the_knob_that_matters_is_the_important_one() -> None:
     (group,) = groups(records)
     shares = html_report.importance(group.rows)
     assert shares["a"] > shares["b"]
+    by_stage = [
+        html_report.effect(group.rows, key, lambda row: row.ok.latency.mean_ms)
+        for key in ("a", "b")
+    ]
+    assert by_stage[0] > 0.99 > 0.01 > by_stage[1]
+    assert html_report.effect(group.rows, "a", lambda row: 1.0) == 0.0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from search_samples import CPU, FakeRun, failed, ok
 
 from openpi_opt import promote
@@ -132,8 +133,8 @@ def test_an_interrupted_promotion_goes_on_where_it_was(promotions: Promotions, a
 
 def test_less_time_is_another_schedule_with_runs_of_its_own(promotions: Promotions) -> None:
     """Else a first look could decide whether there is a second."""
-    judged, _, _ = promotions(Noisy(0.02), limit_s=3000.0)
-    longer, run, _ = promotions(Noisy(0.02), limit_s=6000.0)
+    judged, _, _ = promotions(Noisy(0.006), limit_s=600.0)
+    longer, run, _ = promotions(Noisy(0.006), limit_s=1200.0)
     assert len(longer.schedule.rounds) > len(judged.schedule.rounds)
     assert len(run.ran) == 3 * len(longer.schedule.rounds), "none of the first's rounds counts"
 
@@ -351,7 +352,10 @@ def test_no_preset_is_written_of_a_baseline_over_a_limit(
     assert "no preset is written" in capsys.readouterr().err
     assert not (tmp_path / "x.yaml").exists()
     assert promote.main(command) == 0, "without a limit the baseline is the simplest"
-    assert (tmp_path / "x.yaml").exists()
+    provenance = yaml.safe_load((tmp_path / "x.yaml").read_text())["provenance"]
+    now = fingerprint(probe(), PLAIN.platform)
+    named = ("python", "torch", "triton", "aiter", "openpi_opt", "source_hash")
+    assert provenance["versions"] == {name: now[name] for name in named}
 
 
 def test_the_winner_of_a_tie_is_explained(
