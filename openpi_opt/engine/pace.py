@@ -15,6 +15,8 @@ from openpi_opt.space.sources import Source
 _LATEST = 20
 # At the beginning of a budget a trial that takes twice as long has to be 7% faster.
 _HURRY = 0.1
+# Autotuning takes two to ten minutes of a device; of a shorter budget than this that is too much.
+_LONG_MINUTES = 240.0
 
 
 @dataclass
@@ -49,6 +51,10 @@ class Pace:
     def patience(self) -> float:
         """How much the seconds of a trial count for a sampler: less as the minutes pass."""
         return 0.0 if self.minutes is None else _HURRY * max(0.0, 1.0 - self.share())
+
+    def is_short(self) -> bool:
+        """Whether a trial that compiles for minutes, alone on its device, is too much of it."""
+        return self.minutes is not None and self.minutes < _LONG_MINUTES
 
     def is_over(self) -> bool:
         """Whether a trial that begins now would likely end after the minutes."""
