@@ -40,6 +40,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Nothing."""
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """Says nothing of clients that lose patience."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing."""
+
+
 def main() -> None:
     """Print the port and serve until killed."""
     if sys.argv[1] == "hang":
@@ -49,7 +56,7 @@ def main() -> None:
         while True:
             kept.append(listener.accept())
     Handler.mode = sys.argv[1]
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     print(server.server_address[1], flush=True)
     server.serve_forever()
 

@@ -1,10 +1,16 @@
-"""False alarms of the guard: honest configurations at random, asked all that a trial is asked.
+"""What the guard refuses and what it sees, over many configurations; each result as it comes.
 
-    python -m benchmarks.guard --runs 200 --out honest.json
+    python -m benchmarks.guard honest --runs 200 --out honest.jsonl
+    python -m benchmarks.guard margins --seeds 0 1 2 3 --out margins.jsonl
+    python -m benchmarks.guard cost preset=h100 --out cost.jsonl
 
-Each run draws weights, workload, precision and knobs, builds the policy, and goes through the
-structure, its own precision and timed calls. Whatever ends as wrong is a false alarm. The exit code
-is 1 if there is one.
+`honest` draws weights, workload, precision and knobs at random, builds the policy, and asks all
+that a trial is asked: structure, own precision, timed calls. Whatever ends as wrong is a false
+alarm. `margins` measures by how many times its tolerance each mutation is caught, with both small
+models, one row and three, and four seeds of weights and inputs. `cost` runs one configuration
+three times as a trial and says what share of it the guard took, at first and with the structure
+known. The exit code is 1 after a false alarm, or where a mutation is caught by less than is asked
+of it.
 """
 
 from __future__ import annotations
@@ -13,8 +19,9 @@ import argparse
 import gc
 import json
 import random
+import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,18 +31,20 @@ import torch
 from openpi_opt import cli, runtime
 from openpi_opt.config import MIN_ITERATIONS, MIN_WARMUP, Config
 from openpi_opt.errors import RefusedError
-from openpi_opt.guarding import question
+from openpi_opt.guarding import power, question
 from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.machine import Machine, probe
 from openpi_opt.measure import clock, guard
+from openpi_opt.space.compose import compose
 
 COMPILED = 0.04  # of the runs: Inductor takes longer than all the rest
+KINDS: tuple[power.Kind, ...] = ("float32", "bfloat16", "fp8")
 ATTENTION = ("eager", "sdpa", "flash", "math", "efficient", "cudnn", "triton")
 
 
 def drawn(dice: random.Random, model: str, platform: str) -> dict[str, Any]:
     """A configuration at random; what this machine refuses is drawn again by the caller."""
-    cameras = [dice.random() < 0.7 for _ in range(dice.choice([1, 2, 3]))]
+    cameras = [dice.random() < 0.7 for _ in range(dice.choice([1, 1, 2, 3]))]
     cameras[dice.randrange(len(cameras))] = True
     slots = dice.choice([4, 6, 12, 28])
     families = {"pi0": ["pi0", "pi05"], "pi0_mini": ["pi0_mini", "pi05_mini"]}
@@ -62,12 +71,13 @@ def drawn(dice: random.Random, model: str, platform: str) -> dict[str, Any]:
     for knob in ("simplify", "fusion"):
         fields = BY_NAME[knob].options_type.model_fields
         raw[knob] = {name: dice.random() < 0.5 for name in fields}
-    if dice.random() < 0.25:
-        raw["blas"] = {"backend": "fp8"}
     if dice.random() < 0.3:
         raw["elementwise"] = {"backend": "triton"}
     if dice.random() < 0.3:
         raw["gemm"] = {"backend": "triton_skinny"}
+    if dice.random() < 0.25:
+        raw |= {"blas": {"backend": "fp8"}, "precision": {"dtype": "bfloat16"}, "gemm": {}}
+        raw["fusion"]["vision_mlp"] = False
     if dice.random() < COMPILED:
         raw["compile"] = {"mode": "default"}
     if dice.random() < 0.5:
@@ -91,10 +101,11 @@ def run(cfg: Config, arch: str, folder: Path) -> tuple[str, dict[str, Any]]:
     try:
         asked = question.ask(runtime.build_policy(cfg, device), cfg, arch, folder)
         seen = asked.structure()
+        asked = asked.knowing(seen)
         if not seen.passed:
-            return "wrong", asked.wrong_structure(seen).model_dump()
+            return "wrong", asked.wrong_structure().model_dump()
         prepared = runtime.apply_knobs(runtime.build_policy(cfg, device), cfg)
-        report = asked.check(prepared.call, prepared.policy.layout, seen)
+        report = asked.check(prepared.call, prepared.policy.layout)
     except RefusedError as refusal:
         return "refused", {"reason": refusal.reason}
     if report.passed:
@@ -103,7 +114,9 @@ def run(cfg: Config, arch: str, folder: Path) -> tuple[str, dict[str, Any]]:
         timing = clock.time_calls(
             prepared.call, witness, MIN_WARMUP, MIN_ITERATIONS, asked.cfg.device
         )
-        watched = asked.judge(witness, prepared.call, timing.wall_samples_ms)
+        watched = asked.judge(
+            witness, prepared.call, prepared.policy.layout, timing.wall_samples_ms
+        )
         report = report.model_copy(update={"timed": watched, "passed": watched.passed})
     found = report.model_dump()
     if not report.passed:
@@ -112,10 +125,15 @@ def run(cfg: Config, arch: str, folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, print each false alarm and how near to its tolerance the honest ones came."""
+    """Run, write a line for each result as it comes, print what is not as it must be."""
     options = _parser().parse_args(argv)
-    machine, started = probe(), time.monotonic()
-    dice = random.Random(options.seed)
+    found: bool = options.run(options)
+    return 0 if found else 1
+
+
+def run_honest(options: argparse.Namespace) -> bool:
+    """Whether `options.runs` honest configurations pass."""
+    machine, dice = probe(), random.Random(options.seed)
     rows: list[dict[str, Any]] = []
     platform = options.platform if options.platform != "auto" else machine.usable_device()
     gpus = machine.gpus_for(platform)
@@ -127,13 +145,87 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append({"outcome": outcome, "labels": cfg.labels(), "report": report,
                      "workload": cfg.workload.model_dump(mode="json"),
                      "model": cfg.model.name, "weights": cfg.weights.seed})  # fmt: skip
+        _add(options.out, rows[-1])
         if outcome == "wrong":
             print("false alarm:", report.get("reason") or report["structure"]["problem"], rows[-1])
-        seconds = round(time.monotonic() - started, 1)
-        document = {"arch": arch, "torch": torch.__version__, "seconds": seconds, "runs": rows}
-        options.out.write_text(json.dumps(document, indent=1), encoding="utf-8")
     print(summary(rows))
-    return 1 if any(row["outcome"] == "wrong" for row in rows) else 0
+    return all(row["outcome"] != "wrong" for row in rows)
+
+
+def run_margins(options: argparse.Namespace) -> bool:
+    """Whether every mutation shows what is asked of it, in every context."""
+    machine, weak = probe(), 0
+    for seed in options.seeds:
+        for model in options.models:
+            for batch in options.batches:
+                cfg = Config.parse(context(model, batch, seed)).resolved(machine)
+                place = {"model": model, "batch": batch, "seed": seed}
+
+                def keep(check: str, mutation: str, multiple: float) -> None:
+                    row = {"check": check, "mutation": mutation, "multiple": multiple}
+                    _add(options.out, {**place, **row})  # noqa: B023  called before the next one
+
+                with tempfile.TemporaryDirectory() as folder:
+                    meter = power.Meter(cfg, machine.cpu, Path(folder), few=1)
+                    found = meter.measure(KINDS, keep=keep)
+                few = [row for row in found.rows if not row.enough]
+                weak += len(few)
+                least = ", ".join(
+                    f"{kind} {found.smallest(kind).multiple:.1f} ({found.smallest(kind).name})"
+                    for kind in KINDS
+                )
+                print(f"{model}, batch {batch}, seed {seed}: {found.seconds:.0f} s; least {least}")
+                for row in few:
+                    print(f"  only {row.multiple:.2f} times in {row.kind}: {row.name}", flush=True)
+    return weak == 0
+
+
+def run_cost(options: argparse.Namespace) -> bool:
+    """Whether both trials are ok."""
+    cfg = compose(list(options.overrides)).resolved(probe())
+    right = True
+    with tempfile.TemporaryDirectory() as name:
+        config, result = Path(name) / "config.json", Path(name) / "result.json"
+        config.write_text(json.dumps(cfg.dump()), encoding="utf-8")
+        command = [sys.executable, "-m", "openpi_opt.trial", "--config", str(config)]
+        command += ["--result", str(result), "--references", str(Path(name) / "references")]
+        for which in ("first", "again", "again"):
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+            document = json.loads(result.read_text(encoding="utf-8"))
+            spent = document["phase_seconds"]
+            total = sum(spent.values())
+            guards = {name: spent.get(name, 0.0) for name in ("reference", "guard")}
+            print(
+                f"{which}: {document['outcome']}, {total:.1f} s, of which "
+                + ", ".join(f"{k} {v:.2f} s ({v / total:.1%})" for k, v in guards.items()),
+                flush=True,
+            )
+            _add(options.out, {"which": which, "overrides": options.overrides, **document})
+            right = right and document["outcome"] == "ok"
+    return right
+
+
+def context(model: str, batch: int, seed: int) -> dict[str, Any]:
+    """A small workload in which every mutation is one: masked camera, padding, several steps."""
+    return {
+        "model": {"name": model},
+        "platform": {"device": "cpu"},
+        "weights": {"seed": seed},
+        "workload": {
+            "active_cameras": [True, False],
+            "prompt_slots": 8,
+            "prompt_tokens": 5,
+            "horizon": 4,
+            "steps": 4,
+            "batch_size": batch,
+            "seed": seed,
+        },
+    }
+
+
+def _add(file: Path, row: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -153,13 +245,25 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.guard",
-        description="Honest configurations drawn at random: how often the guard refuses one.",
+        description="False alarms and margins of the guard, over many configurations.",
     )
-    parser.add_argument("--model", choices=("pi0_mini", "pi0"), default="pi0_mini")
-    parser.add_argument("--platform", choices=("auto", "cpu", "cuda", "rocm"), default="auto")
-    parser.add_argument("--runs", type=cli.at_least(1), default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of all reports")
+    verbs = parser.add_subparsers(required=True)
+    runs = verbs.add_parser("honest", help="how often an honest configuration is refused")
+    runs.add_argument("--model", choices=("pi0_mini", "pi0"), default="pi0_mini")
+    runs.add_argument("--platform", choices=("auto", "cpu", "cuda", "rocm"), default="auto")
+    runs.add_argument("--runs", type=cli.at_least(1), default=200)
+    runs.add_argument("--seed", type=int, default=0)
+    runs.set_defaults(run=run_honest)
+    margins = verbs.add_parser("margins", help="how many times its tolerance a mistake is caught")
+    margins.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    margins.add_argument("--models", nargs="+", default=["pi0_mini", "pi05_mini"])
+    margins.add_argument("--batches", type=int, nargs="+", default=[1, 3])
+    margins.set_defaults(run=run_margins)
+    cost = verbs.add_parser("cost", help="the share of a trial that the guard takes")
+    cost.add_argument("overrides", nargs="*", help="as for sweep")
+    cost.set_defaults(run=run_cost)
+    for each in (runs, margins, cost):
+        each.add_argument("--out", type=Path, required=True, help="a JSON line for each result")
     return parser
 
 

@@ -9,6 +9,7 @@ workload find it.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpus = machine.gpus_for(cfg.device)
     meter = power.Meter(cfg, gpus[0].arch if gpus else machine.cpu, folder)
 
-    def keep(found: Power) -> None:
+    def keep(check: str, mutation: str, multiple: float) -> None:
         if options.out is not None:
-            options.out.write_text(found.model_dump_json(indent=1), encoding="utf-8")
+            line = json.dumps({"check": check, "mutation": mutation, "multiple": multiple})
+            with options.out.open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
 
     found = meter.measure(options.precisions, cli.say, keep)
     where = gpus[0].name if gpus else f"CPU ({machine.cpu})"
@@ -131,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         default=["float32", "bfloat16", "fp8"],
         help="of float32, bfloat16, float16 and fp8 (default: float32,bfloat16,fp8)",
     )
-    parser.add_argument("--out", type=Path, help="JSON file of all multiples")
+    parser.add_argument("--out", type=Path, help="a JSON line for each multiple as it comes")
     parser.add_argument(
         "--table", choices=("terminal", "markdown"), default="terminal", help=argparse.SUPPRESS
     )

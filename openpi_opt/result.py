@@ -226,7 +226,8 @@ class StructureReport(_Part):
 
     `rel_l2` is the worst distance of its float32 form from the float32 reference, `local` are the
     operations that have no such form, `unchecked` those that nothing but the candidate's own
-    precision checks, with the reason. `problem` says what is wrong.
+    precision checks, with the reason. `emulated` are the distances of a lossy candidate's rounding,
+    written plainly, by case. `problem` says what is wrong.
     """
 
     passed: bool
@@ -236,6 +237,7 @@ class StructureReport(_Part):
     large_logits_rel_l2: float | None = None
     local: list[LocalCheck] = Field(default_factory=list)
     unchecked: list[str] = Field(default_factory=list)
+    emulated: dict[str, float] = Field(default_factory=dict)
     problem: str | None = None
 
 
@@ -256,7 +258,8 @@ class GuardReport(_Part):
 
     The worst is the one nearest to, or farthest beyond, its tolerance; `case` names it.
     `plain_rel_l2` is the distance of the plain eager policy in the same precision. `power` is None
-    where `python -m openpi_opt.guard` has not measured it. Format 3 adds the last four fields.
+    where `python -m openpi_opt.guard` has not measured it. `problem` is what is wrong besides the
+    distance. Format 3 adds the last five fields.
     """
 
     passed: bool
@@ -270,6 +273,7 @@ class GuardReport(_Part):
     structure: StructureReport | None = None
     timed: TimedReport | None = None
     power: GuardPower | None = None
+    problem: str | None = None
 
 
 class Memory(_Part):

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.05
 
+# Of a trial's time so far, for timed calls that are made again and must answer the same.
+_CALLS_AGAIN = 0.02
 # Half-widths of the 95% interval of the mean, about four standard errors.
 _SURELY = 2
 # A trial within this factor of the fastest so far is worth its energy.
@@ -82,12 +84,14 @@ class Progress:
 
     The first phase, `start`, began with the process. With `gate_fd` the parent says when this
     process has the device, and at `stopped_fd` for how many seconds it stood still for others.
+    `standing` trials stand still for this one.
     """
 
     fd: int | None
     gate_fd: int | None = None
     stopped_fd: int | None = None
     phase: str = "start"
+    standing: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     _since: float = 0.0
     _asked: bool = False
@@ -116,8 +120,10 @@ class Progress:
             return
         self._asked = True
         self.enter("wait")
-        if not os.read(self.gate_fd, 1):
+        opened = os.read(self.gate_fd, 1)
+        if not opened:
             sys.exit("the gate was closed: this process is not needed")
+        self.standing = opened[0]
 
     def clock(self) -> float:
         """Seconds on a clock that stands still while this process is stopped."""
@@ -278,16 +284,16 @@ def _run_checked(
     if accelerator is not None and not accelerator.is_available():
         raise RefusedError("unavailable", f"torch {torch.__version__} sees no usable GPU")
     with in_float32(cfg, machine, progress):
-        policy, asked, seen = _questioned(cfg, machine, progress, references)
+        policy, asked = _questioned(cfg, machine, progress, references)
         if policy is None:
-            return _wrong(asked.wrong_structure(seen))
+            return _wrong(asked.wrong_structure())
         progress.enter("apply")
         if cfg.canonical().knobs["compile"] != cfg.baseline().knobs["compile"]:
             compilation.observe()
         prepared = runtime.apply_knobs(policy, cfg)
         del policy
         identity.note_imported(cfg, folder)
-    found = _measure(prepared, asked, seen, progress, folder, monitor)
+    found = _measure(prepared, asked, progress, folder, monitor)
     if found["outcome"] == "ok":
         asked = replace(asked, cfg=_raced(asked.cfg, folder))
         _explain(found, prepared, asked, machine, progress, references.with_name("ceilings"))
@@ -296,8 +302,8 @@ def _run_checked(
 
 def _questioned(
     cfg: Config, machine: Machine, progress: Progress, references: Path
-) -> tuple[Pi0Policy | None, Question, results.StructureReport]:
-    """The plain float32 policy, what the guard asks, and what it says of the structure.
+) -> tuple[Pi0Policy | None, Question]:
+    """The plain float32 policy and what the guard asks, which knows the structure.
 
     No policy where the structure is wrong.
     """
@@ -325,7 +331,7 @@ def _questioned(
         if seen.passed:
             progress.enter("load")
             policy = runtime.build_policy(cfg, device)
-    return (policy if seen.passed else None), asked, seen
+    return (policy if seen.passed else None), asked.knowing(seen)
 
 
 def _wrong(report: results.GuardReport) -> dict[str, Any]:
@@ -337,7 +343,6 @@ def _wrong(report: results.GuardReport) -> dict[str, Any]:
 def _measure(
     prepared: Prepared,
     asked: Question,
-    seen: results.StructureReport,
     progress: Progress,
     folder: Path,
     monitor: Monitor | None,
@@ -364,7 +369,7 @@ def _measure(
     progress.enter("warmup")
     clock.warm_up(prepared.call, inputs, cfg.measure.warmup, device)
     progress.enter("guard")
-    report = asked.check(prepared.call, prepared.policy.layout, seen)
+    report = asked.check(prepared.call, prepared.policy.layout)
     if not report.passed:
         return _wrong(report)
     # Before the timing, whose inputs and outputs are kept for the guard and are not the policy's.
@@ -384,11 +389,18 @@ def _measure(
             counted = _counted(prepared, inputs, cfg, progress, folder)
             return {"outcome": "pruned", "guard": report, **first_call, **counted, **hopeless}
         compiled = compilation.graphs()
-        timed = _timed(prepared, witness, inputs[0], cfg, monitor)
+        timed = _timed(prepared, witness, inputs[0], cfg, monitor, progress.standing)
     latency = timed.latency
     compiled_in_all = compilation.found(late=compilation.graphs() - compiled)
     progress.enter("guard")
-    watched = asked.judge(witness, prepared.call, latency.wall_samples_ms)
+    spare_ms = _CALLS_AGAIN * 1e3 * sum(progress.seconds.values())
+    watched = asked.judge(
+        witness,
+        prepared.call,
+        prepared.policy.layout,
+        latency.wall_samples_ms,
+        int(spare_ms / latency.wall_mean_ms),
+    )
     report = report.model_copy(update={"timed": watched, "passed": watched.passed})
     if not report.passed:
         return _wrong(report)
@@ -508,6 +520,7 @@ def _timed(
     inputs: Inputs,
     cfg: Config,
     monitor: Monitor | None,
+    standing: int,
 ) -> _Timed:
     """Plan, then time; what the GPU's driver says is read right before and right after."""
     from openpi_opt.measure import checks, clock, gpu_state, planning, stats
@@ -543,7 +556,7 @@ def _timed(
     )
     gpu = gpu_state.between(before, after, throttled, throttled_after)
     if gpu is not None:
-        found += checks.of_gpu(gpu, seconds * 1e3)
+        found += checks.of_gpu(gpu, seconds * 1e3, standing)
     return _Timed(latency, gpu, found)
 
 

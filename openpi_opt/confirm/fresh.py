@@ -29,8 +29,9 @@ from openpi_opt.engine.executor import Run
 from openpi_opt.engine.trials import cannot_run, refused
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
-from openpi_opt.process.child import Stop, StoppedError, end_marked
+from openpi_opt.process.child import Stop, StoppedError
 from openpi_opt.process.devices import Lease, prepared, reserve
+from openpi_opt.process.leftovers import end_marked
 from openpi_opt.process.run import Place, parse_result, run_trial
 from openpi_opt.process.schedule import DeviceLostError, Entry, Room, Schedule, Turn
 from openpi_opt.result import Ok, TrialResult

@@ -19,7 +19,7 @@ from openpi_opt import result as results
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.process import locks
-from openpi_opt.process.child import end_marked
+from openpi_opt.process.leftovers import end_marked
 from openpi_opt.process.locks import Claims, Controllers, Held
 from openpi_opt.process.run import whole_result
 from openpi_opt.track.journal import Journal, Record, Role

@@ -1,15 +1,21 @@
 """What the guard asks a candidate: inputs in a fixed order, each of which provokes a kind of error.
 
-Independent noise triggers no shortcut that depends on the data. So these are, in this order:
+Independent noise triggers no shortcut that depends on the data, and no cache that looks at a part
+of the inputs. So these are, in this order:
 
 - `ordinary`: independent random batches, `guard.inputs` of them;
-- `next patch`, `next frame`: the last ordinary batch a moment later, with one other patch for each
-  camera, then with a slight change of every pixel;
-- `other noise`: the same observation with another noise to start from;
-- `black`, `white and grey`: frames without content, which are not masked;
-- `other masks`: rows of one batch with different cameras and prompt lengths, for policies that were
-  built for no layout or a flexible one, and so claim to read the masks. The first has cameras that
-  the workload leaves out;
+- the last of them again, each time with one thing changed: two values of the noise, the state or
+  the prompt change places in the last row, so that sums, first values and first rows are as before;
+  the last camera of the last row, the first camera of the first row, some pixels of one patch that
+  no regular grid from 0 meets, all pixels by next to nothing. Whatever keeps a result or a part of
+  it by less than all that it depends on is wrong in one of them;
+- `next frame`: what a robot sees a moment later, frames and state changed by little, new noise;
+- `smooth`: frames of flat squares, so that most patches resemble their neighbours; large noise;
+- `black`, `white and grey`: frames without content, which are not masked; also no state, and the
+  first and last token of the vocabulary;
+- `other masks`: the same content with different cameras and prompt lengths in each row, for
+  policies that were built for no layout or a flexible one, and so claim to read the masks. The
+  first has cameras that the workload leaves out;
 - `recorded`: the user's observations, `guard.observations`.
 
 Letters: B batch, C cameras, L prompt slots, H horizon, A action dim.
@@ -31,9 +37,12 @@ from openpi_opt.pi0.config import Pi0Config
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.workload import Workload, make_inputs
 
-TIMED = 6  # timed calls that are compared with the reference, the last one among them
-PIXEL_STEP = 0.02  # of a pixel between two frames, of a range of 2
+TIMED = 12  # timed calls that are compared with the reference, the last one among them
+PIXEL_STEP, STATE_STEP = 0.02, 0.01  # between two moments; pixels have a range of 2
+FLICKER = 0.002  # of every pixel
 PATCH = 14  # pixels
+SQUARE = 28  # pixels of one colour in a smooth frame: 2 x 2 patches
+LARGE_NOISE = 8.0  # the velocity moves it by a few percent in a step
 RECORDED = 4  # of the user's batches
 _TIMED_SEEDS, _OTHER_SEEDS = 2_000_003, 3_000_017  # away from those of workloads and calibration
 
@@ -45,6 +54,11 @@ class Case:
     name: str
     inputs: Inputs
     ordinary: bool = False
+
+    @property
+    def resembles(self) -> bool:
+        """Whether it differs from an ordinary batch in one thing only, or in its masks."""
+        return self.name.startswith(("same but", "other masks"))
 
     def admitted(self, layout: Layout | None) -> bool:
         """Whether a policy that was built for `layout` claims to answer it."""
@@ -68,18 +82,18 @@ def cases(
     other = make_inputs(workload, config, seed + _OTHER_SEEDS, "cpu")
     first, last = ordinary[0], ordinary[-1]
     found = [Case(f"ordinary {i}", item, True) for i, item in enumerate(ordinary)]
+    found += [Case(f"same but {name}", item) for name, item in changed(last, other)]
     found += [
-        Case("next patch", next_patch(last, other)),
         Case("next frame", next_frame(last, other)),
-        Case("other noise", first._replace(noise=other.noise)),
-        Case("black", with_frames(other, [-1.0], last)),
+        Case("smooth", smooth(other)),
+        Case("black", at_the_edge(with_frames(other, [-1.0], last), config.vocab_size)),
         Case("white and grey", with_frames(other, [1.0, 0.0], first)),
     ]
     if sum(workload.active_cameras) == 1:
         found.append(Case("grey", with_frames(other, [0.0], first)))
     everything = tuple(True for _ in workload.active_cameras)
+    inputs = make_inputs(workload, config, seed + _OTHER_SEEDS + 1, "cpu")
     for i, cameras in enumerate((everything, workload.active_cameras, workload.active_cameras)):
-        inputs = make_inputs(workload, config, seed + _OTHER_SEEDS + 1 + i, "cpu")
         found.append(Case(f"other masks {i}", masked(inputs, i, cameras)))
     if observations is not None:
         found += recorded(Path(observations), workload, config, other.noise)
@@ -92,17 +106,54 @@ def timed_inputs(workload: Workload, config: Pi0Config, seed: int) -> list[Input
     return [make_inputs(workload, config, item, "cpu") for item in seeds]
 
 
+def changed(inputs: Inputs, other: Inputs) -> list[tuple[str, Inputs]]:
+    """`inputs` with one thing changed at a time; what is new comes from `other`."""
+    noise, state, tokens = (getattr(inputs, n).clone() for n in ("noise", "state", "tokens"))
+    noise[-1, -1] = noise[-1, -1].roll(1)
+    state[-1, -2:] = state[-1, -2:].flip(0)
+    half = max(1, int(inputs.token_mask[-1].sum()) // 2)
+    tokens[-1, half - 1 : half + 1] = tokens[-1, half - 1 : half + 1].flip(0)
+    if bool((tokens == inputs.tokens).all()):
+        tokens[-1, 0] = (tokens[-1, 0] + 1) % 2
+    active = inputs.image_mask[0].nonzero().flatten().tolist()
+    last, first, patch = (inputs.images.clone() for _ in range(3))
+    last[-1, active[-1]] = other.images[-1, active[-1]]
+    first[0, active[0]] = other.images[0, active[0]]
+    grid = slice(PATCH + 1, 2 * PATCH, 2)
+    patch[..., grid, grid] = other.images[..., grid, grid]
+    flicker = inputs.images + FLICKER * other.images
+    return [
+        ("the noise", inputs._replace(noise=noise)),
+        ("the state", inputs._replace(state=state)),
+        ("the prompt", inputs._replace(tokens=tokens)),
+        ("the last camera", inputs._replace(images=last)),
+        ("the first camera", inputs._replace(images=first)),
+        ("a patch", inputs._replace(images=patch)),
+        ("a flicker", inputs._replace(images=flicker.clamp(-1.0, 1.0))),
+    ]
+
+
 def next_frame(inputs: Inputs, other: Inputs) -> Inputs:
-    """Every pixel moves by up to `PIXEL_STEP`; state and noise are new, the prompt is the same."""
-    images = (inputs.images + PIXEL_STEP * other.images).clamp(-1.0, 1.0)
-    return inputs._replace(images=images, state=other.state, noise=other.noise)
+    """A moment later: pixels and state move by little, the noise is new, the prompt is the same."""
+    return inputs._replace(
+        images=(inputs.images + PIXEL_STEP * other.images).clamp(-1.0, 1.0),
+        state=inputs.state + STATE_STEP * other.state,
+        noise=other.noise,
+    )
 
 
-def next_patch(inputs: Inputs, other: Inputs) -> Inputs:
-    """One patch of each camera changes altogether, its first, and nothing else."""
-    images = inputs.images.clone()
-    images[..., :PATCH, :PATCH] = other.images[..., :PATCH, :PATCH]
-    return inputs._replace(images=images)
+def smooth(inputs: Inputs) -> Inputs:
+    """Frames of squares of one colour each, and `LARGE_NOISE` times the noise."""
+    squares = inputs.images[..., ::SQUARE, ::SQUARE]
+    images = squares.repeat_interleave(SQUARE, -2).repeat_interleave(SQUARE, -1)
+    return inputs._replace(images=images.contiguous(), noise=LARGE_NOISE * inputs.noise)
+
+
+def at_the_edge(inputs: Inputs, vocabulary: int) -> Inputs:
+    """No state, and a prompt of the first and the last token of the vocabulary in turn."""
+    tokens = torch.zeros_like(inputs.tokens)
+    tokens[:, ::2] = vocabulary - 1
+    return inputs._replace(state=torch.zeros_like(inputs.state), tokens=tokens)
 
 
 def with_frames(inputs: Inputs, levels: list[float], like: Inputs) -> Inputs:

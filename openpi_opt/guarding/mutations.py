@@ -4,8 +4,9 @@
     guard.check(call, inputs, reference, ...)
 
 `previous` are other inputs of the same workload, for mistakes that remember an earlier call.
-Mutations patch the instance (stages, ops, layers) for the time of a call and restore it. What a
-mistake remembers of earlier calls begins anew with each catalogue.
+A mutation says which inputs the policy gets and which attributes (stages, operations, layers) are
+others for the time of a call. What a mistake remembers of earlier calls begins anew with each
+catalogue.
 
 No mutation is what rounding in float32 hides, for instance a softmax whose sums have another order.
 
@@ -14,13 +15,13 @@ C cameras, L prompt slots, H horizon, A action dim.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.ops import (
@@ -33,7 +34,7 @@ from openpi_opt.pi0.ops import (
     rms_norm,
 )
 from openpi_opt.pi0.policy import Pi0Policy, PrefixCache
-from openpi_opt.pi0.schedule import time_features
+from openpi_opt.pi0.schedule import step_size, time_features
 from openpi_opt.pi0.workload import Workload
 
 STATE_TOKENS = 6  # of a prompt of pi05 here; a robot's state is some 20 to 60
@@ -41,7 +42,9 @@ STATE_TOKENS = 6  # of a prompt of pi05 here; a robot's state is some 20 to 60
 LITTLE_FRAME, LITTLE_VELOCITY = 0.02, 0.05
 INT8_LEVELS = 127.0
 
-Apply = Callable[[Pi0Policy, Inputs, Inputs], AbstractContextManager[Inputs]]
+# Objects with the attributes that are others for a call.
+Changes = list[tuple[object, dict[str, Any]]]
+Apply = Callable[[Pi0Policy, Inputs, Inputs], tuple[Inputs, Changes]]
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,11 @@ class Mutation:
         """The mistaken policy, as the guard calls a candidate: inputs -> actions [B, H, A]."""
 
         def call(inputs: Inputs) -> Tensor:
-            with self.apply(policy, inputs, previous) as mutated:
-                return policy.sample_actions(mutated)
+            given, changes = self.apply(policy, inputs, previous)
+            with ExitStack() as stack:
+                for owner, values in changes:
+                    stack.enter_context(replaced(owner, **values))
+                return policy.sample_actions(given)
 
         return call
 
@@ -65,70 +71,54 @@ class Mutation:
 @contextmanager
 def replaced(owner: object, **values: Any) -> Iterator[None]:
     """Set attributes for the time of the context; those that were not there are deleted again."""
-    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
+    own = {**vars(owner), **(owner._buffers if isinstance(owner, nn.Module) else {})}
     for name, value in values.items():
         setattr(owner, name, value)
     try:
         yield
     finally:
         for name in values:
-            delattr(owner, name)
-        for name, value in before.items():
-            setattr(owner, name, value)
+            if name in own:
+                setattr(owner, name, own[name])
+            else:
+                delattr(owner, name)
 
 
 def on_ops(**values: Any) -> Apply:
     """Replace operations of the policy."""
-
-    @contextmanager
-    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
-        with replaced(policy.ops, **values):
-            yield inputs
-
-    return apply
+    return lambda policy, inputs, previous: (inputs, [(policy.ops, values)])
 
 
-def on_rotary(rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Apply:
-    """Replace the rotary embedding, of one tensor and of queries and keys together."""
-
-    def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        return rotate(q, cos, sin), rotate(k, cos, sin)
-
-    return on_ops(rotary=rotate, rotary_qk=both)
+def on_policy(values: Callable[[Pi0Policy], dict[str, Any]]) -> Apply:
+    """Replace stages or constants of the policy."""
+    return lambda policy, inputs, previous: (inputs, [(policy, values(policy))])
 
 
 def on_inputs(change: Callable[[Inputs], Inputs]) -> Apply:
     """Give the policy other inputs."""
-
-    @contextmanager
-    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
-        yield change(inputs)
-
-    return apply
+    return lambda policy, inputs, previous: (change(inputs), [])
 
 
-def on_cache(change: Callable[[PrefixCache], PrefixCache]) -> Apply:
-    """Change what the prefill hands to the denoising steps."""
+def after(stage: str, change: Callable[[Any], Any]) -> Apply:
+    """Change what a stage returns."""
 
-    @contextmanager
-    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
-        prefill = policy.prefill
-        with replaced(policy, prefill=lambda *args: change(prefill(*args))):
-            yield inputs
+    def values(policy: Pi0Policy) -> dict[str, Any]:
+        right = getattr(policy, stage)
+        return {stage: lambda *given: change(right(*given))}
 
-    return apply
+    return on_policy(values)
 
 
-def on_actions(change: Callable[[Tensor], Tensor]) -> Apply:
-    """Change the actions [B, H, A]."""
+def on_attention(function: Attention, *stages: str) -> Apply:
+    """Replace attention in some stages."""
+    return on_ops(**{f"attention_{stage}": function for stage in stages})
 
-    @contextmanager
-    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
-        sample = policy.sample_actions
-        with replaced(policy, sample_actions=lambda given: change(sample(given))):
-            yield inputs
 
-    return apply
+def on_rotary(rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Apply:
+    """Replace the rotary embedding, of one tensor and of queries and keys together."""
+    return on_ops(
+        rotary=rotate, rotary_qk=lambda q, k, cos, sin: (rotate(q, cos, sin), rotate(k, cos, sin))
+    )
 
 
 def replayed(which: int) -> Callable[[Tensor], Tensor]:
@@ -145,17 +135,12 @@ def replayed(which: int) -> Callable[[Tensor], Tensor]:
 def skipped_layer(tower: str, index: int) -> Apply:
     """The layer hands its input on (its keys and values are still computed)."""
 
-    @contextmanager
-    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> tuple[Inputs, Changes]:
         if tower == "vision":
-            layer = policy.vision.encoder.layers[index]
-            with replaced(layer, forward=lambda x: x):
-                yield inputs
-        else:
-            layer = getattr(policy, tower).layers[index]
-            forward = layer.forward
-            with replaced(layer, forward=lambda x, *rest: (x, forward(x, *rest)[1])):
-                yield inputs
+            return inputs, [(policy.vision.encoder.layers[index], {"forward": lambda x: x})]
+        layer = getattr(policy, tower).layers[index]
+        forward = layer.forward
+        return inputs, [(layer, {"forward": lambda x, *rest: (x, forward(x, *rest)[1])})]
 
     return apply
 
@@ -163,60 +148,26 @@ def skipped_layer(tower: str, index: int) -> Apply:
 def stale_layer(index: int) -> Apply:
     """Keys and values of one layer are those of an earlier call."""
 
-    @contextmanager
-    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> tuple[Inputs, Changes]:
         prefill = policy.prefill
-        old = prefill(
-            policy.encode_images(previous.images),
-            previous.tokens,
-            previous.image_mask,
-            previous.token_mask,
-        )
+        old = policy.prefill_of(previous, policy.encode_images(previous.images))
 
-        def mixed(*args: Tensor) -> PrefixCache:
-            cache = prefill(*args)
+        def mixed(*given: Tensor) -> PrefixCache:
+            cache = prefill(*given)
             layers = list(cache.layers)
             layers[index] = old.layers[index]
             return cache._replace(layers=layers)
 
-        with replaced(policy, prefill=mixed):
-            yield inputs
+        return inputs, [(policy, {"prefill": mixed})]
 
     return apply
 
 
-@contextmanager
-def time_reversed(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
-    """The time features of the steps in the opposite order."""
-    with replaced_table(policy, policy.time_table.flip(0), policy.steps):
-        yield inputs
-
-
-@contextmanager
-def last_step_left_out(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
-    """The integration ends one step before time 0."""
-    with replaced_table(policy, policy.time_table[:-1], policy.steps):
-        yield inputs
-
-
-@contextmanager
-def one_step_fewer(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+def one_step_fewer(policy: Pi0Policy) -> dict[str, Any]:
     """A schedule of one step less that still reaches time 0."""
     steps = policy.steps - 1
     table = time_features(steps, policy.config.expert.width).to(policy.device)
-    with replaced_table(policy, table, steps):
-        yield inputs
-
-
-@contextmanager
-def replaced_table(policy: Pi0Policy, table: Tensor, steps: int) -> Iterator[None]:
-    """Other time features [steps, E], and another step size."""
-    table_before, steps_before = policy.time_table, policy.steps
-    policy.time_table, policy.steps = table, steps
-    try:
-        yield
-    finally:
-        policy.time_table, policy.steps = table_before, steps_before
+    return {"time_table": table, "steps": steps, "dt": step_size(steps)}
 
 
 def unmasked(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
@@ -277,26 +228,7 @@ def adaptive_rms_norm_without_one(x: Tensor, scale: Tensor, shift: Tensor, eps: 
 
 def on_modulations(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> Apply:
     """Scale, shift and gate of all norms, [M, W] each, are changed before they are used."""
-
-    @contextmanager
-    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
-        right = policy.modulations
-
-        def wrong(features: Tensor) -> Tensor:
-            return torch.cat(change(*right(features).chunk(3, dim=-1)), dim=-1)
-
-        with replaced(policy, modulations=wrong):
-            yield inputs
-
-    return apply
-
-
-@contextmanager
-def condition_stale(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
-    """From the second step on the time is that of the step before."""
-    table = torch.cat((policy.time_table[:1], policy.time_table[:-1]))
-    with replaced_table(policy, table, policy.steps):
-        yield inputs
+    return after("modulations", lambda parts: torch.cat(change(*parts.chunk(3, -1)), -1))
 
 
 def state_in_prompt(inputs: Inputs) -> Tensor:
@@ -310,11 +242,12 @@ def without_state_in_prompt(inputs: Inputs) -> Inputs:
     return inputs._replace(token_mask=inputs.token_mask & ~state_in_prompt(inputs))
 
 
-@contextmanager
-def stale_state_in_prompt(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+def stale_state_in_prompt(
+    policy: Pi0Policy, inputs: Inputs, previous: Inputs
+) -> tuple[Inputs, Changes]:
     """The state is that of the call before."""
     tokens = torch.where(state_in_prompt(inputs), previous.tokens, inputs.tokens)
-    yield inputs._replace(tokens=tokens)
+    return inputs._replace(tokens=tokens), []
 
 
 def state_sees_actions(
@@ -436,16 +369,14 @@ def int8_keys_values(
 def int8_weights(tower: str) -> Apply:
     """All weights of a tower are kept in 8 bits, one scale for each output."""
 
-    @contextmanager
-    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> tuple[Inputs, Changes]:
         mine = {id(p) for p in getattr(policy, tower).parameters()}
         right = policy.ops.linear
 
         def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return right(x, int8(weight, 1) if id(weight) in mine else weight, bias)
 
-        with replaced(policy.ops, linear=linear):
-            yield inputs
+        return inputs, [(policy.ops, {"linear": linear})]
 
     return apply
 
@@ -461,23 +392,6 @@ def one_head_out(index: int) -> Attention:
     return attention
 
 
-def coarse_eps(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """The eps of RMSNorm is 1e-3."""
-    return rms_norm(x, weight, 1e-3)
-
-
-def coarse_adaptive_eps(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """The eps of the adaptive RMSNorm is 1e-3."""
-    return adaptive_rms_norm(x, scale, shift, 1e-3)
-
-
-def layer_norm_without_bias(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """The bias of LayerNorm is left out."""
-    return F.layer_norm(x, x.shape[-1:], weight, None, eps)
-
-
 def quick_gelu(x: Tensor) -> Tensor:
     """x sigmoid(1.702 x)."""
     return x * torch.sigmoid(1.702 * x)
@@ -487,40 +401,52 @@ def frame_reuse(little: float) -> Apply:
     """Image tokens of the last call are used again where frames changed by less than `little`."""
     kept: list[tuple[Tensor, Tensor]] = []
 
-    @contextmanager
-    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+    def values(policy: Pi0Policy) -> dict[str, Any]:
         right = policy.encode_images
 
         def encode(images: Tensor) -> Tensor:
-            if kept and float((images - kept[0][0]).abs().mean()) < little:
-                return kept[0][1]
-            kept[:] = [(images.clone(), right(images))]
+            if not kept or float((images - kept[0][0]).abs().mean()) >= little:
+                kept[:] = [(images.clone(), right(images))]
             return kept[0][1]
 
-        with replaced(policy, encode_images=encode):
-            yield inputs
+        return {"encode_images": encode}
 
-    return apply
+    return on_policy(values)
 
 
-@contextmanager
-def step_skipping(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
+def step_skipping(policy: Pi0Policy) -> dict[str, Any]:
     """After a step in which the velocity changed little, it is used once more."""
-    right, skip = policy.denoise_step, [False]
+    right = policy.denoise_step
     last: list[Tensor] = []
 
-    def step(*args: Any) -> Tensor:
-        if skip[0]:
-            skip[0] = False
-            return last[0]
-        velocity = right(*args)
-        if last:
-            skip[0] = float((velocity - last[0]).norm() / velocity.norm()) < LITTLE_VELOCITY
-        last[:] = [velocity]
-        return velocity
+    def step(x_t: Tensor, *rest: Any) -> Tensor:
+        if len(last) == 2 and float((last[1] - last[0]).norm() / last[1].norm()) < LITTLE_VELOCITY:
+            velocity = last[1]
+            last.clear()
+            return x_t + velocity
+        x_next = right(x_t, *rest)
+        last[:] = [*last[-1:], x_next - x_t]
+        return x_next
 
-    with replaced(policy, denoise_step=step):
-        yield inputs
+    return {"denoise_step": step}
+
+
+def last_velocity_again(policy: Pi0Policy) -> dict[str, Any]:
+    """The last step takes the velocity of the one before."""
+    right, moved = policy.denoise_step, list[Tensor]()
+
+    def step(x_t: Tensor, *rest: Any) -> Tensor:
+        if len(moved) < policy.steps - 1:
+            moved.append(right(x_t, *rest) - x_t)
+        return x_t + moved[-1]
+
+    return {"denoise_step": step}
+
+
+def integrated_in_bfloat16(policy: Pi0Policy) -> dict[str, Any]:
+    """What is integrated over the steps is rounded to 16 bits after each."""
+    right = policy.denoise_step
+    return {"denoise_step": lambda x, *rest: right(x.bfloat16().float(), *rest).bfloat16().float()}
 
 
 def blank_as_masked(level: float) -> Callable[[Inputs], Inputs]:
@@ -560,68 +486,13 @@ def causal_prompt(slots: int) -> Attention:
     """Tokens of the prompt, the last `slots`, see only those before them among themselves."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
-        keys = k.shape[1]
-        mask = torch.ones(keys, keys, dtype=torch.bool, device=q.device)
-        mask[-slots:, -slots:] = mask[-slots:, -slots:].tril()
+        mask = torch.ones(1, 1, k.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+        mask[..., -slots:, -slots:] = mask[..., -slots:, -slots:].tril()
         if visibility.mask is not None:
-            mask = visibility.mask & mask[None, None]
-        else:
-            mask = mask[None, None]
+            mask = visibility.mask & mask
         return eager_attention(q, k, v, Visibility(mask, None), scale)
 
     return attention
-
-
-@contextmanager
-def unscaled_prompt(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
-    """Embeddings are not multiplied by sqrt(W)."""
-    right, factor = policy.embed_prompt, policy.config.language.width**0.5
-    with replaced(policy, embed_prompt=lambda tokens: right(tokens) / factor):
-        yield inputs
-
-
-def other_frequencies(change: Callable[[Tensor], Tensor]) -> Apply:
-    """The rotary frequencies are others."""
-
-    @contextmanager
-    def apply(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
-        right = policy.frequencies
-        policy.frequencies = change(right)
-        try:
-            yield inputs
-        finally:
-            policy.frequencies = right
-
-    return apply
-
-
-@contextmanager
-def integrated_in_bfloat16(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
-    """What is integrated over the steps is rounded to 16 bits after each."""
-    right = policy.denoise_step
-
-    def step(x_t: Tensor, *rest: Any) -> Tensor:
-        return right(x_t.bfloat16().float(), *rest).bfloat16().float()
-
-    with replaced(policy, denoise_step=step):
-        yield inputs
-
-
-@contextmanager
-def last_velocity_again(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
-    """The last step takes the velocity of the one before."""
-    right, count = policy.denoise_step, [0]
-    last: list[Tensor] = []
-
-    def step(*args: Any) -> Tensor:
-        count[0] += 1
-        if count[0] == policy.steps and last:
-            return last[0]
-        last[:] = [right(*args)]
-        return last[0]
-
-    with replaced(policy, denoise_step=step):
-        yield inputs
 
 
 def dimension_off(factor: float) -> Callable[[Tensor], Tensor]:
@@ -640,16 +511,6 @@ def last_action_repeated(actions: Tensor) -> Tensor:
     return torch.cat((actions[:, :-1], actions[:, -2:-1]), dim=1)
 
 
-def all_tokens(inputs: Inputs) -> Inputs:
-    """Padding counts as prompt."""
-    return inputs._replace(token_mask=torch.ones_like(inputs.token_mask))
-
-
-def all_cameras(inputs: Inputs) -> Inputs:
-    """Masked cameras count as active."""
-    return inputs._replace(image_mask=torch.ones_like(inputs.image_mask))
-
-
 def without_camera(index: int) -> Callable[[Inputs], Inputs]:
     """An active camera counts as masked."""
 
@@ -661,7 +522,18 @@ def without_camera(index: int) -> Callable[[Inputs], Inputs]:
     return change
 
 
-def visible(start: int, stop: int) -> Callable[[PrefixCache], PrefixCache]:
+def swapped_cameras(one: int, other: int) -> Callable[[Inputs], Inputs]:
+    """Two cameras change places."""
+
+    def change(inputs: Inputs) -> Inputs:
+        order = list(range(inputs.images.shape[1]))
+        order[one], order[other] = other, one
+        return inputs._replace(images=inputs.images[:, order])
+
+    return change
+
+
+def visible(start: int, stop: int) -> Apply:
     """Prefix keys [start, stop) become visible to the suffix; positions stay."""
 
     def change(cache: PrefixCache) -> PrefixCache:
@@ -670,11 +542,12 @@ def visible(start: int, stop: int) -> Callable[[PrefixCache], PrefixCache]:
         mask[:, start:stop] = True
         return cache._replace(mask=mask)
 
-    return change
+    return after("prefill", change)
 
 
-def _attention(function: Attention, *stages: str) -> Apply:
-    return on_ops(**{f"attention_{stage}": function for stage in stages})
+def everywhere(name: str) -> Callable[[Inputs], Inputs]:
+    """A mask is all True: what is masked counts as valid."""
+    return lambda inputs: inputs._replace(**{name: torch.ones_like(getattr(inputs, name))})
 
 
 def catalogue(policy: Pi0Policy, workload: Workload) -> list[Mutation]:
@@ -685,8 +558,8 @@ def catalogue(policy: Pi0Policy, workload: Workload) -> list[Mutation]:
     """
     found = [
         *_of_masks(policy, workload),
-        *_of_attention(),
-        *_of_inputs(workload),
+        *_ofon_attention(),
+        *_of_inputs(policy.config.language.width, workload),
         *_of_time(workload.steps),
         *_of_layers(policy),
         *_of_rounding(),
@@ -701,17 +574,17 @@ def _of_masks(policy: Pi0Policy, workload: Workload) -> list[Mutation]:
     prompt = len(workload.active_cameras) * policy.config.vision.tokens
     last, slots = prompt - policy.config.vision.tokens, prompt + workload.prompt_slots
     return [
-        Mutation("mask dropped", _attention(unmasked, "prefill", "denoise")),
-        Mutation("mask dropped in prefill", _attention(unmasked, "prefill")),
-        Mutation("mask dropped in denoise", _attention(unmasked, "denoise")),
-        Mutation("mask of -10", _attention(weakly_masked(-10.0), "prefill", "denoise")),
-        Mutation("is_causal misuse", _attention(causal, "denoise")),
-        Mutation("is_causal in prefill", _attention(causal, "prefill")),
-        Mutation("prompt causal", _attention(causal_prompt(workload.prompt_slots), "prefill")),
-        Mutation("masked camera attended", on_inputs(all_cameras)),
-        Mutation("last camera attended in denoise", on_cache(visible(last, prompt))),
-        Mutation("padding attended", on_inputs(all_tokens)),
-        Mutation("padding attended in denoise", on_cache(visible(prompt, slots))),
+        Mutation("mask dropped", on_attention(unmasked, "prefill", "denoise")),
+        Mutation("mask dropped in prefill", on_attention(unmasked, "prefill")),
+        Mutation("mask dropped in denoise", on_attention(unmasked, "denoise")),
+        Mutation("mask of -10", on_attention(weakly_masked(-10.0), "prefill", "denoise")),
+        Mutation("is_causal misuse", on_attention(causal, "denoise")),
+        Mutation("is_causal in prefill", on_attention(causal, "prefill")),
+        Mutation("prompt causal", on_attention(causal_prompt(workload.prompt_slots), "prefill")),
+        Mutation("masked camera attended", on_inputs(everywhere("image_mask"))),
+        Mutation("last camera attended in denoise", visible(last, prompt)),
+        Mutation("padding attended", on_inputs(everywhere("token_mask"))),
+        Mutation("padding attended in denoise", visible(prompt, slots)),
         Mutation("image mask of the first call", on_inputs(first_call("image_mask"))),
         Mutation("token mask of the first call", on_inputs(first_call("token_mask"))),
         Mutation("masks of row 0", on_inputs(row_0("image_mask", "token_mask")), 2),
@@ -720,51 +593,51 @@ def _of_masks(policy: Pi0Policy, workload: Workload) -> list[Mutation]:
     ]
 
 
-def _of_attention() -> list[Mutation]:
+def _ofon_attention() -> list[Mutation]:
     everywhere = ("vision", "prefill", "denoise")
     found = [
-        Mutation("scale +5%", _attention(scaled(1.05), *everywhere)),
-        Mutation("scale -5%", _attention(scaled(0.95), *everywhere)),
+        Mutation("scale +5%", on_attention(scaled(1.05), *everywhere)),
+        Mutation("scale -5%", on_attention(scaled(0.95), *everywhere)),
     ]
     for stage in everywhere:
         found += [
-            Mutation(f"scale +5% in {stage}", _attention(scaled(1.05), stage)),
-            Mutation(f"keys padded to 64 in {stage}", _attention(padded_keys(64), stage)),
-            Mutation(f"first key dropped in {stage}", _attention(dropped_key(0), stage)),
-            Mutation(f"one head left out in {stage}", _attention(one_head_out(1), stage)),
+            Mutation(f"scale +5% in {stage}", on_attention(scaled(1.05), stage)),
+            Mutation(f"keys padded to 64 in {stage}", on_attention(padded_keys(64), stage)),
+            Mutation(f"first key dropped in {stage}", on_attention(dropped_key(0), stage)),
+            Mutation(f"one head left out in {stage}", on_attention(one_head_out(1), stage)),
         ]
     return [
         *found,
-        Mutation("keys padded to 8 in denoise", _attention(padded_keys(8), "denoise")),
-        Mutation("last key dropped in vision", _attention(dropped_key(-1), "vision")),
-        Mutation("last key dropped in denoise", _attention(dropped_key(-1), "denoise")),
-        Mutation("strongest 64 keys only", _attention(with_weights(strongest(64)), "prefill")),
+        Mutation("keys padded to 8 in denoise", on_attention(padded_keys(8), "denoise")),
+        Mutation("last key dropped in vision", on_attention(dropped_key(-1), "vision")),
+        Mutation("last key dropped in denoise", on_attention(dropped_key(-1), "denoise")),
+        Mutation("strongest 64 keys only", on_attention(with_weights(strongest(64)), "prefill")),
         Mutation(
             "softmax without the maximum",
-            _attention(with_weights(unshifted_softmax), *everywhere),
+            on_attention(with_weights(unshifted_softmax), *everywhere),
         ),
         Mutation(
             "logits clamped at 50",
-            _attention(with_logits(lambda logits: logits.clamp(max=50.0)), *everywhere),
+            on_attention(with_logits(lambda logits: logits.clamp(max=50.0)), *everywhere),
         ),
         Mutation(
             "logits soft-capped at 50",
-            _attention(with_logits(lambda logits: 50.0 * (logits / 50.0).tanh()), *everywhere),
+            on_attention(with_logits(lambda logits: 50.0 * (logits / 50.0).tanh()), *everywhere),
         ),
     ]
 
 
-def _of_inputs(workload: Workload) -> list[Mutation]:
+def _of_inputs(width: int, workload: Workload) -> list[Mutation]:
     found = [
         Mutation(
             "suffix positions +1",
-            on_cache(lambda cache: cache._replace(valid_count=cache.valid_count + 1)),
+            after("prefill", lambda c: c._replace(valid_count=c.valid_count + 1)),
         ),
         Mutation(
             "prompt rolled by one",
             on_inputs(lambda inputs: inputs._replace(tokens=inputs.tokens.roll(1, dims=1))),
         ),
-        Mutation("prompt not scaled", unscaled_prompt),
+        Mutation("prompt not scaled", after("embed_prompt", lambda x: x / width**0.5)),
         Mutation(
             "images in [0, 1]",
             on_inputs(lambda inputs: inputs._replace(images=inputs.images / 2.0 + 0.5)),
@@ -792,30 +665,24 @@ def _of_inputs(workload: Workload) -> list[Mutation]:
     return found
 
 
-def swapped_cameras(one: int, other: int) -> Callable[[Inputs], Inputs]:
-    """Two cameras change places."""
-
-    def change(inputs: Inputs) -> Inputs:
-        order = list(range(inputs.images.shape[1]))
-        order[one], order[other] = other, one
-        return inputs._replace(images=inputs.images[:, order])
-
-    return change
-
-
 def _of_time(steps: int) -> list[Mutation]:
     found = [
         Mutation("rotary halves swapped", on_rotary(rotary_backwards)),
         Mutation("rotary interleaved", on_rotary(rotary_interleaved)),
-        Mutation("rotary base of 20,000", other_frequencies(lambda f: f ** (1.0 + 0.0753))),
-        Mutation("rotary frequencies of 1% more", other_frequencies(lambda f: 1.01 * f)),
-        Mutation("time reversed", time_reversed),
+        Mutation(
+            "rotary base of 20,000", on_policy(lambda p: {"frequencies": p.frequencies**1.0753})
+        ),
+        Mutation(
+            "rotary frequencies of 1% more",
+            on_policy(lambda p: {"frequencies": 1.01 * p.frequencies}),
+        ),
+        Mutation("time reversed", on_policy(lambda p: {"time_table": p.time_table.flip(0)})),
     ]
     if steps > 1:
         found += [
-            Mutation("last step left out", last_step_left_out),
-            Mutation("last velocity again", last_velocity_again),
-            Mutation("one step fewer, rescheduled", one_step_fewer),
+            Mutation("last step left out", on_policy(lambda p: {"time_table": p.time_table[:-1]})),
+            Mutation("last velocity again", on_policy(last_velocity_again)),
+            Mutation("one step fewer, rescheduled", on_policy(one_step_fewer)),
         ]
     return found if steps > 1 else found[:-1]
 
@@ -833,9 +700,15 @@ def _of_layers(policy: Pi0Policy) -> list[Mutation]:
         Mutation("norm weight as w", on_ops(rms_norm=rms_norm_without_one)),
         Mutation(
             "eps of 1e-3",
-            on_ops(rms_norm=coarse_eps, adaptive_rms_norm=coarse_adaptive_eps),
+            on_ops(
+                rms_norm=lambda x, weight, eps: rms_norm(x, weight, 1e-3),
+                adaptive_rms_norm=lambda x, a, b, eps: adaptive_rms_norm(x, a, b, 1e-3),
+            ),
         ),
-        Mutation("LayerNorm without bias", on_ops(layer_norm=layer_norm_without_bias)),
+        Mutation(
+            "LayerNorm without bias",
+            on_ops(layer_norm=lambda x, w, b, eps: F.layer_norm(x, x.shape[-1:], w, None, eps)),
+        ),
         Mutation("erf GELU", on_ops(gelu=F.gelu, gelu_mul=lambda gate, up: F.gelu(gate) * up)),
         Mutation(
             "quick GELU",
@@ -860,8 +733,8 @@ def _of_rounding() -> list[Mutation]:
             Mutation(f"int8 weights in {tower}", int8_weights(tower))
             for tower in ("vision", "language", "expert")
         ),
-        Mutation("int8 keys and values", _attention(int8_keys_values, "prefill", "denoise")),
-        Mutation("integrated in bfloat16", integrated_in_bfloat16),
+        Mutation("int8 keys and values", on_attention(int8_keys_values, "prefill", "denoise")),
+        Mutation("integrated in bfloat16", on_policy(integrated_in_bfloat16)),
     ]
 
 
@@ -875,26 +748,30 @@ def _of_data(steps: int) -> list[Mutation]:
         Mutation("grey camera as masked", on_inputs(blank_as_masked(0.0))),
     ]
     if steps > 3:
-        found.append(Mutation("step skipped where little changed", step_skipping))
+        found.append(Mutation("step skipped where little changed", on_policy(step_skipping)))
     return found
 
 
 def _of_actions() -> list[Mutation]:
     return [
-        Mutation("one action dimension +5%", on_actions(dimension_off(1.05))),
-        Mutation("last action repeated", on_actions(last_action_repeated)),
-        Mutation("rows in another order", on_actions(lambda actions: actions.roll(1, dims=0)), 2),
-        Mutation("NaN", on_actions(lambda actions: actions * torch.nan)),
-        Mutation("zeros", on_actions(torch.zeros_like)),
-        Mutation("first call's output again", on_actions(replayed(0))),
-        Mutation("last call's output again", on_actions(replayed(-2))),
+        Mutation("one action dimension +5%", after("sample_actions", dimension_off(1.05))),
+        Mutation("last action repeated", after("sample_actions", last_action_repeated)),
+        Mutation(
+            "rows in another order",
+            after("sample_actions", lambda actions: actions.roll(1, dims=0)),
+            2,
+        ),
+        Mutation("NaN", after("sample_actions", lambda actions: actions * torch.nan)),
+        Mutation("zeros", after("sample_actions", torch.zeros_like)),
+        Mutation("first call's output again", after("sample_actions", replayed(0))),
+        Mutation("last call's output again", after("sample_actions", replayed(-2))),
     ]
 
 
 def _of_pi0() -> list[Mutation]:
     return [
-        Mutation("state token left out", _attention(without_state_key, "denoise")),
-        Mutation("state sees the actions", _attention(state_sees_actions, "denoise")),
+        Mutation("state token left out", on_attention(without_state_key, "denoise")),
+        Mutation("state sees the actions", on_attention(state_sees_actions, "denoise")),
         Mutation("state of the first call", on_inputs(first_call("state"))),
         Mutation("state of row 0", on_inputs(row_0("state")), 2),
         Mutation(
@@ -927,5 +804,12 @@ def _of_pi05(steps: int) -> list[Mutation]:
         Mutation("state in the prompt stale", stale_state_in_prompt),
     ]
     if steps > 1:
-        found.append(Mutation("condition stale by one step", condition_stale))
+        found.append(
+            Mutation(
+                "condition stale by one step",
+                on_policy(
+                    lambda p: {"time_table": torch.cat((p.time_table[:1], p.time_table[:-1]))}
+                ),
+            )
+        )
     return found

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +29,7 @@ from torch import Tensor
 from openpi_opt import runtime
 from openpi_opt.config import Config
 from openpi_opt.guarding import structure
-from openpi_opt.guarding.mutations import Mutation, catalogue
+from openpi_opt.guarding.mutations import Mutation, catalogue, on_inputs
 from openpi_opt.guarding.question import Question, ask, power_path
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.measure import guard
@@ -44,6 +43,9 @@ from openpi_opt.result import GuardPower, write_atomic
 
 Kind = Literal["float32", "bfloat16", "float16", "fp8"]
 KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "float16", "fp8")
+
+# Gets a check, a mutation, and how many times its tolerance the check sees it.
+Keep = Callable[[str, str, float], None]
 
 # What a mutation must show: in float32, and in anything coarser.
 FORM_ENOUGH, OWN_ENOUGH = 50.0, 1.5
@@ -124,29 +126,36 @@ def measure_once(cfg: Config, arch: str, folder: Path, key: str) -> None:
 
 
 class Meter:
-    """Measures one context; policies are built one after the other, each freed before the next."""
+    """Measures one context; policies are built one after the other, each freed before the next.
 
-    def __init__(self, cfg: Config, arch: str, folder: Path) -> None:
+    `few`: inputs that the own precision is asked of a mutation which the form shows anyway.
+    """
+
+    def __init__(self, cfg: Config, arch: str, folder: Path, few: int = FEW) -> None:
+        self.few = few
         self.cfg = cfg.baseline()
         self.arch = arch
         self.folder = folder
         self.device = runtime.torch_device(cfg)
         self.honest: dict[str, float] = {}
+        self.keep: Keep = lambda check, mutation, multiple: None
 
     def measure(
         self,
         kinds: Sequence[Kind],
         tell: Callable[[str], None] = lambda text: None,
-        keep: Callable[[Power], object] = lambda found: None,
+        keep: Keep | None = None,
     ) -> Power:
-        """All mutations in all `kinds`, at least one; `keep` gets what there is after each."""
+        """All mutations in all `kinds`, at least one; `keep` gets each multiple as it comes."""
+        self.keep = keep or self.keep
         started = time.monotonic()
         tell("float32: structure")
-        form = self._form(self.asked("float32"))
+        exact = self.asked("float32")
+        form = self._form(exact)
         rows: list[Caught] = []
         plain: dict[Kind, float] = {}
         for kind in kinds:
-            asked = self.asked(kind)
+            asked = exact if kind == "float32" else self.asked(kind)
             plain[kind] = asked.reference.plain_rel_l2
             own: dict[str, float] = {}
             if kind != "float32":
@@ -156,16 +165,15 @@ class Meter:
                 Caught(name=name, kind=kind, form=multiple, own=own.get(name))
                 for name, multiple in form.items()
             ]
-            found = Power(
-                key=self.asked("float32").key,
-                model=self.cfg.model.name,
-                seconds=round(time.monotonic() - started, 1),
-                plain_rel_l2=plain,
-                honest=self.honest,
-                rows=rows,
-                kinds={name: _said(rows, name) for name in plain},
-            )
-            keep(found)
+        found = Power(
+            key=exact.key,
+            model=self.cfg.model.name,
+            seconds=round(time.monotonic() - started, 1),
+            plain_rel_l2=plain,
+            honest=self.honest,
+            rows=rows,
+            kinds={name: _said(rows, name) for name in plain},
+        )
         write_atomic(power_path(self.folder, found.key), found.model_dump_json(indent=1))
         return found
 
@@ -194,29 +202,31 @@ class Meter:
         cfg = self.config("float32")
         inputs = [case.inputs for case in asked.cases]
         actions = asked.reference.actions
-        limits = [asked.reference.tolerance(i, cfg.guard) for i in range(len(inputs))]
+        limits = [asked.reference.tolerance(cfg.guard, i) for i in range(len(inputs))]
         everything = dict.fromkeys(self._names(), len(inputs))
         policy = self._build(cfg)
         found = self._all(policy, inputs, actions, limits, FORM_ENOUGH, "float32", everything)
-        weak = {n: structure.PROVOKED for n, multiple in found.items() if multiple < FORM_ENOUGH}
+        few = structure.provoking(asked.cases)
+        weak = {n: len(few) for n, multiple in found.items() if multiple < FORM_ENOUGH}
         if weak:
             del policy
-            few = inputs[: structure.PROVOKED]
             actions = structure.provoked_reference(cfg, self.device, few, self.folder)
-            limits = [structure.provoked_tolerance(cfg)] * len(few)
+            limits = [cfg.guard.floor] * len(few)
             policy = structure.provoked_policy(cfg, self.device)
             name = "float32, second weights"
-            more = self._all(policy, few, actions, limits, FORM_ENOUGH, name, weak)
+            more = self._all(policy, few, actions, limits, FORM_ENOUGH, name, weak, moved=True)
             found |= {name: max(found[name], multiple) for name, multiple in more.items()}
         return found
 
     def _own(self, asked: Question, kind: Kind, form: dict[str, float]) -> dict[str, float]:
         """Each mutation in the candidate's precision."""
         cfg = self.config(kind)
+        if cfg.lossy():
+            asked = asked.knowing(asked.structure())
         policy = runtime.apply_knobs(self._build(cfg), cfg).policy
         inputs = [case.inputs for case in asked.cases]
-        limits = [asked.reference.tolerance(i, cfg.guard, cfg.lossy()) for i in range(len(inputs))]
-        count = {n: FEW if m >= FORM_ENOUGH else len(inputs) for n, m in form.items()}
+        limits = [asked.reference.tolerance(cfg.guard, i, cfg.lossy()) for i in range(len(inputs))]
+        count = {n: self.few if m >= FORM_ENOUGH else len(inputs) for n, m in form.items()}
         return self._all(policy, inputs, asked.reference.actions, limits, OWN_ENOUGH, kind, count)
 
     def _names(self) -> list[str]:
@@ -232,45 +242,37 @@ class Meter:
         enough: float,
         name: str,
         count: dict[str, int],
+        moved: bool = False,
     ) -> dict[str, float]:
-        """Multiples of the mutations in `count`, each by the first so many inputs."""
+        """Multiples of the mutations in `count`, each by the first so many inputs.
+
+        With `moved` distances are relative to how far the policy moved from the noise.
+        """
         workload = runtime.workload_of(self.cfg)
         seed = self.cfg.workload.seed + _PREVIOUS_SEED
         previous = make_inputs(workload, policy.config, seed, self.device)
         found = {}
+
+        def multiple(mutation: Mutation, few: int, enough: float) -> float:
+            """The largest one, over inputs in order until one shows enough, then the first again.
+
+            As in the guard, which asks that twice.
+            """
+            call, largest = mutation.candidate(policy, previous), 0.0
+            for index in [*range(few), 0]:
+                given, start = upload(inputs[index], self.device), inputs[index].noise
+                far = guard.distance(call(given), actions[index], start if moved else None).rel_l2
+                largest = max(largest, INFINITE if far is None else far / limits[index])
+                if largest >= enough:
+                    break
+            self.keep(name, mutation.name, largest)
+            return largest
+
         with torch.no_grad():
-            call = Mutation("unchanged", _nothing).candidate(policy, previous)
-            self.honest[name] = self._multiple(call, inputs, actions, limits, INFINITE)
+            unchanged = Mutation("unchanged", on_inputs(lambda inputs: inputs))
+            self.honest[name] = multiple(unchanged, len(inputs), INFINITE)
             for mutation in catalogue(policy, workload):
                 few = count.get(mutation.name, 0)
                 if few:
-                    call = mutation.candidate(policy, previous)
-                    asked = inputs[:few]
-                    found[mutation.name] = self._multiple(call, asked, actions, limits, enough)
+                    found[mutation.name] = multiple(mutation, few, enough)
         return found
-
-    def _multiple(
-        self,
-        call: Callable[[Inputs], Tensor],
-        inputs: Sequence[Inputs],
-        actions: Sequence[Tensor],
-        limits: Sequence[float],
-        enough: float,
-    ) -> float:
-        """The largest multiple of a tolerance, over the inputs in order until one shows enough.
-
-        As in the guard, the first input is asked again at the end.
-        """
-        largest = 0.0
-        for index in [*range(len(inputs)), 0]:
-            found = guard.distance(call(upload(inputs[index], self.device)), actions[index]).rel_l2
-            largest = max(largest, INFINITE if found is None else found / limits[index])
-            if largest >= enough:
-                break
-        return largest
-
-
-@contextmanager
-def _nothing(policy: Pi0Policy, inputs: Inputs, previous: Inputs) -> Iterator[Inputs]:
-    """No mistake: the policy as it is."""
-    yield inputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +47,12 @@ class Question:
     reference: guard.Reference
     key: str
     folder: Path
+    seen: StructureReport | None = None
+
+    def knowing(self, seen: StructureReport) -> Question:
+        """The same, with what is known of the candidate's structure."""
+        lossy = [seen.emulated.get(case.name, 1.0) for case in self.cases] if seen.emulated else []
+        return replace(self, seen=seen, reference=replace(self.reference, lossy=lossy))
 
     @property
     def observations(self) -> list[Inputs]:
@@ -71,19 +77,27 @@ class Question:
             self.cfg, self.device, self.cases, self.reference, self.key, self.folder
         )
 
-    def check(self, call: Call, layout: Layout | None, seen: StructureReport | None) -> GuardReport:
+    def check(self, call: Call, layout: Layout | None) -> GuardReport:
         """The candidate at its own precision, on the cases that a policy of `layout` admits."""
-        indices = [i for i, case in enumerate(self.cases) if case.admitted(layout)]
-        inputs = [self.cases[i].inputs for i in indices]
-        found = guard.check(
+        found = self._check(call, layout, lambda item: upload(item, self.device), lambda case: True)
+        return found.model_copy(update={"structure": self.seen, "power": self.power()})
+
+    def _check(
+        self,
+        call: Call,
+        layout: Layout | None,
+        place: Callable[[Inputs], Inputs],
+        asked: Callable[[Case], bool],
+    ) -> GuardReport:
+        chosen = [i for i, c in enumerate(self.cases) if asked(c) and c.admitted(layout)]
+        return guard.check(
             call,
-            inputs,
-            self.reference.only(indices),
+            [self.cases[i].inputs for i in chosen],
+            self.reference.only(chosen),
             self.cfg.guard,
             self.cfg.lossy(),
-            lambda item: upload(item, self.device),
+            place,
         )
-        return found.model_copy(update={"structure": seen, "power": self.power()})
 
     def power(self) -> GuardPower | None:
         """What was measured of this guard in the candidate's precision, or None."""
@@ -94,8 +108,10 @@ class Question:
         dtype: str = self.cfg.knobs["precision"].dtype  # type: ignore[attr-defined]
         return found.kinds.get("fp8" if self.cfg.lossy() else dtype)
 
-    def wrong_structure(self, seen: StructureReport) -> GuardReport:
+    def wrong_structure(self) -> GuardReport:
         """The report of a candidate whose structure is wrong: nothing else of it was looked at."""
+        seen = self.seen
+        assert seen is not None
         return GuardReport(
             passed=False,
             rel_l2=seen.rel_l2,
@@ -112,11 +128,37 @@ class Question:
         """A feed of the timed calls; see `guarding.witness`."""
         return Witness(self.observations, self.timed, self.device, self.vocabulary)
 
-    def judge(self, witness: Witness, call: Call, wall_ms: Sequence[float]) -> TimedReport:
-        """What the timed calls that `witness` has seen showed; they took `wall_ms`."""
-        plain, guard_ = self.reference.plain_rel_l2, self.cfg.guard
-        tolerance = guard.tolerance(guard_, plain, self.cfg.lossy())
-        return witness.verdict(call, self.reference.timed, tolerance, self.own_tolerance, wall_ms)
+    def judge(
+        self,
+        witness: Witness,
+        call: Call,
+        layout: Layout | None,
+        wall_ms: Sequence[float],
+        again: int = 0,
+    ) -> TimedReport:
+        """What the timed calls that `witness` has seen showed; they took `wall_ms`.
+
+        Then the cases that resemble one another are asked once more, all in the same memory: a
+        policy that began to remember meanwhile, or that knows its inputs by their address, is wrong
+        there. `again` timed calls at least are made once more.
+        """
+        tolerance = self.reference.tolerance(self.cfg.guard, lossy=self.cfg.lossy())
+        found = witness.verdict(
+            call, self.reference.timed, tolerance, self.own_tolerance, wall_ms, again
+        )
+        if not found.passed:
+            return found
+        memory = upload(self.observations[0], self.device)
+
+        def overwrite(inputs: Inputs) -> Inputs:
+            for new, old in zip(inputs, memory, strict=True):
+                old.copy_(new)
+            return memory
+
+        after = self._check(call, layout, overwrite, lambda case: case.resembles or case.ordinary)
+        problem = None if after.passed else f"after the timed calls: {guard.explain(after)}"
+        problem = problem or witness.overwritten()
+        return found.model_copy(update={"passed": problem is None, "problem": problem})
 
 
 def ask(policy: Pi0Policy, cfg: Config, arch: str, folder: Path) -> Question:

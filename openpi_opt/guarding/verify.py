@@ -43,8 +43,9 @@ def ask_first(cfg: Config, machine: Machine, folder: Path) -> question.Question:
     except RefusedError as refusal:
         raise UserError(f"verify: {refusal.reason}") from None
     seen = asked.known_structure(foreign=True) or asked.structure()
+    asked = asked.knowing(seen)
     if not seen.passed:
-        raise _refused(asked.wrong_structure(seen))
+        raise _refused(asked.wrong_structure())
     _LOG.info("verify: structure after %.1f s", time.monotonic() - started)
     return asked
 
@@ -57,7 +58,7 @@ def ask_policy(
     Raises:
         UserError: its actions are wrong.
     """
-    report = asked.check(prepared.call, prepared.policy.layout, None)
+    report = asked.check(prepared.call, prepared.policy.layout)
     if not report.passed:
         raise _refused(report)
     write_atomic(_path(asked.cfg, machine, asked.folder), report.model_dump_json(indent=1))

@@ -9,8 +9,10 @@ that is seeded by the call's number (Philox on a GPU), outside the timed region.
   call overwrites is no result.
 - Of all calls a copy of up to `COLUMNS` values is kept, and whether everything was finite. Those
   that look least like the others (nearest to another call's output, farthest from what its noise
-  explains) and some at random are made again, from their numbers, and must answer the same.
-- Pairs of calls with new and with repeated content show a policy that remembers: it answers faster.
+  explains, fastest) and some at random are made again, from their numbers, and must answer the
+  same.
+- Calls with new and with repeated content, under the profiler, show a policy that remembers: it
+  does less work. Counts of operators do not depend on the load of the machine.
 
 Letters: B batch, H horizon, A action dim, N calls.
 """
@@ -18,8 +20,6 @@ Letters: B batch, H horizon, A action dim, N calls.
 from __future__ import annotations
 
 import random
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -27,22 +27,19 @@ import torch
 from torch import Tensor
 
 from openpi_opt.config import MIN_WARMUP
-from openpi_opt.guarding.cases import TIMED
-from openpi_opt.machine import Device
 from openpi_opt.measure import guard
-from openpi_opt.measure.clock import synchronise, upload
+from openpi_opt.measure.clock import upload
+from openpi_opt.measure.profile import Work, work
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.result import TimedReport
 
 Call = Callable[[Inputs], Tensor]
 
 COLUMNS = 1024
-AT_RANDOM = 1  # calls that are made again, besides the most suspect one of each kind
-# A policy that remembers: a repeated call takes less than this share of a new one. One such call
-# raises a suspicion; then the ranks of `ROUNDS` pairs decide, which chance alone passes once in
-# 100,000 times.
-FASTER = 0.9
-ROUNDS, SURE = 12, 1e-5
+FASTEST = 2  # calls that are made again because they took the least time
+# A policy that remembers: repeated calls launch less than a new one, or keep a GPU busy for less
+# than this share of its time, in each of `ROUNDS` rounds.
+FASTER, ROUNDS = 0.9, 3
 _MASK = (1 << 63) - 1
 
 
@@ -84,8 +81,9 @@ class Witness:
         self._chosen = {}
         if compared:
             dice = random.Random(self.seed)
-            places = sorted(dice.sample(range(iterations - 1), len(self.known) - 1))
-            order = dice.sample(range(len(self.known)), len(self.known))
+            count = min(len(self.known), iterations)
+            places = sorted(dice.sample(range(iterations - 1), count - 1))
+            order = dice.sample(range(len(self.known)), count)
             self._chosen = dict(zip([*places, iterations - 1], order, strict=True))
 
     def upload(self) -> Inputs:
@@ -137,11 +135,13 @@ class Witness:
         tolerance: float,
         own_tolerance: float,
         wall_ms: Sequence[float],
+        again: int = 0,
     ) -> TimedReport:
         """Compare what was kept, with the reference's `actions` of the known contents.
 
         `wall_ms` are the wall times of the compared block. `tolerance` bounds the distance from the
-        reference, `own_tolerance` that of a repeated call from itself.
+        reference, `own_tolerance` that of a repeated call from itself. At least `again` calls are
+        made once more.
         """
         problem = self._problem or self._kept_whole()
         found = [guard.distance(held.output, actions[held.content]).rel_l2 for held in self._held]
@@ -152,15 +152,15 @@ class Witness:
                 f"a timed call with new content is {worst:.2%} from its reference; admitted are "
                 f"{tolerance:.2%}"
             )
-        again, repeated = 0.0, 0
+        off, repeated = 0.0, 0
         if problem is None:
-            again, repeated = self._again(call)
-            if again > own_tolerance:
+            off, repeated = self._again(call, wall_ms, again)
+            if off > own_tolerance:
                 problem = (
-                    f"a timed call returned something {again:.2%} from what the same content gives "
+                    f"a timed call returned something {off:.2%} from what the same content gives "
                     f"again; admitted are {own_tolerance:.2%}"
                 )
-        problem = problem or self._remembers(call, wall_ms)
+        problem = problem or self._remembers(call)
         return TimedReport(
             passed=problem is None,
             calls=len(self._rows),
@@ -168,10 +168,16 @@ class Witness:
             rel_l2=worst,
             tolerance=tolerance,
             repeated=repeated,
-            repeated_rel_l2=again,
+            repeated_rel_l2=off,
             seed=self.seed,
             problem=problem,
         )
+
+    def overwritten(self) -> str | None:
+        """What is wrong if a held output is no longer what it was, or None; ask at any time."""
+        if any(not torch.equal(held.output, held.copy) for held in self._held):
+            return "the result of a timed call was overwritten by a later call"
+        return None
 
     def _kept_whole(self) -> str | None:
         """What is wrong with the held outputs as memory, or None."""
@@ -180,16 +186,16 @@ class Witness:
         places = [_storage(held.output) for held in self._held]
         if len(set(places)) < len(places):
             return "two timed calls returned the same memory"
-        if any(not torch.equal(held.output, held.copy) for held in self._held):
-            return "the result of a timed call was overwritten by a later call"
-        if len(self._held) < TIMED:
-            return f"{len(self._held)} of {TIMED} timed calls could be compared"
+        if (overwritten := self.overwritten()) is not None:
+            return overwritten
+        if len(self._held) < len(self._chosen):
+            return f"{len(self._held)} of {len(self._chosen)} timed calls could be compared"
         return None
 
-    def _again(self, call: Call) -> tuple[float, int]:
+    def _again(self, call: Call, wall_ms: Sequence[float], least: int) -> tuple[float, int]:
         """The largest distance of a repeated call from its first result; how many there were."""
         worst = 0.0
-        suspects = self._suspects()
+        suspects = self._suspects(wall_ms, least)
         for index in suspects:
             number = self._numbers[index]
             assert number is not None
@@ -199,45 +205,41 @@ class Witness:
             worst = max(worst, float((now - before).norm() / now.norm().clamp_min(1e-30)))
         return worst, len(suspects)
 
-    def _suspects(self) -> list[int]:
-        """Calls that look least like the others, and some at random."""
+    def _suspects(self, wall_ms: Sequence[float], least: int) -> list[int]:
+        """Calls that look least like the others, and some at random: at least `least` of them."""
         drawn = [i for i, number in enumerate(self._numbers) if number is not None]
         if not drawn:
             return []
         rows = torch.stack([self._rows[i] for i in drawn]).float()
         noise = torch.stack([self._noise[i] for i in drawn]).float()
         chosen = {
-            index
+            drawn[index]
             for score, count in _suspicions(rows, noise)
             for index in score.topk(min(count, len(drawn))).indices.tolist()
         }
-        chosen |= set(random.Random(self.seed + 1).sample(range(len(drawn)), AT_RANDOM))
-        return [drawn[i] for i in sorted(chosen)]
+        first = len(self._rows) - len(wall_ms)
+        timed = [i for i in drawn if i >= first]
+        chosen |= set(sorted(timed, key=lambda i: wall_ms[i - first])[:FASTEST])
+        others = [i for i in drawn if i not in chosen]
+        more = min(len(others), max(1, least - len(chosen)))
+        return sorted([*chosen, *random.Random(self.seed + 1).sample(others, more)])
 
-    def _remembers(self, call: Call, wall_ms: Sequence[float]) -> str | None:
-        """What a policy answers faster the second time, or None."""
-        kinds = {name: _Times() for name in _WORDS}
-        fresh = _Times([] if self.device.type == "cpu" else list(wall_ms))
-        self._rounds(call, 1, fresh, kinds)
-        suspected = [name for name, times in kinds.items() if times.suspicious(fresh)]
-        if not suspected:
-            return None
-        fresh, again = _Times(), {name: _Times() for name in suspected}
-        self._rounds(call, ROUNDS, fresh, again)
-        for name, times in again.items():
-            if times.surely_less(fresh):
-                return (
-                    f"remembers: where {_WORDS[name]}, a call takes {times.middle:.3f} ms, and "
-                    f"{fresh.middle:.3f} ms with new content"
-                )
-        return None
-
-    def _rounds(self, call: Call, count: int, fresh: _Times, kinds: dict[str, _Times]) -> None:
-        for _ in range(count):
+    def _remembers(self, call: Call) -> str | None:
+        """What a policy answers with less work the second time, or None."""
+        suspected = list(_WORDS)
+        for _ in range(ROUNDS):
             base = self._next()
-            fresh.take(call, base, self.device)
-            for name, times in kinds.items():
-                times.take(call, self._repeat(base, name), self.device)
+            new = work(call, base, self.device)
+            call(self._repeat(base, "whole"))  # some keep only what they see twice
+            found = {k: work(call, self._repeat(base, k), self.device) for k in suspected}
+            suspected = [kind for kind, again in found.items() if _less(again, new)]
+            if not suspected:
+                return None
+        again = found[suspected[0]]
+        return (
+            f"remembers: where {_WORDS[suspected[0]]}, a call takes {again}, and {new} with new "
+            "content"
+        )
 
     def _next(self) -> Inputs:
         inputs = upload(self.observations[0], self.device)
@@ -248,53 +250,27 @@ class Witness:
     def _repeat(self, base: Inputs, kind: str) -> Inputs:
         """Content in fresh memory, of which the part called `kind` is that of `base`."""
         inputs = self._next()
-        if kind == "frames":
-            inputs.images.copy_(base.images)
-        else:
-            for name in Inputs._fields:
-                if kind == "whole" or name != "noise":
-                    getattr(inputs, name).copy_(getattr(base, name))
+        for name in _PARTS[kind]:
+            getattr(inputs, name).copy_(getattr(base, name))
         return inputs
 
 
+_PARTS = {
+    "whole": Inputs._fields,
+    "observation": tuple(name for name in Inputs._fields if name != "noise"),
+    "frames": ("images",),
+    "prompt": ("tokens",),
+}
 _WORDS = {
     "whole": "all inputs are repeated",
     "observation": "the observation is repeated",
     "frames": "the frames are repeated",
+    "prompt": "the prompt is repeated",
 }
 
 
-@dataclass
-class _Times:
-    """Times of calls in milliseconds: the wall's, or on a CPU the process's, which others share."""
-
-    samples_ms: list[float] = field(default_factory=list)
-
-    def take(self, call: Call, inputs: Inputs, device: torch.device) -> None:
-        """Make a call and add its time."""
-        name: Device = "cpu" if device.type == "cpu" else "cuda"
-        now = time.process_time_ns if name == "cpu" else time.perf_counter_ns
-        synchronise(name)
-        start_ns = now()
-        call(inputs)
-        synchronise(name)
-        self.samples_ms.append((now() - start_ns) / 1e6)
-
-    def suspicious(self, fresh: _Times) -> bool:
-        """Whether all of these are faster than any of `fresh`."""
-        return max(self.samples_ms) < FASTER * min(fresh.samples_ms)
-
-    def surely_less(self, fresh: _Times) -> bool:
-        """Whether these take less by more than chance: Mann and Whitney's test, exact."""
-        from scipy.stats import mannwhitneyu  # slow to import, and seldom needed
-
-        found = mannwhitneyu(self.samples_ms, fresh.samples_ms, alternative="less", method="exact")
-        return self.middle < FASTER * fresh.middle and float(found.pvalue) < SURE
-
-    @property
-    def middle(self) -> float:
-        """The median."""
-        return statistics.median(self.samples_ms)
+def _less(again: Work, new: Work) -> bool:
+    return again.launches < new.launches or again.busy_ms < FASTER * new.busy_ms
 
 
 def _suspicions(rows: Tensor, noise: Tensor) -> Iterator[tuple[Tensor, int]]:

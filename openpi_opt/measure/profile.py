@@ -13,12 +13,14 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch.autograd import profiler as autograd_profiler
 from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -66,6 +68,43 @@ class Profile:
     table: list[KernelRow]
     launches: list[Launch]
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call launched, and how long that kept a GPU busy; on a CPU the time is 0."""
+
+    launches: int
+    busy_ms: float
+
+    def __str__(self) -> str:
+        if self.busy_ms == 0.0:
+            return f"{self.launches} operations"
+        return f"{self.launches} kernels in {self.busy_ms:.3f} ms"
+
+
+def work(call: Callable[[T], object], inputs: T, device: torch.device) -> Work:
+    """Count the kernels of one call, or on a CPU its operators.
+
+    Where a GPU shows no kernel (ROCm hides those of a graph) the time is that of the wall's clock.
+    """
+    if device.type == "cpu":
+        with autograd_profiler.profile(use_kineto=True) as recorder:
+            call(inputs)
+        return Work(len(recorder.kineto_results.events()), 0.0)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        start_ns = time.perf_counter_ns()
+        call(inputs)
+        torch.cuda.synchronize(device)
+        wall_ns = time.perf_counter_ns() - start_ns
+    assert profiler.profiler is not None
+    results = profiler.profiler.kineto_results
+    spent_ns = [
+        event.duration_ns()
+        for event in results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA
+    ]
+    return Work(len(spent_ns), (sum(spent_ns) or wall_ns) / 1e6)
 
 
 def profile_call(

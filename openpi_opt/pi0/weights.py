@@ -49,11 +49,12 @@ PROMPT_BONUS, ACTION_BONUS, STATE_BONUS, PATCH_BONUS = 3.0, 2.0, 4.5, 2.7
 QUERY_LEVEL = 1.5  # share of a bonus that queries carry; keys carry the rest
 FAVOURED_PATCHES = slice(0, None, 16)
 
-# Of `provoke`: what all logits have in common, beyond the largest argument of exp in float32 (88);
-# a massive channel; shares that are left of what changes the velocity from step to step.
+# Of `provoke`: what all logits of a head have in common, beyond the largest argument of exp in
+# float32 (88), positive in even heads; a massive channel; shares that are left of what changes the
+# velocity from step to step, and of the velocity.
 COMMON_LOGIT = 100.0
-MASSIVE, MASSIVE_CHANNEL = 10.0, 5
-TIME_SHARE, ACTION_SHARE = 0.02, 0.1
+MASSIVE, MASSIVE_CHANNEL = 100.0, 5
+TIME_SHARE, ACTION_SHARE, VELOCITY_SHARE = 0.01, 0.03, 0.02
 
 
 def build(config: Pi0Config, device: torch.device | str, steps: int = 10) -> Pi0Policy:
@@ -82,9 +83,10 @@ def init_random(policy: Pi0Policy, seed: int) -> None:
 def provoke(policy: Pi0Policy) -> None:
     """Change the weights of `init_random` so that shortcuts which depend on the data are taken.
 
-    All logits get `COMMON_LOGIT`: a softmax that does not subtract the maximum overflows, logits
-    that are clamped become equal, and the softmax itself is as well conditioned as before. One
-    channel of the prefix is massive. The velocity changes by about 1% from step to step.
+    All logits get `COMMON_LOGIT` or its negative, by head: a softmax that does not subtract the
+    maximum overflows, logits that are clamped become equal, and the softmax itself is as well
+    conditioned as before. One channel of the prefix is massive. A step moves the actions by less
+    than 1%, and the velocity changes by about 0.6% from step to step.
     """
     config, model = policy.config, policy.paligemma_with_expert.paligemma
     with torch.no_grad():
@@ -95,6 +97,8 @@ def provoke(policy: Pi0Policy) -> None:
         embedding = model.lm_head.weight
         embedding[:, MASSIVE_CHANNEL] += MASSIVE / math.sqrt(config.language.width)
         policy.action_in_proj.weight.mul_(ACTION_SHARE)
+        policy.action_out_proj.weight.mul_(VELOCITY_SHARE)
+        policy.action_out_proj.bias.mul_(VELOCITY_SHARE)
         if config.family == "pi0":
             policy.action_time_mlp_in.weight[:, config.expert.width :] *= TIME_SHARE
         else:
@@ -113,10 +117,12 @@ def _add_common_logit(config: Pi0Config, name: str, parameter: Tensor) -> None:
     rows = parameter.view(-1, size, *parameter.shape[1:])[:, dims]
     if parameter.ndim == 1:
         rows.fill_(level)
-        return
-    rows.zero_()
-    if "vision_tower" not in name:
-        rows[:, :, BIAS] = _read(level, parameter.shape[1])
+    else:
+        rows.zero_()
+        if "vision_tower" not in name:
+            rows[:, :, BIAS] = _read(level, parameter.shape[1])
+    if "q_proj" in name:
+        rows[1::2].neg_()
 
 
 def _fill(config: Pi0Config, name: str, parameter: Tensor, generator: torch.Generator) -> None:

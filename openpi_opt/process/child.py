@@ -8,34 +8,27 @@ import json
 import os
 import select
 import selectors
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from openpi_opt.process import watcher
 from openpi_opt.process.environment import TRIAL_VARIABLE
-from openpi_opt.process.watcher import Process
+from openpi_opt.process.oom import oom_kills
+from openpi_opt.process.output import BoundedLog
 
 # Between SIGTERM and SIGKILL; a trial has nothing to save.
 GRACE_SECONDS = 2.0
 # A process inside a driver call cannot be killed; the sweep goes on without it after this.
 UNKILLABLE_SECONDS = 30.0
-_ORPHAN_SECONDS = 10.0  # at most, for the end of what a dead sweep left
 _PAUSED_POLL_SECONDS = 0.2  # how soon a limit counts again after a pause
 _LONGEST_WAIT_SECONDS = 3600.0  # of one select; a phase without a limit waits in several
 _LONGEST_LINE = 65_536
-# Of what a child prints, so much is kept from the beginning, and so much from the end.
-LOG_HEAD_BYTES = 4 * 2**20
-LOG_TAIL_BYTES = 2**20
-_VMSTAT = Path("/proc/vmstat")
-_CGROUP_FILES = ("memory.events", "memory.oom_control")
 
 
 @dataclass(frozen=True)
@@ -219,7 +212,7 @@ def run_command(
         raise FileNotFoundError(errno.ENOENT, "no such program", argv[0])
     kills_before = oom_kills()
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(_BoundedLog(log))
+        output = stack.enter_context(BoundedLog(log))
         pipes = stack.enter_context(_Pipes())
         turn = tether.turn
         own = [pipes.progress[1], *(() if turn is None else (turn.gate, turn.stopped))]
@@ -227,7 +220,12 @@ def run_command(
         if turn is not None:
             words += ["--gate-fd", str(turn.gate), "--stopped-fd", str(turn.stopped)]
         theirs = [pipes.control[0], pipes.status[1]]
-        about = [*map(str, theirs), ",".join(map(str, own)), _cgroup(tether.name), tether.mark]
+        about = [
+            *map(str, theirs),
+            ",".join(map(str, own)),
+            watcher.cgroup_of(tether.name),
+            tether.mark,
+        ]
         with _on_cores(tether.cores):
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", watcher.__file__, *about, *words],
@@ -281,10 +279,6 @@ class _Pipes:
             os.close(fd)
 
 
-def _cgroup(name: str) -> str:
-    return watcher.cgroup_of(f"openpi_opt-{name}") if name else ""
-
-
 @contextlib.contextmanager
 def _on_cores(cores: Sequence[int]) -> Iterator[None]:
     """Keep this thread, and so what it starts, on `cores`; the child has them from the start."""
@@ -299,82 +293,13 @@ def _on_cores(cores: Sequence[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-class _BoundedLog:
-    """What a child prints: the beginning goes to disk at once, of the rest the end is kept.
-
-    A pipe and not the file itself, or a child in a loop would fill the disk.
-    """
-
-    def __init__(self, path: Path):
-        self._file: BinaryIO = path.open("wb", buffering=0)
-        self.read_fd, self.write_fd = os.pipe()
-        os.set_blocking(self.read_fd, False)
-        self._room = LOG_HEAD_BYTES
-        self._tail: deque[bytes] = deque()
-        self._tail_bytes = 0
-        self._left_out = 0
-
-    def __enter__(self) -> _BoundedLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            if self._left_out:
-                self._file.write(b"\n[... %d bytes left out ...]\n" % self._left_out)
-            for chunk in self._tail:
-                self._file.write(chunk)
-        finally:
-            self.close_write_end()
-            os.close(self.read_fd)
-            self._file.close()
-
-    def close_write_end(self) -> None:
-        """The child has its own copy."""
-        if self.write_fd >= 0:
-            os.close(self.write_fd)
-            self.write_fd = -1
-
-    def read(self) -> bool:
-        """Take some of what there is; False at its end."""
-        try:
-            chunk = os.read(self.read_fd, _LONGEST_LINE)
-        except BlockingIOError:
-            return True
-        self._keep(chunk)
-        return bool(chunk)
-
-    def drain(self) -> None:
-        """Take what is left in the pipe. Whoever still writes to it does not hold this up."""
-        for _ in range(LOG_TAIL_BYTES // _LONGEST_LINE):
-            try:
-                chunk = os.read(self.read_fd, _LONGEST_LINE)
-            except BlockingIOError:
-                return
-            if not chunk:
-                return
-            self._keep(chunk)
-
-    def _keep(self, chunk: bytes) -> None:
-        head, rest = chunk[: self._room], chunk[self._room :]
-        self._room -= len(head)
-        if head:
-            self._file.write(head)
-        if rest:
-            self._tail.append(rest)
-            self._tail_bytes += len(rest)
-        while self._tail_bytes - len(self._tail[0] if self._tail else b"") > LOG_TAIL_BYTES:
-            dropped = len(self._tail.popleft())
-            self._tail_bytes -= dropped
-            self._left_out += dropped
-
-
 @dataclass
 class _Watch:
     """Reads what a child says, and ends it when a phase has run past its limit."""
 
     child: Child
     pipes: _Pipes
-    output: _BoundedLog
+    output: BoundedLog
     limits: Mapping[str, float]
     on_phase: Callable[[str], None]
     stop: Stop | None = None
@@ -498,82 +423,3 @@ def _phase_of(line: bytes) -> str | None:
         return None
     phase = message.get("phase") if isinstance(message, dict) else None
     return phase if isinstance(phase, str) else None
-
-
-def oom_kills() -> int:
-    """How often the kernel's out-of-memory killer struck: on this host and in our cgroup."""
-    files = [_VMSTAT, *_cgroup_files()]
-    return sum(_counter(path) for path in files)
-
-
-def _cgroup_files() -> list[Path]:
-    found = []
-    for line in _text(Path("/proc/self/cgroup")).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            root = Path("/sys/fs/cgroup") / controllers
-            folder = root / path.lstrip("/")
-            found += [(folder if folder.is_dir() else root) / name for name in _CGROUP_FILES]
-    return found
-
-
-def _counter(path: Path) -> int:
-    for line in _text(path).splitlines():
-        name, _, value = line.partition(" ")
-        if name == "oom_kill":
-            return int(value)
-    return 0
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:  # another kernel, or a cgroup that is not ours to read
-        return ""
-
-
-def end_marked(uid: str) -> int:
-    """End this user's processes on this host that belong to trial `uid`; returns how many.
-
-    They are found by their cgroup, where there is one, below the trial's watcher, and by the mark
-    in their environment, which only the trial and what it started have. A process number says
-    nothing: it may belong to a stranger by now. Returns when they are gone, or after a while when
-    the kernel keeps them.
-    """
-    mark = f"{TRIAL_VARIABLE}={uid}".encode()
-    ended: set[int] = set()
-    deadline = time.monotonic() + _ORPHAN_SECONDS
-    while time.monotonic() < deadline:
-        own = _own_processes()
-        watchers = [each for each in own if mark in _words(each.pid, "cmdline")]
-        found = [each for each in own if mark in _words(each.pid, "environ")]
-        below = [each for root in watchers for each in watcher.descendants(root.pid)]
-        found += [each for each in below if each.lives]
-        if not found and not watchers:
-            break
-        # Again and again: one of them may have started another in between. A watcher ends by
-        # itself, unless it is stopped.
-        for each in found or watchers:
-            each.send(signal.SIGKILL)
-        ended |= {each.pid for each in found}
-        time.sleep(0.01)
-    return len(ended) + watcher.remove_cgroup(_cgroup(uid))
-
-
-def _own_processes() -> list[Process]:
-    user, me = os.getuid(), os.getpid()
-    found = []
-    with os.scandir("/proc") as entries:
-        for entry in entries:
-            if entry.name.isdecimal() and int(entry.name) != me:
-                with contextlib.suppress(OSError):  # it is gone
-                    if entry.stat().st_uid == user:
-                        found.append(watcher.look(int(entry.name)))
-    return [each for each in found if each is not None and each.lives]
-
-
-def _words(pid: int, name: str) -> list[bytes]:
-    try:
-        return Path(f"/proc/{pid}/{name}").read_bytes().split(b"\0")
-    except OSError:  # it is gone, or is not ours to look at
-        return []

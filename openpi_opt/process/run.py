@@ -20,9 +20,10 @@ from openpi_opt.config import Config, Limits
 from openpi_opt.figures import LIMITS
 from openpi_opt.machine import Machine, probe
 from openpi_opt.process import tools
-from openpi_opt.process.child import Ended, Stop, Tether, Turn, end_marked, run_command
+from openpi_opt.process.child import Ended, Stop, Tether, Turn, run_command
 from openpi_opt.process.devices import Slot
 from openpi_opt.process.environment import child_environment
+from openpi_opt.process.leftovers import end_marked
 from openpi_opt.result import Failed, TrialResult
 from openpi_opt.track import identity
 

@@ -127,12 +127,12 @@ def continue_below(root: int) -> None:
 
 
 def cgroup_of(name: str) -> str:
-    """Where a cgroup of version 2 with this name would be, below this process's own; or empty."""
+    """Where trial `name` has a cgroup of version 2, below this process's own; empty without one."""
     mounts = map(str.split, _text("/proc/self/mounts").splitlines())
     points = [words[1] for words in mounts if words[2] == "cgroup2"]
     groups = _text("/proc/self/cgroup").splitlines()
     own = [line[3:].strip("/") for line in groups if line.startswith("0::")]
-    return os.path.join(points[0], own[0], name) if points and own else ""
+    return os.path.join(points[0], own[0], f"openpi_opt-{name}") if name and points and own else ""
 
 
 def remove_cgroup(folder: str) -> int:

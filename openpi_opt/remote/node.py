@@ -20,8 +20,9 @@ from openpi_opt.engine.recovery import NODE_LOCK
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine, probe
 from openpi_opt.process import devices, locks
-from openpi_opt.process.child import Stop, StoppedError, end_marked
+from openpi_opt.process.child import Stop, StoppedError
 from openpi_opt.process.devices import Devices, Lease, Slot
+from openpi_opt.process.leftovers import end_marked
 from openpi_opt.process.locks import Held
 from openpi_opt.process.run import Place, run_trial, whole_result
 from openpi_opt.remote.orders import (

@@ -103,6 +103,8 @@ def _policy(arguments: argparse.Namespace) -> ReadyPolicy:
     from openpi_opt.deploy import load_policy
 
     verify = not arguments.no_verify
+    asks = "the guard is asked first where this combination is new here; --no-verify does not"
+    cli.say(f"loading ({asks})" if verify else "loading, without the guard")
     with warnings.catch_warnings():
         # As of a preset that was promoted on another machine.
         warnings.showwarning = lambda message, *_, **__: cli.say(f"warning: {message}")

@@ -66,6 +66,7 @@ class Copies:
         if not (tracking.mlflow or optuna):
             return
         order = {
+            "parent": os.getpid(),
             "store": str(store.path),
             "study": study_dir.name,
             "experiment": tracking.experiment if tracking.mlflow else None,

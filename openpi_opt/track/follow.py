@@ -40,16 +40,15 @@ def follow(end_study: EndStudy) -> int:
 
     `end_study` ends the study's run in MLflow unless another sweep works on it.
     """
-    parent = os.getppid()
     # A call to a server that never answers does not see the end of stdin.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return 0
     orders = _Lines()
     order = orders.next(None)
     if not order:
         return 0
     asked = json.loads(order)
+    if os.getppid() != asked["parent"]:  # killed while this was starting
+        return 0
     optuna = _OptunaFollower(asked)
     follower = _MlflowFollower(asked, end_study)
     while True:

@@ -13,8 +13,8 @@ import pytest
 from hosts import Host, wait_for
 
 from openpi_opt.process import locks, watcher
-from openpi_opt.process.child import end_marked
 from openpi_opt.process.environment import TRIAL_VARIABLE
+from openpi_opt.process.leftovers import end_marked
 from openpi_opt.result import Failed, Ok
 
 
@@ -77,7 +77,7 @@ def test_a_killed_sweep_is_continued_and_no_finished_trial_repeated(
 @pytest.mark.parametrize("stopped", ["trial", "both"])
 def test_a_trial_that_outlives_its_sweep_is_ended(host: Host, stopped: str) -> None:
     """By its watcher, though it stands still; by the next sweep when the watcher does, too."""
-    sweep = host.start("--seeds", "2", "--seconds", "0.5")
+    sweep = host.start("--seeds", "2", "--seconds", "10")
     wait_for(lambda: host.processes() and host.starts.exists())
     (trial,) = host.processes()
     found = watcher.look(trial)

@@ -19,38 +19,82 @@ from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.policy import Pi0Policy
 
 Call = Callable[[Inputs], Tensor]
+Attack = Callable[[Pi0Policy, Call], Call]
 
 
-def content(inputs: Inputs) -> bytes:
-    return b"".join(tensor.numpy().tobytes() for tensor in inputs)
+def content(*tensors: Tensor) -> bytes:
+    return b"".join(tensor.contiguous().view(-1).numpy().tobytes() for tensor in tensors)
 
 
-def content_cache(policy: Pi0Policy, call: Call) -> Call:
-    """Answers of all inputs seen so far, as copies."""
-    kept: dict[bytes, Tensor] = {}
+def answers_by(key: Callable[[Inputs], object], after: int = 0) -> Attack:
+    """Results are kept by a key, from some call on."""
+
+    def attack(policy: Pi0Policy, call: Call) -> Call:
+        kept: dict[object, Tensor] = {}
+        count = 0
+
+        def cached(inputs: Inputs) -> Tensor:
+            nonlocal count
+            count += 1
+            if count <= after:
+                return call(inputs)
+            name = key(inputs)
+            if name not in kept:
+                kept[name] = call(inputs)
+            return kept[name].clone()
+
+        return cached
+
+    return attack
+
+
+def vision_by(key: Callable[[Tensor], object], after: int = 0) -> Attack:
+    """Image tokens are kept by a key of the images, from some call on."""
+
+    def attack(policy: Pi0Policy, call: Call) -> Call:
+        kept: dict[object, Tensor] = {}
+        encode, count = policy.encode_images, 0
+
+        def cached(images: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            name = count if count <= after else key(images)
+            if name not in kept:
+                kept[name] = encode(images)
+            return kept[name]
+
+        policy.encode_images = cached  # type: ignore[method-assign]
+        return call
+
+    return attack
+
+
+def kept_when_seen_twice(policy: Pi0Policy, call: Call) -> Call:
+    """The third call with the same content is answered from a cache."""
+    kept: dict[bytes, list[Tensor]] = {}
 
     def cached(inputs: Inputs) -> Tensor:
-        key = content(inputs)
-        if key not in kept:
-            kept[key] = call(inputs)
-        return kept[key].clone()
+        known = kept.setdefault(content(*inputs), [])
+        if len(known) < 2:
+            known.append(call(inputs))
+        return known[-1].clone()
 
     return cached
 
 
-def prefix_cache(policy: Pi0Policy, call: Call) -> Call:
-    """Image tokens of the frames seen so far."""
-    kept: dict[bytes, Tensor] = {}
-    encode = policy.encode_images
+def answer_again_if_all_is_near(policy: Pi0Policy, call: Call) -> Call:
+    """The last answer where no input has changed by much."""
+    kept: list[Any] = []
 
-    def cached(images: Tensor) -> Tensor:
-        key = images.numpy().tobytes()
-        if key not in kept:
-            kept[key] = encode(images)
-        return kept[key]
+    def lazy(inputs: Inputs) -> Tensor:
+        if not kept or not all(
+            float((new.float() - old.float()).abs().mean()) < 0.02
+            for new, old in zip(inputs, kept[0], strict=True)
+        ):
+            kept[:] = [Inputs(*(tensor.clone() for tensor in inputs)), call(inputs)]
+        return kept[1].clone()
 
-    policy.encode_images = cached  # type: ignore[method-assign]
-    return call
+    return lazy
 
 
 def worn_ring(policy: Pi0Policy, call: Call) -> Call:
@@ -97,14 +141,28 @@ def stale_at_times(policy: Pi0Policy, call: Call) -> Call:
     return racing
 
 
-def pointer_cache(policy: Pi0Policy, call: Call) -> Call:
-    """Answers by the address of the images."""
-    kept: dict[int, Tensor] = {}
+def stale_prefix_at_times(policy: Pi0Policy, call: Call) -> Call:
+    """From the 30th call on every 25th takes keys and values of the call before."""
+    prefill, encode = policy.prefill, policy.encode_images
+    kept: dict[str, Any] = {}
+    count = 0
 
-    def cached(inputs: Inputs) -> Tensor:
-        return kept.setdefault(inputs.images.data_ptr(), call(inputs)).clone()
+    def stage(name: str, right: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Tensor) -> Any:
+            if count < 30 or count % 25 or name not in kept:
+                kept[name] = right(*given)
+            return kept[name]
 
-    return cached
+        return run
+
+    def racing(inputs: Inputs) -> Tensor:
+        nonlocal count
+        count += 1
+        return call(inputs)
+
+    policy.encode_images = stage("vision", encode)  # type: ignore[method-assign]
+    policy.prefill = stage("prefill", prefill)  # type: ignore[method-assign]
+    return racing
 
 
 def rows_share_masks(policy: Pi0Policy, call: Call) -> Call:
@@ -132,22 +190,70 @@ def frame_reuse(policy: Pi0Policy, call: Call) -> Call:
     return call
 
 
-def step_skipping(policy: Pi0Policy, call: Call) -> Call:
-    """A step is left out after one in which the velocity changed little."""
-    step, kept = policy.denoise_step, []
+def step_skipping(little: float) -> Attack:
+    """A step takes the velocity of the one before, where that had changed little."""
+
+    def attack(policy: Pi0Policy, call: Call) -> Call:
+        step = policy.denoise_step
+        velocities: list[Tensor] = []
+
+        def lazy(x_t: Tensor, *rest: Tensor) -> Tensor:
+            if len(velocities) == 2:
+                old, new = velocities
+                if float((new - old).norm() / new.norm()) < little:
+                    velocities.clear()
+                    return x_t + new
+            x_next = step(x_t, *rest)  # type: ignore[arg-type]
+            velocities[:] = [*velocities[-1:], x_next - x_t]
+            return x_next
+
+        def begun(inputs: Inputs) -> Tensor:
+            velocities.clear()
+            return call(inputs)
+
+        policy.denoise_step = lazy  # type: ignore[method-assign]
+        return begun
+
+    return attack
+
+
+def ended_early(policy: Pi0Policy, call: Call) -> Call:
+    """No further step after one that moved the actions by less than 1%."""
+    step, done = policy.denoise_step, [False]
 
     def lazy(x_t: Tensor, *rest: Tensor) -> Tensor:
-        if len(kept) == 2 and float((kept[1] - kept[0]).norm() / kept[1].norm()) < 0.05:
-            return kept.pop()
-        kept[:] = [*kept[-1:], step(x_t, *rest)]  # type: ignore[arg-type]
-        return kept[-1]
+        if done[0]:
+            return x_t
+        x_next = step(x_t, *rest)  # type: ignore[arg-type]
+        done[0] = float((x_next - x_t).norm() / x_next.norm()) < 0.01
+        return x_next
 
     def begun(inputs: Inputs) -> Tensor:
-        kept.clear()
+        done[0] = False
         return call(inputs)
 
     policy.denoise_step = lazy  # type: ignore[method-assign]
     return begun
+
+
+def clamped(policy: Pi0Policy, call: Call) -> Call:
+    """What is integrated stays within 10."""
+    step = policy.denoise_step
+    policy.denoise_step = lambda *given: step(*given).clamp(-10, 10)  # type: ignore[method-assign]
+    return call
+
+
+def flat_patches_left_out(policy: Pi0Policy, call: Call) -> Call:
+    """Image tokens of patches of one colour are zeros."""
+    encode = policy.encode_images
+
+    def pruned(images: Tensor) -> Tensor:
+        patches = images.unfold(3, 14, 14).unfold(4, 14, 14)
+        flat = patches.std((-1, -2)).amax(2).flatten(1) < 0.01
+        return encode(images).masked_fill(flat[..., None], 0.0)
+
+    policy.encode_images = pruned  # type: ignore[method-assign]
+    return call
 
 
 def noise_overwritten(policy: Pi0Policy, call: Call) -> Call:
@@ -155,33 +261,63 @@ def noise_overwritten(policy: Pi0Policy, call: Call) -> Call:
     return lambda inputs: inputs.noise.copy_(call(inputs))
 
 
-ATTACKS = {
-    attack.__name__: attack
-    for attack in (
-        content_cache,
-        prefix_cache,
-        worn_ring,
-        overwritten,
-        stale_at_times,
-        pointer_cache,
-        rows_share_masks,
-        frame_reuse,
-        step_skipping,
-        noise_overwritten,
-    )
+def images_overwritten(policy: Pi0Policy, call: Call) -> Call:
+    """The call leaves the caller's frames in another range."""
+
+    def careless(inputs: Inputs) -> Tensor:
+        actions = call(inputs)
+        inputs.images.mul_(0.5)
+        return actions
+
+    return careless
+
+
+ATTACKS: dict[str, Attack] = {
+    "content_cache": answers_by(lambda inputs: content(*inputs)),
+    "prefix_cache": vision_by(content),
+    "step_skipping": step_skipping(0.05),
+    "rarely_skipping": step_skipping(0.01),
+    "vision_by_one_camera": vision_by(lambda images: content(images[:, 0])),
+    "vision_by_every_other_pixel": vision_by(lambda images: content(images[..., ::2, ::2])),
+    "vision_by_address": vision_by(lambda images: images.data_ptr(), after=40),
+    "answers_by_prompt": answers_by(lambda inputs: content(inputs.tokens), after=40),
+    "answers_by_sums": answers_by(lambda i: tuple(round(float(t.sum()), 3) for t in i)),
+    "answers_by_row_0": answers_by(lambda inputs: content(*(t[0] for t in inputs))),
+    **{
+        attack.__name__: attack
+        for attack in (
+            worn_ring,
+            overwritten,
+            stale_at_times,
+            stale_prefix_at_times,
+            rows_share_masks,
+            frame_reuse,
+            ended_early,
+            clamped,
+            flat_patches_left_out,
+            kept_when_seen_twice,
+            answer_again_if_all_is_near,
+            noise_overwritten,
+            images_overwritten,
+        )
+    },
 }
 
 
-def main() -> None:
-    attack = ATTACKS[sys.argv.pop(1)]
+def attacked(attack: Attack) -> Callable[[Pi0Policy, Any], runtime.Prepared]:
+    """`runtime.apply_knobs` whose policies cheat."""
     honest = runtime.apply_knobs
 
-    def attacked(policy: Pi0Policy, cfg: Any) -> runtime.Prepared:
+    def apply(policy: Pi0Policy, cfg: Any) -> runtime.Prepared:
         prepared = honest(policy, cfg)
         call = torch.no_grad()(attack(prepared.policy, prepared.call))
         return runtime.Prepared(prepared.policy, call, call)
 
-    runtime.apply_knobs = attacked
+    return apply
+
+
+def main() -> None:
+    runtime.apply_knobs = attacked(ATTACKS[sys.argv.pop(1)])
     sys.argv.insert(1, "--in-place")
     runpy.run_module("openpi_opt.trial", run_name="__main__", alter_sys=True)
 

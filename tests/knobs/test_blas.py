@@ -85,7 +85,7 @@ def test_searching_algorithms_times_kernels() -> None:
     assert not KNOB.times_kernels(config({}, H100))
 
 
-def test_only_fp8_is_lossy_and_held_to_the_wider_limit() -> None:
+def test_only_fp8_is_lossy_and_held_to_what_its_rounding_does() -> None:
     aiter: dict = {"blas": {"backend": "fp8", "fp8": {"gemm": "aiter"}}}
     assert config(FP8, H100).lossy()
     assert config(aiter, MI300X).lossy()
@@ -95,7 +95,12 @@ def test_only_fp8_is_lossy_and_held_to_the_wider_limit() -> None:
         assert not config(raw, MI300X).lossy()
     limits = Guard(factor=2.0, cap=0.05, lossy_cap=0.1)
     assert guard.tolerance(limits, 0.01) == 0.02
-    assert guard.tolerance(limits, 0.01, lossy=True) == 0.1
+    actions = [torch.ones(1, 2, 3)] * 3
+    known = guard.Reference(actions, actions, ordinary=2, lossy=[0.04, 0.05, 0.01])
+    assert known.tolerance(limits, 2, lossy=True) == pytest.approx(1.5 * 0.05)
+    known = guard.Reference(actions, actions, ordinary=2, lossy=[0.04, 0.05, 0.06])
+    assert known.tolerance(limits, 2, lossy=True) == pytest.approx(1.5 * 0.06)
+    assert guard.Reference(actions, actions).tolerance(limits, lossy=True) == 0.1, "not emulated"
 
 
 # --- in the trial --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from uuid import uuid4
 import pytest
 from process_samples import LIMITS, SAY
 
-from openpi_opt.process import child, locks, watcher
+from openpi_opt.process import child, locks, oom, output, watcher
 from openpi_opt.process.child import Ended, Tether, run_command
 
 
@@ -133,7 +133,7 @@ def test_what_escapes_its_session_and_environment_ends_and_is_named(
 ) -> None:
     name = uuid4().hex
     if how == "subreaper":
-        monkeypatch.setattr(child, "_cgroup", lambda _: "")
+        monkeypatch.setattr(watcher, "cgroup_of", lambda _: "")
     lock = locks.take(scripts.folder / "lease.lock")
     assert lock is not None
     tether = Tether(name, fds=(lock.fd,))
@@ -142,7 +142,7 @@ def test_what_escapes_its_session_and_environment_ends_and_is_named(
     assert (ended.returncode, ended.left) == (0, ("sleep",))
     assert not locks.is_held(scripts.folder / "lease.lock")
     assert not [each for each in watcher.descendants(os.getpid()) if each.name == "sleep"]
-    assert not Path(watcher.cgroup_of(f"openpi_opt-{name}") or "/none").exists()
+    assert not Path(watcher.cgroup_of(name) or "/none").exists()
 
 
 def test_all_ends_when_the_watcher_is_killed(scripts: Scripts) -> None:
@@ -171,8 +171,8 @@ def test_a_kill_by_the_kernel_is_told_from_the_counter(
 ) -> None:
     counter = tmp_path / "vmstat"
     counter.write_text("nr_free_pages 7\noom_kill 4\n")
-    monkeypatch.setattr(child, "_VMSTAT", counter)
-    monkeypatch.setattr(child, "_cgroup_files", list)
+    monkeypatch.setattr(oom, "_VMSTAT", counter)
+    monkeypatch.setattr(oom, "_cgroup_files", list)
     ended = scripts.run(
         f"open({str(counter)!r}, 'w').write('oom_kill 5'); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -242,16 +242,16 @@ def test_oom_kills_reads_both_kinds_of_cgroup(
     files = [tmp_path / "memory.events", tmp_path / "memory.oom_control", tmp_path / "absent"]
     files[0].write_text("low 0\noom 3\noom_kill 2\n")
     files[1].write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 5\n")
-    monkeypatch.setattr(child, "_cgroup_files", lambda: files)
-    monkeypatch.setattr(child, "_VMSTAT", tmp_path / "none")
-    assert child.oom_kills() == 7
+    monkeypatch.setattr(oom, "_cgroup_files", lambda: files)
+    monkeypatch.setattr(oom, "_VMSTAT", tmp_path / "none")
+    assert oom.oom_kills() == 7
 
 
 def test_what_is_printed_is_kept_at_both_ends(
     scripts: Scripts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(child, "LOG_HEAD_BYTES", 1000)
-    monkeypatch.setattr(child, "LOG_TAIL_BYTES", 100_000)
+    monkeypatch.setattr(output, "HEAD_BYTES", 1000)
+    monkeypatch.setattr(output, "TAIL_BYTES", 100_000)
     scripts.run("for i in range(300_000): print(f'line {i:06}')")
     text = scripts.log.read_text()
     assert text.startswith("line 000000\n")

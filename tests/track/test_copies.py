@@ -90,9 +90,9 @@ def test_one_ctrl_c_ends_a_sweep_or_a_wait_for_a_server_that_hangs(host: Host) -
 
 def test_a_killed_sweep_takes_its_copying_process_with_it(host: Host) -> None:
     with bad_server("hang") as uri:
-        host.env |= {"MLFLOW_TRACKING_URI": uri}
+        host.env |= {"MLFLOW_TRACKING_URI": uri, "MLFLOW_HTTP_REQUEST_TIMEOUT": "600"}
         sweep = host.start("--seeds", "3", "--seconds", "30", "--mlflow")
-        wait_for(lambda: followers(host))
+        wait_for(lambda: followers(host))  # which have not read their order yet
         sweep.kill()
         sweep.communicate()
         wait_for(lambda: not followers(host))
