@@ -1,10 +1,10 @@
 """A search that knows nothing, and what each minute of it brings: `python -m benchmarks.blind`.
 
 Sweeps `space=full` without starting points or a preset for so many minutes and leaves journal,
-table, curve and its plot in a folder. Run again with the same store it goes on: the second call of
-a budget carries what the first one found. `--beside` measures a preset in the same store
-afterwards, to compare with. `--sampler tpe` searches in another way, as a study of its own, and
-`--start` begins with the space's starting points: the informed search.
+curve in a folder, brought up to date while it runs. Run again with the same store it goes on: the
+second call of a budget carries what the first one found. `--beside` measures a preset in the same
+store afterwards, to compare with. `--sampler tpe` searches in another way, as a study of its own,
+and `--start` begins with the space's starting points: the informed search.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ import argparse
 import gzip
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from openpi_opt.criteria import Criteria
 from openpi_opt.result import Ok
 from openpi_opt.track import curve
 from openpi_opt.track.journal import Journal
+
+_EVERY_SECONDS = 10.0
+_ALONE = ("warmup", "guard", "measure", "profile", "energy")  # phases that have the device
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,61 +38,64 @@ def main(argv: list[str] | None = None) -> int:
         study = f"{'informed' if own.start else 'blind'}-{sampler}"
         command = ["space=full", f"sampler={sampler}", f"minutes={own.minutes:g}", *words]
         command += [] if own.start else ["start=[]"]
-        worst = max(worst, _sweep(own.store, study, command))
-        _report(own.store, study, own.out)
+        worst = max(worst, _sweep(own, study, command))
     if own.beside:
         fixed = [word for word in words if "glob(" not in word]
-        worst = max(worst, _sweep(own.store, "beside", [f"preset={own.beside}", *fixed]))
-        _report(own.store, "beside", own.out)
+        worst = max(worst, _sweep(own, "beside", [f"preset={own.beside}", *fixed]))
     return worst
 
 
-def _sweep(store: Path, study: str, words: list[str]) -> int:
-    command = [sys.executable, "-m", "openpi_opt.sweep", f"store={store}", f"study={study}", *words]
-    print("+", " ".join(command[1:]), flush=True)
+def _sweep(own: argparse.Namespace, study: str, words: list[str]) -> int:
+    """One sweep, reported while it runs; `--stop` interrupts it as Ctrl-C does."""
+    command = [sys.executable, "-m", "openpi_opt.sweep", f"store={own.store}", f"study={study}"]
+    print("+", " ".join([*command[1:], *words]), flush=True)
     began = time.monotonic()
-    code = subprocess.call(command)
-    print(f"exit {code} after {time.monotonic() - began:.0f} s", flush=True)
-    return code
+    sweep = subprocess.Popen([*command, *words])
+    try:
+        while sweep.poll() is None:
+            time.sleep(_EVERY_SECONDS)
+            _report(own.store, study, own.out, time.monotonic() - began)
+            if own.stop and time.monotonic() - began > 60 * own.stop:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sweep.send_signal(signal.SIGINT)
+        sweep.wait()
+    seconds = time.monotonic() - began
+    print(f"exit {sweep.returncode} after {seconds:.0f} s", flush=True)
+    print("\n".join(_report(own.store, study, own.out, seconds)), flush=True)
+    return sweep.returncode
 
 
-def _report(store: Path, study: str, out: Path) -> None:
-    """Copy what there is of a study, and print it in short."""
+def _report(store: Path, study: str, out: Path, seconds: float) -> list[str]:
+    """Copy what there is of a study, and describe it in lines."""
     folder = store / "studies" / study
     if not (folder / "journal.jsonl").exists():
-        print(f"{study}: nothing was recorded")
-        return
+        return [f"{study}: nothing was recorded"]
     records = Journal.read(folder).records()
     with (
         (folder / "journal.jsonl").open("rb") as plain,
         gzip.open(out / f"{study}.jsonl.gz", "wb") as packed,
     ):
         shutil.copyfileobj(plain, packed)
-    criteria = Criteria.load(folder) or Criteria()
-    found = curve.steps(records, criteria)
-    outcomes = [record.result.outcome for record in records]
-    waited = sum(r.result.phase_seconds.get("wait", 0.0) for r in records)
-    phases: dict[str, float] = {}
+    found = curve.steps(records, Criteria.load(folder) or Criteria())
+    outcomes = Counter(record.result.outcome for record in records)
+    phases: Counter[str] = Counter()
     for record in records:
-        for phase, seconds in record.result.phase_seconds.items():
-            phases[phase] = phases.get(phase, 0.0) + seconds
+        phases.update(record.result.phase_seconds)
+    timed = [r for r in records if isinstance(r.result, Ok)]
     summary = {
         "trials": len(records),
-        "outcomes": {name: outcomes.count(name) for name in dict.fromkeys(outcomes)},
+        "outcomes": dict(outcomes),
+        "sweep_seconds": round(seconds, 1),
+        "alone_on_device_seconds": round(sum(phases[name] for name in _ALONE), 1),
         "curve": [step._asdict() for step in found],
-        "phase_seconds": {name: round(seconds, 1) for name, seconds in phases.items()},
-        "waited_seconds": round(waited, 1),
-        "best": min(
-            (record for record in records if isinstance(record.result, Ok)),
-            key=lambda record: record.result.latency.mean_ms,  # type: ignore[union-attr]
-        ).labels
-        if "ok" in outcomes
-        else None,
+        "phase_seconds": {name: round(spent, 1) for name, spent in phases.items()},
+        "best": min(timed, key=lambda r: r.result.latency.mean_ms).labels if timed else None,  # type: ignore[union-attr]
     }
     (out / f"{study}.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"{study}: {len(records)} trials, {summary['outcomes']}")
-    for step in found:
-        print(f"  {step.minutes:6.2f} min  trial {step.number:>4}  {step.best_ms:9.3f} ms")
+    lines = [f"{study}: {len(records)} trials, {dict(outcomes)}, phases {summary['phase_seconds']}"]
+    lines += [f"  {s.minutes:6.2f} min  trial {s.number:>4}  {s.best_ms:9.3f} ms" for s in found]
+    return lines
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Search space=full from nothing for some minutes; other words go to the sweep.",
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="of each sweep (default: 30)")
+    parser.add_argument(
+        "--stop",
+        type=float,
+        metavar="MINUTES",
+        help="interrupt each sweep then; it can go on later",
+    )
     parser.add_argument("--store", type=Path, default=Path("mlruns"), help="default: mlruns")
     parser.add_argument("--out", type=Path, default=Path("blind"), help="default: blind")
     parser.add_argument(

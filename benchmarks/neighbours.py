@@ -12,6 +12,7 @@ the means with stopped neighbours and alone, with its 95% interval.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -37,6 +38,8 @@ STOP_SECONDS, SETTLE_SECONDS = 10.0, 0.1
 
 def build(cfg: Config):
     """The call of a configuration, once compiled and warm, and its inputs."""
+    import torch
+
     from openpi_opt import runtime
     from openpi_opt.measure import clock
     from openpi_opt.pi0.workload import make_inputs
@@ -46,6 +49,10 @@ def build(cfg: Config):
     observation = make_inputs(runtime.workload_of(cfg), policy.config, cfg.workload.seed, "cpu")
     inputs = clock.upload(observation, device)
     prepared = runtime.apply_knobs(policy, cfg)
+    del policy
+    gc.collect()
+    if device.type == "cuda":  # float32 was cast; six processes have no room for both
+        torch.cuda.empty_cache()
     for _ in range(3):
         prepared.call(inputs).cpu()
     return prepared.call, observation, inputs
@@ -68,14 +75,22 @@ class Blocks:
 
     def block(self) -> list[float]:
         """Milliseconds of each call."""
+        from openpi_opt.measure import clock
+
+        return clock.time_calls(self.call, self, 10, self.iterations, self.cfg.device).samples_ms
+
+    def upload(self):
+        """The same inputs in fresh memory, for `clock.Feed`."""
         from openpi_opt import runtime
         from openpi_opt.measure import clock
 
-        device = runtime.torch_device(self.cfg)
-        return clock.time_calls(
-            *(self.call, [self.observation], lambda each: clock.upload(each, device)),
-            *(10, self.iterations, self.cfg.device),
-        ).samples_ms
+        return clock.upload(self.observation, runtime.torch_device(self.cfg))
+
+    def renew(self, inputs) -> None:
+        """Nothing: the inputs stay as they are."""
+
+    def keep(self, inputs, output) -> None:
+        """Nothing is looked at."""
 
     def warm(self, seconds: float) -> None:
         """Load, before the first block."""
@@ -88,10 +103,10 @@ def start(cfg: Config, count: int) -> list[subprocess.Popen[str]]:
     """Neighbours that are calling."""
     words = [sys.executable, "-m", "benchmarks.neighbours", "--neighbour", json.dumps(cfg.dump())]
     env = child_environment(cfg, probe()) | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    begun = [
-        subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env) for _ in range(count)
-    ]
-    for each in begun:
+    begun = []
+    for _ in range(count):  # one by one: each holds a float32 policy at its beginning
+        each = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env)
+        begun.append(each)
         assert each.stdout is not None
         if each.stdout.readline() != "ready\n":
             raise SystemExit("a neighbour did not come up")

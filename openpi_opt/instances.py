@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -63,8 +64,7 @@ def run(words: Sequence[str], out: str | None) -> int:
     """The experiment of a command line without `experiment=` and `out=`; 1 where nothing ran.
 
     Raises:
-        UserError: a wrong override, a configuration that cannot run here, `out` in use or not
-            writable.
+        UserError: a wrong override, or a configuration that cannot run here.
     """
     plan = read(conf_dir() / "experiment" / "instances.yaml").content
     given = dict(word.partition("=")[::2] for word in words if not word.startswith("-"))
@@ -101,9 +101,10 @@ def _measured(
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     rows: list[Load] = []
     with ExitStack() as held:
-        leases = []
+        leases: list[Lease] = []
+        said: set[Slot] = set()
         for slot in slots:
-            leases.append(wait_for([slot], lambda slot=slot: _busy(slot)))  # type: ignore[misc]
+            leases.append(wait_for([slot], partial(_pause, slot, said)))
             held.callback(leases[-1].release)
         for each in counts:
             rows.append(_load(cfg, machine, leases[:1], each, seconds, folder, verify=not rows))
@@ -191,8 +192,12 @@ def _added(
     )  # fmt: skip
 
 
-def _busy(slot: Slot) -> None:
-    raise UserError(f"{slot.name} is in use: {in_use([slot])}. Start again when it is free.")
+def _pause(slot: Slot, said: set[Slot]) -> None:
+    """Wait a second for a device; the first time say for whose."""
+    if slot not in said:
+        cli.say(f"waiting for a device: in use are {in_use([slot])}")
+        said.add(slot)
+    time.sleep(1.0)
 
 
 def _cells(row: Load, one: Load) -> list[str]:

@@ -84,12 +84,14 @@ class Progress:
 
     The first phase, `start`, began with the process. With `gate_fd` the parent says when this
     process has the device, and at `stopped_fd` for how many seconds it stood still for others.
+    `standing` trials stand still for this one.
     """
 
     fd: int | None
     gate_fd: int | None = None
     stopped_fd: int | None = None
     phase: str = "start"
+    standing: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     _since: float = 0.0
     _asked: bool = False
@@ -118,8 +120,10 @@ class Progress:
             return
         self._asked = True
         self.enter("wait")
-        if not os.read(self.gate_fd, 1):
+        opened = os.read(self.gate_fd, 1)
+        if not opened:
             sys.exit("the gate was closed: this process is not needed")
+        self.standing = opened[0]
 
     def clock(self) -> float:
         """Seconds on a clock that stands still while this process is stopped."""
@@ -385,7 +389,7 @@ def _measure(
             counted = _counted(prepared, inputs, cfg, progress, folder)
             return {"outcome": "pruned", "guard": report, **first_call, **counted, **hopeless}
         compiled = compilation.graphs()
-        timed = _timed(prepared, witness, inputs[0], cfg, monitor)
+        timed = _timed(prepared, witness, inputs[0], cfg, monitor, progress.standing)
     latency = timed.latency
     compiled_in_all = compilation.found(late=compilation.graphs() - compiled)
     progress.enter("guard")
@@ -516,6 +520,7 @@ def _timed(
     inputs: Inputs,
     cfg: Config,
     monitor: Monitor | None,
+    standing: int,
 ) -> _Timed:
     """Plan, then time; what the GPU's driver says is read right before and right after."""
     from openpi_opt.measure import checks, clock, gpu_state, planning, stats
@@ -551,7 +556,7 @@ def _timed(
     )
     gpu = gpu_state.between(before, after, throttled, throttled_after)
     if gpu is not None:
-        found += checks.of_gpu(gpu, seconds * 1e3)
+        found += checks.of_gpu(gpu, seconds * 1e3, standing)
     return _Timed(latency, gpu, found)
 
 

@@ -234,7 +234,7 @@ class Jobs:
         self.findings.take(job, record)
         words = [self.findings.against_best(record.result)]
         if job.proposal is not None and self.request.swept:
-            words.append(f"[{self.pace.text()}]")
+            words.append(f"[{self.pace.text(job.position)}]")
         self.display.end(
             *(job.position, job.title, record),
             known=False,

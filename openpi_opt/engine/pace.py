@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from openpi_opt.space.sources import Source
 _LATEST = 20
 # At the beginning of a budget a trial that takes twice as long has to be 7% faster.
 _HURRY = 0.1
+# Autotuning takes two to ten minutes of a device; of a shorter budget than this that is too much.
+_LONG_MINUTES = 240.0
 
 
 @dataclass
@@ -49,6 +52,10 @@ class Pace:
         """How much the seconds of a trial count for a sampler: less as the minutes pass."""
         return 0.0 if self.minutes is None else _HURRY * max(0.0, 1.0 - self.share())
 
+    def is_short(self) -> bool:
+        """Whether a trial that compiles for minutes, alone on its device, is too much of it."""
+        return self.minutes is not None and self.minutes < _LONG_MINUTES
+
     def is_over(self) -> bool:
         """Whether a trial that begins now would likely end after the minutes."""
         if self.minutes is None:
@@ -60,14 +67,20 @@ class Pace:
         usual = statistics.median([*lasted, *ages]) if ages else usual
         return self._passed() + usual > 60 * self.minutes
 
-    def text(self) -> str:
-        """Trials done, how many an hour, and the time left: "12 done, 240/h, 7.5 min left"."""
+    def text(self, position: str = "") -> str:
+        """Trials done, how many an hour, and the time left: "12 done, 240/h, 7.5 min left".
+
+        Without a budget the time is estimated where `position` says how many there are: "[3/12]".
+        """
         passed = self._passed()
         words = [f"{self.done} done"]
         if self.done and passed:
             words.append(f"{3600 * self.done / passed:.0f}/h")
         if self.minutes is not None:
             words.append(f"{max(0.0, self.minutes - passed / 60):.1f} min left")
+        elif self.done and (known := re.fullmatch(r"\[(\d+)/(\d+)\]", position)):
+            left = (int(known[2]) - int(known[1])) * passed / self.done
+            words += [f"about {left / 60:.1f} min left"] if left else []
         return ", ".join(words)
 
     def _passed(self) -> float:

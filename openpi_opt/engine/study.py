@@ -168,6 +168,7 @@ def _optimizer(
         allow_lossy=settings.objective.allow_lossy,
         points=points,
         patience=pace.patience,
+        hurried=pace.is_short(),
     )
 
 
@@ -245,6 +246,7 @@ class _Loop:
             self._neighbours = Neighbours(
                 *(optimizer, space, jobs.points),
                 share=lambda: max(sampled.share(), jobs.pace.share()),
+                hurried=jobs.pace.is_short(),
             )
         sampled = Sampled(optimizer, space, limit, jobs.open_hashes, self._neighbours)
         return Timed(sampled, jobs.pace)

@@ -67,6 +67,7 @@ class Attention(Knob[AttentionOptions]):
         "launch_prefill": ("prefill",),
         "launch_denoise": ("prefill", "denoise"),
     }
+    tuned: ClassVar = tuple(f"launch_{stage}" for stage in STAGES)
 
     def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """Triton kernels need a GPU; AMD's aiter also the package and a 16-bit precision."""

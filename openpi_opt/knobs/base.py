@@ -115,8 +115,14 @@ class Knob(Generic[O]):
     # time teaches nothing about an option that does not touch the stage.
     stages: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
-    # Values by option whose first call takes minutes. A search does not begin with them.
+    # Values by option whose first call takes minutes. A search does not begin with them, and one of
+    # a short budget leaves them out.
     slow: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    # Values by option with which a first call is short and the time nearly the same: a search
+    # begins with them.
+    quick: ClassVar[Mapping[str, str]] = {}
+    # Options whose default is a table of measured values: a search begins with these.
+    tuned: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def touches(cls, option: str) -> tuple[str, ...]:

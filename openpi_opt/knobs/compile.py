@@ -128,7 +128,15 @@ class Compile(Knob[CompileOptions]):
 
     name = "compile"
     options_type = CompileOptions
-    slow: ClassVar = {"mode": AUTOTUNING, "scope": ("call",)}
+    slow: ClassVar = {
+        "mode": AUTOTUNING,
+        "scope": ("call",),
+        # They time kernels, so they have the device while they compile.
+        "inductor.coordinate_descent_tuning": ("True",),
+        "inductor.triton.multi_kernel": ("1", "2", "3"),
+        "inductor.cpp_wrapper": ("True",),  # a host compiler: 43 to 101 s on two cores
+    }
+    quick: ClassVar = {"scope": "layer"}
 
     def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """Inductor needs a host compiler, its graph capture a GPU, and each option this torch."""
@@ -140,6 +148,7 @@ class Compile(Knob[CompileOptions]):
             _missing_option(options.inductor),
             _missing_ck(cfg, options.inductor),
             _missing_compiler(cfg, options),
+            _cpp_wrapper(cfg, options),
         )
         return next((reason for reason in reasons if reason is not None), None)
 
@@ -252,6 +261,25 @@ def _double_capture(cfg: Configuration, options: CompileOptions) -> Refusal | No
             "invalid",
             f"compile={options.mode} and graph=manual both capture the call; use graph=none, or "
             "compile=default or compile=max_autotune_no_cudagraphs",
+        )
+    return None
+
+
+def _cpp_wrapper(cfg: Configuration, options: CompileOptions) -> Refusal | None:
+    """What failed on an H100 with torch 2.11: four trials of four, and one of one."""
+    if not options.inductor.cpp_wrapper:
+        return None
+    if options.mode in CAPTURING:
+        return Refusal(
+            "invalid",
+            f"compile.inductor.cpp_wrapper: Inductor captures no graphs then, as "
+            f"compile={options.mode} asks; use compile=default with graph=manual",
+        )
+    if cfg.knobs["gemm"].backend == "triton_skinny":  # type: ignore[attr-defined]
+        return Refusal(
+            "invalid",
+            "compile.inductor.cpp_wrapper cannot pass the list of launch parameters that "
+            "gemm=triton_skinny takes (arg type List[int] is not supported); use one of the two",
         )
     return None
 

@@ -48,6 +48,8 @@ class Gemm(Knob[GemmOptions]):
         ("backend", "max_rows", *(f"launch_{name}" for name in LINEARS)), ("prefill", "denoise")
     )
 
+    tuned: ClassVar = tuple(f"launch_{name}" for name in LINEARS)
+
     def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """Triton compiles for GPUs only."""
         if self.of(cfg).backend == "triton_skinny" and cfg.platform.device == "cpu":

@@ -10,6 +10,7 @@ that throttles, nobody else on the GPU. Rules of statistics: `shape.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,8 +81,11 @@ def of_start(first_call_seconds: float, compilation: Compilation | None) -> list
     return checks
 
 
-def of_gpu(gpu: Gpu, measured_ms: float) -> list[Check]:
-    """Clock, throttling, power limit and neighbours, before and after `measured_ms` of calls."""
+def of_gpu(gpu: Gpu, measured_ms: float, standing: int = 0) -> list[Check]:
+    """Clock, throttling, power limit and neighbours, before and after `measured_ms` of calls.
+
+    Of the other processes on the GPU `standing` are trials that stand still for this one.
+    """
     states = {"before": gpu.before, "after": gpu.after}
     return [
         _read(states, "gpu_clock", ("sm_clock_mhz", "max_sm_clock_mhz"), _slow_clock),
@@ -89,7 +93,7 @@ def of_gpu(gpu: Gpu, measured_ms: float) -> list[Check]:
         _read(
             states, "gpu_power_limit", ("power_limit_w", "default_power_limit_w"), _lowered_limit
         ),
-        _read(states, "gpu_shared", ("other_processes",), _neighbours),
+        _read(states, "gpu_shared", ("other_processes",), partial(_neighbours, standing)),
     ]
 
 
@@ -149,9 +153,10 @@ def _lowered_limit(state: GpuState) -> tuple[bool, str]:
     return limit >= LEAST_POWER_LIMIT * default, f"{limit:.0f} of {default:.0f} W"
 
 
-def _neighbours(state: GpuState) -> tuple[bool, str]:
+def _neighbours(standing: int, state: GpuState) -> tuple[bool, str]:
     others = state.other_processes or 0
-    return others == 0, f"{others} other process(es)"
+    still = f" ({standing} trials stand still)" if standing else ""
+    return others <= standing, f"{others} other process(es){still}"
 
 
 def _throttling(gpu: Gpu, states: dict[str, GpuState], measured_ms: float) -> Check:

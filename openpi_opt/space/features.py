@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from openpi_opt.config import Config
-from openpi_opt.knobs import BY_NAME
+from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.knobs.base import STAGES
 from openpi_opt.result import Ok, Pruned, TrialResult
 from openpi_opt.space.space import Space
@@ -53,6 +53,17 @@ def is_slow(found: Mapping[str, str]) -> bool:
         for key, text in found.items()
         if key.split(".")[0] in BY_NAME
     )
+
+
+def is_tuned(key: str) -> bool:
+    """Whether the default of a feature is a table of measured values, as its knob declares."""
+    name, _, option = key.partition(".")
+    return name in BY_NAME and option.split(".")[0] in BY_NAME[name].tuned
+
+
+def quick_values() -> dict[str, str]:
+    """By key, the values with which a first call is short."""
+    return {f"{k.name}.{option}": text for k in KNOBS for option, text in k.quick.items()}
 
 
 def parts(result: TrialResult) -> dict[str, float]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from openpi_opt.errors import UserError
-from openpi_opt.space.features import features
+from openpi_opt.space.features import features, is_slow
 from openpi_opt.space.optimizer import Optimizer
 from openpi_opt.space.points import Points
 from openpi_opt.space.space import Space
@@ -27,22 +27,27 @@ Params = dict[str, str]
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A point one key away. `plain`: that key is at its default there."""
+    """A point one key away. `plain`: that key is at its default there; `slow`: compiles long."""
 
     params: Params
     key: str
     config_hash: str
     plain: bool
+    slow: bool = False
 
 
 @dataclass
 class Neighbours:
-    """The neighbours of the best point so far. `share()` is the used part of the budget."""
+    """The neighbours of the best point so far. `share()` is the used part of the budget.
+
+    `hurried`: those that compile for minutes are left out.
+    """
 
     optimizer: Optimizer
     space: Space
     points: Points
     share: Callable[[], float]
+    hurried: bool = False
     _centre: Params | None = None
     _around: list[Neighbour] = field(default_factory=list)
     _asked: set[str] = field(default_factory=set)
@@ -51,7 +56,9 @@ class Neighbours:
         """The most promising neighbour that is not among the `known` hashes; None for none."""
         if self.share() < BEGINS or not self._look():
             return None
-        left = [n for n in self._around if n.config_hash not in known | self._asked]
+        done = known | self._asked
+        left = [n for n in self._around if n.config_hash not in done]
+        left = [n for n in left if not (self.hurried and n.slow)]
         if left:
             cost = self.optimizer.cost()
             chosen = left[0] if cost is None else min(left, key=lambda n: cost(n.params))
@@ -100,7 +107,8 @@ class Neighbours:
                 config_hash = self._hash(params) if text != centre[key] else own
                 if config_hash is not None and config_hash not in (own, *found):
                     plain = text == dimension.texts()[0]
-                    found[config_hash] = Neighbour(params, key, config_hash, plain)
+                    slow = is_slow(self._features(params))
+                    found[config_hash] = Neighbour(params, key, config_hash, plain, slow)
         return list(found.values())
 
     def _simpler(self, known: set[str]) -> Params | None:

