@@ -133,8 +133,8 @@ def test_an_interrupted_promotion_goes_on_where_it_was(promotions: Promotions, a
 
 def test_less_time_is_another_schedule_with_runs_of_its_own(promotions: Promotions) -> None:
     """Else a first look could decide whether there is a second."""
-    judged, _, _ = promotions(Noisy(0.02), limit_s=3000.0)
-    longer, run, _ = promotions(Noisy(0.02), limit_s=6000.0)
+    judged, _, _ = promotions(Noisy(0.006), limit_s=600.0)
+    longer, run, _ = promotions(Noisy(0.006), limit_s=1200.0)
     assert len(longer.schedule.rounds) > len(judged.schedule.rounds)
     assert len(run.ran) == 3 * len(longer.schedule.rounds), "none of the first's rounds counts"
 

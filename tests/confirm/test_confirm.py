@@ -426,7 +426,7 @@ def test_few_configurations_keep_the_promise_too(configurations: int) -> None:
 
 
 def test_drift_promotes_nothing_that_is_not_faster_and_hides_no_gain() -> None:
-    drifting = sweeps(0.003, 60, 150, normal=True, drift=0.002)
+    drifting = sweeps(0.003, 60, 100, normal=True, drift=0.002)
     assert drifting.equal().value <= 0.01
     assert drifting.one_faster(0.01)[0].value >= 0.95
 

@@ -45,7 +45,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     env.pop("MLFLOW_TRACKING_URI", None)
     argv = [sys.executable, "-m", "benchmarks.stub_sweep", str(folder / "store"), "--mlflow"]
     argv += ["--seeds", str(SEEDS), "--finished", str(folder / "said.txt"), "--seconds", "0"]
-    subprocess.run(argv, cwd=package_dir().parent, env=env, check=True, capture_output=True)
+    sync = [sys.executable, "-m", "openpi_opt.track", "sync", "--store", str(folder / "store")]
+    for command in (argv, sync):  # on a busy host its copies are late
+        subprocess.run(command, cwd=package_dir().parent, env=env, check=True, capture_output=True)
     (folder / "tmp").mkdir()
     return folder
 

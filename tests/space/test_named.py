@@ -112,7 +112,6 @@ def test_every_space_composes_on_every_machine(lines: CommandLines, file: Path) 
         assert 0 < found.distinct <= found.sensible, name
         for params in [*ready.start.values(), next(iter(ready.all()))]:
             assert params.keys() == ready.dimensions.keys()
-            Points(space, compose, machine).check()
     assert (
         space.start.keys()
         == NamedSpace.model_validate(yaml.safe_load(file.read_text())).start.keys()
