@@ -114,6 +114,9 @@ class Map:
 
     def quick(self, place: Place) -> Place:
         """The place with the values of a short first call, where a knob admits them."""
+        slow = [key for key, text in place.features.items() if is_slow({key: text})]
+        plain = {key: self.values[key][0] for key in slow if key in self.values}
+        place = (self.place({**place.params, **plain}) if plain else None) or place
         for key, text in quick_values().items():
             if text in self.values.get(key, ()):
                 place = self.place({**place.params, key: text}) or place
