@@ -184,8 +184,8 @@ class Guard(Section):
     A candidate passes when its relative L2 distance is at most `factor` times the distance of the
     plain eager policy in the same precision on the same inputs, but never more than `cap`;
     `floor` is the least tolerance, for float32, where the plain distance is zero. A lossy
-    configuration (fp8) may be 1.5 times as far away as its own rounding, written plainly, and never
-    more than `lossy_cap`.
+    configuration (fp8) may be `factor` times as far away as its own rounding, written plainly, and
+    never more than `lossy_cap`.
 
     `inputs` counts the ordinary inputs. `observations` names a safetensors file of the user's own,
     which are compared as well (`openpi_opt/guarding/cases.py`).
@@ -195,7 +195,7 @@ class Guard(Section):
     factor: float = Field(2.0, gt=0)
     floor: float = Field(1e-5, gt=0)
     cap: float = Field(0.05, gt=0)
-    lossy_cap: float = Field(0.15, gt=0)
+    lossy_cap: float = Field(0.25, gt=0)
     observations: str | None = None
 
 

@@ -33,7 +33,7 @@ MAX_VALUE_MIB = 16
 _CHUNK = 2**20
 _PATIENCE_SECONDS = 5.0
 _HEAD = 2**16
-_SDK_MIB = 512  # rocprofv3 writes all of a process as one value
+_SDK_MIB = 48  # rocprofv3 writes all of a process as one value; decoded it takes 8 times as much
 _GZIP_MAGIC = b"\x1f\x8b"
 _NO_SPACE = re.compile(r"[^ \t\n\r]")
 _EVENTS = "traceEvents"
@@ -223,7 +223,8 @@ class _Text:
             raise ProfileError(f"truncated, or no JSON, at {self.shown()}: {reason}") from error
         if held > most_mib * 2**20:
             raise ProfileError(
-                f"no JSON at {self.shown()}, or one value of more than {most_mib} MiB"
+                f"no JSON at {self.shown()}, or one value of more than {most_mib} MiB (with "
+                "rocprofv3 record --output-format csv, which is read row by row)"
             ) from error
         self._fill(max(_CHUNK, held))
 

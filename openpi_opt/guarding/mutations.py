@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.ops import (
     NOT_ALLOWED,
-    SEE_ALL,
     Attention,
     Visibility,
     adaptive_rms_norm,
@@ -170,25 +169,55 @@ def one_step_fewer(policy: Pi0Policy) -> dict[str, Any]:
     return {"time_table": table, "steps": steps, "dt": step_size(steps)}
 
 
-def unmasked(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
-    """Every query sees every key."""
-    return eager_attention(q, k, v, SEE_ALL, scale)
+def masking(change: Callable[[Tensor], Tensor]) -> Attention:
+    """Attention with another mask; `change` gets a copy of the right one, [B, 1, S, T]."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
+        if visibility.mask is not None:
+            mask = visibility.mask
+        mask = change(mask.expand(len(q), 1, q.shape[1], k.shape[1]).clone())
+        return eager_attention(q, k, v, Visibility(mask, None), scale)
+
+    return attention
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
+def causal(mask: Tensor) -> Tensor:
     """What `is_causal=True` means for fewer queries than keys: query i sees keys 0..i."""
-    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
-    return eager_attention(q, k, v, Visibility(mask[None, None], None), scale)
+    return torch.ones_like(mask).tril()
 
 
-def without_state_key(
-    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float
-) -> Tensor:
+def causal_prompt(slots: int) -> Callable[[Tensor], Tensor]:
+    """Tokens of the prompt, the last `slots`, see only those before them among themselves."""
+
+    def change(mask: Tensor) -> Tensor:
+        mask[..., -slots:, -slots:] = mask[..., -slots:, -slots:].tril()
+        return mask
+
+    return change
+
+
+def without_state_key(mask: Tensor) -> Tensor:
     """Actions do not see the state token, which is the first of the suffix."""
-    assert visibility.mask is not None
-    mask = visibility.mask.clone()
-    mask[:, :, 1:, k.shape[1] - q.shape[1]] = False
-    return eager_attention(q, k, v, Visibility(mask, None), scale)
+    queries, keys = mask.shape[2:]
+    mask[:, :, 1:, keys - queries] = False
+    return mask
+
+
+def state_sees_actions(mask: Tensor) -> Tensor:
+    """The state token, the first of the suffix, sees the actions as they see it."""
+    mask[:, :, :1] = mask[:, :, 1:2]
+    return mask
+
+
+def dropped_key(index: int) -> Attention:
+    """One key is seen by no query: off by one at an end."""
+
+    def change(mask: Tensor) -> Tensor:
+        mask[..., index] = False
+        return mask
+
+    return masking(change)
 
 
 def scaled(factor: float) -> Attention:
@@ -250,16 +279,6 @@ def stale_state_in_prompt(
     return inputs._replace(tokens=tokens), []
 
 
-def state_sees_actions(
-    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float
-) -> Tensor:
-    """The state token, the first of the suffix, sees the actions as they see it."""
-    assert visibility.mask is not None
-    mask = visibility.mask.clone()
-    mask[:, :, :1] = mask[:, :, 1:2]
-    return eager_attention(q, k, v, Visibility(mask, None), scale)
-
-
 def padded_keys(multiple: int) -> Attention:
     """Keys and values are padded with zeros to a multiple, and nothing masks them."""
 
@@ -274,67 +293,32 @@ def padded_keys(multiple: int) -> Attention:
     return attention
 
 
-def dropped_key(index: int) -> Attention:
-    """One key is seen by no query: off by one at an end."""
+def weighing(weights: Callable[[Tensor, Tensor], Tensor]) -> Attention:
+    """Attention whose weights are a function of float32 logits [B, Hq, S, T] and the mask."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
-        mask = torch.ones(1, 1, 1, k.shape[1], dtype=torch.bool, device=q.device)
-        mask[..., index] = False
-        if visibility.mask is not None:
-            mask = mask & visibility.mask
-        return eager_attention(q, k, v, Visibility(mask, None), scale)
-
-    return attention
-
-
-def _soft(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Attention whose weights [B, Hq, S, T] are `weights` of the float32 logits."""
-    heads = q.shape[2]
-    keys, values = (tensor.transpose(1, 2).expand(-1, heads, -1, -1) for tensor in (k, v))
-    logits = (q.transpose(1, 2) @ keys.transpose(2, 3) * scale).float()
-    return (weights(logits).to(q.dtype) @ values).transpose(1, 2)
-
-
-def weakly_masked(value: float) -> Attention:
-    """Masked logits get `value` added instead of minus infinity."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
-        def weights(logits: Tensor) -> Tensor:
-            if visibility.mask is None:
-                return logits.softmax(-1)
-            return (logits + value * ~visibility.mask).softmax(-1)
-
-        return _soft(q, k, v, scale, weights)
+        keys, values = (t.transpose(1, 2).expand(-1, q.shape[2], -1, -1) for t in (k, v))
+        logits = (q.transpose(1, 2) @ keys.transpose(2, 3) * scale).float()
+        mask = visibility.mask
+        if mask is None:
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
+        return (weights(logits, mask).to(q.dtype) @ values).transpose(1, 2)
 
     return attention
 
 
 def with_logits(change: Callable[[Tensor], Tensor]) -> Attention:
     """The logits are changed before the softmax."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
-        def weights(logits: Tensor) -> Tensor:
-            return _masked(change(logits), visibility).softmax(-1)
-
-        return _soft(q, k, v, scale, weights)
-
-    return attention
+    return weighing(lambda logits, mask: _masked(change(logits), mask).softmax(-1))
 
 
 def with_weights(change: Callable[[Tensor], Tensor]) -> Attention:
     """The softmax is replaced: `change` gets masked float32 logits and returns the weights."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
-        return _soft(q, k, v, scale, lambda logits: change(_masked(logits, visibility)))
-
-    return attention
+    return weighing(lambda logits, mask: change(_masked(logits, mask)))
 
 
-def _masked(logits: Tensor, visibility: Visibility) -> Tensor:
-    mask = visibility.mask
-    return logits if mask is None else logits.masked_fill(~mask, NOT_ALLOWED)
+def _masked(logits: Tensor, mask: Tensor) -> Tensor:
+    return logits.masked_fill(~mask, NOT_ALLOWED)
 
 
 def unshifted_softmax(logits: Tensor) -> Tensor:
@@ -482,19 +466,6 @@ def row_0(*names: str) -> Callable[[Inputs], Inputs]:
     return change
 
 
-def causal_prompt(slots: int) -> Attention:
-    """Tokens of the prompt, the last `slots`, see only those before them among themselves."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
-        mask = torch.ones(1, 1, k.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
-        mask[..., -slots:, -slots:] = mask[..., -slots:, -slots:].tril()
-        if visibility.mask is not None:
-            mask = visibility.mask & mask
-        return eager_attention(q, k, v, Visibility(mask, None), scale)
-
-    return attention
-
-
 def dimension_off(factor: float) -> Callable[[Tensor], Tensor]:
     """One action dimension is too large by a factor."""
 
@@ -573,14 +544,20 @@ def catalogue(policy: Pi0Policy, workload: Workload) -> list[Mutation]:
 def _of_masks(policy: Pi0Policy, workload: Workload) -> list[Mutation]:
     prompt = len(workload.active_cameras) * policy.config.vision.tokens
     last, slots = prompt - policy.config.vision.tokens, prompt + workload.prompt_slots
+
+    def weak(logits: Tensor, mask: Tensor) -> Tensor:
+        return (logits - 10.0 * ~mask).softmax(-1)
+
     return [
-        Mutation("mask dropped", on_attention(unmasked, "prefill", "denoise")),
-        Mutation("mask dropped in prefill", on_attention(unmasked, "prefill")),
-        Mutation("mask dropped in denoise", on_attention(unmasked, "denoise")),
-        Mutation("mask of -10", on_attention(weakly_masked(-10.0), "prefill", "denoise")),
-        Mutation("is_causal misuse", on_attention(causal, "denoise")),
-        Mutation("is_causal in prefill", on_attention(causal, "prefill")),
-        Mutation("prompt causal", on_attention(causal_prompt(workload.prompt_slots), "prefill")),
+        Mutation("mask dropped", on_attention(masking(torch.ones_like), "prefill", "denoise")),
+        Mutation("mask dropped in prefill", on_attention(masking(torch.ones_like), "prefill")),
+        Mutation("mask dropped in denoise", on_attention(masking(torch.ones_like), "denoise")),
+        Mutation("mask of -10", on_attention(weighing(weak), "prefill", "denoise")),
+        Mutation("is_causal misuse", on_attention(masking(causal), "denoise")),
+        Mutation("is_causal in prefill", on_attention(masking(causal), "prefill")),
+        Mutation(
+            "prompt causal", on_attention(masking(causal_prompt(workload.prompt_slots)), "prefill")
+        ),
         Mutation("masked camera attended", on_inputs(everywhere("image_mask"))),
         Mutation("last camera attended in denoise", visible(last, prompt)),
         Mutation("padding attended", on_inputs(everywhere("token_mask"))),
@@ -770,8 +747,8 @@ def _of_actions() -> list[Mutation]:
 
 def _of_pi0() -> list[Mutation]:
     return [
-        Mutation("state token left out", on_attention(without_state_key, "denoise")),
-        Mutation("state sees the actions", on_attention(state_sees_actions, "denoise")),
+        Mutation("state token left out", on_attention(masking(without_state_key), "denoise")),
+        Mutation("state sees the actions", on_attention(masking(state_sees_actions), "denoise")),
         Mutation("state of the first call", on_inputs(first_call("state"))),
         Mutation("state of row 0", on_inputs(row_0("state")), 2),
         Mutation(

@@ -24,10 +24,6 @@ from openpi_opt.result import GuardReport
 
 Call = Callable[[Inputs], Tensor]
 
-# A lossy candidate may be so many times as far away as its rounding, emulated: two roundings of the
-# same values in another order of sums differ from one another as they do from the exact result.
-LOSSY_FACTOR = 1.5
-
 
 @dataclass(frozen=True)
 class Distance:
@@ -84,7 +80,7 @@ class Reference:
             emulated = max(
                 [*self.lossy[: self._ordinary], *self.lossy[index : index + 1]], default=1
             )
-            return min(LOSSY_FACTOR * emulated, guard.lossy_cap)
+            return min(guard.factor * emulated, guard.lossy_cap)
         return tolerance(guard, max(self.plain_rel_l2, self.plain_distance(index)))
 
     def only(self, indices: Sequence[int]) -> Reference:

@@ -34,7 +34,7 @@ def command(tool: str, trial_dir: Path) -> list[str]:
     folder.mkdir(exist_ok=True)
     target = str(folder / "trace")
     return [program, *{
-        "rocprofv3": ["--kernel-trace", "--output-format", "json", "-d", str(folder), "-o", "trace",
+        "rocprofv3": ["--kernel-trace", "--output-format", "csv", "-d", str(folder), "-o", "trace",
                       "--"],
         "ncu": ["--profile-from-start", "off", "--target-processes", "application-only",
                 "--set", "full", "--force-overwrite", "--export", target],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -114,6 +114,9 @@ class Map:
 
     def quick(self, place: Place) -> Place:
         """The place with the values of a short first call, where a knob admits them."""
+        slow = [key for key, text in place.features.items() if is_slow({key: text})]
+        plain = {key: self.values[key][0] for key in slow if key in self.values}
+        place = (self.place({**place.params, **plain}) if plain else None) or place
         for key, text in quick_values().items():
             if text in self.values.get(key, ()):
                 place = self.place({**place.params, key: text}) or place
@@ -183,23 +186,27 @@ class Map:
         return None
 
     def _mended(self, params: Params, key: str, known: Sequence[str]) -> Params | None:
-        """The point with one or two other values that is refused for a new reason, or for none."""
+        """The point with one or two other values that is refused for a new reason, or for none.
+
+        Keys that the reason names come first, and reasons of the same option: another option may
+        only bring a refusal of its own.
+        """
         single = [
             {name: text}
             for name, texts in self.values.items()
             for text in texts
-            if name != key and text != params[name]
+            if name != key and text != params[name] and not is_tuned(name)
         ]
-        double = ({**a, **b} for a, b in itertools.combinations(single, 2) if a.keys() != b.keys())
-        for changes in (single, double):
+        named = [change for change in single if next(iter(change)) in known[-1]]
+        for changes in (named, _pairs(named), single, _pairs(single)):
             later: Params | None = None
             for change in changes:
                 changed = {**params, **change}
                 reason = self._reason(changed)
                 if reason is None:
                     return changed
-                if later is None and reason.startswith(_CONTRADICTION) and reason not in known:
-                    later = changed
+                if later is None and _subject(reason) == _subject(known[-1]):
+                    later = changed if reason not in known else None
             if later is not None:
                 return later
         return None
@@ -211,6 +218,16 @@ class Map:
         except UserError as error:
             return str(error)
         return None
+
+
+def _pairs(changes: Sequence[Params]) -> Iterator[Params]:
+    pairs = itertools.combinations(changes, 2)
+    return ({**a, **b} for a, b in pairs if a.keys() != b.keys())
+
+
+def _subject(reason: str) -> str:
+    """What a contradiction is about: its first word, an option."""
+    return reason.removeprefix(_CONTRADICTION).split(" ")[0] if _CONTRADICTION in reason else ""
 
 
 class StagesSampler(BaseSampler):

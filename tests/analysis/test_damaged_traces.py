@@ -109,6 +109,17 @@ def test_valid_events_may_be_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         main([str(path)])
 
 
+def test_rocprofv3s_one_value_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is decoded whole, to eight times its size; its rows in CSV are not."""
+    monkeypatch.setattr(trace_file, "_SDK_MIB", 1)
+    record = {"start_timestamp": 1, "end_timestamp": 2, "thread_id": 7}
+    tool = {"kernel_symbols": [], "buffer_records": {"kernel_dispatch": [record] * 60_000}}
+    path = tmp_path / "v3_results.json"
+    path.write_text(json.dumps({"rocprofiler-sdk-tool": [tool]}))
+    with pytest.raises(UserError, match=r"more than 1 MiB .* --output-format csv"):
+        main([str(path)])
+
+
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     for path, said in ((tmp_path / "none.json", "No such file"), (tmp_path, "directory")):
         with pytest.raises(UserError, match=said):

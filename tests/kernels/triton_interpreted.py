@@ -128,7 +128,7 @@ def padded(shape: tuple[int, ...], lengths: list[int], stop: int) -> tuple[Paddi
     return Padding(start, stop), seen[:, None, None].expand(-1, 1, shape[1], -1)
 
 
-@pytest.mark.parametrize("stop", [37, 33, 30])
+@pytest.mark.parametrize("stop", [37, 30])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_padding_is_where_the_device_says(name: str, stop: int) -> None:
     """Another length for each element, before keys that are seen again, or at the end."""

@@ -70,11 +70,8 @@ def test_inert_variables_are_recorded_and_have_no_effect() -> None:
     cfg = config(of(HIP_CACHE_ENABLED=1, TORCH_ROCM_USE_HIPBLASLT=0), MI300X)
     assert cfg.knobs["environment"].variables
     assert KNOB.environment(cfg) == {}
-    assert cfg.hash() == config({}, MI300X).hash()
     assert len(KNOB.notes(cfg)) == 2
-    live = config(of(HIP_FORCE_DEV_KERNARG=1), MI300X)
-    assert live.hash() != config({}, MI300X).hash()
-    assert KNOB.notes(live) == []
+    assert KNOB.notes(config(of(HIP_FORCE_DEV_KERNARG=1), MI300X)) == []
 
 
 def test_how_tunableop_tunes_matters_while_it_tunes() -> None:
