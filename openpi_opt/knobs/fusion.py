@@ -77,21 +77,20 @@ class Fusion(Knob[FusionOptions]):
         options = self.of(cfg)
         if options.vision_mlp and (problem := _vision_mlp_contradiction(cfg)):
             return Refusal("invalid", f"fusion.vision_mlp {problem}")
-        if options.residuals and cfg.knobs["blas"].algorithm != "searched":  # type: ignore[attr-defined]
-            return Refusal(
-                "invalid",
-                "fusion.residuals leaves residuals to the products of blas.algorithm=searched",
-            )
-        if not options.expert_layer:
-            return None
-        if cfg.platform.device == "cpu":
+        if options.expert_layer and cfg.platform.device == "cpu":
             return Refusal(
                 "unavailable",
                 "fusion.expert_layer needs a GPU; Triton kernels run on the CPU in interpreter "
                 "mode only, for tests",
             )
-        problem = _layer_contradiction(cfg, options)
-        return None if problem is None else Refusal("invalid", f"fusion.expert_layer {problem}")
+        if options.expert_layer and (problem := _layer_contradiction(cfg, options)):
+            return Refusal("invalid", f"fusion.expert_layer {problem}")
+        if options.residuals and cfg.knobs["blas"].algorithm != "searched":  # type: ignore[attr-defined]
+            return Refusal(
+                "invalid",
+                "fusion.residuals leaves residuals to the products of blas.algorithm=searched",
+            )
+        return None
 
     def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Fuse the weights as cast by `precision`, which comes before."""
