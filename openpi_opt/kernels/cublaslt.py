@@ -223,8 +223,9 @@ def _search(shape: Shape, o: Operands) -> Product:
 
 
 def _run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
+    gelu: bool = False,
+) -> Tensor:  # fmt: skip
     rows, added = as_rows(x), None if residual is None else as_rows(residual)
     device = x.device.index
     strides = (rows.stride(0), weight.stride(0), 0 if added is None else added.stride(0))
@@ -241,38 +242,6 @@ def _run(
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("openpi_opt::searched_linear", mutates_args=())
-def searched_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    gelu: bool = False,
-) -> Tensor:
-    """x [..., K] @ weight [N, K]^T + bias [N] -> [..., N], in 16 bits; then GELU, or + residual.
-
-    The bias, GELU (tanh form) and residual act on the float32 sums, which are rounded once. On the
-    CPU this is the plain formula.
-    """
-    return searched_linear_reference(x, weight, bias, residual, gelu)
-
-
-@searched_linear.register_kernel("cuda")
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
-    gelu: bool = False,
-) -> Tensor:  # fmt: skip
-    return _run(x, weight, bias, residual, gelu)
-
-
-@searched_linear.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
-    gelu: bool = False,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
 def searched_linear_reference(
     x: Tensor,
     weight: Tensor,
@@ -280,10 +249,22 @@ def searched_linear_reference(
     residual: Tensor | None = None,
     gelu: bool = False,
 ) -> Tensor:
-    """`searched_linear` in plain PyTorch."""
+    """x [..., K] @ weight [N, K]^T + bias [N] -> [..., N], then GELU (tanh form), or + residual.
+
+    On a GPU (16 bits) these act on the float32 sums, which are rounded once.
+    """
     out = F.linear(x, weight, bias)
     out = ops.gelu(out) if gelu else out
     return out if residual is None else residual + out
+
+
+searched_linear = torch.library.custom_op(
+    "openpi_opt::searched_linear", searched_linear_reference, mutates_args=()
+)
+searched_linear.register_kernel("cuda", _run)
+searched_linear.register_fake(
+    lambda x, weight, *_, **__: x.new_empty(*x.shape[:-1], weight.shape[0])
+)
 
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -80,7 +80,8 @@ def test_no_mistake_is_missing(model: str) -> None:
 )
 def test_every_mutation_is_caught(model: str, batch: int, kind: power.Kind, tmp_path: Path) -> None:
     """50 times over in float32; 1.5 times in 16 bits, also on top of FP8."""
-    meter = power.Meter(config(model, batch), "test", tmp_path, few=1)
+    few = 0 if kind == "fp8" else 1  # FP8 is slow on a CPU, and the form shows everything
+    meter = power.Meter(config(model, batch), "test", tmp_path, few=few)
     found = meter.measure(["float32", kind])
     weak = {(row.name, row.kind): row.multiple for row in found.rows if not row.enough}
     assert weak == {}
