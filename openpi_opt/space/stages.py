@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 RANDOM = 10
 _TRIES = 400  # random points looked at for one that a knob admits
 _PASSES = 2  # over all keys, from each start
-_MOST_NEW = 3
+_MOST_NEW = 6
 _CONTRADICTION = "invalid: "  # how the reason of a knob begins that other options can mend
 _MOST_REASONS = 8
 
