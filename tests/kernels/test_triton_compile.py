@@ -66,6 +66,11 @@ def fullest(noted: Iterable[Variant]) -> list[Variant]:
     return list(found.values())
 
 
+# Registers that spill although the launch was the fastest on the GPU: attention of the prefix with
+# tiles of 64 keys took 24.6 us on an H100, with 32 keys and no spills 27.7 (experiments/0011).
+MEASURED_SPILLS = {("sm90", "prefill"): 26, ("sm90", "flexible"): 10}
+
+
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("call", CASES, ids=lambda call: call.__name__)
 @pytest.mark.parametrize("name", DEFAULT.split(","))
@@ -79,7 +84,9 @@ def test_shipped_parameters_fit_the_machine(name: str, call: Callable[[], None])
         assert found.fits, variant.key
         assert 0 < found.registers <= 512, variant.key
         assert found.occupancy.waves >= 1, variant.key
-        assert found.spilled == found.scratch_bytes == 0, variant.key
+        allowed = MEASURED_SPILLS.get((name, call.__name__), 0)
+        assert found.spilled <= allowed, variant.key
+        assert allowed or found.scratch_bytes == 0, variant.key
         if arch.vendor == "amd":
             mix = instructions(binary.asm["amdgcn"])
             assert not mix.narrow, (variant.key, mix.text())
