@@ -16,7 +16,7 @@ from openpi_opt.paths import package_dir
 from openpi_opt.verbs import VERBS
 
 # Run by other verbs, or by themselves to be started anew.
-NO_VERBS = {"trial", "experiment"}
+NO_VERBS = {"trial", "experiment", "instances"}  # run by others
 
 
 def console(*words: str) -> subprocess.CompletedProcess[str]:

@@ -353,6 +353,7 @@ def test_who_runs_out_of_memory_beside_others_runs_again_alone(again: str, in_or
         return failed(CUDA, "oom") if outcomes.pop(0) == "oom" else ok(CUDA, 1.0)
 
     jobs.start("hungry", hungry)
+    wait_for(lambda: jobs.turns["hungry"])
     jobs.measure("neighbour")
     wait_for(lambda: jobs.turns["neighbour"])
     go.set()

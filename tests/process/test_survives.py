@@ -270,7 +270,7 @@ def finish(host: Host, *words: str) -> None:
 def test_a_full_disk_is_a_clear_end_and_corrupts_nothing(host: Host) -> None:
     """A small disk of its own that fills up amid the trials; mounting one takes root."""
     host.store.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(host.store)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(host.store)]
     done = subprocess.run(mount, capture_output=True)
     if done.returncode != 0:
         pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
