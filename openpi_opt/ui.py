@@ -41,8 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
     command += ["--backend-store-uri", sqlite_url(store.mlflow_db), "--workers", "1"]
     command += ["--default-artifact-root", store.artifacts.as_uri()]
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as server:
+    # Its processes for jobs, which nobody asks for here, would end a Ctrl-C in tracebacks.
+    environment = os.environ | {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
+    ) as server:
         try:
             _wait(server, port)
             with serving(store.path, address):
