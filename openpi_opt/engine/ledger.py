@@ -253,7 +253,8 @@ class Ledger:
             path = write([self.study_dir])
         except Exception as error:  # noqa: BLE001
             # Results are kept and their table is to come: whatever this is must not cost them.
-            return f"no report: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return f"no report: {why}; python -m openpi_opt.report {self.study_dir} tries again"
         return f"report: {path} ({time.monotonic() - begun:.1f} s)"
 
     def close(self) -> None:

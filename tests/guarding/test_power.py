@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.guard import context
 from openpi_opt import guard, runtime
 from openpi_opt.config import Config
 from openpi_opt.guarding import power
@@ -46,20 +47,7 @@ OF_FAMILY = {
 
 
 def config(model: str, batch: int = 1) -> Config:
-    return Config.parse(
-        {
-            "model": {"name": model},
-            "platform": {"device": "cpu"},
-            "workload": {
-                "active_cameras": [True, False],
-                "prompt_slots": 8,
-                "prompt_tokens": 5,
-                "horizon": 4,
-                "steps": 4,
-                "batch_size": batch,
-            },
-        }
-    )
+    return Config.parse(context(model, batch, seed=0))
 
 
 @pytest.mark.parametrize("model", ["pi0_mini", "pi05_mini"])

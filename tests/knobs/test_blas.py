@@ -263,15 +263,22 @@ def test_aiter_that_served_nothing_ends_the_trial(monkeypatch: pytest.MonkeyPatc
     assert KNOB.notes(cfg)
 
 
-def test_files_of_the_libraries_own_tuners(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("library", "variable"),
+    [
+        ("hipblaslt", "HIPBLASLT_TUNING_OVERRIDE_FILE"),
+        ("rocblas", "ROCBLAS_TENSILE_GEMM_OVERRIDE_PATH"),
+    ],
+)
+def test_files_of_the_libraries_own_tuners(library: str, variable: str, tmp_path: Path) -> None:
     file = tmp_path / "solutions.txt"
-    raw = {"blas": {"overrides": {"hipblaslt": str(file)}}}
+    raw = {"blas": {"overrides": {library: str(file)}}}
     assert outcome(raw, MI300X) == "invalid"
     file.write_text("Git Version: abc\n")
     assert outcome(raw, MI300X) is None
     assert outcome(raw, H100) == "unavailable"
     cfg = config(raw, MI300X)
-    assert KNOB.environment(cfg) == {"HIPBLASLT_TUNING_OVERRIDE_FILE": str(file)}
+    assert KNOB.environment(cfg) == {variable: str(file)}
     before = cfg.hash()
     file.write_text("Git Version: abd\n")
     assert config(raw, MI300X).hash() != before, "by content"
