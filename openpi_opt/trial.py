@@ -125,6 +125,10 @@ class Progress:
             sys.exit("the gate was closed: this process is not needed")
         self.standing = opened[0]
 
+    def free(self) -> None:
+        """Let others have the device: from here on this process only reads and writes."""
+        self.enter("report")
+
     def clock(self) -> float:
         """Seconds on a clock that stands still while this process is stopped."""
         return time.monotonic() - self._stopped()
@@ -386,7 +390,7 @@ def _measure(
         cfg = _raced(cfg, folder)
         hopeless = _hopeless(prepared, witness, cfg)
         if hopeless is not None:
-            counted = _counted(prepared, inputs, cfg, progress, folder)
+            counted = _counted(prepared, inputs, cfg, progress, folder, last=True)
             return {"outcome": "pruned", "guard": report, **first_call, **counted, **hopeless}
         compiled = compilation.graphs()
         timed = _timed(prepared, witness, inputs[0], cfg, monitor, progress.standing)
@@ -404,7 +408,8 @@ def _measure(
     report = report.model_copy(update={"timed": watched, "passed": watched.passed})
     if not report.passed:
         return _wrong(report)
-    counted = _counted(prepared, inputs, cfg, progress, folder)
+    more = cfg.profile.roofline != "none" or _wants_energy(cfg, latency.mean_ms)
+    counted = _counted(prepared, inputs, cfg, progress, folder, last=not more)
     kernels, overhead_ms = counted["kernels"], None
     if kernels is not None and kernels.busy_ms is not None:
         overhead_ms = latency.wall_mean_ms - kernels.busy_ms
@@ -428,9 +433,17 @@ def _measure(
 
 
 def _counted(
-    prepared: Prepared, inputs: list[Inputs], cfg: Config, progress: Progress, folder: Path
+    prepared: Prepared,
+    inputs: list[Inputs],
+    cfg: Config,
+    progress: Progress,
+    folder: Path,
+    last: bool,
 ) -> dict[str, Any]:
-    """Kernels of one call, as `profile` asks, and what there is to say of the configuration."""
+    """Kernels of one call, as `profile` asks, and what there is to say of the configuration.
+
+    `last`: nothing runs on the device afterwards.
+    """
     from openpi_opt.measure import profile
 
     notes = [note for knob in KNOBS for note in knob.notes(cfg)]
@@ -445,7 +458,8 @@ def _counted(
     progress.enter("profile")
     trace = folder / "trace.json.gz" if cfg.profile.trace else None
     found = profile.profile_call(
-        prepared.call, inputs[0], cfg.device, trace, uncaptured=prepared.uncaptured
+        *(prepared.call, inputs[0], cfg.device, trace, prepared.uncaptured),
+        recorded=progress.free if last else lambda: None,
     )
     return {"kernels": found.kernels, "kernel_table": found.table, "notes": [*notes, *found.notes]}
 
@@ -572,11 +586,9 @@ def _explain(
     from openpi_opt.measure import ceilings, clock, roofline
 
     cfg = asked.cfg
-    best_ms = cfg.limits.best_ms
-    slower = best_ms is not None and found["latency"].mean_ms > _ABOUT * best_ms
-    if cfg.profile.energy == "auto" and slower:
+    if cfg.profile.energy and not _wants_energy(cfg, found["latency"].mean_ms):
         found["notes"].append(
-            f"No energy: the sweep has {best_ms:.3f} ms, and this trial is slower "
+            f"No energy: the sweep has {cfg.limits.best_ms:.3f} ms, and this trial is slower "
             "(profile.energy=true measures it in every trial)."
         )
     elif cfg.profile.energy:
@@ -598,6 +610,13 @@ def _explain(
             cfg, limits, found["latency"].mean_ms, kernels.stage_ms if kernels else None
         )
         found["notes"] += [*notes, *remarks]
+
+
+def _wants_energy(cfg: Config, mean_ms: float) -> bool:
+    """Whether the energy is asked for; a sweep asks for that of the fastest only."""
+    best_ms = cfg.limits.best_ms
+    slower = best_ms is not None and mean_ms > _ABOUT * best_ms
+    return bool(cfg.profile.energy) and not (cfg.profile.energy == "auto" and slower)
 
 
 # What the host's allocator, the GPU's runtime and its libraries say; torch's own has a class.
