@@ -87,7 +87,8 @@ class Turn(Protocol):
     """A child's place in the schedule of its device (`schedule.Turn`).
 
     The child inherits both descriptors: it asks by the phase `wait`, then reads a byte from `gate`,
-    and lets others have the device by the phase `report`. In `stopped` it finds for how many seconds it stood still, as text.
+    and lets others have the device by the phase `report`. In `stopped` it finds for how many
+    seconds it stood still, as text.
     """
 
     gate: int

@@ -2,9 +2,10 @@
 
 A trial imports, loads and compiles beside others. Before it checks and measures it asks for the
 device (`trial.Progress.ask`). It has the device until it says that it only reads its profile
-(`trial.Progress.free`), or until its process and all that it started are gone. Meanwhile the others on that device are stopped by SIGSTOP, with everything below them: six stopped
-neighbours change neither mean nor p99 of a captured call on an H100 (3.109 to 3.112 ms against
-3.111 ms), running ones do. A limit on a trial's time counts only while it is not stopped.
+(`trial.Progress.free`), or until its process and all that it started are gone. Meanwhile the others
+on that device are stopped by SIGSTOP, with everything below them: six stopped neighbours change
+neither mean nor p99 of a captured call on an H100 (3.109 to 3.112 ms against 3.111 ms), running
+ones do. A limit on a trial's time counts only while it is not stopped.
 
 One process schedules a device: the one that holds its lease (`devices`). So nothing of this is in a
 file. When that process ends, however it does, the watchers end what it had started (`watcher.py`).

@@ -347,8 +347,8 @@ class StagesSampler(BaseSampler):
 
         At most `_MOST_NEW` options of a place were never tried: of many at once a trial says
         little, and it is as slow as the worst of them. At most `_MOST_TUNED` whose default is what
-        measuring found best are changed: there are many of these, and little is in them. Returns the changes that were not composed,
-        since what they did elsewhere makes nothing faster here.
+        measuring found best are changed: there are many of these, and little is in them. Returns
+        the changes that were not composed, since what they did elsewhere makes nothing faster here.
         """
         here, cost = start, guess.cost(start.features)
         looked.setdefault(start.key, (cost, start.params))
