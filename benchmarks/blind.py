@@ -1,10 +1,9 @@
 """A search that knows nothing, and what each minute of it brings: `python -m benchmarks.blind`.
 
-Sweeps `space=full` without starting points or a preset for so many minutes and leaves journal,
-curve in a folder, brought up to date while it runs. Run again with the same store it goes on: the
-second call of a budget carries what the first one found. `--beside` measures a preset in the same
-store afterwards, to compare with. `--sampler tpe` searches in another way, as a study of its own,
-and `--start` begins with the space's starting points: the informed search.
+Sweeps `space=full` without starting points or a preset for so many minutes and leaves journal and
+curve in a folder, brought up to date while it runs. Run again with the same store it goes on.
+`--beside` measures a preset in the same store afterwards, to compare with. `--sampler tpe` searches
+in another way, as a study of its own, and `--start` begins with the space's starting points: the informed search.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sweep(own: argparse.Namespace, study: str, words: list[str]) -> int:
-    """One sweep, reported while it runs; `--stop` interrupts it as Ctrl-C does."""
+    """One sweep, reported while it runs."""
     command = [sys.executable, "-m", "openpi_opt.sweep", f"store={own.store}", f"study={study}"]
     print("+", " ".join([*command[1:], *words]), flush=True)
     began = time.monotonic()
@@ -55,8 +54,6 @@ def _sweep(own: argparse.Namespace, study: str, words: list[str]) -> int:
         while sweep.poll() is None:
             time.sleep(_EVERY_SECONDS)
             _report(own.store, study, own.out, time.monotonic() - began)
-            if own.stop and time.monotonic() - began > 60 * own.stop:
-                raise KeyboardInterrupt
     except KeyboardInterrupt:
         sweep.send_signal(signal.SIGINT)
         sweep.wait()
@@ -104,12 +101,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Search space=full from nothing for some minutes; other words go to the sweep.",
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="of each sweep (default: 30)")
-    parser.add_argument(
-        "--stop",
-        type=float,
-        metavar="MINUTES",
-        help="interrupt each sweep then; it can go on later",
-    )
     parser.add_argument("--store", type=Path, default=Path("mlruns"), help="default: mlruns")
     parser.add_argument("--out", type=Path, default=Path("blind"), help="default: blind")
     parser.add_argument(
