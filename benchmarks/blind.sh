@@ -5,7 +5,7 @@
 #   benchmarks/blind.sh informed OUT [words ...] the search that begins with the fastest known points
 # A search goes on when a call ends. The store is in /tmp/blind and in OUT/store.tar.gz, which another
 # machine goes on with when it lies in the working folder. MINUTES, PRESET, NEIGHBOURS: other than 20,
-# preset=h100, 4.
+# preset=h100, 4. KNOWN: a journal that the sampler learns from.
 set -o pipefail
 part=$1 out=$2; shift 2
 common=(workload=three_cameras profile.roofline=none profile.energy=false tracking=none baseline=false measure.max_seconds=4 limits.compile=240 "$@")
@@ -18,7 +18,7 @@ keep() {
 running() { [ -f /tmp/blind.pid ] && kill -0 "$(cat /tmp/blind.pid)" 2>/dev/null; }
 case $part in
 search | informed)
-  more=(--beside "${BESIDE:-h100}")
+  more=(--beside "${PRESET:-preset=h100}" ${KNOWN:+--carry "$KNOWN"})
   if [ "$part" = informed ]; then more=(--start); fi
   if ! running; then
     setsid python3 -m benchmarks.blind --store /tmp/blind --out /tmp/blind-out --minutes "${MINUTES:-20}" \

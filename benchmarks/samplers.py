@@ -24,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -171,9 +172,22 @@ def _results(path: Path) -> Iterable[TrialResult]:
             if isinstance(document, dict) and "outcome" in document:
                 yield results.parse_plain(document)
         return
+    for line in _lines(path):
+        yield results.parse_plain(line["result"])
+
+
+def recorded_points(journal: Path, space: Space) -> Iterable[tuple[dict[str, str], TrialResult]]:
+    """Points of another study of this space, with what it did not sweep yet at its default."""
+    plain = {key: dimension.texts()[0] for key, dimension in space.dimensions.items()}
+    for line in _lines(journal):
+        params = {key: line["params"].get(key, text) for key, text in plain.items()}
+        if all(text in space.dimensions[key].texts() for key, text in params.items()):
+            yield params, results.parse_plain(line["result"])
+
+
+def _lines(path: Path) -> Iterable[Any]:
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    for line in text.splitlines():
-        yield results.parse_plain(json.loads(line)["result"])
+    return map(json.loads, text.splitlines())
 
 
 def best_of(call: Call, atlas: Map, seed: int) -> float:

@@ -131,6 +131,8 @@ def profile_call(
     with tempfile.TemporaryDirectory() as folder:
         own, plain = Path(folder) / "trace.json", Path(folder) / "uncaptured.json"
         _record(call, inputs, device, own)
+        if uncaptured is call:  # its own trace has the stages, or nothing has
+            uncaptured = None
         if uncaptured is not None:
             _record(uncaptured, inputs, device, plain)
         recorded()
