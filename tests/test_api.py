@@ -6,15 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
+from quick import QUICK
 
 import openpi_opt
 from openpi_opt import api
 from openpi_opt.errors import UserError
-
-QUICK = (
-    *("model=pi0_mini", "platform=cpu", "workload.steps=1", "workload.horizon=2"),
-    *("measure.iterations=10", "measure.max_seconds=1", "guard=default"),
-)
 
 
 @pytest.fixture(scope="module")

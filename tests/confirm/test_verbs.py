@@ -11,12 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-QUICK = [
-    *("model=pi0_mini", "platform=cpu", "profile=none"),
-    *("workload.steps=1", "workload.horizon=2"),
-    *("measure.iterations=10", "measure.warmup=3", "measure.rel_ci=null"),
-]
+from quick import QUICK
 
 
 def verb(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -131,9 +126,9 @@ def test_pairs_of_real_processes_tell_their_phases(tmp_path: Path) -> None:
         ("promote", ["s", "--name", "../x"], "preset name"),
         ("promote", ["s", "--name", "x", "--store", "absent"], "absent"),
         ("promote", ["s", "--name", "x", "--limit", "peak_mib=1"], "its limits (peak_mib=1)"),
-        ("ladder", QUICK, "is the baseline itself"),
-        ("ablate", QUICK, "is the baseline itself"),
-        ("pairs", QUICK, "A and B compute the same"),
+        ("ladder", [*QUICK], "is the baseline itself"),
+        ("ablate", [*QUICK], "is the baseline itself"),
+        ("pairs", [*QUICK], "A and B compute the same"),
         ("pairs", [*QUICK, "--b", "workload=openpi"], "cannot be compared"),
         ("pairs", [*QUICK, "--b", "graph=manual"], "B (graph=manual) cannot run here"),
         ("pairs", [*QUICK, "--b", "attention=sdp"], "sdp"),

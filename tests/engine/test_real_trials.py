@@ -46,7 +46,7 @@ def test_a_sweep_and_the_same_again(terminal: Terminal) -> None:
 
 def test_two_objectives_then_a_limit_then_another_objective(terminal: Terminal) -> None:
     """Measured once, with a Pareto set in table, plots and MLflow; judged anew by a limit."""
-    words = ("-m", "attention=sdpa", "model=pi0_mini", "workload.steps=2")
+    words = ("-m", "attention=sdpa", "model=pi0_mini")
     code, out, err = terminal.run(*words, "objective=[memory,latency]", "pruning=2")
     assert code == 0, err
     assert "pruning=2 is off" in err

@@ -19,6 +19,7 @@ from pathlib import Path
 import optuna
 import pytest
 from hosts import Host, wait_for
+from quick import QUICK
 from search_samples import CPU
 from terminal_samples import ROOT, Shell, held, trials_of
 
@@ -28,14 +29,11 @@ from openpi_opt.result import Failed
 from openpi_opt.track.journal import Journal
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
-QUICK = ["model=pi0_mini", "platform=cpu", "study=s", "workload.steps=1", "workload.horizon=2"]
-QUICK += ["measure.iterations=10", "measure.warmup=3", "measure.rel_ci=null", "profile=none"]
-QUICK += ["guard.inputs=2", "baseline=false"]
 
 
 def sweep_in(folder: Path, *words: str, **env: str) -> Shell:
     path = os.pathsep.join(filter(None, [env.pop("site", ""), str(ROOT)]))
-    argv = ["-m", "openpi_opt.sweep", *words, *QUICK]
+    argv = ["-m", "openpi_opt.sweep", *words, *QUICK, "study=s", "baseline=false"]
     return Shell(folder, argv, PYTHONPATH=path, OPENPI_OPT_LEASES=str(folder / "leases"), **env)
 
 
