@@ -46,9 +46,7 @@ RAW: dict[str, Any] = {
         "prompt_tokens": 6,
         "steps": 4,
         "horizon": 4,
-        "batch_size": 2,
     },
-    "measure": {"warmup": 3, "iterations": 60, "rel_ci": None},
     "profile": {"kernels": False, "energy": False, "roofline": "none"},
 }
 ON_FP8 = {"blas": {"backend": "fp8"}, "precision": {"dtype": "bfloat16"}}
@@ -416,7 +414,7 @@ def mutation(name: str) -> Attack:
     """A mistake of `guarding.mutations`."""
 
     def attack(policy: Pi0Policy, call: Call) -> Call:
-        workload = runtime.workload_of(Config.parse(RAW))
+        workload = runtime.workload_of(config(f"FP8 and {name}"))
         (found,) = [m for m in catalogue(policy, workload) if m.name == name]
         return found.candidate(policy, make_inputs(workload, policy.config, 987, policy.device))
 
@@ -753,8 +751,13 @@ def attacked(attack: Attack) -> Callable[[Pi0Policy, Any], runtime.Prepared]:
 
 
 def config(name: str) -> Config:
-    """What an attack runs on."""
-    return Config.parse({**RAW, **(ON_FP8 if name.startswith("FP8") else {})}).resolved(probe())
+    """What an attack runs on: three rows where it is about rows, more calls where it waits."""
+    rows = 3 if " row" in name or name in KINDS["row-0 masks"] else 1
+    calls = 60 if name in KINDS["ring"] or "after" in name or "every" in name else 25
+    raw = {**RAW, **(ON_FP8 if name.startswith("FP8") else {})}
+    raw |= {"workload": {**RAW["workload"], "batch_size": rows}}
+    raw |= {"measure": {"warmup": 3, "iterations": calls, "rel_ci": None}}
+    return Config.parse(raw).resolved(probe())
 
 
 def trial(name: str, folder: Path, references: Path) -> dict[str, Any]:

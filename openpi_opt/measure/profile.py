@@ -228,7 +228,7 @@ def kernels_of(timeline: Timeline, device: Device) -> Kernels:
 def _spent_ms(timeline: Timeline, device: Device) -> list[float]:
     """Time of each launch; on a GPU, where kernels may overlap, its share of the busy time."""
     us = timeline.duration_us if device == "cpu" else timeline.shares_us()
-    return (us / 1e3).tolist()  # type: ignore[no-any-return]
+    return (us / 1e3).tolist()
 
 
 def _sums(names: Iterable[str], spent_ms: Sequence[float]) -> dict[str, list[float]]:
