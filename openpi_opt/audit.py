@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import sys
 from collections import Counter
@@ -27,7 +26,7 @@ from openpi_opt.kernels.aiter_tables import read_table, shipped, usable
 from openpi_opt.machine import Machine
 from openpi_opt.paths import conf_dir
 from openpi_opt.vendor import BY_NAME, GPU_VENDORS, VENDORS, base
-from openpi_opt.vendor.base import Finding, Gpu, Status, Vendor
+from openpi_opt.vendor.base import Finding, Gpu, Status, Vendor, version_numbers
 
 PYTHONS = ((3, 10), (3, 14))
 """From, and below."""
@@ -225,7 +224,7 @@ def _packages() -> list[Finding]:
         version = _version(distribution, *_OTHER_NAMES.get(distribution, ()))
         if importlib.util.find_spec(module) is None:
             found.append(Finding("packages", distribution, "problem", "not installed", _INSTALL))
-        elif version is not None and _numbers(version) < _numbers(least):
+        elif version is not None and version_numbers(version) < version_numbers(least):
             what = f"{version} is older than {least}"
             found.append(Finding("packages", distribution, "problem", what, _INSTALL))
         else:
@@ -382,9 +381,3 @@ def _version(*distributions: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Leading numbers of a version, for comparing: 2.13.0+cu130 -> (2, 13, 0)."""
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(int(part) for part in match[0].split(".")) if match else ()
