@@ -32,9 +32,9 @@ from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.link import where
 from openpi_opt.track.pareto import objectives
 from openpi_opt.track.report import Row, groups
-from openpi_opt.track.store import DEFAULT_STORE, find_studies
+from openpi_opt.track.store import find_studies
 from openpi_opt.track.table import print_groups, print_side_by_side
-from openpi_opt.verbs import verb_parser
+from openpi_opt.verbs import add_studies, verb_parser
 
 _SAMPLES = {name for name in Latency.model_fields if name.endswith("samples_ms")}
 # Parts that only some outcomes have, with the columns that they always take in CSV.
@@ -187,15 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         "studies share a table where machine, software and workload are equal; their best stand "
         "side by side below.",
     )
-    parser.add_argument(
-        "study",
-        nargs="+",
-        metavar="STUDY",
-        help="name, or the folder of a study of another store (STORE/studies/NAME)",
-    )
-    parser.add_argument(
-        "--store", default=DEFAULT_STORE, metavar="DIR", help="the sweep's store (default: mlruns)"
-    )
+    add_studies(parser)
     parser.add_argument(
         "--format", choices=("table", "json", "csv"), default="table", help="default: table"
     )

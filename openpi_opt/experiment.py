@@ -31,6 +31,7 @@ from openpi_opt.track.mlflow_content import device
 from openpi_opt.track.report import Row, rows
 from openpi_opt.track.store import DEFAULT_STORE, Store
 from openpi_opt.track.table import flag_lines
+from openpi_opt.verbs import add_store
 
 # Keys of an experiment's command line that the sweep does not have.
 _OWN_KEYS = ("experiment", "out")
@@ -315,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("name", metavar="NAME", help="batch_scaling or perf_per_watt")
     parser.add_argument("study", metavar="STUDY", help="name of the study")
-    parser.add_argument("--store", default=DEFAULT_STORE, metavar="DIR", help="default: mlruns")
+    add_store(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the study's report/")
     return parser
 

@@ -29,8 +29,8 @@ from openpi_opt.kernels.aiter_tables import (
 from openpi_opt.machine import find_aiter, probe
 from openpi_opt.space.compose import compose
 from openpi_opt.track.journal import Journal
-from openpi_opt.track.store import DEFAULT_STORE, Store
-from openpi_opt.verbs import verb_parser
+from openpi_opt.track.store import Store
+from openpi_opt.verbs import add_store, verb_parser
 
 _UNTUNED, _TUNED = "bf16_untuned_gemm.csv", "bf16_tuned_gemm.csv"
 _OFFLINE, _RESULTS = "tunableop_untuned0.csv", "tunableop_results0.csv"
@@ -234,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STUDY | preset=NAME | key=value",
         help="a study, whose best configuration is taken, or a configuration as sweep takes it",
     )
-    parser.add_argument("--store", default=DEFAULT_STORE, metavar="DIR", help="default: mlruns")
+    add_store(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("tuned"), metavar="FOLDER", help="default: tuned"
     )

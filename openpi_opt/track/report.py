@@ -227,6 +227,21 @@ def whole(row: Row, group: Group) -> str:
     return found + (", lossy" if row.lossy else "")
 
 
+def best_line(group: Group) -> str:
+    """The group's best with its interval, or that there is none."""
+    row = group.best
+    if row is None or row.ok is None:
+        front = [str(row.record.number) for row in group.rows if row.pareto]
+        return f"Pareto set: trials {', '.join(front)}." if front else "No trial is the best one."
+    latency = row.ok.latency
+    gain = "" if row.vs_baseline is None else f", {row.vs_baseline:.2f}x the baseline's speed"
+    return (
+        f"Best: trial {row.record.number} ({whole(row, group)}), {latency.mean_ms:.3f} ms "
+        f"(95%: {latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}){gain}. "
+        "One process: a promotion confirms it."
+    )
+
+
 def of_limit(row: Row) -> str:
     """Share of the machine's limit that the call reaches: its floor divided by its mean."""
     roofline = row.ok.roofline if row.ok else None

@@ -179,7 +179,7 @@ def test_data_and_plots_lie_in_the_study(kept: Path) -> None:
 def test_the_plot_shows_every_trial_where_it_is() -> None:
     limited = BOTH.model_copy(update={"limits": {"peak_mib": 800.0}})
     (group,) = groups(study((10, 900), (20, 500), (30, 600)), criteria=limited)
-    (panel,) = pareto._panels(group)
+    (panel,) = pareto.panels(group)
     (axes,) = plots.scatter("t", [panel]).axes
     drawn = {
         str(line.get_label()): np.column_stack(line.get_data()).tolist() for line in axes.lines
