@@ -144,10 +144,8 @@ def _roofline(roofline: Roofline) -> dict[str, Any]:
 
 
 def _print_csv(plain: Sequence[dict[str, Any]]) -> None:
-    """Nested keys become columns joined with dots; a part that a trial lacks is left empty.
-
-    Texts of a list are joined with semicolons.
-    """
+    """Nested keys become columns joined with dots; a part that a trial lacks is left empty. Texts
+    of a list are joined with semicolons."""
     parts = {key: dict.fromkeys(fields) for key, fields in _PARTS.items()}
     flat = [
         _flat({**trial, "checks": None, **{k: trial[k] or part for k, part in parts.items()}})

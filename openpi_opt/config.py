@@ -271,11 +271,9 @@ class Config(BaseModel):
 
     @staticmethod
     def parse(raw: Mapping[str, Any]) -> Config:
-        """Validate a composed mapping whose top-level keys are sections and knobs.
-
-        Raises UserError: unknown key or value out of range, naming the key, the value given
-        and what is admitted.
-        """
+        """Validate a composed mapping whose top-level keys are sections and knobs. Raises
+        UserError: unknown key or value out of range, naming the key, the value given and what is
+        admitted."""
         known = [*SECTIONS, *BY_NAME]
         for key in raw:
             if key not in known:
@@ -309,12 +307,9 @@ class Config(BaseModel):
         return document
 
     def resolved(self, machine: Machine) -> Config:
-        """Replace `auto`, and the null of `measure.max_seconds`, by what this machine has.
-
-        Raises UserError: a device that this machine or the installed torch lacks, a
-        checkpoint that is missing, truncated or a pickle, or more time to measure than the
-        phase may take.
-        """
+        """Replace `auto`, and the null of `measure.max_seconds`, by what this machine has. Raises
+        UserError: a device that this machine or the installed torch lacks, a checkpoint that is
+        missing, truncated or a pickle, or more time to measure than the phase may take."""
         device = _resolve_device(self.platform, machine)
         measure = self.measure
         if measure.max_seconds is None:
@@ -366,10 +361,8 @@ class Config(BaseModel):
         return self.model_copy(update={"knobs": {k.name: k.options_type() for k in KNOBS}})
 
     def raced(self, best_ms: float | None = None) -> Config:
-        """The same configuration with the limit that follows from the fastest so far.
-
-        `best_ms` is newer than that of the limits; the user's own limit may be lower.
-        """
+        """The same configuration with the limit that follows from the fastest so far. `best_ms` is
+        newer than that of the limits; the user's own limit may be lower."""
         limits = self.limits
         best = limits.best_ms if best_ms is None else best_ms
         raced = None if best is None or limits.race is None else limits.race * best
@@ -402,11 +395,9 @@ class Config(BaseModel):
         return _digest(self._changed_context())
 
     def hash(self) -> str:
-        """Hash of the canonical knobs and the context, 12 hexadecimal digits.
-
-        What is at its default is left out: a new knob or option changes no hash. Files that knobs
-        read count by their content, at whatever path they lie.
-        """
+        """Hash of the canonical knobs and the context, 12 hexadecimal digits. What is at its
+        default is left out: a new knob or option changes no hash. Files that knobs read count by
+        their content, at whatever path they lie."""
         canonical = self.canonical()
         changed = {
             name: options.model_dump(mode="json", exclude_defaults=True)

@@ -37,10 +37,8 @@ _LOG = logging.getLogger(__name__)
 
 
 class ReadyPolicy:
-    """A policy with a configuration's optimisations applied; made by `load_policy`.
-
-    Threads may share it: calls take turns, and no call sees another's inputs.
-    """
+    """A policy with a configuration's optimisations applied; made by `load_policy`. Threads may
+    share it: calls take turns, and no call sees another's inputs."""
 
     def __init__(
         self,
@@ -122,10 +120,8 @@ class ReadyPolicy:
         return self._prepared.call(inputs)
 
     def warm_up(self) -> float:
-        """Compile and capture with a random observation -> the seconds that it took.
-
-        Calling it again takes one inference. `first_answer_seconds` keeps the first time.
-        """
+        """Compile and capture with a random observation -> the seconds that it took. Calling it
+        again takes one inference. `first_answer_seconds` keeps the first time."""
         with as_measured():
             start = time.perf_counter()
             policy = self._prepared.policy

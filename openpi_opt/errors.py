@@ -18,26 +18,20 @@ def masked(text: str) -> str:
 
 
 def hidden(word: str) -> str:
-    """A word of a command line without the credentials and the query of a URL in it.
-
-    `masked` is for sentences; here all that is in the word may be password.
-    """
+    """A word of a command line without the credentials and the query of a URL in it. `masked` is
+    for sentences; here all that is in the word may be password."""
     return _QUERY.sub(r"\1?...", _CREDENTIALS.sub("://...@", word))
 
 
 class UserError(Exception):
-    """A request that cannot be carried out as given.
-
-    The message has one to three lines: what was given, what is allowed, what to do. Every verb
-    prints it without a traceback and exits with code 2.
-    """
+    """A request that cannot be carried out as given. The message has one to three lines: what was
+    given, what is allowed, what to do. Every verb prints it without a traceback and exits with code
+    2."""
 
 
 class RefusedError(Exception):
-    """Raised in a trial when something that could not be seen from outside turns out missing.
-
-    The trial ends with `outcome`; nothing else is run in its place.
-    """
+    """Raised in a trial when something that could not be seen from outside turns out missing. The
+    trial ends with `outcome`; nothing else is run in its place."""
 
     def __init__(self, outcome: Literal["unavailable", "invalid"], reason: str):
         super().__init__(reason)

@@ -54,10 +54,8 @@ class Experiment(BaseModel):
 
     @staticmethod
     def load(name: str) -> Experiment:
-        """Read `conf/experiment/NAME.yaml`.
-
-        Raises UserError: no such experiment; says which there are.
-        """
+        """Read `conf/experiment/NAME.yaml`. Raises UserError: no such experiment; says which there
+        are."""
         folder = conf_dir() / "experiment"
         known = sorted(path.stem for path in folder.glob("*.yaml"))
         if name not in known:
@@ -71,12 +69,9 @@ class Experiment(BaseModel):
 
 
 def run(words: Sequence[str], sweep: Callable[[Sequence[str]], int]) -> int:
-    """Run the experiment of a sweep's command line by `sweep`, and write its report.
-
-    The report goes to `out=FOLDER`, or to the study's folder. Returns the sweep's exit code.
-
-    Raises UserError: unknown experiment, or a wrong override.
-    """
+    """Run the experiment of a sweep's command line by `sweep`, and write its report. The report
+    goes to `out=FOLDER`, or to the study's folder. Returns the sweep's exit code. Raises UserError:
+    unknown experiment, or a wrong override."""
     own, rest = _own_words(words)
     name = own["experiment"]
     if name == "instances":  # no sweep: several processes of one configuration
@@ -126,12 +121,9 @@ def _value(given: Sequence[str], key: str) -> str | None:
 
 
 def write_report(name: str, study_dir: Path, folder: Path) -> list[Path]:
-    """Write table and plot of a study, print the table; returns the files.
-
-    Trials of an older machine or software (another fingerprint), and confirmations, are left out.
-
-    Raises UserError: the study holds no trial, or the folder cannot be written.
-    """
+    """Write table and plot of a study, print the table; returns the files. Trials of an older
+    machine or software (another fingerprint), and confirmations, are left out. Raises UserError:
+    the study holds no trial, or the folder cannot be written."""
     experiment = Experiment.load(name)
     journal = Journal.read(study_dir)
     found = [r for r in rows(journal.records()) if not r.stale and r.record.role != "confirm"]

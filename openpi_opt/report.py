@@ -21,10 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the report of studies, given by their folders; without `out` into the first one.
-
-    Raises UserError: a damaged study, or a file that cannot be written.
-    """
+    """Write the report of studies, given by their folders; without `out` into the first one. Raises
+    UserError: a damaged study, or a file that cannot be written."""
     from openpi_opt.track.html_report import Study, html
 
     path = out or folders[0] / "report" / "report.html"

@@ -105,9 +105,7 @@ class Report:
 @dataclass
 class Session:
     """A configuration (`pairs`: A) and the processes that run for it, all kept in the study.
-
-    `again` finds the configuration once more after the device was waited for.
-    """
+    `again` finds the configuration once more after the device was waited for."""
 
     verb: str
     config: Config
@@ -128,9 +126,7 @@ class Session:
     @contextmanager
     def alone(self, device: int | str | None) -> Iterator[None]:
         """Take the device, then look again for the study's best: the wait may have been long.
-
-        Raises UserError: as `FreshRuns.alone`.
-        """
+        Raises UserError: as `FreshRuns.alone`."""
         with self.runs.alone(self.config, device):
             self.deadline = Deadline(self.deadline.limit_s)  # the wait does not count
             if self.again is not None:
@@ -147,13 +143,9 @@ class Session:
         rounds: int,
         deadline: Deadline | None = None,
     ) -> Measured:
-        """Every configuration once per round, in random order.
-
-        The keys of `configs` are what the screen calls them. The order depends on the seed, the
-        stage and the configurations alone, so it is the same after an interruption.
-
-        Raises UserError: one of `needed` was not ok.
-        """
+        """Every configuration once per round, in random order. The keys of `configs` are what the
+        screen calls them. The order depends on the seed, the stage and the configurations alone, so
+        it is the same after an interruption. Raises UserError: one of `needed` was not ok."""
         names = [f"{shown} {cfg.hash()}" for shown, cfg in configs.items()]
         text = "\n".join([self.verb, str(self.seed), stage, *names])
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
@@ -192,9 +184,7 @@ class Session:
         self, configs: Mapping[str, Config], needed: Collection[str], stage: str
     ) -> Measured:
         """`interleaved`, in all rounds that fit into the time; `rounds` becomes their number.
-
-        Raises UserError: `needed` was not ok, or the time was too short for any statement.
-        """
+        Raises UserError: `needed` was not ok, or the time was too short for any statement."""
         found = self.interleaved(configs, needed, stage, self.rounds, self.deadline)
         if found.rounds < self.rounds:
             cli.say(f"the time is over: {found.rounds} of {self.rounds} rounds")
@@ -208,10 +198,8 @@ class Session:
         return found
 
     def write(self, report: Report) -> None:
-        """Table, figures and plot, in the session's folder; the table also on stdout.
-
-        Raises UserError: the folder cannot be written.
-        """
+        """Table, figures and plot, in the session's folder; the table also on stdout. Raises
+        UserError: the folder cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             paths = [self.folder / f"{self.verb}.{end}" for end in ("md", "json")]
@@ -376,10 +364,8 @@ def open_session(
     study_dir: Path,
     again: Callable[[Journal], Config] | None = None,
 ) -> Session:
-    """A session on a study, which is made if it does not exist.
-
-    Raises UserError: a study that cannot be read or written.
-    """
+    """A session on a study, which is made if it does not exist. Raises UserError: a study that
+    cannot be read or written."""
     store = Store.open(arguments.store)
     journal = Journal.open(study_dir, sys.argv[1:])
     tracking = cfg.tracking if arguments.mlflow and cfg.tracking.mlflow else None
@@ -396,11 +382,8 @@ def open_session(
 
 
 def target_session(verb: str, arguments: argparse.Namespace) -> Session:
-    """The session of `ladder` and `ablate` that was asked for.
-
-    Raises UserError: no such study or preset, or a target that this machine cannot run or that
-    is the baseline.
-    """
+    """The session of `ladder` and `ablate` that was asked for. Raises UserError: no such study or
+    preset, or a target that this machine cannot run or that is the baseline."""
     what, again = arguments.what, None
     folder = Path(arguments.store).expanduser()
     studies = Store.open(arguments.store, create=False).studies() if folder.is_dir() else []
@@ -429,10 +412,8 @@ def target_session(verb: str, arguments: argparse.Namespace) -> Session:
 
 
 def composed(overrides: Sequence[str], preset_dir: str | None) -> Config:
-    """The configuration that overrides give, of which one may be `preset=NAME`.
-
-    Raises UserError: two presets, or what `compose` refuses.
-    """
+    """The configuration that overrides give, of which one may be `preset=NAME`. Raises UserError:
+    two presets, or what `compose` refuses."""
     rest = [text for text in overrides if not text.startswith("preset=")]
     folder = Path(preset_dir) if preset_dir else None
     return compose(rest, _preset_of(overrides), folder)

@@ -63,11 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def products(cfg: Config) -> Counter[Product]:
-    """Products of the linear layers in one call of `cfg`, with how often each runs.
-
-    Those of layers that a kernel of this project replaces are among them: their shapes are the
-    same wherever they are computed. The knobs that fuse and simplify are applied.
-    """
+    """Products of the linear layers in one call of `cfg`, with how often each runs. Those of layers
+    that a kernel of this project replaces are among them: their shapes are the same wherever they
+    are computed. The knobs that fuse and simplify are applied."""
     import torch
 
     from openpi_opt import runtime

@@ -67,10 +67,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Inference:
-    """Rows [begin, end) of one inference; an end of it may be missing in the trace.
-
-    `vision_layers` and so on are what is visible: layers of each pass.
-    """
+    """Rows [begin, end) of one inference; an end of it may be missing in the trace. `vision_layers`
+    and so on are what is visible: layers of each pass."""
 
     begin: int
     end: int
@@ -145,10 +143,8 @@ def find_runs(timeline: Timeline) -> list[Run]:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows [begin, end) that repeat with `period`, which holds one layer or several alike.
-
-    `layer` is the rows of a layer, `calls` its attention kernels.
-    """
+    """Rows [begin, end) that repeat with `period`, which holds one layer or several alike. `layer`
+    is the rows of a layer, `calls` its attention kernels."""
 
     begin: int
     end: int
@@ -166,11 +162,9 @@ class _Part:
 
 
 def _joined(timeline: Timeline, parts: Sequence[_Part]) -> list[_Part]:
-    """One part for each pass: where some of a tower's layers differ, a pass repeats in parts.
-
-    Seen of Pi0.5 on an MI300X: 12 layers of which every third has two more kernels repeat with
-    the period of three layers, and 6 plain ones follow at once. Parts of one pass touch.
-    """
+    """One part for each pass: where some of a tower's layers differ, a pass repeats in parts. Seen
+    of Pi0.5 on an MI300X: 12 layers of which every third has two more kernels repeat with the
+    period of three layers, and 6 plain ones follow at once. Parts of one pass touch."""
     found: list[_Part] = []
     for part in parts:
         before = found[-1] if found else None
@@ -222,11 +216,9 @@ def _counted(found: Sequence[_Part], sequence: NDArray[np.int8]) -> list[Run]:
 def _last_layer_ends(
     sequence: NDArray[np.int8], begin: int, end: int, period: int, last_call: int
 ) -> int:
-    """Where the layer of the run's last attention call ends, at most `end`.
-
-    A layer begins with the norm before attention, wherever the repetition happens to begin. Where
-    norms are several plain kernels it is taken to begin where the repetition does.
-    """
+    """Where the layer of the run's last attention call ends, at most `end`. A layer begins with the
+    norm before attention, wherever the repetition happens to begin. Where norms are several plain
+    kernels it is taken to begin where the repetition does."""
     first_call = begin + int(np.argmax(sequence[begin:end] == _SYMBOL["attention"]))
     layer = sequence[first_call : first_call + period]  # from one call to the next
     norms = np.flatnonzero(layer == _SYMBOL["norm"])

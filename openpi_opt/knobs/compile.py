@@ -54,9 +54,7 @@ BackendList = Annotated[str, Field(pattern=f"^{_BACKENDS}(,{_BACKENDS})*$")]
 
 class TritonOptions(Options):
     """`torch._inductor.config.triton`. multi_kernel: 0 off, 1 chosen at run time, 2 and 3 forced.
-
-    Reported on in the seeds' MI350 set.
-    """
+    Reported on in the seeds' MI350 set."""
 
     multi_kernel: Literal[0, 1, 2, 3] | None = None
 
@@ -341,10 +339,8 @@ def _nested(chosen: dict[str, Any]) -> InductorOptions:
 
 
 def _settings(options: CompileOptions) -> dict[str, Any]:
-    """Mode and options as one mapping: torch.compile takes one of the two only.
-
-    Raises RefusedError: this torch lacks an option.
-    """
+    """Mode and options as one mapping: torch.compile takes one of the two only. Raises
+    RefusedError: this torch lacks an option."""
     import torch._inductor
 
     from openpi_opt.errors import RefusedError
@@ -359,11 +355,9 @@ def _settings(options: CompileOptions) -> dict[str, Any]:
 
 
 def _compile_layers(policy: Pi0Policy, settings: dict[str, Any]) -> int:
-    """Compile the layers of the three towers; returns how many graphs that can take at most.
-
-    Dynamo finds the code of an earlier layer by its guards. A kind is a class and the shapes of its
-    weights; it takes two graphs where the state token goes through the layers alone.
-    """
+    """Compile the layers of the three towers; returns how many graphs that can take at most. Dynamo
+    finds the code of an earlier layer by its guards. A kind is a class and the shapes of its
+    weights; it takes two graphs where the state token goes through the layers alone."""
     from openpi_opt.surgery.towers import decoder_layers, vision_layers
 
     kinds = set()

@@ -34,11 +34,9 @@ _SPELLINGS = (
 
 @dataclass(frozen=True)
 class Variable:
-    """One admitted variable. `values` is a regular expression for the whole value.
-
-    `inert` says why nothing reads it: such a variable is kept in the record and has no effect.
-    So is one of TunableOp's tuning unless blas.tunableop.mode=tune: nothing else reads it.
-    """
+    """One admitted variable. `values` is a regular expression for the whole value. `inert` says why
+    nothing reads it: such a variable is kept in the record and has no effect. So is one of
+    TunableOp's tuning unless blas.tunableop.mode=tune: nothing else reads it."""
 
     vendor: Vendor
     values: str

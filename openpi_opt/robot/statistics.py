@@ -25,10 +25,8 @@ _OPENPI_EPS, _LEROBOT_EPS = 1e-6, 1e-8
 
 
 class Scale(NamedTuple):
-    """(x - offset) / scale + shift, and back; [n] each.
-
-    Vectors that are longer keep their other dimensions; shorter ones use the first statistics.
-    """
+    """(x - offset) / scale + shift, and back; [n] each. Vectors that are longer keep their other
+    dimensions; shorter ones use the first statistics."""
 
     offset: Floats
     scale: Floats
@@ -58,11 +56,8 @@ class Statistics(NamedTuple):
 
 
 def load(folder: Path, asset_id: str | None, family: Family) -> Statistics:
-    """The statistics in a checkpoint's folder.
-
-    Raises UserError: there are none (or several, none of which `asset_id` names), or they are
-    not what the family needs.
-    """
+    """The statistics in a checkpoint's folder. Raises UserError: there are none (or several, none
+    of which `asset_id` names), or they are not what the family needs."""
     if (folder / "policy_preprocessor.json").is_file():
         return _lerobot(folder)
     file = _openpi_file(folder, asset_id)
@@ -70,10 +65,8 @@ def load(folder: Path, asset_id: str | None, family: Family) -> Statistics:
 
 
 def read_openpi(file: Path, family: Family) -> Statistics:
-    """openpi's file; by quantiles unless the family is pi0, whose files have none.
-
-    Raises UserError: a file that is damaged, or lacks what is needed.
-    """
+    """openpi's file; by quantiles unless the family is pi0, whose files have none. Raises
+    UserError: a file that is damaged, or lacks what is needed."""
     content = _json(file)
     try:
         entries = content["norm_stats"]

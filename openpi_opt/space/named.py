@@ -41,10 +41,8 @@ class NamedSpace(BaseModel):
         return not self.sweep and not self.steps and not self.knobs
 
     def join(self, arguments: Sequence[str], options: Options | None = None) -> Space:
-        """The search space of a command line together with this one.
-
-        Raises UserError: bad syntax on the command line or in the file.
-        """
+        """The search space of a command line together with this one. Raises UserError: bad syntax
+        on the command line or in the file."""
         if self.is_empty():
             return Space.parse(arguments, options)
         taken = [_key(line) for line in arguments]
@@ -96,10 +94,8 @@ class NamedSpace(BaseModel):
 
 
 def chosen_starts(space: Space, names: Sequence[str] | None) -> Space:
-    """The space with these of its starting points, in this order; None for all of them.
-
-    Raises UserError: a name that the space does not have.
-    """
+    """The space with these of its starting points, in this order; None for all of them. Raises
+    UserError: a name that the space does not have."""
     if names is None:
         return space
     unknown = [name for name in names if name not in space.start]

@@ -97,10 +97,8 @@ def prepare(
 
 
 def require_some(space: Space, found: Count) -> None:
-    """Refuse a named space of which nothing can run here.
-
-    Raises UserError: with the most frequent reason.
-    """
+    """Refuse a named space of which nothing can run here. Raises UserError: with the most frequent
+    reason."""
     if space.sensible_only and found.exact and not found.sensible:
         reason = max(found.left_out, key=lambda reason: found.left_out[reason])
         raise UserError(

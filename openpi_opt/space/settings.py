@@ -64,12 +64,9 @@ class LocalSettings(BaseModel):
 
 
 class RaySettings(BaseModel):
-    """Trials run on the nodes of a Ray cluster: a task each, with one GPU.
-
-    `resources` names what a node must have (accelerator_type:H100, or its own), `cpus` says how
-    many of Ray's a trial takes (null: its share), `slots` how many trials run at a time (null: what
-    there is room for).
-    """
+    """Trials run on the nodes of a Ray cluster: a task each, with one GPU. `resources` names what a
+    node must have (accelerator_type:H100, or its own), `cpus` says how many of Ray's a trial takes
+    (null: its share), `slots` how many trials run at a time (null: what there is room for)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -85,11 +82,9 @@ SbatchText = Annotated[str, Field(pattern=r"^[!-~]+$", max_length=500)]
 
 
 class SlurmSettings(BaseModel):
-    """Trials run as jobs of Slurm, one each, `slots` of them queued or running at a time.
-
-    `gpus` of a job (0: trials on the CPU); `gres` instead, where a model has to be named. `minutes`
-    is a job's time limit (null: what the limits of the trial's phases add up to).
-    """
+    """Trials run as jobs of Slurm, one each, `slots` of them queued or running at a time. `gpus` of
+    a job (0: trials on the CPU); `gres` instead, where a model has to be named. `minutes` is a
+    job's time limit (null: what the limits of the trial's phases add up to)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -181,10 +176,8 @@ class Settings(BaseModel):
 
     @staticmethod
     def parse(composed: Mapping[str, Any]) -> Settings:
-        """Pick the settings out of a composed mapping.
-
-        Raises UserError: a value of the wrong type or out of range.
-        """
+        """Pick the settings out of a composed mapping. Raises UserError: a value of the wrong type
+        or out of range."""
         picked = {name: composed[name] for name in Settings.model_fields if name in composed}
         try:
             return Settings.model_validate(picked)
@@ -253,9 +246,7 @@ def objective_text(names: Sequence[str]) -> str:
 
 def default_study_name(overrides: Sequence[str], today: datetime | None = None) -> str:
     """A name from the UTC date and the overrides: the same for the same command on the same day.
-
-    The text is for people and may be cut; the hash tells apart what reads the same.
-    """
+    The text is for people and may be cut; the hash tells apart what reads the same."""
     deciding = identity(overrides)
     day = (today or datetime.now(timezone.utc)).strftime("%Y%m%d")
     text = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", "+".join(deciding))[:_LONGEST_TEXT].strip("-+.,")

@@ -70,11 +70,8 @@ class Space:
 
     @staticmethod
     def parse(overrides: Sequence[str], options: Options | None = None) -> Space:
-        """Read a command line's overrides; `options` tells those of a group, for `glob`.
-
-        Raises UserError: bad syntax, a sweep without values, or a key that is swept and
-        given twice.
-        """
+        """Read a command line's overrides; `options` tells those of a group, for `glob`. Raises
+        UserError: bad syntax, a sweep without values, or a key that is swept and given twice."""
         dimensions: dict[str, Dimension] = {}
         fixed: list[str] = []
         shuffles: dict[str, int] = {}
@@ -105,10 +102,8 @@ class Space:
         return any(isinstance(dimension, Bundles) for dimension in self.dimensions.values())
 
     def all(self) -> Iterator[dict[str, str]]:
-        """Every point in the order written, the last key changing fastest.
-
-        Raises ValueError: the space is infinite.
-        """
+        """Every point in the order written, the last key changing fastest. Raises ValueError: the
+        space is infinite."""
         if self.combinations() is None:
             raise ValueError("an interval has no end of values")
         columns = [self._ordered(key) for key in self.dimensions]
@@ -155,10 +150,8 @@ def few_values(space: Space) -> bool:
 
 @lru_cache(maxsize=4096)
 def parse_override(line: str) -> Override:
-    """Read one override; the grammar takes a millisecond, so each is read once.
-
-    Raises UserError: it does not follow Hydra's grammar, or has nothing behind `=`.
-    """
+    """Read one override; the grammar takes a millisecond, so each is read once. Raises UserError:
+    it does not follow Hydra's grammar, or has nothing behind `=`."""
     try:
         override = OverridesParser.create().parse_override(line)
     except HydraException as error:
@@ -276,11 +269,8 @@ def _no_tags(line: str, tags: set[str]) -> None:
 
 
 def text_of(value: Any) -> str:
-    """The text of a value that the grammar reads back as that value.
-
-    A string goes into quotes unless it is a plain word: so `str(1)` stays a text, and may hold
-    blanks.
-    """
+    """The text of a value that the grammar reads back as that value. A string goes into quotes
+    unless it is a plain word: so `str(1)` stays a text, and may hold blanks."""
     if isinstance(value, str):
         plain = _PLAIN_WORD.fullmatch(value) and value.lower() not in _NOT_WORDS
         return value if plain else quoted(value)

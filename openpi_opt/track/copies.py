@@ -39,11 +39,9 @@ _NICE = 19
 
 
 class Copies:
-    """Copies of one study, made by a process of their own from now until `close`.
-
-    With `tracking.mlflow` off only Optuna's database gets one, and with `optuna` off only MLflow.
-    `storage` is the URL of Optuna's database; without it that is `optuna.db` in the store.
-    """
+    """Copies of one study, made by a process of their own from now until `close`. With
+    `tracking.mlflow` off only Optuna's database gets one, and with `optuna` off only MLflow.
+    `storage` is the URL of Optuna's database; without it that is `optuna.db` in the store."""
 
     def __init__(
         self,
@@ -89,10 +87,8 @@ class Copies:
         self._thread.start()
 
     def close(self, records: int) -> None:
-        """Let the process finish, within the time for that, and say what is missing.
-
-        `records` is how many the journal has.
-        """
+        """Let the process finish, within the time for that, and say what is missing. `records` is
+        how many the journal has."""
         if self._process is None or self._thread is None:
             return
         try:

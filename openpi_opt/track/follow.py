@@ -36,10 +36,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def follow(end_study: EndStudy) -> int:
-    """Copy until told to finish; returns 0, also where a copy could not be made.
-
-    `end_study` ends the study's run in MLflow unless another sweep works on it.
-    """
+    """Copy until told to finish; returns 0, also where a copy could not be made. `end_study` ends
+    the study's run in MLflow unless another sweep works on it."""
     # A call to a server that never answers does not see the end of stdin.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     orders = _Lines()

@@ -58,12 +58,8 @@ class Study:
 
 
 def html(studies: Sequence[Study]) -> str:
-    """The whole report as text.
-
-    Studies that share a context and a fingerprint share a table; others are shown side by side.
-
-    Raises UserError: plotly's script is not installed.
-    """
+    """The whole report as text. Studies that share a context and a fingerprint share a table;
+    others are shown side by side. Raises UserError: plotly's script is not installed."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -107,10 +103,8 @@ def _script() -> str:
 
 
 def importance(rows: Sequence[Row]) -> dict[str, float]:
-    """The share of each knob in the differences of the log time, by Optuna's PED-ANOVA.
-
-    Source: Watanabe et al., PED-ANOVA, IJCAI 2023. Empty with fewer than 8 trials.
-    """
+    """The share of each knob in the differences of the log time, by Optuna's PED-ANOVA. Source:
+    Watanabe et al., PED-ANOVA, IJCAI 2023. Empty with fewer than 8 trials."""
     timed = [row for row in rows if row.ok][-_MOST_FOR_IMPORTANCE:]
     keys = _varying(timed)
     if len(timed) < _FEWEST or not keys:
@@ -136,10 +130,8 @@ def importance(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def effect(rows: Sequence[Row], key: str, value: Callable[[Row], float]) -> float:
-    """Share of the variance of the log of `value` that knob `key` explains alone, 0 to 1.
-
-    The correlation ratio (Fisher): variance of the means of its options by the whole variance.
-    """
+    """Share of the variance of the log of `value` that knob `key` explains alone, 0 to 1. The
+    correlation ratio (Fisher): variance of the means of its options by the whole variance."""
     by_option: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         by_option[row.differs[key]].append(math.log(value(row)))

@@ -39,10 +39,8 @@ _SEEN: dict[str, str] = {}
 
 
 def imported(cfg: Config) -> dict[str, str]:
-    """Files of the package that this process has imported, with 12 digits of their SHA-256.
-
-    Of knobs only those that act in `cfg` count. Triton kernels are functions of these files.
-    """
+    """Files of the package that this process has imported, with 12 digits of their SHA-256. Of
+    knobs only those that act in `cfg` count. Triton kernels are functions of these files."""
     acting = [knob for knob in KNOBS if knob.acts(cfg)]
     left_out = {type(knob).__module__ for knob in KNOBS} - {type(k).__module__ for k in acting}
     found = {_REGISTRY: " ".join(knob.name for knob in acting)}
@@ -89,9 +87,7 @@ def changes(result: TrialResult) -> list[str]:
 
 def since(result: TrialResult, newest: Mapping[str, str], older: bool) -> list[str]:
     """The same, compared with files that a later trial imported: `newest`, from `newest_files`.
-
-    `older` says that the newest result is of a format without files.
-    """
+    `older` says that the newest result is of a format without files."""
     if result.schema_version < FILES_SINCE:
         same = older and newest.get(WHOLE) == str(result.fingerprint.get("source_hash"))
         return [] if same else [OLDER]
@@ -122,11 +118,9 @@ def summary(changed: Iterable[list[str]]) -> str:
 
 
 def renewed(result: TrialResult) -> TrialResult:
-    """A result of an earlier format under the hashes that its configuration has today.
-
-    Until format 3 a hash held every option, so each new one changed it. What cannot be read any
-    more keeps its hashes, under which nothing finds it.
-    """
+    """A result of an earlier format under the hashes that its configuration has today. Until format
+    3 a hash held every option, so each new one changed it. What cannot be read any more keeps its
+    hashes, under which nothing finds it."""
     if result.schema_version >= FILES_SINCE:
         return result
     try:

@@ -100,12 +100,8 @@ class Journal:
     @staticmethod
     def open(study_dir: Path, command: Sequence[str] = ()) -> Journal:
         """Open for appending; makes the folder and `study.json` when absent, mends a torn end.
-
-        `notes` then says what was mended.
-
-        Raises UserError: a damaged line before the end, a newer format, or a folder that
-        cannot be written.
-        """
+        `notes` then says what was mended. Raises UserError: a damaged line before the end, a newer
+        format, or a folder that cannot be written."""
         with _user_errors(study_dir):
             study_dir.mkdir(parents=True, exist_ok=True)
             journal = Journal(study_dir, None)
@@ -117,13 +113,9 @@ class Journal:
 
     @staticmethod
     def read(study_dir: Path, brief: bool = False) -> Journal:
-        """Read without a lock and without changing anything, for instance of a running sweep.
-
-        With `brief`, records have neither samples nor a kernel table, and lack nothing else.
-
-        Raises UserError: a damaged line before the end, a newer format, or an unreadable
-        file.
-        """
+        """Read without a lock and without changing anything, for instance of a running sweep. With
+        `brief`, records have neither samples nor a kernel table, and lack nothing else. Raises
+        UserError: a damaged line before the end, a newer format, or an unreadable file."""
         with _user_errors(study_dir):
             journal = Journal(study_dir, _read_header(study_dir), Brief() if brief else None)
             rest = journal._take_new_lines()

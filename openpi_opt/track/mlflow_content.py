@@ -63,10 +63,8 @@ def params(record: Record) -> dict[str, str]:
 
 
 def metrics(record: Record, baseline_ms: float | None = None) -> dict[str, float]:
-    """The design's metric names; only what the outcome has, only finite numbers.
-
-    The latency comes first: MLflow's comparison plots the first metric.
-    """
+    """The design's metric names; only what the outcome has, only finite numbers. The latency comes
+    first: MLflow's comparison plots the first metric."""
     result = record.result
     found: dict[str, float] = {}
     if isinstance(result, Ok):

@@ -88,11 +88,8 @@ class MlflowLog:
             self._connect().set_terminated(self._parent(study_dir), "FINISHED")
 
     def deliver(self, record: Record, study_dir: Path) -> str:
-        """Log one record, once; returns the id of its run.
-
-        A run of the same uid that is complete is left alone; one that a kill left open is
-        completed.
-        """
+        """Log one record, once; returns the id of its run. A run of the same uid that is complete
+        is left alone; one that a kill left open is completed."""
         with self._talking(record.study), _study_lock(study_dir):
             return self._deliver(record, study_dir)
 
@@ -158,10 +155,8 @@ class MlflowLog:
             _upload(client, parent, path)
 
     def _judge(self, study_dir: Path, records: Sequence[Record]) -> None:
-        """Bring the marks of the Pareto set and of limits up to date, on trials and on the study.
-
-        A study of one objective that never had a limit has none.
-        """
+        """Bring the marks of the Pareto set and of limits up to date, on trials and on the study. A
+        study of one objective that never had a limit has none."""
         criteria = Criteria.load(study_dir)
         if criteria is None:
             return
@@ -280,10 +275,8 @@ class MlflowLog:
         )
 
     def _fill(self, record: Record, study_dir: Path, run_id: str) -> None:
-        """Log everything of a record, then end its run: an ended run is a complete one.
-
-        The time of a metric is the record's, so logging a half-filled run again changes nothing.
-        """
+        """Log everything of a record, then end its run: an ended run is a complete one. The time of
+        a metric is the record's, so logging a half-filled run again changes nothing."""
         from mlflow.entities import Metric, Param, RunTag
 
         client = self._connect()
@@ -415,10 +408,8 @@ def _study_lock(study_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def _scratch(study_dir: Path) -> Iterator[Path]:
-    """A folder for a moment, under the study's lock.
-
-    Always the same one: what a kill leaves of it goes when the run that it was for is completed.
-    """
+    """A folder for a moment, under the study's lock. Always the same one: what a kill leaves of it
+    goes when the run that it was for is completed."""
     folder = study_dir / "mlflow.tmp"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -429,11 +420,8 @@ def _scratch(study_dir: Path) -> Iterator[Path]:
 
 
 def _upload(client: MlflowClient, run_id: str, path: Path) -> None:
-    """Upload a file, or the files of a folder.
-
-    Every kind of artifact store (S3, GCS, ...) has exceptions of its own library, so all of them
-    are taken as a failed delivery here.
-    """
+    """Upload a file, or the files of a folder. Every kind of artifact store (S3, GCS, ...) has
+    exceptions of its own library, so all of them are taken as a failed delivery here."""
     try:
         upload = client.log_artifacts if path.is_dir() else client.log_artifact
         upload(run_id, str(path))

@@ -87,11 +87,9 @@ def view_key(study: str) -> str:
 
 
 def view(study: str, records: Sequence[Record]) -> str:
-    """The state of the page of a study, as MLflow keeps one that was shared.
-
-    The study's trials without confirmations, sorted by latency; columns for the latency, its
-    spread, kernels, outcome and the knobs that differ.
-    """
+    """The state of the page of a study, as MLflow keeps one that was shared. The study's trials
+    without confirmations, sorted by latency; columns for the latency, its spread, kernels, outcome
+    and the knobs that differ."""
     found = groups([r for r in records if r.role != "confirm"])
     knobs = dict.fromkeys(key for group in found for row in group.rows for key in row.differs)
     columns = [

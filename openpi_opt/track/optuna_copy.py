@@ -80,10 +80,8 @@ def frozen(
     distributions: Mapping[str, BaseDistribution],
     criteria: Criteria,
 ) -> FrozenTrial:
-    """A record as the finished trial of the point `params` that Optuna knows.
-
-    An outcome without a latency is PRUNED, with its reason: samplers stay away from it.
-    """
+    """A record as the finished trial of the point `params` that Optuna knows. An outcome without a
+    latency is PRUNED, with its reason: samplers stay away from it."""
     import optuna
 
     states = optuna.trial.TrialState
@@ -129,10 +127,8 @@ class OptunaCopy:
         self._studies: dict[str, optuna.Study] = {}
 
     def update(self, records: Sequence[Record]) -> None:
-        """Add the records that the copy lacks.
-
-        Raises CopyError: the database is away, locked, full, damaged or of another version.
-        """
+        """Add the records that the copy lacks. Raises CopyError: the database is away, locked,
+        full, damaged or of another version."""
         criteria = Criteria.load(self._study_dir) or Criteria()
         for path in sorted((self._study_dir / "spaces").glob("*.json")):
             with self._errors():

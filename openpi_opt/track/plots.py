@@ -44,11 +44,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points under one name in the legend.
-
-    `level` (of `dots`) is what they say together, a line over the whole width with its interval,
-    `colour` the place in `COLOURS`; without it colours go by the order.
-    """
+    """Points under one name in the legend. `level` (of `dots`) is what they say together, a line
+    over the whole width with its interval, `colour` the place in `COLOURS`; without it colours go
+    by the order."""
 
     label: str
     points: Sequence[Point]
@@ -83,10 +81,8 @@ def lines(title: str, panels: Sequence[Panel]) -> Figure:
 
 
 def dots(title: str, panels: Sequence[Panel]) -> Figure:
-    """Panels side by side, each point by itself with its interval; the y axis fits the points.
-
-    The x axis counts: its ticks are whole numbers.
-    """
+    """Panels side by side, each point by itself with its interval; the y axis fits the points. The
+    x axis counts: its ticks are whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     def draw(axes: Axes, series: Series, style: dict[str, Any]) -> None:
@@ -103,10 +99,8 @@ def dots(title: str, panels: Sequence[Panel]) -> Figure:
 
 
 def bars(title: str, panels: Sequence[Panel]) -> Figure:
-    """Panels side by side, one group of bars for each x, one bar of it for each series.
-
-    The value stands above its bar, intervals as error bars.
-    """
+    """Panels side by side, one group of bars for each x, one bar of it for each series. The value
+    stands above its bar, intervals as error bars."""
     figure, every = _figure(title, panels)
     for panel, axes in zip(panels, every, strict=True):
         names = list(dict.fromkeys(str(p.x) for series in panel.series for p in series.points))
@@ -136,10 +130,8 @@ def bars(title: str, panels: Sequence[Panel]) -> Figure:
 
 
 def scatter(title: str, panels: Sequence[Panel]) -> Figure:
-    """Panels side by side, each series its points without a line, the first one in front.
-
-    The text of a point stands beside it in the first series, which is what the figure is about.
-    """
+    """Panels side by side, each series its points without a line, the first one in front. The text
+    of a point stands beside it in the first series, which is what the figure is about."""
 
     def draw(axes: Axes, series: Series, style: dict[str, Any]) -> None:
         behind = len(axes.lines)
@@ -169,9 +161,7 @@ def stairs(title: str, panels: Sequence[Panel]) -> Figure:
 
 def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
     """Write `stem.png` and `stem.svg`, each whole or not at all; the same figure, the same bytes.
-
-    Raises OSError: the folder cannot be written.
-    """
+    Raises OSError: the folder cannot be written."""
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -265,10 +255,8 @@ def _log_y(axes: Axes) -> None:
 
 
 def _legends(figure: Figure, every: Sequence[Axes]) -> None:
-    """One for all panels, below them, if they show the same series; else one in each panel.
-
-    Names of configurations are long: within a panel they would lie over what it shows.
-    """
+    """One for all panels, below them, if they show the same series; else one in each panel. Names
+    of configurations are long: within a panel they would lie over what it shows."""
     found = [axes.get_legend_handles_labels() for axes in every]
     if all(labels == found[0][1] for _, labels in found):
         if len(found[0][1]) > 1:

@@ -195,10 +195,8 @@ def _changed(records: Sequence[Record]) -> dict[str, str]:
 
 
 def _baselines(records: Sequence[Record]) -> dict[str, float]:
-    """Milliseconds of the newest baseline, by fingerprint.
-
-    A plain trial that somebody asked for will do where no baseline was measured.
-    """
+    """Milliseconds of the newest baseline, by fingerprint. A plain trial that somebody asked for
+    will do where no baseline was measured."""
     ok = [(record, record.result) for record in records if isinstance(record.result, Ok)]
     found = {r.fingerprint_hash: o.latency.mean_ms for r, o in ok if r.role == "baseline"}
     plain = {
@@ -291,10 +289,8 @@ def _ratio(record: Record, baseline_ms: float | None) -> float | None:
 
 
 def _varying(records: Sequence[Record]) -> list[str]:
-    """Knobs, then swept keys that no varying knob's label covers.
-
-    When none varies, the knobs that differ from the baseline's; none of them for the baseline.
-    """
+    """Knobs, then swept keys that no varying knob's label covers. When none varies, the knobs that
+    differ from the baseline's; none of them for the baseline."""
     knobs = list(dict.fromkeys(key for record in records for key in record.labels))
     swept = list(dict.fromkeys(key for record in records for key in record.params))
     varying = [key for key in knobs if len({r.labels.get(key) for r in records}) > 1]

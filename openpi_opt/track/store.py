@@ -28,11 +28,9 @@ class Store:
 
     @staticmethod
     def open(path: str | Path = DEFAULT_STORE, create: bool = True) -> Store:
-        """Use the folder `path`: make it and check that it can be written, or only read it.
-
-        Raises UserError: not a folder, not writable, absent (with `create=False`), or a
-        path with control characters.
-        """
+        """Use the folder `path`: make it and check that it can be written, or only read it. Raises
+        UserError: not a folder, not writable, absent (with `create=False`), or a path with control
+        characters."""
         folder = Path(path).expanduser().absolute()
         _check_path(folder, path)
         if create:
@@ -71,11 +69,8 @@ class Store:
         return self.path / "caches"
 
     def study_dir(self, name: str) -> Path:
-        """Folder of a study, whether it exists or not.
-
-        Raises UserError: `name` is not a study name, or a link in its place leads
-        elsewhere.
-        """
+        """Folder of a study, whether it exists or not. Raises UserError: `name` is not a study
+        name, or a link in its place leads elsewhere."""
         check_study_name(name)
         folder = self.path / "studies" / name
         if folder.is_symlink() and folder.resolve().parent != folder.parent.resolve():
@@ -110,10 +105,8 @@ class Store:
 
 
 def find_studies(store: str | Path, names: Sequence[str]) -> list[Path]:
-    """Folders of studies, each once: names in a store, or paths of studies of other stores.
-
-    Raises UserError: no such store or study.
-    """
+    """Folders of studies, each once: names in a store, or paths of studies of other stores. Raises
+    UserError: no such store or study."""
     found = []
     for name in names:
         if "/" not in name:
@@ -152,10 +145,8 @@ def sqlite_url(path: Path) -> str:
 
 
 def check_study_name(name: str) -> None:
-    """Refuse a name that could leave its folder or needs quoting somewhere.
-
-    Raises UserError: says what a name may hold.
-    """
+    """Refuse a name that could leave its folder or needs quoting somewhere. Raises UserError: says
+    what a name may hold."""
     if _STUDY_NAME.fullmatch(name) and len(name) <= MAX_STUDY_NAME:
         return
     shown = name if len(name) <= MAX_STUDY_NAME else name[:40] + "..."
@@ -183,11 +174,9 @@ def _check_path(folder: Path, given: str | Path) -> None:
 
 
 def _make_writable(folder: Path, given: str | Path) -> None:
-    """Make the folder and prove by writing that it takes files (permission bits can mislead).
-
-    So it is with folders inside that trials write to, which may be links or mounts of their own;
-    compiled code there must run, too.
-    """
+    """Make the folder and prove by writing that it takes files (permission bits can mislead). So it
+    is with folders inside that trials write to, which may be links or mounts of their own; compiled
+    code there must run, too."""
     kept = Store(folder)
     place = folder
     try:

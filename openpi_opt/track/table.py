@@ -167,9 +167,7 @@ def trials(
     group: Group, rows: Sequence[Row], columns: Sequence[Figure] = (), single: bool = True
 ) -> Table:
     """These rows of a group; what tells them apart in a `single` column, or in one for each key.
-
-    `columns` are figures to show beside those by which the group is judged.
-    """
+    `columns` are figures to show beside those by which the group is judged."""
     kinds = {
         row.record.result.kernels.kind
         for row in rows
@@ -218,9 +216,7 @@ def _trials(group: Group, columns: Sequence[Figure], width: int) -> Iterator[tup
 
 def _floors(group: Group, width: int) -> list[str]:
     """Each trial's stages: floor, busy time under the profiler, and the one's share of the other.
-
-    Nothing where no trial has such figures. Confirmations are not profiled.
-    """
+    Nothing where no trial has such figures. Confirmations are not profiled."""
     shown = [
         (row, row.ok.roofline, row.ok.latency.mean_ms)
         for row in group.rows
@@ -295,9 +291,7 @@ def _reasons(found: Sequence[Row]) -> list[str]:
 
 def flag_lines(found: Sequence[Row]) -> list[str]:
     """A line for each check that flagged a trial, with the trials; `~` shows the spread already.
-
-    Where there are many, what the check said of the later ones is left out, never their numbers.
-    """
+    Where there are many, what the check said of the later ones is left out, never their numbers."""
     flagged: dict[str, list[tuple[str, str]]] = {}
     for row in found:
         for check in row.ok.checks if row.ok else []:

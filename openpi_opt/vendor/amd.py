@@ -97,10 +97,8 @@ class Amd(Vendor):
     def visible(
         self, gpus: tuple[Gpu, ...], environ: Mapping[str, str]
     ) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
-        """ROCr hides GPUs from HIP, which counts what is left from 0 again.
-
-        HIP reads CUDA_VISIBLE_DEVICES where its own variable is not set (clr, `rocdevice.cpp`).
-        """
+        """ROCr hides GPUs from HIP, which counts what is left from 0 again. HIP reads
+        CUDA_VISIBLE_DEVICES where its own variable is not set (clr, `rocdevice.cpp`)."""
         first = select(gpus, "ROCR_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES"))
         shown = tuple(replace(gpu, index=index) for index, gpu in enumerate(first.gpus))
         own = "HIP_VISIBLE_DEVICES"
@@ -268,10 +266,8 @@ class AmdSmi:
 
 
 def library() -> Any:
-    """The module `amdsmi`, initialised.
-
-    Raises NotReadError: it is not installed, lacks its library, or refuses.
-    """
+    """The module `amdsmi`, initialised. Raises NotReadError: it is not installed, lacks its
+    library, or refuses."""
     try:
         smi = importlib.import_module("amdsmi")
     except _IMPORT_ERRORS as error:
@@ -286,11 +282,9 @@ def library() -> Any:
 
 
 def kfd_gpus(nodes: Path) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
-    """AMD GPUs of a KFD topology folder, in its order (CPU nodes have no SIMD units).
-
-    The driver gives consumer GPUs and guests of a hypervisor no `unique_id`, and partitions of one
-    GPU the same: those are named by their PCI address, and by their number where that is equal.
-    """
+    """AMD GPUs of a KFD topology folder, in its order (CPU nodes have no SIMD units). The driver
+    gives consumer GPUs and guests of a hypervisor no `unique_id`, and partitions of one GPU the
+    same: those are named by their PCI address, and by their number where that is equal."""
     if not nodes.is_dir():
         return (), ()
     found: list[Gpu] = []

@@ -43,10 +43,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """Version of the installed torch and the GPU runtime that it was built for, if any.
-
-    `more` holds runtimes beside CUDA and HIP, by their names in `torch.version`.
-    """
+    """Version of the installed torch and the GPU runtime that it was built for, if any. `more`
+    holds runtimes beside CUDA and HIP, by their names in `torch.version`."""
 
     version: str
     cuda: str | None
@@ -61,10 +59,8 @@ class TorchBuild:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Something that a probe was not told: which part, what happened, and what to do.
-
-    `hides`: a GPU that is there or was asked for is missing because of it.
-    """
+    """Something that a probe was not told: which part, what happened, and what to do. `hides`: a
+    GPU that is there or was asked for is missing because of it."""
 
     name: str
     what: str
@@ -164,11 +160,9 @@ class Unreadable:
 
 
 class Vendor(ABC):
-    """All that differs between vendors. Subclasses override what they have.
-
-    `name` stands in `Gpu.vendor`, `device` in `platform=`, `label` and `runtime` in messages,
-    `torch_runtime` in `torch.version`, `torch_device` in `torch.device`.
-    """
+    """All that differs between vendors. Subclasses override what they have. `name` stands in
+    `Gpu.vendor`, `device` in `platform=`, `label` and `runtime` in messages, `torch_runtime` in
+    `torch.version`, `torch_device` in `torch.device`."""
 
     name: ClassVar[str]
     device: ClassVar[str]

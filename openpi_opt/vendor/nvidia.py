@@ -238,10 +238,8 @@ def _all(nvml: Any) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
 
 
 def _gpu(nvml: Any, handle: Any, parent: Any, index: int, driver: str) -> Gpu:
-    """A GPU, or an instance of one, whose architecture only the whole tells.
-
-    Raises NVMLError: its architecture is not told, without which no option can be judged.
-    """
+    """A GPU, or an instance of one, whose architecture only the whole tells. Raises NVMLError: its
+    architecture is not told, without which no option can be judged."""
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(parent)
     pci = str(_told(nvml, lambda: _text(nvml.nvmlDeviceGetPciInfo(parent).busId), f"#{index}"))
     memory = _told(nvml, lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).total) // 2**20, None)
@@ -258,10 +256,8 @@ def _gpu(nvml: Any, handle: Any, parent: Any, index: int, driver: str) -> Gpu:
 
 
 def _instances(nvml: Any, handle: Any, index: int, driver: str) -> list[Gpu]:
-    """Instances of a GPU in MIG mode, empty where it is not in that mode.
-
-    CUDA shows instances instead of the GPU then (NVIDIA MIG user guide, "CUDA visible devices").
-    """
+    """Instances of a GPU in MIG mode, empty where it is not in that mode. CUDA shows instances
+    instead of the GPU then (NVIDIA MIG user guide, "CUDA visible devices")."""
     if _told(nvml, lambda: nvml.nvmlDeviceGetMigMode(handle)[0], 0) != 1:
         return []
     found = []
