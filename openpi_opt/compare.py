@@ -36,7 +36,13 @@ from openpi_opt.track.store import find_studies
 from openpi_opt.track.table import print_groups, print_side_by_side
 from openpi_opt.verbs import add_studies, verb_parser
 
+# Of an ok result as it is; None where there is none.
+_FIGURES = dict.fromkeys(
+    ["latency", "throughput_hz", "compile_seconds", "kernels", "launch_overhead_ms",
+     "compilation", "gpu", "checks", "energy"]
+)  # fmt: skip
 _SAMPLES = {name for name in Latency.model_fields if name.endswith("samples_ms")}
+_LEFT_OUT = {"latency": _SAMPLES}
 # Parts that only some outcomes have, with the columns that they always take in CSV.
 _PARTS = {
     "latency": [name for name in Latency.model_fields if name not in _SAMPLES],
@@ -105,18 +111,10 @@ def trial(row: Row, study_dir: Path, judged_by: criteria.Criteria | None = None)
         "over_limit": [f"{name}: {text}" for name, text in row.over.items()],
         "objectives": objectives(row, judged_by or criteria.Criteria()),
         "vs_baseline": row.vs_baseline,
-        "latency": ok and ok.latency.model_dump(exclude=_SAMPLES),
-        "throughput_hz": ok and ok.throughput_hz,
-        "compile_seconds": ok and ok.compile_seconds,
+        **(ok.model_dump(include={*_FIGURES}, exclude=_LEFT_OUT) if ok else _FIGURES),
         "peak_mib": ok and ok.memory.peak_mib,
-        "kernels": ok and ok.kernels and ok.kernels.model_dump(),
-        "launch_overhead_ms": ok and ok.launch_overhead_ms,
-        "compilation": ok and ok.compilation and ok.compilation.model_dump(),
-        "gpu": ok and ok.gpu and ok.gpu.model_dump(),
-        "checks": ok and [check.model_dump() for check in ok.checks],
         "flags": ok and ok.flags(),
         "roofline": ok and ok.roofline and _roofline(ok.roofline),
-        "energy": ok and ok.energy and ok.energy.model_dump(),
         "guard": result.guard.model_dump() if isinstance(result, Ok | Pruned | Wrong) else None,
         "model": result.config.get("model", {}).get("name"),
         "workload": result.config.get("workload", {}).get("name"),

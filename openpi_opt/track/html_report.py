@@ -67,20 +67,8 @@ def html(studies: Sequence[Study]) -> str:
     criteria = studies[0].criteria
     records = [record for study in studies for record in study.trials]
     found = groups(records, criteria=criteria, apart=several)
-    numbers = itertools.count()
     names = ", ".join(study.folder.name for study in studies)
 
-    def numbered(sections: Sequence[Section]) -> list[Section]:
-        for section in sections:
-            if section["figure"]:
-                section["figure"] = {"id": next(numbers), "json": section["figure"]}
-        return list(sections)
-
-    overview = numbered([_overview(found)])[0] if several and found else None
-    parts = [_part(group) for group in found]
-    own = [_study(study) for study in studies]
-    for each in [*parts, *own]:
-        each["sections"] = numbered(each["sections"])
     asked = f"Minimised: {criteria.objectives_text()}" + (
         f". Limits: {criteria.limits_text()}." if criteria.limits else "."
     )
@@ -88,9 +76,10 @@ def html(studies: Sequence[Study]) -> str:
         title=f"openpi_opt: {names}",
         asked=asked,
         script=_script(),
-        overview=overview,
-        parts=parts,
-        studies=own,
+        overview=_overview(found) if several and found else None,
+        parts=[_part(group) for group in found],
+        studies=[_study(study) for study in studies],
+        next_id=itertools.count().__next__,
     )
 
 
