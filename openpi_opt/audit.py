@@ -297,30 +297,27 @@ def _tuned_products(host: Host, package: Path) -> list[Finding]:
     return [Finding("packages", name, "warning", what, mend)]
 
 
+def _machine_item(name: str, bad: bool, what: str, mend: str) -> list[Finding]:
+    return [Finding("machine", name, *(("warning", what, mend) if bad else ("ok", what)))]
+
+
 def _numa(host: Host) -> list[Finding]:
     value = host.read("proc/sys/kernel/numa_balancing")
     if value is None:
         return []
-    if value == "0":
-        return [Finding("machine", "NUMA balancing", "ok", "off")]
-    what = f"on ({value}): pages move while being used, which costs time and adds scatter"
+    on = f"on ({value}): pages move while being used, which costs time and adds scatter"
     mend = "sudo sysctl kernel.numa_balancing=0"
-    return [Finding("machine", "NUMA balancing", "warning", what, mend)]
+    return _machine_item("NUMA balancing", value != "0", on if value != "0" else "off", mend)
 
 
 def _governor(host: Host) -> list[Finding]:
-    governors = Counter(
-        host.read(file.relative_to(host.root).as_posix())
-        for file in host.root.glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor")
-    )
-    slow = [name for name in governors if name and name != "performance"]
-    if not governors:
-        return []
-    if not slow:
-        return [Finding("machine", "CPU governor", "ok", "performance")]
-    what = f"{', '.join(sorted(slow))}: launches from the host take longer, and vary"
+    files = host.root.glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor")
+    found = {host.read(file.relative_to(host.root).as_posix()) for file in files}
+    slow = sorted(name for name in found if name and name != "performance")
+    said = f"{', '.join(slow)}: launches from the host take longer, and vary"
     mend = "sudo cpupower frequency-set -g performance"
-    return [Finding("machine", "CPU governor", "warning", what, mend)]
+    what = said if slow else "performance"
+    return _machine_item("CPU governor", bool(slow), what, mend) if found else []
 
 
 def _load(host: Host) -> list[Finding]:
@@ -330,10 +327,8 @@ def _load(host: Host) -> list[Finding]:
         return []
     load, cores = float(words[0]), host.machine.cores
     what = f"{load:g} processes on {cores} cores over the last minute"
-    if load <= max(1.0, _BUSY * cores):
-        return [Finding("machine", "load", "ok", what)]
     mend = "wait for them to end: launches and trials on the CPU take longer, and scatter"
-    return [Finding("machine", "load", "warning", what, mend)]
+    return _machine_item("load", load > max(1.0, _BUSY * cores), what, mend)
 
 
 def _first_sweep(host: Host) -> list[Finding]:
@@ -342,10 +337,8 @@ def _first_sweep(host: Host) -> list[Finding]:
     minutes, needed = _FIRST_SWEEP["gpu" if device != "cpu" else "cpu"]
     free = shutil.disk_usage(Path.cwd()).free / 2**20
     what = f"about {minutes} on {device}, up to {needed} MiB of disk; {free:.0f} MiB are free here"
-    if free > 2 * needed:
-        return [Finding("machine", "first sweep", "ok", what)]
     mend = "make room, or give another folder: store=DIR (caches of compilers lie in it, too)"
-    return [Finding("machine", "first sweep", "warning", what, mend)]
+    return _machine_item("first sweep", free <= 2 * needed, what, mend)
 
 
 def _usable(host: Host, device: str) -> bool:

@@ -280,16 +280,10 @@ class Config(BaseModel):
                 raise UserError(
                     f"unknown key {key!r}; known are {', '.join(known)}.{_near(key, known)}"
                 )
-        try:
-            knobs = {
-                knob.name: _located(knob.name, knob.options_type, raw.get(knob.name, {}))
-                for knob in KNOBS
-            }
-            sections = {
-                name: _located(name, kind, raw.get(name, {})) for name, kind in SECTIONS.items()
-            }
-        except _LocatedError as error:
-            raise UserError(str(error)) from None
+        knobs = {k.name: _located(k.name, k.options_type, raw.get(k.name, {})) for k in KNOBS}
+        sections = {
+            name: _located(name, kind, raw.get(name, {})) for name, kind in SECTIONS.items()
+        }
         return Config(**sections, knobs=knobs)
 
     @staticmethod
@@ -425,18 +419,22 @@ class Config(BaseModel):
         return {knob.name: knob.label(self.knobs[knob.name]) for knob in KNOBS}
 
 
-class _LocatedError(Exception):
-    """A validation error that knows the group it came from."""
-
-
 def _located(name: str, kind: type[BaseModel], raw: Any) -> Any:
+    """A section or a knob's options. Raises UserError with the keys that are wrong."""
     if not isinstance(raw, Mapping):
-        raise _LocatedError(f"{name}={raw!r}: expected an option of the group or keys below it.")
+        raise UserError(f"{name}={raw!r}: expected an option of the group or keys below it.")
     try:
         return kind.model_validate(dict(raw))
     except ValidationError as error:
         lines = [_explain(name, kind, item) for item in error.errors()[:3]]
-        raise _LocatedError("\n".join(lines)) from None
+        raise UserError("\n".join(lines)) from None
+
+
+# Said beside what is too small, by key.
+_WHY_AT_LEAST = {
+    "measure.warmup": "the first calls compile and fill caches",
+    "measure.iterations": "a mean and a spread need them",
+}
 
 
 def _explain(name: str, kind: type[BaseModel], item: Any) -> str:
@@ -446,17 +444,9 @@ def _explain(name: str, kind: type[BaseModel], item: Any) -> str:
         return (
             f"unknown key {path}; {name} has {', '.join(fields)}.{_near(item['loc'][-1], fields)}"
         )
-    if path == "measure.warmup" and item["type"] == "greater_than_equal":
-        return (
-            f"measure.warmup={item['input']}: at least {MIN_WARMUP} warm-up calls are needed, "
-            "the first ones compile and fill caches. Leave it out for the default of 5."
-        )
-    if path == "measure.iterations" and item["type"] == "greater_than_equal":
-        return (
-            f"measure.iterations={item['input']}: at least {MIN_ITERATIONS} iterations are needed "
-            "for a mean and a spread. Leave it out for the default of 30."
-        )
     message = item["msg"].removeprefix("Value error, ")
+    if path in _WHY_AT_LEAST and item["type"] == "greater_than_equal":
+        message = f"at least {item['ctx']['ge']}, since {_WHY_AT_LEAST[path]}"
     given = "" if item["type"] == "value_error" else f"={item['input']!r}"
     return f"{path}{given}: {message}."
 

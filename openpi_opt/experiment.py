@@ -30,7 +30,7 @@ from openpi_opt.track.journal import Journal, utc_now
 from openpi_opt.track.mlflow_content import device
 from openpi_opt.track.report import Row, rows
 from openpi_opt.track.store import DEFAULT_STORE, Store
-from openpi_opt.track.table import flag_lines
+from openpi_opt.track.table import Table, flag_lines, markdown
 from openpi_opt.verbs import add_store
 
 # Keys of an experiment's command line that the sweep does not have.
@@ -205,17 +205,22 @@ def _markdown(
 ) -> str:
     heads = ["configuration", experiment.x.split(".")[-1]]
     heads += [*(FIGURES[key].title for key in experiment.columns), "trial"]
+    body = [
+        [
+            entry["configuration"],
+            str(entry[experiment.x]),
+            *(_cell(entry, key) for key in experiment.columns),
+            str(entry["number"]),
+        ]
+        for entry in table
+    ]
     lines = [f"# {_heading(experiment, found)}", "", f"Study `{study}`.", ""]
-    lines += [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
-    for entry in table:
-        cells = [entry["configuration"], str(entry[experiment.x])]
-        cells += [*(_cell(entry, key) for key in experiment.columns), str(entry["number"])]
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    lines += [*markdown(Table(heads, body, frozenset(heads[:1]))), ""]
     remarks: dict[str, list[str]] = {}
     for entry in table:
         for text in [*([entry["reason"]] if entry["reason"] else []), *entry["notes"]]:
             remarks.setdefault(text, []).append(str(entry["number"]))
-    lines += ["", *(f"- {text} (trial {', '.join(who)})" for text, who in remarks.items())]
+    lines += [f"- {text} (trial {', '.join(who)})" for text, who in remarks.items()]
     lines += [f"- {line}" for line in flag_lines(found)]
     if any(entry["noisy"] for entry in table):
         lines.append("- ~ noisy: standard deviation above 10% of the mean")

@@ -33,6 +33,7 @@ from openpi_opt.process.run import log_tail, phase_limits
 from openpi_opt.result import write_atomic
 from openpi_opt.space.compose import compose
 from openpi_opt.space.files import read
+from openpi_opt.track.table import Table, markdown
 
 _HEADS = ("devices", "instances of each", "calls per s", "mean ms", "p50 ms", "p99 ms",
           "GPU MiB of each", "x of one")  # fmt: skip
@@ -218,9 +219,8 @@ def _markdown(cfg: Config, machine: Machine, rows: Sequence[Load], seconds: floa
         f"# Instances: {cfg.model.name} on {where}, workload {cfg.workload.name}", "",
         f"{seconds:g} s under load; each instance answers one call of "
         f"{cfg.workload.batch_size} observation(s) after another.", "",
-        "| " + " | ".join(_HEADS) + " |", "|" + "---:|" * len(_HEADS),
+        *markdown(Table([*_HEADS], [_cells(row, rows[0]) for row in rows], frozenset())),
     ]  # fmt: skip
-    lines += ["| " + " | ".join(_cells(row, rows[0])) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -138,7 +138,7 @@ def warn(name: str, preset_dir: Path | None, machine: Machine, platform: Platfor
         warnings.warn(
             f"preset {name}: {'; '.join(differences)}. Its figures may not hold here: measure with "
             f"`python -m openpi_opt.sweep preset={name}`.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

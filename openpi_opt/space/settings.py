@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -193,10 +193,6 @@ def _explain(error: ValidationError) -> str:
     unions = ("executor", "pruning")
     where = [part for n, part in enumerate(first["loc"]) if n != 1 or first["loc"][0] not in unions]
     name = ".".join(map(str, where))
-    if name == "sampler":
-        return f"sampler={first['input']}: unknown. Use one of {', '.join(get_args(SamplerName))}."
-    if name == "n_trials" and first["type"] == "greater_than_equal":
-        return f"n_trials={first['input']}: at least 1 trial is needed for a sweep."
     if name.startswith("objective.minimize."):
         known = ", ".join(OBJECTIVES)
         return f"objective={first['input']}: unknown. Use one or more of {known}."
