@@ -6,11 +6,10 @@ value. Nothing here touches a device, a network or torch.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,7 +23,7 @@ from pydantic import (
 )
 
 from openpi_opt import checkpoint_file
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, near
 from openpi_opt.figures import LIMITS
 from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.knobs.base import Options
@@ -278,7 +277,7 @@ class Config(BaseModel):
         for key in raw:
             if key not in known:
                 raise UserError(
-                    f"unknown key {key!r}; known are {', '.join(known)}.{_near(key, known)}"
+                    f"unknown key {key!r}; known are {', '.join(known)}.{near(key, known)}"
                 )
         knobs = {k.name: _located(k.name, k.options_type, raw.get(k.name, {})) for k in KNOBS}
         sections = {
@@ -441,19 +440,12 @@ def _explain(name: str, kind: type[BaseModel], item: Any) -> str:
     path = ".".join([name, *map(str, item["loc"])])
     if item["type"] == "extra_forbidden":
         fields = list(kind.model_fields)
-        return (
-            f"unknown key {path}; {name} has {', '.join(fields)}.{_near(item['loc'][-1], fields)}"
-        )
+        return f"unknown key {path}; {name} has {', '.join(fields)}.{near(item['loc'][-1], fields)}"
     message = item["msg"].removeprefix("Value error, ")
     if path in _WHY_AT_LEAST and item["type"] == "greater_than_equal":
         message = f"at least {item['ctx']['ge']}, since {_WHY_AT_LEAST[path]}"
     given = "" if item["type"] == "value_error" else f"={item['input']!r}"
     return f"{path}{given}: {message}."
-
-
-def _near(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _check_time(measure: Measure, limits: Limits) -> None:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from openpi_opt.config import Limits
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, first_reason
 from openpi_opt.figures import LIMITS, OBJECTIVES, Figure
 from openpi_opt.result import Ok, Pruned, TrialResult, write_atomic
 
@@ -94,7 +94,7 @@ class Criteria(BaseModel):
             return None
         except ValidationError as error:
             raise UserError(
-                f"{path} is damaged: {error.errors()[0]['msg']}.\n"
+                f"{path} is damaged: {first_reason(error)}.\n"
                 "Move it away and run the sweep again: no result depends on it."
             ) from None
 
@@ -236,6 +236,5 @@ def _objectives(text: str) -> tuple[str, ...]:
     try:
         found = Criteria.model_validate({"objectives": text.strip("[]").split(",")})
     except ValidationError as error:
-        why = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise argparse.ArgumentTypeError(f"{text}: {why}") from None
+        raise argparse.ArgumentTypeError(f"{text}: {first_reason(error)}") from None
     return found.objectives

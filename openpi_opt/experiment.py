@@ -8,8 +8,6 @@ is a table in Markdown and JSON and a plot in PNG and SVG, all called NAME.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +19,6 @@ from openpi_opt.config import SECTIONS
 from openpi_opt.errors import UserError
 from openpi_opt.figures import FIGURES
 from openpi_opt.paths import conf_dir
-from openpi_opt.result import write_atomic
 from openpi_opt.space.files import read
 from openpi_opt.space.settings import Settings, default_study_name
 from openpi_opt.space.space import parse_override
@@ -134,24 +131,16 @@ def write_report(name: str, study_dir: Path, folder: Path) -> list[Path]:
     table = [_entry(row, series[row.record.uid], experiment) for row in found]
     text = _markdown(experiment, study_dir.name, found, table)
     document = _document(name, experiment, study_dir.name, found, table)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / f"{name}.md", folder / f"{name}.json"]
-        write_atomic(files[0], text)
-        write_atomic(files[1], json.dumps(document, indent=1, allow_nan=False) + "\n")
-        panels = _panels(experiment, found, series)
-        if panels:
-            draw = plots.lines if experiment.plot == "lines" else plots.bars
-            files += plots.save(draw(_heading(experiment, found), panels), folder, name)
-    except OSError as error:
-        raise UserError(
-            f"out={folder}: cannot write there ({error.strerror or error}).\n"
-            f"The study is kept: python -m openpi_opt.experiment {name} {study_dir.name} --out "
-            "FOLDER writes the report elsewhere."
-        ) from error
-    print(text)
+    panels = _panels(experiment, found, series)
+    draw = plots.lines if experiment.plot == "lines" else plots.bars
+    figure = draw(_heading(experiment, found), panels) if panels else None
+    mend = (
+        f"The study is kept: python -m openpi_opt.experiment {name} {study_dir.name} --out FOLDER "
+        "writes the report elsewhere."
+    )
+    files = plots.write_report(folder, name, text, document, figure, mend)
     for file in files:
-        print(f"wrote {file}", file=sys.stderr)
+        cli.say(f"wrote {file}")
     return files
 
 

@@ -33,6 +33,7 @@ from openpi_opt.process.run import log_tail, phase_limits
 from openpi_opt.result import write_atomic
 from openpi_opt.space.compose import compose
 from openpi_opt.space.files import read
+from openpi_opt.track import plots
 from openpi_opt.track.table import Table, markdown
 
 _HEADS = ("devices", "instances of each", "calls per s", "mean ms", "p50 ms", "p99 ms",
@@ -81,10 +82,8 @@ def run(words: Sequence[str], out: str | None) -> int:
     folder = Path(out or "instances").resolve()
     rows = _measured(cfg, machine, counts, seconds, folder)
     text = _markdown(cfg, machine, rows, seconds)
-    write_atomic(folder / "instances.md", text)
     document = {"config": cfg.dump(), "seconds": seconds, "loads": [asdict(row) for row in rows]}
-    write_atomic(folder / "instances.json", json.dumps(document, indent=1) + "\n")
-    print(text, end="")
+    plots.write_report(folder, "instances", text, document, None, "Give another out=FOLDER.")
     cli.say(f"wrote {folder}/instances.md and instances.json")
     return 0 if any(not row.problem for row in rows) else 1
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from openpi_opt.engine.trials import refused
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.process.devices import DEVICE_HELP, gpu_name
-from openpi_opt.result import Ok, TrialResult, write_atomic
+from openpi_opt.result import Ok, TrialResult
 from openpi_opt.space.compose import compose
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
@@ -200,18 +199,11 @@ class Session:
     def write(self, report: Report) -> None:
         """Table, figures and plot, in the session's folder; the table also on stdout. Raises
         UserError: the folder cannot be written."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            paths = [self.folder / f"{self.verb}.{end}" for end in ("md", "json")]
-            write_atomic(paths[0], report.text)
-            write_atomic(paths[1], json.dumps(report.document, indent=1, allow_nan=False) + "\n")
-            paths += plots.save(report.figure(), self.folder, self.verb)
-        except OSError as error:
-            raise UserError(
-                f"cannot write in {self.folder}: {error.strerror or error}.\n"
-                "Give another folder with --out; what was measured is kept."
-            ) from error
-        print(report.text, end="")
+        mend = "Give another folder with --out; what was measured is kept."
+        figure = report.figure()
+        paths = plots.write_report(
+            self.folder, self.verb, report.text, report.document, figure, mend
+        )
         cli.say("wrote " + ", ".join(map(str, paths)))
 
     def effects(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from openpi_opt.errors import near
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 
 if TYPE_CHECKING:
@@ -252,7 +252,6 @@ def _problem(name: str, value: str) -> str | None:
         if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
             return f"{name} is refused: it {reason}"
     if name not in VARIABLES:
-        close = difflib.get_close_matches(name, VARIABLES, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        return f"unknown variable {name}; known are {', '.join(VARIABLES)}.{hint}"
+        known_names = ", ".join(VARIABLES)
+        return f"unknown variable {name}; known are {known_names}.{near(name, VARIABLES)}"
     return f"{name}={value!r}: allowed is {VARIABLES[name].values} ({VARIABLES[name].meaning})"

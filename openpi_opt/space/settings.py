@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from openpi_opt.criteria import Criteria, ObjectiveName, in_order
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, first_reason
 from openpi_opt.figures import LIMITS, OBJECTIVES
 from openpi_opt.process.devices import DeviceSettings
 from openpi_opt.space.named import NamedSpace
@@ -51,8 +51,7 @@ class Objective(BaseModel):
         try:
             return Criteria(objectives=value).objectives
         except ValidationError as error:
-            why = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ValueError(why) from None
+            raise ValueError(first_reason(error)) from None
 
 
 class LocalSettings(BaseModel):
@@ -188,7 +187,7 @@ class Settings(BaseModel):
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     if not first["loc"]:  # of several settings together; not all of them are to be shown
-        return first["msg"].removeprefix("Value error, ") + "."
+        return f"{first_reason(error)}."
     # A union's errors name its member as well.
     unions = ("executor", "pruning")
     where = [part for n, part in enumerate(first["loc"]) if n != 1 or first["loc"][0] not in unions]
@@ -196,7 +195,7 @@ def _explain(error: ValidationError) -> str:
     if name.startswith("objective.minimize."):
         known = ", ".join(OBJECTIVES)
         return f"objective={first['input']}: unknown. Use one or more of {known}."
-    return f"{name}={first['input']}: {first['msg'].removeprefix('Value error, ')}."
+    return f"{name}={first['input']}: {first_reason(error)}."
 
 
 def check_not_swept(space: Space) -> None:

@@ -8,12 +8,14 @@ panels raises ValueError where there is nothing to draw.
 from __future__ import annotations
 
 import io
+import json
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openpi_opt.errors import UserError
 from openpi_opt.result import write_atomic
 
 if TYPE_CHECKING:
@@ -175,6 +177,26 @@ def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
         write_atomic(path, image.getvalue())
         written.append(path)
     return written
+
+
+def write_report(
+    folder: Path, name: str, text: str, document: Any, figure: Figure | None, mend: str
+) -> list[Path]:
+    """Write NAME.md, NAME.json and the plot of a report, and print its text; returns the files.
+
+    Raises UserError: the folder cannot be written; `mend` says what to do.
+    """
+    files = [folder / f"{name}.md", folder / f"{name}.json"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(files[0], text)
+        write_atomic(files[1], json.dumps(document, indent=1, allow_nan=False) + "\n")
+        files += save(figure, folder, name) if figure is not None else []
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"cannot write in {folder}: {why}.\n{mend}") from error
+    print(text, end="")
+    return files
 
 
 def _panels(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import mmap
 import re
 import tempfile
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, near
 
 DEFAULT_STORE = "mlruns"
 MAX_STUDY_NAME = 100
@@ -160,9 +159,8 @@ def check_study_name(name: str) -> None:
 def _hint(name: str, known: list[str]) -> str:
     if not known:
         return "It holds no study yet. Run a sweep first, or give another store with --store DIR."
-    close = difflib.get_close_matches(name, known, n=1)
     listed = ", ".join(known[:10]) + (f", and {len(known) - 10} more" if len(known) > 10 else "")
-    return f"It holds {listed}." + (f" Did you mean {close[0]}?" if close else "")
+    return f"It holds {listed}.{near(name, known)}"
 
 
 def _check_path(folder: Path, given: str | Path) -> None:
