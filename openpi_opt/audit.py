@@ -154,7 +154,9 @@ def _machine(host: Host) -> list[Finding]:
     gpus = [
         Finding(
             "machine", f"gpu {gpu.index}", "ok",
-            f"{gpu.name} ({gpu.arch}), {_memory(gpu)}, driver {gpu.driver}",
+            f"{gpu.name} ({gpu.arch}), "
+            + (f"{gpu.memory_mib / 1024:.0f} GiB" if gpu.memory_mib is not None
+               else "memory unknown (it may share the host's)") + f", driver {gpu.driver}",
         )
         for gpu in machine.gpus
     ]  # fmt: skip
@@ -163,12 +165,6 @@ def _machine(host: Host) -> list[Finding]:
         for each in machine.troubles
     ]
     return [python, cpu, *(gpus or ([] if troubles else _no_gpu(host))), *troubles]
-
-
-def _memory(gpu: Gpu) -> str:
-    if gpu.memory_mib is None:
-        return "memory unknown (it may share the host's)"
-    return f"{gpu.memory_mib / 1024:.0f} GiB"
 
 
 def _no_gpu(host: Host) -> list[Finding]:
@@ -333,16 +329,14 @@ def _load(host: Host) -> list[Finding]:
 
 def _first_sweep(host: Host) -> list[Finding]:
     """What `make sweep` (two trials and the baseline) takes, against the disk that is free here."""
-    device = next((d for d in (v.device for v in GPU_VENDORS) if _usable(host, d)), "cpu")
+    machine = host.machine
+    devices = [vendor.device for vendor in GPU_VENDORS if machine.gpus_for(vendor.device)]
+    device = next(filter(machine.built_for, devices), "cpu")
     minutes, needed = _FIRST_SWEEP["gpu" if device != "cpu" else "cpu"]
     free = shutil.disk_usage(Path.cwd()).free / 2**20
     what = f"about {minutes} on {device}, up to {needed} MiB of disk; {free:.0f} MiB are free here"
     mend = "make room, or give another folder: store=DIR (caches of compilers lie in it, too)"
     return _machine_item("first sweep", free <= 2 * needed, what, mend)
-
-
-def _usable(host: Host, device: str) -> bool:
-    return bool(host.machine.gpus_for(device)) and host.machine.built_for(device)
 
 
 def _environment(environ: Mapping[str, str]) -> list[Finding]:

@@ -99,7 +99,9 @@ def to_inputs(
         )
     moved = (images, given.image_mask, tokens, token_mask, state, noise)
     inputs = Inputs(*(tensor.to(device) for tensor in moved))
-    return inputs._replace(images=_scaled(inputs.images))
+    if images.dtype == torch.uint8:  # after the transfer, which then has a quarter of the bytes
+        return inputs._replace(images=inputs.images.float() / 255.0 * 2.0 - 1.0)  # as openpi
+    return inputs
 
 
 def _tensor(name: str, value: object) -> Tensor:
@@ -162,11 +164,6 @@ def _out_of_range(pixels: Tensor) -> str | None:
     if -1 - _ROUNDING <= low <= high <= 1 + _ROUNDING:  # NaN compares false
         return None
     return f"from {low:.3g} to {high:.3g}" if low == low else "with NaN"
-
-
-def _scaled(images: Tensor) -> Tensor:
-    """As openpi scales pixels; after the transfer, which then has a quarter of the bytes."""
-    return images.float() / 255.0 * 2.0 - 1.0 if images.dtype == torch.uint8 else images
 
 
 def _prompt(

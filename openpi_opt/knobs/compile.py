@@ -177,15 +177,18 @@ class Compile(Knob[CompileOptions]):
         options = self.canonical(cfg)
         if options.mode == "off":
             return
+        import torch
+
         from openpi_opt.kernels.compiled import CompiledCall
 
-        settings = _settings(options)
+        how: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+        how["options"] = _settings(options)
         if options.scope == "layer":
-            parts = _compile_layers(policy, settings)
+            parts = _compile_layers(policy, how)
         else:
             names = STAGES if options.scope == "stage" else ("sample_actions",)
             for name in names:
-                setattr(policy, name, _compiled(getattr(policy, name), settings))
+                setattr(policy, name, torch.compile(getattr(policy, name), **how))
             parts = len(names)
         call = CompiledCall(policy.sample_actions, parts, options.mode in CAPTURING)
         policy.sample_actions = call  # type: ignore[method-assign]
@@ -346,7 +349,7 @@ def _settings(options: CompileOptions) -> dict[str, Any]:
     return {**mode, **options.inductor.chosen()}
 
 
-def _compile_layers(policy: Pi0Policy, settings: dict[str, Any]) -> int:
+def _compile_layers(policy: Pi0Policy, how: dict[str, Any]) -> int:
     """Compile the layers of the three towers; returns how many graphs that can take at most. Dynamo
     finds the code of an earlier layer by its guards. A kind is a class and the shapes of its
     weights; it takes two graphs where the state token goes through the layers alone."""
@@ -354,12 +357,6 @@ def _compile_layers(policy: Pi0Policy, settings: dict[str, Any]) -> int:
 
     kinds = set()
     for layer in (*vision_layers(policy.vision), *decoder_layers(policy)):
-        layer.compile(fullgraph=True, dynamic=False, options=settings)
+        layer.compile(**how)
         kinds.add((type(layer), *(tuple(weight.shape) for weight in layer.parameters())))
     return 2 * len(kinds)
-
-
-def _compiled(function: Any, settings: dict[str, Any]) -> Any:
-    import torch
-
-    return torch.compile(function, fullgraph=True, dynamic=False, options=settings)

@@ -81,13 +81,9 @@ def read_openpi(file: Path, family: Family) -> Statistics:
 
 def _openpi_scale(entry: Mapping[str, Any], family: Family) -> Scale:
     if family == "pi0":
-        return _by_deviation(_vector(entry, "mean"), _vector(entry, "std") + _OPENPI_EPS)
+        return Scale(_vector(entry, "mean"), _vector(entry, "std") + _OPENPI_EPS, 0.0)
     low, high = _vector(entry, "q01"), _vector(entry, "q99")
     return Scale(low, (high - low + _OPENPI_EPS) / 2.0, -1.0)
-
-
-def _by_deviation(mean: Floats, scale: Floats) -> Scale:
-    return Scale(mean, scale, 0.0)
 
 
 def _vector(entry: Mapping[str, Any], key: str) -> Floats:
@@ -136,7 +132,7 @@ def _lerobot_scale(
         return Scale(np.zeros(0), np.ones(0), 0.0)
     if mode == "MEAN_STD":
         deviation = _vector(vectors, "std") + (_LEROBOT_EPS if forwards else 0.0)
-        return _by_deviation(_vector(vectors, "mean"), deviation)
+        return Scale(_vector(vectors, "mean"), deviation, 0.0)
     names = {"QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"), "MIN_MAX": ("min", "max")}
     if mode not in names:
         raise ValueError(f"the normalisation {mode} is not known")

@@ -13,6 +13,7 @@ import json
 import math
 import random
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -82,7 +83,8 @@ class Space:
             if override.is_sweep_override():
                 dimensions[key] = _dimension(line, override, options)
                 if getattr(override.value(), "shuffle", False):
-                    shuffles[key] = _seed(line)
+                    digest = hashlib.sha256(line.encode()).digest()
+                    shuffles[key] = int.from_bytes(digest[:4], "big")
             else:
                 fixed.append(line)
             seen.append(key)
@@ -160,7 +162,7 @@ def parse_override(line: str) -> Override:
         detail = " ".join(str(error).split()).partition(" See https")[0]
         detail = detail.partition(" expecting ")[0]  # the grammar's tokens help nobody
         raise UserError(
-            f"{line!r} is not an override: {_shortened(detail)}.\n"
+            f"{line!r} is not an override: {textwrap.shorten(detail, 160, placeholder='…')}.\n"
             "Write group=option, key=value, or key=a,b to sweep (with -m); quote blanks, brackets "
             "and commas that belong to a value: \"key='a b'\"."
         ) from None
@@ -301,11 +303,3 @@ def _unordered(dimension: Dimension) -> Any:
         values = dimension.values
         return sorted((values[0], values[-1])), abs(values.step), dimension.log
     return dimension
-
-
-def _seed(line: str) -> int:
-    return int.from_bytes(hashlib.sha256(line.encode()).digest()[:4], "big")
-
-
-def _shortened(text: str, width: int = 160) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

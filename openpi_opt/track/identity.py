@@ -166,14 +166,12 @@ def _without_declarations(text: str) -> str:
         return text
     lines = text.splitlines(keepends=True)
     for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef) and any(map(_declares, node.bases)):
+        if isinstance(node, ast.ClassDef) and any(
+            isinstance(base, ast.Name) and base.id in _DECLARING for base in node.bases
+        ):
             for number in _declared(node):
                 lines[number - 1] = ""
     return "".join(lines)
-
-
-def _declares(base: ast.expr) -> bool:
-    return isinstance(base, ast.Name) and base.id in _DECLARING
 
 
 def _declared(node: ast.ClassDef) -> Iterator[int]:

@@ -169,7 +169,9 @@ def _group(
             record=record,
             differs={key: _value(record, key) for key in columns},
             reason=one_line(reason(record), MAX_REASON),
-            vs_baseline=_ratio(record, baselines.get(record.fingerprint_hash)),
+            vs_baseline=baselines[record.fingerprint_hash] / record.result.latency.mean_ms
+            if isinstance(record.result, Ok) and record.fingerprint_hash in baselines
+            else None,
             best=record is best,
             stale=record.uid in stale,
             changed=changed[record.uid],
@@ -280,12 +282,6 @@ def _pareto(
     compared = [(record, values) for record, values in known if values is not None]
     chosen = pareto([values for _, values in compared])
     return [record for (record, _), on in zip(compared, chosen, strict=True) if on]
-
-
-def _ratio(record: Record, baseline_ms: float | None) -> float | None:
-    if baseline_ms is None or not isinstance(record.result, Ok):
-        return None
-    return baseline_ms / record.result.latency.mean_ms
 
 
 def _varying(records: Sequence[Record]) -> list[str]:
