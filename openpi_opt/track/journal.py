@@ -372,7 +372,7 @@ def _is_record(line: bytes) -> bool:
     return True
 
 
-def _tail(path: Path, block: int = 1 << 16) -> tuple[bytes, int]:
+def _tail(path: Path) -> tuple[bytes, int]:
     """What follows the last newline of a file, and where it begins."""
     if not path.exists():
         return b"", 0
@@ -380,7 +380,7 @@ def _tail(path: Path, block: int = 1 << 16) -> tuple[bytes, int]:
         start = file.seek(0, os.SEEK_END)
         tail = b""
         while start > 0 and b"\n" not in tail:
-            size = min(block, start)
+            size = min(1 << 16, start)
             start = file.seek(start - size)
             tail = file.read(size) + tail
     newline = tail.rfind(b"\n")

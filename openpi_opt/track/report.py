@@ -87,27 +87,24 @@ class Group:
         return next((row for row in self.rows if row.best), None)
 
 
-def rows(
-    records: Iterable[Record], allow_lossy: bool = False, criteria: Criteria | None = None
-) -> list[Row]:
+def rows(records: Iterable[Record], criteria: Criteria | None = None) -> list[Row]:
     """All rows, grouped by context, in the order of the numbers within."""
-    return [row for group in groups(records, allow_lossy, criteria) for row in group.rows]
+    return [row for group in groups(records, criteria) for row in group.rows]
 
 
 def groups(
     records: Iterable[Record],
-    allow_lossy: bool = False,
     criteria: Criteria | None = None,
     kept: Mapping[str, str] | None = None,
     apart: bool = False,
 ) -> list[Group]:
     """One group for each context, in the order of their first trial.
 
-    With `allow_lossy`, lossy trials compete for the best. Without `criteria` the fastest is it.
+    Without `criteria` the fastest that is not lossy is the best.
     `kept` has, by uid, what changed in this package since trials that are to count all the same.
     With `apart` records of several studies are grouped by fingerprint, too, in the order given.
     """
-    criteria = (criteria or Criteria()).allowing(allow_lossy)
+    criteria = criteria or Criteria()
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records if apart else sorted(records, key=lambda record: record.number):
         key = record.result.context_hash, record.fingerprint_hash if apart else ""

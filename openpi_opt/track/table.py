@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import zip_longest
 from typing import NamedTuple
@@ -11,17 +11,14 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from openpi_opt.criteria import Criteria
 from openpi_opt.figures import FIGURES, Figure
 from openpi_opt.result import Ok, Pruned
-from openpi_opt.track.journal import Record
 from openpi_opt.track.mlflow_content import one_line
 from openpi_opt.track.report import (
     MAX_REASON,
     STALE_MARK,
     Group,
     Row,
-    groups,
     of_limit,
     what,
     whole,
@@ -51,27 +48,15 @@ def markdown(table: Table) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (heads, rule, *cells)]
 
 
-def print_table(
-    records: Sequence[Record],
-    allow_lossy: bool = False,
-    criteria: Criteria | None = None,
-    stages: bool = False,
-    columns: Sequence[Figure] = (),
-    kept: Mapping[str, str] | None = None,
-) -> None:
-    """Print the trials of a study on stdout: folded to the terminal, uncut in a pipe or a file.
-
-    `columns` are figures to show beside those by which the study is judged.
-    With `stages` a second table follows, of the stages against their floors. On a terminal too
-    narrow for its numbers the lines run over: nothing is left out.
-    """
-    print_groups(groups(records, allow_lossy, criteria, kept), stages, columns)
-
-
 def print_groups(
     found: Sequence[Group], stages: bool = False, columns: Sequence[Figure] = ()
 ) -> None:
-    """`print_table` of groups that are made already."""
+    """Print trials on stdout: folded to the terminal, uncut in a pipe or a file.
+
+    `columns` are figures to show beside those by which the study is judged. With `stages` a second
+    table follows, of the stages against their floors. On a terminal too narrow for its numbers the
+    lines run over: nothing is left out.
+    """
     console = Console(highlight=False) if sys.stdout.isatty() else None
     width = min(console.width, TABLE_WIDTH) if console else TABLE_WIDTH
     for group in found:
