@@ -147,21 +147,6 @@ class Settings(BaseModel):
             )
         return self
 
-    @field_validator("devices", mode="before")
-    @classmethod
-    def _gpus_alone(cls, value: Any) -> Any:
-        """`devices=[0,1]`, `devices=0` and `devices=all` name GPUs."""
-        if isinstance(value, (int, str)) and not isinstance(value, bool):
-            return {"gpus": value if value == "all" else [value]}
-        return {"gpus": value} if isinstance(value, list) else value
-
-    @field_validator("objective", mode="before")
-    @classmethod
-    def _minimize_alone(cls, value: Any) -> Any:
-        """`objective=[latency,memory]` and `objective=latency` say what to minimise."""
-        value = [value] if isinstance(value, str) else value
-        return {"minimize": value} if isinstance(value, (list, tuple)) else value
-
     @field_validator("start", mode="before")
     @classmethod
     def _all_or_one(cls, value: Any) -> Any:
