@@ -77,6 +77,7 @@ class Copies:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            bufsize=0,  # what is read is what `select` sees
             start_new_session=True,  # a Ctrl-C is for the verb, which ends this process
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
         )
@@ -136,24 +137,20 @@ class Copies:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # it has ended, and its last line said why
             self._process.stdin.write(line.encode() + b"\n")
-            self._process.stdin.flush()
 
     def _listen(self) -> None:
         """Take in what the process says until it ends."""
         assert self._process is not None
         out = self._process.stdout
         assert out is not None
-        rest = b""
         with contextlib.suppress(OSError, ValueError):
             while True:
                 if self._mlflow and self._left != 0 and not select.select([out], [], [], LATE_S)[0]:
                     self._tell_late()
-                data = os.read(out.fileno(), 1 << 16)
-                if not data:
+                line = out.readline()
+                if not line:
                     return
-                *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
-                    self._take(line)
+                self._take(line)
 
     def _take(self, line: bytes) -> None:
         message = json.loads(line)
