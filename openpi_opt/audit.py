@@ -1,10 +1,7 @@
 """What on this machine would spoil a sweep or its numbers: findings with their mends.
 
-Standard library only, so that it can say what is missing where everything is. Nothing is changed,
-no GPU context is created, and no package but NVML's is imported.
-
-Sources: AMD's workload tuning guide for MI300X (NUMA balancing, debugging variables), ROCm/aiter
-(tables of tuned products), this project's experiments.
+Standard library only, so that it can say what is missing. Nothing is changed, and no GPU context is
+created. Sources: AMD's workload tuning guide for MI300X, ROCm/aiter, this project's experiments.
 """
 
 from __future__ import annotations

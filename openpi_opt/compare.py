@@ -1,8 +1,7 @@
 """Print the trials of studies: `python -m openpi_opt.compare STUDY [STUDY ...]`.
 
-Read from the journal, so it works during a sweep, without MLflow, and changes nothing. Trials are
-judged by the objectives and limits of the newest sweep (of the first study), or by those given
-here. Several studies share a table where context and fingerprint are equal.
+Read from the journal, so it works during a sweep, and changes nothing. Trials are judged by the
+newest sweep's objectives and limits (of the first study), or by those given here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Experiments: a sweep that is written in `conf/experiment/`, and the report at its end.
 
-`python -m openpi_opt.sweep experiment=NAME out=FOLDER [group=option key=value ...]` runs one, and
-`python -m openpi_opt.experiment NAME STUDY --out FOLDER` writes the report of one again. A report
-is a table in Markdown and JSON and a plot in PNG and SVG, all called NAME.
+`sweep experiment=NAME out=FOLDER [key=value ...]` runs one, `python -m openpi_opt.experiment NAME
+STUDY --out FOLDER` writes its report again: a table, JSON and a plot, all called NAME.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """One policy deployed several times: `python -m openpi_opt.sweep experiment=instances preset=NAME`.
 
-Throughput and latency of 1 to 8 processes on one GPU, and on all GPUs of the node together, which
-share its power, memory and host. Each process answers one observation after another; what began and
-ended within the common seconds counts. The first process of all asks the guard.
+Throughput and latency of 1 to 8 processes on one GPU, and on all GPUs of the node together. Each
+answers one observation after another; what began and ended within the common seconds counts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Presets: a promoted configuration as a Hydra file, with its provenance.
 
 A preset names an option of each group where the promoted knobs equal one, so that a group on the
-command line (`preset=h100 attention=eager`) replaces it as usual. `provenance` says where the
-figures come from; nothing reads it to choose an implementation.
+command line replaces it as usual. Nothing reads `provenance` to choose an implementation.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Where a preset comes from, as it is read: to choose a preset, and to warn of another machine.
 
-Nothing here chooses an implementation. `auto` names a preset for this GPU, model and workload;
-`other_machine` says how a machine differs from the one that a preset was promoted on.
-`confirm.summary` writes it.
+Nothing here chooses an implementation. `confirm.summary` writes what is read here.
 """
 
 from __future__ import annotations

@@ -1,16 +1,8 @@
 """All samples of a run inside its JSON document: a list of floats here, packed text there.
 
-In a document a list of samples is an object
-
-    {"encoding": "zlib+base64", "dtype": "<f8", "count": 412, "data": "eJw..."}
-
-`data` is base64 of zlib of the little-endian values in their order (all of torch's GPUs have hosts
-of that order); `dtype` is `<f4` (float32)
-where that loses nothing, as for readings of device events, and `<f8` (float64) otherwise, so what
-is read is exactly what was measured. Without this package:
-
-    numpy.frombuffer(zlib.decompress(base64.b64decode(x["data"])), x["dtype"])
-
+In a document they are {"encoding": "zlib+base64", "dtype": "<f8", "count": 412, "data": "eJw..."},
+float32 (`<f4`) where that loses nothing. Without this package, in Python:
+`numpy.frombuffer(zlib.decompress(base64.b64decode(x["data"])), x["dtype"])`.
 Documents of format 1 hold plain lists; those are read as well.
 """
 

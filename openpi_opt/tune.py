@@ -1,9 +1,8 @@
 """Tuning of matrix products as a workflow: `python -m openpi_opt.tune gemm preset=mi350_runbook`.
 
-Writes the products of a configuration in the formats of AMD's tuners, says how to run them, and
-which products a table serves. aiter: `csrc/gemm_a16w16/README.md` at e4048607. TunableOp: offline
-tuning, `torch/cuda/tunable.py`. The shapes come from the policy itself, on torch's meta device, so
-neither a GPU nor memory for weights is needed. **The tuners themselves have not been run here.**
+Writes the products of a configuration in the formats of AMD's tuners (aiter
+`csrc/gemm_a16w16/README.md` at e4048607; `torch/cuda/tunable.py`), says how to run them, and which
+products a table serves. No GPU is needed. **The tuners themselves have not been run here.**
 """
 
 from __future__ import annotations

@@ -1,15 +1,10 @@
 """Stages of an inference from the repeating pattern of its kernels, where no marker tells them.
 
-A replayed graph has no markers, and rocprof records none. What is left is the order: each tower of
-the policy is a stack of equal layers, so the sequence of kernel categories repeats. A *run* is such
-a repetition, one pass through a tower: 27 layers of vision (once for all cameras, or once for each
-of them), 18 of the prefix, and 18 of the expert in each denoising step. Runs of the same kernels
-are one tower; the tower that is passed most often is the expert, ten equal passes after the one
-through the prefix, and what comes before that is vision.
-
-Categories are compared and not names, because a compiler fuses the same work under several names.
-A run's borders are exact to the few kernels by which the first and the last layer differ from the
-others.
+Each tower is a stack of equal layers, so the sequence of kernel categories repeats (names do not: a
+compiler fuses the same work under several). A *run* is one pass through a tower: 27 layers of
+vision, 18 of the prefix, 18 of the expert in each step. Runs of the same kernels are one tower; the
+one that is passed most often is the expert, before it comes the prefix, and before that vision. A
+run's borders are exact to the few kernels by which its first and last layer differ from the others.
 """
 
 from __future__ import annotations

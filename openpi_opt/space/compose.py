@@ -1,9 +1,8 @@
 """From overrides to configurations: the one place that calls Hydra.
 
-It uses Hydra's loader and nothing that is global, so it works inside of another Hydra application
-and in several threads, and a path never passes through the override grammar. Hydra takes 80 ms for
-a point; a search space has thousands. So where a point differs from what was composed by plain
-values and options alone, it is put together here.
+It uses Hydra's loader and nothing that is global, so other Hydra applications and threads do not
+meet it. Hydra takes 80 ms for a point, and a search looks at thousands: a point that differs from
+what was composed by plain values and options alone is put together here.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Option files as data: what Hydra composes is read here, the project's own files and the users'.
 
-A preset or a space may come from anywhere. So a file is bounded in size, depth and aliases. It
-names no code to run, reads no variable that could hold a secret, and does not lead out of its
-folder.
-Words mean what they mean on the command line: `off` is a word, `1e-3` and `016` are numbers
-(YAML 1.2, not 1.1), so that `- override /compile: off` chooses the option `off`.
+A file may come from anywhere. So it is bounded in size, depth and aliases, names no code, reads no
+variable that could hold a secret, and does not lead out of its folder. Words mean what they mean on
+the command line (YAML 1.2, not 1.1): `off` is a word, `1e-3` and `016` are numbers.
 """
 
 from __future__ import annotations

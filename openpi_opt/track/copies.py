@@ -1,10 +1,8 @@
 """The process that copies a study's journal to MLflow and to Optuna's database.
 
-A copy may never hold back a measurement or an exit: a tracking server can hang, answer "429, come
-back in an hour" or fail to import, and a database can be locked. So a verb never talks to one. It
-starts `python -m openpi_opt.track follow`, which reads the journal as it grows, and at the end the
-verb waits for that process for `WAIT_S` seconds at most. Whatever is missing then is said in one
-line, with the command that delivers it.
+A copy may never hold back a measurement or an exit, and servers hang. So a verb starts `python -m
+openpi_opt.track follow`, which reads the journal as it grows, and waits for it at the end for
+`WAIT_S` at most. Whatever is missing then is said in one line, with the command that delivers.
 """
 
 from __future__ import annotations

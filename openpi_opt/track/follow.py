@@ -1,10 +1,9 @@
 """`python -m openpi_opt.track follow`: the process that `copies.Copies` starts.
 
 It reads an order on stdin, copies what the journal has and gets, and says on stdout, one JSON
-object a line, what MLflow still lacks (`left`), what is wrong (`note`, `about` one of the two), and
-that MLflow has all (`ended`).
-"finish" on stdin makes it copy the rest and end. The end of stdin without that word means that the
-verb was killed.
+object a line: what MLflow still lacks (`left`), that it has all (`ended`), what is wrong (`note`,
+`about` one of the two). "finish" on stdin makes it copy the rest and end; its end without that is a
+kill.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """For which code a result stands: the files of this package that its trial really imported.
 
-A result answers for its configuration as long as these files are what they were. Machine, torch,
-triton and aiter are the fingerprint's part, the options' values are the configuration's. What only
-declares options therefore counts for nothing here: fields of `Options` and `Section` classes, and
-modules of knobs that are at their defaults, since those are not applied (`Knob.acts`).
+A result answers as long as these files are what they were. Machine and libraries are the
+fingerprint's part, values of options the configuration's. So what only declares options counts for
+nothing: fields of `Options` and `Section` classes, and modules of knobs that do not act.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The journal of a study: append-only JSON lines, the source of truth of its results.
 
 A record counts as kept once its line ends with a newline on disk. Every line is one write and one
-fsync under a file lock, so two sweeps on one study interleave lines, never bytes. What a killed
-process or a full disk leaves behind a last newline is a torn line; opening the journal moves it
-aside.
+fsync under a file lock. What follows the last newline, after a kill or on a full disk, is a torn
+line; opening the journal moves it aside.
 """
 
 from __future__ import annotations

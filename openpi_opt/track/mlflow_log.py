@@ -1,8 +1,7 @@
 """Delivery of a study's records to MLflow: parent run = study, child run = trial.
 
-Only `MlflowClient` is used, never the fluent API, whose active run and tracking URI are global.
-Nothing is kept in MLflow alone: whatever fails here is delivered later from the journal by
-`python -m openpi_opt.track sync`.
+Only `MlflowClient` is used: the fluent API's active run is global. Whatever fails is delivered
+later from the journal by `python -m openpi_opt.track sync`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Optuna's database as a copy of the journal: for optuna-dashboard and whoever reads it.
 
-One Optuna study for each search space of a study, called `STUDY SPACE`. It holds one trial for each
-record of the journal, in order, so a trial's number there is its number in the tables. A record
-that is no point of the space (of another space, a baseline, a confirmation) is a trial without
-parameters in state FAIL. One that turns out to be a point later (the baseline, as a rule) becomes
-one: the copy is then made anew, since Optuna changes no finished trial.
+One Optuna study for each search space, called `STUDY SPACE`, with one trial for each record, in
+order. A record that is no point of the space is a trial without parameters in state FAIL. One that
+turns out to be a point later (the baseline) becomes one: the copy is then made anew.
 """
 
 from __future__ import annotations

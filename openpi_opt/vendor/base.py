@@ -1,8 +1,7 @@
 """What a vendor of devices tells: its GPUs, how to choose one, its state, energy and findings.
 
 A vendor is one module with one `Vendor`, registered in `openpi_opt.vendor`. Standard library only:
-the controller must start fast and must not create a GPU context, and `doctor` runs where nothing is
-installed. What a driver does not answer is unknown and said, and the rest goes on.
+`doctor` runs where nothing is installed. What a driver does not answer is unknown and said.
 """
 
 from __future__ import annotations
