@@ -187,8 +187,8 @@ def _part(group: Group) -> dict[str, Any]:
         "best": best_line(group),
         "machine": ", ".join(str(text) for text in machine if text),
         "sections": [
-            *_trials(group, rows),
             *_progress(group),
+            *_trials(group, rows),
             *_stages(group.best),
             *_categories(group.best),
             *_importance(rows),
