@@ -156,7 +156,15 @@ def test_the_horizon_is_the_checkpoints_unless_it_is_said(key: str, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("shallow")
-def test_threads_share_a_compiled_policy() -> None:
+def test_threads_share_a_compiled_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced by Dynamo, whose guards are what threads meet; code is generated in test_compile."""
+    compile_ = torch.compile
+
+    def traced(function: Any, **settings: Any) -> Any:
+        return compile_(function, fullgraph=True, dynamic=False, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
     policy = load_policy(overrides=[*SMALL, "compile=default", "workload.steps=1"])
     seen, noise = observation(policy)
     states = [torch.full_like(seen.state, float(n)) for n in range(4)]
