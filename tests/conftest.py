@@ -65,16 +65,26 @@ def copies() -> None:
     """Sweeps in this process make their copies for MLflow and Optuna."""
 
 
-@pytest.fixture
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small models have one layer a tower: what compiles them has no more to see."""
+def _layers(monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
     from openpi_opt.pi0.config import MODELS
 
     for name in ("pi0_mini", "pi05_mini"):
         whole = MODELS[name]
         parts = {part: getattr(whole, part) for part in ("vision", "language", "expert")}
-        flat = {part: dataclasses.replace(config, depth=1) for part, config in parts.items()}
+        flat = {part: dataclasses.replace(config, depth=depth) for part, config in parts.items()}
         monkeypatch.setitem(MODELS, name, dataclasses.replace(whole, **flat))
+
+
+@pytest.fixture
+def one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small models have one layer a tower: a compiler has no more to see."""
+    _layers(monkeypatch, 1)
+
+
+@pytest.fixture
+def two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small models have two layers a tower: the last one, and one that is not the last."""
+    _layers(monkeypatch, 2)
 
 
 @pytest.fixture(scope="session")

@@ -155,7 +155,7 @@ def test_the_horizon_is_the_checkpoints_unless_it_is_said(key: str, tmp_path: Pa
         assert policy.config.workload.horizon == horizon
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("one_layer")
 def test_threads_share_a_compiled_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced by Dynamo, whose guards are what threads meet; code is generated in test_compile."""
     compile_ = torch.compile

@@ -67,9 +67,9 @@ def _safe(name: str) -> str:
     return "True" if name == "torch.load" else "False"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_source_runs_what_it_reads(path: Path) -> None:
-    assert list(dangers(path.read_text(encoding="utf-8"))) == []
+def test_no_source_runs_what_it_reads() -> None:
+    found = {path: list(dangers(path.read_text(encoding="utf-8"))) for path in SOURCES}
+    assert {path: names for path, names in found.items() if names} == {}
 
 
 @pytest.mark.parametrize(

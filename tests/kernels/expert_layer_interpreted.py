@@ -42,6 +42,7 @@ ALL = Visibility(None, (Segment(0, ROWS, None),))
 # The interpreter is slow, and a layer knows no more than whether it is the last one.
 SHALLOW = dataclasses.replace(
     PI0_MINI,
+    vision=dataclasses.replace(PI0_MINI.vision, depth=1),
     language=dataclasses.replace(PI0_MINI.language, depth=2),
     expert=dataclasses.replace(PI0_MINI.expert, depth=2),
 )

@@ -30,6 +30,7 @@ from openpi_opt.measure import guard
 from openpi_opt.pi0 import checkpoint
 from openpi_opt.space.compose import compose
 
+pytestmark = pytest.mark.usefixtures("two_layers")
 OPTIONS = {knob.name: options(knob.name) for knob in KNOBS}
 CASES = [(knob, option) for knob, found in OPTIONS.items() for option in found]
 FULL = {"active_cameras": [True], "prompt_slots": 4, "prompt_tokens": 4}

@@ -46,6 +46,7 @@ OTHERS = tuple(
 )
 
 
+@pytest.mark.usefixtures("two_layers")
 @pytest.mark.parametrize(
     "workload", [{**MASKED, "batch_size": 2}, FULL], ids=["masked, padded, batch 2", "full"]
 )
@@ -59,6 +60,7 @@ def test_same_actions_with_every_other_knob(switch: str, workload: dict[str, Any
         assert relative(prepare(cfg).call(inputs), plain) < 1e-5, (fusion, vision, attention)
 
 
+@pytest.mark.usefixtures("two_layers")
 @pytest.mark.parametrize(
     ("workload", "attention"),
     [({**MASKED, "batch_size": 2}, SDPA), (FULL, {})],
@@ -123,6 +125,7 @@ def test_all_keys_are_seen_by_the_actions_of_pi05() -> None:
         assert seen == [(3, 256 + 4 + 3, True, ((0, 3, None),))] * 2 * 4
 
 
+@pytest.mark.usefixtures("two_layers")
 @pytest.mark.parametrize("pair", list(itertools.combinations(SWITCHES, 2)), ids="+".join)
 def test_same_actions_of_two_switches(pair: tuple[str, str]) -> None:
     cfg = config(simplify=dict.fromkeys(pair, True))
@@ -177,6 +180,7 @@ def test_knobs_want_a_plain_float32_policy() -> None:
         runtime.apply_knobs(policy, cfg)
 
 
+@pytest.mark.usefixtures("two_layers")
 def test_numbers_do_not_depend_on_whether_the_reference_was_known(tmp_path: Path) -> None:
     raw = config(precision={"dtype": "bfloat16"}, simplify=ALL, fusion=FUSED).dump()
     raw["measure"] = {"warmup": 3, "iterations": 10, "rel_ci": None}
