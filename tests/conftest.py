@@ -1,11 +1,7 @@
 """What all tests share."""
 
-from __future__ import annotations
-
 import dataclasses
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hosts import Host
@@ -26,7 +22,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _leases_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def _leases_of_our_own(tmp_path_factory):
     """Tests are not to wait for sweeps on this host, nor sweeps for tests."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.getbasetemp() / "leases"
@@ -35,7 +31,7 @@ def _leases_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
+def host(tmp_path):
     """A host whose sweeps leave no process."""
     host = Host(tmp_path)
     yield host
@@ -51,9 +47,7 @@ class _NoCopies:
 
 
 @pytest.fixture(autouse=True)
-def _no_copies_in_this_process(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _no_copies_in_this_process(request, monkeypatch):
     """A process for each of hundreds of small sweeps would take minutes; `copies` has it back."""
     if "copies" not in request.fixturenames:
         for module in ("engine.study", "confirm.fresh"):
@@ -61,7 +55,7 @@ def _no_copies_in_this_process(
 
 
 @pytest.fixture
-def copies() -> None:
+def copies():
     """Sweeps in this process make their copies for MLflow and Optuna."""
 
 
@@ -76,19 +70,19 @@ def _layers(monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
 
 
 @pytest.fixture
-def one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_layer(monkeypatch):
     """The small models have one layer a tower: a compiler has no more to see."""
     _layers(monkeypatch, 1)
 
 
 @pytest.fixture
-def two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def two_layers(monkeypatch):
     """The small models have two layers a tower: the last one, and one that is not the last."""
     _layers(monkeypatch, 2)
 
 
 @pytest.fixture(scope="session")
-def home_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home_of_our_own(tmp_path_factory):
     """Policies that are loaded remember in the user's cache that the guard has passed them."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.getbasetemp() / "home"

@@ -20,7 +20,7 @@ except SystemExit as end:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_of_each_verb_loads_nothing_heavy_and_ends_with_an_example(verb: str) -> None:
+def test_help_of_each_verb_loads_nothing_heavy_and_ends_with_an_example(verb):
     argv = [sys.executable, "-c", CODE, f"openpi_opt.{verb}"]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

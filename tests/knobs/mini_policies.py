@@ -1,7 +1,5 @@
 """The options of every knob, and mini configurations for a CPU to run them in."""
 
-from __future__ import annotations
-
 import copy
 from functools import cache
 from pathlib import Path
