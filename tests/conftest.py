@@ -13,12 +13,27 @@ from openpi_opt.process.devices import LEASES_VARIABLE
 settings.register_profile("openpi_opt", parent=settings(), deadline=None)
 settings.load_profile("openpi_opt")
 
+# The longest files begin first: a file stays on one worker, and the short ones fill up its
+# neighbour's time at the end.
+LONGEST = (
+    "test_verbs", "test_power", "test_triton_interpreter", "test_contract", "test_survives",
+    "test_real_trials", "test_attacks", "test_notebooks", "test_simplify", "test_remote",
+    "test_copies", "test_schedule", "test_interrupted", "test_engine_faults", "test_triton_compile",
+    "test_compile", "test_trial", "test_known_results", "test_instances", "test_mlflow_log",
+)  # fmt: skip
+
 # A run in the background of a script, or by nohup, ignores these two, and so would all programs
 # that tests start. What is handled, and not ignored, begins in them as usual.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda number, frame: None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, and all else as it was."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True, scope="session")
