@@ -266,21 +266,19 @@ def test_glob_over_a_key() -> None:
 
 def test_full_has_every_key_that_a_space_or_a_preset_uses(lines: CommandLines) -> None:
     """A key itself, or its whole group; a group that is chosen also by the keys below it."""
-    full, _ = lines("space=full")
+    full, compose = lines("space=full")
     keys = set(full.dimensions)
     used: set[str] = set()
     for file in FILES:
         named = NamedSpace.model_validate(yaml.safe_load(file.read_text()))
         words = [*named.sweep, *itertools.chain(*named.steps.values(), *named.start.values())]
         used |= {parse_override(word).key_or_group for word in words}
+    plain = compose.compose([]).values
     for file in sorted((conf_dir() / "preset").glob("*.yaml")):
         document = yaml.safe_load(file.read_text())
-        for entry in document.pop("defaults"):
-            for group, option in entry.items():
-                name = group.removeprefix("override /")
-                as_chosen = yaml.safe_load((conf_dir() / name / f"{option}.yaml").read_text())
-                used |= {name, *_leaves(name, document.pop(name, None), as_chosen)}
-        used |= {key for name in BY_NAME for key in _leaves(name, document.get(name))}
+        for entry in document["defaults"]:
+            used |= {name.removeprefix("override /") for name in entry}
+        used |= {key for name in BY_NAME for key in _leaves(name, document.get(name), plain[name])}
     for key in used - {"environment"}:
         below = any(other.startswith(f"{key}.") for other in keys)
         group, _, leaf = key.partition(".")
