@@ -116,7 +116,8 @@ def test_a_hopeless_trial_waits_for_its_turn_and_ends_early(
     document = run(tmp_path, {"measure": measure, "limits": {"latency_ms": 1e-3}}, on_phase)
     assert document["seen_calls"] == 10  # of the 30 that are measured at least
     assert document["kernels"]["total"] > 0
-    assert entered[-3:] == ["wait", "measure", "profile"]
+    assert entered[-3:] == ["measure", "profile", "report"]
+    assert "wait" in entered
     assert document["phase_seconds"]["wait"] >= 0.9
     assert document["outcome"] == "pruned"
     assert document["limit_ms"] == 1e-3 < document["seen_low_ms"] < document["seen_mean_ms"]

@@ -116,10 +116,10 @@ class Knob(Generic[O]):
     # Values by option whose first call takes minutes. A search does not begin with them, and one of
     # a short budget leaves them out.
     slow: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    # Values by option with which a first call is short and the time nearly the same: a search
-    # begins with them.
+    # Values by option with which a trial is short: a search begins with them.
     quick: ClassVar[Mapping[str, str]] = {}
-    # Options whose default is a table of measured values: a search begins with these.
+    # Options whose default is what measuring found best, such as a table of launch parameters: a
+    # search expects little of others.
     tuned: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
