@@ -57,7 +57,14 @@ TABLES: dict[str, dict[Any, Any]] = {
     "decode": triton_decode.TABLE,
     "flash": triton_attention.TABLE,
 }
-PREFETCH = [(0, 0), (1, 0), (1, 128), (1, 512), (1, 1024), (2, 0), (2, 512)]
+PREFETCH = [(0, 0), (1, 0), (1, 128), (1, 512), (1, 1024), (2, 0), (2, 512), (3, 0)]
+# Launches that hold their weights: features a block, warps, splits.
+HELD = {
+    "qkv": ((16, 8, 1), (8, 8, 1), (16, 4, 1), (32, 8, 1), (32, 4, 1)),
+    "out": ((8, 8, 1), (16, 8, 2), (16, 4, 2), (32, 8, 4), (16, 8, 4), (8, 4, 2)),
+    "gate_up": ((16, 8, 1), (8, 8, 1), (32, 8, 1), (8, 4, 1), (16, 4, 1)),
+    "down": ((16, 8, 4), (8, 8, 2), (32, 8, 4), (8, 8, 1), (16, 4, 4), (32, 8, 8), (16, 8, 2)),
+}
 
 
 @dataclass(frozen=True)
@@ -168,10 +175,18 @@ def start(work: Workload) -> None:
             TABLES[table][key] = triton_skinny_gemm.default_launch(x, n, k, key[4])
 
 
+def held(name: str, work: Workload, dependent: int) -> Iterator[Launch]:
+    """Launches of a product that hold their weights."""
+    for (n, warps, splits), m in itertools.product(HELD[name], (16, 32)):
+        if m == 16 or work.rows > 32:
+            yield Launch(block_m=m, block_n=n, split_k=splits, num_warps=warps, fused=1,
+                         dependent=dependent, held=warps)  # fmt: skip
+
+
 def variants(name: str, launch: Any, work: Workload) -> Iterator[Any]:
     """Launches that differ from `launch` in one choice, or in the tile."""
     if name == "attention":
-        axes = {"num_stages": (1, 2), "fused": (0, 1), "dependent": (0, 1, 2)}
+        axes = {"held": (0, 1), "dependent": (0, 1, 2, 3), "num_stages": (1, 2), "fused": (0, 1)}
         rows, keys = 8 * work.rows, work.stored + work.rows
         for m, n, blocks, warps in itertools.product((16, 32, 64), (32, 64), (1, 2, 4), (4, 8)):
             splits = math.ceil(keys / (n * blocks))
@@ -185,6 +200,8 @@ def variants(name: str, launch: Any, work: Workload) -> Iterator[Any]:
                 "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}  # fmt: skip
         if KINDS[name] == "plain":
             axes["split_k"] = (1, 2, 4, 8)
+        for dependent in (1, 2, 3):
+            yield from held(name, work, dependent)
         for dependent, prefetch in PREFETCH:
             yield dataclasses.replace(launch, dependent=dependent, prefetch=prefetch)
         for n, k in ((16, 512), (16, 256), (32, 64), (64, 64), (64, 128), (128, 64)):
@@ -291,7 +308,7 @@ class Tuning:
         return [self.pool.submit(_compile, *job) for job in jobs]
 
     def run(self) -> None:
-        """All launches beside their predecessors first, then each parameter of each launch.
+        """All launches alike first, beside their predecessors or with held weights, then each.
 
         A launch of one kernel means nothing to another, so a round is compiled as a whole.
         """
@@ -305,7 +322,17 @@ class Tuning:
             }
             for d, p in PREFETCH
         ]
-        self.take_best(beside, self.compile(beside))
+        work, attention = self.chain.work, self.now("attention")
+        joint = [
+            {name: list(held(name, work, d))[i] for name in SHAPES}
+            | {"attention": changed(attention, {"held": h, "dependent": d})}
+            for d in (1, 2) for i in (0, 1) for h in (0, 1)
+        ]  # fmt: skip
+        alone = [{"attention": changed(attention, {"dependent": d, "held": h})}
+                 for d in range(4) for h in (0, 1)]  # fmt: skip
+        jobs = [self.compile(choices) for choices in (joint, alone, beside)]
+        for choices, compiled in zip((joint, alone, beside), jobs, strict=True):
+            self.take_best(choices, compiled)
         before = math.inf
         while self.best < before and time.monotonic() < self.deadline:
             before = self.best
@@ -319,7 +346,7 @@ class Tuning:
 
 
 def _workers() -> int:
-    return max(1, min(13, (os.cpu_count() or 2) - 2))
+    return max(1, min(14, (os.cpu_count() or 2) - 2))
 
 
 Entry = tuple[str, Any, Launch]

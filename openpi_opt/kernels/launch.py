@@ -36,7 +36,10 @@ class Launch:
     fused: int = 0
     """1: the last block adds the parts of a split; 0: a second kernel does"""
     dependent: int = 0
-    """1 or 2: start beside the kernel before (NVIDIA from sm90 on)"""
+    """1 or 2: start beside the kernel before; 3: let the next one do so (NVIDIA from sm90 on)"""
+    held: int = 0
+    """parts of a block's sum, a warp each, whose weights are loaded before the wait; 0: none of
+    them. Attention: 1 loads a block's cached keys and values before it"""
     prefetch: int = 0
     """bytes an instruction asks for in L2 before the wait; 0: none"""
     dies: int = 1
@@ -47,7 +50,7 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """The arguments of the launch itself, those that this vendor's compiler knows."""
         given: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if self.dependent:
+        if self.dependent in (1, 2):
             given["launch_pdl"] = True
         if torch.version.hip is not None:
             amd = {
@@ -60,9 +63,9 @@ class Launch:
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Launch))
 _OF_ALL = ("num_warps", "num_stages", "dependent", "waves_per_eu", "matrix_instr_nonkdim")
-DECODE = ("block_m", "block_n", "blocks", "fused", *_OF_ALL)
+DECODE = ("block_m", "block_n", "blocks", "fused", "held", *_OF_ALL)
 FLASH = ("block_m", "block_n", "dies", *_OF_ALL[:2], *_OF_ALL[3:])
-LINEAR = ("block_n", "block_k", "split_k", "fused", "prefetch", *_OF_ALL)
+LINEAR = ("block_m", "block_n", "block_k", "split_k", "fused", "prefetch", "held", *_OF_ALL)
 """What `triton_decode`, `triton_attention` and `triton_skinny_gemm` read."""
 
 

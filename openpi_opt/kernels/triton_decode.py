@@ -48,6 +48,9 @@ def _entry(block_m: int, block_n: int, num_warps: int, dependent: int) -> Launch
     return Launch(block_m=block_m, block_n=block_n, num_warps=num_warps, dependent=dependent)
 
 
+# How the kernel that adds the splits follows, by how the one that makes them does.
+_DEPENDENT_SUM = (0, 1, 2, 1)
+
 # By architecture and tokens of a call of one element, padded to 16, 32 or 64. fused is off on AMD,
 # where blocks of one row run on different dies.
 TABLE: dict[tuple[str, int], Launch] = {
@@ -87,6 +90,18 @@ def _turned(a, b, cos, sin, token, stride, live, half: tl.constexpr, block: tl.c
 
 
 @triton.jit
+def _tile(
+    k, v, key, stride_k, stride_v, inside, width: tl.constexpr, block_h: tl.constexpr,
+    block_d: tl.constexpr,
+):  # fmt: skip
+    """Both halves of the keys and the values: one memory latency, not three."""
+    half: tl.constexpr = width // 2
+    keys = load_rows(k, key, stride_k, inside, half, block_h)
+    others = load_rows(k + half, key, stride_k, inside, half, block_h)
+    return keys, others, load_rows(v, key, stride_v, inside, width, block_d)
+
+
+@triton.jit
 def _split(
     q, past_k, past_v, new_k, new_v, cos, sin, mask, lengths, out, partial, sums, counter,
     past_keys, new_keys, past_splits, padding_end, rows, rows_padded, group, lead, lead_keys, scale,
@@ -94,7 +109,7 @@ def _split(
     stride_pvb, stride_pvs, stride_pvh, stride_nkb, stride_nks, stride_nkh,
     stride_nvb, stride_nvs, stride_nvh, stride_mb, stride_mq, stride_mk, stride_tb, stride_ts,
     width: tl.constexpr, kv_heads: tl.constexpr, masked: tl.constexpr, rotating: tl.constexpr,
-    padded_keys: tl.constexpr,
+    padded_keys: tl.constexpr, held: tl.constexpr,
     fused: tl.constexpr, dependent: tl.constexpr, prefetch: tl.constexpr, splits: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_h: tl.constexpr, block_d: tl.constexpr,
     blocks: tl.constexpr,
@@ -107,13 +122,19 @@ def _split(
     token = row // group
     head = kv_head * group + row % group
     place = token * stride_qs + head * stride_qh
-    if prefetch and (split < past_splits) & (row_block == 0):
+    of_past = split < past_splits
+    past_k += batch * stride_pkb + kv_head * stride_pkh
+    past_v += batch * stride_pvb + kv_head * stride_pvh
+    if held:
+        key = split * block_n + tl.arange(0, block_n)
+        keys, others, values = _tile(past_k, past_v, key, stride_pks, stride_pvs,
+                                     of_past & (key < past_keys), width, block_h,
+                                     block_d)  # fmt: skip
+    elif prefetch and of_past & (row_block == 0):
         ahead = split * blocks * block_n + tl.arange(0, blocks * block_n)
         ahead = tl.minimum(ahead, past_keys - 1)
-        prefetch_rows(past_k + batch * stride_pkb + kv_head * stride_pkh, ahead, stride_pks, 0,
-                      width, prefetch)  # fmt: skip
-        prefetch_rows(past_v + batch * stride_pvb + kv_head * stride_pvh, ahead, stride_pvs, 0,
-                      width, prefetch)  # fmt: skip
+        prefetch_rows(past_k, ahead, stride_pks, 0, width, prefetch)
+        prefetch_rows(past_v, ahead, stride_pvs, 0, width, prefetch)
     follow(dependent)
     if padded_keys:  # loaded beside queries and keys: only what they yield is compared with it
         length = tl.load(lengths + batch)
@@ -124,9 +145,8 @@ def _split(
         table = batch * stride_tb
         left, right = _turned(left, right, cos + table, sin + table, token, stride_ts, live, half,
                               block_h)  # fmt: skip
-    if split < past_splits:
-        k = past_k + batch * stride_pkb + kv_head * stride_pkh
-        v = past_v + batch * stride_pvb + kv_head * stride_pvh
+    if of_past:
+        k, v = past_k, past_v
         stride_k, stride_v = stride_pks, stride_pvs
         begin, end, offset = split * blocks * block_n, past_keys, 0
     else:
@@ -142,10 +162,13 @@ def _split(
     for block in range(blocks):
         key = begin + block * block_n + tl.arange(0, block_n)
         inside = key < end
-        # Both loads before the first product: one memory latency instead of two.
-        keys = load_rows(k, key, stride_k, inside, half, block_h)
-        others = load_rows(k + half, key, stride_k, inside, half, block_h)
-        values = load_rows(v, key, stride_v, inside, width, block_d)
+        if held:
+            if split >= past_splits:
+                keys, others, values = _tile(k, v, key, stride_k, stride_v, inside, width, block_h,
+                                             block_d)  # fmt: skip
+        else:
+            keys, others, values = _tile(k, v, key, stride_k, stride_v, inside, width, block_h,
+                                         block_d)  # fmt: skip
         if rotating and split >= past_splits:
             table = batch * stride_tb
             keys, others = _turned(keys, others, cos + table, sin + table, key, stride_ts, inside,
@@ -263,17 +286,20 @@ def _run(
         *(s for t in (q, k, v, new_k, new_v) for s in t.stride()[:3]), *mask_strides,
         *turns, width=width, kv_heads=kv_heads, masked=mask is not None,
         rotating=rope is not None, padded_keys=padding[0] is not None,
+        held=bool(launch.held) and launch.blocks == 1 and rope is not None,
         fused=bool(launch.fused), dependent=launch.dependent,
         prefetch=_prefetch(k, v, launch), splits=splits, block_m=launch.block_m,
         block_n=launch.block_n, block_h=padded(width // 2), block_d=padded(width),
         blocks=launch.blocks, **launch.options(),
     )  # fmt: skip
     if not launch.fused:
+        last = dataclasses.replace(
+            launch, num_warps=4, num_stages=1, dependent=_DEPENDENT_SUM[launch.dependent]
+        )
         _add_splits[(rows, pairs)](
             partial, sums, out, rows, rows_padded, group, splits=splits, width=width,
             kv_heads=kv_heads, block_s=triton.next_power_of_2(splits),
-            block_d=triton.next_power_of_2(width), dependent=launch.dependent,
-            **dataclasses.replace(launch, num_warps=4, num_stages=1).options(),
+            block_d=triton.next_power_of_2(width), dependent=last.dependent, **last.options(),
         )  # fmt: skip
     return out
 
@@ -281,7 +307,7 @@ def _run(
 def _prefetch(k: Tensor, v: Tensor, launch: Launch) -> int:
     """Bytes that one instruction prefetches of the cached keys and values; 0 for none."""
     whole = k.shape[-1] * k.element_size() % 128 == 0 and k.shape[-1].bit_count() == 1
-    return 128 if launch.dependent and whole and k.shape[1] > 0 else 0
+    return 128 if launch.dependent in (1, 2) and whole and k.shape[1] > 0 else 0
 
 
 @torch.library.custom_op("openpi_opt::triton_decode_attention", mutates_args=())
@@ -312,7 +338,8 @@ def decode_attention_rotary(
 
     q and the new keys come before their rotary embedding (cos and sin [B or 1, S, D/2]) and are
     rotated on the way, rounded as by `triton_rotary`; cached keys are rotated already. `lead_keys`,
-    padding and mask count cached keys first, then new ones.
+    padding and mask count cached keys first, then new ones. With `held` the cached ones are read
+    before the wait: they must be older than the kernel before this one, which makes q.
     """
     chosen = applied(default_launch(q, past_k.shape[2]), launch)
     past, new = (past_k, past_v), (new_k, new_v)

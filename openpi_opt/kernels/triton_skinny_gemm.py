@@ -115,6 +115,24 @@ def _weights(weight, column, begin, stride, shape: tl.constexpr, launch: tl.cons
 
 
 @triton.jit
+def _parts_of(span: tl.constexpr, parts: tl.constexpr):
+    """Columns of `span` in `parts` of consecutive ones -> [parts, 1, span / parts]."""
+    width: tl.constexpr = span // parts
+    begin = tl.arange(0, parts) * width
+    return begin[:, None, None] + tl.arange(0, width)[None, None, :]
+
+
+@triton.jit
+def _held(weight, column, inner, stride, shape: tl.constexpr):
+    """Rows `column` of the weight, columns `inner` [P, 1, K / P] -> [P, block_n, K / P]."""
+    pointers = weight + column[None, :, None] * stride + inner
+    if shape.even:
+        return tl.load(pointers, eviction_policy="evict_first")
+    inside = (column < shape.n)[None, :, None] & (inner < shape.k)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
 def _operand(pointer, place, keep, absent: tl.constexpr):
     """What is at `place`, as float32; `absent` without a pointer.
 
@@ -146,47 +164,32 @@ def _finish(acc, gain, gains, out, scaled, squares, part, row, column, m, n: tl.
 
 
 @triton.jit
-def _linear(
-    x, weight, squares, bias, residual, factor, gain, out, scaled, squares_out, partial, counter,
-    m, eps, stride_x, stride_weight, stride_residual, shape: tl.constexpr, launch: tl.constexpr,
+def _add(
+    partial, bias, residual, factor, gain, out, scaled, squares, part, row, column, m,
+    stride_residual, shape: tl.constexpr, splits: tl.constexpr,
 ):  # fmt: skip
-    """One tile [M, block_n] of the result, or of one split of it.
-
-    x [M, K] and weight [N or 2N, K] with rows at any stride; squares [P, M], factor [N], bias
-    [N] (gated: [2N]), residual [M, N], out [M, N]; `_finish` says what gain, scaled and squares_out
-    are. None leaves an operand out; without `eps` nothing is normed, with `partial`
-    [split_k, rows, N] float32 the result goes there, and with `counter` the last block of a column
-    adds the splits.
-    """
-    n: tl.constexpr = shape.n
-    rows: tl.constexpr = shape.rows
-    block_n: tl.constexpr = launch.block_n
-    split, column_block = tl.program_id(0), tl.program_id(1)
-    row = tl.arange(0, rows)
-    column = column_block * block_n + tl.arange(0, block_n)
-    second = weight + n * stride_weight
-    if launch.prefetch:
-        prefetch_rows(weight, column, stride_weight, split * shape.span, shape.span,
-                      launch.prefetch)  # fmt: skip
-        if shape.gated:
-            prefetch_rows(second, column, stride_weight, split * shape.span, shape.span,
-                          launch.prefetch)  # fmt: skip
-    follow(launch.dependent)
-    live, inside = (row < m)[:, None], (column < n)[None, :]
+    """Rows `row` and columns `column` of the sum over splits, in their order, and `_finish`."""
+    live, inside = (row < m)[:, None], (column < shape.n)[None, :]
     keep = live & inside
     factors = _operand(factor, column[None, :], inside, 1.0)
     biases = _operand(bias, column[None, :], inside, 0.0)
     gains = _operand(gain, column[None, :], inside, 0.0)
-    place = row[:, None] * stride_residual + column[None, :]
-    added = _operand(residual, place, keep, 0.0)
-    if shape.gated:
-        ups = _operand(None if bias is None else bias + n, column[None, :], inside, 0.0)
-    if eps is not None:
-        part = tl.arange(0, shape.parts_padded)
-        there = (part < shape.parts)[:, None] & (row < m)[None, :]
-        sums = tl.load(squares + part[:, None] * m + row[None, :], mask=there, other=0.0)
-    acc = tl.zeros((rows, block_n), tl.float32)
-    up = tl.zeros((rows, block_n), tl.float32)
+    added = _operand(residual, row[:, None] * stride_residual + column[None, :], keep, 0.0)
+    acc = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
+    for split in tl.static_range(splits):
+        place = (split * shape.rows + row)[:, None] * shape.n + column[None, :]
+        acc += tl.load(partial + place, mask=keep, other=0.0)
+    acc = acc * factors + biases + added
+    _finish(acc, gain, gains, out, scaled, squares, part, row, column, m, shape.n)
+
+
+@triton.jit
+def _product(x, weight, second, row, column, m, split, stride_x, stride_weight,
+             shape: tl.constexpr, launch: tl.constexpr):  # fmt: skip
+    """[M, block_n] twice: of the weight, and of `second` where the product is gated."""
+    acc = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
+    up = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
+    live = (row < m)[:, None]
     for offset in range(0, shape.span, launch.block_k):
         begin = split * shape.span + offset
         w = _weights(weight, column, begin, stride_weight, shape, launch)
@@ -197,26 +200,102 @@ def _linear(
         if shape.gated:
             w = _weights(second, column, begin, stride_weight, shape, launch)
             up = tl.dot(a, tl.trans(w), up, input_precision="ieee")
-    if eps is not None:
-        scale = tl.rsqrt(tl.sum(sums, 0) / shape.k + eps)[:, None]
-        acc = acc * scale
-        up = up * scale
-    place = row[:, None] * n + column[None, :]
+    return acc, up
+
+
+@triton.jit
+def _held_x(x, row, inner, m, stride, shape: tl.constexpr):
+    """Rows `row` of x, columns `inner` [P, 1, K / P] -> [P, M, K / P]."""
+    known = (row < m)[None, :, None]
+    if not shape.even:
+        known = known & (inner < shape.k)
+    return tl.load(x + row[None, :, None] * stride + inner, mask=known, other=0.0)
+
+
+@triton.jit
+def _held_dot(a, w):
+    """[P, M, K / P] and [P, N, K / P] -> [M, N]: each warp sums its part, then all are added."""
+    return tl.sum(tl.dot(a, tl.permute(w, (0, 2, 1)), input_precision="ieee"), 0)
+
+
+@triton.jit
+def _linear(
+    x, weight, squares, bias, residual, factor, gain, out, scaled, squares_out, partial, counter,
+    m, eps, stride_x, stride_weight, stride_residual, shape: tl.constexpr, launch: tl.constexpr,
+):  # fmt: skip
+    """One tile [M, block_n] of the result, or of one split of it.
+
+    x [M, K] and weight [N or 2N, K] with rows at any stride; squares [P, M], factor [N], bias
+    [N] (gated: [2N]), residual [M, N], out [M, N]; `_finish` says what gain, scaled and squares_out
+    are. None leaves an operand out; without `eps` nothing is normed, with `partial`
+    [split_k, rows, N] float32 the result goes there, and with `counter` the last block of a column
+    adds the splits. With `held` the weights are loaded before the wait, and rows come by `block_m`.
+    """
+    n: tl.constexpr = shape.n
+    rows: tl.constexpr = shape.rows
+    step: tl.constexpr = min(launch.block_m, rows) if launch.held else rows
+    split, column_block = tl.program_id(0), tl.program_id(1)
+    column = column_block * launch.block_n + tl.arange(0, launch.block_n)
+    second = weight + n * stride_weight
+    if launch.held:
+        inner = split * shape.span + _parts_of(shape.span, launch.held)
+        w = _held(weight, column, inner, stride_weight, shape)
+        if shape.gated:
+            w_up = _held(second, column, inner, stride_weight, shape)
+    elif launch.prefetch:
+        prefetch_rows(weight, column, stride_weight, split * shape.span, shape.span,
+                      launch.prefetch)  # fmt: skip
+        if shape.gated:
+            prefetch_rows(second, column, stride_weight, split * shape.span, shape.span,
+                          launch.prefetch)  # fmt: skip
+    follow(launch.dependent)
+    inside = (column < n)[None, :]
+    factors = _operand(factor, column[None, :], inside, 1.0)
+    biases = _operand(bias, column[None, :], inside, 0.0)
+    gains = _operand(gain, column[None, :], inside, 0.0)
     if shape.gated:
-        acc = gelu_tanh(acc + biases) * (up + ups)
-        tl.store(out + place, acc.to(out.dtype.element_ty), mask=keep)
-    elif partial is None:
-        acc = acc * factors + biases + added
-        _finish(acc, gain, gains, out, scaled, squares_out, column_block, row, column, m, n)
-    else:
-        tl.store(partial + split * rows * n + place, acc, mask=keep)
-        if counter is not None:  # noqa: SIM102 (Triton has no `and` that stops early)
-            if arrived_last(counter + column_block, launch.split_k - 1):
-                acc = tl.zeros((rows, block_n), tl.float32)
-                for other in range(launch.split_k):
-                    acc += tl.load(partial + other * rows * n + place, mask=keep, other=0.0)
-                acc = acc * factors + biases + added
-                _finish(acc, gain, gains, out, scaled, squares_out, column_block, row, column, m, n)
+        ups = _operand(None if bias is None else bias + n, column[None, :], inside, 0.0)
+    if launch.held:
+        following = _held_x(x, tl.arange(0, step), inner, m, stride_x, shape)
+    for first in tl.static_range(0, rows, step):
+        row = first + tl.arange(0, step)
+        keep = (row < m)[:, None] & inside
+        added = _operand(
+            residual if partial is None else None,
+            row[:, None] * stride_residual + column[None, :], keep, 0.0,
+        )  # fmt: skip
+        if eps is not None:
+            part = tl.arange(0, shape.parts_padded)
+            there = (part < shape.parts)[:, None] & (row < m)[None, :]
+            sums = tl.load(squares + part[:, None] * m + row[None, :], mask=there, other=0.0)
+        if launch.held:
+            a = following
+            if first + step < rows:
+                following = _held_x(x, row + step, inner, m, stride_x, shape)
+            acc = _held_dot(a, w)
+            up = _held_dot(a, w_up) if shape.gated else acc
+        else:
+            acc, up = _product(x, weight, second, row, column, m, split, stride_x, stride_weight,
+                               shape, launch)  # fmt: skip
+        if eps is not None:
+            scale = tl.rsqrt(tl.sum(sums, 0) / shape.k + eps)[:, None]
+            acc = acc * scale
+            up = up * scale
+        place = row[:, None] * n + column[None, :]
+        if shape.gated:
+            acc = gelu_tanh(acc + biases) * (up + ups)
+            tl.store(out + place, acc.to(out.dtype.element_ty), mask=keep)
+        elif partial is None:
+            acc = acc * factors + biases + added
+            _finish(acc, gain, gains, out, scaled, squares_out, column_block, row, column, m, n)
+        else:
+            tl.store(partial + split * rows * n + place, acc, mask=keep)
+    if counter is not None:  # noqa: SIM102 (Triton has no `and` that stops early)
+        if arrived_last(counter + column_block, launch.split_k - 1):
+            for first in tl.static_range(0, rows, step):
+                _add(partial, bias, residual, factor, gain, out, scaled, squares_out, column_block,
+                     first + tl.arange(0, step), column, m, stride_residual, shape,
+                     launch.split_k)  # fmt: skip
 
 
 @triton.jit
@@ -225,22 +304,11 @@ def _add_splits(
     shape: tl.constexpr, launch: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """`block` columns of one row: the sum over splits of `_linear`, and what its end adds."""
-    splits: tl.constexpr = launch.split_k
     follow(launch.dependent)
     row = tl.program_id(0) + tl.arange(0, 1)
     column = tl.program_id(1) * block + tl.arange(0, block)
-    keep = (column < shape.n)[None, :]
-    factors = _operand(factor, column[None, :], keep, 1.0)
-    biases = _operand(bias, column[None, :], keep, 0.0)
-    gains = _operand(gain, column[None, :], keep, 0.0)
-    added = _operand(residual, row[:, None] * stride_residual + column[None, :], keep, 0.0)
-    acc = tl.zeros((1, block), tl.float32)
-    for split in tl.static_range(splits):
-        place = (split * shape.rows + row)[:, None] * shape.n + column[None, :]
-        acc += tl.load(partial + place, mask=keep, other=0.0)
-    acc = acc * factors + biases + added
-    part = tl.program_id(1)
-    _finish(acc, gain, gains, out, scaled, squares, part, row, column, m, shape.n)
+    _add(partial, bias, residual, factor, gain, out, scaled, squares, tl.program_id(1), row, column,
+         m, stride_residual, shape, launch.split_k)  # fmt: skip
 
 
 def default_launch(x: Tensor, n: int, k: int, kind: Kind) -> Launch:
@@ -297,7 +365,7 @@ def _for_units(count: int, rows: int, n: int, k: int, kind: Kind, block_k: int) 
 
 
 @dataclass(frozen=True)
-class _Product:
+class _Call:
     """The operands of one call, x as rows [M, K] and residual as rows [M, N]."""
 
     x: Tensor
@@ -326,7 +394,11 @@ class _Product:
     def shape(self, launch: Launch) -> _Shape:
         """What is compiled in under `launch`."""
         (m, k), n = self.x.shape, self.features
-        span = triton.cdiv(triton.cdiv(k, launch.split_k), launch.block_k) * launch.block_k
+        span = triton.cdiv(k, launch.split_k)
+        if launch.held:
+            span = max(int(triton.next_power_of_2(span)), 16 * launch.held)
+        else:
+            span = triton.cdiv(span, launch.block_k) * launch.block_k
         even = n % launch.block_n == 0 and k == span * launch.split_k
         parts = 1 if self.squares is None else self.squares.shape[0]
         return _Shape(n, k, span, even, self.gated, padded(m), parts, triton.next_power_of_2(parts))
@@ -336,7 +408,7 @@ class _Product:
         weight, shape = self.weight, self.shape(launch)
         size = weight.element_size()
         return (
-            bool(launch.dependent)
+            launch.dependent in (1, 2)
             and shape.even
             and shape.span * size % launch.prefetch == 0
             and (shape.span * size // launch.prefetch).bit_count() == 1
@@ -365,7 +437,7 @@ class Onward(NamedTuple):
     """[P, M] float32"""
 
 
-def _run(p: _Product, launch: Launch, onward: Onward | None = None) -> Tensor:
+def _run(p: _Call, launch: Launch, onward: Onward | None = None) -> Tensor:
     """-> [M, N]; one launch, or two where a second kernel adds the splits."""
     if launch.prefetch and not p.prefetchable(launch):
         launch = dataclasses.replace(launch, prefetch=0)
@@ -413,7 +485,7 @@ def skinny_linear(
     """
     if (eps is None) != (squares is None):
         raise ValueError("a norm needs both squares and eps")
-    product = _Product(as_rows(x), weight, bias, None, squares, eps, None, gated)
+    product = _Call(as_rows(x), weight, bias, None, squares, eps, None, gated)
     return _run(product, product.launch(launch)).view(*x.shape[:-1], product.features)
 
 
@@ -433,8 +505,8 @@ def _(
 def _onward(
     x: Tensor, weight: Tensor, residual: Tensor, factor: Tensor | None, gain: Tensor | None,
     launch: Sequence[int] | None,
-) -> tuple[_Product, Launch, Onward]:  # fmt: skip
-    product = _Product(as_rows(x), weight, residual=as_rows(residual), factor=factor)
+) -> tuple[_Call, Launch, Onward]:  # fmt: skip
+    product = _Call(as_rows(x), weight, residual=as_rows(residual), factor=factor)
     chosen, n = product.launch(launch), weight.shape[0]
     squares = x.new_empty(_parts(n, chosen), product.x.shape[0], dtype=torch.float32)
     return (

@@ -333,8 +333,6 @@ def _algorithm_problem(cfg: Configuration, options: BlasOptions) -> Refusal | No
         )
     if options.library != "default":
         return Refusal("invalid", f"{wanted} and blas.library={options.library} both choose")
-    if options.backend != "torch" and cfg.knobs["fusion"].residuals:  # type: ignore[attr-defined]
-        return Refusal("invalid", f"fusion.residuals leaves no product to blas={options.backend}")
     if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
         return Refusal("invalid", f"{wanted} multiplies 16-bit matrices; use precision=bfloat16")
     return None
@@ -581,7 +579,8 @@ def _to_fp8(policy: Pi0Policy, cfg: Configuration, options: Fp8Options) -> None:
     aiter = options.gemm == "aiter"
     if aiter:
         import_part("aiter.ops.gemm_op_a8w8", "blas.fp8.gemm=aiter")
-    if not fp8.convert(chosen, run, dtype, options.fast_accum, aiter):
+    searched = cfg.knobs["blas"].algorithm == "searched"  # type: ignore[attr-defined]
+    if not fp8.convert(chosen, run, dtype, options.fast_accum, aiter, searched):
         raise RefusedError("invalid", "blas=fp8 found no linear layer to replace")
 
 

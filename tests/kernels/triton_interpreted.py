@@ -306,6 +306,8 @@ LAUNCHES = {
     "split, fused": {"block_n": 16, "block_k": 16, "split_k": 4, "fused": 1},
     "split, two kernels": {"block_n": 16, "block_k": 16, "split_k": 4, "fused": 0},
     "no split": {"block_n": 32, "block_k": 32, "split_k": 1},
+    "held": {"block_n": 8, "split_k": 1, "held": 4},
+    "held, split": {"block_n": 32, "split_k": 2, "held": 2, "fused": 1},
 }
 
 

@@ -109,8 +109,6 @@ CONTRADICTIONS: list[tuple[str, Raw, Machine, str]] = [
     ("blas", {**PAD, "fusion": FUSED}, H100, "pad_strides"),
     ("blas", {**SEARCHED, **FLOAT32}, H100, "searched"),
     ("blas", {"blas": {"algorithm": "searched", "library": "cublas"}}, H100, "cublas"),
-    ("blas", {"blas": {"algorithm": "searched", "backend": "fp8"}, **RESIDUALS}, H100,
-     "fusion.residuals"),
     ("fusion", RESIDUALS, H100, "searched"),
     ("elementwise", {**ELEMENTWISE_AITER, **FLOAT32}, MI300X, "precision=bfloat16"),
     ("attention", {"attention": {"prefill": "flash"}, **FLOAT32}, H100, "float32"),
