@@ -186,15 +186,13 @@ def held(name: str, work: Workload, dependent: int) -> Iterator[Launch]:
 def variants(name: str, launch: Any, work: Workload) -> Iterator[Any]:
     """Launches that differ from `launch` in one choice, or in the tile."""
     if name == "attention":
-        axes = {"held": (0, 1), "dependent": (0, 1, 2, 3), "num_stages": (1, 2), "fused": (0, 1)}
+        axes = {"held": (0, 1), "dependent": (0, 1, 2, 3), "num_stages": (1, 2)}
         rows, keys = 8 * work.rows, work.stored + work.rows
         for m, n, blocks, warps in itertools.product((16, 32, 64), (32, 64), (1, 2, 4), (4, 8)):
             splits = math.ceil(keys / (n * blocks))
             if 40 <= math.ceil(rows / m) * splits <= 270:
                 tile = {"block_m": m, "block_n": n, "blocks": blocks, "num_warps": warps}
-                yield changed(launch, tile)
-                if splits <= 8:
-                    yield changed(launch, {**tile, "fused": 1})
+                yield from (changed(launch, {**tile, "held": held}) for held in (0, 1))
     else:
         axes = {"block_n": (16, 32, 64, 128), "block_k": (64, 128, 256, 512),
                 "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}  # fmt: skip

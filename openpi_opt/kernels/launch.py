@@ -63,7 +63,7 @@ class Launch:
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Launch))
 _OF_ALL = ("num_warps", "num_stages", "dependent", "waves_per_eu", "matrix_instr_nonkdim")
-DECODE = ("block_m", "block_n", "blocks", "fused", "held", *_OF_ALL)
+DECODE = ("block_m", "block_n", "blocks", "held", *_OF_ALL)
 FLASH = ("block_m", "block_n", "dies", *_OF_ALL[:2], *_OF_ALL[3:])
 LINEAR = ("block_m", "block_n", "block_k", "split_k", "fused", "prefetch", "held", *_OF_ALL)
 """What `triton_decode`, `triton_attention` and `triton_skinny_gemm` read."""
@@ -80,6 +80,11 @@ def encoded(names: Sequence[str], overrides: Mapping[str, int] | None) -> list[i
     if unknown:
         raise ValueError(f"{sorted(unknown)} are not among {', '.join(names)}")
     return [overrides.get(field, -1) for field in FIELDS] if overrides else []
+
+
+def given(overrides: Sequence[int] | None, name: str) -> bool:
+    """Whether what `encoded` wrote holds this parameter."""
+    return bool(overrides) and overrides[FIELDS.index(name)] != -1
 
 
 def applied(table: Launch, overrides: Sequence[int] | None) -> Launch:

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openpi_opt.kernels.launch import LINEAR, Launch, applied, encoded
+from openpi_opt.kernels.launch import LINEAR, Launch, applied, encoded, given
 from openpi_opt.kernels.triton_common import (
     arch,
     arrived_last,
@@ -321,22 +321,27 @@ def default_launch(x: Tensor, n: int, k: int, kind: Kind) -> Launch:
     found = TABLE.get((name, rows, n, k, kind))
     if found is not None and x.element_size() == 2:  # the table is that of 16-bit types
         return found
-    launch = _by_rule(x, n, k, kind, name)
-    return dataclasses.replace(launch, dependent=1, prefetch=512) if can_follow(name) else launch
+    return _by_rule(x, n, k, kind)
 
 
-def _by_rule(x: Tensor, n: int, k: int, kind: Kind, name: str) -> Launch:
-    wide = x.dtype == torch.float32
+_STREAMED = ("block_k", "num_stages", "prefetch")
+"""What only a launch reads whose weights come in tiles."""
+
+
+def _by_rule(x: Tensor, n: int, k: int, kind: Kind) -> Launch:
+    name, wide = arch(x), x.dtype == torch.float32
     block_k = min(64 if wide else 128, padded(k))
     if name.startswith("gfx"):
         return _for_units(units(x), padded(as_rows(x).shape[0]), n, k, kind, block_k)
     split_k, columns = 1, triton.cdiv(n, 32)
     while kind == "plain" and split_k * columns < 128 and k // (2 * split_k) >= 2 * block_k:
         split_k *= 2
-    stages = 3 if kind.startswith("gated") or wide else 4
+    follows = can_follow(name)
     return Launch(
-        block_n=32, block_k=block_k, split_k=split_k, num_warps=4, num_stages=stages, fused=1
-    )
+        block_n=32, block_k=block_k, split_k=split_k, num_warps=4,
+        num_stages=3 if kind.startswith("gated") or wide else 4, fused=1,
+        dependent=int(follows), prefetch=512 if follows else 0,
+    )  # fmt: skip
 
 
 def _for_units(count: int, rows: int, n: int, k: int, kind: Kind, block_k: int) -> Launch:
@@ -383,12 +388,18 @@ class _Call:
         return self.weight.shape[0] // (2 if self.gated else 1)
 
     def launch(self, overrides: Sequence[int] | None) -> Launch:
-        """Table or rule with `overrides`; no split where a block needs the whole sum over K."""
+        """Table or rule with `overrides`; no split where a block needs the whole sum over K.
+
+        What a launch with held weights does not read goes over the rule, which holds none.
+        """
         rows, inner = self.x.shape
         if rows > MAX_ROWS:
             raise ValueError(f"{rows} rows: this kernel is for at most {MAX_ROWS}")
         kind: Kind = "gated" if self.gated else "plain" if self.eps is None else "normed"
-        chosen = applied(default_launch(self.x, self.features, inner, kind), overrides)
+        table = default_launch(self.x, self.features, inner, kind)
+        if table.held and any(given(overrides, name) for name in _STREAMED):
+            table = _by_rule(self.x, self.features, inner, kind)
+        chosen = applied(table, overrides)
         return chosen if kind == "plain" else dataclasses.replace(chosen, split_k=1)
 
     def shape(self, launch: Launch) -> _Shape:
@@ -489,17 +500,11 @@ def skinny_linear(
     return _run(product, product.launch(launch)).view(*x.shape[:-1], product.features)
 
 
-@skinny_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    squares: Tensor | None = None,
-    eps: float | None = None,
-    gated: bool = False,
-    launch: Sequence[int] | None = None,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0] // (2 if gated else 1))
+skinny_linear.register_fake(
+    lambda x, weight, _bias=None, _squares=None, _eps=None, gated=False, _launch=None: x.new_empty(
+        *x.shape[:-1], weight.shape[0] // (2 if gated else 1)
+    )
+)
 
 
 def _onward(
@@ -536,13 +541,9 @@ def skinny_linear_onward(
 
 @skinny_linear_onward.register_fake
 def _(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor,
-    factor: Tensor | None = None,
-    gain: Tensor | None = None,
-    launch: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, residual: Tensor, factor: Tensor | None = None,
+    gain: Tensor | None = None, launch: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _, _, onward = _onward(x, weight, residual, factor, gain, launch)
     scaled = x.new_empty(0) if onward.scaled is None else onward.scaled
     return residual.new_empty(residual.shape), scaled, onward.squares
