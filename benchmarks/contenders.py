@@ -17,6 +17,7 @@ import argparse
 import faulthandler
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def contend(words: str, folder: Path, out: TextIO) -> None:
         print(json.dumps({"failed": refusal}), file=out, flush=True)
         return
     device = runtime.torch_device(cfg)
-    with FileLock(folder / "memory.lock"):  # in float32 a policy takes 14 GB
+    with FileLock(folder / f"memory{os.getpid() % 2}.lock"):  # in float32 a policy takes 14 GB
         policy = runtime.build_policy(cfg, device)
         call = runtime.apply_knobs(policy, cfg).call
         torch.cuda.empty_cache()
@@ -133,9 +134,13 @@ class Contender:
             env=variables, cwd=tree,
         )  # fmt: skip
 
-    def read(self) -> bool:
-        """The next answer; False when there is none or it says that the process failed."""
+    def read(self, seconds: float | None = None) -> bool:
+        """The next answer; False when none comes in time or it says that the process failed."""
         assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            self.facts["failed"] = "not ready in time"
+            self.process.kill()
+            return False
         line = self.process.stdout.readline()
         self.facts |= json.loads(line) if line else {"failed": self.log.read_text()[-3000:]}
         return "failed" not in self.facts
@@ -147,11 +152,11 @@ class Contender:
         return self.read()
 
 
-def contest(contenders: list[Contender], rounds: int, reference: bool = True) -> None:
-    """Wait for all, then measure in turn; with `reference` also the distance of the actions."""
-    alive = []
+def contest(contenders: list[Contender], rounds: int, seconds: float = LIMIT_S) -> None:
+    """Wait for all, `seconds` at most, then measure those in turn that are ready."""
+    alive, until = [], time.monotonic() + seconds
     for contender in contenders:
-        if contender.read():
+        if contender.read(max(0.0, until - time.monotonic())):
             alive.append(contender)
         took = contender.facts.get("ready_s") or contender.facts.get("failed")
         print(f"{contender.name}: {took}", file=sys.stderr, flush=True)
@@ -160,8 +165,6 @@ def contest(contenders: list[Contender], rounds: int, reference: bool = True) ->
             if contender.ask("measure"):
                 contender.medians.append(statistics.median(contender.facts["ms"]))
         print([round(c.medians[-1], 3) for c in alive if c.medians], file=sys.stderr, flush=True)
-    for contender in alive if reference else ():
-        contender.ask("reference")
 
 
 def report(contenders: list[Contender]) -> list[dict[str, Any]]:
@@ -189,6 +192,8 @@ def main() -> None:
     parser.add_argument("contenders", nargs="*", metavar="'NAME: OVERRIDES'")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--ready", type=float, default=LIMIT_S, metavar="SECONDS",
+                        help="who is not ready then does not take part")  # fmt: skip
     parser.add_argument("--contend", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -205,12 +210,14 @@ def main() -> None:
         folder = Path(name)
         given = [text.partition(":")[::2] for text in options.contenders]
         contenders = [Contender(n.strip(), words.strip(), folder) for n, words in given]
-        contest(contenders, options.rounds)
-        rows = report(contenders)
+        contest(contenders, options.rounds, options.ready)
+        for one in (None, *contenders):
+            if one is None or (one.medians and one.ask("reference")):
+                rows = report(contenders)
+                if options.out is not None:
+                    options.out.write_text(json.dumps(rows, indent=1))
         for one in contenders:
             one.process.kill()
-    if options.out is not None:
-        options.out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

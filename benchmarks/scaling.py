@@ -50,7 +50,7 @@ def run(axes: Sequence[str], rounds: int, lossy: Sequence[int], out: Path) -> No
         group = [first, *wanted[start : start + GROUP - 1]]
         with tempfile.TemporaryDirectory() as folder:
             contenders = [Contender(name, words, Path(folder)) for name, words in group]
-            contest(contenders, rounds, reference=False)
+            contest(contenders, rounds)
             rows += report(contenders)
             for one in contenders:
                 one.process.kill()

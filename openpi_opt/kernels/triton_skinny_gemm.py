@@ -98,9 +98,8 @@ class _Shape:
     gated: bool
     rows: int
     """M padded to 16, 32 or 64"""
-    parts: int
-    """P of the sums that are read"""
     parts_padded: int
+    """P of the sums that are read, padded: equal for all tiles of the kernel that writes them"""
 
 
 @triton.jit
@@ -221,7 +220,8 @@ def _held_dot(a, w):
 @triton.jit
 def _linear(
     x, weight, squares, bias, residual, factor, gain, out, scaled, squares_out, partial, counter,
-    m, eps, stride_x, stride_weight, stride_residual, shape: tl.constexpr, launch: tl.constexpr,
+    m, parts, eps, stride_x, stride_weight, stride_residual, shape: tl.constexpr,
+    launch: tl.constexpr,
 ):  # fmt: skip
     """One tile [M, block_n] of the result, or of one split of it.
 
@@ -266,7 +266,7 @@ def _linear(
         )  # fmt: skip
         if eps is not None:
             part = tl.arange(0, shape.parts_padded)
-            there = (part < shape.parts)[:, None] & (row < m)[None, :]
+            there = (part < parts)[:, None] & (row < m)[None, :]
             sums = tl.load(squares + part[:, None] * m + row[None, :], mask=there, other=0.0)
         if launch.held:
             a = following
@@ -387,6 +387,11 @@ class _Call:
         """N: features of the result."""
         return self.weight.shape[0] // (2 if self.gated else 1)
 
+    @property
+    def parts(self) -> int:
+        """P of the sums that are read; 1 without any."""
+        return 1 if self.squares is None else self.squares.shape[0]
+
     def launch(self, overrides: Sequence[int] | None) -> Launch:
         """Table or rule with `overrides`; no split where a block needs the whole sum over K.
 
@@ -411,8 +416,8 @@ class _Call:
         else:
             span = triton.cdiv(span, launch.block_k) * launch.block_k
         even = n % launch.block_n == 0 and k == span * launch.split_k
-        parts = 1 if self.squares is None else self.squares.shape[0]
-        return _Shape(n, k, span, even, self.gated, padded(m), parts, triton.next_power_of_2(parts))
+        padded_parts = max(128, int(triton.next_power_of_2(self.parts)))
+        return _Shape(n, k, span, even, self.gated, padded(m), padded_parts)
 
     def prefetchable(self, launch: Launch) -> bool:
         """Whether a block's part of the weight is whole pieces of `prefetch` bytes, 2^n of them."""
@@ -465,7 +470,7 @@ def _run(p: _Call, launch: Launch, onward: Onward | None = None) -> Tensor:
     gain, scaled, squares = onward or (None, None, None)
     _linear[(launch.split_k, columns)](
         p.x, weight, p.squares, p.bias, p.residual, p.factor, gain, out, scaled, squares, partial,
-        counter, m, p.eps, p.x.stride(0), weight.stride(0), stride_residual, shape=shape,
+        counter, m, p.parts, p.eps, p.x.stride(0), weight.stride(0), stride_residual, shape=shape,
         launch=launch, **launch.options(),
     )  # fmt: skip
     if partial is not None and counter is None:
