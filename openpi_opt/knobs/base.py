@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 
 
 class Options(BaseModel):
-    """Base of every knob's options: unknown keys are refused, values never change.
-
-    The defaults of the fields are the baseline's: the plain eager policy.
-    """
+    """Base of every knob's options: unknown keys are refused, values never change. The defaults of
+    the fields are the baseline's: the plain eager policy."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -173,34 +171,25 @@ class Knob(Generic[O]):
 
     def files(self, cfg: Configuration) -> Mapping[str, str]:
         """Files of the user's that the trial reads: option (dotted, below the knob) -> its path.
-
         Their content, not their place, is part of the configuration: `Config.hash` puts it in the
-        place of the path. `check` refuses a file that is not there.
-        """
+        place of the path. `check` refuses a file that is not there."""
         return {}
 
     def lossy(self, cfg: Configuration) -> bool:
-        """Whether the numbers are deliberately coarser than the precision says (fp8).
-
-        Such a trial is held to `guard.lossy_cap`, and does not compete with lossless ones.
-        """
+        """Whether the numbers are deliberately coarser than the precision says (fp8). Such a trial
+        is held to `guard.lossy_cap`, and does not compete with lossless ones."""
         return False
 
     def float32_form(self, cfg: Configuration) -> O:
-        """The options of the same structure in float32, for the guard.
-
-        What chooses how to run or round, and not what is computed, becomes neutral. An operation
-        that exists in 16 bits alone becomes a plain one: the guard compares it by itself
-        (`openpi_opt.guarding.structure`).
-        """
+        """The options of the same structure in float32, for the guard. What chooses how to run or
+        round, and not what is computed, becomes neutral. An operation that exists in 16 bits alone
+        becomes a plain one: the guard compares it by itself (`openpi_opt.guarding.structure`)."""
         return self.canonical(cfg)
 
     def notes(self, cfg: Configuration) -> list[str]:
         """What the record of a trial must say beside its numbers; asked in the trial, at its end.
-
         One sentence each: an option that was asked for and that nothing reads, a library that
-        served only part of what was routed to it.
-        """
+        served only part of what was routed to it."""
         return []
 
     def label(self, options: O) -> str:

@@ -20,10 +20,8 @@ _XF32_ARCHS = ("gfx942", "gfx950")
 
 class PrecisionOptions(Options):
     """`bfloat16` is openpi's mixed mode: norm weights and the outer projections stay float32.
-
     `tf32` lets float32 products round their factors to 10 bits of mantissa. In a 16-bit mode that
-    concerns the patch convolution and the projections of state, actions and time.
-    """
+    concerns the patch convolution and the projections of state, actions and time."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     tf32: bool = False

@@ -1,9 +1,8 @@
 """From overrides to configurations: the one place that calls Hydra.
 
-It uses Hydra's loader and nothing that is global, so it works inside of another Hydra application
-and in several threads, and a path never passes through the override grammar. Hydra takes 80 ms for
-a point; a search space has thousands. So where a point differs from what was composed by plain
-values and options alone, it is put together here.
+It uses Hydra's loader and nothing that is global, so other Hydra applications and threads do not
+meet it. Hydra takes 80 ms for a point, and a search looks at thousands: a point that differs from
+what was composed by plain values and options alone is put together here.
 """
 
 from __future__ import annotations
@@ -47,12 +46,9 @@ _HYDRA = threading.RLock()
 
 @dataclass(frozen=True)
 class Composed:
-    """What Hydra composes from some overrides.
-
-    `values` are the sections and settings as plain data, `choices` the option of each group,
-    `written` the groups that a preset sets key by key. `linked` says that a value is taken from
-    another one.
-    """
+    """What Hydra composes from some overrides. `values` are the sections and settings as plain
+    data, `choices` the option of each group, `written` the groups that a preset sets key by key.
+    `linked` says that a value is taken from another one."""
 
     values: dict[str, Any]
     choices: dict[str, str]
@@ -71,11 +67,8 @@ class Composer:
         conf: Path | None = None,
     ):
         """Look for options in the project's `conf/`, then in `preset_dir` (presets), then in
-        `config_dir` and `conf/` of the working folder.
-
-        Raises:
-            UserError: a folder that was named does not exist.
-        """
+        `config_dir` and `conf/` of the working folder. Raises UserError: a folder that was named
+        does not exist."""
         for given in (preset_dir, config_dir):
             if given is not None and not given.is_dir():
                 raise UserError(f"folder {given} does not exist. Name the one that has the files.")
@@ -104,11 +97,8 @@ class Composer:
         self._options: dict[tuple[str, str], dict[str, Any] | None] = {}
 
     def __call__(self, overrides: Sequence[str]) -> Config:
-        """The configuration for these overrides.
-
-        Raises:
-            UserError: unknown group, option or key; a value that no schema admits.
-        """
+        """The configuration for these overrides. Raises UserError: unknown group, option or key; a
+        value that no schema admits."""
         values = self.assembled(overrides)
         return trial_config(self.compose(overrides).values if values is None else values)
 
@@ -125,12 +115,8 @@ class Composer:
             return list(self.loader.get_group_options(group, ObjectType.CONFIG))
 
     def compose(self, overrides: Sequence[str]) -> Composed:
-        """All of it by Hydra.
-
-        Raises:
-            UserError: as for a call; or one file would silently win over another, or over what the
-                command line says.
-        """
+        """All of it by Hydra. Raises UserError: as for a call; or one file would silently win over
+        another, or over what the command line says."""
         return self._load(overrides)
 
     def _load(self, overrides: Sequence[str], only: Sequence[str] = ()) -> Composed:
@@ -251,12 +237,8 @@ def compose(
     overrides: Sequence[str], preset: str | None = None, preset_dir: Path | None = None
 ) -> Config:
     """A configuration outside of a sweep: with a preset, its model and workload unless overridden.
-
-    An override of one of their keys changes that key and nothing else.
-
-    Raises:
-        UserError: unknown preset, group, option or key, or a value that no schema admits.
-    """
+    An override of one of their keys changes that key and nothing else. Raises UserError: unknown
+    preset, group, option or key, or a value that no schema admits."""
     chosen = [*overrides]
     if preset is not None:
         check_name(preset)
@@ -276,11 +258,8 @@ def compose(
 
 
 def trial_config(values: Mapping[str, Any]) -> Config:
-    """The trial's part of what was composed, validated.
-
-    Raises:
-        UserError: unknown key, or a value that no schema admits.
-    """
+    """The trial's part of what was composed, validated. Raises UserError: unknown key, or a value
+    that no schema admits."""
     return Config.parse({key: value for key, value in values.items() if key not in _CONTROL})
 
 

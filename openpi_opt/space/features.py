@@ -25,10 +25,8 @@ _LEAST_IDLE = 0.01
 
 
 def features(cfg: Config, space: Space, params: Mapping[str, str]) -> dict[str, str]:
-    """Options of the knobs that differ from their defaults, and what else the space sweeps.
-
-    Of keys that belong to no knob (`weights.seed`) the value as written, unless it is the first.
-    """
+    """Options of the knobs that differ from their defaults, and what else the space sweeps. Of keys
+    that belong to no knob (`weights.seed`) the value as written, unless it is the first."""
     found = {
         f"{name}.{key}": text
         for name, options in cfg.canonical().knobs.items()
@@ -67,10 +65,8 @@ def quick_values() -> dict[str, str]:
 
 
 def parts(result: TrialResult) -> dict[str, float]:
-    """Milliseconds of each stage and `IDLE`, which sum to the latency; empty where not known.
-
-    Times under the profiler are scaled down where they exceed the call that was timed without it.
-    """
+    """Milliseconds of each stage and `IDLE`, which sum to the latency; empty where not known. Times
+    under the profiler are scaled down where they exceed the call that was timed without it."""
     if not isinstance(result, Ok | Pruned) or result.kernels is None:
         return {}
     stages = {name: ms for name, ms in result.kernels.stage_ms.items() if ms > 0}

@@ -18,11 +18,8 @@ _MOST_KEPT = 20_000
 
 
 class Points:
-    """Composes every point once.
-
-    In a space that is `sensible_only`, points that a knob refuses do not count. Lossy ones count
-    only with `allow_lossy`.
-    """
+    """Composes every point once. In a space that is `sensible_only`, points that a knob refuses do
+    not count. Lossy ones count only with `allow_lossy`."""
 
     def __init__(self, space: Space, compose: Compose, machine: Machine, allow_lossy: bool = False):
         self._space = space
@@ -32,12 +29,9 @@ class Points:
         self._made: dict[tuple[str, ...], Config | UserError] = {}
 
     def config(self, params: dict[str, str]) -> Config:
-        """The configuration of a point, with `auto` resolved.
-
-        Raises:
-            UserError: its values have no configuration, for instance because they contradict each
-                other; NotSensibleError where only a knob says so.
-        """
+        """The configuration of a point, with `auto` resolved. Raises UserError: its values have no
+        configuration, for instance because they contradict each other; NotSensibleError where only
+        a knob says so."""
         cfg = self._composed(params)
         if self._space.sensible_only:
             reason = left_out(cfg, self._machine, self._allow_lossy)
@@ -66,8 +60,7 @@ class Points:
         A value counts as wrong when it fails both with the first and with the last values of the
         other keys: two values may well contradict each other and each be right with others.
 
-        Raises:
-            UserError: of the first wrong value.
+        Raises UserError: of the first wrong value.
         """
         texts = {key: _checked(d.texts()) for key, d in self._space.dimensions.items()}
         first = {key: values[0] for key, values in texts.items()}

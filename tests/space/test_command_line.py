@@ -38,7 +38,7 @@ from openpi_opt.paths import package_dir
         (["+attention=sdpa"], ["attention is chosen twice"]),
         (["study=../x"], ["../x", "study name"]),
         (["study=a/b"], ["a/b", "study name"]),
-        (["n_trials=0"], ["n_trials=0", "at least 1"]),
+        (["n_trials=0"], ["n_trials=0", "equal to 1"]),
         (["sampler=best"], ["sampler=best", "tpe"]),
         (["weights=checkpoint"], ["weights.path", "weights.path=VALUE"]),
         (["weights=checkpoint", "weights.path=/nonexistent"], ["/nonexistent", "safetensors"]),

@@ -17,12 +17,12 @@ DAY = datetime(2026, 5, 4, 23, 59, tzinfo=timezone.utc)
 @pytest.mark.parametrize(
     ("given_", "words"),
     [
-        ({"n_trials": 0}, ["n_trials=0", "at least 1"]),
+        ({"n_trials": 0}, ["n_trials=0", "greater than or equal to 1"]),
         ({"n_trials": "many"}, ["n_trials=many"]),
         ({"n_trials": 2.5}, ["n_trials=2.5"]),
         ({"minutes": 0}, ["minutes=0"]),
         ({"pruning": 0.5}, ["pruning=0.5"]),
-        ({"sampler": "best"}, ["sampler=best", "auto, grid, stages, tpe, random, gp"]),
+        ({"sampler": "best"}, ["sampler=best", "'auto', 'grid', 'stages'"]),
         ({"seed": -1}, ["seed=-1"]),
         ({"baseline": "perhaps"}, ["baseline=perhaps"]),
         ({"store": ""}, ["store="]),

@@ -203,11 +203,11 @@ def test_the_default_of_a_large_space_and_what_is_not_for_it() -> None:
 
     assert plan() == "stages"
     assert plan("guard.factor=interval(1,2)") == "tpe"
-    assert plan(objective=["latency", "memory"]) == "tpe"
+    assert plan(objective={"minimize": ["latency", "memory"]}) == "tpe"
     with pytest.raises(UserError, match="needs at most 64 values"):
         plan("guard.factor=interval(1,2)", sampler="stages")
     with pytest.raises(UserError, match="minimises the latency alone"):
-        plan(objective=["latency", "memory"], sampler="stages")
+        plan(objective={"minimize": ["latency", "memory"]}, sampler="stages")
 
 
 def test_it_is_a_sampler_of_optuna_and_a_continued_study_knows_the_parts(

@@ -123,7 +123,7 @@ def test_trials_of_an_older_machine_are_left_out(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     study = write(tmp_path, [measured(1, 10.0)])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write there.*\n.*--out FOLDER"):
+    with pytest.raises(UserError, match=r"cannot write in.*\n.*--out FOLDER"):
         experiment.write_report("batch_scaling", study, tmp_path / "file" / "out")
 
 

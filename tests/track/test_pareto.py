@@ -23,7 +23,7 @@ from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import MlflowLog
 from openpi_opt.track.report import groups, rows
 from openpi_opt.track.store import Store
-from openpi_opt.track.table import print_table
+from openpi_opt.track.table import print_groups
 
 # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -99,7 +99,7 @@ def test_the_table_says_what_is_in_the_set_and_what_is_over(
 ) -> None:
     records = study((10, 900), (20, 500), (30, 600))
     criteria = BOTH.model_copy(update={"limits": {"peak_mib": 800.0, "rel_l2": 0.5}})
-    print_table(records, criteria=criteria)
+    print_groups(groups(records, criteria=criteria))
     out = capsys.readouterr().out
     lines = {line.split()[-1]: line for line in out.splitlines() if "ok" in line}
     first, second, third = (line for line in out.splitlines() if " ok" in line)
@@ -122,7 +122,7 @@ def test_what_has_no_energy_is_named_and_not_compared(capsys: pytest.CaptureFixt
     records = [*study((10, 900)), with_energy]
     criteria = Criteria(objectives=("latency", "energy"))
     assert front(records, criteria) == [1]
-    print_table(records, criteria=criteria)
+    print_groups(groups(records, criteria=criteria))
     assert "no energy of a call, so not compared: 0" in capsys.readouterr().out
 
 
@@ -179,7 +179,7 @@ def test_data_and_plots_lie_in_the_study(kept: Path) -> None:
 def test_the_plot_shows_every_trial_where_it_is() -> None:
     limited = BOTH.model_copy(update={"limits": {"peak_mib": 800.0}})
     (group,) = groups(study((10, 900), (20, 500), (30, 600)), criteria=limited)
-    (panel,) = pareto._panels(group)
+    (panel,) = pareto.panels(group)
     (axes,) = plots.scatter("t", [panel]).axes
     drawn = {
         str(line.get_label()): np.column_stack(line.get_data()).tolist() for line in axes.lines

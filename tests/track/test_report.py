@@ -17,15 +17,16 @@ import pytest
 from track_samples import FINGERPRINT, H100, config, failed, ok, record, refused, roofline, wrong
 
 from openpi_opt.config import Config
+from openpi_opt.criteria import Criteria
 from openpi_opt.track.fingerprint import fingerprint
 from openpi_opt.track.journal import Record
 from openpi_opt.track.report import groups, rows
-from openpi_opt.track.table import print_table
+from openpi_opt.track.table import print_groups
 
 
 def text(records: list[Record]) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        print_table(records)
+        print_groups(groups(records))
     return out.getvalue()
 
 
@@ -70,8 +71,9 @@ def test_a_narrow_terminal_loses_nothing(width: int) -> None:
     )
     code = (
         "import sys; from openpi_opt.track.journal import Record\n"
-        "from openpi_opt.track.table import print_table\n"
-        "print_table([Record.model_validate_json(line) for line in open(sys.argv[1])])"
+        "from openpi_opt.track.report import groups\n"
+        "from openpi_opt.track.table import print_groups\n"
+        "print_groups(groups([Record.model_validate_json(line) for line in open(sys.argv[1])]))"
     )
     with tempfile.NamedTemporaryFile("w") as file:
         file.write("\n".join(item.model_dump_json() for item in records))
@@ -196,7 +198,7 @@ def test_many_keys_are_one_column_of_what_differs_within_120_columns(
         record(ok(200.0), role="baseline"),
         *(record(ok(20.0 - n, of(n)), params={"step": str(n)}) for n in range(8)),
     )
-    print_table(records)
+    print_groups(groups(records))
     lines = capsys.readouterr().out.splitlines()
     table_lines = lines[: next(n for n, line in enumerate(lines) if line.startswith("flagged"))]
     assert max(map(len, table_lines)) <= 120
@@ -255,7 +257,7 @@ def test_a_lossy_trial_is_marked_and_never_best() -> None:
     fp8 = config(blas={"backend": "fp8"})
     records = numbered(record(ok(10.0)), record(ok(1.0, cfg=fp8)))
     assert [row.best for row in rows(records)] == [True, False]
-    allowed = rows(records, allow_lossy=True)
+    allowed = rows(records, Criteria(allow_lossy=True))
     assert [row.best for row in allowed] == [False, True]
     shown = text(records)
     assert "ok lossy" in shown
