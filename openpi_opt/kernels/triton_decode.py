@@ -5,7 +5,12 @@ In a denoising step 11 queries of 8 heads see 799 keys of one head. A flash kern
 keys has 6 blocks for 132 processors and takes 11 us; cuDNN's takes 25 us, twice, because the state
 token must not see the actions. Here the keys are split over blocks as well (flash decoding): one
 kernel writes partial sums (running maximum m, weight sum l, weighted values), a second one adds
-them in a fixed order. With `fused` the last block of a row does that itself, in the same order.
+them in a fixed order.
+
+The keys of the call itself, which are few, belong to the second kernel. What it needs of them is
+older than the first kernel, so it attends to them before it waits for that one's sums; and the
+first needs no branch for keys that must be rotated. With `held` it loads its cached keys and values
+before it waits for the product that makes the queries.
 
 The rows of the product are (token, head) pairs: heads that share a key head share its tiles, and
 no key is repeated. Cached and new keys may lie in two tensors, so the cache is never copied.
@@ -25,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openpi_opt.kernels.launch import DECODE, Launch, applied, encoded
+from openpi_opt.kernels.operators import operator
 from openpi_opt.kernels.triton_common import (
     LOG2_E,
     LOWEST,
@@ -320,7 +326,7 @@ def _prefetch(k: Tensor, v: Tensor, launch: Launch) -> int:
     return 128 if launch.dependent in (1, 2) and whole and k.shape[1] > 0 else 0
 
 
-@torch.library.custom_op("openpi_opt::triton_decode_attention", mutates_args=())
+@operator("triton_decode_attention")
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
     scale: float, launch: Sequence[int], padding: Tensor | None = None, padding_end: int = 0,
@@ -338,7 +344,7 @@ def decode_attention(
     return _run(q, (k, v), None, lead, lead_keys, keys, full, scale, chosen, padded_keys)
 
 
-@torch.library.custom_op("openpi_opt::triton_decode_attention_rotary", mutates_args=())
+@operator("triton_decode_attention_rotary")
 def decode_attention_rotary(
     q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, cos: Tensor,
     sin: Tensor, lead: int, lead_keys: int, mask: Tensor | None, scale: float,
@@ -357,10 +363,6 @@ def decode_attention_rotary(
     padded_keys = (padding, padding_end)
     rope = (cos, sin)
     return _run(q, past, new, lead, lead_keys, keys, mask, scale, chosen, padded_keys, rope)
-
-
-for _operator in (decode_attention, decode_attention_rotary):
-    _operator.register_fake(lambda q, *_, **__: q.new_empty(q.shape))
 
 
 def attention(overrides: Mapping[str, int] | None = None) -> Attention:

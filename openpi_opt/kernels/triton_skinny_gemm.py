@@ -7,6 +7,11 @@ processor streams (split over K where N is small), several tiles are in flight (
 what surrounds the product is done in the same launch: a factor for each feature, bias, residual,
 GELU(gate) * up of a fused projection, and its part of RMSNorm.
 
+With `held` a block loads its weights before it waits for the kernel before it (programmatic
+dependent launch): each warp its part of the sum, as the operand of its matrix instructions. After
+the wait only x is left to be read, the warps sum independent parts, and these are added. Eight
+features a block leave 2048 or 4096 inputs to one block, which then needs no split and no counter.
+
 RMSNorm is shared by two products. `skinny_linear_onward` makes the residual stream x and has its
 final values at hand: it also writes the sum of squares of its columns, and x * (1 + gain) where the
 next norm has a gain. `skinny_linear` adds those sums, in a fixed order, and scales its rows.
@@ -35,6 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openpi_opt.kernels.launch import LINEAR, Launch, applied, encoded, given
+from openpi_opt.kernels.operators import operator
 from openpi_opt.kernels.triton_common import (
     arch,
     arrived_last,
@@ -482,7 +488,12 @@ def _run(p: _Call, launch: Launch, onward: Onward | None = None) -> Tensor:
     return out
 
 
-@torch.library.custom_op("openpi_opt::triton_skinny_linear", mutates_args=())
+@operator(
+    "triton_skinny_linear",
+    lambda x, weight, _bias=None, _squares=None, _eps=None, gated=False, _launch=None: x.new_empty(
+        *x.shape[:-1], weight.shape[0] // (2 if gated else 1)
+    ),
+)
 def skinny_linear(
     x: Tensor,
     weight: Tensor,
@@ -505,13 +516,6 @@ def skinny_linear(
     return _run(product, product.launch(launch)).view(*x.shape[:-1], product.features)
 
 
-skinny_linear.register_fake(
-    lambda x, weight, _bias=None, _squares=None, _eps=None, gated=False, _launch=None: x.new_empty(
-        *x.shape[:-1], weight.shape[0] // (2 if gated else 1)
-    )
-)
-
-
 def _onward(
     x: Tensor, weight: Tensor, residual: Tensor, factor: Tensor | None, gain: Tensor | None,
     launch: Sequence[int] | None,
@@ -526,7 +530,16 @@ def _onward(
     )
 
 
-@torch.library.custom_op("openpi_opt::triton_skinny_linear_onward", mutates_args=())
+def _onward_shapes(
+    x: Tensor, weight: Tensor, residual: Tensor, factor: Tensor | None = None,
+    gain: Tensor | None = None, launch: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _, _, onward = _onward(x, weight, residual, factor, gain, launch)
+    scaled = x.new_empty(0) if onward.scaled is None else onward.scaled
+    return residual.new_empty(residual.shape), scaled, onward.squares
+
+
+@operator("triton_skinny_linear_onward", _onward_shapes)
 def skinny_linear_onward(
     x: Tensor,
     weight: Tensor,
@@ -542,16 +555,6 @@ def skinny_linear_onward(
     product, chosen, onward = _onward(x, weight, residual, factor, gain, launch)
     out = _run(product, chosen, onward).view(residual.shape)
     return out, x.new_empty(0) if onward.scaled is None else onward.scaled, onward.squares
-
-
-@skinny_linear_onward.register_fake
-def _(
-    x: Tensor, weight: Tensor, residual: Tensor, factor: Tensor | None = None,
-    gain: Tensor | None = None, launch: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _, _, onward = _onward(x, weight, residual, factor, gain, launch)
-    scaled = x.new_empty(0) if onward.scaled is None else onward.scaled
-    return residual.new_empty(residual.shape), scaled, onward.squares
 
 
 def linear(max_rows: int, overrides: Mapping[str, int] | None = None) -> Linear:
