@@ -90,9 +90,7 @@ def mask_of(kind: str, shape: tuple[int, ...]) -> Tensor | None:
 BACKENDS = {
     "flash": triton_attention.attention({"block_m": 16, "block_n": 32}),
     "decode": triton_decode.attention({"block_m": 32, "block_n": 32, "blocks": 1}),
-    "decode, two blocks, fused": triton_decode.attention(
-        {"block_m": 64, "block_n": 16, "blocks": 2, "fused": 1}
-    ),
+    "decode, two blocks": triton_decode.attention({"block_m": 64, "block_n": 16, "blocks": 2}),
 }
 
 

@@ -215,7 +215,7 @@ SAME: list[tuple[Raw, Raw, Machine]] = [
     (compiled("off", "call", freezing=True), {}, H100),
     ({"gemm": {"max_rows": 8}}, {}, H100),
     (attention(launch_denoise={"block_n": 32}), {}, H100),
-    (attention(**TRITON, launch_vision={"fused": 1, "blocks": 2}), attention(**TRITON), H100),
+    (attention(**TRITON, launch_vision={"held": 1, "blocks": 2}), attention(**TRITON), H100),
     (attention(**TRITON, launch_denoise={"waves_per_eu": 2}), attention(**TRITON), H100),
     ({**EXPERT, "simplify": {"kv_buffer": True}}, EXPERT, H100),
     ({**PI05, "simplify": {"state_once": True}}, PI05, CPU),
