@@ -84,7 +84,7 @@ def encoded(names: Sequence[str], overrides: Mapping[str, int] | None) -> list[i
 
 def given(overrides: Sequence[int] | None, name: str) -> bool:
     """Whether what `encoded` wrote holds this parameter."""
-    return bool(overrides) and overrides[FIELDS.index(name)] != -1
+    return overrides is not None and len(overrides) > 0 and overrides[FIELDS.index(name)] != -1
 
 
 def applied(table: Launch, overrides: Sequence[int] | None) -> Launch:
