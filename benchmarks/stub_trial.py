@@ -120,7 +120,7 @@ def tick(path: Path, seed: int) -> None:
 
 
 def pass_gate(progress_fd: int, gate_fd: int | None) -> None:
-    """As `openpi_opt.trial.Progress.ask`."""
+    """As `process.progress.Progress.ask`."""
     if gate_fd is None:
         return
     _say(progress_fd, "wait")

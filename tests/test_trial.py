@@ -16,9 +16,9 @@ import torch
 from openpi_opt import trial
 from openpi_opt.config import RACE_FILE, Config
 from openpi_opt.machine import probe
+from openpi_opt.measuring import raced
 from openpi_opt.process.devices import LEASES_VARIABLE, measure_lock
 from openpi_opt.result import Failed, Ok, parse
-from openpi_opt.trial import _raced
 
 SMALL = {
     "model": {"name": "pi0_mini"},
@@ -89,13 +89,13 @@ def test_a_trial_runs_against_the_fastest_of_the_moment_when_it_has_the_device(
     """Trials prepare beside each other: what was the fastest at the start is old by then."""
     folder = tmp_path / "trials" / "uid"
     racing = Config.parse({"limits": {"race": 1.5, "latency_ms": 90.0}})
-    assert _raced(racing, folder) == racing
+    assert raced(racing, folder) == racing
     (tmp_path / RACE_FILE).write_text(json.dumps({racing.context_hash(): 20.0, "other": 1.0}))
-    assert _raced(racing, folder).limits.latency_ms == 30.0
-    assert _raced(racing, folder).limits.best_ms == 20.0
-    assert _raced(racing, folder).hash() == racing.hash()
+    assert raced(racing, folder).limits.latency_ms == 30.0
+    assert raced(racing, folder).limits.best_ms == 20.0
+    assert raced(racing, folder).hash() == racing.hash()
     baseline = Config.parse({})
-    assert _raced(baseline, folder) == baseline  # measured however slow
+    assert raced(baseline, folder) == baseline  # measured however slow
 
 
 def test_a_hopeless_trial_waits_for_its_turn_and_ends_early(

@@ -1,7 +1,7 @@
 """Who may touch a device now: several trials prepare on it, one has it, the others stand still.
 
 A trial imports, loads and compiles beside others. Before it checks and measures it asks for the
-device (`trial.Progress.ask`). It has the device until its process and all that it started are gone.
+device (`Progress.ask`). It has the device until its process and all that it started are gone.
 Meanwhile the others on that device are stopped by SIGSTOP, with everything below them: six stopped
 neighbours change neither mean nor p99 of a captured call on an H100 (3.109 to 3.112 ms against
 3.111 ms), running ones do. A limit on a trial's time counts only while it is not stopped.

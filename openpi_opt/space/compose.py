@@ -289,10 +289,16 @@ def _section(override: Override) -> str | None:
 
 
 def _set_key(values: Any, override: Override) -> bool:
-    """Change one key of `values` (`a.b=1`) or add one (`+a.b=1`); False when it is not plain."""
+    """Change one key of `values` (`a.b=1`, `a.b=[x,y]`) or add one (`+a.b=1`); False when it is not
+    plain."""
     value = override.value()
-    special = isinstance(value, str) and any(mark in value for mark in _SPECIAL)
-    if not isinstance(value, _SCALARS) or special or "[" in override.key_or_group:
+    parts = value if isinstance(value, list) else [value]
+    special = any(mark in part for part in parts if isinstance(part, str) for mark in _SPECIAL)
+    if (
+        not all(isinstance(part, _SCALARS) for part in parts)
+        or special
+        or "[" in override.key_or_group
+    ):
         return False
     *path, last = override.key_or_group.split(".")[1:]
     node: Any = values
@@ -300,7 +306,8 @@ def _set_key(values: Any, override: Override) -> bool:
         node = node.get(name) if isinstance(node, dict) else None
     if not isinstance(node, dict):
         return False
-    plain = last in node and not isinstance(node[last], (dict, list))
+    same = isinstance(node.get(last), list) == isinstance(value, list)
+    plain = last in node and same and not isinstance(node[last], dict)
     fits = {OverrideType.CHANGE: plain, OverrideType.ADD: last not in node}
     if override.type is None or not fits.get(override.type):
         return False

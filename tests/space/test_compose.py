@@ -35,6 +35,7 @@ def lines() -> CommandLines:
         ["workload=glob(*)", "workload.batch_size=range(1,4)", "measure.iterations=30"],
         ["+environment.variables.OMP_NUM_THREADS=1,2", "environment=stock,seeds"],
         ["guard.cap=interval(0.1,0.2)", "weights.seed=1,2", "study=a", "n_trials=3"],
+        ["blas=fp8,torch", "blas.fp8.stages=[vision],[prefill,denoise]"],
     ],
     ids=" ".join,
 )
