@@ -82,14 +82,11 @@ def encoded(names: Sequence[str], overrides: Mapping[str, int] | None) -> list[i
     return [overrides.get(field, -1) for field in FIELDS] if overrides else []
 
 
-def given(overrides: Sequence[int] | None, name: str) -> bool:
-    """Whether what `encoded` wrote holds this parameter."""
-    return overrides is not None and len(overrides) > 0 and overrides[FIELDS.index(name)] != -1
+def given(overrides: Sequence[int] | None) -> dict[str, int]:
+    """What `encoded` wrote, by name."""
+    return {k: v for k, v in zip(FIELDS, overrides or (), strict=False) if v != -1}
 
 
 def applied(table: Launch, overrides: Sequence[int] | None) -> Launch:
     """The table's entry with what `encoded` wrote put over it."""
-    if not overrides:
-        return table
-    given = {k: v for k, v in zip(FIELDS, overrides, strict=True) if v != -1}
-    return dataclasses.replace(table, **given)
+    return dataclasses.replace(table, **given(overrides))

@@ -29,7 +29,7 @@ Letters: M rows, N output features, K input features, P parts of a sum of square
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -317,20 +317,24 @@ def _add_splits(
          m, stride_residual, shape, launch.split_k)  # fmt: skip
 
 
-def default_launch(x: Tensor, n: int, k: int, kind: Kind) -> Launch:
+def default_launch(x: Tensor, n: int, k: int, kind: Kind, others: Collection[str] = ()) -> Launch:
     """The measured parameters of this shape and architecture, or a choice by rule.
+
+    An entry that holds its weights does not count where one of `others`, which a caller puts over
+    the result, is of `STREAMED`.
 
     The rule: tiles of 32 features, and as many splits as give 128 processors a block while a block
     keeps at least 256 input features. On AMD see `_for_units`.
     """
     name, rows = arch(x), padded(as_rows(x).shape[0])
     found = TABLE.get((name, rows, n, k, kind))
-    if found is not None and x.element_size() == 2:  # the table is that of 16-bit types
-        return found
-    return _by_rule(x, n, k, kind)
+    streamed = not STREAMED.isdisjoint(others)
+    if found is None or x.element_size() != 2 or (found.held and streamed):  # of 16-bit types
+        return _by_rule(x, n, k, kind)
+    return found
 
 
-_STREAMED = ("block_k", "num_stages", "prefetch")
+STREAMED = frozenset(("block_k", "num_stages", "prefetch"))
 """What only a launch reads whose weights come in tiles."""
 
 
@@ -399,17 +403,12 @@ class _Call:
         return 1 if self.squares is None else self.squares.shape[0]
 
     def launch(self, overrides: Sequence[int] | None) -> Launch:
-        """Table or rule with `overrides`; no split where a block needs the whole sum over K.
-
-        What a launch with held weights does not read goes over the rule, which holds none.
-        """
+        """Table or rule with `overrides`; no split where a block needs the whole sum over K."""
         rows, inner = self.x.shape
         if rows > MAX_ROWS:
             raise ValueError(f"{rows} rows: this kernel is for at most {MAX_ROWS}")
         kind: Kind = "gated" if self.gated else "plain" if self.eps is None else "normed"
-        table = default_launch(self.x, self.features, inner, kind)
-        if table.held and any(given(overrides, name) for name in _STREAMED):
-            table = _by_rule(self.x, self.features, inner, kind)
+        table = default_launch(self.x, self.features, inner, kind, given(overrides))
         chosen = applied(table, overrides)
         return chosen if kind == "plain" else dataclasses.replace(chosen, split_k=1)
 
