@@ -109,7 +109,7 @@ class BlasOptions(Options):
     """`backend` computes the linear layers, `library` is torch's own preference among BLAS.
 
     `algorithm=searched` times cuBLASLt's algorithms for each shape instead of taking the first one
-    of its heuristic, and leaves bias and GELU to it.
+    of its heuristic, those of FP8 too, and leaves bias and GELU to it.
 
     `pad_strides` keeps weights whose rows are multiples of 512 bytes with 256 bytes between them.
     """
