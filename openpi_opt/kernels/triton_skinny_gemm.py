@@ -105,7 +105,7 @@ class _Shape:
     rows: int
     """M padded to 16, 32 or 64"""
     parts_padded: int
-    """P of the sums that are read, padded: equal for all tiles of the kernel that writes them"""
+    """P of the sums that are read, padded; where launches hold weights, to what any tile needs"""
 
 
 @triton.jit
@@ -421,7 +421,8 @@ class _Call:
         else:
             span = triton.cdiv(span, launch.block_k) * launch.block_k
         even = n % launch.block_n == 0 and k == span * launch.split_k
-        padded_parts = max(128, int(triton.next_power_of_2(self.parts)))
+        least = 128 if can_follow(arch(self.x)) else 1
+        padded_parts = max(least, int(triton.next_power_of_2(self.parts)))
         return _Shape(n, k, span, even, self.gated, padded(m), padded_parts)
 
     def prefetchable(self, launch: Launch) -> bool:
