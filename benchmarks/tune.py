@@ -312,8 +312,13 @@ class Tuning:
         self.say(f"{self.best:9.1f}  {chosen}")
 
     def compile(self, choices: Iterable[dict[str, Launch]]) -> list[Future[None]]:
-        """Start compiling launches in parallel; measuring one then takes a fifth of a second."""
-        return [self.pool.submit(_compile, self.chain.work, choice) for choice in choices]
+        """Start compiling launches in parallel; measuring one then takes a fifth of a second.
+
+        What else stands in the tables goes along: a product reads as many sums of squares as the
+        one before has blocks.
+        """
+        now = {name: self.now(name) for name in self.places}
+        return [self.pool.submit(_compile, self.chain.work, now | choice) for choice in choices]
 
     def together(self) -> list[dict[str, Launch]]:
         """Launches of all kernels alike: with held weights, and beside their predecessors."""
@@ -335,13 +340,10 @@ class Tuning:
         before = math.inf
         while self.best < before and time.monotonic() < self.deadline:
             before = self.best
-            rounds = []
             for name in (*SHAPES, "attention"):
                 found = dict.fromkeys(variants(name, self.now(name), self.chain.work, thorough))
                 choices = [{name: launch} for launch in found]
-                rounds.append((choices, self.compile(choices)))
-            for choices, jobs in rounds:
-                self.take_best(choices, jobs)
+                self.take_best(choices, self.compile(choices))
 
 
 def _workers() -> int:

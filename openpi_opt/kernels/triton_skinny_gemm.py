@@ -105,7 +105,7 @@ class _Shape:
     rows: int
     """M padded to 16, 32 or 64"""
     parts_padded: int
-    """P of the sums that are read, padded; where launches hold weights, to what any tile needs"""
+    """P of the sums that are read, padded"""
 
 
 @triton.jit
@@ -421,9 +421,8 @@ class _Call:
         else:
             span = triton.cdiv(span, launch.block_k) * launch.block_k
         even = n % launch.block_n == 0 and k == span * launch.split_k
-        least = 128 if can_follow(arch(self.x)) else 1
-        padded_parts = max(least, int(triton.next_power_of_2(self.parts)))
-        return _Shape(n, k, span, even, self.gated, padded(m), padded_parts)
+        parts = int(triton.next_power_of_2(self.parts))
+        return _Shape(n, k, span, even, self.gated, padded(m), parts)
 
     def prefetchable(self, launch: Launch) -> bool:
         """Whether a block's part of the weight is whole pieces of `prefetch` bytes, 2^n of them."""
