@@ -14,12 +14,14 @@ takes the file as `tables=tune.json`.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -50,6 +52,7 @@ from openpi_opt.surgery.lean import lean
 REFUSED = (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError,
            RuntimeError, ValueError)  # fmt: skip
 STEPS = 3
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SHAPES = {"qkv": (2560, 1024), "out": (1024, 2048), "gate_up": (4096, 1024), "down": (1024, 4096)}
 KINDS = {"qkv": "normed", "out": "plain", "gate_up": "gated", "down": "plain"}
 TABLES: dict[str, dict[Any, Any]] = {
@@ -57,14 +60,7 @@ TABLES: dict[str, dict[Any, Any]] = {
     "decode": triton_decode.TABLE,
     "flash": triton_attention.TABLE,
 }
-PREFETCH = [(0, 0), (1, 0), (1, 128), (1, 512), (1, 1024), (2, 0), (2, 512), (3, 0)]
-# Launches that hold their weights: features a block, warps, splits.
-HELD = {
-    "qkv": ((16, 8, 1), (8, 8, 1), (16, 4, 1), (32, 8, 1), (32, 4, 1)),
-    "out": ((8, 8, 1), (16, 8, 2), (16, 4, 2), (32, 8, 4), (16, 8, 4), (8, 4, 2)),
-    "gate_up": ((16, 8, 1), (8, 8, 1), (32, 8, 1), (8, 4, 1), (16, 4, 1)),
-    "down": ((16, 8, 4), (8, 8, 2), (32, 8, 4), (8, 8, 1), (16, 4, 4), (32, 8, 8), (16, 8, 2)),
-}
+PREFETCH = [(0, 0), (1, 0), (1, 128), (1, 512), (1, 1024), (2, 0), (2, 512)]
 
 
 @dataclass(frozen=True)
@@ -175,57 +171,47 @@ def start(work: Workload) -> None:
             TABLES[table][key] = triton_skinny_gemm.default_launch(x, n, k, key[4])
 
 
-def held(name: str, work: Workload, dependent: int) -> Iterator[Launch]:
-    """Launches of a product that hold their weights."""
-    for (n, warps, splits), m in itertools.product(HELD[name], (16, 32)):
-        if m == 16 or work.rows > 32:
-            yield Launch(block_m=m, block_n=n, split_k=splits, num_warps=warps, fused=1,
-                         dependent=dependent, held=warps)  # fmt: skip
-
-
-# Tiles of the attention: rows, keys, tiles a block, warps.
-TILES = {
-    16: ((16, 64, 1, 8), (16, 64, 1, 4), (16, 32, 1, 4), (16, 64, 2, 8)),
-    32: ((32, 64, 1, 8), (32, 32, 1, 4), (16, 64, 1, 8)),
-    64: ((64, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4), (64, 64, 2, 8), (64, 128, 1, 8)),
-}
-
-
-def variants(name: str, launch: Launch, work: Workload, thorough: bool) -> Iterator[Launch]:
-    """Launches to try in the place of `launch`, the most promising first."""
+def variants(name: str, launch: Launch, work: Workload) -> Iterator[Launch]:
+    """Launches that differ from `launch` in one choice, or in the tile."""
     if name == "attention":
-        for dependent, hold, (m, n, blocks, warps) in itertools.product(
-            (1, 0, 3), (1, 0), TILES[padded(work.rows)]
-        ):
-            yield changed(launch, {"block_m": m, "block_n": n, "blocks": blocks,
-                                   "num_warps": warps, "held": hold,
-                                   "dependent": dependent})  # fmt: skip
-        return
-    for dependent in (1, 2, 3) if thorough else (1,):
-        yield from held(name, work, dependent)
-    for dependent, prefetch in PREFETCH:
-        yield changed(launch, {"dependent": dependent, "prefetch": prefetch})
-    if not thorough:
-        return
-    streamed = changed(launch, {"held": 0})
-    for n, k in ((16, 512), (16, 256), (32, 64), (64, 64), (64, 128), (128, 64)):
-        for stages in (3, 5):
-            yield changed(streamed, {"block_n": n, "block_k": k, "num_stages": stages})
-    axes = {"block_n": (16, 32, 64, 128), "block_k": (64, 128, 256, 512),
-            "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}  # fmt: skip
-    if KINDS[name] == "plain":
-        axes["split_k"] = (1, 2, 4, 8)
+        axes = {"num_stages": (1, 2), "fused": (0, 1), "dependent": (0, 1, 2)}
+        rows, keys = 8 * work.rows, work.stored + work.rows
+        for m, n, blocks, warps in itertools.product((16, 32, 64), (32, 64), (1, 2, 4), (4, 8)):
+            splits = math.ceil(keys / (n * blocks))
+            if 40 <= math.ceil(rows / m) * splits <= 270:
+                tile = {"block_m": m, "block_n": n, "blocks": blocks, "num_warps": warps}
+                yield changed(launch, tile)
+                if splits <= 8:
+                    yield changed(launch, {**tile, "fused": 1})
+    else:
+        axes = {"block_n": (16, 32, 64, 128), "block_k": (64, 128, 256, 512),
+                "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}  # fmt: skip
+        if KINDS[name] == "plain":
+            axes["split_k"] = (1, 2, 4, 8)
+        for dependent, prefetch in PREFETCH:
+            yield changed(launch, {"dependent": dependent, "prefetch": prefetch})
+        for n, k in ((16, 512), (16, 256), (32, 64), (64, 64), (64, 128), (128, 64)):
+            for stages in (3, 5):
+                yield changed(launch, {"block_n": n, "block_k": k, "num_stages": stages})
     for axis, values in axes.items():
         for value in values:
-            yield changed(streamed, {axis: value})
+            yield changed(launch, {axis: value})
 
 
-def changed(launch: Any, values: dict[str, int]) -> Any:
+def changed(launch: Launch, values: dict[str, int]) -> Launch:
     """`launch` with these values."""
     return dataclasses.replace(launch, **values)
 
 
 _CHAINS: dict[Workload, Chain] = {}
+
+
+def _start_worker() -> None:
+    """In a worker: end with the tuner, however that ends, and keep no pipe of its output open."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
 
 
 def _ready() -> None:
@@ -320,28 +306,25 @@ class Tuning:
         now = {name: self.now(name) for name in self.places}
         return [self.pool.submit(_compile, self.chain.work, now | choice) for choice in choices]
 
-    def together(self) -> list[dict[str, Launch]]:
-        """Launches of all kernels alike: with held weights, and beside their predecessors."""
-        work, attention = self.chain.work, self.now("attention")
-        choices = [
-            {name: list(held(name, work, d))[i] for name in SHAPES}
-            | {"attention": changed(attention, {"held": h, "dependent": d})}
-            for d in (1, 2) for i in (0, 1) for h in (1, 0)
-        ]  # fmt: skip
-        choices += [{"attention": changed(attention, {"dependent": d, "held": h})}
-                    for d in range(4) for h in (0, 1)]  # fmt: skip
-        return choices
-
-    def run(self, seconds: float, thorough: bool) -> None:
-        """All launches alike first, then those of one kernel after the other."""
+    def run(self, seconds: float) -> None:
+        """All launches beside their predecessors first, then each parameter of each launch."""
         self.deadline = time.monotonic() + seconds
-        choices = self.together()
+        choices = [
+            {
+                name: changed(
+                    self.now(name),
+                    {"dependent": d} if name == "attention" else {"dependent": d, "prefetch": p},
+                )
+                for name in self.places
+            }
+            for d, p in PREFETCH
+        ]
         self.take_best(choices, self.compile(choices))
         before = math.inf
         while self.best < before and time.monotonic() < self.deadline:
             before = self.best
-            for name in (*SHAPES, "attention"):
-                found = dict.fromkeys(variants(name, self.now(name), self.chain.work, thorough))
+            for name in ("attention", *SHAPES):
+                found = dict.fromkeys(variants(name, self.now(name), self.chain.work))
                 choices = [{name: launch} for launch in found]
                 self.take_best(choices, self.compile(choices))
 
@@ -355,13 +338,12 @@ Entry = tuple[str, Any, Launch]
 
 
 def tune(
-    work: Workload, seconds: float, thorough: bool, pool: ProcessPoolExecutor,
-    say: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
+    work: Workload, seconds: float, pool: ProcessPoolExecutor, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Tune a chain, report."""
     tuning = Tuning(work, pool, say)
     say(f"{work}: start {tuning.best / 18:.2f} us a layer")
-    tuning.run(seconds, thorough)
+    tuning.run(seconds)
     say(f"{work}: {tuning.best:.1f} us a step, {tuning.best / 18:.2f} a layer")
     found = [(*tuning.places[name], tuning.now(name)) for name in tuning.places]
     return {"work": dataclasses.asdict(work), "us": tuning.best, "tried": tuning.record,
@@ -452,9 +434,10 @@ def main() -> None:
     parser.add_argument("--seconds", default="100", help="time for each, comma-separated")
     parser.add_argument("--flash", type=float, default=0, metavar="SECONDS",
                         help="time for each of both other attentions")  # fmt: skip
-    parser.add_argument("--thorough", action="store_true", help="every axis, for minutes")
     options = parser.parse_args()
-    pool = ProcessPoolExecutor(_workers(), multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        _workers(), multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
     for _ in range(_workers()):
         pool.submit(_ready)  # the workers import while the first chain is built
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
@@ -463,7 +446,7 @@ def main() -> None:
     works = [Workload.parse(text) for text in options.rows.split(",") if text != "none"]
     seconds = [float(text) for text in options.seconds.split(",")]
     jobs: list[Callable[[], dict[str, Any]]] = [
-        partial(tune, work, seconds[min(index, len(seconds) - 1)], options.thorough, pool, say)
+        partial(tune, work, seconds[min(index, len(seconds) - 1)], pool, say)
         for index, work in enumerate(works)
     ]
     if options.flash:

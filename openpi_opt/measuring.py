@@ -6,7 +6,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,7 +172,7 @@ class Measuring:
             self.cfg = raced(self.cfg, self.folder)
             hopeless = _hopeless(prepared, witness, self.cfg)
             if hopeless is not None:
-                counted = self._counted(prepared, inputs[0])
+                counted = self._counted(prepared, inputs[0], last=True)
                 return {"outcome": "pruned", "guard": report, **first_call, **counted, **hopeless}
             compiled = compilation.graphs()
             timed = self._timed(prepared, witness, inputs[0])
@@ -185,7 +185,8 @@ class Measuring:
         report = asked.judge(witness, prepared.call, prepared.policy.layout, wall_ms, again)
         if not report.passed:
             return _wrong(report)
-        counted = self._counted(prepared, inputs[0])
+        more = self.cfg.profile.roofline != "none" or _wants_energy(self.cfg, latency.mean_ms)
+        counted = self._counted(prepared, inputs[0], last=not more)
         kernels, overhead_ms = counted["kernels"], None
         if kernels is not None and kernels.busy_ms is not None:
             overhead_ms = latency.wall_mean_ms - kernels.busy_ms
@@ -210,14 +211,9 @@ class Measuring:
 
     def _first_call(self, prepared: Prepared, inputs: Inputs) -> dict[str, Any]:
         """Compile, tune and capture: how long it took, and what of it came from caches."""
-        if any(knob.times_kernels(self.cfg) for knob in KNOBS):
-            self.progress.ask()
-        self.progress.enter("compile")
         memory.reset_peak(self.cfg.device)
         triton = compilation.watch_triton() if self.cfg.device != "cpu" else lambda: (0, 0)
-        started = self.progress.clock()
-        prepared.call(inputs).cpu()
-        seconds = self.progress.clock() - started
+        seconds = _call_first(prepared, inputs, self.cfg, self.progress)
         entries = compilation.cache_entries(*triton())
         state = compilation.cache_state(entries)
         return {"compile_seconds": seconds, "compile_cache": state, "cache_entries": entries}
@@ -259,8 +255,11 @@ class Measuring:
             found += checks.of_gpu(gpu, seconds * 1e3, self.progress.standing)
         return _Timed(latency, gpu, found)
 
-    def _counted(self, prepared: Prepared, inputs: Inputs) -> dict[str, Any]:
-        """Kernels of one call, as `profile` asks, and what there is to say of the configuration."""
+    def _counted(self, prepared: Prepared, inputs: Inputs, last: bool) -> dict[str, Any]:
+        """Kernels of one call, as `profile` asks, and what there is to say of the configuration.
+
+        `last`: nothing runs on the device afterwards.
+        """
         cfg, asked = self.cfg, self.cfg.profile
         notes = [note for knob in KNOBS for note in knob.notes(cfg)]
         if asked.trace:
@@ -274,7 +273,8 @@ class Measuring:
         self.progress.enter("profile")
         trace = self.folder / "trace.json.gz" if asked.trace else None
         found = profile.profile_call(
-            prepared.call, inputs, cfg.device, trace, uncaptured=prepared.uncaptured
+            *(prepared.call, inputs, cfg.device, trace, prepared.uncaptured),
+            recorded=self.progress.free if last else lambda: None,
         )
         notes += found.notes
         return {"kernels": found.kernels, "kernel_table": found.table, "notes": notes}
@@ -282,11 +282,9 @@ class Measuring:
     def _explain(self, found: dict[str, Any], prepared: Prepared, asked: question.Question) -> None:
         """Add energy and roofline to what was measured; nothing here can disturb the latency."""
         cfg = raced(self.cfg, self.folder)
-        best_ms = cfg.limits.best_ms
-        slower = best_ms is not None and found["latency"].mean_ms > _ABOUT * best_ms
-        if cfg.profile.energy == "auto" and slower:
+        if cfg.profile.energy and not _wants_energy(cfg, found["latency"].mean_ms):
             found["notes"].append(
-                f"No energy: the sweep has {best_ms:.3f} ms, and this trial is slower "
+                f"No energy: the sweep has {cfg.limits.best_ms:.3f} ms, and this trial is slower "
                 "(profile.energy=true measures it in every trial)."
             )
         elif cfg.profile.energy:
@@ -312,6 +310,31 @@ class Measuring:
                 cfg, limits, found["latency"].mean_ms, kernels.stage_ms if kernels else None
             )
             found["notes"] += [*notes, *remarks]
+
+
+def _call_first(prepared: Prepared, inputs: Inputs, cfg: Config, progress: Progress) -> float:
+    """Compile and capture; returns the seconds. What times kernels has the device for itself."""
+    timing = [knob.untimed(cfg) for knob in KNOBS if knob.times_kernels(cfg)]
+    later = [context for context in timing if context is not None]
+    progress.enter("compile")
+    started, waited = progress.clock(), progress.seconds.get("wait", 0.0)
+    if later and len(later) == len(timing):
+        with ExitStack() as stack:
+            for context in later:
+                stack.enter_context(context)
+            prepared.uncaptured(inputs).cpu()
+    if timing:
+        progress.ask()
+        progress.enter("compile")
+    prepared.call(inputs).cpu()
+    return progress.clock() - started - progress.seconds.get("wait", 0.0) + waited
+
+
+def _wants_energy(cfg: Config, mean_ms: float) -> bool:
+    """Whether the energy is asked for; a sweep asks for that of the fastest only."""
+    best_ms = cfg.limits.best_ms
+    slower = best_ms is not None and mean_ms > _ABOUT * best_ms
+    return bool(cfg.profile.energy) and not (cfg.profile.energy == "auto" and slower)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ Phase = Literal[
     "profile",
     "energy",
     "ceilings",
+    "report",
 ]
 CacheState = Literal["cold", "partly", "warm"]
 # Format 2 packs the samples and adds what says how sure a latency is; format 3 has the files that

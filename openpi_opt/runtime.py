@@ -77,10 +77,10 @@ def apply_knobs(policy: Pi0Policy, cfg: Config) -> Prepared:
         knob.fold(policy, cfg)
     for knob in acting:
         knob.transform(policy, cfg)
-    call: Callable[[Inputs], Tensor] = policy.sample_actions
-    uncaptured = call
-    for knob in acting:
-        call = knob.wrap(call, cfg)
     # Not inference_mode: its tensors have other dispatch keys than those a caller brings, and
     # compiled stages would be compiled once more for each mixture of the two.
-    return Prepared(policy, torch.no_grad()(call), torch.no_grad()(uncaptured))
+    uncaptured: Callable[[Inputs], Tensor] = torch.no_grad()(policy.sample_actions)
+    call = uncaptured
+    for knob in acting:
+        call = knob.wrap(call, cfg)
+    return Prepared(policy, call if call is uncaptured else torch.no_grad()(call), uncaptured)

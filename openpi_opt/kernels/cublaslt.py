@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import ctypes
 import statistics
-from collections.abc import Callable
-from ctypes import byref, c_float, c_int, c_int8, c_int64, c_size_t, c_uint64, c_void_p
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -30,11 +31,10 @@ from openpi_opt.kernels.operators import of_product, operator
 from openpi_opt.kernels.triton_common import as_rows
 from openpi_opt.pi0 import ops
 
-_TYPES = {torch.bfloat16: 14, torch.float16: 2, torch.float8_e4m3fn: 28}
+_TYPES = {torch.bfloat16: 14, torch.float16: 2}
 _FLOAT = 0
 _COMPUTE_FLOAT = 68
-# Attributes of a product; A is the weight and B is x.
-_TRANSPOSE_A, _EPILOGUE, _BIAS, _SCALE_A, _SCALE_B, _FAST_ACCUM = 3, 7, 8, 17, 18, 25
+_TRANSPOSE_A, _EPILOGUE, _BIAS = 3, 7, 8  # attributes of a product
 _MAX_WORKSPACE = 1  # attribute of a preference
 _EPILOGUES = {(False, False): 1, (True, False): 4, (False, True): 32, (True, True): 36}
 WORKSPACE = 32 << 20
@@ -68,10 +68,6 @@ class Shape(NamedTuple):
     gelu: bool
     residual: bool
     dtype: torch.dtype
-    """of x and weight"""
-    out: torch.dtype
-    """of residual and result"""
-    fast_accum: bool
     device: int
 
 
@@ -88,6 +84,7 @@ class Product:
 
 
 _PRODUCTS: dict[Shape, Product] = {}
+_UNSEARCHED: list[bool] = []  # not empty inside `unsearched`
 
 
 @cache
@@ -122,27 +119,22 @@ def _described(shape: Shape) -> Product:
     descriptor = c_void_p()
     _do("cublasLtMatmulDescCreate", byref(descriptor), _COMPUTE_FLOAT, _FLOAT)
     epilogue = _EPILOGUES[shape.bias, shape.gelu]
-    attributes: list[tuple[int, c_int | c_int8]] = [
-        (_TRANSPOSE_A, c_int(1)), (_EPILOGUE, c_int(epilogue))
-    ]  # fmt: skip
-    if shape.fast_accum:
-        attributes.append((_FAST_ACCUM, c_int8(1)))
-    for attribute, value in attributes:
+    for attribute, value in ((_TRANSPOSE_A, c_int(1)), (_EPILOGUE, c_int(epilogue))):
         _do(
             "cublasLtMatmulDescSetAttribute", descriptor, attribute, byref(value),
             c_size_t(ctypes.sizeof(value)),
         )  # fmt: skip
     layouts = []
     stride_x, stride_weight, stride_residual = shape.strides
-    for dtype, rows, columns, stride in (
-        (shape.dtype, shape.k, shape.n, stride_weight),
-        (shape.dtype, shape.k, shape.m, stride_x),
-        (shape.out, shape.n, shape.m, stride_residual if shape.residual else shape.n),
-        (shape.out, shape.n, shape.m, shape.n),
+    for rows, columns, stride in (
+        (shape.k, shape.n, stride_weight),
+        (shape.k, shape.m, stride_x),
+        (shape.n, shape.m, stride_residual if shape.residual else shape.n),
+        (shape.n, shape.m, shape.n),
     ):
         layout = c_void_p()
         _do(
-            "cublasLtMatrixLayoutCreate", byref(layout), _TYPES[dtype], c_uint64(rows),
+            "cublasLtMatrixLayoutCreate", byref(layout), _TYPES[shape.dtype], c_uint64(rows),
             c_uint64(columns), c_int64(stride),
         )  # fmt: skip
         layouts.append(layout)
@@ -171,25 +163,22 @@ def _offered(product: Product, device: int) -> list[_Found]:
 
 
 class Operands(NamedTuple):
-    """x [M, K], weight [N, K], bias [N], residual and out [M, N]; of FP8 scales of x and weight."""
+    """x [M, K], weight [N, K], bias [N], residual and out [M, N]."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
     residual: Tensor | None
     out: Tensor
-    scales: tuple[Tensor, Tensor] | None
 
 
 def _launch(product: Product, algorithm: _Found, o: Operands, device: int) -> None:
-    of_x, of_weight = o.scales or (None, None)
-    for attribute, tensor in ((_BIAS, o.bias), (_SCALE_A, of_weight), (_SCALE_B, of_x)):
-        if tensor is not None:
-            pointer = c_void_p(tensor.data_ptr())
-            _do(
-                "cublasLtMatmulDescSetAttribute", product.descriptor, attribute, byref(pointer),
-                c_size_t(ctypes.sizeof(pointer)),
-            )  # fmt: skip
+    if o.bias is not None:
+        pointer = c_void_p(o.bias.data_ptr())
+        _do(
+            "cublasLtMatmulDescSetAttribute", product.descriptor, _BIAS, byref(pointer),
+            c_size_t(ctypes.sizeof(pointer)),
+        )  # fmt: skip
     weight, x, residual, out = product.layouts
     one, added = c_float(1.0), c_float(0.0 if o.residual is None else 1.0)
     third = o.out if o.residual is None else o.residual
@@ -236,36 +225,41 @@ def _search(shape: Shape, o: Operands) -> Product:
     return product
 
 
+def _first(shape: Shape, o: Operands) -> Product:
+    """The heuristic's first, without timing."""
+    product = _described(shape)
+    product.algorithm = _offered(product, shape.device)[0]
+    return product
+
+
+@contextmanager
+def unsearched() -> Iterator[None]:
+    """Inside, products run by the heuristic's first algorithm; afterwards they are searched."""
+    _UNSEARCHED.append(True)
+    try:
+        yield
+    finally:
+        _UNSEARCHED.clear()
+        _PRODUCTS.clear()
+
+
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
     gelu: bool = False,
-) -> Tensor:  # fmt: skip
-    return _product(x, weight, bias, residual, gelu, x.dtype)
-
-
-def _run_fp8(
-    x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None,
-    residual: Tensor | None, dtype: torch.dtype, fast_accum: bool,
-) -> Tensor:  # fmt: skip
-    return _product(x, weight, bias, residual, False, dtype, (x_scale, weight_scale), fast_accum)
-
-
-def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool,
-    dtype: torch.dtype, scales: tuple[Tensor, Tensor] | None = None, fast_accum: bool = False,
 ) -> Tensor:  # fmt: skip
     rows, added = as_rows(x), None if residual is None else as_rows(residual)
     device = x.device.index
     strides = (rows.stride(0), weight.stride(0), 0 if added is None else added.stride(0))
     shape = Shape(
         rows.shape[0], weight.shape[0], rows.shape[1], strides, bias is not None, gelu,
-        added is not None, x.dtype, dtype, fast_accum, device,
+        added is not None, x.dtype, device,
     )  # fmt: skip
-    out = x.new_empty(rows.shape[0], weight.shape[0], dtype=dtype)
-    operands = Operands(rows, weight, bias, added, out, scales)
+    out = x.new_empty(rows.shape[0], weight.shape[0])
+    operands = Operands(rows, weight, bias, added, out)
     product = _PRODUCTS.get(shape)
     if product is None:
-        product = _PRODUCTS[shape] = _search(shape, operands)
+        choose = _first if _UNSEARCHED else _search
+        product = _PRODUCTS[shape] = choose(shape, operands)
     _launch(product, product.algorithm, operands, device)
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -288,37 +282,6 @@ def searched_linear_reference(
 
 searched_linear = operator("searched_linear", of_product)(searched_linear_reference)
 searched_linear.register_kernel("cuda", _run)
-
-
-def searched_fp8_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-    fast_accum: bool,
-) -> Tensor:
-    """FP8 x [..., K] @ weight [N, K]^T times both scales [] + bias [N] + residual -> [..., N].
-
-    `fast_accum`: sums are promoted to float32 less often. On a GPU all is rounded once.
-    """
-    out = torch._scaled_mm(
-        as_rows(x), weight.t(), scale_a=x_scale, scale_b=weight_scale, bias=bias, out_dtype=dtype,
-        use_fast_accum=fast_accum,
-    )  # fmt: skip
-    out = out.view(*x.shape[:-1], weight.shape[0])
-    return out if residual is None else residual + out
-
-
-searched_fp8_linear = operator(
-    "searched_fp8_linear",
-    lambda x, weight, _x, _w, _bias, _residual, dtype, _fast: x.new_empty(
-        *x.shape[:-1], weight.shape[0], dtype=dtype
-    ),
-)(searched_fp8_linear_reference)
-searched_fp8_linear.register_kernel("cuda", _run_fp8)
 
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -350,18 +313,9 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
 
 def searched() -> list[str]:
     """A line for each shape that was searched in this process."""
-    lines = []
-    for s, p in _PRODUCTS.items():
-        words = [f"[{s.m}, {s.k}] x [{s.k}, {s.n}]"]
-        words += [
-            word
-            for word, there in (
-                ("FP8", s.dtype != s.out), ("GELU", s.gelu), ("+ residual", s.residual)
-            )
-            if there
-        ]  # fmt: skip
-        lines.append(
-            f"blas.algorithm=searched: {' '.join(words)}: {p.best_us:.1f} us, the heuristic's "
-            f"first {p.first_us:.1f} us, of {p.candidates}"
-        )
-    return lines
+    return [
+        f"blas.algorithm=searched: [{s.m}, {s.k}] x [{s.k}, {s.n}]"
+        f"{' GELU' if s.gelu else ''}{' + residual' if s.residual else ''}: {p.best_us:.1f} us, "
+        f"the heuristic's first {p.first_us:.1f} us, of {p.candidates}"
+        for s, p in _PRODUCTS.items()
+    ]

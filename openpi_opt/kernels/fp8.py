@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from openpi_opt.kernels.cublaslt import searched_fp8_linear, searched_fp8_linear_reference
 from openpi_opt.kernels.operators import operator
 from openpi_opt.pi0.layers import Linear
 
@@ -68,24 +67,25 @@ class Fp8Linear(Linear):
     weight_scale: Tensor
     input_scale: Tensor
     fast_accum: bool
-    searched: bool
-    """by cuBLASLt's fastest algorithm instead of the first of its heuristic"""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[..., K] -> [..., N] of x's dtype, added to the residual [..., N]."""
-        rows = quantise(x, self.input_scale, self.weight_fp8.dtype)
-        product = searched_fp8_linear if self.searched else searched_fp8_linear_reference
-        out: Tensor = product(
-            rows, self.weight_fp8, self.input_scale, self.weight_scale, self.bias, residual,
-            x.dtype, self.fast_accum,
-        )  # fmt: skip
-        return out
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] of x's dtype."""
+        rows = quantise(x.reshape(-1, self.in_features), self.input_scale, self.weight_fp8.dtype)
+        out = torch._scaled_mm(
+            rows,
+            self.weight_fp8.t(),
+            scale_a=self.input_scale,
+            scale_b=self.weight_scale,
+            bias=self.bias,
+            out_dtype=x.dtype,
+            use_fast_accum=self.fast_accum,
+        )
+        return out.view(*x.shape[:-1], self.out_features)
 
 
 def become(
-    linear: Linear, largest_input: Tensor, dtype: torch.dtype, fast_accum: bool = True,
-    searched: bool = False,
-) -> Fp8Linear:  # fmt: skip
+    linear: Linear, largest_input: Tensor, dtype: torch.dtype, fast_accum: bool = True
+) -> Fp8Linear:
     """Turn `linear` into an FP8 layer in place, with `largest_input` [] from calibration."""
     weight = linear.weight.detach()
     weight_scale = scale_for(weight.abs().amax(), dtype)
@@ -98,7 +98,7 @@ def become(
         linear.register_buffer(name, value, persistent=False)
     linear.__class__ = specialised(Fp8Linear, type(linear))
     assert isinstance(linear, Fp8Linear)
-    linear.fast_accum, linear.searched = fast_accum, searched
+    linear.fast_accum = fast_accum
     return linear
 
 
@@ -126,8 +126,8 @@ class AiterFp8Linear(Fp8Linear):
     input_scales: Tensor
     weight_scales: Tensor
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[..., K] -> [..., N] of x's dtype, added to the residual [..., N]."""
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] of x's dtype."""
         rows = quantise(x.reshape(-1, self.in_features), self.input_scale, self.weight_fp8.dtype)
         if len(rows) > len(self.input_scales):  # the kernel would read past their end
             raise ValueError(
@@ -138,8 +138,7 @@ class AiterFp8Linear(Fp8Linear):
         out: Tensor = _gemm_a8w8(
             rows, self.weight_fp8, scales, self.weight_scales, self.bias, x.dtype
         )
-        out = out.view(*x.shape[:-1], self.out_features)
-        return out if residual is None else residual + out
+        return out.view(*x.shape[:-1], self.out_features)
 
 
 def become_aiter(linear: Linear, seen: Seen, dtype: torch.dtype) -> AiterFp8Linear:
@@ -182,7 +181,6 @@ def convert(
     dtype: torch.dtype,
     fast_accum: bool,
     aiter: bool = False,
-    searched: bool = False,
 ) -> int:
     """Turn the linear layers below `towers` into FP8 ones, calibrated by `run`; how many.
 
@@ -199,7 +197,7 @@ def convert(
         if aiter:
             become_aiter(linear, inputs, dtype)
         else:
-            become(linear, inputs.largest, dtype, fast_accum, searched)
+            become(linear, inputs.largest, dtype, fast_accum)
     return len(fitting)
 
 

@@ -36,10 +36,7 @@ class Launch:
     fused: int = 0
     """1: the last block adds the parts of a split; 0: a second kernel does"""
     dependent: int = 0
-    """1 or 2: start beside the kernel before; 3: let the next one do so (NVIDIA from sm90 on)"""
-    held: int = 0
-    """parts of a block's sum, a warp each, whose weights are loaded before the wait; 0: none of
-    them. Attention: 1 loads a block's cached keys and values before it"""
+    """1 or 2: start beside the kernel before (NVIDIA from sm90 on)"""
     prefetch: int = 0
     """bytes an instruction asks for in L2 before the wait; 0: none"""
     dies: int = 1
@@ -50,7 +47,7 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """The arguments of the launch itself, those that this vendor's compiler knows."""
         given: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if self.dependent in (1, 2):
+        if self.dependent:
             given["launch_pdl"] = True
         if torch.version.hip is not None:
             amd = {
@@ -63,9 +60,9 @@ class Launch:
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Launch))
 _OF_ALL = ("num_warps", "num_stages", "dependent", "waves_per_eu", "matrix_instr_nonkdim")
-DECODE = ("block_m", "block_n", "blocks", "held", *_OF_ALL)
+DECODE = ("block_m", "block_n", "blocks", "fused", *_OF_ALL)
 FLASH = ("block_m", "block_n", "dies", *_OF_ALL[:2], *_OF_ALL[3:])
-LINEAR = ("block_m", "block_n", "block_k", "split_k", "fused", "prefetch", "held", *_OF_ALL)
+LINEAR = ("block_n", "block_k", "split_k", "fused", "prefetch", *_OF_ALL)
 """What `triton_decode`, `triton_attention` and `triton_skinny_gemm` read."""
 
 
@@ -82,11 +79,9 @@ def encoded(names: Sequence[str], overrides: Mapping[str, int] | None) -> list[i
     return [overrides.get(field, -1) for field in FIELDS] if overrides else []
 
 
-def given(overrides: Sequence[int] | None) -> dict[str, int]:
-    """What `encoded` wrote, by name."""
-    return {k: v for k, v in zip(FIELDS, overrides or (), strict=False) if v != -1}
-
-
 def applied(table: Launch, overrides: Sequence[int] | None) -> Launch:
     """The table's entry with what `encoded` wrote put over it."""
-    return dataclasses.replace(table, **given(overrides))
+    if not overrides:
+        return table
+    given = {k: v for k, v in zip(FIELDS, overrides, strict=True) if v != -1}
+    return dataclasses.replace(table, **given)

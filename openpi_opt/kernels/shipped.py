@@ -51,7 +51,7 @@ def decode_cached() -> None:
     """The same over the prefix's keys and the step's own, in one launch; openpi's 51 rows."""
     q, past, new = _empty(1, 51, 8, 256), _empty(1, _PREFIX, 1, 256), _empty(1, 51, 1, 256)
     rope = Rope(_empty(1, 51, 128), _empty(1, 51, 128))
-    attend = triton_decode.cached_attention({"held": 1})
+    attend = triton_decode.cached_attention({"fused": 1})
     attend(q, (past, past), (new, new), rope, SEE_ALL, 0.0625)
 
 

@@ -99,17 +99,16 @@ def follow(dependent: tl.constexpr):
 
     Programmatic dependent launch (sm90; CUDA programming guide): with `dependent` the launch does
     not wait for its predecessor, so what comes before this line runs beside it, and must touch
-    nothing that it writes. 1 lets the successor in after the wait, 2 before; 3 lets it in and does
-    not start beside the predecessor itself, whose blocks may need the room. Every block passes
-    here before it writes anything or reads what its predecessor wrote, so that waiting for a
-    predecessor is waiting for all before it.
+    nothing that it writes. 1 lets the successor in after the wait, 2 before. Every block passes
+    here before it reads or writes anything of others, so that waiting for a predecessor is waiting
+    for all before it.
     """
-    if dependent >= 2:
+    if dependent == 2:
         tl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False,
             pack=1,
         )  # fmt: skip
-    if dependent == 1 or dependent == 2:
+    if dependent:
         tl.inline_asm_elementwise(
             "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )

@@ -7,11 +7,6 @@ processor streams (split over K where N is small), several tiles are in flight (
 what surrounds the product is done in the same launch: a factor for each feature, bias, residual,
 GELU(gate) * up of a fused projection, and its part of RMSNorm.
 
-With `held` a block loads its weights before it waits for the kernel before it (programmatic
-dependent launch): each warp its part of the sum, as the operand of its matrix instructions. After
-the wait only x is left to be read, the warps sum independent parts, and these are added. Eight
-features a block leave 2048 or 4096 inputs to one block, which then needs no split and no counter.
-
 RMSNorm is shared by two products. `skinny_linear_onward` makes the residual stream x and has its
 final values at hand: it also writes the sum of squares of its columns, and x * (1 + gain) where the
 next norm has a gain. `skinny_linear` adds those sums, in a fixed order, and scales its rows.
@@ -29,7 +24,7 @@ Letters: M rows, N output features, K input features, P parts of a sum of square
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -39,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openpi_opt.kernels.launch import LINEAR, Launch, applied, encoded, given
+from openpi_opt.kernels.launch import LINEAR, Launch, applied, encoded
 from openpi_opt.kernels.operators import operator
 from openpi_opt.kernels.triton_common import (
     arch,
@@ -104,8 +99,9 @@ class _Shape:
     gated: bool
     rows: int
     """M padded to 16, 32 or 64"""
+    parts: int
+    """P of the sums that are read"""
     parts_padded: int
-    """P of the sums that are read, padded"""
 
 
 @triton.jit
@@ -116,24 +112,6 @@ def _weights(weight, column, begin, stride, shape: tl.constexpr, launch: tl.cons
     if shape.even:
         return tl.load(pointers, eviction_policy="evict_first")
     inside = (column < shape.n)[:, None] & (inner < shape.k)[None, :]
-    return tl.load(pointers, mask=inside, other=0.0)
-
-
-@triton.jit
-def _parts_of(span: tl.constexpr, parts: tl.constexpr):
-    """Columns of `span` in `parts` of consecutive ones -> [parts, 1, span / parts]."""
-    width: tl.constexpr = span // parts
-    begin = tl.arange(0, parts) * width
-    return begin[:, None, None] + tl.arange(0, width)[None, None, :]
-
-
-@triton.jit
-def _held(weight, column, inner, stride, shape: tl.constexpr):
-    """Rows `column` of the weight, columns `inner` [P, 1, K / P] -> [P, block_n, K / P]."""
-    pointers = weight + column[None, :, None] * stride + inner
-    if shape.even:
-        return tl.load(pointers, eviction_policy="evict_first")
-    inside = (column < shape.n)[None, :, None] & (inner < shape.k)
     return tl.load(pointers, mask=inside, other=0.0)
 
 
@@ -169,32 +147,47 @@ def _finish(acc, gain, gains, out, scaled, squares, part, row, column, m, n: tl.
 
 
 @triton.jit
-def _add(
-    partial, bias, residual, factor, gain, out, scaled, squares, part, row, column, m,
-    stride_residual, shape: tl.constexpr, splits: tl.constexpr,
+def _linear(
+    x, weight, squares, bias, residual, factor, gain, out, scaled, squares_out, partial, counter,
+    m, eps, stride_x, stride_weight, stride_residual, shape: tl.constexpr, launch: tl.constexpr,
 ):  # fmt: skip
-    """Rows `row` and columns `column` of the sum over splits, in their order, and `_finish`."""
-    live, inside = (row < m)[:, None], (column < shape.n)[None, :]
+    """One tile [M, block_n] of the result, or of one split of it.
+
+    x [M, K] and weight [N or 2N, K] with rows at any stride; squares [P, M], factor [N], bias
+    [N] (gated: [2N]), residual [M, N], out [M, N]; `_finish` says what gain, scaled and squares_out
+    are. None leaves an operand out; without `eps` nothing is normed, with `partial`
+    [split_k, rows, N] float32 the result goes there, and with `counter` the last block of a column
+    adds the splits.
+    """
+    n: tl.constexpr = shape.n
+    rows: tl.constexpr = shape.rows
+    block_n: tl.constexpr = launch.block_n
+    split, column_block = tl.program_id(0), tl.program_id(1)
+    row = tl.arange(0, rows)
+    column = column_block * block_n + tl.arange(0, block_n)
+    second = weight + n * stride_weight
+    if launch.prefetch:
+        prefetch_rows(weight, column, stride_weight, split * shape.span, shape.span,
+                      launch.prefetch)  # fmt: skip
+        if shape.gated:
+            prefetch_rows(second, column, stride_weight, split * shape.span, shape.span,
+                          launch.prefetch)  # fmt: skip
+    follow(launch.dependent)
+    live, inside = (row < m)[:, None], (column < n)[None, :]
     keep = live & inside
     factors = _operand(factor, column[None, :], inside, 1.0)
     biases = _operand(bias, column[None, :], inside, 0.0)
     gains = _operand(gain, column[None, :], inside, 0.0)
-    added = _operand(residual, row[:, None] * stride_residual + column[None, :], keep, 0.0)
-    acc = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
-    for split in tl.static_range(splits):
-        place = (split * shape.rows + row)[:, None] * shape.n + column[None, :]
-        acc += tl.load(partial + place, mask=keep, other=0.0)
-    acc = acc * factors + biases + added
-    _finish(acc, gain, gains, out, scaled, squares, part, row, column, m, shape.n)
-
-
-@triton.jit
-def _product(x, weight, second, row, column, m, split, stride_x, stride_weight,
-             shape: tl.constexpr, launch: tl.constexpr):  # fmt: skip
-    """[M, block_n] twice: of the weight, and of `second` where the product is gated."""
-    acc = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
-    up = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
-    live = (row < m)[:, None]
+    place = row[:, None] * stride_residual + column[None, :]
+    added = _operand(residual, place, keep, 0.0)
+    if shape.gated:
+        ups = _operand(None if bias is None else bias + n, column[None, :], inside, 0.0)
+    if eps is not None:
+        part = tl.arange(0, shape.parts_padded)
+        there = (part < shape.parts)[:, None] & (row < m)[None, :]
+        sums = tl.load(squares + part[:, None] * m + row[None, :], mask=there, other=0.0)
+    acc = tl.zeros((rows, block_n), tl.float32)
+    up = tl.zeros((rows, block_n), tl.float32)
     for offset in range(0, shape.span, launch.block_k):
         begin = split * shape.span + offset
         w = _weights(weight, column, begin, stride_weight, shape, launch)
@@ -205,103 +198,26 @@ def _product(x, weight, second, row, column, m, split, stride_x, stride_weight,
         if shape.gated:
             w = _weights(second, column, begin, stride_weight, shape, launch)
             up = tl.dot(a, tl.trans(w), up, input_precision="ieee")
-    return acc, up
-
-
-@triton.jit
-def _held_x(x, row, inner, m, stride, shape: tl.constexpr):
-    """Rows `row` of x, columns `inner` [P, 1, K / P] -> [P, M, K / P]."""
-    known = (row < m)[None, :, None]
-    if not shape.even:
-        known = known & (inner < shape.k)
-    return tl.load(x + row[None, :, None] * stride + inner, mask=known, other=0.0)
-
-
-@triton.jit
-def _held_dot(a, w):
-    """[P, M, K / P] and [P, N, K / P] -> [M, N]: each warp sums its part, then all are added."""
-    return tl.sum(tl.dot(a, tl.permute(w, (0, 2, 1)), input_precision="ieee"), 0)
-
-
-@triton.jit
-def _linear(
-    x, weight, squares, bias, residual, factor, gain, out, scaled, squares_out, partial, counter,
-    m, parts, eps, stride_x, stride_weight, stride_residual, shape: tl.constexpr,
-    launch: tl.constexpr,
-):  # fmt: skip
-    """One tile [M, block_n] of the result, or of one split of it.
-
-    x [M, K] and weight [N or 2N, K] with rows at any stride; squares [P, M], factor [N], bias
-    [N] (gated: [2N]), residual [M, N], out [M, N]; `_finish` says what gain, scaled and squares_out
-    are. None leaves an operand out; without `eps` nothing is normed, with `partial`
-    [split_k, rows, N] float32 the result goes there, and with `counter` the last block of a column
-    adds the splits. With `held` the weights are loaded before the wait, and rows come by `block_m`.
-    """
-    n: tl.constexpr = shape.n
-    rows: tl.constexpr = shape.rows
-    step: tl.constexpr = min(launch.block_m, rows) if launch.held else rows
-    split, column_block = tl.program_id(0), tl.program_id(1)
-    column = column_block * launch.block_n + tl.arange(0, launch.block_n)
-    second = weight + n * stride_weight
-    if launch.held:
-        inner = split * shape.span + _parts_of(shape.span, launch.held)
-        w = _held(weight, column, inner, stride_weight, shape)
-        if shape.gated:
-            w_up = _held(second, column, inner, stride_weight, shape)
-    elif launch.prefetch:
-        prefetch_rows(weight, column, stride_weight, split * shape.span, shape.span,
-                      launch.prefetch)  # fmt: skip
-        if shape.gated:
-            prefetch_rows(second, column, stride_weight, split * shape.span, shape.span,
-                          launch.prefetch)  # fmt: skip
-    follow(launch.dependent)
-    inside = (column < n)[None, :]
-    factors = _operand(factor, column[None, :], inside, 1.0)
-    biases = _operand(bias, column[None, :], inside, 0.0)
-    gains = _operand(gain, column[None, :], inside, 0.0)
+    if eps is not None:
+        scale = tl.rsqrt(tl.sum(sums, 0) / shape.k + eps)[:, None]
+        acc = acc * scale
+        up = up * scale
+    place = row[:, None] * n + column[None, :]
     if shape.gated:
-        ups = _operand(None if bias is None else bias + n, column[None, :], inside, 0.0)
-    if launch.held:
-        following = _held_x(x, tl.arange(0, step), inner, m, stride_x, shape)
-    for first in tl.static_range(0, rows, step):
-        row = first + tl.arange(0, step)
-        keep = (row < m)[:, None] & inside
-        added = _operand(
-            residual if partial is None else None,
-            row[:, None] * stride_residual + column[None, :], keep, 0.0,
-        )  # fmt: skip
-        if eps is not None:
-            part = tl.arange(0, shape.parts_padded)
-            there = (part < parts)[:, None] & (row < m)[None, :]
-            sums = tl.load(squares + part[:, None] * m + row[None, :], mask=there, other=0.0)
-        if launch.held:
-            a = following
-            if first + step < rows:
-                following = _held_x(x, row + step, inner, m, stride_x, shape)
-            acc = _held_dot(a, w)
-            up = _held_dot(a, w_up) if shape.gated else acc
-        else:
-            acc, up = _product(x, weight, second, row, column, m, split, stride_x, stride_weight,
-                               shape, launch)  # fmt: skip
-        if eps is not None:
-            scale = tl.rsqrt(tl.sum(sums, 0) / shape.k + eps)[:, None]
-            acc = acc * scale
-            up = up * scale
-        place = row[:, None] * n + column[None, :]
-        if shape.gated:
-            acc = gelu_tanh(acc + biases) * (up + ups)
-            tl.store(out + place, acc.to(out.dtype.element_ty), mask=keep)
-        elif partial is None:
-            acc = acc * factors + biases + added
-            _finish(acc, gain, gains, out, scaled, squares_out, column_block, row, column, m, n)
-        else:
-            tl.store(partial + split * rows * n + place, acc, mask=keep)
-    if counter is not None:  # noqa: SIM102 (Triton has no `and` that stops early)
-        if arrived_last(counter + column_block, launch.split_k - 1):
-            for first in tl.static_range(0, rows, step):
-                _add(partial, bias, residual, factor, gain, out, scaled, squares_out, column_block,
-                     first + tl.arange(0, step), column, m, stride_residual, shape,
-                     launch.split_k)  # fmt: skip
+        acc = gelu_tanh(acc + biases) * (up + ups)
+        tl.store(out + place, acc.to(out.dtype.element_ty), mask=keep)
+    elif partial is None:
+        acc = acc * factors + biases + added
+        _finish(acc, gain, gains, out, scaled, squares_out, column_block, row, column, m, n)
+    else:
+        tl.store(partial + split * rows * n + place, acc, mask=keep)
+        if counter is not None:  # noqa: SIM102 (Triton has no `and` that stops early)
+            if arrived_last(counter + column_block, launch.split_k - 1):
+                acc = tl.zeros((rows, block_n), tl.float32)
+                for other in range(launch.split_k):
+                    acc += tl.load(partial + other * rows * n + place, mask=keep, other=0.0)
+                acc = acc * factors + biases + added
+                _finish(acc, gain, gains, out, scaled, squares_out, column_block, row, column, m, n)
 
 
 @triton.jit
@@ -310,48 +226,50 @@ def _add_splits(
     shape: tl.constexpr, launch: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """`block` columns of one row: the sum over splits of `_linear`, and what its end adds."""
+    splits: tl.constexpr = launch.split_k
     follow(launch.dependent)
     row = tl.program_id(0) + tl.arange(0, 1)
     column = tl.program_id(1) * block + tl.arange(0, block)
-    _add(partial, bias, residual, factor, gain, out, scaled, squares, tl.program_id(1), row, column,
-         m, stride_residual, shape, launch.split_k)  # fmt: skip
+    keep = (column < shape.n)[None, :]
+    factors = _operand(factor, column[None, :], keep, 1.0)
+    biases = _operand(bias, column[None, :], keep, 0.0)
+    gains = _operand(gain, column[None, :], keep, 0.0)
+    added = _operand(residual, row[:, None] * stride_residual + column[None, :], keep, 0.0)
+    acc = tl.zeros((1, block), tl.float32)
+    for split in tl.static_range(splits):
+        place = (split * shape.rows + row)[:, None] * shape.n + column[None, :]
+        acc += tl.load(partial + place, mask=keep, other=0.0)
+    acc = acc * factors + biases + added
+    part = tl.program_id(1)
+    _finish(acc, gain, gains, out, scaled, squares, part, row, column, m, shape.n)
 
 
-def default_launch(x: Tensor, n: int, k: int, kind: Kind, others: Collection[str] = ()) -> Launch:
+def default_launch(x: Tensor, n: int, k: int, kind: Kind) -> Launch:
     """The measured parameters of this shape and architecture, or a choice by rule.
-
-    An entry that holds its weights does not count where one of `others`, which a caller puts over
-    the result, is of `STREAMED`.
 
     The rule: tiles of 32 features, and as many splits as give 128 processors a block while a block
     keeps at least 256 input features. On AMD see `_for_units`.
     """
     name, rows = arch(x), padded(as_rows(x).shape[0])
     found = TABLE.get((name, rows, n, k, kind))
-    streamed = not STREAMED.isdisjoint(others)
-    if found is None or x.element_size() != 2 or (found.held and streamed):  # of 16-bit types
-        return _by_rule(x, n, k, kind)
-    return found
+    if found is not None and x.element_size() == 2:  # the table is that of 16-bit types
+        return found
+    launch = _by_rule(x, n, k, kind, name)
+    return dataclasses.replace(launch, dependent=1, prefetch=512) if can_follow(name) else launch
 
 
-STREAMED = frozenset(("block_k", "num_stages", "prefetch"))
-"""What only a launch reads whose weights come in tiles."""
-
-
-def _by_rule(x: Tensor, n: int, k: int, kind: Kind) -> Launch:
-    name, wide = arch(x), x.dtype == torch.float32
+def _by_rule(x: Tensor, n: int, k: int, kind: Kind, name: str) -> Launch:
+    wide = x.dtype == torch.float32
     block_k = min(64 if wide else 128, padded(k))
     if name.startswith("gfx"):
         return _for_units(units(x), padded(as_rows(x).shape[0]), n, k, kind, block_k)
     split_k, columns = 1, triton.cdiv(n, 32)
     while kind == "plain" and split_k * columns < 128 and k // (2 * split_k) >= 2 * block_k:
         split_k *= 2
-    follows = can_follow(name)
+    stages = 3 if kind.startswith("gated") or wide else 4
     return Launch(
-        block_n=32, block_k=block_k, split_k=split_k, num_warps=4,
-        num_stages=3 if kind.startswith("gated") or wide else 4, fused=1,
-        dependent=int(follows), prefetch=512 if follows else 0,
-    )  # fmt: skip
+        block_n=32, block_k=block_k, split_k=split_k, num_warps=4, num_stages=stages, fused=1
+    )
 
 
 def _for_units(count: int, rows: int, n: int, k: int, kind: Kind, block_k: int) -> Launch:
@@ -380,7 +298,7 @@ def _for_units(count: int, rows: int, n: int, k: int, kind: Kind, block_k: int) 
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Product:
     """The operands of one call, x as rows [M, K] and residual as rows [M, N]."""
 
     x: Tensor
@@ -397,39 +315,29 @@ class _Call:
         """N: features of the result."""
         return self.weight.shape[0] // (2 if self.gated else 1)
 
-    @property
-    def parts(self) -> int:
-        """P of the sums that are read; 1 without any."""
-        return 1 if self.squares is None else self.squares.shape[0]
-
     def launch(self, overrides: Sequence[int] | None) -> Launch:
         """Table or rule with `overrides`; no split where a block needs the whole sum over K."""
         rows, inner = self.x.shape
         if rows > MAX_ROWS:
             raise ValueError(f"{rows} rows: this kernel is for at most {MAX_ROWS}")
         kind: Kind = "gated" if self.gated else "plain" if self.eps is None else "normed"
-        table = default_launch(self.x, self.features, inner, kind, given(overrides))
-        chosen = applied(table, overrides)
+        chosen = applied(default_launch(self.x, self.features, inner, kind), overrides)
         return chosen if kind == "plain" else dataclasses.replace(chosen, split_k=1)
 
     def shape(self, launch: Launch) -> _Shape:
         """What is compiled in under `launch`."""
         (m, k), n = self.x.shape, self.features
-        span = triton.cdiv(k, launch.split_k)
-        if launch.held:
-            span = max(int(triton.next_power_of_2(span)), 16 * launch.held)
-        else:
-            span = triton.cdiv(span, launch.block_k) * launch.block_k
+        span = triton.cdiv(triton.cdiv(k, launch.split_k), launch.block_k) * launch.block_k
         even = n % launch.block_n == 0 and k == span * launch.split_k
-        parts = int(triton.next_power_of_2(self.parts))
-        return _Shape(n, k, span, even, self.gated, padded(m), parts)
+        parts = 1 if self.squares is None else self.squares.shape[0]
+        return _Shape(n, k, span, even, self.gated, padded(m), parts, triton.next_power_of_2(parts))
 
     def prefetchable(self, launch: Launch) -> bool:
         """Whether a block's part of the weight is whole pieces of `prefetch` bytes, 2^n of them."""
         weight, shape = self.weight, self.shape(launch)
         size = weight.element_size()
         return (
-            launch.dependent in (1, 2)
+            bool(launch.dependent)
             and shape.even
             and shape.span * size % launch.prefetch == 0
             and (shape.span * size // launch.prefetch).bit_count() == 1
@@ -458,7 +366,7 @@ class Onward(NamedTuple):
     """[P, M] float32"""
 
 
-def _run(p: _Call, launch: Launch, onward: Onward | None = None) -> Tensor:
+def _run(p: _Product, launch: Launch, onward: Onward | None = None) -> Tensor:
     """-> [M, N]; one launch, or two where a second kernel adds the splits."""
     if launch.prefetch and not p.prefetchable(launch):
         launch = dataclasses.replace(launch, prefetch=0)
@@ -475,7 +383,7 @@ def _run(p: _Call, launch: Launch, onward: Onward | None = None) -> Tensor:
     gain, scaled, squares = onward or (None, None, None)
     _linear[(launch.split_k, columns)](
         p.x, weight, p.squares, p.bias, p.residual, p.factor, gain, out, scaled, squares, partial,
-        counter, m, p.parts, p.eps, p.x.stride(0), weight.stride(0), stride_residual, shape=shape,
+        counter, m, p.eps, p.x.stride(0), weight.stride(0), stride_residual, shape=shape,
         launch=launch, **launch.options(),
     )  # fmt: skip
     if partial is not None and counter is None:
@@ -511,15 +419,15 @@ def skinny_linear(
     """
     if (eps is None) != (squares is None):
         raise ValueError("a norm needs both squares and eps")
-    product = _Call(as_rows(x), weight, bias, None, squares, eps, None, gated)
+    product = _Product(as_rows(x), weight, bias, None, squares, eps, None, gated)
     return _run(product, product.launch(launch)).view(*x.shape[:-1], product.features)
 
 
 def _onward(
     x: Tensor, weight: Tensor, residual: Tensor, factor: Tensor | None, gain: Tensor | None,
     launch: Sequence[int] | None,
-) -> tuple[_Call, Launch, Onward]:  # fmt: skip
-    product = _Call(as_rows(x), weight, residual=as_rows(residual), factor=factor)
+) -> tuple[_Product, Launch, Onward]:  # fmt: skip
+    product = _Product(as_rows(x), weight, residual=as_rows(residual), factor=factor)
     chosen, n = product.launch(launch), weight.shape[0]
     squares = x.new_empty(_parts(n, chosen), product.x.shape[0], dtype=torch.float32)
     return (

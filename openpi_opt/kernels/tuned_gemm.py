@@ -75,15 +75,14 @@ class TunedLinear(Linear):
     max_rows: int | None
     shuffled_min_rows: int
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[..., K] -> [..., N], added to the residual [..., N]."""
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
         rows = x.numel() // x.shape[-1]
         if self.max_rows is not None and rows > self.max_rows:
-            return super().forward(x, residual)
-        shuffled = self.shuffled if rows >= self.shuffled_min_rows else None
-        weight = self.weight if shuffled is None else shuffled
-        out = linear(x, weight, self.bias, shuffled is not None)
-        return out if residual is None else residual + out
+            return self.ops.linear(x, self.weight, self.bias)
+        if self.shuffled is not None and rows >= self.shuffled_min_rows:
+            return linear(x, self.shuffled, self.bias, True)
+        return linear(x, self.weight, self.bias)
 
 
 def become(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -71,7 +70,7 @@ def entries(record: Record) -> list[Entry]:
         linear = name in LINEARS
         module, key, default = (_linear if linear else _attention)(name, cfg, arch)
         with mock.patch.object(module, "arch", return_value=arch):
-            before: Launch = default(given) if linear else default()
+            before: Launch = default()
         found.append(Entry(module, key, dataclasses.replace(before, **given)))
         assert set(given) <= set(FIELDS)
     return found
@@ -151,7 +150,7 @@ def _linear(name: str, cfg: Config, arch: str) -> tuple[ModuleType, Any, Any]:
     n, k = features[name], LINEARS[name]
     x = torch.empty(cfg.workload.batch_size * _tokens(cfg), k, dtype=torch.bfloat16)
     key = (arch, padded(x.shape[0]), n, k, kind)
-    return triton_skinny_gemm, key, partial(triton_skinny_gemm.default_launch, x, n, k, kind)
+    return triton_skinny_gemm, key, lambda: triton_skinny_gemm.default_launch(x, n, k, kind)
 
 
 def _attention(stage: str, cfg: Config, arch: str) -> tuple[ModuleType, Any, Any]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
 
     from openpi_opt.machine import Device, Machine
@@ -116,10 +118,10 @@ class Knob(Generic[O]):
     # Values by option whose first call takes minutes. A search does not begin with them, and one of
     # a short budget leaves them out.
     slow: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    # Values by option with which a first call is short and the time nearly the same: a search
-    # begins with them.
+    # Values by option with which a trial is short: a search begins with them.
     quick: ClassVar[Mapping[str, str]] = {}
-    # Options whose default is a table of measured values: a search begins with these.
+    # Options whose default is what measuring found best, such as a table of launch parameters: a
+    # search expects little of others.
     tuned: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -155,6 +157,12 @@ class Knob(Generic[O]):
     def times_kernels(self, cfg: Configuration) -> bool:
         """Whether the first call times kernels to choose some: it has the device for itself."""
         return False
+
+    def untimed(self, cfg: Configuration) -> AbstractContextManager[None] | None:
+        """Where a call times no kernels yet and the next one does, so that it can be compiled
+        beside others; None where what is compiled depends on the times.
+        """
+        return None
 
     def configure(self, cfg: Configuration) -> None:
         """Process-wide settings of torch, Dynamo and Inductor."""

@@ -20,6 +20,8 @@ from openpi_opt.knobs.refusals import aiter_problem, sixteen_bits_problem
 from openpi_opt.paths import content_of
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
 
     from openpi_opt.knobs.base import Call
@@ -109,7 +111,7 @@ class BlasOptions(Options):
     """`backend` computes the linear layers, `library` is torch's own preference among BLAS.
 
     `algorithm=searched` times cuBLASLt's algorithms for each shape instead of taking the first one
-    of its heuristic, those of FP8 too, and leaves bias and GELU to it.
+    of its heuristic, and leaves bias and GELU to it.
 
     `pad_strides` keeps weights whose rows are multiples of 512 bytes with 256 bytes between them.
     """
@@ -255,6 +257,15 @@ class Blas(Knob[BlasOptions]):
         options = self.canonical(cfg)
         return options.tunableop.mode == "tune" or options.algorithm == "searched"
 
+    def untimed(self, cfg: Configuration) -> AbstractContextManager[None] | None:
+        """The search waits, unless Inductor captures the second call."""
+        options, mode = self.canonical(cfg), cfg.knobs["compile"].mode  # type: ignore[attr-defined]
+        if options.algorithm != "searched" or mode in ("reduce_overhead", "max_autotune"):
+            return None
+        from openpi_opt.kernels import cublaslt
+
+        return cublaslt.unsearched()
+
     def wrap(self, call: Call, cfg: Configuration) -> Call:
         """After the first call: did aiter serve anything, and what did TunableOp find?"""
         options = self.of(cfg)
@@ -334,6 +345,8 @@ def _algorithm_problem(cfg: Configuration, options: BlasOptions) -> Refusal | No
         )
     if options.library != "default":
         return Refusal("invalid", f"{wanted} and blas.library={options.library} both choose")
+    if options.backend != "torch" and cfg.knobs["fusion"].residuals:  # type: ignore[attr-defined]
+        return Refusal("invalid", f"fusion.residuals leaves no product to blas={options.backend}")
     return sixteen_bits_problem(wanted, cfg)
 
 
@@ -561,8 +574,7 @@ def _to_fp8(policy: Pi0Policy, cfg: Configuration, options: Fp8Options) -> None:
     aiter = options.gemm == "aiter"
     if aiter:
         import_part("aiter.ops.gemm_op_a8w8", "blas.fp8.gemm=aiter")
-    searched = cfg.knobs["blas"].algorithm == "searched"  # type: ignore[attr-defined]
-    if not fp8.convert(chosen, run, dtype, options.fast_accum, aiter, searched):
+    if not fp8.convert(chosen, run, dtype, options.fast_accum, aiter):
         raise RefusedError("invalid", "blas=fp8 found no linear layer to replace")
 
 

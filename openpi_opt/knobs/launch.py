@@ -42,22 +42,18 @@ class LinearLaunch(_Launch):
 
     `block_n` features a block, `block_k` inputs a tile, `split_k` blocks that share a sum, `fused`
     1: the last of them adds the parts, 0: a second kernel does. `prefetch` bytes an instruction
-    asks for ahead, `dependent` 1 or 2: starts beside the kernel before, 3: lets the next one do so
-    (NVIDIA from sm90 on). `held` warps each load their part of the block's weights before they
-    wait for the kernel before; then `block_m` rows at a time are multiplied, and `block_k` and
-    `num_stages` mean nothing. `waves_per_eu` and `matrix_instr_nonkdim` are AMD's.
+    asks for ahead, `dependent` 1 or 2: starts beside the kernel before (NVIDIA from sm90 on).
+    `waves_per_eu` and `matrix_instr_nonkdim` are AMD's.
     """
 
-    block_m: Literal[16, 32, 64] | None = None
-    block_n: Literal[8, 16, 32, 64, 128] | None = None
+    block_n: Literal[16, 32, 64, 128] | None = None
     block_k: Literal[32, 64, 128, 256, 512, 1024] | None = None
     split_k: Literal[1, 2, 4, 8, 16] | None = None
     num_warps: Literal[1, 2, 4, 8] | None = None
     num_stages: Literal[1, 2, 3, 4, 5, 6] | None = None
     fused: Literal[0, 1] | None = None
     prefetch: Literal[0, 128, 256, 512] | None = None
-    dependent: Literal[0, 1, 2, 3] | None = None
-    held: Literal[0, 2, 4, 8, 16] | None = None
+    dependent: Literal[0, 1, 2] | None = None
     waves_per_eu: Literal[0, 1, 2, 3, 4] | None = None
     matrix_instr_nonkdim: Literal[0, 16, 32] | None = None
 
@@ -67,8 +63,7 @@ class LinearLaunch(_Launch):
         if name in _UNSPLIT:
             idle = {"split_k", "fused"}
         if device != "cuda":
-            idle |= {"prefetch", "dependent", "held"}
-        idle |= {"block_k", "num_stages", "prefetch"} if self.held else {"block_m"}
+            idle |= {"prefetch", "dependent"}
         if device != "rocm":
             idle |= {"waves_per_eu", "matrix_instr_nonkdim"}
         return self.model_copy(update=dict.fromkeys(idle))
@@ -77,10 +72,8 @@ class LinearLaunch(_Launch):
         """Why the product `name` of so many rows cannot have these parameters, or None."""
         parts = 2 if name == "gate_up" else 1
         padded = next(size for size in (16, 32, 64) if rows <= size)
-        block_n, block_k = self.block_n or 8, self.block_k or 32
+        block_n, block_k = self.block_n or 16, self.block_k or 32
         stages, warps = self.num_stages or 1, self.num_warps or 8
-        if self.held:
-            return self._held_problem(name, block_n * parts, min(padded, self.block_m or 16), arch)
         # The tile in use stays in shared memory only where an instruction reads it there (wgmma).
         whole = padded == 64 and (self.num_warps or 0) >= 4 and arch == "sm90"
         tiles = max(stages if whole else stages - 1, 1)
@@ -95,25 +88,15 @@ class LinearLaunch(_Launch):
             return f"splits {LINEARS[name]} inputs below its tiles; lower block_k or split_k"
         return None
 
-    def _held_problem(self, name: str, columns: int, rows: int, arch: str) -> str | None:
-        """As `problem`, of held weights: x passes shared memory, weights stay in registers."""
-        inputs = LINEARS[name] // (self.split_k or 1)
-        if (problem := _too_large(inputs * rows * _BYTES, arch)) is not None:
-            return problem
-        weights = columns * inputs * _BYTES / 4 / (_lanes(arch) * (self.num_warps or 8))
-        if weights > _REGISTERS:
-            return f"holds {weights:.0f} registers of weights a thread; use more warps or splits"
-        return None
-
 
 class AttentionLaunch(_Launch):
     """Launch parameters of the own attention kernel of a stage.
 
     `block_m` (token, head) pairs and `block_n` keys a tile. `blocks` (tiles of keys that one block
-    sums) and `held` (1: a block loads its cached keys before it waits for the kernel before) belong
-    to the kernel of the denoising steps; `waves_per_eu`, `matrix_instr_nonkdim` and `dies` to AMD.
-    `dies`, of the other stages: 8, blocks of one head run on one die of an MI300 and find its keys
-    in that die's L2; 1, as the hardware deals them.
+    sums) and `fused` (1: the last block adds the splits, 0: a second kernel does) belong to the
+    kernel of the denoising steps; `waves_per_eu`, `matrix_instr_nonkdim` and `dies` to AMD. `dies`,
+    of the other stages: 8, blocks of one head run on one die of an MI300 and find its keys in that
+    die's L2; 1, as the hardware deals them.
     """
 
     block_m: Literal[16, 32, 64, 128, 256] | None = None
@@ -121,20 +104,16 @@ class AttentionLaunch(_Launch):
     blocks: Literal[1, 2, 3, 4, 6, 8, 16] | None = None
     num_warps: Literal[1, 2, 4, 8, 16] | None = None
     num_stages: Literal[1, 2, 3, 4, 5, 6] | None = None
-    fused: Literal[0] | None = None
-    """read by no kernel: only for journals that hold it"""
-    held: Literal[0, 1] | None = None
+    fused: Literal[0, 1] | None = None
     dies: Literal[1, 8] | None = None
     waves_per_eu: Literal[0, 1, 2, 3, 4, 8] | None = None
     matrix_instr_nonkdim: Literal[0, 4, 16, 32] | None = None
 
     def canonical(self, stage: str, device: str) -> AttentionLaunch:
         """Without what the kernel of `stage` on `device` does not read."""
-        idle = {"dies", "fused"} if stage == "denoise" else {"blocks", "fused", "held"}
+        idle = {"dies"} if stage == "denoise" else {"blocks", "fused"}
         if stage == "denoise" and self.blocks == 1:  # nothing to fetch ahead
             idle.add("num_stages")
-        if device != "cuda":
-            idle.add("held")
         if device != "rocm":
             idle |= {"dies", "waves_per_eu", "matrix_instr_nonkdim"}
         return self.model_copy(update=dict.fromkeys(idle))

@@ -112,26 +112,36 @@ def profile_call(
     device: Device,
     trace_path: Path | None = None,
     uncaptured: Callable[[T], object] | None = None,
+    recorded: Callable[[], None] = lambda: None,
 ) -> Profile:
     """Profile one inference of a call that is warm already (compiled, captured).
 
     The second of two runs is recorded. A replayed graph has no markers: with `uncaptured`, the same
     call without its graph, stages are those of the same kernels there. On ROCm the profiler may not
     show the kernels of a replay: then counts and times are those of `uncaptured`, and a note says
-    so. `trace_path` receives the Chrome trace of the call itself, gzipped.
+    so. After all calls `recorded` is called; what follows takes seconds without the device.
+    `trace_path` receives the Chrome trace of the call itself, gzipped.
 
     Raises:
         ProfileError: no kernel or operator call was recorded.
     """
-    events = _record(call, inputs, device, trace_path)
+    with tempfile.TemporaryDirectory() as folder:
+        own, plain = Path(folder) / "trace.json", Path(folder) / "uncaptured.json"
+        _record(call, inputs, device, own)
+        if uncaptured is call:  # its own trace has the stages, or nothing has
+            uncaptured = None
+        if uncaptured is not None:
+            _record(uncaptured, inputs, device, plain)
+        recorded()
+        if trace_path is not None:
+            _compress(own, trace_path)
+        events, without = _events(own), None if uncaptured is None else _events(plain)
     if BY_DEVICE[device].replay_hides_kernels and Recording.of(events).replays_graph():
-        without = None if uncaptured is None else _record(uncaptured, inputs, device, None)
         return profile_of_replay_on_rocm(events, without)
     found = profile_of(events, device)
-    if found.kernels.stage_ms or uncaptured is None:
+    if found.kernels.stage_ms or without is None:
         return found
-    reference = profile_of(_record(uncaptured, inputs, device, None), device)
-    return with_stages_of(found, reference)
+    return with_stages_of(found, profile_of(without, device))
 
 
 def call_for_tool(call: Callable[[T], object], inputs: T, device: Device) -> None:
@@ -294,20 +304,16 @@ def _notes_on_cpu(recording: Recording, stages: Sequence[str | None]) -> list[st
     return [*notes, _NO_MARKERS] if stages[0] is None else notes
 
 
-def _record(
-    call: Callable[[T], object], inputs: T, device: Device, trace_path: Path | None
-) -> list[TraceEvent]:
-    """The trace events of the second of two calls."""
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        if device == "cpu":
-            _trace_on_cpu(call, inputs, trace)
-        else:
-            _trace_on_gpu(call, inputs, device, trace)
-        if trace_path is not None:
-            _compress(trace, trace_path)
-        document = json.loads(trace.read_text(encoding="utf-8"))
-    events: list[TraceEvent] = document["traceEvents"]
+def _record(call: Callable[[T], object], inputs: T, device: Device, trace: Path) -> None:
+    """Write the trace of the second of two calls."""
+    if device == "cpu":
+        _trace_on_cpu(call, inputs, trace)
+    else:
+        _trace_on_gpu(call, inputs, device, trace)
+
+
+def _events(trace: Path) -> list[TraceEvent]:
+    events: list[TraceEvent] = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     return events
 
 

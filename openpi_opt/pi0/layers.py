@@ -6,14 +6,12 @@ from openpi_opt.pi0.ops import Ops
 
 
 class Linear(nn.Linear):
-    """A linear layer of a tower, computed by `ops.linear`, or with a residual `ops.linear_add`."""
+    """A linear layer of a tower, computed by `ops.linear`."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, ops: Ops) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.ops = ops
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[..., in] -> [..., out], added to the residual [..., out]."""
-        if residual is None:
-            return self.ops.linear(x, self.weight, self.bias)
-        return self.ops.linear_add(x, self.weight, self.bias, residual)
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return self.ops.linear(x, self.weight, self.bias)

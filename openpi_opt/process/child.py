@@ -87,7 +87,8 @@ class Turn(Protocol):
     """A child's place in the schedule of its device (`schedule.Turn`).
 
     The child inherits both descriptors: it asks by the phase `wait`, then reads a byte from `gate`,
-    and in `stopped` it finds for how many seconds it stood still, as text.
+    and lets others have the device by the phase `report`. In `stopped` it finds for how many
+    seconds it stood still, as text.
     """
 
     gate: int
@@ -98,6 +99,9 @@ class Turn(Protocol):
 
     def asks(self) -> None:
         """It wants the device for itself."""
+
+    def frees(self) -> None:
+        """It needs the device no more."""
 
     def ended(self, gone: bool) -> None:
         """It is over; not `gone`: something of it is left that cannot be killed."""
@@ -400,6 +404,8 @@ class _Watch:
             self._enter(_phase_of(line))
             if self.phase == "wait" and turn is not None:
                 turn.asks()
+            elif self.phase == "report" and turn is not None:
+                turn.frees()
         return bool(chunk)
 
     def _enter(self, phase: str | None) -> None:

@@ -64,6 +64,10 @@ class Progress:
             sys.exit("the gate was closed: this process is not needed")
         self.standing = opened[0]
 
+    def free(self) -> None:
+        """Let others have the device: from here on this process only reads and writes."""
+        self.enter("report")
+
     def clock(self) -> float:
         """Seconds on a clock that stands still while this process is stopped."""
         return time.monotonic() - self._stopped()

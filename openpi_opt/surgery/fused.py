@@ -106,13 +106,18 @@ class FusedVisionMlp(siglip.Mlp):
         return self.ops.linear_gelu(x, self.fc1.weight, self.fc1.bias)
 
 
+def _added(linear: Linear, x: Tensor, residual: Tensor) -> Tensor:
+    """residual + linear(x) by `ops.linear_add`."""
+    return linear.ops.linear_add(x, linear.weight, linear.bias, residual)
+
+
 class AddingEncoderLayer(siglip.EncoderLayer):
     """A SigLIP layer whose residuals are added by the GEMMs before them."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 256, W] -> [N, 256, W]; a sum is rounded once."""
-        x = self.self_attn.out_proj(self.self_attn.attended(self.layer_norm1(x)), x)
-        return self.mlp.fc2(self.mlp.hidden(self.layer_norm2(x)), x)
+        x = _added(self.self_attn.out_proj, self.self_attn.attended(self.layer_norm1(x)), x)
+        return _added(self.mlp.fc2, self.mlp.hidden(self.layer_norm2(x)), x)
 
 
 class AddingGemmaLayer(gemma.GemmaLayer):
@@ -123,9 +128,9 @@ class AddingGemmaLayer(gemma.GemmaLayer):
     ) -> tuple[Tensor, gemma.KeysValues]:
         """As in `GemmaLayer`; a sum is rounded once."""
         heads, cache = self.self_attn.attended(self.input_layernorm(x), how, past)
-        x = self.self_attn.o_proj(heads, x)
+        x = _added(self.self_attn.o_proj, heads, x)
         hidden = self.mlp.hidden(self.post_attention_layernorm(x))
-        return self.mlp.down_proj(hidden, x), cache
+        return _added(self.mlp.down_proj, hidden, x), cache
 
 
 class PatchProduct(siglip.Embeddings):

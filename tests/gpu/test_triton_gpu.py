@@ -176,9 +176,9 @@ def rotary() -> Case:
 
 CASES: dict[str, Callable[[], Case]] = {
     "decode": lambda: decode(10, {}, False),
-    "decode, two tiles": lambda: decode(10, {"blocks": 2}, False),
+    "decode, fused": lambda: decode(10, {"fused": 1}, False),
     "decode, cached": lambda: decode(10, {}, True),
-    "decode, cached, held": lambda: decode(50, {"held": 1}, True),
+    "decode, cached, fused": lambda: decode(50, {"fused": 1}, True),
     "decode, horizon 50": lambda: decode(50, {}, False),
     "prefill": lambda: flash((1, 788, 8, 1, 256), None),
     "prefill, masked": lambda: flash((1, 788, 8, 1, 256), 532),
@@ -221,7 +221,7 @@ def test_compiled_and_captured(name: str) -> None:
             assert error(actual, wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["decode, cached, held", "o", "down"])
+@pytest.mark.parametrize("name", ["decode, fused", "o", "down"])
 def test_the_last_block_adds_the_same_each_time(name: str) -> None:
     """Which block comes last varies; the order of the sum must not."""
     ours, arguments, _ = CASES[name]()

@@ -90,7 +90,9 @@ def mask_of(kind: str, shape: tuple[int, ...]) -> Tensor | None:
 BACKENDS = {
     "flash": triton_attention.attention({"block_m": 16, "block_n": 32}),
     "decode": triton_decode.attention({"block_m": 32, "block_n": 32, "blocks": 1}),
-    "decode, two blocks": triton_decode.attention({"block_m": 64, "block_n": 16, "blocks": 2}),
+    "decode, two blocks, fused": triton_decode.attention(
+        {"block_m": 64, "block_n": 16, "blocks": 2, "fused": 1}
+    ),
 }
 
 
@@ -190,29 +192,38 @@ def test_strided_views_and_large_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("past", "new", "masked"), [(0, 5, False), (1, 11, True), (26, 18, False), (32, 35, True)]
+    ("past", "masked", "fused"),
+    [(1, False, 0), (1, True, 1), (26, False, 1), (26, True, 0), (32, False, 1), (32, True, 0)],
 )
-def test_cached_and_new_keys_apart(past: int, new: int, masked: bool) -> None:
-    shape = (2, new, past + new, 4, 1, 24)
+def test_cached_and_new_keys_apart(past: int, masked: bool, fused: int) -> None:
+    shape = (2, 11, past + 11, 4, 1, 24)
     q, k, v = qkv(shape, FULL)
-    mask = torch.ones(1, 1, new, past + new, dtype=torch.bool)
+    mask = torch.ones(1, 1, 11, past + 11, dtype=torch.bool)
     mask[:, :, 0, past + 1 :] = False
-    segments = None if masked else (Segment(0, 1, past + 1), Segment(1, new, None))
+    segments = None if masked else (Segment(0, 1, past + 1), Segment(1, 11, None))
     padding = None
-    if past and not masked:
-        padding, seen = padded((2, new, past + new), [1, past // 2 + 1], past)
+    if not masked:
+        padding, seen = padded((2, 11, past + 11), [1, past // 2 + 1], past)
         mask = mask & seen
+    attend = triton_decode.cached_attention({"block_n": 16, "blocks": 2, "fused": fused})
     caches = [(k[:, a:b], v[:, a:b]) for a, b in ((0, past), (past, None))]
-    angles = randn(2, new, 12, seed=9)
+    angles = randn(2, 11, 12, seed=9)
     rope = Rope(angles.cos(), angles.sin())
+    out = attend(q, *caches, rope, Visibility(mask if masked else None, segments, padding), 0.2)
     turned = torch.cat((k[:, :past], ops.rotary(k[:, past:], *rope)), dim=1)
-    expected = attended(ops.rotary(q, *rope), turned, v, mask, 0.2)
-    visibility = Visibility(mask if masked else None, segments, padding)
-    for launched in ({"blocks": 2}, {"held": 1}):
-        attend = triton_decode.cached_attention({"block_n": 16, **launched})
-        out = attend(q, *caches, rope, visibility, 0.2)
-        close(out, expected)
-        assert torch.equal(out, attend(q, *caches, rope, visibility, 0.2))
+    close(out, attended(ops.rotary(q, *rope), turned, v, mask, 0.2))
+
+
+def test_fused_and_separate_addition_of_splits_agree_and_repeat() -> None:
+    q, k, v = qkv((1, 11, 99, 8, 1, 32), FULL)
+    results = [
+        triton_decode.attention({"block_m": 32, "block_n": 16, "fused": fused})(
+            q, k, v, ops.SEE_ALL, 0.2
+        )
+        for fused in (0, 1, 1)
+    ]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+    assert torch.equal(results[1], results[2])
 
 
 NORM_SHAPES = [(1, 1, 5), (2, 7, 48), (1, 11, 1152), (51, 33)]
@@ -281,8 +292,6 @@ LAUNCHES = {
     "split, fused": {"block_n": 16, "block_k": 16, "split_k": 4, "fused": 1},
     "split, two kernels": {"block_n": 16, "block_k": 16, "split_k": 4, "fused": 0},
     "no split": {"block_n": 32, "block_k": 32, "split_k": 1},
-    "held": {"block_n": 8, "split_k": 1, "held": 4},
-    "held, split": {"block_n": 32, "split_k": 2, "held": 2, "fused": 1},
 }
 
 

@@ -31,7 +31,7 @@ def fused(**launches: dict[str, int]) -> dict:
 
 def test_the_parameters_are_those_that_the_kernel_reads() -> None:
     assert set(LinearLaunch.model_fields) <= set(kernels.LINEAR)
-    assert set(AttentionLaunch.model_fields) - {"fused"} <= {*kernels.DECODE, *kernels.FLASH}
+    assert set(AttentionLaunch.model_fields) <= {*kernels.DECODE, *kernels.FLASH}
     assert tuple(LINEARS) == expert.LINEARS
 
 
@@ -153,28 +153,6 @@ def _table(path: Path) -> dict:
     tree = ast.parse(path.read_text())
     table = next(node.value for node in tree.body if ast.unparse(node).startswith("TABLE"))
     scope: dict = {"Launch": kernels.Launch}
-    helpers = [node for node in tree.body if getattr(node, "name", "") == "_entry"]
-    exec(compile(ast.Module(helpers, []), "copy", "exec"), scope)
+    helper = next(node for node in tree.body if getattr(node, "name", "") == "_entry")
+    exec(compile(ast.Module([helper], []), "copy", "exec"), scope)
     return eval(compile(ast.Expression(table), "copy", "eval"), scope)
-
-
-def test_held_weights_give_way_to_what_only_tiles_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sweep of `block_k` changes something also where the table holds weights."""
-    import torch
-
-    from openpi_opt.kernels import triton_skinny_gemm as gemm
-
-    key, held = ("cpu", 16, 64, 128, "plain"), kernels.Launch(block_n=8, num_warps=8, held=8)
-    monkeypatch.setitem(gemm.TABLE, key, held)
-    x = torch.empty(11, 128, dtype=torch.bfloat16)
-    assert gemm.default_launch(x, 64, 128, "plain", ["num_warps"]) == held
-    assert not gemm.default_launch(x, 64, 128, "plain", ["block_k"]).held
-    for given, read in (
-        ({"held": 8, "block_k": 64, "block_m": 16}, {"held": 8, "block_m": 16}),
-        ({"held": 0, "block_k": 64, "block_m": 16}, {"held": 0, "block_k": 64}),
-    ):
-        assert LinearLaunch(**given).canonical("down", "cuda").given() == read
-    wide = {"held": 2, "block_n": 128, "num_warps": 2}
-    refusal = KNOB.check(config(fused(launch_gate_up=wide), H100), H100)
-    assert refusal is not None
-    assert "registers of weights" in refusal.reason

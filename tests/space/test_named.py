@@ -308,5 +308,5 @@ def test_starts_are_chosen_by_name(lines: CommandLines) -> None:
     assert chosen_starts(space, None) is space
     assert chosen_starts(space, ()).start == {}
     assert list(chosen_starts(space, ("captured",)).start) == ["captured"]
-    with pytest.raises(UserError, match=r"no point fastest; it has expert_layer"):
+    with pytest.raises(UserError, match=r"no point fastest; it has searched"):
         chosen_starts(space, ("fastest",))

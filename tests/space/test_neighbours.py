@@ -1,7 +1,5 @@
 """The last part of a search: neighbours of the best, and what can be left out of it."""
 
-from __future__ import annotations
-
 import pytest
 from machine_samples import CPU
 from search_samples import failed, ok
@@ -29,7 +27,7 @@ def latency(params: dict[str, str]) -> float:
 
 
 @pytest.fixture
-def search() -> tuple[Optimizer, Neighbours]:
+def search():
     points = Points(SPACE, compose, CPU)
     optimizer = Optimizer(SPACE, "random", 0)
     return optimizer, Neighbours(optimizer, SPACE, points, share=lambda: 1.0)
@@ -40,7 +38,7 @@ def tell(optimizer: Optimizer, neighbours: Neighbours, params: dict[str, str]) -
     optimizer.tell(optimizer.ask(params), ok(cfg, latency(params)))
 
 
-def test_all_neighbours_then_the_simplest(search: tuple[Optimizer, Neighbours]) -> None:
+def test_all_neighbours_then_the_simplest(search):
     optimizer, neighbours = search
     assert neighbours.next(set()) is None  # there is no best yet
     tell(optimizer, neighbours, dict.fromkeys(SPACE.dimensions, "true"))
@@ -59,7 +57,7 @@ def test_all_neighbours_then_the_simplest(search: tuple[Optimizer, Neighbours]) 
     assert neighbours.simplest() == (asked[-1], pytest.approx(8.0))
 
 
-def test_what_fails_is_known_and_not_asked_again(search: tuple[Optimizer, Neighbours]) -> None:
+def test_what_fails_is_known_and_not_asked_again(search):
     optimizer, neighbours = search
     tell(optimizer, neighbours, dict.fromkeys(SPACE.dimensions, "false"))
     first = neighbours.next(optimizer.tried)
@@ -73,9 +71,7 @@ def test_what_fails_is_known_and_not_asked_again(search: tuple[Optimizer, Neighb
     assert "1 of 4" in (neighbours.text(optimizer.tried) or "")
 
 
-def test_neighbours_come_in_the_last_part_of_a_budget(
-    search: tuple[Optimizer, Neighbours],
-) -> None:
+def test_neighbours_come_in_the_last_part_of_a_budget(search):
     optimizer, neighbours = search
     source = Sampled(optimizer, SPACE, 10, set, neighbours)
     neighbours.share = source.share
@@ -95,3 +91,22 @@ def test_neighbours_come_in_the_last_part_of_a_budget(
             Proposal(proposal.params, proposal.number), ok(cfg, latency(proposal.params))
         )
     assert [one for late, one in near if late][:2] == [True] * 2
+
+
+def test_what_was_left_for_a_short_trial_comes_first():
+    """The regions that are compiled whole, before any neighbour that the model thinks faster."""
+    space = Space.parse(
+        [*(f"simplify.{n}=false,true" for n in SWITCHES), "compile.scope=stage,layer"]
+    )
+
+    def composed(overrides: list[str]) -> Config:
+        scope = next(line.partition("=")[2] for line in overrides if "scope" in line)
+        found = compose([line for line in overrides if "scope" not in line])
+        whole = found.dump() | {"compile": {"mode": "default", "scope": scope}}
+        return Config.parse({"simplify": whole["knobs"]["simplify"], "compile": whole["compile"]})
+
+    points, optimizer = Points(space, composed, CPU), Optimizer(space, "random", 0)
+    best = {**dict.fromkeys(space.dimensions, "true"), "compile.scope": "layer"}
+    optimizer.tell(optimizer.ask(best), ok(points.config(best), 5.0))
+    first = Neighbours(optimizer, space, points, share=lambda: 1.0).next(optimizer.tried)
+    assert first == {**best, "compile.scope": "stage"}
