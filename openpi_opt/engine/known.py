@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from openpi_opt.config import Config
 from openpi_opt.machine import Machine
 from openpi_opt.result import Refused
-from openpi_opt.space.sensible import left_out
+from openpi_opt.space.points import left_out
 from openpi_opt.track import identity
 from openpi_opt.track.journal import Record
 
