@@ -33,13 +33,8 @@ from openpi_opt.kernels.operators import operator
 # Launch parameters seen working on sm_90. AMD-only keys (waves_per_eu, matrix_instr_nonkdim,
 # kpack) are left out: Triton's CUDA backend refuses keys that it does not know.
 _PREFILL_CONFIG = {
-    "BLOCK_M": 64,
-    "BLOCK_N": 32,
-    "PRELOAD_V": False,
-    "num_warps": 4,
-    "num_ctas": 1,
-    "num_stages": 1,
-}
+    "BLOCK_M": 64, "BLOCK_N": 32, "PRELOAD_V": False, "num_warps": 4, "num_ctas": 1, "num_stages": 1
+}  # fmt: skip
 # The denoising steps have 10 or 50 action rows: larger row blocks would be mostly padding.
 _DECODE_CONFIG = {**_PREFILL_CONFIG, "BLOCK_M": 16, "BLOCK_N": 64}
 _DECODE_ROWS = 32
@@ -51,7 +46,7 @@ def core(device: str) -> Callable[[Tensor, Tensor, Tensor, float, Tensor | None]
     Raises:
         RefusedError: the package cannot be imported here.
     """
-    operator = _mha_ck if device == "rocm" else _mha_triton
+    flash = _mha_ck if device == "rocm" else _mha_triton
     _import_for(device)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -60,7 +55,8 @@ def core(device: str) -> Callable[[Tensor, Tensor, Tensor, float, Tensor | None]
                 "aiter's flash attention takes no mask; declare the layout of the workload "
                 "(policy.declare_layout) so that masked keys are left out instead"
             )
-        return operator(q, k, v, scale)
+        out: Tensor = flash(q, k, v, scale)
+        return out
 
     return attention
 

@@ -176,16 +176,8 @@ class Blas(Knob[BlasOptions]):
             tunable = TunableOpOptions()
         elif tunable.mode == "use":
             tunable = TunableOpOptions(mode="use", file=tunable.file)
-        return BlasOptions(
-            backend=options.backend,
-            library=options.library,
-            algorithm=options.algorithm,
-            aiter=aiter,
-            tunableop=tunable,
-            fp8=Fp8Options(stages=ordered, gemm=fp8.gemm, fast_accum=fast),
-            pad_strides=options.pad_strides,
-            overrides=options.overrides,
-        )
+        fp8 = Fp8Options(stages=ordered, gemm=fp8.gemm, fast_accum=fast)
+        return options.model_copy(update={"aiter": aiter, "tunableop": tunable, "fp8": fp8})
 
     def files(self, cfg: Configuration) -> Mapping[str, str]:
         """Aiter's table of tuned shapes, and the TunableOp results that are used."""
