@@ -111,9 +111,6 @@ def child_environment(
     Only admitted variables of the controller's are in it, and those that knobs set.
     `gpu` is the one that it is to see, `threads` bounds those of OpenMP, and `caches` is where
     compilers find what they made before.
-
-    Raises:
-        ValueError: two knobs want one variable to have different values.
     """
     source = os.environ if environ is None else environ
     more = frozenset(filter(None, source.get(PASS_VARIABLE, "").split(",")))
@@ -159,11 +156,7 @@ def _is_decisive(name: str) -> bool:
 
 
 def knob_variables(cfg: Config) -> dict[str, str]:
-    """What the knobs of `cfg` set.
-
-    Raises:
-        ValueError: two knobs want one variable to have different values.
-    """
+    """What the knobs of `cfg` set; ValueError when two want one variable to differ."""
     merged: dict[str, str] = {}
     for knob in (knob for knob in KNOBS if knob.acts(cfg)):
         for name, value in knob.environment(cfg).items():

@@ -11,7 +11,7 @@ from process_samples import gpu, machine
 from search_samples import CPU
 
 from openpi_opt.config import Config
-from openpi_opt.engine.display import Silent
+from openpi_opt.engine.display import Display
 from openpi_opt.engine.executor import LocalExecutor
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Gpu
@@ -200,7 +200,7 @@ def test_a_folder_that_somebody_prepared_is_refused(tmp_path: Path) -> None:
 
 
 def test_who_has_all_devices_is_said_once(tmp_path: Path) -> None:
-    class Screen(Silent):
+    class Screen(Display):
         notes: list[str] = []  # noqa: RUF012
 
         def note(self, text: str) -> None:
