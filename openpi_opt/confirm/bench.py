@@ -47,11 +47,8 @@ def contenders(
 
     The best is the least of the study's objective, or of the mean latency where it has several.
     Lossy ones (FP8) do not compete unless `allow_lossy`, and those above a limit of `criteria` not
-    at all. When only the baseline itself was `ok`, it is the only element.
-
-    Raises:
-        UserError: no trial is `ok`, none keeps the limits, or the trials belong to different
-            contexts.
+    at all. When only the baseline itself was `ok`, it is the only element. Raises UserError: no
+    trial is `ok`, none keeps the limits, or the trials belong to different contexts.
     """
     criteria = (criteria or Criteria()).allowing(allow_lossy)
     ok = [(r, r.result) for r in records if isinstance(r.result, Ok) and r.role != "confirm"]
@@ -117,10 +114,8 @@ def confirm(
     """Run a promotion to its end, or the rest of an interrupted one.
 
     `again` begins a new one where the same was finished before. A candidate that goes above a limit
-    of `judged_by` in any process is dropped.
-
-    Raises:
-        UserError: the baseline was not ok, or the time is too short to show anything.
+    of `judged_by` in any process is dropped. Raises UserError: the baseline was not ok, or the time
+    is too short to show anything.
     """
     baseline = candidates[0].config.resolved(runs.machine).baseline()
     here = runs.fingerprint_hash(baseline)
@@ -153,10 +148,8 @@ def confirm(
 def check_time(runs: FreshRuns, candidates: Sequence[Contender], wanted: Wanted) -> None:
     """Refuse a time that can never do, by what the study's trials took, before any wait.
 
-    A promotion that has begun is left to go on.
-
-    Raises:
-        UserError: even the smallest plan does not fit.
+    A promotion that has begun is left to go on. Raises UserError: even the smallest plan does not
+    fit.
     """
     others = [c for c in candidates if not c.config.is_baseline()]
     if not others or any((runs.study_dir / "confirm").glob("schedule-*.json")):
@@ -233,11 +226,7 @@ class ProcessBench(promotion.Bench):
         cli.say(text)
 
     def schedule(self) -> Schedule | None:
-        """The schedule as it was kept.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """The schedule as it was kept. Raises UserError: the file is damaged."""
         if not self.path.exists():
             return None
         try:

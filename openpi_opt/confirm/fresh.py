@@ -109,10 +109,8 @@ class FreshRuns:
         """All `planned` with their results, in order; the next prepare while one measures.
 
         A process that the journal has does not run again. `planned` is asked for the next one
-        whenever there is room for another process. Only within `alone`.
-
-        Raises:
-            UserError: the GPU stays throttled, or the store cannot be written.
+        whenever there is room for another process. Only within `alone`. Raises UserError: the GPU
+        stays throttled, or the store cannot be written.
         """
         assert self._lease is not None, "measure only within `alone`"
         stop, slot = Event(), self._lease.slot
@@ -210,9 +208,7 @@ class FreshRuns:
         """Keep others away from this study, and from the device that all processes run on.
 
         The device is one that can run `cfg`, or the GPU that is `wanted`; waits until it is free.
-
-        Raises:
-            UserError: another promote, ladder or ablate runs on this study, or no such GPU.
+        Raises UserError: another promote, ladder or ablate runs on this study, or no such GPU.
         """
         lock = FileLock(self.study_dir / "confirm.lock")
         try:

@@ -85,10 +85,8 @@ def gain(baseline_ms: Sequence[float], candidate_ms: Sequence[float], alpha: flo
     """Paired gain with a one-sided lower and upper bound at level `alpha` each.
 
     The paired t interval of the logarithms' differences. `same` is the two one-sided tests
-    procedure (Schuirmann 1987) with the bounds +- `power.GAIN`.
-
-    Raises:
-        ValueError: fewer than two pairs, or lists of different length.
+    procedure (Schuirmann 1987) with the bounds +- `power.GAIN`. Raises ValueError: fewer than two
+    pairs, or lists of different length.
     """
     if len(baseline_ms) != len(candidate_ms) or len(baseline_ms) < 2:
         raise ValueError(f"need two or more pairs, got {len(baseline_ms)} and {len(candidate_ms)}")
@@ -158,8 +156,7 @@ class Compared:
 def compare(first_ms: Sequence[float], second_ms: Sequence[float], seed: int = 0) -> Compared:
     """Compare the means of paired processes in milliseconds.
 
-    Raises:
-        ValueError: fewer than two pairs, or lists of different length.
+    Raises ValueError: fewer than two pairs, or lists of different length.
     """
     interval = gain(first_ms, second_ms, (1 - CONFIDENCE) / 2)
     first, second = np.log(first_ms), np.log(second_ms)
@@ -201,8 +198,7 @@ class Spread:
 def spread_of(means_ms: Sequence[float]) -> Spread:
     """The spread of processes of one configuration, given in order of time.
 
-    Raises:
-        ValueError: fewer than four.
+    Raises ValueError: fewer than four.
     """
     count, logs = len(means_ms), np.log(means_ms)
     if count < 4:

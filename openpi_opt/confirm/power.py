@@ -77,8 +77,7 @@ class Tau:
 def spread(means_ms: Sequence[float]) -> Tau:
     """Tau of the means of processes of one configuration, in milliseconds.
 
-    Raises:
-        ValueError: fewer than two processes.
+    Raises ValueError: fewer than two processes.
     """
     if len(means_ms) < 2:
         raise ValueError(f"need two or more processes, got {len(means_ms)}")
@@ -222,10 +221,8 @@ def make_plan(tau: Tau, costs: Costs, limit_s: float | None = None, screened: in
     """The quickest plan that keeps the promise, or the best promise that fits into `limit_s`.
 
     No fewer screening processes than `screened` are planned for each contender. When time is short
-    the gain is widened, in steps of 0.1%, and never the probability or the level.
-
-    Raises:
-        TooShortError: not even `WIDEST_GAIN` could be shown within the limit.
+    the gain is widened, in steps of 0.1%, and never the probability or the level. Raises
+    TooShortError: not even `WIDEST_GAIN` could be shown within the limit.
     """
     bound = round(math.ceil(tau.upper / _TAU_STEP) * _TAU_STEP, 5)
     limit_s = math.inf if limit_s is None else limit_s

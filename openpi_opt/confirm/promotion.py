@@ -102,9 +102,8 @@ class Judged:
 def run(bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: Wanted) -> Judged:
     """Measure what is missing, judge, choose.
 
-    Raises:
-        NeededError: the baseline was not ok once.
-        power.TooShortError: nothing can be shown within the time.
+    Raises NeededError: the baseline was not ok once. power.TooShortError: nothing can be shown
+    within the time.
     """
     schedule = bench.schedule()
     if schedule is None:
@@ -208,8 +207,7 @@ def check_time(
 ) -> str:
     """What to say of the time before any process starts; `seconds` tells what one takes.
 
-    Raises:
-        power.TooShortError: not even a machine that hardly scatters shows anything in the time.
+    Raises power.TooShortError: not even a machine that hardly scatters shows anything in the time.
     """
     if not contenders or wanted.rounds is not None:
         return ""

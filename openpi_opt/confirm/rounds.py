@@ -71,9 +71,7 @@ def measure_rounds(
 
     A configuration that is not ok once is not run again: it cannot be judged any more. With a
     `deadline` there may be fewer rounds, but only whole ones. The rounds are numbered from `first`.
-
-    Raises:
-        NeededError: one of `needed` was not ok.
+    Raises NeededError: one of `needed` was not ok.
     """
     found: dict[str, list[float]] = {key: [] for order in rounds for key in order}
     dropped: list[str] = []

@@ -175,8 +175,7 @@ class Sweeps:
 def main(argv: Sequence[str] | None = None) -> int:
     """Simulate and print rates with exact 95% intervals; 0 when the promise is kept, else 1.
 
-    Raises:
-        UserError: samples that cannot be read.
+    Raises UserError: samples that cannot be read.
     """
     arguments = _parser().parse_args(argv)
     if arguments.normal:
@@ -286,10 +285,8 @@ def residuals(files: Iterable[Path]) -> NDArray[np.float64]:
     """What recorded processes differ by from the mean of their configuration, on the log scale.
 
     Takes result documents and journals. Processes are grouped by configuration and machine; each
-    group's residuals are widened by sqrt(n / (n - 1)) for the mean that was taken off.
-
-    Raises:
-        UserError: an unreadable file, or too few repeated processes.
+    group's residuals are widened by sqrt(n / (n - 1)) for the mean that was taken off. Raises
+    UserError: an unreadable file, or too few repeated processes.
     """
     groups: dict[tuple[str, str], list[float]] = defaultdict(list)
     for file in files:

@@ -124,11 +124,7 @@ def run(order: Order) -> TrialResult | Declined:
 
 
 def is_wanted(folder: Path) -> bool:
-    """Whether a sweep still wants this trial.
-
-    Raises:
-        OSError: the store cannot be reached.
-    """
+    """Whether a sweep still wants this trial. Raises OSError: the store cannot be reached."""
     return locks.is_held(folder / ALIVE)
 
 

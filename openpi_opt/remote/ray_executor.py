@@ -39,11 +39,7 @@ class RayEngine:
     name = "ray"
 
     def __init__(self, settings: RaySettings, cpu_slots: int):
-        """Connect to it.
-
-        Raises:
-            UserError: there is none at that address.
-        """
+        """Connect to it. Raises UserError: there is none at that address."""
         self._settings, self._cpu_slots = settings, cpu_slots
         self._looked = -math.inf
         self._known: list[dict[str, Any]] = []

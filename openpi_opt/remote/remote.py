@@ -45,8 +45,7 @@ class Engine(Protocol):
     def describe(self, lock: Path, token: str, display: Display) -> list[Description]:
         """Ask every kind of node that trials may run on; the lock's folder is for the engine, too.
 
-        Raises:
-            UserError: no node can be asked.
+        Raises UserError: no node can be asked.
         """
 
     def slots(self, device: Device) -> int:
@@ -55,12 +54,10 @@ class Engine(Protocol):
     def run(self, order: Order, look: Callable[[], bool]) -> TrialResult | Declined:
         """Run a trial, now or when there is room; what `node.run` returned.
 
-        Calls `look` several times in a second, which tells whether the process on the node is
-        known to be gone. What that raises ends the trial, wherever it is, and is raised.
-
-        Raises:
-            LostError: the engine, the node or the process ended it.
-            UserError: the engine does not take it, or is gone.
+        Calls `look` several times in a second, which tells whether the process on the node is known
+        to be gone. What that raises ends the trial, wherever it is, and is raised. Raises
+        LostError: the engine, the node or the process ended it. UserError: the engine does not take
+        it, or is gone.
         """
 
     def close(self) -> None:
@@ -71,8 +68,7 @@ class Engine(Protocol):
 def connected(settings: ExecutorSettings, cpu_slots: int = 1) -> Iterator[Engine | None]:
     """The engine that `executor` names, let go of at the end; None for this host alone.
 
-    Raises:
-        UserError: its package is missing, or it cannot be reached.
+    Raises UserError: its package is missing, or it cannot be reached.
     """
     engine: Engine | None = None
     try:  # what an engine needs is imported only when it is named
@@ -119,9 +115,8 @@ class Nodes:
     ) -> Nodes:
         """Ask the nodes of `engine`; `command` is the trials' program, behind Python.
 
-        Raises:
-            UserError: there is none, one does not see the store or its locks, or they would
-                measure different things.
+        Raises UserError: there is none, one does not see the store or its locks, or they would
+        measure different things.
         """
         token = uuid4().hex
         folder = store.path / "nodes" / token
@@ -141,8 +136,7 @@ class Nodes:
     def fingerprint(self, device: Device) -> dict[str, Any]:
         """Of a trial on these nodes, as they describe themselves.
 
-        Raises:
-            UserError: their GPUs are of different models.
+        Raises UserError: their GPUs are of different models.
         """
         gpus: list[Any] = [described(g) for one in self.found for g in one.machine.gpus_for(device)]
         seen = [{**self.found[0].fingerprint, "gpu": gpu} for gpu in gpus or [None]]
@@ -205,8 +199,7 @@ class RemoteExecutor(Executor):
     def suits(self, slot: Slot, cfg: Config) -> bool:
         """Whether it is of the kind of device that the configuration names.
 
-        Raises:
-            UserError: it names one GPU of this host.
+        Raises UserError: it names one GPU of this host.
         """
         if cfg.platform.gpu is not None:
             raise UserError(

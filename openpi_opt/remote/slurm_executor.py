@@ -44,11 +44,7 @@ class SlurmEngine:
     name = "slurm"
 
     def __init__(self, settings: SlurmSettings):
-        """Check that jobs can be submitted from here.
-
-        Raises:
-            UserError: this host has no Slurm.
-        """
+        """Check that jobs can be submitted from here. Raises UserError: this host has no Slurm."""
         self._settings, self._queued = settings, settings.cluster == "slurm"
         self._submitting = threading.Lock()
         if self._queued and not all(map(shutil.which, ("sbatch", "srun", "sacct"))):
