@@ -23,6 +23,7 @@ from openpi_opt.process.run import run_trial
 from openpi_opt.remote.remote import Nodes, connected
 from openpi_opt.space.settings import Settings
 from openpi_opt.space.space import Space, parse_override
+from openpi_opt.track import copies
 from openpi_opt.track.store import Store
 
 STUDY = "stub"
@@ -121,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--executor", default='{"kind": "local"}', help="as JSON")
     options.add_argument("--storage", help="as in a sweep")
     options.add_argument("--mlflow", action="store_true")
+    options.add_argument("--wait", type=float, help="seconds that its end waits for copies")
     options.add_argument("--started", type=Path, help="file that gets a line for every start")
     options.add_argument("--finished", type=Path, help="file that gets the uid of every result")
     options.add_argument("--times", type=Path, help="file for when the work began and ended")
@@ -135,6 +137,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Sweep."""
     own = parser().parse_args()
+    copies.WAIT_S = copies.WAIT_S if own.wait is None else own.wait
     if own.torn:
         sabotage.tear(own.torn)
     if own.sabotage:

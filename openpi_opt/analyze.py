@@ -34,11 +34,7 @@ Rows = Sequence[Sequence[str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the breakdown of each trace on stdout.
-
-    Raises:
-        UserError: a file that is no trace, or a damaged one.
-    """
+    """Print the breakdown of each trace on stdout."""
     arguments = _parser().parse_args(argv)
     if arguments.top < 0:
         raise UserError(f"--top {arguments.top}: give the number of kernels to list, 0 or more")

@@ -63,8 +63,7 @@ class Study:
 
         `arguments` are further words of `python -m openpi_opt.promote`.
 
-        Raises:
-            UserError: nothing could be promoted, or the time is too short.
+        Raises UserError: nothing could be promoted, or the time is too short.
         """
         from openpi_opt import promote
         from openpi_opt.preset import preset_path
@@ -93,11 +92,7 @@ class Study:
 
 
 def load_study(name: str, store: str | Path = DEFAULT_STORE) -> Study:
-    """A study of a store.
-
-    Raises:
-        UserError: no such store or study.
-    """
+    """A study of a store. Raises UserError: no such store or study."""
     opened = Store.open(store, create=False)
     opened.find_study(name)
     return Study(name, opened)
@@ -106,8 +101,7 @@ def load_study(name: str, store: str | Path = DEFAULT_STORE) -> Study:
 def load_results(folder: str | Path, store: str | Path, name: str = "recorded") -> Study:
     """Result documents of a folder (`experiments/*/results`) as a study of a store.
 
-    Raises:
-        UserError: the folder has no result document, or one that cannot be read.
+    Raises UserError: the folder has no result document, or one that cannot be read.
     """
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:

@@ -43,9 +43,8 @@ class CheckpointError(UserError, ValueError):
 def inspect(given: str) -> str:
     """Absolute path of a readable, complete safetensors checkpoint (file, index or folder).
 
-    Raises:
-        CheckpointError: missing, unreadable, truncated, of another model, or a format that may run
-            code when loaded.
+    Raises CheckpointError: missing, unreadable, truncated, of another model, or a format that
+    may run code when loaded.
     """
     path = Path(given).expanduser().absolute()
     names: list[str] = []
@@ -65,8 +64,7 @@ def inspect(given: str) -> str:
 def files(path: Path) -> list[Path]:
     """The safetensors files that make up the checkpoint at `path`.
 
-    Raises:
-        CheckpointError: there are none, or something of another format.
+    Raises CheckpointError: there are none, or something of another format.
     """
     if path.suffix in PICKLES:
         raise CheckpointError(
@@ -169,8 +167,7 @@ def family(given: str) -> Family:
 
     openpi and LeRobot give it the same name, LeRobot with the prefix `model.`.
 
-    Raises:
-        CheckpointError: as `inspect`.
+    Raises CheckpointError: as `inspect`.
     """
     names = [name for file in files(Path(given)) for name in _header(file)[1]]
     found = any(name.removeprefix("model.").startswith("time_mlp_in.") for name in names)
@@ -180,8 +177,7 @@ def family(given: str) -> Family:
 def shape(given: str, name: str) -> tuple[int, ...]:
     """The shape of the tensor that openpi calls `name`, in a checkpoint that `inspect` admits.
 
-    Raises:
-        CheckpointError: as `inspect`, and for a checkpoint without it.
+    Raises CheckpointError: as `inspect`, and for a checkpoint without it.
     """
     for file in files(Path(given)):
         for stored, item in _header(file)[1].items():
@@ -197,8 +193,7 @@ def rope_frequencies(given: str) -> RopeFrequencies:
     mode, and its default is float32; its files have names with the prefix `model.`, or a
     config.json with a `type` beside them, which says the `dtype`.
 
-    Raises:
-        CheckpointError: as `inspect`.
+    Raises CheckpointError: as `inspect`.
     """
     path = Path(given)
     settings = _settings(path if path.is_dir() else path.parent)
@@ -212,8 +207,7 @@ def horizon(given: str) -> int | None:
 
     openpi calls them `action_horizon`, LeRobot `chunk_size`.
 
-    Raises:
-        CheckpointError: a config.json that cannot be read.
+    Raises CheckpointError: a config.json that cannot be read.
     """
     path = Path(given)
     settings = _settings(path if path.is_dir() else path.parent)

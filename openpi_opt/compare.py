@@ -49,11 +49,7 @@ _PARTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the trials of studies on stdout, and only them.
-
-    Raises:
-        UserError: an unknown study or store, or a damaged journal.
-    """
+    """Print the trials of studies on stdout, and only them."""
     arguments = _parser().parse_args(argv)
     gc.disable()  # whatever is read is kept until the end
     folders = find_studies(arguments.store, arguments.study)

@@ -273,9 +273,8 @@ class Config(BaseModel):
     def parse(raw: Mapping[str, Any]) -> Config:
         """Validate a composed mapping whose top-level keys are sections and knobs.
 
-        Raises:
-            UserError: unknown key or value out of range, naming the key, the value given and what
-                is admitted.
+        Raises UserError: unknown key or value out of range, naming the key, the value given
+        and what is admitted.
         """
         known = [*SECTIONS, *BY_NAME]
         for key in raw:
@@ -312,9 +311,9 @@ class Config(BaseModel):
     def resolved(self, machine: Machine) -> Config:
         """Replace `auto`, and the null of `measure.max_seconds`, by what this machine has.
 
-        Raises:
-            UserError: a device that this machine or the installed torch lacks, a checkpoint that is
-                missing, truncated or a pickle, or more time to measure than the phase may take.
+        Raises UserError: a device that this machine or the installed torch lacks, a
+        checkpoint that is missing, truncated or a pickle, or more time to measure than the
+        phase may take.
         """
         device = _resolve_device(self.platform, machine)
         measure = self.measure

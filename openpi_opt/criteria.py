@@ -89,8 +89,7 @@ class Criteria(BaseModel):
     def load(study_dir: Path) -> Criteria | None:
         """The criteria of a study's newest sweep; None: latency alone, without limits.
 
-        Raises:
-            UserError: the file is damaged.
+        Raises UserError: the file is damaged.
         """
         path = study_dir / _FILE
         try:
@@ -104,11 +103,7 @@ class Criteria(BaseModel):
             ) from None
 
     def save(self, study_dir: Path) -> None:
-        """Write them into the study's folder.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """Write them into the study's folder. Raises OSError: the folder cannot be written."""
         write_atomic(study_dir / _FILE, self.model_dump_json(indent=1) + "\n")
 
     def allowing(self, allow_lossy: bool) -> Criteria:
@@ -218,8 +213,7 @@ def of_arguments(arguments: argparse.Namespace, study_dir: Path) -> Criteria:
 
     Lossy results are admitted by the command line alone.
 
-    Raises:
-        UserError: the study's file is damaged.
+    Raises UserError: the study's file is damaged.
     """
     found = Criteria.load(study_dir) or Criteria()
     limits = {**found.limits, **dict(arguments.limit)}

@@ -63,8 +63,8 @@ class ReadyPolicy:
         [B, H, A] makes the call repeatable; None draws it. The caller's default dtype and device,
         autocast and inference mode have no effect.
 
-        Raises:
-            ValueError: names the field that is not what the policy takes (`Observation`).
+        Raises ValueError: names the field that is not what the policy takes
+        (`Observation`).
         """
         with as_measured():
             return self.call(self.upload(observation, noise))
@@ -171,10 +171,9 @@ def load_policy(
             `store`, so that only the first load of a combination on a machine takes longer.
         store: a sweep's store; None is `~/.cache/openpi_opt`.
 
-    Raises:
-        UserError: unknown preset or override, unusable checkpoint, an option that this machine
-            lacks, an environment variable that had to be set before the process started, or a
-            policy whose actions are wrong.
+    Raises UserError: unknown preset or override, unusable checkpoint, an option that this
+    machine lacks, an environment variable that had to be set before the process started, or a
+    policy whose actions are wrong.
     """
     start = time.perf_counter()
     where = Path(preset_dir) if preset_dir else None

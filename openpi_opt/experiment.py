@@ -55,8 +55,7 @@ class Experiment(BaseModel):
     def load(name: str) -> Experiment:
         """Read `conf/experiment/NAME.yaml`.
 
-        Raises:
-            UserError: no such experiment; says which there are.
+        Raises UserError: no such experiment; says which there are.
         """
         folder = conf_dir() / "experiment"
         known = sorted(path.stem for path in folder.glob("*.yaml"))
@@ -75,8 +74,7 @@ def run(words: Sequence[str], sweep: Callable[[Sequence[str]], int]) -> int:
 
     The report goes to `out=FOLDER`, or to the study's folder. Returns the sweep's exit code.
 
-    Raises:
-        UserError: unknown experiment, or a wrong override.
+    Raises UserError: unknown experiment, or a wrong override.
     """
     own, rest = _own_words(words)
     name = own["experiment"]
@@ -131,8 +129,7 @@ def write_report(name: str, study_dir: Path, folder: Path) -> list[Path]:
 
     Trials of an older machine or software (another fingerprint), and confirmations, are left out.
 
-    Raises:
-        UserError: the study holds no trial, or the folder cannot be written.
+    Raises UserError: the study holds no trial, or the folder cannot be written.
     """
     experiment = Experiment.load(name)
     journal = Journal.read(study_dir)
@@ -302,11 +299,7 @@ def _panels(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the report of a study once more.
-
-    Raises:
-        UserError: an unknown experiment, study or store.
-    """
+    """Write the report of a study once more."""
     arguments = _parser().parse_args(argv)
     Experiment.load(arguments.name)
     study_dir = Store.open(arguments.store, create=False).find_study(arguments.study)

@@ -63,8 +63,7 @@ class Load:
 def run(words: Sequence[str], out: str | None) -> int:
     """The experiment of a command line without `experiment=` and `out=`; 1 where nothing ran.
 
-    Raises:
-        UserError: a wrong override, or a configuration that cannot run here.
+    Raises UserError: a wrong override, or a configuration that cannot run here.
     """
     plan = read(conf_dir() / "experiment" / "instances.yaml").content
     given = dict(word.partition("=")[::2] for word in words if not word.startswith("-"))

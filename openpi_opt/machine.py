@@ -66,8 +66,7 @@ class Machine:
     def gpu(self, device: Device, index: int | None) -> Gpu:
         """GPU number `index` of that kind (None: any); in a trial, which sees one only, that one.
 
-        Raises:
-            IndexError: there is none of that kind.
+        Raises IndexError: there is none of that kind.
         """
         gpus = self.gpus_for(device)
         return gpus[0] if len(gpus) == 1 else gpus[index or 0]
@@ -81,8 +80,8 @@ class Machine:
     def usable_device(self) -> Device:
         """The best device that both the hardware and the installed torch have.
 
-        Raises:
-            UserError: none, though a GPU is there or was asked for: the CPU is not taken quietly.
+        Raises UserError: none, though a GPU is there or was asked for: the CPU is not taken
+        quietly.
         """
         for vendor in GPU_VENDORS:
             if self.gpus_for(vendor.device) and self.built_for(vendor.device):

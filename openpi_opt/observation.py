@@ -51,8 +51,8 @@ class Observation:
 
         Images are float [B, 3, 224, 224] in [-1, 1], or uint8 [B, 224, 224, 3].
 
-        Raises:
-            ValueError: a camera or key is missing; `image_mask` may be left out for all cameras.
+        Raises ValueError: a camera or key is missing; `image_mask` may be left out for all
+        cameras.
         """
         needed = ("image", "state", "tokenized_prompt", "tokenized_prompt_mask")
         missing = [key for key in needed if key not in data]
@@ -84,9 +84,8 @@ def to_inputs(
 ) -> Inputs:
     """Check everything, draw noise if none is given, move it to `device`.
 
-    Raises:
-        ValueError: names the field that has another shape or type than the workload's, holds what
-            is not finite or out of range, or masks for which the policy was not built.
+    Raises ValueError: names the field that has another shape or type than the workload's, holds
+    what is not finite or out of range, or masks for which the policy was not built.
     """
     batch, slots = workload.batch_size, workload.prompt_slots
     if noise is None:

@@ -37,8 +37,7 @@ def check_name(name: str) -> None:
 def preset_path(name: str, folder: Path | None) -> Path:
     """Where the preset called `name` is written: `folder`, or `conf/preset` of the working folder.
 
-    Raises:
-        UserError: a name that could leave the folder.
+    Raises UserError: a name that could leave the folder.
     """
     check_name(name)
     return (folder or user_conf_dir() / "preset") / f"{name}.yaml"
@@ -53,8 +52,7 @@ def check_free(path: Path) -> None:
 def write(path: Path, cfg: Config, provenance: dict[str, Any], replace: bool = False) -> None:
     """Write the preset, whole or not at all, and never over another unless `replace`.
 
-    Raises:
-        UserError: there is a preset of this name, or the folder cannot be written.
+    Raises UserError: there is a preset of this name, or the folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

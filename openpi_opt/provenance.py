@@ -51,8 +51,7 @@ def folders(preset_dir: Path | None) -> list[Path]:
 def resolve_auto(overrides: Sequence[str], preset_dir: Path | None) -> list[str]:
     """The overrides with the name of a preset in place of `preset=auto`; says which it is.
 
-    Raises:
-        UserError: as `auto`.
+    Raises UserError: as `auto`.
     """
     if _AUTO not in overrides:
         return list(overrides)
@@ -83,9 +82,8 @@ def auto(
     Only presets that were measured and are not lossy count. None for `model` or `workload` admits
     any, as long as all that remain are of one.
 
-    Raises:
-        UserError: there is none, or presets of different models or workloads remain. Says which
-            presets there are.
+    Raises UserError: there is none, or presets of different models or workloads remain. Says
+    which presets there are.
     """
     measured = {
         name: found

@@ -14,11 +14,7 @@ from openpi_opt.verbs import verb_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the file and print its path.
-
-    Raises:
-        UserError: no such store or study, or a file that cannot be written.
-    """
+    """Write the file and print its path."""
     arguments = _parser().parse_args(argv)
     print(write(find_studies(arguments.store, arguments.study), arguments.out))
     return 0
@@ -27,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of studies, given by their folders; without `out` into the first one.
 
-    Raises:
-        UserError: a damaged study, or a file that cannot be written.
+    Raises UserError: a damaged study, or a file that cannot be written.
     """
     from openpi_opt.track.html_report import Study, html
 

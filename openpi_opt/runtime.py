@@ -58,8 +58,7 @@ def workload_of(cfg: Configuration) -> Workload:
 def build_policy(cfg: Config, device: torch.device) -> Pi0Policy:
     """The plain float32 policy with its weights.
 
-    Raises:
-        openpi_opt.pi0.checkpoint.CheckpointError: the checkpoint does not fit the model.
+    Raises openpi_opt.pi0.checkpoint.CheckpointError: the checkpoint does not fit the model.
     """
     config = dataclasses.replace(MODELS[cfg.model.name], rope_frequencies=cfg.rope_frequencies())
     policy = weights.build(config, device, steps=cfg.workload.steps)

@@ -55,8 +55,7 @@ def pack(values: list[float]) -> dict[str, Any]:
 def unpack(packed: Packed) -> list[float]:
     """Undo `pack`.
 
-    Raises:
-        ValueError: text that is not base64 of zlib, or not of `count` finite values.
+    Raises ValueError: text that is not base64 of zlib, or not of `count` finite values.
     """
     values = array("f" if packed.dtype == "<f4" else "d")
     size = packed.count * values.itemsize

@@ -129,8 +129,7 @@ class Session:
     def alone(self, device: int | str | None) -> Iterator[None]:
         """Take the device, then look again for the study's best: the wait may have been long.
 
-        Raises:
-            UserError: as `FreshRuns.alone`.
+        Raises UserError: as `FreshRuns.alone`.
         """
         with self.runs.alone(self.config, device):
             self.deadline = Deadline(self.deadline.limit_s)  # the wait does not count
@@ -153,8 +152,7 @@ class Session:
         The keys of `configs` are what the screen calls them. The order depends on the seed, the
         stage and the configurations alone, so it is the same after an interruption.
 
-        Raises:
-            UserError: one of `needed` was not ok.
+        Raises UserError: one of `needed` was not ok.
         """
         names = [f"{shown} {cfg.hash()}" for shown, cfg in configs.items()]
         text = "\n".join([self.verb, str(self.seed), stage, *names])
@@ -196,8 +194,7 @@ class Session:
     ) -> Measured:
         """`interleaved`, in all rounds that fit into the time; `rounds` becomes their number.
 
-        Raises:
-            UserError: `needed` was not ok, or the time was too short for any statement.
+        Raises UserError: `needed` was not ok, or the time was too short for any statement.
         """
         found = self.interleaved(configs, needed, stage, self.rounds, self.deadline)
         if found.rounds < self.rounds:
@@ -214,8 +211,7 @@ class Session:
     def write(self, report: Report) -> None:
         """Table, figures and plot, in the session's folder; the table also on stdout.
 
-        Raises:
-            UserError: the folder cannot be written.
+        Raises UserError: the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -383,8 +379,7 @@ def open_session(
 ) -> Session:
     """A session on a study, which is made if it does not exist.
 
-    Raises:
-        UserError: a study that cannot be read or written.
+    Raises UserError: a study that cannot be read or written.
     """
     store = Store.open(arguments.store)
     journal = Journal.open(study_dir, sys.argv[1:])
@@ -404,9 +399,8 @@ def open_session(
 def target_session(verb: str, arguments: argparse.Namespace) -> Session:
     """The session of `ladder` and `ablate` that was asked for.
 
-    Raises:
-        UserError: no such study or preset, or a target that this machine cannot run or that is
-            the baseline.
+    Raises UserError: no such study or preset, or a target that this machine cannot run or that
+    is the baseline.
     """
     what, again = arguments.what, None
     folder = Path(arguments.store).expanduser()
@@ -438,8 +432,7 @@ def target_session(verb: str, arguments: argparse.Namespace) -> Session:
 def composed(overrides: Sequence[str], preset_dir: str | None) -> Config:
     """The configuration that overrides give, of which one may be `preset=NAME`.
 
-    Raises:
-        UserError: two presets, or what `compose` refuses.
+    Raises UserError: two presets, or what `compose` refuses.
     """
     rest = [text for text in overrides if not text.startswith("preset=")]
     folder = Path(preset_dir) if preset_dir else None

@@ -37,11 +37,7 @@ _SHOWING = ("help", "hydra_help", "cfg", "info", "shell_completion")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when at least one trial was ok, else 1.
-
-    Raises:
-        UserError: bad input.
-    """
+    """Run the command line; 0 when at least one trial was ok, else 1."""
     words = sys.argv[1:] if argv is None else [*argv]
     if any(word.startswith("experiment=") for word in words):
         from openpi_opt import experiment  # tables and plots: not for every start
@@ -156,8 +152,7 @@ def _names_space(overrides: Sequence[str]) -> bool:
 def _check(arguments: Namespace) -> None:
     """Say what is wrong with the command line before Hydra says it at length.
 
-    Raises:
-        UserError: bad syntax, a sweep without -m, or a flag that does not fit here.
+    Raises UserError: bad syntax, a sweep without -m, or a flag that does not fit here.
     """
     if arguments.experimental_rerun is not None:
         raise UserError(

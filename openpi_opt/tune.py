@@ -41,11 +41,7 @@ _TORCH_NAMES = {"torch.bfloat16": "BFloat16", "torch.float16": "Half"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the files, and print products and commands; with `--run`, the tuner's exit code.
-
-    Raises:
-        UserError: an unknown configuration or study, a damaged table, no tuner where it is to run.
-    """
+    """Write the files, and print products and commands; with `--run`, the tuner's exit code."""
     arguments = _parser().parse_args(argv)
     cfg = _config(arguments.what, arguments.store)
     counted = products(cfg)

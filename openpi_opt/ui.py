@@ -26,11 +26,7 @@ _START_S = 90
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl-C; delivers what MLflow lacks of the study first.
-
-    Raises:
-        UserError: no such store or study, or a port that is taken.
-    """
+    """Serve until Ctrl-C; delivers what MLflow lacks of the study first."""
     arguments = _parser().parse_args(argv)
     store = Store.open(arguments.store, create=False)
     port = _port(arguments.port)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,18 @@ def _no_copies_in_this_process(
 @pytest.fixture
 def copies() -> None:
     """Sweeps in this process make their copies for MLflow and Optuna."""
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small models have one layer a tower: what compiles them has no more to see."""
+    from openpi_opt.pi0.config import MODELS
+
+    for name in ("pi0_mini", "pi05_mini"):
+        whole = MODELS[name]
+        parts = {part: getattr(whole, part) for part in ("vision", "language", "expert")}
+        flat = {part: dataclasses.replace(config, depth=1) for part, config in parts.items()}
+        monkeypatch.setitem(MODELS, name, dataclasses.replace(whole, **flat))
 
 
 @pytest.fixture(scope="session")

@@ -6,21 +6,19 @@ import math
 from pathlib import Path
 
 import pytest
+from quick import QUICK
 
 import openpi_opt
 from openpi_opt import api
 from openpi_opt.errors import UserError
 
-QUICK = (
-    *("model=pi0_mini", "platform=cpu", "workload.steps=1", "workload.horizon=2"),
-    *("measure.iterations=10", "measure.max_seconds=1", "guard=default"),
-)
+WORDS = ["attention=eager,sdpa,aiter", "tracking=none", *QUICK]
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> api.Study:
     store = tmp_path_factory.mktemp("api") / "mlruns"
-    return openpi_opt.sweep(["attention=eager,sdpa,aiter", *QUICK], study="s", store=store)
+    return openpi_opt.sweep(WORDS, study="s", store=store)
 
 
 def test_a_sweep_returns_its_study(study: api.Study) -> None:
@@ -41,9 +39,7 @@ def test_it_can_be_loaded_reported_and_is_called_again_for_nothing(
     again = openpi_opt.load_study("s", study.store.path)
     assert again.trials.equals(study.trials)
     assert again.report(tmp_path / "r.html").stat().st_size > 1e6
-    known = openpi_opt.sweep(
-        ["attention=eager,sdpa,aiter", *QUICK], study="s", store=study.store.path
-    )
+    known = openpi_opt.sweep(WORDS, study="s", store=study.store.path)
     assert len(known.records) == len(study.records)
 
 

@@ -155,8 +155,9 @@ def test_the_horizon_is_the_checkpoints_unless_it_is_said(key: str, tmp_path: Pa
         assert policy.config.workload.horizon == horizon
 
 
+@pytest.mark.usefixtures("shallow")
 def test_threads_share_a_compiled_policy() -> None:
-    policy = load_policy(overrides=[*SMALL, "compile=default", "simplify=all"])
+    policy = load_policy(overrides=[*SMALL, "compile=default", "workload.steps=1"])
     seen, noise = observation(policy)
     states = [torch.full_like(seen.state, float(n)) for n in range(4)]
     views = [dataclasses.replace(seen, state=state) for state in states]

@@ -9,12 +9,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from importlib.machinery import ModuleSpec
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from drivers import FakeNvml
 
 from openpi_opt import audit, doctor
 from openpi_opt.audit import HAZARDS, REQUIRED, Finding, Host
@@ -117,7 +117,7 @@ def test_the_disk_that_a_first_sweep_takes(tmp_path: Path, monkeypatch: pytest.M
         usage = SimpleNamespace(free=free)
         monkeypatch.setattr(audit.shutil, "disk_usage", lambda _, usage=usage: usage)
         assert only(host(tmp_path, machine(torch=CUDA)), "first sweep").status == on_cpu
-        gpu = host(tmp_path, machine(H100, torch=CUDA), nvml=fake_nvml())
+        gpu = host(tmp_path, machine(H100, torch=CUDA), nvml=FakeNvml())
         assert only(gpu, "first sweep").status == on_gpu
 
 
@@ -128,7 +128,7 @@ def pci(root: Path, vendor: str, kind: str = "0x030200") -> None:
 
 def test_a_gpu_without_its_driver_is_a_problem(tmp_path: Path) -> None:
     pci(tmp_path, "0x10de")
-    finding = only(host(tmp_path, machine(), nvml=fake_nvml()), "nvidia")
+    finding = only(host(tmp_path, machine(), nvml=FakeNvml()), "nvidia")
     assert (finding.status, "driver" in finding.what) == ("problem", True)
     without = only(host(tmp_path, machine()), "nvidia")
     assert "nvidia-ml-py" in without.what
@@ -157,66 +157,20 @@ def test_a_profiler_that_loses_kernels(tmp_path: Path) -> None:
     assert not found(host(tmp_path, machine(MI300X, torch=ROCM)), "roctracer")
 
 
-@dataclass
-class FakeNvml(ModuleType):
-    """What the driver of one H100 answers."""
-
-    limit_w: float = 700
-    pids: tuple[int, ...] = ()
-    silent: bool = False
-
-    class NVMLError(Exception):
-        pass
-
-    def __post_init__(self) -> None:
-        super().__init__("pynvml")
-        self.__spec__ = ModuleSpec("pynvml", None)
-
-    def nvmlInit(self) -> None:  # noqa: N802
-        pass
-
-    nvmlShutdown = nvmlInit  # noqa: N815
-
-    def __getattr__(self, name: str) -> object:
-        if not name.startswith("nvmlDevice"):
-            raise AttributeError(name)
-
-        def refuse(*_: object) -> None:
-            raise self.NVMLError("Not Supported")
-
-        return refuse
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
-        return uuid
-
-    def nvmlDeviceGetPowerManagementLimit(self, handle: str) -> float:  # noqa: N802
-        if self.silent:
-            raise self.NVMLError("Not Supported")
-        return self.limit_w * 1e3
-
-    def nvmlDeviceGetPowerManagementDefaultLimit(self, handle: str) -> float:  # noqa: N802
-        return 700e3
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:  # noqa: N802
-        if self.silent:
-            raise self.NVMLError("Insufficient Permissions")
-        return [SimpleNamespace(pid=pid) for pid in self.pids]
-
-
-def fake_nvml(**answers: object) -> FakeNvml:
-    return FakeNvml(**answers)  # type: ignore[arg-type]
-
-
 def test_power_and_processes_of_nvidia(tmp_path: Path) -> None:
     made = machine(H100, torch=CUDA)
-    quiet = host(tmp_path, made, nvml=fake_nvml(pids=(os.getpid(),)))
+    nvml = FakeNvml()
+    nvml.pids = [os.getpid()]
+    quiet = host(tmp_path, made, nvml=nvml)
     assert only(quiet, "power cap").status == "ok"
     assert only(quiet, "other processes").status == "ok"
-    busy = host(tmp_path, made, nvml=fake_nvml(limit_w=500, pids=(7, 8)))
+    nvml.limit_w, nvml.pids = 500, [7, 8]
+    busy = host(tmp_path, made, nvml=nvml)
     assert "500 W of 700 W" in only(busy, "power cap").what
     assert "nvidia-smi -i 0 -pl 700" in only(busy, "power cap").mend
     assert "2 (processes 7, 8)" in only(busy, "other processes").what
-    silent = host(tmp_path, made, nvml=fake_nvml(silent=True))
+    refused = "nvmlDeviceGetPowerManagementLimit nvmlDeviceGetComputeRunningProcesses"
+    silent = host(tmp_path, made, nvml=FakeNvml(silent=refused))
     assert not found(silent, "power cap") + found(silent, "other processes")
 
 
@@ -224,11 +178,11 @@ def test_what_the_probe_was_not_told_is_named(tmp_path: Path) -> None:
     lost = Trouble("NVIDIA GPU 3", "does not answer: GPU is lost", "reset it")
     shared = replace(H100, memory_mib=None)
     made = replace(machine(shared, torch=CUDA), troubles=(lost,), quota=1.5)
-    where = host(tmp_path, made, nvml=fake_nvml())
+    where = host(tmp_path, made, nvml=FakeNvml())
     assert only(where, "NVIDIA GPU 3").status == "problem"
     assert "memory unknown" in only(where, "gpu 0").what
     assert "of which 1.5 may be busy" in only(where, "cpu").what
-    alone = host(tmp_path, replace(machine(torch=CUDA), troubles=(lost,)), nvml=fake_nvml())
+    alone = host(tmp_path, replace(machine(torch=CUDA), troubles=(lost,)), nvml=FakeNvml())
     assert not found(alone, "gpu"), "it has one"
 
 
@@ -291,7 +245,7 @@ def test_an_old_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_torch_must_be_built_for_the_gpu(
     gpu: Gpu, torch: TorchBuild, status: str, tmp_path: Path
 ) -> None:
-    where = host(tmp_path, machine(gpu, torch=torch), nvml=fake_nvml())
+    where = host(tmp_path, machine(gpu, torch=torch), nvml=FakeNvml())
     assert only(where, "torch build").status == status
 
 
@@ -308,9 +262,9 @@ def test_the_wrong_aiter(tmp_path: Path) -> None:
     amd = only(host(tmp_path, machine(MI300X, torch=ROCM, aiter=UNRELATED)), "aiter")
     assert amd.status == "problem"
     assert "pip uninstall aiter" in amd.mend
-    where = host(tmp_path, machine(H100, torch=CUDA, aiter=UNRELATED), nvml=fake_nvml())
+    where = host(tmp_path, machine(H100, torch=CUDA, aiter=UNRELATED), nvml=FakeNvml())
     assert only(where, "aiter").status == "warning"
-    assert not found(host(tmp_path, machine(H100, torch=CUDA), nvml=fake_nvml()), "aiter")
+    assert not found(host(tmp_path, machine(H100, torch=CUDA), nvml=FakeNvml()), "aiter")
     assert only(host(tmp_path, machine(MI300X, torch=ROCM)), "aiter").status == "warning"
 
 

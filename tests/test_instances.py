@@ -6,16 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+from quick import SMALL
 
 from openpi_opt import sweep
 from openpi_opt.errors import UserError
 from openpi_opt.instances import _added
 
-MINI = ["experiment=instances", "model=pi0_mini", "platform=cpu", "workload.steps=1"]
+MINI = ["experiment=instances", *SMALL, "guard.inputs=2"]
 
 
 def test_two_instances_share_a_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*MINI, "counts=1,2", "seconds=4", f"out={tmp_path}"]
+    words = [*MINI, "counts=1,2", "seconds=2", f"out={tmp_path}"]
     assert sweep.main(words) == 0
     one, two = json.loads((tmp_path / "instances.json").read_text())["loads"]
     assert (one["each"], two["each"], one["problem"], two["problem"]) == (1, 2, "", "")

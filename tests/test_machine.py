@@ -7,10 +7,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
+from drivers import FakeNvml
 
 from openpi_opt import cli, machine
 from openpi_opt.config import Config
@@ -46,62 +45,6 @@ def kfd_node(root: Path, number: int, properties: dict[str, int], vram: int = 0)
 def kfd_gpu(root: Path, number: int, **properties: int) -> None:
     told = {"simd_count": 1216, "gfx_target_version": 90402, "drm_render_minor": 900, **properties}
     kfd_node(root, number, told, vram=192 * 2**30)
-
-
-class FakeNvml(ModuleType):
-    """A driver with GPUs that answer, but for the functions in `silent` and the GPUs in `lost`."""
-
-    class NVMLError(Exception):
-        def __init__(self, value: int = 3, text: str = "Not Supported") -> None:
-            super().__init__(text)
-            self.value = value
-
-    NVML_ERROR_LIBRARY_NOT_FOUND, NVML_ERROR_DRIVER_NOT_LOADED = 12, 9
-
-    def __init__(self, count: int = 8, silent: str = "", lost: tuple[int, ...] = ()) -> None:
-        super().__init__("pynvml")
-        self.count, self.silent, self.lost, self.mig = count, silent.split(), lost, ()
-        self.init_error: Exception | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("nvml"):
-            raise AttributeError(name)
-        answers = {
-            "nvmlInit": self.initialise,
-            "nvmlShutdown": lambda: None,
-            "nvmlSystemGetDriverVersion": lambda: "580.1",
-            "nvmlDeviceGetCount": lambda: self.count,
-            "nvmlDeviceGetHandleByIndex": self.handle,
-            "nvmlDeviceGetCudaComputeCapability": lambda handle: (9, 0),
-            "nvmlDeviceGetUUID": lambda handle: f"{'MIG' if '/' in handle else 'GPU'}-abc{handle}",
-            "nvmlDeviceGetName": lambda handle: "NVIDIA H100",
-            "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=80 * 2**30),
-            "nvmlDeviceGetPciInfo": lambda handle: SimpleNamespace(busId=f"0000:0{handle}:00.0"),
-            "nvmlDeviceGetMigMode": lambda handle: (int(int(handle) in self.mig), 0),
-            "nvmlDeviceGetMaxMigDeviceCount": lambda handle: 7,
-            "nvmlDeviceGetMigDeviceHandleByIndex": self.instance,
-        }
-
-        def call(*arguments: Any) -> Any:
-            if name in self.silent or name not in answers:
-                raise self.NVMLError
-            return answers[name](*arguments)
-
-        return call
-
-    def initialise(self) -> None:
-        if self.init_error is not None:
-            raise self.init_error
-
-    def handle(self, index: int) -> str:
-        if index in self.lost:
-            raise self.NVMLError(15, "GPU is lost")
-        return str(index)
-
-    def instance(self, handle: str, number: int) -> str:
-        if number > 1:
-            raise self.NVMLError(6, "Not Found")
-        return f"{handle}/{number}"
 
 
 def with_nvml(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml) -> FakeNvml:
@@ -194,8 +137,7 @@ def test_instances_of_a_gpu_in_mig_mode_stand_for_it(monkeypatch: pytest.MonkeyP
 def test_a_driver_that_is_there_and_cannot_be_used_is_an_error(
     monkeypatch: pytest.MonkeyPatch, value: int, quiet: bool
 ) -> None:
-    nvml = with_nvml(monkeypatch, FakeNvml())
-    nvml.init_error = nvml.NVMLError(value, "Driver/library version mismatch")
+    with_nvml(monkeypatch, FakeNvml()).init_error = value
     found = machine.probe()
     if quiet:
         assert found.usable_device() == "cpu"

@@ -23,7 +23,8 @@ from openpi_opt.trial import _raced
 SMALL = {
     "model": {"name": "pi0_mini"},
     "platform": {"device": "cpu"},
-    "workload": {"steps": 2, "horizon": 4},
+    "workload": {"steps": 1, "horizon": 2, "active_cameras": [True]},
+    "guard": {"inputs": 2},
     "measure": {"warmup": 3, "iterations": 10, "rel_ci": None},
 }
 # Beside the latency nothing is measured: no ceilings, energy or kernels.
@@ -49,7 +50,7 @@ def run(folder: Path, raw: dict, on_phase: Callable[[str], None] = lambda _: Non
 
 def test_wrong_actions_have_no_latency(tmp_path: Path) -> None:
     """A limit that no rounding can keep makes honest bfloat16 wrong, by the way that all take."""
-    document = run(tmp_path, {"guard": {"cap": 1e-9, "floor": 1e-9}, **PLAIN})
+    document = run(tmp_path, {"guard": {"cap": 1e-9, "floor": 1e-9, "inputs": 2}, **PLAIN})
     assert document["outcome"] == "wrong"
     assert "from the float32 reference" in document["reason"]
     assert not {"latency", "throughput_hz", "kernels", "memory"} & set(document)

@@ -30,8 +30,7 @@ _CSV_COLUMNS = (
 def database_events(path: Path) -> Iterator[dict[str, Any]]:
     """The kernels of a rocpd database or of a sqlite export of Nsight Systems.
 
-    Raises:
-        ProfileError: it is neither, or is damaged.
+    Raises ProfileError: it is neither, or is damaged.
     """
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
@@ -132,8 +131,7 @@ class RocprofNames:
 def kernel(name: Any, start_ns: Any, end_ns: Any, device: Any, stream: Any) -> dict[str, Any]:
     """A kernel as an event of a Chrome trace.
 
-    Raises:
-        ProfileError: no name, or times that are no nanoseconds.
+    Raises ProfileError: no name, or times that are no nanoseconds.
     """
     try:
         start, end = int(start_ns), int(end_ns)

@@ -42,9 +42,8 @@ _EVENTS = "traceEvents"
 def read_trace(path: Path) -> Recording:
     """Everything that counts in a trace file.
 
-    Raises:
-        ProfileError: it cannot be read, is not JSON to its end, is no Chrome trace, is larger than
-            `MAX_FILE_MIB`, unpacks to far more than traces do, or has a damaged event.
+    Raises ProfileError: it cannot be read, is not JSON to its end, is no Chrome trace, is
+    larger than `MAX_FILE_MIB`, unpacks to far more than traces do, or has a damaged event.
     """
     try:
         with _opened(path) as file:

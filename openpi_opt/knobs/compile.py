@@ -343,8 +343,7 @@ def _nested(chosen: dict[str, Any]) -> InductorOptions:
 def _settings(options: CompileOptions) -> dict[str, Any]:
     """Mode and options as one mapping: torch.compile takes one of the two only.
 
-    Raises:
-        RefusedError: this torch lacks an option.
+    Raises RefusedError: this torch lacks an option.
     """
     import torch._inductor
 

@@ -15,8 +15,7 @@ def prepared(name: str, image: object, size: int = SIZE) -> NDArray[np.uint8]:
     As openpi does it: floats are cut to whole steps, and the picture is resized by PIL's bilinear
     filter and centred on black.
 
-    Raises:
-        ValueError: names the image that is no picture, or out of range.
+    Raises ValueError: names the image that is no picture, or out of range.
     """
     array = np.asarray(image)
     if array.ndim != 3 or 3 not in (array.shape[0], array.shape[2]) or 0 in array.shape:

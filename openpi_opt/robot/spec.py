@@ -86,8 +86,7 @@ class Robot(Section):
 def load(name: str) -> Robot:
     """The robot called `name` in `conf/robot` (the working folder's first), or in a YAML file.
 
-    Raises:
-        UserError: there is none, or the file is not one.
+    Raises UserError: there is none, or the file is not one.
     """
     file = _find(name)
     try:

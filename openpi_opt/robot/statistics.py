@@ -60,9 +60,8 @@ class Statistics(NamedTuple):
 def load(folder: Path, asset_id: str | None, family: Family) -> Statistics:
     """The statistics in a checkpoint's folder.
 
-    Raises:
-        UserError: there are none (or several, none of which `asset_id` names), or they are not
-            what the family needs.
+    Raises UserError: there are none (or several, none of which `asset_id` names), or they are
+    not what the family needs.
     """
     if (folder / "policy_preprocessor.json").is_file():
         return _lerobot(folder)
@@ -73,8 +72,7 @@ def load(folder: Path, asset_id: str | None, family: Family) -> Statistics:
 def read_openpi(file: Path, family: Family) -> Statistics:
     """openpi's file; by quantiles unless the family is pi0, whose files have none.
 
-    Raises:
-        UserError: a file that is damaged, or lacks what is needed.
+    Raises UserError: a file that is damaged, or lacks what is needed.
     """
     content = _json(file)
     try:

@@ -57,8 +57,7 @@ class PolicyServer:
     async def run(self, ready: Callable[[int], None]) -> None:
         """Listen, call `ready` with the port, serve; drain when `stop` is set.
 
-        Raises:
-            UserError: the address is taken, or not this machine's.
+        Raises UserError: the address is taken, or not this machine's.
         """
         try:
             server = await serve(

@@ -73,8 +73,7 @@ class Composer:
         """Look for options in the project's `conf/`, then in `preset_dir` (presets), then in
         `config_dir` and `conf/` of the working folder.
 
-        Raises:
-            UserError: a folder that was named does not exist.
+        Raises UserError: a folder that was named does not exist.
         """
         for given in (preset_dir, config_dir):
             if given is not None and not given.is_dir():
@@ -106,8 +105,7 @@ class Composer:
     def __call__(self, overrides: Sequence[str]) -> Config:
         """The configuration for these overrides.
 
-        Raises:
-            UserError: unknown group, option or key; a value that no schema admits.
+        Raises UserError: unknown group, option or key; a value that no schema admits.
         """
         values = self.assembled(overrides)
         return trial_config(self.compose(overrides).values if values is None else values)
@@ -127,9 +125,8 @@ class Composer:
     def compose(self, overrides: Sequence[str]) -> Composed:
         """All of it by Hydra.
 
-        Raises:
-            UserError: as for a call; or one file would silently win over another, or over what the
-                command line says.
+        Raises UserError: as for a call; or one file would silently win over another, or
+        over what the command line says.
         """
         return self._load(overrides)
 
@@ -254,8 +251,7 @@ def compose(
 
     An override of one of their keys changes that key and nothing else.
 
-    Raises:
-        UserError: unknown preset, group, option or key, or a value that no schema admits.
+    Raises UserError: unknown preset, group, option or key, or a value that no schema admits.
     """
     chosen = [*overrides]
     if preset is not None:
@@ -278,8 +274,7 @@ def compose(
 def trial_config(values: Mapping[str, Any]) -> Config:
     """The trial's part of what was composed, validated.
 
-    Raises:
-        UserError: unknown key, or a value that no schema admits.
+    Raises UserError: unknown key, or a value that no schema admits.
     """
     return Config.parse({key: value for key, value in values.items() if key not in _CONTROL})
 

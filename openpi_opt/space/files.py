@@ -108,9 +108,8 @@ class OptionFile:
 def read(path: Path) -> OptionFile:
     """Read a file as data.
 
-    Raises:
-        UserError: it is not YAML or not text, is too large, too deep or refers to itself, or holds
-            more than data. The message names the file.
+    Raises UserError: it is not YAML or not text, is too large, too deep or refers to itself, or
+    holds more than data. The message names the file.
     """
     text = _text(path)
     try:
@@ -134,8 +133,7 @@ def read(path: Path) -> OptionFile:
 def check_option(group: str, option: str) -> None:
     """Refuse the name of an option that could be a file outside of its group's folder.
 
-    Raises:
-        UserError: names it.
+    Raises UserError: names it.
     """
     if len(option) <= _LONGEST and all(_PART.fullmatch(part) for part in option.split("/")):
         return
@@ -149,8 +147,7 @@ def check_option(group: str, option: str) -> None:
 def check_variables(path: object, text: str) -> None:
     """Refuse `${oc.env:NAME}` of anything but a place.
 
-    Raises:
-        UserError: names the variable's text.
+    Raises UserError: names the variable's text.
     """
     names = re.findall(r"oc\.env:\s*([A-Za-z0-9_]+)\s*[,}]", text)
     if len(names) == text.count("oc.env") and all(_PLACES.fullmatch(name) for name in names):

@@ -43,8 +43,7 @@ class NamedSpace(BaseModel):
     def join(self, arguments: Sequence[str], options: Options | None = None) -> Space:
         """The search space of a command line together with this one.
 
-        Raises:
-            UserError: bad syntax on the command line or in the file.
+        Raises UserError: bad syntax on the command line or in the file.
         """
         if self.is_empty():
             return Space.parse(arguments, options)
@@ -99,8 +98,7 @@ class NamedSpace(BaseModel):
 def chosen_starts(space: Space, names: Sequence[str] | None) -> Space:
     """The space with these of its starting points, in this order; None for all of them.
 
-    Raises:
-        UserError: a name that the space does not have.
+    Raises UserError: a name that the space does not have.
     """
     if names is None:
         return space

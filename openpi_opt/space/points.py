@@ -34,9 +34,8 @@ class Points:
     def config(self, params: dict[str, str]) -> Config:
         """The configuration of a point, with `auto` resolved.
 
-        Raises:
-            UserError: its values have no configuration, for instance because they contradict each
-                other; NotSensibleError where only a knob says so.
+        Raises UserError: its values have no configuration, for instance because they
+        contradict each other; NotSensibleError where only a knob says so.
         """
         cfg = self._composed(params)
         if self._space.sensible_only:
@@ -66,8 +65,7 @@ class Points:
         A value counts as wrong when it fails both with the first and with the last values of the
         other keys: two values may well contradict each other and each be right with others.
 
-        Raises:
-            UserError: of the first wrong value.
+        Raises UserError: of the first wrong value.
         """
         texts = {key: _checked(d.texts()) for key, d in self._space.dimensions.items()}
         first = {key: values[0] for key, values in texts.items()}

@@ -71,8 +71,7 @@ def prepare(
     The value that the configuration has without the space comes first, so that an enumeration
     begins at the defaults, and starting points stand there in all that they do not name.
 
-    Raises:
-        UserError: a starting point names what the space does not sweep.
+    Raises UserError: a starting point names what the space does not sweep.
     """
     _check_starts(space)
     raw = space.combinations()
@@ -100,8 +99,7 @@ def prepare(
 def require_some(space: Space, found: Count) -> None:
     """Refuse a named space of which nothing can run here.
 
-    Raises:
-        UserError: with the most frequent reason.
+    Raises UserError: with the most frequent reason.
     """
     if space.sensible_only and found.exact and not found.sensible:
         reason = max(found.left_out, key=lambda reason: found.left_out[reason])

@@ -183,8 +183,7 @@ class Settings(BaseModel):
     def parse(composed: Mapping[str, Any]) -> Settings:
         """Pick the settings out of a composed mapping.
 
-        Raises:
-            UserError: a value of the wrong type or out of range.
+        Raises UserError: a value of the wrong type or out of range.
         """
         picked = {name: composed[name] for name in Settings.model_fields if name in composed}
         try:
@@ -212,11 +211,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def check_not_swept(space: Space) -> None:
-    """Refuse a sweep over a setting: one study has one of each.
-
-    Raises:
-        UserError: names the key.
-    """
+    """Refuse a sweep over a setting: one study has one of each. Raises UserError: names the key."""
     for key in space.dimensions:
         bare = key.lstrip("+~")
         if bare in _JUDGING:

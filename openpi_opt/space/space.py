@@ -72,8 +72,8 @@ class Space:
     def parse(overrides: Sequence[str], options: Options | None = None) -> Space:
         """Read a command line's overrides; `options` tells those of a group, for `glob`.
 
-        Raises:
-            UserError: bad syntax, a sweep without values, or a key that is swept and given twice.
+        Raises UserError: bad syntax, a sweep without values, or a key that is swept and
+        given twice.
         """
         dimensions: dict[str, Dimension] = {}
         fixed: list[str] = []
@@ -107,8 +107,7 @@ class Space:
     def all(self) -> Iterator[dict[str, str]]:
         """Every point in the order written, the last key changing fastest.
 
-        Raises:
-            ValueError: the space is infinite.
+        Raises ValueError: the space is infinite.
         """
         if self.combinations() is None:
             raise ValueError("an interval has no end of values")
@@ -158,8 +157,7 @@ def few_values(space: Space) -> bool:
 def parse_override(line: str) -> Override:
     """Read one override; the grammar takes a millisecond, so each is read once.
 
-    Raises:
-        UserError: it does not follow Hydra's grammar, or has nothing behind `=`.
+    Raises UserError: it does not follow Hydra's grammar, or has nothing behind `=`.
     """
     try:
         override = OverridesParser.create().parse_override(line)

@@ -18,11 +18,7 @@ from openpi_opt.verbs import verb_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Deliver the named studies, or all; 0 when MLflow has everything, 1 when it is away.
-
-    Raises:
-        UserError: an unknown study or store, a damaged journal, a database of another version.
-    """
+    """Deliver the named studies, or all; 0 when MLflow has everything, 1 when it is away."""
     arguments = _parser().parse_args(argv)
     if arguments.verb == "follow":
         return follow(end_if_left)

@@ -43,11 +43,7 @@ class Study:
 
     @staticmethod
     def read(study_dir: Path) -> Study:
-        """The study of a folder.
-
-        Raises:
-            UserError: a damaged journal.
-        """
+        """The study of a folder. Raises UserError: a damaged journal."""
         criteria = Criteria.load(study_dir) or Criteria()
         return Study(study_dir, Journal.read(study_dir, brief=True), criteria)
 
@@ -62,8 +58,7 @@ def html(studies: Sequence[Study]) -> str:
 
     Studies that share a context and a fingerprint share a table; others are shown side by side.
 
-    Raises:
-        UserError: plotly's script is not installed.
+    Raises UserError: plotly's script is not installed.
     """
     import jinja2
 

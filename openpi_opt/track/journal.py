@@ -103,9 +103,8 @@ class Journal:
 
         `notes` then says what was mended.
 
-        Raises:
-            UserError: a damaged line before the end, a newer format, or a folder that cannot be
-                written.
+        Raises UserError: a damaged line before the end, a newer format, or a folder that
+        cannot be written.
         """
         with _user_errors(study_dir):
             study_dir.mkdir(parents=True, exist_ok=True)
@@ -122,8 +121,8 @@ class Journal:
 
         With `brief`, records have neither samples nor a kernel table, and lack nothing else.
 
-        Raises:
-            UserError: a damaged line before the end, a newer format, or an unreadable file.
+        Raises UserError: a damaged line before the end, a newer format, or an unreadable
+        file.
         """
         with _user_errors(study_dir):
             journal = Journal(study_dir, _read_header(study_dir), Brief() if brief else None)
@@ -165,11 +164,7 @@ class Journal:
         return self._by_uid.get(uid)
 
     def refresh(self) -> None:
-        """Take in what other processes appended.
-
-        Raises:
-            UserError: as `open`.
-        """
+        """Take in what other processes appended. Raises UserError: as `open`."""
         with _user_errors(self.study_dir), self._locked():
             self._mend()
             self._take_new_lines()

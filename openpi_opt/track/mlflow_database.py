@@ -24,8 +24,7 @@ def connect(server: str | None, store: Store) -> MlflowClient:
 
     That one is checked, made when absent, and led to its artifacts when the store was moved.
 
-    Raises:
-        UserError: the database is of another version of MLflow, or not a database.
+    Raises UserError: the database is of another version of MLflow, or not a database.
     """
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised as well
@@ -49,8 +48,7 @@ def unreachable() -> tuple[type[Exception], ...]:
 def find_or_create_experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
     """Id of the experiment; `artifacts` is where a new one puts its files.
 
-    Raises:
-        UserError: it was deleted in MLflow.
+    Raises UserError: it was deleted in MLflow.
     """
     from mlflow.exceptions import MlflowException
 

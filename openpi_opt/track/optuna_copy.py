@@ -131,8 +131,7 @@ class OptunaCopy:
     def update(self, records: Sequence[Record]) -> None:
         """Add the records that the copy lacks.
 
-        Raises:
-            CopyError: the database is away, locked, full, damaged or of another version.
+        Raises CopyError: the database is away, locked, full, damaged or of another version.
         """
         criteria = Criteria.load(self._study_dir) or Criteria()
         for path in sorted((self._study_dir / "spaces").glob("*.json")):

@@ -73,8 +73,7 @@ class Panel:
 def lines(title: str, panels: Sequence[Panel]) -> Figure:
     """Panels side by side, each series a line through its points, intervals as error bars.
 
-    Raises:
-        ValueError: nothing to draw.
+    Raises ValueError: nothing to draw.
     """
     figure, every = _figure(title, panels)
     for panel, axes in zip(panels, every, strict=True):
@@ -109,8 +108,7 @@ def dots(title: str, panels: Sequence[Panel]) -> Figure:
 
     The x axis counts: its ticks are whole numbers.
 
-    Raises:
-        ValueError: nothing to draw.
+    Raises ValueError: nothing to draw.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -145,8 +143,7 @@ def bars(title: str, panels: Sequence[Panel]) -> Figure:
 
     The value stands above its bar, intervals as error bars.
 
-    Raises:
-        ValueError: nothing to draw.
+    Raises ValueError: nothing to draw.
     """
     figure, every = _figure(title, panels)
     for panel, axes in zip(panels, every, strict=True):
@@ -181,8 +178,7 @@ def scatter(title: str, panels: Sequence[Panel]) -> Figure:
 
     The text of a point stands beside it in the first series, which is what the figure is about.
 
-    Raises:
-        ValueError: nothing to draw.
+    Raises ValueError: nothing to draw.
     """
     figure, every = _figure(title, panels)
     for panel, axes in zip(panels, every, strict=True):
@@ -211,8 +207,7 @@ def stairs(title: str, panels: Sequence[Panel]) -> Figure:
 
     The text of a point stands beside it.
 
-    Raises:
-        ValueError: nothing to draw.
+    Raises ValueError: nothing to draw.
     """
     figure, every = _figure(title, panels)
     for panel, axes in zip(panels, every, strict=True):
@@ -233,8 +228,7 @@ def stairs(title: str, panels: Sequence[Panel]) -> Figure:
 def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
     """Write `stem.png` and `stem.svg`, each whole or not at all; the same figure, the same bytes.
 
-    Raises:
-        OSError: the folder cannot be written.
+    Raises OSError: the folder cannot be written.
     """
     import matplotlib
 

@@ -30,9 +30,8 @@ class Store:
     def open(path: str | Path = DEFAULT_STORE, create: bool = True) -> Store:
         """Use the folder `path`: make it and check that it can be written, or only read it.
 
-        Raises:
-            UserError: not a folder, not writable, absent (with `create=False`), or a path with
-                control characters.
+        Raises UserError: not a folder, not writable, absent (with `create=False`), or a
+        path with control characters.
         """
         folder = Path(path).expanduser().absolute()
         _check_path(folder, path)
@@ -74,8 +73,8 @@ class Store:
     def study_dir(self, name: str) -> Path:
         """Folder of a study, whether it exists or not.
 
-        Raises:
-            UserError: `name` is not a study name, or a link in its place leads elsewhere.
+        Raises UserError: `name` is not a study name, or a link in its place leads
+        elsewhere.
         """
         check_study_name(name)
         folder = self.path / "studies" / name
@@ -100,11 +99,7 @@ class Store:
         )
 
     def find_study(self, name: str) -> Path:
-        """Folder of a study that exists.
-
-        Raises:
-            UserError: no such study; says which there are.
-        """
+        """Folder of a study that exists. Raises UserError: no such study; says which there are."""
         check_study_name(name)
         known = self.studies()
         if name not in known:
@@ -117,8 +112,7 @@ class Store:
 def find_studies(store: str | Path, names: Sequence[str]) -> list[Path]:
     """Folders of studies, each once: names in a store, or paths of studies of other stores.
 
-    Raises:
-        UserError: no such store or study.
+    Raises UserError: no such store or study.
     """
     found = []
     for name in names:
@@ -160,8 +154,7 @@ def sqlite_url(path: Path) -> str:
 def check_study_name(name: str) -> None:
     """Refuse a name that could leave its folder or needs quoting somewhere.
 
-    Raises:
-        UserError: says what a name may hold.
+    Raises UserError: says what a name may hold.
     """
     if _STUDY_NAME.fullmatch(name) and len(name) <= MAX_STUDY_NAME:
         return

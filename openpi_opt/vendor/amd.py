@@ -287,8 +287,7 @@ class AmdSmi:
 def library() -> Any:
     """The module `amdsmi`, initialised.
 
-    Raises:
-        NotReadError: it is not installed, lacks its library, or refuses.
+    Raises NotReadError: it is not installed, lacks its library, or refuses.
     """
     try:
         smi = importlib.import_module("amdsmi")

@@ -224,11 +224,7 @@ class Vendor(ABC):
 
     @abstractmethod
     def meter(self, gpu: Gpu | None) -> AbstractContextManager[Meter]:
-        """The meter of this GPU.
-
-        Raises:
-            NoMeterError: at entry, with the reason.
-        """
+        """The meter of this GPU. Raises NoMeterError: at entry, with the reason."""
 
     def findings(self, host: Host) -> list[Finding]:
         """What `doctor` says of this vendor's drivers, power limits and processes."""

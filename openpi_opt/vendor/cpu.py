@@ -96,8 +96,7 @@ def load() -> float | None:
 def rapl_meter(folder: Path) -> CounterMeter:
     """All CPU packages of a powercap folder, `/sys/class/powercap`.
 
-    Raises:
-        NoMeterError: there are none, or only root may read them.
+    Raises NoMeterError: there are none, or only root may read them.
     """
     zones = [
         zone

@@ -264,8 +264,7 @@ def _all(nvml: Any) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
 def _gpu(nvml: Any, handle: Any, parent: Any, index: int, driver: str) -> Gpu:
     """A GPU, or an instance of one, whose architecture only the whole tells.
 
-    Raises:
-        NVMLError: its architecture is not told, without which no option can be judged.
+    Raises NVMLError: its architecture is not told, without which no option can be judged.
     """
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(parent)
     pci = str(_told(nvml, lambda: _text(nvml.nvmlDeviceGetPciInfo(parent).busId), f"#{index}"))

@@ -11,12 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-QUICK = [
-    *("model=pi0_mini", "platform=cpu", "profile=none"),
-    *("workload.steps=1", "workload.horizon=2"),
-    *("measure.iterations=10", "measure.warmup=3", "measure.rel_ci=null"),
-]
+from quick import QUICK
 
 
 def verb(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -30,7 +25,7 @@ def verb(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[s
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with a finished study `s` in mlruns/."""
     folder = tmp_path_factory.mktemp("user")
-    done = verb("sweep", "-m", "attention=sdpa", "study=s", *QUICK, cwd=folder)
+    done = verb("sweep", "-m", "attention=sdpa", "study=s", "tracking=none", *QUICK, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -41,7 +36,7 @@ def confirmations(folder: Path) -> list[dict]:
 
 
 def test_promote_survives_an_interruption_and_writes_a_preset_that_is_used(swept: Path) -> None:
-    command = ["s", "--name", "mine", "--rounds", "3"]
+    command = ["s", "--name", "mine", "--rounds", "3", "--no-mlflow"]
     first = subprocess.Popen(
         [sys.executable, "-m", "openpi_opt.promote", *command],
         cwd=swept,
@@ -85,7 +80,7 @@ def test_promote_survives_an_interruption_and_writes_a_preset_that_is_used(swept
     again = verb("promote", "s", "--name", "mine", cwd=swept)
     assert again.returncode == 2
     assert "--force" in again.stderr
-    used = verb("sweep", "preset=mine", "study=used", *QUICK, cwd=swept)
+    used = verb("sweep", "preset=mine", "study=used", "tracking=none", *QUICK, cwd=swept)
     assert used.returncode == 0, used.stderr
     listing = verb("compare", "used", "--format", "json", cwd=swept)
     (trial,) = json.loads(listing.stdout)
@@ -131,9 +126,9 @@ def test_pairs_of_real_processes_tell_their_phases(tmp_path: Path) -> None:
         ("promote", ["s", "--name", "../x"], "preset name"),
         ("promote", ["s", "--name", "x", "--store", "absent"], "absent"),
         ("promote", ["s", "--name", "x", "--limit", "peak_mib=1"], "its limits (peak_mib=1)"),
-        ("ladder", QUICK, "is the baseline itself"),
-        ("ablate", QUICK, "is the baseline itself"),
-        ("pairs", QUICK, "A and B compute the same"),
+        ("ladder", [*QUICK], "is the baseline itself"),
+        ("ablate", [*QUICK], "is the baseline itself"),
+        ("pairs", [*QUICK], "A and B compute the same"),
         ("pairs", [*QUICK, "--b", "workload=openpi"], "cannot be compared"),
         ("pairs", [*QUICK, "--b", "graph=manual"], "B (graph=manual) cannot run here"),
         ("pairs", [*QUICK, "--b", "attention=sdp"], "sdp"),

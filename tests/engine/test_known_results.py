@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick import QUICK
 
 from openpi_opt.paths import conf_dir, package_dir
 from openpi_opt.track.journal import Journal
 
-SHORT = ["measure.warmup=3", "measure.iterations=10", "measure.rel_ci=null", "profile=none"]
-SHORT += ["workload.steps=2", "workload.horizon=4", "platform=cpu", "model=pi0_mini", "study=s"]
-SHORT += ["tracking=none", "baseline=false", "guard.inputs=2"]
+SHORT = (*QUICK, "study=s", "tracking=none", "baseline=false")
 NEW_KNOB = '''"""Knob `fresh_air`: an example."""
 
 from openpi_opt.knobs.base import Knob, Options

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quick import SMALL
 
 import openpi_opt
 from openpi_opt import runtime
@@ -14,11 +15,11 @@ from openpi_opt.errors import UserError
 from openpi_opt.guarding import question
 from openpi_opt.pi0.policy import Pi0Policy
 
-SMALL = ["model=pi0_mini", "platform=cpu", "workload.steps=2", "workload.horizon=3"]
-
 
 def load(store: Path, *more: str, **arguments: Any) -> openpi_opt.ReadyPolicy:
-    return openpi_opt.load_policy(overrides=[*SMALL, *more], store=store, **arguments)
+    return openpi_opt.load_policy(
+        overrides=[*SMALL, "guard.inputs=2", *more], store=store, **arguments
+    )
 
 
 def test_what_passed_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

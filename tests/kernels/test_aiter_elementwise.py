@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-import sys
-import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -45,16 +44,9 @@ def gelu_tanh_and_mul(out: Tensor, input: Tensor) -> None:
 
 
 @pytest.fixture(autouse=True)
-def aiter(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, content in {
-        "aiter": {},
-        "aiter.ops": {},
-        "aiter.ops.rmsnorm": {"rmsnorm": rmsnorm},
-        "aiter.ops.activation": {"gelu_tanh_and_mul": gelu_tanh_and_mul},
-    }.items():
-        module = types.ModuleType(name)
-        module.__dict__.update(content)
-        monkeypatch.setitem(sys.modules, name, module)
+def aiter(put_aiter: Callable[..., None]) -> None:
+    activation = {"gelu_tanh_and_mul": gelu_tanh_and_mul}
+    put_aiter(**{"ops.rmsnorm": {"rmsnorm": rmsnorm}, "ops.activation": activation})
     addresses.clear()
 
 

@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import logging
-import sys
-import types
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -62,18 +60,11 @@ class FakeAiter:
 
 
 @pytest.fixture(params=[True, False], ids=["tuned", "untuned"])
-def aiter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAiter]:
+def aiter(request: pytest.FixtureRequest, put_aiter: Callable[..., None]) -> FakeAiter:
     fake = FakeAiter(request.param)
-    module = types.ModuleType("aiter.ops.gemm_op_a8w8")
-    module.gemm_a8w8 = fake.gemm_a8w8  # type: ignore[attr-defined]
-    for name in ("aiter", "aiter.ops"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    tuned_gemm.lookups.cache_clear()
+    put_aiter(**{"ops.gemm_op_a8w8": {"gemm_a8w8": fake.gemm_a8w8}})
     tuned_gemm.lookups()
-    yield fake
-    logging.getLogger("aiter").removeHandler(tuned_gemm.lookups())
-    tuned_gemm.lookups.cache_clear()
+    return fake
 
 
 def layer(bias: bool) -> Linear:

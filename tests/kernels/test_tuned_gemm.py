@@ -9,9 +9,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
-import sys
-import types
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,21 +89,13 @@ class FakeAiter:
 
 
 @pytest.fixture
-def aiter(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAiter]:
+def aiter(put_aiter: Callable[..., None]) -> FakeAiter:
     fake = FakeAiter()
-    for name, content in {
-        "aiter": {},
-        "aiter.ops": {},
-        "aiter.ops.shuffle": {"shuffle_weight": shuffle_weight},
-        "aiter.tuned_gemm": {"gemm_a16w16": fake.gemm_a16w16},
-    }.items():
-        module = types.ModuleType(name)
-        module.__dict__.update(content)
-        monkeypatch.setitem(sys.modules, name, module)
-    tuned_gemm.lookups.cache_clear()
-    yield fake
-    logging.getLogger("aiter").removeHandler(tuned_gemm.lookups())
-    tuned_gemm.lookups.cache_clear()
+    put_aiter(**{
+        "ops.shuffle": {"shuffle_weight": shuffle_weight},
+        "tuned_gemm": {"gemm_a16w16": fake.gemm_a16w16},
+    })  # fmt: skip
+    return fake
 
 
 def layer(bias: bool = False, n: int = 64, k: int = 64) -> Linear:

@@ -191,9 +191,10 @@ def test_strided_views_and_large_logits(name: str) -> None:
     close(BACKENDS[name](q, k, v, ops.SEE_ALL, 1.0), attended(q, k, v, None, 1.0))
 
 
-@pytest.mark.parametrize("fused", [0, 1])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("past", [1, 26, 32])
+@pytest.mark.parametrize(
+    ("past", "masked", "fused"),
+    [(1, False, 0), (1, True, 1), (26, False, 1), (26, True, 0), (32, False, 1), (32, True, 0)],
+)
 def test_cached_and_new_keys_apart(past: int, masked: bool, fused: int) -> None:
     shape = (2, 11, past + 11, 4, 1, 24)
     q, k, v = qkv(shape, FULL)
@@ -286,9 +287,15 @@ def test_activations_far_out_are_finite() -> None:
     assert triton_activation.gelu(x).tolist() == [0.0, 0.0, 0.0, 30.0, 1e4]
 
 
-@pytest.mark.parametrize("shape", [(1, 11, 8, 1, 32), (2, 7, 4, 2, 24), (1, 1, 1, 1, 2)])
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("dtype", [HALF, FULL])
+@pytest.mark.parametrize(
+    ("shape", "shared", "dtype"),
+    [
+        ((1, 11, 8, 1, 32), True, HALF),
+        ((2, 7, 4, 2, 24), True, FULL),
+        ((2, 7, 4, 2, 24), False, HALF),
+        ((1, 1, 1, 1, 2), False, FULL),
+    ],
+)
 def test_rotary(shape: tuple[int, ...], shared: bool, dtype: torch.dtype) -> None:
     batch, tokens, heads, kv_heads, width = shape
     q = randn(batch, tokens, heads, width, dtype=dtype)
@@ -313,47 +320,50 @@ def encoded(overrides: dict[str, int]) -> list[int]:
     return launch.encoded(launch.LINEAR, overrides)
 
 
+# Launches differ with all inputs and with none; what each input does is seen with one launch.
+NONE_AND_ALL = [(FULL, 0), (HALF, -1)]
+
+
 @pytest.mark.parametrize("shape", [(1, 40, 72), (7, 33, 64), (11, 64, 128), (51, 17, 100)])
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_skinny_linear(name: str, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
-    for dtype in (HALF, FULL):
-        x = randn(1, m, k, dtype=dtype)
-        squares = x.float().square().view(m, 4, -1).sum(-1).T.contiguous()
-        norm = {"squares": squares, "eps": EPS}
-        for gated in (False, True):
-            features = 2 * n if gated else n
-            weight, bias = randn(features, k, dtype=dtype) * k**-0.5, randn(features)
-            given: dict[str, Any]
-            every = {"bias": bias, **norm}
-            for given in ({}, {"bias": bias}, norm, every) if dtype == FULL else (every,):
-                code = encoded(LAUNCHES[name])
-                out = skinny_linear(x, weight, **given, gated=gated, launch=code)
-                wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()}
-                args = x.double(), weight.double()
-                close(out, skinny_linear_reference(*args, **wide, gated=gated))
+    given = [set[str](), {"bias"}, {"squares", "eps"}, {"bias", "squares", "eps"}]
+    all_of_them = [(FULL, i) for i in range(4)] + [(HALF, -1)]
+    for gated in (False, True):
+        for dtype, which in all_of_them if name == "rule" else NONE_AND_ALL:
+            x = randn(1, m, k, dtype=dtype)
+            weight = randn(2 * n if gated else n, k, dtype=dtype) * k**-0.5
+            squares = x.float().square().view(m, 4, -1).sum(-1).T.contiguous()
+            every = {"bias": randn(len(weight)), "squares": squares, "eps": EPS}
+            some: dict[str, Any] = {key: every[key] for key in given[which]}
+            out = skinny_linear(x, weight, **some, gated=gated, launch=encoded(LAUNCHES[name]))
+            wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in some.items()}
+            args = x.double(), weight.double()
+            close(out, skinny_linear_reference(*args, **wide, gated=gated))
 
 
-@pytest.mark.parametrize("shape", [(1, 40, 72), (7, 33, 64), (11, 300, 128), (51, 17, 100)])
+@pytest.mark.parametrize("shape", [(1, 40, 72), (7, 33, 64), (11, 140, 128), (51, 17, 100)])
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_skinny_linear_onward(name: str, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
-    for dtype in (HALF, FULL):
+    given = [(), ("factor",), ("factor", "gain")]
+    all_of_them = [(FULL, i) for i in range(3)] + [(HALF, -1)]
+    for dtype, which in all_of_them if name == "rule" else NONE_AND_ALL:
         x, weight = randn(1, m, k, dtype=dtype), randn(n, k, dtype=dtype) * k**-0.5
         residual = randn(1, m, n, dtype=dtype)
-        factor, gain = randn(n, seed=1), randn(n, seed=2) * 0.1
-        every = {"factor": factor, "gain": gain}
-        for given in ({}, {"factor": factor}, every) if dtype == FULL else (every,):
-            code = encoded(LAUNCHES[name])
-            out, scaled, squares = skinny_linear_onward(x, weight, residual, **given, launch=code)
-            wide = {key: tensor.double() for key, tensor in given.items()}
-            args = x.double(), weight.double(), residual.double()
-            expected = skinny_linear_onward_reference(*args, **wide)
-            close(out, expected[0])
-            assert scaled.shape == expected[1].shape
-            if "gain" in given:
-                close(scaled, expected[1])
-            close(squares.sum(0, keepdim=True), out.double().square().sum(-1).view(1, -1))
+        every = {"factor": randn(n, seed=1), "gain": randn(n, seed=2) * 0.1}
+        some = {key: every[key] for key in given[which]}
+        code = encoded(LAUNCHES[name])
+        out, scaled, squares = skinny_linear_onward(x, weight, residual, **some, launch=code)
+        wide = {key: tensor.double() for key, tensor in some.items()}
+        args = x.double(), weight.double(), residual.double()
+        expected = skinny_linear_onward_reference(*args, **wide)
+        close(out, expected[0])
+        assert scaled.shape == expected[1].shape
+        if "gain" in some:
+            close(scaled, expected[1])
+        close(squares.sum(0, keepdim=True), out.double().square().sum(-1).view(1, -1))
 
 
 def test_linear_for_few_rows_only() -> None:

@@ -182,6 +182,7 @@ def test_captured_actions_are_a_copy() -> None:
     assert float(first[0, 0]) == 1.0
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(("scope", "graphs"), [("stage", 3), ("call", 1), ("layer", 3)])
 def test_the_small_model_compiles_and_computes_the_same(
     scope: str, graphs: int, monkeypatch: pytest.MonkeyPatch

@@ -6,13 +6,12 @@ import importlib
 import os
 import subprocess
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pynvml
 import pytest
+from drivers import FakeAmdSmi, FakeNvml
 
 from openpi_opt.machine import Gpu, probe
 from openpi_opt.measure.gpu_state import Monitor, between, monitor
@@ -25,50 +24,10 @@ H100 = Gpu(0, "GPU-abc", "NVIDIA H100", "nvidia", "sm90", 81_000, "570.1")
 MI300 = Gpu(0, "GPU-00000000000000ff", "MI300X", "amd", "gfx942", 196_000, "6.12")
 
 
-class FakeNvml:
-    """The functions of `pynvml` that are used, with its constants and its error."""
-
-    NVMLError = pynvml.NVMLError
-
-    def __init__(self, refuse: set[str] | None = None) -> None:
-        self.refuse = refuse or set()
-        self.pids = [4001]
-        self.reasons = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonGpuIdle
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("nvmlDevice"):
-            return getattr(pynvml, name)
-        assert hasattr(pynvml, name), f"pynvml has no {name}"
-
-        def call(*arguments: Any) -> Any:
-            if name in self.refuse:
-                raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-            return self.values()[name](*arguments)
-
-        return call
-
-    def values(self) -> dict[str, Any]:
-        clocks = {pynvml.NVML_CLOCK_SM: 1755, pynvml.NVML_CLOCK_MEM: 2619}
-        return {
-            "nvmlDeviceGetHandleByUUID": lambda uuid: f"handle of {uuid}",
-            "nvmlDeviceGetClockInfo": lambda _, kind: clocks[kind],
-            "nvmlDeviceGetMaxClockInfo": lambda _, kind: 1980,
-            "nvmlDeviceGetTemperature": lambda _, sensor: 61,
-            "nvmlDeviceGetPowerUsage": lambda _: 652_300,
-            "nvmlDeviceGetEnforcedPowerLimit": lambda _: 650_000,
-            "nvmlDeviceGetPowerManagementDefaultLimit": lambda _: 700_000,
-            "nvmlDeviceGetCurrentClocksEventReasons": lambda _: self.reasons,
-            "nvmlDeviceGetComputeRunningProcesses": lambda _: [
-                types.SimpleNamespace(pid=pid) for pid in self.pids
-            ],
-            "nvmlDeviceGetViolationStatus": lambda _, policy: types.SimpleNamespace(
-                violationTime=2_500_000 * (policy + 1)
-            ),
-        }
-
-
 def test_everything_nvml_says() -> None:
     nvml = FakeNvml()
+    nvml.limit_w, nvml.pids = 650, [4001]
+    nvml.reasons = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonGpuIdle
     watching = Monitor(Nvml(nvml, H100))
     nvml.pids.append(os.getpid())
     assert watching.read() == GpuState(
@@ -98,14 +57,14 @@ def test_everything_nvml_says() -> None:
     ],
 )
 def test_what_nvml_refuses_is_named_and_the_rest_is_read(function: str, name: str) -> None:
-    state = Monitor(Nvml(FakeNvml({function}), H100)).read()
+    state = Monitor(Nvml(FakeNvml(silent=function), H100)).read()
     assert getattr(state, name) is None
     assert state.not_read == [f"{name}: NVML: Not Supported"]
     assert state.sm_clock_mhz == 1755
 
 
 def test_no_counter_of_throttled_time() -> None:
-    nvml = FakeNvml({"nvmlDeviceGetViolationStatus"})
+    nvml = FakeNvml(silent="nvmlDeviceGetViolationStatus")
     assert Monitor(Nvml(nvml, H100)).throttled_ms() is None
 
 
@@ -145,53 +104,6 @@ def test_a_driver_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert state.not_read[0] == "sm_clock_mhz: NVML: Driver Not Loaded"
 
 
-class FakeAmdSmi(types.ModuleType):
-    """The functions of ROCm's `amdsmi` that are used, with what its interface documents."""
-
-    class AmdSmiException(Exception):  # noqa: N818, amdsmi's name
-        pass
-
-    AmdSmiClkType = types.SimpleNamespace(GFX="gfx", MEM="mem")
-    AmdSmiTemperatureType = types.SimpleNamespace(HOTSPOT="hotspot")
-    AmdSmiTemperatureMetric = types.SimpleNamespace(CURRENT="current")
-
-    def __init__(self) -> None:
-        super().__init__("amdsmi")
-        self.log: list[str] = []
-        self.socket_power: Any = 540
-
-    def amdsmi_init(self) -> None:
-        self.log.append("init")
-
-    def amdsmi_shut_down(self) -> None:
-        self.log.append("shut down")
-
-    def amdsmi_get_processor_handles(self) -> list[int]:
-        return [0, 1]
-
-    def amdsmi_get_gpu_asic_info(self, handle: int) -> dict[str, Any]:
-        return {"asic_serial": ["N/A", "0x00000000000000FF"][handle]}
-
-    def amdsmi_get_clock_info(self, handle: int, kind: str) -> dict[str, Any]:
-        assert handle == 1
-        return {"gfx": {"clk": 2100, "max_clk": 2100}, "mem": {"clk": 1300, "max_clk": 1300}}[kind]
-
-    def amdsmi_get_temp_metric(self, handle: int, sensor: str, metric: str) -> int:
-        return 55
-
-    def amdsmi_get_power_info(self, handle: int) -> dict[str, Any]:
-        return {"current_socket_power": self.socket_power, "average_socket_power": 530}
-
-    def amdsmi_get_power_cap_info(self, handle: int) -> dict[str, Any]:
-        return {"power_cap": 750_000_000, "default_power_cap": 750_000_000}
-
-    def amdsmi_get_violation_status(self, handle: int) -> dict[str, Any]:
-        return {"active_ppt_pwr": True, "active_socket_thrm": False, "active_hbm_thrm": "N/A"}
-
-    def amdsmi_get_gpu_process_list(self, handle: int) -> list[dict[str, Any]]:
-        return [{"pid": os.getpid(), "name": "python"}, {"pid": 7, "name": "other"}]
-
-
 def test_everything_amdsmi_says(monkeypatch: pytest.MonkeyPatch) -> None:
     smi = FakeAmdSmi()
     monkeypatch.setitem(sys.modules, "amdsmi", smi)
@@ -212,10 +124,10 @@ def test_everything_amdsmi_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert smi.log == ["init", "shut down"]
 
 
-def test_an_older_amdsmi_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_amdsmi_and_gpu() -> None:
     smi = FakeAmdSmi()
     smi.socket_power = "N/A"
-    monkeypatch.delattr(FakeAmdSmi, "amdsmi_get_violation_status")
+    del smi.amdsmi_get_violation_status
     state = Monitor(AmdSmi(smi, MI300)).read()
     assert state.power_w == 530
     assert state.not_read == ["throttle_reasons: this amdsmi has no amdsmi_get_violation_status"]

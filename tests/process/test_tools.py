@@ -16,7 +16,8 @@ from openpi_opt.process.run import refused, run_trial
 from openpi_opt.result import Ok
 
 MINI = {
-    "model": {"name": "pi0_mini"}, "platform": {"device": "cpu"}, "workload": {"steps": 1},
+    "model": {"name": "pi0_mini"}, "platform": {"device": "cpu"}, "guard": {"inputs": 2},
+    "workload": {"steps": 1, "horizon": 2, "active_cameras": [True]},
     "measure": {"iterations": 10, "max_iterations": 10},
 }  # fmt: skip
 

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from quick import QUICK
+
 from openpi_opt.paths import package_dir
 from openpi_opt.process import locks
 from openpi_opt.track.journal import Journal, Record
 
 ROOT = package_dir().parent
-SHORT = ["measure.warmup=3", "measure.iterations=10", "measure.rel_ci=null", "profile=none"]
-SHORT += ["workload.steps=2", "workload.horizon=4", "platform=cpu", "study=s"]
+SHORT = (*QUICK[1:], "study=s")  # the model is the user's or that of the machine
 
 
 class Terminal:
