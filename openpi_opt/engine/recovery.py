@@ -28,7 +28,7 @@ from openpi_opt.track.journal import Journal, Record, Role
 _FILE = "trial.json"
 ALIVE = "alive.lock"  # held by the sweep and by the trial
 NODE_LOCK = "node.lock"  # held by the node that runs the trial of a sweep elsewhere, and the trial
-_WAIT_SECONDS = 10.0
+WAIT_SECONDS = 10.0
 
 
 class Started(BaseModel):
@@ -161,7 +161,7 @@ def _end(folder: Path, started: Started, say: Callable[[str], None]) -> bool:
     if ended:
         say(f"ended {ended} process(es) of a trial that a killed sweep left ({folder.name})")
     for name in (ALIVE, NODE_LOCK):
-        deadline = time.monotonic() + _WAIT_SECONDS
+        deadline = time.monotonic() + WAIT_SECONDS
         while locks.is_held(folder / name):
             if time.monotonic() > deadline:
                 say(

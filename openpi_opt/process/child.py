@@ -372,11 +372,11 @@ def end_marked(uid: str) -> int:
 
 def oom_kills() -> int:
     """How often the kernel's out-of-memory killer struck: on this host and in our cgroup."""
-    counters = [re.search(r"^oom_kill (\d+)$", watcher.text(path), re.M) for path in _oom_files()]
+    counters = [re.search(r"^oom_kill (\d+)$", watcher.text(path), re.M) for path in oom_files()]
     return sum(int(found[1]) for found in counters if found)
 
 
-def _oom_files() -> list[Path]:
+def oom_files() -> list[Path]:
     """Files with a line `oom_kill COUNT`: the host's, and those of both kinds of cgroup."""
     found = [_VMSTAT]
     for line in watcher.text("/proc/self/cgroup").splitlines():

@@ -39,7 +39,7 @@ _FOLDER_MODE = 0o1777
 _FILE_MODE = 0o666
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 _WAIT_SECONDS = 0.25
-_PATIENCE_SECONDS = 2.0  # who waits looks four times a second
+PATIENCE_SECONDS = 2.0  # who waits looks four times a second
 DEVICE_HELP = (
     "the GPU for all processes, by index or UUID (default: the one of the study's newest "
     "confirmation, which may have to be continued, else a free one)"
@@ -172,7 +172,7 @@ class Devices:
         return 0 if gpu is None else self.machine.gpus_for(device).index(gpu)
 
     def _cpu_slots(self, device: Device) -> list[Slot]:
-        cores, count = _cores(), self.settings.cpu_slots
+        cores, count = usable_cores(), self.settings.cpu_slots
         most = self.machine.threads(len(cores))
         if count > most:
             raise UserError(
@@ -194,7 +194,7 @@ class Devices:
             self.notes.append(f"{text}: only the {len(same)} of the first kind are used")
         # Shares of all GPUs of the host, not of those chosen: a trial has the same surroundings
         # whoever else is sweeping.
-        shares = _shares(_cores(), len(gpus))
+        shares = _shares(usable_cores(), len(gpus))
         return [Slot(f"GPU {gpu.index}", device, gpu, shares[gpus.index(gpu)]) for gpu in same]
 
     def _chosen(self, gpus: tuple[Gpu, ...]) -> list[Gpu]:
@@ -296,7 +296,7 @@ class Queue:
             self._idle.pop(slot.name, None)
             return None
         since = self._idle.setdefault(slot.name, time.monotonic())
-        return None if time.monotonic() - since < _PATIENCE_SECONDS else lease(slot)
+        return None if time.monotonic() - since < PATIENCE_SECONDS else lease(slot)
 
     def leave(self, slots: Iterable[Slot]) -> None:
         """Wait for these no more. Calling it twice has no effect."""
@@ -475,7 +475,7 @@ def prepared(slot: Slot) -> int:
     return max(1, min(_MOST_PREPARED, len(slot.cores) // each))
 
 
-def _cores() -> list[int]:
+def usable_cores() -> list[int]:
     """The cores that this process may use, hardware threads of one core beside each other."""
     return sorted(os.sched_getaffinity(0), key=_place_of)
 

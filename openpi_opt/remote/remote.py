@@ -34,7 +34,7 @@ from openpi_opt.track.fingerprint import described, differences, source_hash
 from openpi_opt.track.store import Store
 
 # A node ends a trial within the grace of SIGTERM, or a second later when nobody holds the trial.
-_ENDING_SECONDS = 10.0
+ENDING_SECONDS = 10.0
 
 
 class Engine(Protocol):
@@ -260,7 +260,7 @@ class RemoteExecutor(Executor):
         try:
             answer = self._engine.run(order, look)
         except StoppedError:
-            deadline = time.monotonic() + _ENDING_SECONDS
+            deadline = time.monotonic() + ENDING_SECONDS
             while locks.is_held(order.folder / NODE_LOCK) and time.monotonic() < deadline:
                 time.sleep(0.1)
             raise

@@ -173,7 +173,7 @@ def test_a_kill_by_the_kernel_is_told_from_the_counter(
 ) -> None:
     counter = tmp_path / "vmstat"
     counter.write_text("nr_free_pages 7\noom_kill 4\n")
-    monkeypatch.setattr(child, "_oom_files", lambda: [counter])
+    monkeypatch.setattr(child, "oom_files", lambda: [counter])
     ended = scripts.run(
         f"open({str(counter)!r}, 'w').write('oom_kill 5'); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -243,7 +243,7 @@ def test_oom_kills_reads_both_kinds_of_cgroup(
     files = [tmp_path / "memory.events", tmp_path / "memory.oom_control", tmp_path / "absent"]
     files[0].write_text("low 0\noom 3\noom_kill 2\n")
     files[1].write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 5\n")
-    monkeypatch.setattr(child, "_oom_files", lambda: files)
+    monkeypatch.setattr(child, "oom_files", lambda: files)
     assert child.oom_kills() == 7
 
 

@@ -30,7 +30,7 @@ def found(given: object, *gpus: Gpu) -> Devices:
 
 @pytest.fixture(autouse=True)
 def _sixteen_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(devices, "_cores", lambda: CORES)
+    monkeypatch.setattr(devices, "usable_cores", lambda: CORES)
     monkeypatch.setenv(LEASES_VARIABLE, str(tmp_path / "leases"))
 
 
@@ -58,7 +58,7 @@ def test_a_gpu_has_the_same_cores_whoever_else_is_used() -> None:
 
 
 def test_more_gpus_than_cores_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_cores", lambda: [5, 7])
+    monkeypatch.setattr(devices, "usable_cores", lambda: [5, 7])
     assert [slot.cores for slot in found("all").slots("cuda")] == [(5,), (7,), (5,), (7,)]
 
 
@@ -237,5 +237,5 @@ def test_who_has_all_devices_is_said_once(tmp_path: Path) -> None:
 
 def test_the_real_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert sorted(devices._cores()) == sorted(os.sched_getaffinity(0))
+    assert sorted(devices.usable_cores()) == sorted(os.sched_getaffinity(0))
     assert DeviceSettings().gpus == "all"

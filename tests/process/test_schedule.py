@@ -432,7 +432,7 @@ def test_who_waits_to_begin_ends_with_all() -> None:
 
 @pytest.fixture
 def leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(devices, "_cores", lambda: list(range(16)))
+    monkeypatch.setattr(devices, "usable_cores", lambda: list(range(16)))
     monkeypatch.setenv(LEASES_VARIABLE, str(tmp_path / "leases"))
     return tmp_path / "leases"
 
@@ -497,7 +497,7 @@ def test_a_gpu_that_somebody_waits_for_is_given_up(
     assert list(there.free()) == [], "now the first one waits"
     theirs.release()
     assert list(there.free()) == []
-    monkeypatch.setattr(devices, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(devices, "PATIENCE_SECONDS", 0.0)
     (theirs,) = there.free()  # the other one takes nothing: it was stopped perhaps
     here.rest()  # has nothing to start any more
     (second,) = there.free()

@@ -154,7 +154,7 @@ def test_ctrl_c_ends_trials_on_the_nodes(fleet: Fleet) -> None:
     began = time.monotonic()
     sweep.send_signal(signal.SIGINT)
     _, err = sweep.communicate(timeout=30)
-    assert time.monotonic() - began < remote._ENDING_SECONDS  # the node was told
+    assert time.monotonic() - began < remote.ENDING_SECONDS  # the node was told
     assert sweep.returncode == 130, err
     assert "2 running ended" in err
     assert "Traceback" not in err
@@ -356,7 +356,7 @@ def test_what_runs_on_a_node_without_its_sweep_is_not_measured_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A partition: the sweep was killed, and its node has not seen it yet."""
-    monkeypatch.setattr(recovery, "_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(recovery, "WAIT_SECONDS", 0.1)
     store, cfg = Store.open(tmp_path), Config.parse({}).resolved(CPU)
     request = StudyRequest("s", Space.parse([]), Settings(), CPU)
     dead, ours = (Ledger(store, request, Display()) for _ in range(2))
