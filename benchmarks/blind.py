@@ -1,10 +1,10 @@
 """A search that knows nothing, and what each minute of it brings: `python -m benchmarks.blind`.
 
-Sweeps `space=full` without starting points or a preset for so many minutes and leaves journal,
-curve in a folder, brought up to date while it runs. Run again with the same store it goes on: the
-second call of a budget carries what the first one found. `--beside` measures a preset in the same
-store afterwards, to compare with. `--sampler tpe` searches in another way, as a study of its own,
-and `--start` begins with the space's starting points: the informed search.
+Sweeps `space=full` without starting points or a preset for so many minutes and leaves journal and
+curve in a folder, brought up to date while it runs. Run again with the same store it goes on.
+`--beside preset=h100` measures a preset as one of its trials, to compare with. `--sampler tpe`
+searches in another way, as a study of its own, and `--start` begins with the space's starting
+points: the informed search.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ def main(argv: list[str] | None = None) -> int:
         study = f"{'informed' if own.start else 'blind'}-{sampler}"
         command = ["space=full", f"sampler={sampler}", f"minutes={own.minutes:g}", *words]
         command += [] if own.start else ["start=[]"]
+        if own.carry:
+            command += ["--known", str(own.carry)]
+        if own.beside:
+            command += ["--beside", " ".join([own.beside, *words])]
         worst = max(worst, _sweep(own, study, command))
-    if own.beside:
-        fixed = [word for word in words if "glob(" not in word]
-        worst = max(worst, _sweep(own, "beside", [f"preset={own.beside}", *fixed]))
     return worst
 
 
 def _sweep(own: argparse.Namespace, study: str, words: list[str]) -> int:
-    """One sweep, reported while it runs; `--stop` interrupts it as Ctrl-C does."""
-    command = [sys.executable, "-m", "openpi_opt.sweep", f"store={own.store}", f"study={study}"]
+    """One sweep, reported while it runs."""
+    command = [sys.executable, "-m", "benchmarks.carried", f"store={own.store}", f"study={study}"]
     print("+", " ".join([*command[1:], *words]), flush=True)
     began = time.monotonic()
     sweep = subprocess.Popen([*command, *words])
@@ -55,8 +56,6 @@ def _sweep(own: argparse.Namespace, study: str, words: list[str]) -> int:
         while sweep.poll() is None:
             time.sleep(_EVERY_SECONDS)
             _report(own.store, study, own.out, time.monotonic() - began)
-            if own.stop and time.monotonic() - began > 60 * own.stop:
-                raise KeyboardInterrupt
     except KeyboardInterrupt:
         sweep.send_signal(signal.SIGINT)
         sweep.wait()
@@ -104,19 +103,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Search space=full from nothing for some minutes; other words go to the sweep.",
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="of each sweep (default: 30)")
-    parser.add_argument(
-        "--stop",
-        type=float,
-        metavar="MINUTES",
-        help="interrupt each sweep then; it can go on later",
-    )
     parser.add_argument("--store", type=Path, default=Path("mlruns"), help="default: mlruns")
     parser.add_argument("--out", type=Path, default=Path("blind"), help="default: blind")
     parser.add_argument(
         "--sampler", action="append", default=[], help="stages (default), tpe, ...; may be repeated"
     )
+    parser.add_argument("--carry", type=Path, metavar="JOURNAL", help="see benchmarks.carried")
     parser.add_argument("--start", action="store_true", help="begin with the space's known points")
-    parser.add_argument("--beside", metavar="PRESET", help="measure this preset afterwards")
+    parser.add_argument("--beside", metavar="WORD", help="preset=h100: see benchmarks.carried")
     return parser
 
 

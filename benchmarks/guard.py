@@ -2,12 +2,14 @@
 
     python -m benchmarks.guard honest --runs 200 --out honest.jsonl
     python -m benchmarks.guard margins --seeds 0 1 2 3 --out margins.jsonl
+    python -m benchmarks.guard own fp8 model=pi0 platform=cuda --out own.jsonl
     python -m benchmarks.guard cost preset=h100 --out cost.jsonl
 
 `honest` draws weights, workload, precision and knobs at random, builds the policy, and asks all
 that a trial is asked: structure, own precision, timed calls. Whatever ends as wrong is a false
 alarm. `margins` measures by how many times its tolerance each mutation is caught, with both small
-models, one row and three, and four seeds of weights and inputs. `cost` runs one configuration
+models, one row and three, and four seeds of weights and inputs; `own` asks each mutation in one
+precision by itself, with a model and workload as for a sweep. `cost` runs one configuration
 three times as a trial and says what share of it the guard took, at first and with the structure
 known. The exit code is 1 after a false alarm, or where a mutation is caught by less than is asked
 of it.
@@ -105,7 +107,7 @@ def run(cfg: Config, arch: str, folder: Path) -> tuple[str, dict[str, Any]]:
         if not seen.passed:
             return "wrong", asked.wrong_structure().model_dump()
         prepared = runtime.apply_knobs(runtime.build_policy(cfg, device), cfg)
-        report = asked.check(prepared.call, prepared.policy.layout)
+        report = asked.check(prepared.call, prepared.policy.layout, ordinary=True)
     except RefusedError as refusal:
         return "refused", {"reason": refusal.reason}
     if report.passed:
@@ -114,10 +116,8 @@ def run(cfg: Config, arch: str, folder: Path) -> tuple[str, dict[str, Any]]:
         timing = clock.time_calls(
             prepared.call, witness, MIN_WARMUP, MIN_ITERATIONS, asked.cfg.device
         )
-        watched = asked.judge(
-            witness, prepared.call, prepared.policy.layout, timing.wall_samples_ms
-        )
-        report = report.model_copy(update={"timed": watched, "passed": watched.passed})
+        wall_ms = timing.wall_samples_ms
+        report = asked.judge(witness, prepared.call, prepared.policy.layout, wall_ms)
     found = report.model_dump()
     if not report.passed:
         found["reason"] = guard.explain(report)
@@ -178,6 +178,25 @@ def run_margins(options: argparse.Namespace) -> bool:
                 for row in few:
                     print(f"  only {row.multiple:.2f} times in {row.kind}: {row.name}", flush=True)
     return weak == 0
+
+
+def run_own(options: argparse.Namespace) -> bool:
+    """Whether the unchanged policy passes in one precision; writes each mutation as it comes."""
+    cfg, machine = compose(list(options.overrides)).resolved(probe()), probe()
+    gpus = machine.gpus_for(cfg.device)
+
+    def keep(check: str, mutation: str, multiple: float) -> None:
+        _add(options.out, {"check": check, "mutation": mutation, "multiple": multiple})
+
+    with tempfile.TemporaryDirectory() as folder:
+        meter = power.Meter(cfg, gpus[0].arch if gpus else machine.cpu, Path(folder), few=1)
+        meter.keep = keep
+        plain, found = meter.own(options.kind)
+    share = meter.honest[options.kind]
+    few = sum(multiple < 1.0 for multiple in found.values())
+    print(f"{cfg.model.name} in {options.kind}: unchanged {share:.0%} of its tolerance; {few} of "
+          f"{len(found)} mutations are left to the structure; plain eager {plain:.2%}")  # fmt: skip
+    return share <= 1.0
 
 
 def run_cost(options: argparse.Namespace) -> bool:
@@ -262,7 +281,11 @@ def _parser() -> argparse.ArgumentParser:
     cost = verbs.add_parser("cost", help="the share of a trial that the guard takes")
     cost.add_argument("overrides", nargs="*", help="as for sweep")
     cost.set_defaults(run=run_cost)
-    for each in (runs, margins, cost):
+    own = verbs.add_parser("own", help="what one precision shows of each mistake by itself")
+    own.add_argument("kind", choices=KINDS[1:])
+    own.add_argument("overrides", nargs="*", help="as for sweep")
+    own.set_defaults(run=run_own)
+    for each in (runs, margins, own, cost):
         each.add_argument("--out", type=Path, required=True, help="a JSON line for each result")
     return parser
 

@@ -1,34 +1,19 @@
 #!/bin/bash
-# What experiments/0007-guard-margins records: the guard's share of a trial and its margins for a model on a
-# device, and beside them, on cores of the host, margins of the small models and false alarms.
-#   OUT=out bash benchmarks/guard.sh        in the project's root, on a machine with a GPU, within LIMIT seconds
-# Every figure is written when it is there; $OUT/host.tar.gz is made anew every 20 seconds.
+# What experiments/0007-guard-margins records of a GPU; each figure is written as it comes.
+#   OUT=out bash benchmarks/guard.sh own          FP8 by itself: 150 s at most
+#   OUT=out bash benchmarks/guard.sh cost margins what the guard adds to a trial; all margins: 15 minutes
 set -u
 MODEL=${MODEL:-pi0} PLATFORM=${PLATFORM:-cuda} PRESET=${PRESET-preset=h100} OUT=${OUT:-out} PY=${PY:-python3}
-LIMIT=${LIMIT:-400} SEEDS=${SEEDS-0 1 2 3} WORKERS=${WORKERS:-8} RUNS=${RUNS:-25} WORKLOAD=${WORKLOAD:-workload=three_cameras}
-end=$(($(date +%s) + LIMIT)) work=$(mktemp -d)
+common="model=$MODEL platform=$PLATFORM ${WORKLOAD-workload=three_cameras}" store=$(mktemp -d)
 mkdir -p "$OUT"
-left() { echo $((end - $(date +%s) > 1 ? end - $(date +%s) : 1)); }
-host() { OMP_NUM_THREADS=1 nice timeout "$(left)" "$PY" -m benchmarks.guard "${@:2}" --out "$work/$1.jsonl" >"$work/$1.txt" 2>&1 & }
-
-for seed in $SEEDS; do
-  for model in pi0_mini pi05_mini; do
-    for batch in 1 3; do
-      host "margins-$model-$batch-$seed" margins --seeds "$seed" --models "$model" --batches "$batch"
-    done
-  done
+step() {
+  timeout "$2" "$PY" -m "${@:3}" --out "$OUT/$1.jsonl" >"$OUT/$1.txt" 2>&1
+  echo "$1: exit code $? after $SECONDS s"
+}
+for name in "$@"; do
+  case $name in
+    own) step own "${LIMIT:-150}" benchmarks.guard own fp8 $common ;;
+    cost) step cost "${LIMIT:-300}" benchmarks.guard cost $common $PRESET ;;
+    margins) step margins "${LIMIT:-600}" openpi_opt.guard $common --store "$store" --table markdown ;;
+  esac
 done
-for worker in $(seq "$WORKERS"); do
-  host "honest-$worker" honest --platform cpu --runs "$RUNS" --seed "$worker"
-done
-(while sleep 20; do tar -C "$work" --exclude=./store -czf "$OUT/host.tar.gz" .; done) &
-saver=$!
-
-device() { timeout "$(left)" "$PY" "${@:2}" >>"$OUT/$1.txt" 2>&1; echo "$1: exit code $? with $(left) s left"; }
-common="model=$MODEL platform=$PLATFORM $WORKLOAD"
-device cost -m benchmarks.guard cost $common $PRESET --out "$OUT/cost.jsonl" &
-device margins -m openpi_opt.guard $common --store "$work/store" --table markdown --out "$OUT/margins.jsonl"
-while [ "$(jobs -rp | grep -vc "^$saver$")" -gt 0 ] && [ "$(left)" -gt 1 ]; do sleep 1; done
-kill "$saver"
-tar -C "$work" --exclude=./store -czf "$OUT/host.tar.gz" .
-tail -qn 1 "$work"/honest-*.txt

@@ -21,8 +21,10 @@ import random
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,8 +34,8 @@ from openpi_opt.knobs.base import STAGES
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.result import Failed, Ok, TrialResult
 from openpi_opt.space.compose import Composer
-from openpi_opt.space.features import IDLE, features, parts, touched
-from openpi_opt.space.optimizer import Optimizer
+from openpi_opt.space.features import IDLE, TUNED, features, is_tuned, parts, touched
+from openpi_opt.space.optimizer import Optimizer, Proposal
 from openpi_opt.space.points import Points
 from openpi_opt.space.prepare import prepare
 from openpi_opt.space.settings import Settings
@@ -62,7 +64,9 @@ def made_up(seed: int, atlas: Map) -> Call:
     pairs = sorted(_pairs(atlas, seed))
     chosen = random.Random(seed)
     effects = {
-        (stage, pair): chosen.uniform(-0.15, 0.12) * (2.0 if pair[0].startswith("compile.m") else 1)
+        (stage, pair): chosen.gauss(*TUNED)
+        if is_tuned(pair[0])
+        else chosen.uniform(-0.15, 0.12) * (2.0 if pair[0].startswith("compile.m") else 1)
         for pair in pairs
         for stage in STAGES
         if stage in touched(pair[0])
@@ -168,9 +172,22 @@ def _results(path: Path) -> Iterable[TrialResult]:
             if isinstance(document, dict) and "outcome" in document:
                 yield results.parse_plain(document)
         return
+    for line in _lines(path):
+        yield results.parse_plain(line["result"])
+
+
+def recorded_points(journal: Path, space: Space) -> Iterable[tuple[dict[str, str], TrialResult]]:
+    """Points of another study of this space, with what it did not sweep yet at its default."""
+    plain = {key: dimension.texts()[0] for key, dimension in space.dimensions.items()}
+    for line in _lines(journal):
+        params = {key: line["params"].get(key, text) for key, text in plain.items()}
+        if all(text in space.dimensions[key].texts() for key, text in params.items()):
+            yield params, results.parse_plain(line["result"])
+
+
+def _lines(path: Path) -> Iterable[Any]:
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    for line in text.splitlines():
-        yield results.parse_plain(json.loads(line)["result"])
+    return map(json.loads, text.splitlines())
 
 
 def best_of(call: Call, atlas: Map, seed: int) -> float:
@@ -204,14 +221,19 @@ def _total(times: Mapping[str, float] | None) -> float:
 
 
 def search(
-    sampler: str, seed: int, call: Call, space: Space, points: Points, trials: int
+    sampler: str, seed: int, call: Call, points: tuple[Space, Points], trials: int, pending: int = 0
 ) -> list[float]:
-    """The best true time after each trial, as a sweep counts them: known points are none."""
-    optimizer = Optimizer(space, sampler, seed, points=points)
+    """The best true time after each trial, as a sweep counts them: known points are none.
+
+    So many of them are `pending` whenever the sampler is asked.
+    """
+    space, composed = points
+    optimizer = Optimizer(space, sampler, seed, points=composed, hurried=True)
     noise = random.Random(seed)
-    atlas = Map(space, points)
+    atlas = Map(space, composed)
     best, curve, passes = math.inf, [], 0
     known: dict[str, TrialResult] = {}
+    running: deque[tuple[Proposal, str]] = deque()
     while len(curve) < trials and passes < 200 * trials:
         passes += 1
         proposal = optimizer.ask()
@@ -219,13 +241,21 @@ def search(
         if place is None:
             optimizer.give_up(proposal, learn=True)
             continue
-        cfg = points.config(proposal.params)
-        if cfg.hash() not in known:
-            times = call(place.features)
-            best = min(best, _total(times))
-            curve.append(best)
-            known[cfg.hash()] = _result(cfg, times, noise)
-        optimizer.tell(proposal, known[cfg.hash()])
+        cfg = composed.config(proposal.params)
+        if cfg.hash() in known and all(cfg.hash() != each for _, each in running):
+            optimizer.tell(proposal, known[cfg.hash()])
+            continue
+        if cfg.hash() in known:  # a sweep gives up what it measures already
+            optimizer.give_up(proposal, learn=False)
+            continue
+        times = call(place.features)
+        known[cfg.hash()] = _result(cfg, times, noise)
+        running.append((proposal, cfg.hash()))
+        best = min(best, _total(times))
+        curve.append(best)
+        if len(running) > pending:
+            ended, text = running.popleft()
+            optimizer.tell(ended, known[text])
     return curve + [best] * (trials - len(curve))
 
 
@@ -261,13 +291,14 @@ def main(argv: list[str] | None = None) -> int:
         source = f"a model of {count} recorded trials"
     print(f"{source}; {own.seeds} seeds, {own.trials} trials each", flush=True)
     curves: dict[str, list[list[float]]] = {name: [] for name in own.sampler}
+    shared_best = math.inf if shared is None else best_of(shared, atlas, 0)
     for seed in range(own.seeds):
         call = shared or made_up(seed, atlas)
-        best = best_of(call, atlas, 0 if shared else seed)
+        best = shared_best if shared else best_of(call, atlas, seed)
         found = {}
         for name in own.sampler:
             began = time.process_time()
-            found[name] = search(name, seed, call, space, points, own.trials)
+            found[name] = search(name, seed, call, (space, points), own.trials, own.pending)
             took = (time.process_time() - began) / own.trials
             print(f"seed {seed} {name}: {took:.2f} s a trial", file=sys.stderr, flush=True)
         best = min(best, *(curve[-1] for curve in found.values()))
@@ -322,6 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--trials", type=int, default=150)
+    parser.add_argument("--pending", type=int, default=0, help="trials that run when one begins")
     parser.add_argument("--json", type=Path, metavar="FILE", help="leave every curve there")
     parser.add_argument(
         "--sampler", nargs="+", default=["stages", "tpe", "gp", "random"], metavar="NAME"

@@ -66,6 +66,7 @@ def sweep(store: Path, own: argparse.Namespace) -> StudyOutcome:
         "dies",
         "events",
         "measures",
+        "reads",
         "together",
         "ticks",
     ):
@@ -109,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--gpus", type=int, default=0, help="so many stub GPUs instead of cores")
     options.add_argument("--prepare", type=int, default=1, help="trials beside each other")
     options.add_argument("--measures", type=float, help="seconds with the device")
+    options.add_argument("--reads", type=float, help="seconds without it afterwards")
     options.add_argument("--escapes", action="store_true", help="every third trial leaves a daemon")
     options.add_argument("--together", type=int, help="ask when so many have imported")
     options.add_argument(

@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--finished", type=Path, help="file that gets the uid of every result")
     parser.add_argument("--imports", type=float, default=0.0, help="seconds before it loads")
     parser.add_argument("--measures", type=float, default=0.0, help="seconds with the device")
+    parser.add_argument("--reads", type=float, default=0.0, help="seconds without it afterwards")
     parser.add_argument("--escapes", action="store_true", help="every third leaves a daemon")
     parser.add_argument("--together", type=int, default=0, help="ask when so many have imported")
     parser.add_argument("--ticks", type=Path, help="file for when it and a child of it ran")
@@ -88,6 +89,9 @@ def main() -> None:
     event("device")
     time.sleep(own.measures)
     event("measured")
+    if own.reads:  # as openpi_opt.trial.Progress.free
+        _say(own.progress_fd, "report")
+        time.sleep(own.reads)
     known = json.loads(own.config.with_name("trial.json").read_text())
     mean_ms = {"nan": math.nan, "negative": -5.0}.get(fault, 10.0 + seed % 97)
     text = json.dumps(document(config, known, mean_ms))
@@ -120,7 +124,7 @@ def tick(path: Path, seed: int) -> None:
 
 
 def pass_gate(progress_fd: int, gate_fd: int | None) -> None:
-    """As `openpi_opt.trial.Progress.ask`."""
+    """As `process.progress.Progress.ask`."""
     if gate_fd is None:
         return
     _say(progress_fd, "wait")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import runpy
 import sys
 
 from openpi_opt import cli, interrupt
 from openpi_opt.completion import bash, candidates
+from openpi_opt.errors import near
 from openpi_opt.verbs import VERBS
 
 PROGRAM = "openpi-opt"
@@ -27,9 +27,8 @@ def main() -> int:
         return 0
     verb = words[0]
     if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        print(f"error: {PROGRAM} has no verb {verb!r}.{hint}\n{_listing()}", file=sys.stderr)
+        text = f"error: {PROGRAM} has no verb {verb!r}.{near(verb, VERBS)}"
+        print(f"{text}\n{_listing()}", file=sys.stderr)
         return cli.USER_ERROR
     interrupt.arm()
     sys.argv = [f"{PROGRAM} {verb}", *words[1:]]

@@ -76,7 +76,7 @@ def _print(found: Sequence[Breakdown], top: int) -> None:
         for note in each.notes:
             console.print(f"   {note}", markup=False, soft_wrap=True)
     traces = list(zip(labels, found, strict=True))
-    title = "per inference" if _repeated(found) else ""
+    title = "per inference" if any((each.inferences or 1) > 1 for each in found) else ""
     _side_by_side(console, lambda some: _overview(title, some), traces)
     if any(each.stages for each in found):
         title = "stages" + _source(found)
@@ -226,10 +226,6 @@ def _labels(count: int) -> list[str]:
 def _source(found: Sequence[Breakdown]) -> str:
     sources = {each.stages_from for each in found if each.stages_from}
     return f", from {sources.pop()}" if len(sources) == 1 else ""
-
-
-def _repeated(found: Sequence[Breakdown]) -> bool:
-    return any((each.inferences or 1) > 1 for each in found)
 
 
 def _ms(value: float, each: Breakdown) -> str:

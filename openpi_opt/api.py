@@ -44,10 +44,8 @@ class Study:
     @property
     def trials(self) -> pd.DataFrame:
         """One row for each trial: what differs, the outcome, every figure, milliseconds by stage.
-
         Columns of figures are those of `python -m openpi_opt.figures`; what was not measured is
-        NaN. Imports pandas.
-        """
+        NaN. Imports pandas."""
         import pandas as pd
 
         return pd.DataFrame([_plain(row) for row in self._rows()]).set_index("number")
@@ -59,12 +57,9 @@ class Study:
         return self.trials.loc[numbers[-1]] if numbers else None
 
     def promote(self, name: str, minutes: float | None = None, *arguments: str) -> Path:
-        """Confirm the best as a preset, in fresh processes; returns the preset's file.
-
-        `arguments` are further words of `python -m openpi_opt.promote`.
-
-        Raises UserError: nothing could be promoted, or the time is too short.
-        """
+        """Confirm the best as a preset, in fresh processes; returns the preset's file. `arguments`
+        are further words of `python -m openpi_opt.promote`. Raises UserError: nothing could be
+        promoted, or the time is too short."""
         from openpi_opt import promote
         from openpi_opt.preset import preset_path
 
@@ -99,10 +94,8 @@ def load_study(name: str, store: str | Path = DEFAULT_STORE) -> Study:
 
 
 def load_results(folder: str | Path, store: str | Path, name: str = "recorded") -> Study:
-    """Result documents of a folder (`experiments/*/results`) as a study of a store.
-
-    Raises UserError: the folder has no result document, or one that cannot be read.
-    """
+    """Result documents of a folder (`experiments/*/results`) as a study of a store. Raises
+    UserError: the folder has no result document, or one that cannot be read."""
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:
         raise UserError(f"{folder}: no result documents (*.json) are there.")

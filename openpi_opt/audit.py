@@ -1,10 +1,7 @@
 """What on this machine would spoil a sweep or its numbers: findings with their mends.
 
-Standard library only, so that it can say what is missing where everything is. Nothing is changed,
-no GPU context is created, and no package but NVML's is imported.
-
-Sources: AMD's workload tuning guide for MI300X (NUMA balancing, debugging variables), ROCm/aiter
-(tables of tuned products), this project's experiments.
+Standard library only, so that it can say what is missing. Nothing is changed, and no GPU context is
+created. Sources: AMD's workload tuning guide for MI300X, ROCm/aiter, this project's experiments.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import sys
 from collections import Counter
@@ -27,7 +23,7 @@ from openpi_opt.kernels.aiter_tables import read_table, shipped, usable
 from openpi_opt.machine import Machine
 from openpi_opt.paths import conf_dir
 from openpi_opt.vendor import BY_NAME, GPU_VENDORS, VENDORS, base
-from openpi_opt.vendor.base import Finding, Gpu, Status, Vendor
+from openpi_opt.vendor.base import Finding, Gpu, Status, Vendor, version_numbers
 
 PYTHONS = ((3, 10), (3, 14))
 """From, and below."""
@@ -155,7 +151,9 @@ def _machine(host: Host) -> list[Finding]:
     gpus = [
         Finding(
             "machine", f"gpu {gpu.index}", "ok",
-            f"{gpu.name} ({gpu.arch}), {_memory(gpu)}, driver {gpu.driver}",
+            f"{gpu.name} ({gpu.arch}), "
+            + (f"{gpu.memory_mib / 1024:.0f} GiB" if gpu.memory_mib is not None
+               else "memory unknown (it may share the host's)") + f", driver {gpu.driver}",
         )
         for gpu in machine.gpus
     ]  # fmt: skip
@@ -164,12 +162,6 @@ def _machine(host: Host) -> list[Finding]:
         for each in machine.troubles
     ]
     return [python, cpu, *(gpus or ([] if troubles else _no_gpu(host))), *troubles]
-
-
-def _memory(gpu: Gpu) -> str:
-    if gpu.memory_mib is None:
-        return "memory unknown (it may share the host's)"
-    return f"{gpu.memory_mib / 1024:.0f} GiB"
 
 
 def _no_gpu(host: Host) -> list[Finding]:
@@ -225,7 +217,7 @@ def _packages() -> list[Finding]:
         version = _version(distribution, *_OTHER_NAMES.get(distribution, ()))
         if importlib.util.find_spec(module) is None:
             found.append(Finding("packages", distribution, "problem", "not installed", _INSTALL))
-        elif version is not None and _numbers(version) < _numbers(least):
+        elif version is not None and version_numbers(version) < version_numbers(least):
             what = f"{version} is older than {least}"
             found.append(Finding("packages", distribution, "problem", what, _INSTALL))
         else:
@@ -298,30 +290,27 @@ def _tuned_products(host: Host, package: Path) -> list[Finding]:
     return [Finding("packages", name, "warning", what, mend)]
 
 
+def _machine_item(name: str, bad: bool, what: str, mend: str) -> list[Finding]:
+    return [Finding("machine", name, *(("warning", what, mend) if bad else ("ok", what)))]
+
+
 def _numa(host: Host) -> list[Finding]:
     value = host.read("proc/sys/kernel/numa_balancing")
     if value is None:
         return []
-    if value == "0":
-        return [Finding("machine", "NUMA balancing", "ok", "off")]
-    what = f"on ({value}): pages move while being used, which costs time and adds scatter"
+    on = f"on ({value}): pages move while being used, which costs time and adds scatter"
     mend = "sudo sysctl kernel.numa_balancing=0"
-    return [Finding("machine", "NUMA balancing", "warning", what, mend)]
+    return _machine_item("NUMA balancing", value != "0", on if value != "0" else "off", mend)
 
 
 def _governor(host: Host) -> list[Finding]:
-    governors = Counter(
-        host.read(file.relative_to(host.root).as_posix())
-        for file in host.root.glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor")
-    )
-    slow = [name for name in governors if name and name != "performance"]
-    if not governors:
-        return []
-    if not slow:
-        return [Finding("machine", "CPU governor", "ok", "performance")]
-    what = f"{', '.join(sorted(slow))}: launches from the host take longer, and vary"
+    files = host.root.glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor")
+    found = {host.read(file.relative_to(host.root).as_posix()) for file in files}
+    slow = sorted(name for name in found if name and name != "performance")
+    said = f"{', '.join(slow)}: launches from the host take longer, and vary"
     mend = "sudo cpupower frequency-set -g performance"
-    return [Finding("machine", "CPU governor", "warning", what, mend)]
+    what = said if slow else "performance"
+    return _machine_item("CPU governor", bool(slow), what, mend) if found else []
 
 
 def _load(host: Host) -> list[Finding]:
@@ -331,26 +320,20 @@ def _load(host: Host) -> list[Finding]:
         return []
     load, cores = float(words[0]), host.machine.cores
     what = f"{load:g} processes on {cores} cores over the last minute"
-    if load <= max(1.0, _BUSY * cores):
-        return [Finding("machine", "load", "ok", what)]
     mend = "wait for them to end: launches and trials on the CPU take longer, and scatter"
-    return [Finding("machine", "load", "warning", what, mend)]
+    return _machine_item("load", load > max(1.0, _BUSY * cores), what, mend)
 
 
 def _first_sweep(host: Host) -> list[Finding]:
     """What `make sweep` (two trials and the baseline) takes, against the disk that is free here."""
-    device = next((d for d in (v.device for v in GPU_VENDORS) if _usable(host, d)), "cpu")
+    machine = host.machine
+    devices = [vendor.device for vendor in GPU_VENDORS if machine.gpus_for(vendor.device)]
+    device = next(filter(machine.built_for, devices), "cpu")
     minutes, needed = _FIRST_SWEEP["gpu" if device != "cpu" else "cpu"]
     free = shutil.disk_usage(Path.cwd()).free / 2**20
     what = f"about {minutes} on {device}, up to {needed} MiB of disk; {free:.0f} MiB are free here"
-    if free > 2 * needed:
-        return [Finding("machine", "first sweep", "ok", what)]
     mend = "make room, or give another folder: store=DIR (caches of compilers lie in it, too)"
-    return [Finding("machine", "first sweep", "warning", what, mend)]
-
-
-def _usable(host: Host, device: str) -> bool:
-    return bool(host.machine.gpus_for(device)) and host.machine.built_for(device)
+    return _machine_item("first sweep", free <= 2 * needed, what, mend)
 
 
 def _environment(environ: Mapping[str, str]) -> list[Finding]:
@@ -382,9 +365,3 @@ def _version(*distributions: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Leading numbers of a version, for comparing: 2.13.0+cu130 -> (2, 13, 0)."""
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(int(part) for part in match[0].split(".")) if match else ()

@@ -41,11 +41,9 @@ class CheckpointError(UserError, ValueError):
 
 
 def inspect(given: str) -> str:
-    """Absolute path of a readable, complete safetensors checkpoint (file, index or folder).
-
-    Raises CheckpointError: missing, unreadable, truncated, of another model, or a format that
-    may run code when loaded.
-    """
+    """Absolute path of a readable, complete safetensors checkpoint (file, index or folder). Raises
+    CheckpointError: missing, unreadable, truncated, of another model, or a format that may run code
+    when loaded."""
     path = Path(given).expanduser().absolute()
     names: list[str] = []
     for file in files(path):
@@ -62,10 +60,8 @@ def inspect(given: str) -> str:
 
 
 def files(path: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint at `path`.
-
-    Raises CheckpointError: there are none, or something of another format.
-    """
+    """The safetensors files that make up the checkpoint at `path`. Raises CheckpointError: there
+    are none, or something of another format."""
     if path.suffix in PICKLES:
         raise CheckpointError(
             f"{path} is a pickle file; loading one can run any code it contains.\n"
@@ -164,11 +160,8 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 
 def family(given: str) -> Family:
     """The family of a checkpoint that `inspect` admits: only pi05 has an MLP of the time alone.
-
-    openpi and LeRobot give it the same name, LeRobot with the prefix `model.`.
-
-    Raises CheckpointError: as `inspect`.
-    """
+    openpi and LeRobot give it the same name, LeRobot with the prefix `model.`. Raises
+    CheckpointError: as `inspect`."""
     names = [name for file in files(Path(given)) for name in _header(file)[1]]
     found = any(name.removeprefix("model.").startswith("time_mlp_in.") for name in names)
     return "pi05" if found else "pi0"
@@ -176,9 +169,7 @@ def family(given: str) -> Family:
 
 def shape(given: str, name: str) -> tuple[int, ...]:
     """The shape of the tensor that openpi calls `name`, in a checkpoint that `inspect` admits.
-
-    Raises CheckpointError: as `inspect`, and for a checkpoint without it.
-    """
+    Raises CheckpointError: as `inspect`, and for a checkpoint without it."""
     for file in files(Path(given)):
         for stored, item in _header(file)[1].items():
             if stored.removeprefix("model.") == name:
@@ -204,11 +195,8 @@ def rope_frequencies(given: str) -> RopeFrequencies:
 
 def horizon(given: str) -> int | None:
     """Actions of a chunk that the checkpoint was trained to give, where its config.json says so.
-
-    openpi calls them `action_horizon`, LeRobot `chunk_size`.
-
-    Raises CheckpointError: a config.json that cannot be read.
-    """
+    openpi calls them `action_horizon`, LeRobot `chunk_size`. Raises CheckpointError: a config.json
+    that cannot be read."""
     path = Path(given)
     settings = _settings(path if path.is_dir() else path.parent)
     found = settings.get("action_horizon", settings.get("chunk_size"))

@@ -1,8 +1,7 @@
 """Print the trials of studies: `python -m openpi_opt.compare STUDY [STUDY ...]`.
 
-Read from the journal, so it works during a sweep, without MLflow, and changes nothing. Trials are
-judged by the objectives and limits of the newest sweep (of the first study), or by those given
-here. Several studies share a table where context and fingerprint are equal.
+Read from the journal, so it works during a sweep, and changes nothing. Trials are judged by the
+newest sweep's objectives and limits (of the first study), or by those given here.
 """
 
 from __future__ import annotations
@@ -32,11 +31,17 @@ from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.link import where
 from openpi_opt.track.pareto import objectives
 from openpi_opt.track.report import Row, groups
-from openpi_opt.track.store import DEFAULT_STORE, find_studies
+from openpi_opt.track.store import find_studies
 from openpi_opt.track.table import print_groups, print_side_by_side
-from openpi_opt.verbs import verb_parser
+from openpi_opt.verbs import add_studies, verb_parser
 
+# Of an ok result as it is; None where there is none.
+_FIGURES = dict.fromkeys(
+    ["latency", "throughput_hz", "compile_seconds", "kernels", "launch_overhead_ms",
+     "compilation", "gpu", "checks", "energy"]
+)  # fmt: skip
 _SAMPLES = {name for name in Latency.model_fields if name.endswith("samples_ms")}
+_LEFT_OUT = {"latency": _SAMPLES}
 # Parts that only some outcomes have, with the columns that they always take in CSV.
 _PARTS = {
     "latency": [name for name in Latency.model_fields if name not in _SAMPLES],
@@ -105,18 +110,10 @@ def trial(row: Row, study_dir: Path, judged_by: criteria.Criteria | None = None)
         "over_limit": [f"{name}: {text}" for name, text in row.over.items()],
         "objectives": objectives(row, judged_by or criteria.Criteria()),
         "vs_baseline": row.vs_baseline,
-        "latency": ok and ok.latency.model_dump(exclude=_SAMPLES),
-        "throughput_hz": ok and ok.throughput_hz,
-        "compile_seconds": ok and ok.compile_seconds,
+        **(ok.model_dump(include={*_FIGURES}, exclude=_LEFT_OUT) if ok else _FIGURES),
         "peak_mib": ok and ok.memory.peak_mib,
-        "kernels": ok and ok.kernels and ok.kernels.model_dump(),
-        "launch_overhead_ms": ok and ok.launch_overhead_ms,
-        "compilation": ok and ok.compilation and ok.compilation.model_dump(),
-        "gpu": ok and ok.gpu and ok.gpu.model_dump(),
-        "checks": ok and [check.model_dump() for check in ok.checks],
         "flags": ok and ok.flags(),
         "roofline": ok and ok.roofline and _roofline(ok.roofline),
-        "energy": ok and ok.energy and ok.energy.model_dump(),
         "guard": result.guard.model_dump() if isinstance(result, Ok | Pruned | Wrong) else None,
         "model": result.config.get("model", {}).get("name"),
         "workload": result.config.get("workload", {}).get("name"),
@@ -144,10 +141,8 @@ def _roofline(roofline: Roofline) -> dict[str, Any]:
 
 
 def _print_csv(plain: Sequence[dict[str, Any]]) -> None:
-    """Nested keys become columns joined with dots; a part that a trial lacks is left empty.
-
-    Texts of a list are joined with semicolons.
-    """
+    """Nested keys become columns joined with dots; a part that a trial lacks is left empty. Texts
+    of a list are joined with semicolons."""
     parts = {key: dict.fromkeys(fields) for key, fields in _PARTS.items()}
     flat = [
         _flat({**trial, "checks": None, **{k: trial[k] or part for k, part in parts.items()}})
@@ -187,15 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         "studies share a table where machine, software and workload are equal; their best stand "
         "side by side below.",
     )
-    parser.add_argument(
-        "study",
-        nargs="+",
-        metavar="STUDY",
-        help="name, or the folder of a study of another store (STORE/studies/NAME)",
-    )
-    parser.add_argument(
-        "--store", default=DEFAULT_STORE, metavar="DIR", help="the sweep's store (default: mlruns)"
-    )
+    add_studies(parser)
     parser.add_argument(
         "--format", choices=("table", "json", "csv"), default="table", help="default: table"
     )

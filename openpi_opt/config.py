@@ -6,11 +6,10 @@ value. Nothing here touches a device, a network or torch.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,7 +23,7 @@ from pydantic import (
 )
 
 from openpi_opt import checkpoint_file
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, near
 from openpi_opt.figures import LIMITS
 from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.knobs.base import Options
@@ -271,27 +270,19 @@ class Config(BaseModel):
 
     @staticmethod
     def parse(raw: Mapping[str, Any]) -> Config:
-        """Validate a composed mapping whose top-level keys are sections and knobs.
-
-        Raises UserError: unknown key or value out of range, naming the key, the value given
-        and what is admitted.
-        """
+        """Validate a composed mapping whose top-level keys are sections and knobs. Raises
+        UserError: unknown key or value out of range, naming the key, the value given and what is
+        admitted."""
         known = [*SECTIONS, *BY_NAME]
         for key in raw:
             if key not in known:
                 raise UserError(
-                    f"unknown key {key!r}; known are {', '.join(known)}.{_near(key, known)}"
+                    f"unknown key {key!r}; known are {', '.join(known)}.{near(key, known)}"
                 )
-        try:
-            knobs = {
-                knob.name: _located(knob.name, knob.options_type, raw.get(knob.name, {}))
-                for knob in KNOBS
-            }
-            sections = {
-                name: _located(name, kind, raw.get(name, {})) for name, kind in SECTIONS.items()
-            }
-        except _LocatedError as error:
-            raise UserError(str(error)) from None
+        knobs = {k.name: _located(k.name, k.options_type, raw.get(k.name, {})) for k in KNOBS}
+        sections = {
+            name: _located(name, kind, raw.get(name, {})) for name, kind in SECTIONS.items()
+        }
         return Config(**sections, knobs=knobs)
 
     @staticmethod
@@ -309,12 +300,9 @@ class Config(BaseModel):
         return document
 
     def resolved(self, machine: Machine) -> Config:
-        """Replace `auto`, and the null of `measure.max_seconds`, by what this machine has.
-
-        Raises UserError: a device that this machine or the installed torch lacks, a
-        checkpoint that is missing, truncated or a pickle, or more time to measure than the
-        phase may take.
-        """
+        """Replace `auto`, and the null of `measure.max_seconds`, by what this machine has. Raises
+        UserError: a device that this machine or the installed torch lacks, a checkpoint that is
+        missing, truncated or a pickle, or more time to measure than the phase may take."""
         device = _resolve_device(self.platform, machine)
         measure = self.measure
         if measure.max_seconds is None:
@@ -366,10 +354,8 @@ class Config(BaseModel):
         return self.model_copy(update={"knobs": {k.name: k.options_type() for k in KNOBS}})
 
     def raced(self, best_ms: float | None = None) -> Config:
-        """The same configuration with the limit that follows from the fastest so far.
-
-        `best_ms` is newer than that of the limits; the user's own limit may be lower.
-        """
+        """The same configuration with the limit that follows from the fastest so far. `best_ms` is
+        newer than that of the limits; the user's own limit may be lower."""
         limits = self.limits
         best = limits.best_ms if best_ms is None else best_ms
         raced = None if best is None or limits.race is None else limits.race * best
@@ -402,11 +388,9 @@ class Config(BaseModel):
         return _digest(self._changed_context())
 
     def hash(self) -> str:
-        """Hash of the canonical knobs and the context, 12 hexadecimal digits.
-
-        What is at its default is left out: a new knob or option changes no hash. Files that knobs
-        read count by their content, at whatever path they lie.
-        """
+        """Hash of the canonical knobs and the context, 12 hexadecimal digits. What is at its
+        default is left out: a new knob or option changes no hash. Files that knobs read count by
+        their content, at whatever path they lie."""
         canonical = self.canonical()
         changed = {
             name: options.model_dump(mode="json", exclude_defaults=True)
@@ -434,45 +418,34 @@ class Config(BaseModel):
         return {knob.name: knob.label(self.knobs[knob.name]) for knob in KNOBS}
 
 
-class _LocatedError(Exception):
-    """A validation error that knows the group it came from."""
-
-
 def _located(name: str, kind: type[BaseModel], raw: Any) -> Any:
+    """A section or a knob's options. Raises UserError with the keys that are wrong."""
     if not isinstance(raw, Mapping):
-        raise _LocatedError(f"{name}={raw!r}: expected an option of the group or keys below it.")
+        raise UserError(f"{name}={raw!r}: expected an option of the group or keys below it.")
     try:
         return kind.model_validate(dict(raw))
     except ValidationError as error:
         lines = [_explain(name, kind, item) for item in error.errors()[:3]]
-        raise _LocatedError("\n".join(lines)) from None
+        raise UserError("\n".join(lines)) from None
+
+
+# Said beside what is too small, by key.
+_WHY_AT_LEAST = {
+    "measure.warmup": "the first calls compile and fill caches",
+    "measure.iterations": "a mean and a spread need them",
+}
 
 
 def _explain(name: str, kind: type[BaseModel], item: Any) -> str:
     path = ".".join([name, *map(str, item["loc"])])
     if item["type"] == "extra_forbidden":
         fields = list(kind.model_fields)
-        return (
-            f"unknown key {path}; {name} has {', '.join(fields)}.{_near(item['loc'][-1], fields)}"
-        )
-    if path == "measure.warmup" and item["type"] == "greater_than_equal":
-        return (
-            f"measure.warmup={item['input']}: at least {MIN_WARMUP} warm-up calls are needed, "
-            "the first ones compile and fill caches. Leave it out for the default of 5."
-        )
-    if path == "measure.iterations" and item["type"] == "greater_than_equal":
-        return (
-            f"measure.iterations={item['input']}: at least {MIN_ITERATIONS} iterations are needed "
-            "for a mean and a spread. Leave it out for the default of 30."
-        )
+        return f"unknown key {path}; {name} has {', '.join(fields)}.{near(item['loc'][-1], fields)}"
     message = item["msg"].removeprefix("Value error, ")
+    if path in _WHY_AT_LEAST and item["type"] == "greater_than_equal":
+        message = f"at least {item['ctx']['ge']}, since {_WHY_AT_LEAST[path]}"
     given = "" if item["type"] == "value_error" else f"={item['input']!r}"
     return f"{path}{given}: {message}."
-
-
-def _near(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _check_time(measure: Measure, limits: Limits) -> None:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from openpi_opt.config import Limits
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, first_reason
 from openpi_opt.figures import LIMITS, OBJECTIVES, Figure
 from openpi_opt.result import Ok, Pruned, TrialResult, write_atomic
 
@@ -50,11 +50,9 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 class Criteria(BaseModel):
-    """What counts as better, and what as too much.
-
-    `objectives` are minimised; of several, the Pareto set is the answer. A result above one of
-    `limits` (in the unit of its name) is not an answer, and a lossy one only with `allow_lossy`.
-    """
+    """What counts as better, and what as too much. `objectives` are minimised; of several, the
+    Pareto set is the answer. A result above one of `limits` (in the unit of its name) is not an
+    answer, and a lossy one only with `allow_lossy`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -87,10 +85,8 @@ class Criteria(BaseModel):
 
     @staticmethod
     def load(study_dir: Path) -> Criteria | None:
-        """The criteria of a study's newest sweep; None: latency alone, without limits.
-
-        Raises UserError: the file is damaged.
-        """
+        """The criteria of a study's newest sweep; None: latency alone, without limits. Raises
+        UserError: the file is damaged."""
         path = study_dir / _FILE
         try:
             return Criteria.model_validate_json(path.read_bytes())
@@ -98,7 +94,7 @@ class Criteria(BaseModel):
             return None
         except ValidationError as error:
             raise UserError(
-                f"{path} is damaged: {error.errors()[0]['msg']}.\n"
+                f"{path} is damaged: {first_reason(error)}.\n"
                 "Move it away and run the sweep again: no result depends on it."
             ) from None
 
@@ -133,11 +129,9 @@ class Criteria(BaseModel):
         return known if len(known) == len(found) else None
 
     def excess(self, result: TrialResult) -> dict[str, float]:
-        """By limit, how far a result is above it, as a share of the limit; at most 0 is kept.
-
-        A pruned result has its guard's figure and the least that its latency can be; other
-        outcomes have none.
-        """
+        """By limit, how far a result is above it, as a share of the limit; at most 0 is kept. A
+        pruned result has its guard's figure and the least that its latency can be; other outcomes
+        have none."""
         return {
             name: value / self.limits[name] - 1 for name, value in self._limited(result).items()
         }
@@ -170,10 +164,8 @@ class Criteria(BaseModel):
 
 def pareto(points: Sequence[Sequence[float]]) -> list[bool]:
     """Which points belong to the Pareto set: none is as small in all places and smaller in one.
-
     Equal points belong to it together. Takes the points in lexical order: whatever dominates one
-    comes before it, and some of that is in the set.
-    """
+    comes before it, and some of that is in the set."""
     front: list[int] = []
     for number in sorted(range(len(points)), key=lambda number: tuple(points[number])):
         if not any(dominates(points[other], points[number]) for other in front):
@@ -209,12 +201,8 @@ def add_arguments(parser: argparse.ArgumentParser, objectives: bool = False) -> 
 
 
 def of_arguments(arguments: argparse.Namespace, study_dir: Path) -> Criteria:
-    """The study's own criteria with what the command line says instead.
-
-    Lossy results are admitted by the command line alone.
-
-    Raises UserError: the study's file is damaged.
-    """
+    """The study's own criteria with what the command line says instead. Lossy results are admitted
+    by the command line alone. Raises UserError: the study's file is damaged."""
     found = Criteria.load(study_dir) or Criteria()
     limits = {**found.limits, **dict(arguments.limit)}
     return Criteria(
@@ -248,6 +236,5 @@ def _objectives(text: str) -> tuple[str, ...]:
     try:
         found = Criteria.model_validate({"objectives": text.strip("[]").split(",")})
     except ValidationError as error:
-        why = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise argparse.ArgumentTypeError(f"{text}: {why}") from None
+        raise argparse.ArgumentTypeError(f"{text}: {first_reason(error)}") from None
     return found.objectives

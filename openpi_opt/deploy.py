@@ -19,7 +19,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.guarding import verify as guarding
 from openpi_opt.guest import as_measured
 from openpi_opt.knobs import KNOBS
-from openpi_opt.machine import probe
+from openpi_opt.machine import Machine, probe
 from openpi_opt.observation import Array, Observation, to_inputs
 from openpi_opt.pi0.config import MODELS
 from openpi_opt.pi0.inputs import Inputs
@@ -37,10 +37,8 @@ _LOG = logging.getLogger(__name__)
 
 
 class ReadyPolicy:
-    """A policy with a configuration's optimisations applied; made by `load_policy`.
-
-    Threads may share it: calls take turns, and no call sees another's inputs.
-    """
+    """A policy with a configuration's optimisations applied; made by `load_policy`. Threads may
+    share it: calls take turns, and no call sees another's inputs."""
 
     def __init__(
         self,
@@ -122,10 +120,8 @@ class ReadyPolicy:
         return self._prepared.call(inputs)
 
     def warm_up(self) -> float:
-        """Compile and capture with a random observation -> the seconds that it took.
-
-        Calling it again takes one inference. `first_answer_seconds` keeps the first time.
-        """
+        """Compile and capture with a random observation -> the seconds that it took. Calling it
+        again takes one inference. `first_answer_seconds` keeps the first time."""
         with as_measured():
             start = time.perf_counter()
             policy = self._prepared.policy
@@ -137,6 +133,7 @@ class ReadyPolicy:
         return seconds
 
 
+# The one call of a program that deploys: nine arguments, of which it gives two or three.
 def load_policy(
     preset: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -175,22 +172,8 @@ def load_policy(
     machine lacks, an environment variable that had to be set before the process started, or a
     policy whose actions are wrong.
     """
-    start = time.perf_counter()
-    where = Path(preset_dir) if preset_dir else None
-    if preset is not None:  # `auto` becomes a name
-        preset = resolve_auto([f"preset={preset}", *overrides], where)[0].removeprefix("preset=")
-    cfg = compose(list(overrides), preset, where)
-    if checkpoint is not None:
-        cfg = _with_checkpoint(cfg, os.fspath(checkpoint), overrides)
-    machine = probe()
-    cfg = cfg.resolved(machine)
-    for knob in KNOBS:
-        refusal = knob.check(cfg, machine)
-        if refusal is not None:
-            raise UserError(f"preset {preset or 'baseline'} is {refusal.outcome}: {refusal.reason}")
-    if preset is not None:
-        warn(preset, where, machine, cfg.platform)
-    _require_environment(cfg)
+    start, machine = time.perf_counter(), probe()
+    cfg = _configuration(preset, checkpoint, overrides, preset_dir, machine)
     transforms = _transforms(robot, tokenizer, norm_stats, cfg)
     for name, folder in CACHES.items():
         os.environ.setdefault(name, str(Path("~/.cache/openpi_opt").expanduser() / folder))
@@ -205,6 +188,31 @@ def load_policy(
         if device.type == "cuda":
             torch.cuda.synchronize()
     return ReadyPolicy(prepared, cfg, time.perf_counter() - start, transforms)
+
+
+def _configuration(
+    preset: str | None,
+    checkpoint: str | os.PathLike[str] | None,
+    overrides: Sequence[str],
+    preset_dir: str | os.PathLike[str] | None,
+    machine: Machine,
+) -> Config:
+    """What was asked for, resolved and admitted by every knob; see `load_policy`."""
+    where = Path(preset_dir) if preset_dir else None
+    if preset is not None:  # `auto` becomes a name
+        preset = resolve_auto([f"preset={preset}", *overrides], where)[0].removeprefix("preset=")
+    cfg = compose(list(overrides), preset, where)
+    if checkpoint is not None:
+        cfg = _with_checkpoint(cfg, os.fspath(checkpoint), overrides)
+    cfg = cfg.resolved(machine)
+    for knob in KNOBS:
+        refusal = knob.check(cfg, machine)
+        if refusal is not None:
+            raise UserError(f"preset {preset or 'baseline'} is {refusal.outcome}: {refusal.reason}")
+    if preset is not None:
+        warn(preset, where, machine, cfg.platform)
+    _require_environment(cfg)
+    return cfg
 
 
 def _with_checkpoint(cfg: Config, checkpoint: str, overrides: Sequence[str]) -> Config:

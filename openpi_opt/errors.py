@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 _IN_URL = re.compile(r"(?<=://)[^/\s'\"]*@")
 # As much as can be: a password may have been pasted with any character in it.
@@ -18,26 +20,31 @@ def masked(text: str) -> str:
 
 
 def hidden(word: str) -> str:
-    """A word of a command line without the credentials and the query of a URL in it.
-
-    `masked` is for sentences; here all that is in the word may be password.
-    """
+    """A word of a command line without the credentials and the query of a URL in it. `masked` is
+    for sentences; here all that is in the word may be password."""
     return _QUERY.sub(r"\1?...", _CREDENTIALS.sub("://...@", word))
 
 
-class UserError(Exception):
-    """A request that cannot be carried out as given.
+def near(word: object, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message: what comes nearest to a word; empty where nothing does."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" Did you mean {prefix}{close[0]}?" if close and close[0] != word else ""
 
-    The message has one to three lines: what was given, what is allowed, what to do. Every verb
-    prints it without a traceback and exits with code 2.
-    """
+
+def first_reason(error: Any) -> str:
+    """What the first finding of a pydantic `ValidationError` says."""
+    return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+
+
+class UserError(Exception):
+    """A request that cannot be carried out as given. The message has one to three lines: what was
+    given, what is allowed, what to do. Every verb prints it without a traceback and exits with code
+    2."""
 
 
 class RefusedError(Exception):
-    """Raised in a trial when something that could not be seen from outside turns out missing.
-
-    The trial ends with `outcome`; nothing else is run in its place.
-    """
+    """Raised in a trial when something that could not be seen from outside turns out missing. The
+    trial ends with `outcome`; nothing else is run in its place."""
 
     def __init__(self, outcome: Literal["unavailable", "invalid"], reason: str):
         super().__init__(reason)

@@ -1,15 +1,12 @@
 """Experiments: a sweep that is written in `conf/experiment/`, and the report at its end.
 
-`python -m openpi_opt.sweep experiment=NAME out=FOLDER [group=option key=value ...]` runs one, and
-`python -m openpi_opt.experiment NAME STUDY --out FOLDER` writes the report of one again. A report
-is a table in Markdown and JSON and a plot in PNG and SVG, all called NAME.
+`sweep experiment=NAME out=FOLDER [key=value ...]` runs one, `python -m openpi_opt.experiment NAME
+STUDY --out FOLDER` writes its report again: a table, JSON and a plot, all called NAME.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +18,6 @@ from openpi_opt.config import SECTIONS
 from openpi_opt.errors import UserError
 from openpi_opt.figures import FIGURES
 from openpi_opt.paths import conf_dir
-from openpi_opt.result import write_atomic
 from openpi_opt.space.files import read
 from openpi_opt.space.settings import Settings, default_study_name
 from openpi_opt.space.space import parse_override
@@ -30,7 +26,8 @@ from openpi_opt.track.journal import Journal, utc_now
 from openpi_opt.track.mlflow_content import device
 from openpi_opt.track.report import Row, rows
 from openpi_opt.track.store import DEFAULT_STORE, Store
-from openpi_opt.track.table import flag_lines
+from openpi_opt.track.table import Table, flag_lines, markdown
+from openpi_opt.verbs import add_store
 
 # Keys of an experiment's command line that the sweep does not have.
 _OWN_KEYS = ("experiment", "out")
@@ -53,10 +50,8 @@ class Experiment(BaseModel):
 
     @staticmethod
     def load(name: str) -> Experiment:
-        """Read `conf/experiment/NAME.yaml`.
-
-        Raises UserError: no such experiment; says which there are.
-        """
+        """Read `conf/experiment/NAME.yaml`. Raises UserError: no such experiment; says which there
+        are."""
         folder = conf_dir() / "experiment"
         known = sorted(path.stem for path in folder.glob("*.yaml"))
         if name not in known:
@@ -70,12 +65,9 @@ class Experiment(BaseModel):
 
 
 def run(words: Sequence[str], sweep: Callable[[Sequence[str]], int]) -> int:
-    """Run the experiment of a sweep's command line by `sweep`, and write its report.
-
-    The report goes to `out=FOLDER`, or to the study's folder. Returns the sweep's exit code.
-
-    Raises UserError: unknown experiment, or a wrong override.
-    """
+    """Run the experiment of a sweep's command line by `sweep`, and write its report. The report
+    goes to `out=FOLDER`, or to the study's folder. Returns the sweep's exit code. Raises UserError:
+    unknown experiment, or a wrong override."""
     own, rest = _own_words(words)
     name = own["experiment"]
     if name == "instances":  # no sweep: several processes of one configuration
@@ -125,12 +117,9 @@ def _value(given: Sequence[str], key: str) -> str | None:
 
 
 def write_report(name: str, study_dir: Path, folder: Path) -> list[Path]:
-    """Write table and plot of a study, print the table; returns the files.
-
-    Trials of an older machine or software (another fingerprint), and confirmations, are left out.
-
-    Raises UserError: the study holds no trial, or the folder cannot be written.
-    """
+    """Write table and plot of a study, print the table; returns the files. Trials of an older
+    machine or software (another fingerprint), and confirmations, are left out. Raises UserError:
+    the study holds no trial, or the folder cannot be written."""
     experiment = Experiment.load(name)
     journal = Journal.read(study_dir)
     found = [r for r in rows(journal.records()) if not r.stale and r.record.role != "confirm"]
@@ -141,24 +130,16 @@ def write_report(name: str, study_dir: Path, folder: Path) -> list[Path]:
     table = [_entry(row, series[row.record.uid], experiment) for row in found]
     text = _markdown(experiment, study_dir.name, found, table)
     document = _document(name, experiment, study_dir.name, found, table)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / f"{name}.md", folder / f"{name}.json"]
-        write_atomic(files[0], text)
-        write_atomic(files[1], json.dumps(document, indent=1, allow_nan=False) + "\n")
-        panels = _panels(experiment, found, series)
-        if panels:
-            draw = plots.lines if experiment.plot == "lines" else plots.bars
-            files += plots.save(draw(_heading(experiment, found), panels), folder, name)
-    except OSError as error:
-        raise UserError(
-            f"out={folder}: cannot write there ({error.strerror or error}).\n"
-            f"The study is kept: python -m openpi_opt.experiment {name} {study_dir.name} --out "
-            "FOLDER writes the report elsewhere."
-        ) from error
-    print(text)
+    panels = _panels(experiment, found, series)
+    draw = plots.lines if experiment.plot == "lines" else plots.bars
+    figure = draw(_heading(experiment, found), panels) if panels else None
+    mend = (
+        f"The study is kept: python -m openpi_opt.experiment {name} {study_dir.name} --out FOLDER "
+        "writes the report elsewhere."
+    )
+    files = plots.write_report(folder, name, text, document, figure, mend)
     for file in files:
-        print(f"wrote {file}", file=sys.stderr)
+        cli.say(f"wrote {file}")
     return files
 
 
@@ -212,17 +193,22 @@ def _markdown(
 ) -> str:
     heads = ["configuration", experiment.x.split(".")[-1]]
     heads += [*(FIGURES[key].title for key in experiment.columns), "trial"]
+    body = [
+        [
+            entry["configuration"],
+            str(entry[experiment.x]),
+            *(_cell(entry, key) for key in experiment.columns),
+            str(entry["number"]),
+        ]
+        for entry in table
+    ]
     lines = [f"# {_heading(experiment, found)}", "", f"Study `{study}`.", ""]
-    lines += [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
-    for entry in table:
-        cells = [entry["configuration"], str(entry[experiment.x])]
-        cells += [*(_cell(entry, key) for key in experiment.columns), str(entry["number"])]
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    lines += [*markdown(Table(heads, body, frozenset(heads[:1]))), ""]
     remarks: dict[str, list[str]] = {}
     for entry in table:
         for text in [*([entry["reason"]] if entry["reason"] else []), *entry["notes"]]:
             remarks.setdefault(text, []).append(str(entry["number"]))
-    lines += ["", *(f"- {text} (trial {', '.join(who)})" for text, who in remarks.items())]
+    lines += [f"- {text} (trial {', '.join(who)})" for text, who in remarks.items()]
     lines += [f"- {line}" for line in flag_lines(found)]
     if any(entry["noisy"] for entry in table):
         lines.append("- ~ noisy: standard deviation above 10% of the mean")
@@ -315,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("name", metavar="NAME", help="batch_scaling or perf_per_watt")
     parser.add_argument("study", metavar="STUDY", help="name of the study")
-    parser.add_argument("--store", default=DEFAULT_STORE, metavar="DIR", help="default: mlruns")
+    add_store(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the study's report/")
     return parser
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from openpi_opt.result import Compilation, Energy, Ok, Pruned
+from openpi_opt.result import Compilation, Ok, Pruned
 
 Interval = tuple[float | None, float | None]
 
@@ -84,29 +84,25 @@ def _stages(found: dict[str, float]) -> str:
     return ", ".join(f"{name} {fraction:.0%}" for name, fraction in found.items())
 
 
-def _latency(field: str, name: str, unit: str = "ms", **more: Any) -> Figure:
-    """A field of `result.Latency`."""
-    return Figure(
-        field,
-        name,
-        unit,
-        lambda ok: getattr(ok.latency, field),
-        mlflow=f"latency/{field}",
-        **more,
-    )
+def _part(part: str, field: str, name: str, unit: str = "ms", **more: Any) -> Figure:
+    """A number of `result.Latency`, `Energy` and so on, which a trial may lack."""
+
+    def value(ok: Ok) -> Any:
+        found = getattr(ok, part)
+        return found and getattr(found, field)
+
+    more = {"key": field, "mlflow": f"{part}/{field}"} | more
+    return Figure(name=name, unit=unit, value=value, **more)
 
 
-def _energy(field: str, name: str, unit: str, **more: Any) -> Figure:
-    """A field of `result.Energy`, which many trials lack."""
-    assert field in Energy.model_fields
-    return Figure(
-        more.pop("key", field),
-        name,
-        unit,
-        lambda ok: ok.energy and getattr(ok.energy, field),
-        mlflow=f"energy/{field}",
-        **more,
-    )
+def _less(part: str, field: str, name: str, unit: str = "ms", **more: Any) -> Figure:
+    """The same, better when it is less; `head` names the column of a narrow table."""
+    return _part(part, field, name, unit, better="less", **more)
+
+
+def _percentile(name: str) -> Figure:
+    field, head = f"{name}_ms", f"{name}\nms"
+    return _less("latency", field, name, head=head, objective=name, limit=field, log=True)
 
 
 def _compilation(name: str, value: Callable[[Compilation], int]) -> Figure:
@@ -122,139 +118,77 @@ def _compilation(name: str, value: Callable[[Compilation], int]) -> Figure:
     )
 
 
-def _percentile(field: str) -> Figure:
-    name = field.removesuffix("_ms")
-    return _latency(
-        field, name, better="less", head=f"{name}\nms", objective=name, limit=field, log=True
-    )
-
-
 _ALL = [
-    _latency(
-        "mean_ms",
-        "latency",
-        better="less",
-        head="mean\nms",
-        objective="latency",
-        limit="latency_ms",
-        seen=lambda pruned: pruned.seen_low_ms,
-        interval=_interval_ms,
-        log=True,
+    _less(
+        "latency", "mean_ms", "latency", head="mean\nms", objective="latency", limit="latency_ms",
+        seen=lambda pruned: pruned.seen_low_ms, interval=_interval_ms, log=True,
     ),
     Figure(
-        "ci95_ms",
-        "95% interval",
-        "ms",
-        _interval_ms,
+        "ci95_ms", "95% interval", "ms", _interval_ms,
         show=lambda ends: f"{ends[0]:.3f} to {ends[1]:.3f}",
     ),
-    _latency("std_ms", "std", better="less"),
-    _latency("min_ms", "least", better="less"),
-    _latency("p50_ms", "p50", better="less", head="p50\nms"),
-    _percentile("p95_ms"),
-    _percentile("p99_ms"),
-    _latency("ci95_low_ms", "95% interval from"),
-    _latency("ci95_high_ms", "95% interval to"),
-    _latency("p50_low_ms", "p50 from"),
-    _latency("p50_high_ms", "p50 to"),
-    _latency("rel_ci", "relative half-width", "", form=".2%", better="less"),
-    _latency("effective_samples", "effective samples", "", form=".1f"),
-    _latency("iterations", "iterations", "", form="d"),
-    _latency("wall_mean_ms", "wall clock", better="less"),
-    _latency("upload_ms", "upload", better="less"),
+    _less("latency", "std_ms", "std"),
+    _less("latency", "min_ms", "least"),
+    _less("latency", "p50_ms", "p50", head="p50\nms"),
+    _percentile("p95"),
+    _percentile("p99"),
+    _part("latency", "ci95_low_ms", "95% interval from"),
+    _part("latency", "ci95_high_ms", "95% interval to"),
+    _part("latency", "p50_low_ms", "p50 from"),
+    _part("latency", "p50_high_ms", "p50 to"),
+    _less("latency", "rel_ci", "relative half-width", "", form=".2%"),
+    _part("latency", "effective_samples", "effective samples", "", form=".1f"),
+    _part("latency", "iterations", "iterations", "", form="d"),
+    _less("latency", "wall_mean_ms", "wall clock"),
+    _less("latency", "upload_ms", "upload"),
     Figure(
-        "samples_per_s",
-        "samples/s",
-        "",
-        lambda ok: ok.throughput_hz,
-        form=".2f",
-        better="more",
-        mlflow="throughput/hz",
-        interval=_rates,
+        "samples_per_s", "samples/s", "", lambda ok: ok.throughput_hz, form=".2f", better="more",
+        mlflow="throughput/hz", interval=_rates,
     ),
     Figure(
-        "ms_per_sample",
-        "ms per sample",
-        "",
-        lambda ok: ok.latency.mean_ms / _batch(ok),
+        "ms_per_sample", "ms per sample", "", lambda ok: ok.latency.mean_ms / _batch(ok),
         better="less",
     ),
     Figure(
-        "compile_seconds",
-        "first call",
-        "s",
-        lambda ok: ok.compile_seconds,
-        form=".1f",
-        better="less",
-        mlflow="compile/seconds",
-        head="compile\ns",
-        limit="compile_seconds",
+        "compile_seconds", "first call", "s", lambda ok: ok.compile_seconds, form=".1f",
+        better="less", mlflow="compile/seconds", head="compile\ns", limit="compile_seconds",
+    ),
+    _less(
+        "memory", "peak_mib", "peak memory", "MiB", form=",.1f", head="peak\nMiB",
+        objective="memory", limit="peak_mib",
+    ),
+    _less(
+        "guard", "rel_l2", "rel. L2 of the guard", "", form=".3g", head="rel. L2",
+        objective="guard", limit="rel_l2", seen=lambda pruned: pruned.guard.rel_l2,
     ),
     Figure(
-        "peak_mib",
-        "peak memory",
-        "MiB",
-        lambda ok: ok.memory.peak_mib,
-        form=",.1f",
-        better="less",
-        mlflow="memory/peak_mib",
-        head="peak\nMiB",
-        objective="memory",
-        limit="peak_mib",
-    ),
-    Figure(
-        "rel_l2",
-        "rel. L2 of the guard",
-        "",
-        lambda ok: ok.guard.rel_l2,
-        form=".3g",
-        better="less",
-        mlflow="guard/rel_l2",
-        head="rel. L2",
-        objective="guard",
-        limit="rel_l2",
-        seen=lambda pruned: pruned.guard.rel_l2,
-    ),
-    Figure(
-        "launch_overhead_ms",
-        "launch overhead",
-        "ms",
-        lambda ok: ok.launch_overhead_ms,
-        better="less",
-        mlflow="launch/overhead_ms",
+        "launch_overhead_ms", "launch overhead", "ms", lambda ok: ok.launch_overhead_ms,
+        better="less", mlflow="launch/overhead_ms",
     ),
     _compilation("graphs", lambda found: found.graphs),
     _compilation("recompilations", lambda found: found.recompilations),
     _compilation("graph_breaks", lambda found: sum(found.graph_breaks.values())),
-    Figure(
-        "floor_ms",
-        "floor",
-        "ms",
-        lambda ok: ok.roofline and ok.roofline.floor_ms,
-        mlflow="roofline/floor_ms",
-    ),
-    Figure(
-        "roofline",
-        "share of the machine's limit",
-        "",
-        lambda ok: ok.roofline and ok.roofline.fraction,
-        form=".1%",
+    _part("roofline", "floor_ms", "floor"),
+    _part(
+        "roofline", "fraction", "share of the machine's limit", "", key="roofline", form=".1%",
         better="more",
-        mlflow="roofline/fraction",
     ),
     Figure("stages", "by stage", "", lambda ok: stages_of_limit(ok) or None, show=_stages),
-    _energy("joule", "energy of a call", "J", better="less", head="J", objective="energy"),
-    _energy("watt", "mean power", "W", form=".1f", better="less", head="W"),
-    _energy("idle_watt", "idle power", "W", form=".1f", better="less"),
-    _energy("limit_watt", "power limit", "W", form=".1f"),
-    _energy(
-        "inferences_per_joule", "samples per joule", "", key="samples_per_joule", better="more"
+    _less("energy", "joule", "energy of a call", "J", head="J", objective="energy"),
+    _less("energy", "watt", "mean power", "W", form=".1f", head="W"),
+    _less("energy", "idle_watt", "idle power", "W", form=".1f"),
+    _part("energy", "limit_watt", "power limit", "W", form=".1f"),
+    _part(
+        "energy", "inferences_per_joule", "samples per joule", "", key="samples_per_joule",
+        better="more",
     ),
-    _energy("hz_per_watt", "Hz per W", "", form=".4f", better="more"),
-    _energy("hz_per_limit_watt", "Hz per W of the power limit", "", form=".4f", better="more"),
-    _energy("seconds", "time of the energy's calls", "s", key="energy_seconds"),
-    _energy("calls", "calls that the energy is of", "", form="d", key="energy_calls"),
-]
+    _part("energy", "hz_per_watt", "Hz per W", "", form=".4f", better="more"),
+    _part(
+        "energy", "hz_per_limit_watt", "Hz per W of the power limit", "", form=".4f", better="more"
+    ),
+    _part("energy", "seconds", "time of the energy's calls", "s", key="energy_seconds"),
+    _part("energy", "calls", "calls that the energy is of", "", key="energy_calls", form="d"),
+]  # fmt: skip
 FIGURES: dict[str, Figure] = {figure.key: figure for figure in _ALL}
 OBJECTIVES: dict[str, Figure] = {
     figure.objective: figure for figure in _ALL if figure.objective is not None

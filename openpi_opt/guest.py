@@ -15,11 +15,9 @@ _ALONE = threading.RLock()
 
 @contextmanager
 def as_measured() -> Iterator[None]:
-    """Torch as a trial has it, for one thread of the process at a time.
-
-    The default dtype is float32, the default device the CPU; autocast and inference mode are off.
-    All is as it was afterwards.
-    """
+    """Torch as a trial has it, for one thread of the process at a time. The default dtype is
+    float32, the default device the CPU; autocast and inference mode are off. All is as it was
+    afterwards."""
     with _ALONE, ExitStack() as stack:
         before = torch.get_default_dtype()
         if before != torch.float32:

@@ -1,8 +1,7 @@
 """One policy deployed several times: `python -m openpi_opt.sweep experiment=instances preset=NAME`.
 
-Throughput and latency of 1 to 8 processes on one GPU, and on all GPUs of the node together, which
-share its power, memory and host. Each process answers one observation after another; what began and
-ended within the common seconds counts. The first process of all asks the guard.
+Throughput and latency of 1 to 8 processes on one GPU, and on all GPUs of the node together. Each
+answers one observation after another; what began and ended within the common seconds counts.
 """
 
 from __future__ import annotations
@@ -33,6 +32,8 @@ from openpi_opt.process.run import log_tail, phase_limits
 from openpi_opt.result import write_atomic
 from openpi_opt.space.compose import compose
 from openpi_opt.space.files import read
+from openpi_opt.track import plots
+from openpi_opt.track.table import Table, markdown
 
 _HEADS = ("devices", "instances of each", "calls per s", "mean ms", "p50 ms", "p99 ms",
           "GPU MiB of each", "x of one")  # fmt: skip
@@ -62,9 +63,7 @@ class Load:
 
 def run(words: Sequence[str], out: str | None) -> int:
     """The experiment of a command line without `experiment=` and `out=`; 1 where nothing ran.
-
-    Raises UserError: a wrong override, or a configuration that cannot run here.
-    """
+    Raises UserError: a wrong override, or a configuration that cannot run here."""
     plan = read(conf_dir() / "experiment" / "instances.yaml").content
     given = dict(word.partition("=")[::2] for word in words if not word.startswith("-"))
     counts = [int(n) for n in given.pop("counts", "").split(",") if n] or plan["counts"]
@@ -82,10 +81,8 @@ def run(words: Sequence[str], out: str | None) -> int:
     folder = Path(out or "instances").resolve()
     rows = _measured(cfg, machine, counts, seconds, folder)
     text = _markdown(cfg, machine, rows, seconds)
-    write_atomic(folder / "instances.md", text)
     document = {"config": cfg.dump(), "seconds": seconds, "loads": [asdict(row) for row in rows]}
-    write_atomic(folder / "instances.json", json.dumps(document, indent=1) + "\n")
-    print(text, end="")
+    plots.write_report(folder, "instances", text, document, None, "Give another out=FOLDER.")
     cli.say(f"wrote {folder}/instances.md and instances.json")
     return 0 if any(not row.problem for row in rows) else 1
 
@@ -220,9 +217,8 @@ def _markdown(cfg: Config, machine: Machine, rows: Sequence[Load], seconds: floa
         f"# Instances: {cfg.model.name} on {where}, workload {cfg.workload.name}", "",
         f"{seconds:g} s under load; each instance answers one call of "
         f"{cfg.workload.batch_size} observation(s) after another.", "",
-        "| " + " | ".join(_HEADS) + " |", "|" + "---:|" * len(_HEADS),
+        *markdown(Table([*_HEADS], [_cells(row, rows[0]) for row in rows], frozenset())),
     ]  # fmt: skip
-    lines += ["| " + " | ".join(_cells(row, rows[0])) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

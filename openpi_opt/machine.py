@@ -36,10 +36,8 @@ class AiterPackage:
 
 @dataclass(frozen=True)
 class Machine:
-    """Hardware and packages that decide which options can run here.
-
-    `cores` may be used by this process; `quota` is how many of them its container may keep busy.
-    """
+    """Hardware and packages that decide which options can run here. `cores` may be used by this
+    process; `quota` is how many of them its container may keep busy."""
 
     gpus: tuple[Gpu, ...]
     torch: TorchBuild | None
@@ -65,9 +63,7 @@ class Machine:
 
     def gpu(self, device: Device, index: int | None) -> Gpu:
         """GPU number `index` of that kind (None: any); in a trial, which sees one only, that one.
-
-        Raises IndexError: there is none of that kind.
-        """
+        Raises IndexError: there is none of that kind."""
         gpus = self.gpus_for(device)
         return gpus[0] if len(gpus) == 1 else gpus[index or 0]
 
@@ -78,11 +74,8 @@ class Machine:
         return not vendor.is_gpu or bool(runtime)
 
     def usable_device(self) -> Device:
-        """The best device that both the hardware and the installed torch have.
-
-        Raises UserError: none, though a GPU is there or was asked for: the CPU is not taken
-        quietly.
-        """
+        """The best device that both the hardware and the installed torch have. Raises UserError:
+        none, though a GPU is there or was asked for: the CPU is not taken quietly."""
         for vendor in GPU_VENDORS:
             if self.gpus_for(vendor.device) and self.built_for(vendor.device):
                 return vendor.device
@@ -96,10 +89,8 @@ class Machine:
 
 
 def probe(hidden: bool = False) -> Machine:
-    """Look at this machine. Never imports torch, never creates a GPU context.
-
-    `hidden`: also the GPUs that `*_VISIBLE_DEVICES` keep from this process, numbered by the driver.
-    """
+    """Look at this machine. Never imports torch, never creates a GPU context. `hidden`: also the
+    GPUs that `*_VISIBLE_DEVICES` keep from this process, numbered by the driver."""
     gpus: list[Gpu] = []
     troubles: list[Trouble] = []
     for vendor in GPU_VENDORS:
@@ -127,11 +118,9 @@ def _is_chosen(variables: tuple[str, ...]) -> bool:
 
 
 def find_aiter() -> AiterPackage | None:
-    """Tell AMD's aiter from the package of that name on PyPI.
-
-    AMD's has an `ops` folder. It has no `__version__`, and importing it without ROCm raises, so
-    the version comes from the distribution `amd-aiter` or the file `_version.py`.
-    """
+    """Tell AMD's aiter from the package of that name on PyPI. AMD's has an `ops` folder. It has no
+    `__version__`, and importing it without ROCm raises, so the version comes from the distribution
+    `amd-aiter` or the file `_version.py`."""
     spec = importlib.util.find_spec("aiter")
     if spec is None or not spec.submodule_search_locations:
         return None

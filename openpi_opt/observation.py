@@ -48,12 +48,8 @@ class Observation:
     @classmethod
     def from_openpi(cls, data: Mapping[str, object]) -> Observation:
         """Read openpi's model input: `image` and `image_mask` by camera, `state`, prompt ids.
-
-        Images are float [B, 3, 224, 224] in [-1, 1], or uint8 [B, 224, 224, 3].
-
-        Raises ValueError: a camera or key is missing; `image_mask` may be left out for all
-        cameras.
-        """
+        Images are float [B, 3, 224, 224] in [-1, 1], or uint8 [B, 224, 224, 3]. Raises ValueError:
+        a camera or key is missing; `image_mask` may be left out for all cameras."""
         needed = ("image", "state", "tokenized_prompt", "tokenized_prompt_mask")
         missing = [key for key in needed if key not in data]
         images, masks = data.get("image", {}), data.get("image_mask", {})
@@ -82,11 +78,9 @@ def to_inputs(
     layout: Layout | None,
     device: torch.device,
 ) -> Inputs:
-    """Check everything, draw noise if none is given, move it to `device`.
-
-    Raises ValueError: names the field that has another shape or type than the workload's, holds
-    what is not finite or out of range, or masks for which the policy was not built.
-    """
+    """Check everything, draw noise if none is given, move it to `device`. Raises ValueError: names
+    the field that has another shape or type than the workload's, holds what is not finite or out of
+    range, or masks for which the policy was not built."""
     batch, slots = workload.batch_size, workload.prompt_slots
     if noise is None:
         noise = torch.randn(batch, workload.horizon, config.action_dim)
@@ -105,7 +99,9 @@ def to_inputs(
         )
     moved = (images, given.image_mask, tokens, token_mask, state, noise)
     inputs = Inputs(*(tensor.to(device) for tensor in moved))
-    return inputs._replace(images=_scaled(inputs.images))
+    if images.dtype == torch.uint8:  # after the transfer, which then has a quarter of the bytes
+        return inputs._replace(images=inputs.images.float() / 255.0 * 2.0 - 1.0)  # as openpi
+    return inputs
 
 
 def _tensor(name: str, value: object) -> Tensor:
@@ -168,11 +164,6 @@ def _out_of_range(pixels: Tensor) -> str | None:
     if -1 - _ROUNDING <= low <= high <= 1 + _ROUNDING:  # NaN compares false
         return None
     return f"from {low:.3g} to {high:.3g}" if low == low else "with NaN"
-
-
-def _scaled(images: Tensor) -> Tensor:
-    """As openpi scales pixels; after the transfer, which then has a quarter of the bytes."""
-    return images.float() / 255.0 * 2.0 - 1.0 if images.dtype == torch.uint8 else images
 
 
 def _prompt(

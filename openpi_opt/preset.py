@@ -1,8 +1,7 @@
 """Presets: a promoted configuration as a Hydra file, with its provenance.
 
 A preset names an option of each group where the promoted knobs equal one, so that a group on the
-command line (`preset=h100 attention=eager`) replaces it as usual. `provenance` says where the
-figures come from; nothing reads it to choose an implementation.
+command line replaces it as usual. Nothing reads `provenance` to choose an implementation.
 """
 
 from __future__ import annotations
@@ -36,9 +35,7 @@ def check_name(name: str) -> None:
 
 def preset_path(name: str, folder: Path | None) -> Path:
     """Where the preset called `name` is written: `folder`, or `conf/preset` of the working folder.
-
-    Raises UserError: a name that could leave the folder.
-    """
+    Raises UserError: a name that could leave the folder."""
     check_name(name)
     return (folder or user_conf_dir() / "preset") / f"{name}.yaml"
 
@@ -50,10 +47,8 @@ def check_free(path: Path) -> None:
 
 
 def write(path: Path, cfg: Config, provenance: dict[str, Any], replace: bool = False) -> None:
-    """Write the preset, whole or not at all, and never over another unless `replace`.
-
-    Raises UserError: there is a preset of this name, or the folder cannot be written.
-    """
+    """Write the preset, whole or not at all, and never over another unless `replace`. Raises
+    UserError: there is a preset of this name, or the folder cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

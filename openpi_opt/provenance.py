@@ -1,8 +1,6 @@
 """Where a preset comes from, as it is read: to choose a preset, and to warn of another machine.
 
-Nothing here chooses an implementation. `auto` names a preset for this GPU, model and workload;
-`other_machine` says how a machine differs from the one that a preset was promoted on.
-`confirm.summary` writes it.
+Nothing here chooses an implementation. `confirm.summary` writes what is read here.
 """
 
 from __future__ import annotations
@@ -26,10 +24,8 @@ _DECISIVE = ("torch", "triton", "aiter")
 
 
 def presets(folders: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """The provenance of every preset in `folders`, by name; the first folder wins.
-
-    A file that is not data is left out; asking for it by name says why.
-    """
+    """The provenance of every preset in `folders`, by name; the first folder wins. A file that is
+    not data is left out; asking for it by name says why."""
     found: dict[str, dict[str, Any]] = {}
     for folder in folders:
         for file in sorted(folder.glob("*.yaml")):
@@ -49,10 +45,8 @@ def folders(preset_dir: Path | None) -> list[Path]:
 
 
 def resolve_auto(overrides: Sequence[str], preset_dir: Path | None) -> list[str]:
-    """The overrides with the name of a preset in place of `preset=auto`; says which it is.
-
-    Raises UserError: as `auto`.
-    """
+    """The overrides with the name of a preset in place of `preset=auto`; says which it is. Raises
+    UserError: as `auto`."""
     if _AUTO not in overrides:
         return list(overrides)
     given = dict(word.split("=", 1) for word in overrides if "=" in word)
@@ -118,11 +112,9 @@ def described(found: Mapping[str, Any]) -> str:
 
 
 def other_machine(found: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> list[str]:
-    """How this machine differs from the one that a preset was promoted on, a line for each.
-
-    The GPU (without one, the CPU), its driver, torch, triton and aiter are compared where both
-    sides know them. The preset's figures hold here if the list is empty.
-    """
+    """How this machine differs from the one that a preset was promoted on, a line for each. The GPU
+    (without one, the CPU), its driver, torch, triton and aiter are compared where both sides know
+    them. The preset's figures hold here if the list is empty."""
     gpu = fingerprint["gpu"] or {}
     here: dict[str, Any] = {"gpu": gpu.get("name"), "driver": gpu.get("driver")}
     if not gpu and not _of(found, "machine", "gpu"):
@@ -144,7 +136,7 @@ def warn(name: str, preset_dir: Path | None, machine: Machine, platform: Platfor
         warnings.warn(
             f"preset {name}: {'; '.join(differences)}. Its figures may not hold here: measure with "
             f"`python -m openpi_opt.sweep preset={name}`.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from openpi_opt import cli
 from openpi_opt.errors import UserError
 from openpi_opt.result import write_atomic
-from openpi_opt.track.store import DEFAULT_STORE, find_studies
-from openpi_opt.verbs import verb_parser
+from openpi_opt.track.store import find_studies
+from openpi_opt.verbs import add_studies, verb_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,10 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the report of studies, given by their folders; without `out` into the first one.
-
-    Raises UserError: a damaged study, or a file that cannot be written.
-    """
+    """Write the report of studies, given by their folders; without `out` into the first one. Raises
+    UserError: a damaged study, or a file that cannot be written."""
     from openpi_opt.track.html_report import Study, html
 
     path = out or folders[0] / "report" / "report.html"
@@ -47,15 +45,7 @@ def _parser() -> argparse.ArgumentParser:
             "equal, and stand side by side where they are not."
         ),
     )
-    parser.add_argument(
-        "study",
-        nargs="+",
-        metavar="STUDY",
-        help="name, or the folder of a study of another store (STORE/studies/NAME)",
-    )
-    parser.add_argument(
-        "--store", default=DEFAULT_STORE, metavar="DIR", help="the sweep's store (default: mlruns)"
-    )
+    add_studies(parser)
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: report/report.html of the first study"
     )

@@ -30,6 +30,7 @@ Phase = Literal[
     "profile",
     "energy",
     "ceilings",
+    "report",
 ]
 CacheState = Literal["cold", "partly", "warm"]
 # Format 2 packs the samples and adds what says how sure a latency is; format 3 has the files that
@@ -91,10 +92,8 @@ class Latency(_Part):
 
 
 class Check(_Part):
-    """One rule of measuring, and whether this trial kept it.
-
-    `ok` and `flag` speak for themselves; `unknown` says in `detail` what could not be read.
-    """
+    """One rule of measuring, and whether this trial kept it. `ok` and `flag` speak for themselves;
+    `unknown` says in `detail` what could not be read."""
 
     name: str
     status: Literal["ok", "flag", "unknown"]
@@ -122,11 +121,9 @@ class GpuState(_Part):
 
 
 class Gpu(_Part):
-    """State of the GPU right before and right after the timed iterations.
-
-    `throttled_ms` is the driver's count, between the two, of the time in which thermal or power
-    limits held the clock down; None where it does not count.
-    """
+    """State of the GPU right before and right after the timed iterations. `throttled_ms` is the
+    driver's count, between the two, of the time in which thermal or power limits held the clock
+    down; None where it does not count."""
 
     before: GpuState
     after: GpuState
@@ -134,11 +131,9 @@ class Gpu(_Part):
 
 
 class Compilation(_Part):
-    """What torch.compile did in this process.
-
-    `graphs` compiled in all, `recompilations` those of code compiled before, `graph_breaks` by
-    reason, `late` graphs compiled after the warm-up, that is among the samples.
-    """
+    """What torch.compile did in this process. `graphs` compiled in all, `recompilations` those of
+    code compiled before, `graph_breaks` by reason, `late` graphs compiled after the warm-up, that
+    is among the samples."""
 
     graphs: int
     recompilations: int
@@ -208,11 +203,9 @@ class TimedReport(_Part):
 
 
 class LocalCheck(_Part):
-    """A kind of operation without float32 form, against its own rounding written plainly.
-
-    `rel_l2` is the distance of the worst of `calls` calls, `tolerance` what it may be, and `place`
-    where in the policy that was.
-    """
+    """A kind of operation without float32 form, against its own rounding written plainly. `rel_l2`
+    is the distance of the worst of `calls` calls, `tolerance` what it may be, and `place` where in
+    the policy that was."""
 
     name: str
     place: str
@@ -243,10 +236,8 @@ class StructureReport(_Part):
 
 class GuardPower(_Part):
     """What the guard sees with this model, weights and workload, where that was measured.
-
     `smallest` is the least multiple of its tolerance by which a mutation is caught, `mutation` says
-    which, `missed` what the guard cannot see. See `openpi_opt.guarding.power`.
-    """
+    which, `missed` what the guard cannot see. See `openpi_opt.guarding.power`."""
 
     smallest: float
     mutation: str
@@ -286,10 +277,8 @@ class Memory(_Part):
 
 class Ceilings(_Part):
     """What a machine can do at most: 1e9 bytes and 1e12 operations a second, by number format.
-
     `measured` by a copy, a sum and products of matrices on the machine itself, or the vendor's
-    figures of the `datasheet`, which no program reaches. `cache_mib` is the last-level cache.
-    """
+    figures of the `datasheet`, which no program reaches. `cache_mib` is the last-level cache."""
 
     source: Literal["measured", "datasheet"]
     device: str
@@ -314,9 +303,7 @@ class StageRoofline(_Part):
 
 class Roofline(_Part):
     """How near the call is to the machine's limit: `fraction` is floor divided by mean latency.
-
-    Without `ceilings` only work is known; the reason is among the notes.
-    """
+    Without `ceilings` only work is known; the reason is among the notes."""
 
     ceilings: Ceilings | None
     stages: dict[str, StageRoofline]
@@ -397,10 +384,8 @@ class Ok(_Common):
 
 class Pruned(_Common):
     """The actions are right, and the call is surely slower than `limit_ms`, so it was left at that.
-
-    `seen_*` are what the first calls after the warm-up showed. They are too few for a latency.
-    The kernels are counted all the same.
-    """
+    `seen_*` are what the first calls after the warm-up showed. They are too few for a latency. The
+    kernels are counted all the same."""
 
     outcome: Literal["pruned"] = "pruned"
     guard: GuardReport

@@ -25,11 +25,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A policy with all knobs applied.
-
-    `call` is what is measured and deployed; `uncaptured` is the same without graph replay, in
-    which stages can be told apart.
-    """
+    """A policy with all knobs applied. `call` is what is measured and deployed; `uncaptured` is the
+    same without graph replay, in which stages can be told apart."""
 
     policy: Pi0Policy
     call: Callable[[Inputs], Tensor]
@@ -56,10 +53,8 @@ def workload_of(cfg: Configuration) -> Workload:
 
 
 def build_policy(cfg: Config, device: torch.device) -> Pi0Policy:
-    """The plain float32 policy with its weights.
-
-    Raises openpi_opt.pi0.checkpoint.CheckpointError: the checkpoint does not fit the model.
-    """
+    """The plain float32 policy with its weights. Raises openpi_opt.pi0.checkpoint.CheckpointError:
+    the checkpoint does not fit the model."""
     config = dataclasses.replace(MODELS[cfg.model.name], rope_frequencies=cfg.rope_frequencies())
     policy = weights.build(config, device, steps=cfg.workload.steps)
     if cfg.weights.path is not None:
@@ -70,11 +65,9 @@ def build_policy(cfg: Config, device: torch.device) -> Pi0Policy:
 
 
 def apply_knobs(policy: Pi0Policy, cfg: Config) -> Prepared:
-    """Configure, fold, transform and wrap, over the knobs that act, in their order.
-
-    `policy` is as `build_policy` made it. What is folded after a cast would be rounded twice, and
-    differently from a run that had no reason to cast.
-    """
+    """Configure, fold, transform and wrap, over the knobs that act, in their order. `policy` is as
+    `build_policy` made it. What is folded after a cast would be rounded twice, and differently from
+    a run that had no reason to cast."""
     if type(policy) is not Pi0Policy or policy.dtype != torch.float32:
         raise ValueError("knobs are applied to a plain float32 policy, once")
     acting = [knob for knob in KNOBS if knob.acts(cfg)]
@@ -84,10 +77,10 @@ def apply_knobs(policy: Pi0Policy, cfg: Config) -> Prepared:
         knob.fold(policy, cfg)
     for knob in acting:
         knob.transform(policy, cfg)
-    call: Callable[[Inputs], Tensor] = policy.sample_actions
-    uncaptured = call
-    for knob in acting:
-        call = knob.wrap(call, cfg)
     # Not inference_mode: its tensors have other dispatch keys than those a caller brings, and
     # compiled stages would be compiled once more for each mixture of the two.
-    return Prepared(policy, torch.no_grad()(call), torch.no_grad()(uncaptured))
+    uncaptured: Callable[[Inputs], Tensor] = torch.no_grad()(policy.sample_actions)
+    call = uncaptured
+    for knob in acting:
+        call = knob.wrap(call, cfg)
+    return Prepared(policy, call if call is uncaptured else torch.no_grad()(call), uncaptured)

@@ -1,15 +1,8 @@
 """All samples of a run inside its JSON document: a list of floats here, packed text there.
 
-In a document a list of samples is an object
-
-    {"encoding": "zlib+base64", "dtype": "<f8", "count": 412, "data": "eJw..."}
-
-`data` is base64 of zlib of the little-endian values in their order; `dtype` is `<f4` (float32)
-where that loses nothing, as for readings of device events, and `<f8` (float64) otherwise, so what
-is read is exactly what was measured. Without this package:
-
-    numpy.frombuffer(zlib.decompress(base64.b64decode(x["data"])), x["dtype"])
-
+In a document they are {"encoding": "zlib+base64", "dtype": "<f8", "count": 412, "data": "eJw..."},
+float32 (`<f4`) where that loses nothing. Without this package, in Python:
+`numpy.frombuffer(zlib.decompress(base64.b64decode(x["data"])), x["dtype"])`.
 Documents of format 1 hold plain lists; those are read as well.
 """
 
@@ -18,7 +11,6 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-import sys
 import zlib
 from array import array
 from typing import Annotated, Any, Literal
@@ -48,15 +40,13 @@ def pack(values: list[float]) -> dict[str, Any]:
     except OverflowError:  # beyond float32
         fits = False
     chosen = narrow if fits else wide
-    text = base64.b64encode(zlib.compress(_little(chosen).tobytes(), level=9)).decode("ascii")
+    text = base64.b64encode(zlib.compress(chosen.tobytes(), level=9)).decode("ascii")
     return Packed(dtype="<f4" if fits else "<f8", count=len(values), data=text).model_dump()
 
 
 def unpack(packed: Packed) -> list[float]:
-    """Undo `pack`.
-
-    Raises ValueError: text that is not base64 of zlib, or not of `count` finite values.
-    """
+    """Undo `pack`. Raises ValueError: text that is not base64 of zlib, or not of `count` finite
+    values."""
     values = array("f" if packed.dtype == "<f4" else "d")
     size = packed.count * values.itemsize
     decoder = zlib.decompressobj()
@@ -68,18 +58,10 @@ def unpack(packed: Packed) -> list[float]:
     if len(raw) != size or not decoder.eof:
         raise ValueError(f"packed samples are not the {packed.count} values that they announce")
     values.frombytes(raw)
-    found = _little(values).tolist()
+    found = values.tolist()
     if not all(map(math.isfinite, found)):
         raise ValueError("packed samples hold NaN or infinity")
     return found
-
-
-def _little(values: array[float]) -> array[float]:
-    """From this machine's order of bytes to the document's, and back."""
-    if sys.byteorder == "big":
-        values = values[:]
-        values.byteswap()
-    return values
 
 
 def _read(value: Any) -> Any:

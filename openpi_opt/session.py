@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.process.devices import DEVICE_HELP, gpu_name
 from openpi_opt.process.run import refused
-from openpi_opt.result import Ok, TrialResult, write_atomic
+from openpi_opt.result import Ok, TrialResult
 from openpi_opt.space.compose import compose
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
@@ -105,9 +104,7 @@ class Report:
 @dataclass
 class Session:
     """A configuration (`pairs`: A) and the processes that run for it, all kept in the study.
-
-    `again` finds the configuration once more after the device was waited for.
-    """
+    `again` finds the configuration once more after the device was waited for."""
 
     verb: str
     config: Config
@@ -128,9 +125,7 @@ class Session:
     @contextmanager
     def alone(self, device: int | str | None) -> Iterator[None]:
         """Take the device, then look again for the study's best: the wait may have been long.
-
-        Raises UserError: as `FreshRuns.alone`.
-        """
+        Raises UserError: as `FreshRuns.alone`."""
         with self.runs.alone(self.config, device):
             self.deadline = Deadline(self.deadline.limit_s)  # the wait does not count
             if self.again is not None:
@@ -147,13 +142,9 @@ class Session:
         rounds: int,
         deadline: Deadline | None = None,
     ) -> Measured:
-        """Every configuration once per round, in random order.
-
-        The keys of `configs` are what the screen calls them. The order depends on the seed, the
-        stage and the configurations alone, so it is the same after an interruption.
-
-        Raises UserError: one of `needed` was not ok.
-        """
+        """Every configuration once per round, in random order. The keys of `configs` are what the
+        screen calls them. The order depends on the seed, the stage and the configurations alone, so
+        it is the same after an interruption. Raises UserError: one of `needed` was not ok."""
         names = [f"{shown} {cfg.hash()}" for shown, cfg in configs.items()]
         text = "\n".join([self.verb, str(self.seed), stage, *names])
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
@@ -193,9 +184,7 @@ class Session:
         self, configs: Mapping[str, Config], needed: Collection[str], stage: str
     ) -> Measured:
         """`interleaved`, in all rounds that fit into the time; `rounds` becomes their number.
-
-        Raises UserError: `needed` was not ok, or the time was too short for any statement.
-        """
+        Raises UserError: `needed` was not ok, or the time was too short for any statement."""
         found = self.interleaved(configs, needed, stage, self.rounds, self.deadline)
         if found.rounds < self.rounds:
             cli.say(f"the time is over: {found.rounds} of {self.rounds} rounds")
@@ -209,22 +198,13 @@ class Session:
         return found
 
     def write(self, report: Report) -> None:
-        """Table, figures and plot, in the session's folder; the table also on stdout.
-
-        Raises UserError: the folder cannot be written.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            paths = [self.folder / f"{self.verb}.{end}" for end in ("md", "json")]
-            write_atomic(paths[0], report.text)
-            write_atomic(paths[1], json.dumps(report.document, indent=1, allow_nan=False) + "\n")
-            paths += plots.save(report.figure(), self.folder, self.verb)
-        except OSError as error:
-            raise UserError(
-                f"cannot write in {self.folder}: {error.strerror or error}.\n"
-                "Give another folder with --out; what was measured is kept."
-            ) from error
-        print(report.text, end="")
+        """Table, figures and plot, in the session's folder; the table also on stdout. Raises
+        UserError: the folder cannot be written."""
+        mend = "Give another folder with --out; what was measured is kept."
+        figure = report.figure()
+        paths = plots.write_report(
+            self.folder, self.verb, report.text, report.document, figure, mend
+        )
         cli.say("wrote " + ", ".join(map(str, paths)))
 
     def effects(
@@ -377,10 +357,8 @@ def open_session(
     study_dir: Path,
     again: Callable[[Journal], Config] | None = None,
 ) -> Session:
-    """A session on a study, which is made if it does not exist.
-
-    Raises UserError: a study that cannot be read or written.
-    """
+    """A session on a study, which is made if it does not exist. Raises UserError: a study that
+    cannot be read or written."""
     store = Store.open(arguments.store)
     journal = Journal.open(study_dir, sys.argv[1:])
     tracking = cfg.tracking if arguments.mlflow and cfg.tracking.mlflow else None
@@ -397,11 +375,8 @@ def open_session(
 
 
 def target_session(verb: str, arguments: argparse.Namespace) -> Session:
-    """The session of `ladder` and `ablate` that was asked for.
-
-    Raises UserError: no such study or preset, or a target that this machine cannot run or that
-    is the baseline.
-    """
+    """The session of `ladder` and `ablate` that was asked for. Raises UserError: no such study or
+    preset, or a target that this machine cannot run or that is the baseline."""
     what, again = arguments.what, None
     folder = Path(arguments.store).expanduser()
     studies = Store.open(arguments.store, create=False).studies() if folder.is_dir() else []
@@ -430,10 +405,8 @@ def target_session(verb: str, arguments: argparse.Namespace) -> Session:
 
 
 def composed(overrides: Sequence[str], preset_dir: str | None) -> Config:
-    """The configuration that overrides give, of which one may be `preset=NAME`.
-
-    Raises UserError: two presets, or what `compose` refuses.
-    """
+    """The configuration that overrides give, of which one may be `preset=NAME`. Raises UserError:
+    two presets, or what `compose` refuses."""
     rest = [text for text in overrides if not text.startswith("preset=")]
     folder = Path(preset_dir) if preset_dir else None
     return compose(rest, _preset_of(overrides), folder)

@@ -150,10 +150,8 @@ def _names_space(overrides: Sequence[str]) -> bool:
 
 
 def _check(arguments: Namespace) -> None:
-    """Say what is wrong with the command line before Hydra says it at length.
-
-    Raises UserError: bad syntax, a sweep without -m, or a flag that does not fit here.
-    """
+    """Say what is wrong with the command line before Hydra says it at length. Raises UserError: bad
+    syntax, a sweep without -m, or a flag that does not fit here."""
     if arguments.experimental_rerun is not None:
         raise UserError(
             "--experimental-rerun reads pickles, which can run anything. "

@@ -1,9 +1,8 @@
 """Tuning of matrix products as a workflow: `python -m openpi_opt.tune gemm preset=mi350_runbook`.
 
-Writes the products of a configuration in the formats of AMD's tuners, says how to run them, and
-which products a table serves. aiter: `csrc/gemm_a16w16/README.md` at e4048607. TunableOp: offline
-tuning, `torch/cuda/tunable.py`. The shapes come from the policy itself, on torch's meta device, so
-neither a GPU nor memory for weights is needed. **The tuners themselves have not been run here.**
+Writes the products of a configuration in the formats of AMD's tuners (aiter
+`csrc/gemm_a16w16/README.md` at e4048607; `torch/cuda/tunable.py`), says how to run them, and which
+products a table serves. No GPU is needed. **The tuners themselves have not been run here.**
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from openpi_opt.kernels.aiter_tables import (
 from openpi_opt.machine import find_aiter, probe
 from openpi_opt.space.compose import compose
 from openpi_opt.track.journal import Journal
-from openpi_opt.track.store import DEFAULT_STORE, Store
-from openpi_opt.verbs import verb_parser
+from openpi_opt.track.store import Store
+from openpi_opt.verbs import add_store, verb_parser
 
 _UNTUNED, _TUNED = "bf16_untuned_gemm.csv", "bf16_tuned_gemm.csv"
 _OFFLINE, _RESULTS = "tunableop_untuned0.csv", "tunableop_results0.csv"
@@ -63,11 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def products(cfg: Config) -> Counter[Product]:
-    """Products of the linear layers in one call of `cfg`, with how often each runs.
-
-    Those of layers that a kernel of this project replaces are among them: their shapes are the
-    same wherever they are computed. The knobs that fuse and simplify are applied.
-    """
+    """Products of the linear layers in one call of `cfg`, with how often each runs. Those of layers
+    that a kernel of this project replaces are among them: their shapes are the same wherever they
+    are computed. The knobs that fuse and simplify are applied."""
     import torch
 
     from openpi_opt import runtime
@@ -234,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STUDY | preset=NAME | key=value",
         help="a study, whose best configuration is taken, or a configuration as sweep takes it",
     )
-    parser.add_argument("--store", default=DEFAULT_STORE, metavar="DIR", help="default: mlruns")
+    add_store(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("tuned"), metavar="FOLDER", help="default: tuned"
     )

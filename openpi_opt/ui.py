@@ -18,8 +18,8 @@ from openpi_opt.errors import UserError
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.link import page_of, serving
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError, tracking_of
-from openpi_opt.track.store import DEFAULT_STORE, Store, sqlite_url
-from openpi_opt.verbs import verb_parser
+from openpi_opt.track.store import Store, sqlite_url
+from openpi_opt.verbs import add_store, verb_parser
 
 HOST = "127.0.0.1"
 _START_S = 90
@@ -107,9 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Start MLflow's server on a free port of this host and open a study there.",
     )
     parser.add_argument("study", nargs="?", metavar="STUDY", help="default: the latest")
-    parser.add_argument(
-        "--store", default=DEFAULT_STORE, metavar="DIR", help="the sweep's store (default: mlruns)"
-    )
+    add_store(parser)
     parser.add_argument("--port", type=int, metavar="N", help="instead of a free one")
     parser.add_argument(
         "--no-browser", dest="browser", action="store_false", help="print the address, open nothing"

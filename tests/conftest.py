@@ -1,11 +1,7 @@
 """What all tests share."""
 
-from __future__ import annotations
-
 import dataclasses
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hosts import Host
@@ -17,6 +13,15 @@ from openpi_opt.process.devices import LEASES_VARIABLE
 settings.register_profile("openpi_opt", parent=settings(), deadline=None)
 settings.load_profile("openpi_opt")
 
+# The longest files begin first: a file stays on one worker, and the short ones fill up its
+# neighbour's time at the end.
+LONGEST = (
+    "test_verbs", "test_power", "test_triton_interpreter", "test_contract", "test_survives",
+    "test_real_trials", "test_attacks", "test_notebooks", "test_simplify", "test_remote",
+    "test_copies", "test_schedule", "test_interrupted", "test_engine_faults", "test_triton_compile",
+    "test_compile", "test_trial", "test_known_results", "test_instances", "test_mlflow_log",
+)  # fmt: skip
+
 # A run in the background of a script, or by nohup, ignores these two, and so would all programs
 # that tests start. What is handled, and not ignored, begins in them as usual.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -25,8 +30,14 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, and all else as it was."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _leases_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def _leases_of_our_own(tmp_path_factory):
     """Tests are not to wait for sweeps on this host, nor sweeps for tests."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.getbasetemp() / "leases"
@@ -35,7 +46,7 @@ def _leases_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
+def host(tmp_path):
     """A host whose sweeps leave no process."""
     host = Host(tmp_path)
     yield host
@@ -51,9 +62,7 @@ class _NoCopies:
 
 
 @pytest.fixture(autouse=True)
-def _no_copies_in_this_process(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _no_copies_in_this_process(request, monkeypatch):
     """A process for each of hundreds of small sweeps would take minutes; `copies` has it back."""
     if "copies" not in request.fixturenames:
         for module in ("engine.study", "confirm.fresh"):
@@ -61,24 +70,34 @@ def _no_copies_in_this_process(
 
 
 @pytest.fixture
-def copies() -> None:
+def copies():
     """Sweeps in this process make their copies for MLflow and Optuna."""
 
 
-@pytest.fixture
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small models have one layer a tower: what compiles them has no more to see."""
+def _layers(monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
     from openpi_opt.pi0.config import MODELS
 
     for name in ("pi0_mini", "pi05_mini"):
         whole = MODELS[name]
         parts = {part: getattr(whole, part) for part in ("vision", "language", "expert")}
-        flat = {part: dataclasses.replace(config, depth=1) for part, config in parts.items()}
+        flat = {part: dataclasses.replace(config, depth=depth) for part, config in parts.items()}
         monkeypatch.setitem(MODELS, name, dataclasses.replace(whole, **flat))
 
 
+@pytest.fixture
+def one_layer(monkeypatch):
+    """The small models have one layer a tower: a compiler has no more to see."""
+    _layers(monkeypatch, 1)
+
+
+@pytest.fixture
+def two_layers(monkeypatch):
+    """The small models have two layers a tower: the last one, and one that is not the last."""
+    _layers(monkeypatch, 2)
+
+
 @pytest.fixture(scope="session")
-def home_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home_of_our_own(tmp_path_factory):
     """Policies that are loaded remember in the user's cache that the guard has passed them."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.getbasetemp() / "home"

@@ -1,27 +1,23 @@
 """Studies from Python: the same as the verbs, without an exit."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
 
 import pytest
 from quick import QUICK
 
 import openpi_opt
-from openpi_opt import api
 from openpi_opt.errors import UserError
 
 WORDS = ["attention=eager,sdpa,aiter", "tracking=none", *QUICK]
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> api.Study:
+def study(tmp_path_factory):
     store = tmp_path_factory.mktemp("api") / "mlruns"
     return openpi_opt.sweep(WORDS, study="s", store=store)
 
 
-def test_a_sweep_returns_its_study(study: api.Study) -> None:
+def test_a_sweep_returns_its_study(study):
     trials = study.trials
     assert set(trials["attention"]) == {"eager", "aiter", "sdpa"}
     assert dict(trials["outcome"].value_counts()) == {"ok": 2, "unavailable": 1}
@@ -33,9 +29,7 @@ def test_a_sweep_returns_its_study(study: api.Study) -> None:
     assert math.isclose(ok["vs_baseline"].iloc[0], 1.0)
 
 
-def test_it_can_be_loaded_reported_and_is_called_again_for_nothing(
-    study: api.Study, tmp_path: Path
-) -> None:
+def test_it_can_be_loaded_reported_and_is_called_again_for_nothing(study, tmp_path):
     again = openpi_opt.load_study("s", study.store.path)
     assert again.trials.equals(study.trials)
     assert again.report(tmp_path / "r.html").stat().st_size > 1e6
@@ -43,7 +37,7 @@ def test_it_can_be_loaded_reported_and_is_called_again_for_nothing(
     assert len(known.records) == len(study.records)
 
 
-def test_errors_are_raised(study: api.Study, tmp_path: Path) -> None:
+def test_errors_are_raised(study, tmp_path):
     with pytest.raises(UserError, match="not in the store"):
         openpi_opt.load_study("absent", study.store.path)
     with pytest.raises(UserError, match="attenton"):

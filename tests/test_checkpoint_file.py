@@ -18,19 +18,19 @@ TENSORS = {"state_proj.weight": torch.ones(3, 4), "state_proj.bias": torch.zeros
 
 
 @pytest.fixture
-def good(tmp_path: Path) -> Path:
+def good(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(TENSORS, path)
     return path
 
 
-def test_a_file_and_its_folder_are_accepted(good: Path) -> None:
+def test_a_file_and_its_folder_are_accepted(good):
     assert inspect(str(good)) == str(good)
     assert inspect(str(good.parent)) == str(good.parent)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".pkl", ".ckpt"])
-def test_pickles_are_refused_with_the_reason(tmp_path: Path, suffix: str) -> None:
+def test_pickles_are_refused_with_the_reason(tmp_path, suffix):
     path = tmp_path / f"pytorch_model{suffix}"
     path.touch()
     with pytest.raises(UserError, match="loading one can run any code"):
@@ -39,7 +39,7 @@ def test_pickles_are_refused_with_the_reason(tmp_path: Path, suffix: str) -> Non
         inspect(str(tmp_path))
 
 
-def test_other_paths_are_refused(tmp_path: Path) -> None:
+def test_other_paths_are_refused(tmp_path):
     (tmp_path / "weights.npz").touch()
     with pytest.raises(UserError, match=r"'\.npz'; allowed are \.safetensors"):
         inspect(str(tmp_path / "weights.npz"))
@@ -51,7 +51,7 @@ def test_other_paths_are_refused(tmp_path: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(min_value=1))
-def test_a_truncated_file_never_passes(good: Path, cut: int) -> None:
+def test_a_truncated_file_never_passes(good, cut):
     data = good.read_bytes()
     part = good.parent / "part.safetensors"
     part.write_bytes(data[: len(data) - 1 - cut % len(data)])
@@ -60,7 +60,7 @@ def test_a_truncated_file_never_passes(good: Path, cut: int) -> None:
 
 
 @given(junk=st.binary(max_size=64))
-def test_junk_never_passes(tmp_path_factory: pytest.TempPathFactory, junk: bytes) -> None:
+def test_junk_never_passes(tmp_path_factory, junk):
     path = tmp_path_factory.mktemp("junk") / "x.safetensors"
     path.write_bytes(junk)
     with pytest.raises(UserError):
@@ -78,7 +78,7 @@ def sharded(folder: Path) -> Path:
     return index
 
 
-def test_what_an_index_names_is_looked_at_and_nothing_else(tmp_path: Path) -> None:
+def test_what_an_index_names_is_looked_at_and_nothing_else(tmp_path):
     index = sharded(tmp_path)
     save_file({"time_mlp_in.bias": torch.zeros(2)}, tmp_path / "model-00001-of-00001.safetensors")
     (tmp_path / "model-00003-of-00003.safetensors").write_bytes(b"cut")
@@ -100,7 +100,7 @@ def test_what_an_index_names_is_looked_at_and_nothing_else(tmp_path: Path) -> No
         ),
     ],
 )
-def test_a_broken_index_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_a_broken_index_is_refused(tmp_path, text, words):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UserError, match=rf"index\.json.*{words}"):
         inspect(str(tmp_path))
@@ -177,7 +177,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_what_comes_from_elsewhere_is_told_in_few_lines(tmp_path: Path, kind: str) -> None:
+def test_what_comes_from_elsewhere_is_told_in_few_lines(tmp_path, kind):
     make, words = FOREIGN[kind]
     make(tmp_path)
     with pytest.raises(UserError, match=words) as caught:
@@ -187,7 +187,7 @@ def test_what_comes_from_elsewhere_is_told_in_few_lines(tmp_path: Path, kind: st
 
 
 @pytest.mark.parametrize("kind", ["wide", "large_index"])
-def test_a_large_file_takes_little_memory(tmp_path: Path, kind: str) -> None:
+def test_a_large_file_takes_little_memory(tmp_path, kind):
     FOREIGN[kind][0](tmp_path)
     code = f"""
 from pathlib import Path
@@ -201,7 +201,7 @@ except CheckpointError:
     assert int(peak.stdout) < 100_000  # KiB
 
 
-def test_one_shard_is_no_checkpoint(tmp_path: Path) -> None:
+def test_one_shard_is_no_checkpoint(tmp_path):
     sharded(tmp_path)
     with pytest.raises(UserError, match="one shard of a checkpoint; give its folder"):
         inspect(str(tmp_path / "model-00001-of-00002.safetensors"))

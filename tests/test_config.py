@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import yaml
@@ -25,7 +23,7 @@ def with_gpu(memory_mib: int, cuda: str | None = "13.0", hip: str | None = None)
     return Machine((gpu(memory_mib, vendor),), TorchBuild("2.13.0", cuda, hip), "x", 2, 1)
 
 
-def test_every_option_file_is_a_valid_option_of_its_group() -> None:
+def test_every_option_file_is_a_valid_option_of_its_group():
     for knob in KNOBS:
         files = sorted((conf_dir() / knob.name).glob("*.yaml"))
         assert files, f"knob {knob.name} has no options"
@@ -33,7 +31,7 @@ def test_every_option_file_is_a_valid_option_of_its_group() -> None:
             knob.options_type.model_validate(yaml.safe_load(file.read_text()))
 
 
-def test_groups_and_registry_name_the_same_knobs() -> None:
+def test_groups_and_registry_name_the_same_knobs():
     primary = yaml.safe_load((conf_dir() / "sweep.yaml").read_text())
     groups = [next(iter(entry)) for entry in primary["defaults"] if isinstance(entry, dict)]
     folders = {path.name for path in conf_dir().iterdir() if path.is_dir()}
@@ -41,7 +39,7 @@ def test_groups_and_registry_name_the_same_knobs() -> None:
     assert {knob.name for knob in KNOBS} <= set(groups)
 
 
-def test_dump_and_load_round_trip() -> None:
+def test_dump_and_load_round_trip():
     cfg = Config.parse({"attention": {"vision": "sdpa"}, "workload": {"horizon": 50}})
     assert Config.load(cfg.dump()) == cfg
 
@@ -67,7 +65,7 @@ def test_dump_and_load_round_trip() -> None:
         ({"attention": "sdpa"}, ["attention='sdpa'"]),
     ],
 )
-def test_refusals_say_what_was_given_and_what_is_allowed(raw: dict, words: list[str]) -> None:
+def test_refusals_say_what_was_given_and_what_is_allowed(raw, words):
     with pytest.raises(UserError) as error:
         Config.parse(raw)
     message = str(error.value)
@@ -76,7 +74,7 @@ def test_refusals_say_what_was_given_and_what_is_allowed(raw: dict, words: list[
         assert word in message
 
 
-def test_auto_takes_the_full_model_only_where_it_fits() -> None:
+def test_auto_takes_the_full_model_only_where_it_fits():
     def chosen(machine: Machine) -> tuple[str, str]:
         cfg = Config.parse({}).resolved(machine)
         return cfg.model.name, cfg.device
@@ -88,7 +86,7 @@ def test_auto_takes_the_full_model_only_where_it_fits() -> None:
     assert chosen(with_gpu(80_000, cuda=None)) == ("pi0_mini", "cpu")
 
 
-def test_auto_takes_the_model_that_the_checkpoint_holds(tmp_path: Path) -> None:
+def test_auto_takes_the_model_that_the_checkpoint_holds(tmp_path):
     file = tmp_path / "model.safetensors"
     for name, chosen in {
         "state_proj.bias": ("pi0_mini", "pi0"),
@@ -107,19 +105,19 @@ def test_auto_takes_the_model_that_the_checkpoint_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda", "rocm"])
-def test_a_gpu_that_is_not_there_is_refused(device: str) -> None:
+def test_a_gpu_that_is_not_there_is_refused(device):
     with pytest.raises(UserError, match=f"platform={device}"):
         Config.parse({"platform": {"device": device}}).resolved(CPU)
 
 
-def test_more_time_to_measure_than_the_phase_may_take_is_refused() -> None:
+def test_more_time_to_measure_than_the_phase_may_take_is_refused():
     cfg = Config.parse({"measure": {"max_seconds": 30}, "limits": {"measure": 20}})
     with pytest.raises(UserError, match=r"measure\.max_seconds=30 .* limits\.measure=20"):
         cfg.resolved(CPU)
     Config.parse({"measure": {"rel_ci": None}, "limits": {"measure": 20}}).resolved(CPU)
 
 
-def test_the_time_to_measure_follows_the_device_and_an_own_one_stays() -> None:
+def test_the_time_to_measure_follows_the_device_and_an_own_one_stays():
     assert Config.parse({}).resolved(CPU).measure.max_seconds == CPU_SECONDS
     assert Config.parse({}).resolved(with_gpu(80_000)).measure.max_seconds == GPU_SECONDS == 20
     own = Config.parse({"measure": {"max_seconds": CPU_SECONDS}})
@@ -127,12 +125,12 @@ def test_the_time_to_measure_follows_the_device_and_an_own_one_stays() -> None:
     assert own.resolved(with_gpu(80_000)).measure.max_seconds == CPU_SECONDS
 
 
-def test_gpu_number_out_of_range() -> None:
+def test_gpu_number_out_of_range():
     with pytest.raises(UserError, match=r"platform\.gpu=3.*0 to 0"):
         Config.parse({"platform": {"gpu": 3}}).resolved(with_gpu(80_000))
 
 
-def test_hash_follows_what_is_measured_and_nothing_else() -> None:
+def test_hash_follows_what_is_measured_and_nothing_else():
     plain = Config.parse({})
     assert (
         plain.hash() == Config.parse({"limits": {"load": 5}, "tracking": {"mlflow": False}}).hash()
@@ -147,13 +145,13 @@ def test_hash_follows_what_is_measured_and_nothing_else() -> None:
         assert plain.hash() != Config.parse(raw).hash()
 
 
-def test_context_is_shared_by_knobs_only() -> None:
+def test_context_is_shared_by_knobs_only():
     plain = Config.parse({})
     assert plain.context_hash() == Config.parse({"attention": {"vision": "sdpa"}}).context_hash()
     assert plain.context_hash() != Config.parse({"workload": {"horizon": 50}}).context_hash()
 
 
-def test_baseline_is_the_defaults_under_the_same_context() -> None:
+def test_baseline_is_the_defaults_under_the_same_context():
     cfg = Config.parse({"attention": {"vision": "sdpa"}, "workload": {"horizon": 50}})
     assert not cfg.is_baseline()
     assert cfg.baseline().is_baseline()
@@ -161,7 +159,7 @@ def test_baseline_is_the_defaults_under_the_same_context() -> None:
 
 
 @given(st.dictionaries(st.text(max_size=8), st.integers() | st.text(max_size=8), max_size=3))
-def test_wild_mappings_end_in_a_config_or_a_user_error(raw: dict) -> None:
+def test_wild_mappings_end_in_a_config_or_a_user_error(raw):
     try:
         Config.parse(raw)
     except UserError as error:

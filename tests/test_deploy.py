@@ -2,7 +2,6 @@ import dataclasses
 import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ def observation(policy: openpi_opt.ReadyPolicy) -> tuple[Observation, torch.Tens
 
 
 @pytest.fixture
-def presets(tmp_path: Path) -> Path:
+def presets(tmp_path):
     cfg = Config.parse({**SDPA, "precision": {"dtype": "float32"}})
     workload = {"horizon": 4, "steps": 2, "active_cameras": [True, True, False]}
     provenance = {
@@ -46,11 +45,11 @@ def presets(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain() -> openpi_opt.ReadyPolicy:
+def plain():
     return load_policy(overrides=SMALL)
 
 
-def test_a_preset_gives_the_actions_of_the_plain_policy(presets: Path) -> None:
+def test_a_preset_gives_the_actions_of_the_plain_policy(presets):
     policy = load_policy("fast", preset_dir=presets, overrides=["platform=cpu"])
     plain = load_policy(overrides=[*SMALL, "precision=float32"])
     seen, noise = observation(policy)
@@ -59,13 +58,13 @@ def test_a_preset_gives_the_actions_of_the_plain_policy(presets: Path) -> None:
     torch.testing.assert_close(actions, plain.sample_actions(seen, noise), rtol=1e-4, atol=1e-5)
 
 
-def test_noise_is_drawn_when_none_is_given() -> None:
+def test_noise_is_drawn_when_none_is_given():
     policy = load_policy(overrides=SMALL)
     seen, _ = observation(policy)
     assert (policy.sample_actions(seen) - policy.sample_actions(seen)).abs().max() > 1e-3
 
 
-def test_masks_other_than_promised_are_refused(presets: Path) -> None:
+def test_masks_other_than_promised_are_refused(presets):
     policy = load_policy("fast", preset_dir=presets, overrides=["platform=cpu"])
     seen, noise = observation(policy)
     three = Observation(
@@ -75,14 +74,14 @@ def test_masks_other_than_promised_are_refused(presets: Path) -> None:
         policy.sample_actions(three, noise)
 
 
-def test_wrong_shapes_are_named() -> None:
+def test_wrong_shapes_are_named():
     policy = load_policy(overrides=SMALL)
     seen, noise = observation(policy)
     with pytest.raises(ValueError, match=r"noise has shape \[1, 3, 32\]; .* \[1, 4, 32\]"):
         policy.sample_actions(seen, noise[:, :3])
 
 
-def test_openpi_observations() -> None:
+def test_openpi_observations():
     names = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
     pixels = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8)
     data = {
@@ -100,7 +99,7 @@ def test_openpi_observations() -> None:
         Observation.from_openpi({"image": {}, "tokenized_prompt": 0, "tokenized_prompt_mask": 0})
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     """With a checkpoint the model is pi0: the small one's file does not fit."""
     policy = weights.build(PI0_MINI, "cpu")
     weights.init_random(policy, 0)
@@ -113,7 +112,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.state_dict()[name], tensor)
 
 
-def test_the_checkpoint_says_which_model_it_is(tmp_path: Path) -> None:
+def test_the_checkpoint_says_which_model_it_is(tmp_path):
     overrides = ["platform=cpu", "workload.steps=2", "workload.horizon=4", "precision=float32"]
     for model in (PI0_MINI, PI05_MINI):
         saved = weights.build(model, "cpu", steps=2)
@@ -137,13 +136,13 @@ def test_the_checkpoint_says_which_model_it_is(tmp_path: Path) -> None:
         ({"overrides": ["graph=manual", *SMALL]}, "unavailable"),
     ],
 )
-def test_what_cannot_be_loaded_says_why(arguments: dict, words: str) -> None:
+def test_what_cannot_be_loaded_says_why(arguments, words):
     with pytest.raises(UserError, match=words):
         load_policy(**arguments)
 
 
 @pytest.mark.parametrize("key", ["action_horizon", "chunk_size"])
-def test_the_horizon_is_the_checkpoints_unless_it_is_said(key: str, tmp_path: Path) -> None:
+def test_the_horizon_is_the_checkpoints_unless_it_is_said(key, tmp_path):
     saved = weights.build(PI0_MINI, "cpu", steps=2)
     weights.init_random(saved, 1)
     checkpoint.save(saved, tmp_path / "model.safetensors")
@@ -155,8 +154,16 @@ def test_the_horizon_is_the_checkpoints_unless_it_is_said(key: str, tmp_path: Pa
         assert policy.config.workload.horizon == horizon
 
 
-@pytest.mark.usefixtures("shallow")
-def test_threads_share_a_compiled_policy() -> None:
+@pytest.mark.usefixtures("one_layer")
+def test_threads_share_a_compiled_policy(monkeypatch):
+    """Traced by Dynamo, whose guards are what threads meet; code is generated in test_compile."""
+    compile_ = torch.compile
+
+    def traced(function: Any, **settings: Any) -> Any:
+        return compile_(function, fullgraph=True, dynamic=False, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
     policy = load_policy(overrides=[*SMALL, "compile=default", "workload.steps=1"])
     seen, noise = observation(policy)
     states = [torch.full_like(seen.state, float(n)) for n in range(4)]
@@ -196,7 +203,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_no_policy_can_answer_is_refused(name: str, plain: openpi_opt.ReadyPolicy) -> None:
+def test_what_no_policy_can_answer_is_refused(name, plain):
     changed, words = WRONG[name]
     seen, noise = observation(plain)
     fields = {**vars(seen), "noise": noise, **changed}
@@ -204,7 +211,7 @@ def test_what_no_policy_can_answer_is_refused(name: str, plain: openpi_opt.Ready
         plain.sample_actions(Observation(**{k: fields[k] for k in vars(seen)}), fields["noise"])
 
 
-def test_arrays_bytes_and_short_prompts_mean_the_same(plain: openpi_opt.ReadyPolicy) -> None:
+def test_arrays_bytes_and_short_prompts_mean_the_same(plain):
     seen, noise = observation(plain)
     raw = torch.randint(0, 256, (1, 3, 224, 224, 3), dtype=torch.uint8)
     scaled = raw.permute(0, 1, 4, 2, 3).float() / 255 * 2 - 1
@@ -224,9 +231,7 @@ def test_arrays_bytes_and_short_prompts_mean_the_same(plain: openpi_opt.ReadyPol
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_what_the_callers_program_has_switched_changes_nothing(
-    precision: str, tmp_path: Path
-) -> None:
+def test_what_the_callers_program_has_switched_changes_nothing(precision, tmp_path):
     saved = weights.build(PI0_MINI, "cpu", steps=2)
     weights.init_random(saved, 1)
     checkpoint.save(saved, tmp_path / "model.safetensors")
@@ -252,7 +257,7 @@ def test_what_the_callers_program_has_switched_changes_nothing(
     assert torch.equal(other.sample_actions(seen, noise), expected)
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused(tmp_path):
     saved = weights.build(PI0_MINI, "cpu", steps=2)
     weights.init_random(saved, 1)
     saved.state_proj.weight[3, 2] = torch.inf
@@ -261,7 +266,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
         load_policy(checkpoint=tmp_path, overrides=SMALL[1:])
 
 
-def test_warming_up_tells_the_time_of_the_first_answer(plain: openpi_opt.ReadyPolicy) -> None:
+def test_warming_up_tells_the_time_of_the_first_answer(plain):
     first = plain.warm_up()
     assert plain.first_answer_seconds == first > 0
     plain.warm_up()
@@ -269,7 +274,7 @@ def test_warming_up_tells_the_time_of_the_first_answer(plain: openpi_opt.ReadyPo
     assert plain.load_seconds > 0
 
 
-def test_a_flexible_policy_takes_any_prompt_and_admitted_camera() -> None:
+def test_a_flexible_policy_takes_any_prompt_and_admitted_camera():
     workload = ["workload=any_prompt", "workload.active_cameras=[true,true,false]"]
     policy = load_policy(overrides=[*SMALL, *workload, "attention=sdpa"])
     seen, noise = observation(policy)
@@ -297,9 +302,7 @@ def test_a_flexible_policy_takes_any_prompt_and_admitted_camera() -> None:
         ({"prefix": "model.", "config": {"type": "pi0", "dtype": "bfloat16"}}, "bfloat16"),
     ],
 )
-def test_rotary_frequencies_are_those_of_the_checkpoints_origin(
-    origin: dict[str, Any], rope: str, tmp_path: Path
-) -> None:
+def test_rotary_frequencies_are_those_of_the_checkpoints_origin(origin, rope, tmp_path):
     saved = weights.build(PI0_MINI, "cpu", steps=2)
     weights.init_random(saved, 1)
     tensors = {origin.get("prefix", "") + name: t for name, t in saved.state_dict().items()}

@@ -1,7 +1,5 @@
 """Every test that a document names is there."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -12,7 +10,7 @@ DOCS = TESTS.parent / "docs"
 
 
 @pytest.mark.parametrize(("document", "least"), [("engine.md", 50), ("measurement.md", 90)])
-def test_every_test_that_is_named_exists(document: str, least: int) -> None:
+def test_every_test_that_is_named_exists(document, least):
     text = (DOCS / document).read_text(encoding="utf-8")
     source, named = "", 0
     for file, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", text):

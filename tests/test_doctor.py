@@ -1,7 +1,5 @@
 """The findings on made-up machines, and the command on this one with and without its packages."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -50,7 +48,7 @@ def host(
 
 
 @pytest.fixture(autouse=True)
-def _libraries_of_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
+def _libraries_of_drivers(monkeypatch):
     for name in ("pynvml", "amdsmi"):
         monkeypatch.setitem(sys.modules, name, None)
 
@@ -71,7 +69,7 @@ def only(where: Host, name: str) -> Finding:
     return finding
 
 
-def test_every_finding_that_is_not_ok_has_a_mend(tmp_path: Path) -> None:
+def test_every_finding_that_is_not_ok_has_a_mend(tmp_path):
     made = machine(MI300X, H100)
     environ = {name.rstrip("*"): "1" for name, _, _ in HAZARDS}
     for finding in audit.audit(host(tmp_path, made, environ)):
@@ -83,17 +81,17 @@ def test_every_finding_that_is_not_ok_has_a_mend(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "status"), [("1", "warning"), ("0", "ok"), ("2", "warning")])
-def test_numa_balancing(value: str, status: str, tmp_path: Path) -> None:
+def test_numa_balancing(value, status, tmp_path):
     write(tmp_path / "proc/sys/kernel/numa_balancing", value + "\n")
     finding = only(host(tmp_path, machine()), "NUMA balancing")
     assert finding.status == status
 
 
-def test_a_kernel_without_numa_balancing_is_not_mentioned(tmp_path: Path) -> None:
+def test_a_kernel_without_numa_balancing_is_not_mentioned(tmp_path):
     assert not found(host(tmp_path, machine()), "NUMA balancing")
 
 
-def test_governor(tmp_path: Path) -> None:
+def test_governor(tmp_path):
     for cpu, name in (("cpu0", "performance"), ("cpu1", "powersave")):
         write(tmp_path / f"sys/devices/system/cpu/{cpu}/cpufreq/scaling_governor", name)
     finding = only(host(tmp_path, machine()), "CPU governor")
@@ -101,14 +99,14 @@ def test_governor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("load", "status"), [("0.4", "ok"), ("1.0", "ok"), ("11.8", "warning")])
-def test_load(load: str, status: str, tmp_path: Path) -> None:
+def test_load(load, status, tmp_path):
     write(tmp_path / "proc/loadavg", f"{load} 10.99 12.20 3/400 1234\n")
     finding = only(host(tmp_path, machine()), "load")
     assert finding.status == status
     assert "on 2 cores" in finding.what
 
 
-def test_the_disk_that_a_first_sweep_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_that_a_first_sweep_takes(tmp_path, monkeypatch):
     for free, on_cpu, on_gpu in (
         (2**40, "ok", "ok"),
         (2**28, "ok", "warning"),
@@ -126,7 +124,7 @@ def pci(root: Path, vendor: str, kind: str = "0x030200") -> None:
     write(root / "sys/bus/pci/devices/0000:01:00.0/class", kind)
 
 
-def test_a_gpu_without_its_driver_is_a_problem(tmp_path: Path) -> None:
+def test_a_gpu_without_its_driver_is_a_problem(tmp_path):
     pci(tmp_path, "0x10de")
     finding = only(host(tmp_path, machine(), nvml=FakeNvml()), "nvidia")
     assert (finding.status, "driver" in finding.what) == ("problem", True)
@@ -138,7 +136,7 @@ def test_a_gpu_without_its_driver_is_a_problem(tmp_path: Path) -> None:
     assert not found(host(tmp_path, machine()), "amdgpu")
 
 
-def test_a_hidden_gpu_is_not_a_broken_one(tmp_path: Path) -> None:
+def test_a_hidden_gpu_is_not_a_broken_one(tmp_path):
     pci(tmp_path, "0x10de")
     hidden = host(tmp_path, machine(), {"CUDA_VISIBLE_DEVICES": ""})
     assert not found(hidden, "nvidia")
@@ -146,18 +144,18 @@ def test_a_hidden_gpu_is_not_a_broken_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may open anything")
-def test_kfd_must_be_open_to_the_user(tmp_path: Path) -> None:
+def test_kfd_must_be_open_to_the_user(tmp_path):
     write(tmp_path / "dev/kfd").chmod(0o000)
     assert only(host(tmp_path, machine(MI300X)), "amdgpu").status == "problem"
 
 
-def test_a_profiler_that_loses_kernels(tmp_path: Path) -> None:
+def test_a_profiler_that_loses_kernels(tmp_path):
     old = TorchBuild("2.9.0+rocm6.4", None, "6.4.43482")
     assert only(host(tmp_path, machine(MI300X, torch=old)), "roctracer").status == "warning"
     assert not found(host(tmp_path, machine(MI300X, torch=ROCM)), "roctracer")
 
 
-def test_power_and_processes_of_nvidia(tmp_path: Path) -> None:
+def test_power_and_processes_of_nvidia(tmp_path):
     made = machine(H100, torch=CUDA)
     nvml = FakeNvml()
     nvml.pids = [os.getpid()]
@@ -174,7 +172,7 @@ def test_power_and_processes_of_nvidia(tmp_path: Path) -> None:
     assert not found(silent, "power cap") + found(silent, "other processes")
 
 
-def test_what_the_probe_was_not_told_is_named(tmp_path: Path) -> None:
+def test_what_the_probe_was_not_told_is_named(tmp_path):
     lost = Trouble("NVIDIA GPU 3", "does not answer: GPU is lost", "reset it")
     shared = replace(H100, memory_mib=None)
     made = replace(machine(shared, torch=CUDA), troubles=(lost,), quota=1.5)
@@ -186,9 +184,7 @@ def test_what_the_probe_was_not_told_is_named(tmp_path: Path) -> None:
     assert not found(alone, "gpu"), "it has one"
 
 
-def test_amdsmi_without_its_library_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_amdsmi_without_its_library_is_named(tmp_path, monkeypatch):
     write(tmp_path / "amdsmi.py", "{}['libamd_smi.so']")
     monkeypatch.syspath_prepend(tmp_path)
     del sys.modules["amdsmi"]
@@ -196,7 +192,7 @@ def test_amdsmi_without_its_library_is_named(
     assert "cannot be imported: KeyError" in finding.what
 
 
-def test_power_and_processes_of_amd(tmp_path: Path) -> None:
+def test_power_and_processes_of_amd(tmp_path):
     device = tmp_path / "sys/class/drm/renderD128/device"
     write(device / "vendor", "0x1002\n")
     write(device / "hwmon/hwmon3/power1_cap", "650000000\n")
@@ -212,7 +208,7 @@ def test_power_and_processes_of_amd(tmp_path: Path) -> None:
 # --- packages -------------------------------------------------------------------------------------
 
 
-def test_what_is_required_is_what_the_package_declares() -> None:
+def test_what_is_required_is_what_the_package_declares():
     text = (ROOT / "pyproject.toml").read_text()
     block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S)
     assert block
@@ -223,7 +219,7 @@ def test_what_is_required_is_what_the_package_declares() -> None:
     assert ((3, int(python[1])), (3, int(python[2]))) == audit.PYTHONS
 
 
-def test_an_old_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_and_a_missing_package(tmp_path, monkeypatch):
     listed = (("numpy", "numpy", "999"), ("nowhere", "nowhere_to_be_found", "1"))
     monkeypatch.setattr(audit, "REQUIRED", listed)
     where = host(tmp_path, machine())
@@ -242,14 +238,12 @@ def test_an_old_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.Monkey
         (H100, ROCM, "problem"),
     ],
 )
-def test_torch_must_be_built_for_the_gpu(
-    gpu: Gpu, torch: TorchBuild, status: str, tmp_path: Path
-) -> None:
+def test_torch_must_be_built_for_the_gpu(gpu, torch, status, tmp_path):
     where = host(tmp_path, machine(gpu, torch=torch), nvml=FakeNvml())
     assert only(where, "torch build").status == status
 
 
-def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert only(host(tmp_path, machine(MI300X, torch=ROCM)), "C compiler").status == "problem"
     assert only(host(tmp_path, machine()), "C compiler").status == "warning"
@@ -258,7 +252,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 UNRELATED = AiterPackage("unrelated", "0.13.20191203", "/x/aiter")
 
 
-def test_the_wrong_aiter(tmp_path: Path) -> None:
+def test_the_wrong_aiter(tmp_path):
     amd = only(host(tmp_path, machine(MI300X, torch=ROCM, aiter=UNRELATED)), "aiter")
     assert amd.status == "problem"
     assert "pip uninstall aiter" in amd.mend
@@ -279,7 +273,7 @@ def aiter_host(root: Path, environ: Mapping[str, str] | None = None) -> Host:
     return host(root, machine(gpu, torch=ROCM, aiter=package), environ)
 
 
-def test_a_table_without_rows_for_this_gpu(tmp_path: Path) -> None:
+def test_a_table_without_rows_for_this_gpu(tmp_path):
     """The architecture is not enough: rows for the 80 units of another gfx942 never match."""
     file = write(tmp_path / "aiter/configs/bf16_tuned_gemm.csv", NEW)
     assert "empty" in only(aiter_host(tmp_path), TABLE).what
@@ -294,7 +288,7 @@ def test_a_table_without_rows_for_this_gpu(tmp_path: Path) -> None:
     assert finding.what == "1 of 4 rows for gfx942 with 304 compute units"
 
 
-def test_the_table_that_the_environment_names(tmp_path: Path) -> None:
+def test_the_table_that_the_environment_names(tmp_path):
     write(tmp_path / "aiter/configs/bf16_tuned_gemm.csv", f"{NEW}gfx942,304,{ROW}")
     mine = write(tmp_path / "mine.csv", "M,N\n")
     named = aiter_host(tmp_path, {"AITER_CONFIG_GEMM_BF16": str(mine)})
@@ -309,7 +303,7 @@ def test_the_table_that_the_environment_names(tmp_path: Path) -> None:
 # --- environment ----------------------------------------------------------------------------------
 
 
-def test_conflicting_variables(tmp_path: Path) -> None:
+def test_conflicting_variables(tmp_path):
     environ = {
         "TORCHINDUCTOR_MAX_AUTOTUNE": "1",
         "TORCHINDUCTOR_MAX_AUTOTUNE_POINTWISE": "1",
@@ -332,13 +326,13 @@ def test_conflicting_variables(tmp_path: Path) -> None:
     assert only(host(tmp_path, machine()), "variables").status == "ok"
 
 
-def test_a_sweep_really_clears_them() -> None:
+def test_a_sweep_really_clears_them():
     """The finding says so."""
     names = [name.rstrip("*") for name, _, _ in HAZARDS]
     assert cleared_names(dict.fromkeys(names, "1")) == sorted(names)
 
 
-def test_what_the_environment_knob_refuses_is_looked_for() -> None:
+def test_what_the_environment_knob_refuses_is_looked_for():
     slow = {n for n in REFUSED if n.endswith(("_BLOCKING", "_KERNEL", "_COPY"))}
     assert slow <= {name for name, _, _ in HAZARDS}
 
@@ -346,9 +340,7 @@ def test_what_the_environment_knob_refuses_is_looked_for() -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def test_a_problem_is_exit_code_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_problem_is_exit_code_1(monkeypatch, capsys, tmp_path):
     where = host(tmp_path, machine(MI300X, torch=CUDA))
     monkeypatch.setattr(doctor, "this_host", lambda: where)
     assert doctor.main(["--json"]) == 1
@@ -369,7 +361,7 @@ def command(*arguments: str, path: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_with_nothing_but_python(tmp_path: Path) -> None:
+def test_with_nothing_but_python(tmp_path):
     """-S: no site-packages at all, as in a Python that was just unpacked."""
     shutil.copytree(
         package_dir(), tmp_path / "openpi_opt", ignore=shutil.ignore_patterns("__pycache__")
@@ -387,7 +379,7 @@ def test_with_nothing_but_python(tmp_path: Path) -> None:
     assert findings["python"]["status"] == "ok"
 
 
-def test_here_no_heavy_package_is_imported() -> None:
+def test_here_no_heavy_package_is_imported():
     code = (
         "import sys; from openpi_opt.doctor import main; main([]); "
         "heavy = {'torch', 'pydantic', 'numpy', 'rich', 'mlflow'} & set(sys.modules); "

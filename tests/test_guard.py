@@ -40,7 +40,7 @@ def obtained(policy: Pi0Policy, inputs: list[Inputs], cfg: Config, folder: Path)
     return references.obtain(policy, cases, inputs[:1], cfg, "test", folder)
 
 
-def test_distances_are_those_of_the_definition() -> None:
+def test_distances_are_those_of_the_definition():
     reference = torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]]], dtype=torch.float32)
     actual = reference + torch.tensor([[[0.0, 0.5]], [[0.0, 1.0]]])
     found = guard.distance(actual, reference)
@@ -50,7 +50,7 @@ def test_distances_are_those_of_the_definition() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_has_no_distance(bad: float) -> None:
+def test_what_is_not_finite_has_no_distance(bad):
     reference = torch.ones(1, 2, 3)
     assert guard.distance(reference * bad, reference).rel_l2 is None
     assert guard.distance(torch.ones(1, 2, 4), reference).rel_l2 is None
@@ -59,16 +59,12 @@ def test_what_is_not_finite_has_no_distance(bad: float) -> None:
 @pytest.mark.parametrize(
     ("plain", "expected"), [(0.0, 1e-5), (0.004, 0.008), (0.2, 0.05), (1e-6, 1e-5)]
 )
-def test_tolerance_follows_the_plain_distance_between_floor_and_cap(
-    plain: float, expected: float
-) -> None:
+def test_tolerance_follows_the_plain_distance_between_floor_and_cap(plain, expected):
     assert guard.tolerance(Guard(), plain) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_plain_policy_passes_and_stale_or_broken_ones_do_not(
-    tmp_path: Path, precision: str
-) -> None:
+def test_the_plain_policy_passes_and_stale_or_broken_ones_do_not(tmp_path, precision):
     cfg = config(precision)
     policy, inputs = setup(cfg)
     reference = obtained(policy, inputs, cfg, tmp_path)
@@ -91,7 +87,7 @@ def test_the_plain_policy_passes_and_stale_or_broken_ones_do_not(
     assert passed == {"plain": True, "stale": False, "nan": False, "zeros": False, "noise": False}
 
 
-def test_a_call_that_remembers_the_one_before_is_caught(tmp_path: Path) -> None:
+def test_a_call_that_remembers_the_one_before_is_caught(tmp_path):
     """The first input comes again at the end: right answers in a row are not enough."""
     cfg = config("float32")
     policy, inputs = setup(cfg)
@@ -106,9 +102,7 @@ def test_a_call_that_remembers_the_one_before_is_caught(tmp_path: Path) -> None:
     assert not guard.check(wears_out, inputs, reference, cfg.guard).passed
 
 
-def test_reference_is_computed_once_and_for_every_precision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reference_is_computed_once_and_for_every_precision(tmp_path, monkeypatch):
     computed: list[torch.dtype] = []
     original = references.plain_actions
 

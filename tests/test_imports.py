@@ -1,7 +1,5 @@
 """The modules of the package import each other in no circle."""
 
-from __future__ import annotations
-
 import ast
 import graphlib
 from collections.abc import Iterator
@@ -37,13 +35,13 @@ def graph(root: Path) -> dict[str, set[str]]:
     return {name: {*at_import(tree.body)} & {*files} - {name} for name, tree in trees.items()}
 
 
-def test_no_circle() -> None:
+def test_no_circle():
     found = graph(package_dir())
     assert len(found) > 200
     list(graphlib.TopologicalSorter(found).static_order())
 
 
-def test_a_circle_would_be_found() -> None:
+def test_a_circle_would_be_found():
     found = graph(package_dir())
     found["openpi_opt.errors"].add("openpi_opt.knobs")
     with pytest.raises(graphlib.CycleError):

@@ -1,9 +1,6 @@
 """Two instances of a real policy on one CPU, and one that cannot start."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 from quick import SMALL
@@ -15,7 +12,7 @@ from openpi_opt.instances import _added
 MINI = ["experiment=instances", *SMALL, "guard.inputs=2"]
 
 
-def test_two_instances_share_a_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_instances_share_a_machine(tmp_path, capsys):
     words = [*MINI, "counts=1,2", "seconds=2", f"out={tmp_path}"]
     assert sweep.main(words) == 0
     one, two = json.loads((tmp_path / "instances.json").read_text())["loads"]
@@ -29,9 +26,7 @@ def test_two_instances_share_a_machine(tmp_path: Path, capsys: pytest.CaptureFix
     assert not list((tmp_path / "logs").glob("*.go"))
 
 
-def test_an_instance_that_fails_is_said_and_ends_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_instance_that_fails_is_said_and_ends_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPENPI_OPT_PASS_ENV", "PYTHONPATH")
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nif '--verify' in sys.argv: sys.exit('CUDA out of memory')\n"
@@ -42,7 +37,7 @@ def test_an_instance_that_fails_is_said_and_ends_the_others(
     assert len(json.loads((tmp_path / "out" / "instances.json").read_text())["loads"]) == 1
 
 
-def test_throughput_adds_and_latencies_are_of_all() -> None:
+def test_throughput_adds_and_latencies_are_of_all():
     answers = [
         {"samples_ms": [10.0] * 30, "peak_mib": 5.0},
         {"samples_ms": [20.0] * 10, "peak_mib": 7.0},
@@ -59,6 +54,6 @@ def test_throughput_adds_and_latencies_are_of_all() -> None:
 
 
 @pytest.mark.parametrize("word", ["counts=0", "seconds=0", "blas=nothing"])
-def test_bad_words_are_refused(word: str, tmp_path: Path) -> None:
+def test_bad_words_are_refused(word, tmp_path):
     with pytest.raises(UserError):
         sweep.main([*MINI, word, f"out={tmp_path}"])

@@ -1,7 +1,5 @@
 """Ctrl-C at awkward moments of small programs, in processes of their own."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -58,23 +56,23 @@ class Program:
 
 
 @pytest.fixture
-def program(tmp_path: Path) -> Program:
+def program(tmp_path):
     return Program(tmp_path)
 
 
-def test_an_import_is_ended_first(program: Program) -> None:
+def test_an_import_is_ended_first(program):
     """What becomes another exception amid an import, as with pydantic, does not come to it."""
     main = "def main():\n    from prog import torso\n    time.sleep(60)\n"
     torso = "try:\n    press()\n    time.sleep(0.3)\nexcept BaseException:\n    raise ValueError\n"
     assert program.run(main, torso + "print('whole')\n") == (130, "whole\n", KEPT)
 
 
-def test_the_next_import_is_not_begun(program: Program) -> None:
+def test_the_next_import_is_not_begun(program):
     main = "def main():\n    from prog import torso\n    time.sleep(.2)\n    import prog.none\n"
     assert program.run(main, "press()\n") == (130, "", KEPT)
 
 
-def test_two_end_an_import(program: Program) -> None:
+def test_two_end_an_import(program):
     main = "def main():\n    from prog import torso\n"
     code, out, err = program.run(main, "press()\nprint('on')\npress()\ntime.sleep(60)\n")
     assert (code, out, err) == (130, "on\n", KEPT)
@@ -94,13 +92,13 @@ def test_two_end_an_import(program: Program) -> None:
     ],
     ids=["destructor", "swallowed", "weakref", "callback"],
 )
-def test_it_is_not_lost(program: Program, main: str) -> None:
+def test_it_is_not_lost(program, main):
     code, out, err = program.run(f"def main():\n{main}    time.sleep(60)\n")
     assert (code, out, err) == (130, "", KEPT)
     assert program.seconds < 30
 
 
-def test_what_it_became_is_told_in_a_line(program: Program) -> None:
+def test_what_it_became_is_told_in_a_line(program):
     main = "def main():\n    try:\n        press()\n    except BaseException:\n"
     code, out, err = program.run(main + "        raise RuntimeError('a\\ndefect')\n")
     assert (code, out) == (130, "")
@@ -108,7 +106,7 @@ def test_what_it_became_is_told_in_a_line(program: Program) -> None:
     assert len(err.splitlines()) == 1
 
 
-def test_clearing_up_is_not_disturbed_but_by_the_second(program: Program) -> None:
+def test_clearing_up_is_not_disturbed_but_by_the_second(program):
     main = "def main():\n    try:\n        press()\n    finally:\n"
     calm = "        time.sleep(0.5)\n        print('clean')\n"
     assert program.run(main + calm) == (130, "clean\n", KEPT)
@@ -116,7 +114,7 @@ def test_clearing_up_is_not_disturbed_but_by_the_second(program: Program) -> Non
     assert program.seconds < 30
 
 
-def test_before_and_after_main(program: Program) -> None:
+def test_before_and_after_main(program):
     early = "press()\ntime.sleep(60)\ndef main():\n    return 0\n"
     assert program.run(early) == (130, "", "interrupted: nothing was begun\n")
     late = "def main():\n    return 0\n@atexit.register\ndef late():\n    press()\n"
@@ -124,7 +122,7 @@ def test_before_and_after_main(program: Program) -> None:
     assert program.run(late + "    press()\n    time.sleep(60)\n") == (130, "", KEPT)
 
 
-def test_a_closed_terminal_counts_once_and_may_be_ignored(program: Program) -> None:
+def test_a_closed_terminal_counts_once_and_may_be_ignored(program):
     """A shell sends SIGHUP once more than the kernel; nohup ignores it."""
     main = "def main():\n    try:\n        press(signal.SIGHUP)\n    finally:\n"
     main += "        press(signal.SIGHUP)\n        print('clean')\n    return 0\n"
@@ -136,13 +134,11 @@ def test_a_closed_terminal_counts_once_and_may_be_ignored(program: Program) -> N
     assert program.run(main, before=nohup) == (0, "clean\n", "")
 
 
-def test_sigterm_ends_as_ctrl_c_does(program: Program) -> None:
+def test_sigterm_ends_as_ctrl_c_does(program):
     assert program.run("def main():\n    press(signal.SIGTERM)\n") == (130, "", KEPT)
 
 
-def test_a_defect_keeps_its_traceback_and_programs_that_use_the_package_their_handlers(
-    tmp_path: Path,
-) -> None:
+def test_a_defect_keeps_its_traceback_and_programs_that_use_the_package_their_handlers(tmp_path):
     code = "import openpi_opt, signal; print(signal.getsignal(signal.SIGINT).__name__); 1 / 0"
     env = os.environ | {"PYTHONPATH": str(package_dir().parent)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

@@ -1,7 +1,5 @@
 """What a machine tells, and machines that tell only half of it: each probe may fail alone."""
 
-from __future__ import annotations
-
 import importlib
 import subprocess
 import sys
@@ -25,7 +23,7 @@ CHOOSING = {name for vendor in VENDORS for name in vendor.visibility}
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _nothing_is_chosen(monkeypatch, tmp_path):
     for name in CHOOSING:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(amd, "KFD_NODES", tmp_path / "no kfd")
@@ -55,9 +53,7 @@ def with_nvml(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml) -> FakeNvml:
 # --- NVIDIA ---------------------------------------------------------------------------------------
 
 
-def test_a_gpu_that_tells_no_memory_is_used_with_the_host_s(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_gpu_that_tells_no_memory_is_used_with_the_host_s(monkeypatch):
     with_nvml(monkeypatch, FakeNvml(1, "nvmlDeviceGetMemoryInfo nvmlDeviceGetPciInfo"))
     found = machine.probe()
     assert [gpu.memory_mib for gpu in found.gpus] == [None]
@@ -67,9 +63,7 @@ def test_a_gpu_that_tells_no_memory_is_used_with_the_host_s(
         assert Config.parse({}).resolved(there).model.name == name
 
 
-def test_a_lost_gpu_is_named_and_the_others_are_used(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_lost_gpu_is_named_and_the_others_are_used(monkeypatch, capsys):
     with_nvml(monkeypatch, FakeNvml(8, lost=(3,)))
     assert [gpu.index for gpu in cli.this_machine().gpus] == [0, 1, 2, 4, 5, 6, 7]
     said = capsys.readouterr().err
@@ -80,9 +74,7 @@ def test_a_lost_gpu_is_named_and_the_others_are_used(
 
 
 @pytest.mark.parametrize("silent", ["nvmlDeviceGetUUID", "nvmlDeviceGetName nvmlDeviceGetUUID"])
-def test_gpus_without_a_uuid_have_the_names_of_their_places(
-    monkeypatch: pytest.MonkeyPatch, silent: str
-) -> None:
+def test_gpus_without_a_uuid_have_the_names_of_their_places(monkeypatch, silent):
     with_nvml(monkeypatch, FakeNvml(2, silent))
     gpus = machine.probe().gpus
     assert [gpu.uuid for gpu in gpus] == ["PCI-0000:00:00.0", "PCI-0000:01:00.0"]
@@ -95,9 +87,7 @@ def test_gpus_without_a_uuid_have_the_names_of_their_places(
     ("chosen", "gpus"),
     [("0", [0]), ("2,0", [2, 0]), ("0,-1,1", [0]), ("0,9", [0]), ("", []), ("-1", [])],
 )
-def test_a_choice_is_read_as_cuda_reads_it(
-    monkeypatch: pytest.MonkeyPatch, chosen: str, gpus: list[int]
-) -> None:
+def test_a_choice_is_read_as_cuda_reads_it(monkeypatch, chosen, gpus):
     with_nvml(monkeypatch, FakeNvml(8))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     found = machine.probe()
@@ -109,9 +99,7 @@ def test_a_choice_is_read_as_cuda_reads_it(
 @pytest.mark.parametrize(
     "chosen", ["9", "MIG-12345678-aaaa", "GPU-nowhere", "all", "0 1", "GPU-", "GPU-a"]
 )
-def test_a_choice_of_no_gpu_is_an_error_and_never_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, chosen: str
-) -> None:
+def test_a_choice_of_no_gpu_is_an_error_and_never_the_cpu(monkeypatch, chosen):
     with_nvml(monkeypatch, FakeNvml(8))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     for raw in ({}, {"platform": {"device": "cuda"}}):
@@ -123,7 +111,7 @@ def test_a_choice_of_no_gpu_is_an_error_and_never_the_cpu(
     assert on_cpu.device == "cpu"
 
 
-def test_instances_of_a_gpu_in_mig_mode_stand_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instances_of_a_gpu_in_mig_mode_stand_for_it(monkeypatch):
     nvml = with_nvml(monkeypatch, FakeNvml(2))
     nvml.mig = (1,)
     assert [gpu.uuid for gpu in machine.probe().gpus] == ["GPU-abc0", "MIG-abc1/0", "MIG-abc1/1"]
@@ -134,9 +122,7 @@ def test_instances_of_a_gpu_in_mig_mode_stand_for_it(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("value", "quiet"), [(9, True), (12, True), (18, False)])
-def test_a_driver_that_is_there_and_cannot_be_used_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, value: int, quiet: bool
-) -> None:
+def test_a_driver_that_is_there_and_cannot_be_used_is_an_error(monkeypatch, value, quiet):
     with_nvml(monkeypatch, FakeNvml()).init_error = value
     found = machine.probe()
     if quiet:
@@ -146,9 +132,7 @@ def test_a_driver_that_is_there_and_cannot_be_used_is_an_error(
         found.usable_device()
 
 
-def test_a_gpu_that_the_installed_torch_cannot_use_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gpu_that_the_installed_torch_cannot_use_is_said(monkeypatch, capsys):
     with_nvml(monkeypatch, FakeNvml(1))
     monkeypatch.setattr(machine, "_torch_build", lambda: TorchBuild("2.13.0+cpu", None, None))
     assert cli.this_machine().usable_device() == "cpu"
@@ -158,7 +142,7 @@ def test_a_gpu_that_the_installed_torch_cannot_use_is_said(
 # --- AMD ------------------------------------------------------------------------------------------
 
 
-def test_amd_gpus_are_read_from_the_kernel(tmp_path: Path) -> None:
+def test_amd_gpus_are_read_from_the_kernel(tmp_path):
     kfd_node(tmp_path, 0, {"simd_count": 0, "cpu_cores_count": 64})
     kfd_gpu(tmp_path, 1, unique_id=255, location_id=0x2300, domain=1)
     kfd_gpu(tmp_path, 2, gfx_target_version=90500)
@@ -176,16 +160,14 @@ def test_amd_gpus_are_read_from_the_kernel(tmp_path: Path) -> None:
     [(0, 0, 0), (7, 7, 8), (7, 7, 7)],
 )
 @pytest.mark.parametrize("places", [(0x100, 0x200, 0x300), (0x100, 0x100, 0x100), (0, 0, 0)])
-def test_gpus_with_the_same_or_no_id_are_told_apart(
-    tmp_path: Path, serials: tuple[int, ...], places: tuple[int, ...]
-) -> None:
+def test_gpus_with_the_same_or_no_id_are_told_apart(tmp_path, serials, places):
     for number, (serial, place) in enumerate(zip(serials, places, strict=True)):
         kfd_gpu(tmp_path, number, unique_id=serial, location_id=place)
     gpus, _ = amd.kfd_gpus(tmp_path)
     assert len({gpu.uuid for gpu in gpus}) == 3
 
 
-def test_a_node_without_an_architecture_is_named(tmp_path: Path) -> None:
+def test_a_node_without_an_architecture_is_named(tmp_path):
     kfd_gpu(tmp_path, 1, unique_id=5)
     kfd_node(tmp_path, 2, {"simd_count": 1216})
     gpus, (trouble,) = amd.kfd_gpus(tmp_path)
@@ -193,7 +175,7 @@ def test_a_node_without_an_architecture_is_named(tmp_path: Path) -> None:
     assert "does not tell its architecture" in str(trouble)
 
 
-def test_hip_counts_what_rocr_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hip_counts_what_rocr_shows(tmp_path, monkeypatch):
     for number in range(4):
         kfd_gpu(tmp_path, number, unique_id=number + 1)
     monkeypatch.setattr(amd, "KFD_NODES", tmp_path)
@@ -212,7 +194,7 @@ def test_hip_counts_what_rocr_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # --- CPU and containers ---------------------------------------------------------------------------
 
 
-def test_quotas_of_containers(tmp_path: Path) -> None:
+def test_quotas_of_containers(tmp_path):
     own = tmp_path / "cgroup"
     root = tmp_path / "fs"
     (root / "kube" / "pod").mkdir(parents=True)
@@ -235,7 +217,7 @@ def test_quotas_of_containers(tmp_path: Path) -> None:
     assert cpu.quota(root, tmp_path / "none") is None
 
 
-def test_threads_stay_within_the_quota() -> None:
+def test_threads_stay_within_the_quota():
     there = Machine((), CUDA, "x", 64, 1, quota=4.0)
     assert [there.threads(cores) for cores in (64, 32, 16, 8)] == [4, 2, 1, 1]
     cfg = Config.parse({"platform": {"device": "cpu"}})
@@ -249,7 +231,7 @@ def test_threads_stay_within_the_quota() -> None:
 # --- the registry ---------------------------------------------------------------------------------
 
 
-def test_every_vendor_has_its_option_and_its_own_device() -> None:
+def test_every_vendor_has_its_option_and_its_own_device():
     options = {path.stem for path in (conf_dir() / "platform").glob("*.yaml")}
     devices = [vendor.device for vendor in VENDORS]
     assert options == {"auto", *devices}
@@ -261,7 +243,7 @@ def test_every_vendor_has_its_option_and_its_own_device() -> None:
             assert chosen not in vendor.outer_visibility
 
 
-def test_an_entry_named_twice_ends_the_list() -> None:
+def test_an_entry_named_twice_ends_the_list():
     gpus = [Gpu(n, f"GPU-abc{n}", "x", "amd", "gfx942", 1, "1") for n in range(3)]
     found = select(gpus, "ROCR_VISIBLE_DEVICES", "GPU-abc1,1,2")
     assert found.gpus == [gpus[1]]
@@ -272,9 +254,7 @@ def test_an_entry_named_twice_ends_the_list() -> None:
 
 
 @pytest.mark.parametrize(("is_amd", "kind"), [(True, "amd"), (False, "unrelated")])
-def test_the_unrelated_aiter_is_told_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_amd: bool, kind: str
-) -> None:
+def test_the_unrelated_aiter_is_told_apart(tmp_path, monkeypatch, is_amd, kind):
     package = tmp_path / "aiter"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
@@ -290,7 +270,7 @@ def test_the_unrelated_aiter_is_told_apart(
         assert found.version == "0.1.20"
 
 
-def test_probe_does_not_import_torch() -> None:
+def test_probe_does_not_import_torch():
     code = (
         "import sys; from openpi_opt import config, machine, preset; machine.probe();"
         "sys.exit('torch' in sys.modules)"
@@ -298,7 +278,7 @@ def test_probe_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_probe_reads_the_torch_build(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_reads_the_torch_build(monkeypatch):
     import torch
 
     monkeypatch.undo()

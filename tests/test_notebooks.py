@@ -1,7 +1,5 @@
 """The notebooks run from their first cell to their last, and are stored with outputs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -13,12 +11,12 @@ FEWER = ("workload.steps=1", ONE_CAMERA, *MEASURE, "tracking=none")
 NAMES = ["01-read-a-study", "02-where-the-time-goes", "03-plan-a-sweep"]
 
 
-def test_every_notebook_is_tried() -> None:
+def test_every_notebook_is_tried():
     assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_stored_with_outputs_and_without_errors(name: str) -> None:
+def test_it_is_stored_with_outputs_and_without_errors(name):
     cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_bytes())["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
     assert len(outputs) >= 3
@@ -27,7 +25,7 @@ def test_it_is_stored_with_outputs_and_without_errors(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # the kernel's own libraries
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs(name, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))

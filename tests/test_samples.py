@@ -21,7 +21,7 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @given(st.lists(FINITE, max_size=50) | st.lists(st.floats(width=32, allow_nan=False), max_size=50))
-def test_what_is_written_is_what_is_read(values: list[float]) -> None:
+def test_what_is_written_is_what_is_read(values):
     if not np.isfinite(values).all():
         with pytest.raises(ValueError, match="NaN or infinity"):
             unpack_text(values)
@@ -33,7 +33,7 @@ def unpack_text(values: list[float]) -> list[float]:
     return Document.model_validate_json(Document(values=values).model_dump_json()).values
 
 
-def test_the_recipe_in_the_documentation_reads_it() -> None:
+def test_the_recipe_in_the_documentation_reads_it():
     values = [16.04, 15.9, 16.125]
     document = json.loads(Document(values=values).model_dump_json())["values"]
     raw = zlib.decompress(base64.b64decode(document["data"]))
@@ -41,13 +41,13 @@ def test_the_recipe_in_the_documentation_reads_it() -> None:
     assert document["count"] == 3
 
 
-def test_float32_where_nothing_is_lost() -> None:
+def test_float32_where_nothing_is_lost():
     assert pack([0.5, 16.25])["dtype"] == "<f4"
     assert pack([0.1])["dtype"] == "<f8"
     assert pack([1e300])["dtype"] == "<f8"
 
 
-def test_plain_lists_are_read_and_python_sees_a_list() -> None:
+def test_plain_lists_are_read_and_python_sees_a_list():
     assert Document.model_validate_json('{"values": [1, 2.5]}').values == [1.0, 2.5]
     assert Document(values=[1.0]).model_dump() == {"values": [1.0]}
 
@@ -80,12 +80,12 @@ BOMB = base64.b64encode(zlib.compress(bytes(50_000_000))).decode()
         None,
     ],
 )
-def test_damage_is_a_validation_error(value: Any) -> None:
+def test_damage_is_a_validation_error(value):
     with pytest.raises(ValidationError):
         Document.model_validate_json(json.dumps({"values": value}))
 
 
-def test_a_small_text_cannot_fill_the_memory() -> None:
+def test_a_small_text_cannot_fill_the_memory():
     document = json.dumps({"values": damaged(data=BOMB)})
     tracemalloc.start()
     try:

@@ -3,12 +3,9 @@
 A real sweep with tokens in its environment is in `process/test_survives.py`.
 """
 
-from __future__ import annotations
-
 import ast
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -67,9 +64,9 @@ def _safe(name: str) -> str:
     return "True" if name == "torch.load" else "False"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_source_runs_what_it_reads(path: Path) -> None:
-    assert list(dangers(path.read_text(encoding="utf-8"))) == []
+def test_no_source_runs_what_it_reads():
+    found = {path: list(dangers(path.read_text(encoding="utf-8"))) for path in SOURCES}
+    assert {path: names for path, names in found.items() if names} == {}
 
 
 @pytest.mark.parametrize(
@@ -94,17 +91,17 @@ def test_no_source_runs_what_it_reads(path: Path) -> None:
         "hydra.utils.instantiate(cfg)",
     ],
 )
-def test_the_scan_finds(source: str) -> None:
+def test_the_scan_finds(source):
     assert list(dangers(source))
 
 
-def test_the_scan_lets_pass() -> None:
+def test_the_scan_lets_pass():
     fine = "model.eval(); torch.compile(f); yaml.safe_load(t); subprocess.run([a], shell=False)"
     assert list(dangers(fine + "; np.load(p, allow_pickle=False)")) == []
     assert len(SOURCES) > 100
 
 
-def test_the_ui_binds_to_loopback() -> None:
+def test_the_ui_binds_to_loopback():
     assert ui.HOST == "127.0.0.1"
     text = (ROOT / "openpi_opt" / "ui.py").read_text(encoding="utf-8")
     assert '"--host", HOST' in text
@@ -133,7 +130,7 @@ NEEDED = {"LD_LIBRARY_PATH": "/lib", "CUDA_HOME": "/cuda", "OMP_NUM_THREADS": "1
 CPU = Machine((), TorchBuild("2.13.0", None, None), "test cpu", cores=2, memory_mib=8000)
 
 
-def test_a_trial_gets_what_it_needs_and_no_token() -> None:
+def test_a_trial_gets_what_it_needs_and_no_token():
     cfg = Config.parse({"platform": {"device": "cpu"}})
     env = child_environment(cfg, CPU, HIDDEN | NEEDED)
     assert NEEDED.items() <= env.items()
@@ -144,9 +141,7 @@ def test_a_trial_gets_what_it_needs_and_no_token() -> None:
     assert "FAVOURITE_COLOUR" in again
 
 
-def test_a_trial_that_prints_all_it_knows_knows_no_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trial_that_prints_all_it_knows_knows_no_token(tmp_path, monkeypatch):
     for name, value in HIDDEN.items():
         monkeypatch.setenv(name, value)
     cfg = Config.parse({"platform": {"device": "cpu"}})
@@ -158,7 +153,7 @@ def test_a_trial_that_prints_all_it_knows_knows_no_token(
     assert "hidden" not in log + result.model_dump_json()
 
 
-def test_a_command_is_recorded_without_its_passwords(tmp_path: Path) -> None:
+def test_a_command_is_recorded_without_its_passwords(tmp_path):
     Journal.open(tmp_path / "s", ["-m", "storage=postgresql://me:hidden-1@db/x", "attention=sdpa"])
     text = (tmp_path / "s" / "study.json").read_text()
     assert "hidden" not in text

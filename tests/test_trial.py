@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from openpi_opt import trial
+from openpi_opt import measuring, trial
 from openpi_opt.config import RACE_FILE, Config
+from openpi_opt.knobs.base import Configuration, Knob, Options
 from openpi_opt.machine import probe
+from openpi_opt.measuring import raced
 from openpi_opt.process.devices import LEASES_VARIABLE, measure_lock
+from openpi_opt.process.progress import Progress
 from openpi_opt.result import Failed, Ok, parse
-from openpi_opt.trial import _raced
+from openpi_opt.runtime import Prepared
 
 SMALL = {
     "model": {"name": "pi0_mini"},
@@ -89,13 +94,13 @@ def test_a_trial_runs_against_the_fastest_of_the_moment_when_it_has_the_device(
     """Trials prepare beside each other: what was the fastest at the start is old by then."""
     folder = tmp_path / "trials" / "uid"
     racing = Config.parse({"limits": {"race": 1.5, "latency_ms": 90.0}})
-    assert _raced(racing, folder) == racing
+    assert raced(racing, folder) == racing
     (tmp_path / RACE_FILE).write_text(json.dumps({racing.context_hash(): 20.0, "other": 1.0}))
-    assert _raced(racing, folder).limits.latency_ms == 30.0
-    assert _raced(racing, folder).limits.best_ms == 20.0
-    assert _raced(racing, folder).hash() == racing.hash()
+    assert raced(racing, folder).limits.latency_ms == 30.0
+    assert raced(racing, folder).limits.best_ms == 20.0
+    assert raced(racing, folder).hash() == racing.hash()
     baseline = Config.parse({})
-    assert _raced(baseline, folder) == baseline  # measured however slow
+    assert raced(baseline, folder) == baseline  # measured however slow
 
 
 def test_a_hopeless_trial_waits_for_its_turn_and_ends_early(
@@ -116,7 +121,8 @@ def test_a_hopeless_trial_waits_for_its_turn_and_ends_early(
     document = run(tmp_path, {"measure": measure, "limits": {"latency_ms": 1e-3}}, on_phase)
     assert document["seen_calls"] == 10  # of the 30 that are measured at least
     assert document["kernels"]["total"] > 0
-    assert entered[-3:] == ["wait", "measure", "profile"]
+    assert entered[-3:] == ["measure", "profile", "report"]
+    assert "wait" in entered
     assert document["phase_seconds"]["wait"] >= 0.9
     assert document["outcome"] == "pruned"
     assert document["limit_ms"] == 1e-3 < document["seen_low_ms"] < document["seen_mean_ms"]
@@ -196,3 +202,30 @@ def test_recorded_results_of_format_1_can_be_read(path: Path) -> None:
     assert result.schema_version in (1, 2, 3)
     assert parse(result.model_dump_json()) == result
     assert result.latency.mean_ms == pytest.approx(float(np.mean(result.latency.samples_ms)))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_times_kernels_is_compiled_before_it_has_the_device(
+    monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    """Unless what is compiled depends on the times."""
+    said: list[str] = []
+
+    class Timing(Knob[Options]):
+        def times_kernels(self, cfg: Configuration) -> bool:
+            return True
+
+        def untimed(self, cfg: Configuration) -> AbstractContextManager[None] | None:
+            return contextlib.nullcontext() if waits else None
+
+    class Asked(Progress):
+        def ask(self) -> None:
+            said.append("ask")
+
+    def call(name: str) -> Callable[[object], torch.Tensor]:
+        return lambda _: said.append(name) or torch.zeros(1)
+
+    monkeypatch.setattr(measuring, "KNOBS", (Timing(), Timing()))
+    prepared = Prepared(None, call("call"), call("uncaptured"))  # type: ignore[arg-type]
+    assert measuring._call_first(prepared, None, Config.parse({}), Asked(None)) >= 0  # type: ignore[arg-type]
+    assert said == ([] if not waits else ["uncaptured"]) + ["ask", "call"]

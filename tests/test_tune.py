@@ -1,7 +1,5 @@
 """The tuning workflow on the CPU, against the formats of aiter's tuner and of torch's TunableOp."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,7 @@ def tuned(path: Path, *products: Product, units: int = 304) -> Path:
     return path
 
 
-def test_the_products_are_those_that_run(tmp_path: Path) -> None:
+def test_the_products_are_those_that_run(tmp_path):
     """By another way: the matrix products of a real call of the same policy, recorded by torch."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,9 +68,7 @@ def test_the_products_are_those_that_run(tmp_path: Path) -> None:
     assert found[next(p for p in found if p.m == 11 and p.n == 96 and p.k == 128)] == 2 * 4
 
 
-def test_aiters_tuner_gets_its_format_and_its_answer_is_looked_up(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_aiters_tuner_gets_its_format_and_its_answer_is_looked_up(tmp_path, capsys):
     out = run(tmp_path)
     with (out / "bf16_untuned_gemm.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -90,9 +86,7 @@ def test_aiters_tuner_gets_its_format_and_its_answer_is_looked_up(
         assert f"aiter serves {hits + small} of {len(rows)} products" in shown
 
 
-def test_torch_reads_what_its_offline_tuning_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_reads_what_its_offline_tuning_is_given(tmp_path, monkeypatch):
     """By torch's own reader: the products that it would tune are those of the policy."""
     file = run(tmp_path) / "tunableop_untuned0.csv"
     lines = tunable._gather_unique_untuned_gemm_from_files(str(file))
@@ -125,7 +119,7 @@ def test_torch_reads_what_its_offline_tuning_is_given(
     assert asked == {product for product in expected if product.m > 1}
 
 
-def test_what_cannot_be_tuned_is_said(tmp_path: Path) -> None:
+def test_what_cannot_be_tuned_is_said(tmp_path):
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="no table of aiter's"):
         run(tmp_path, "--gpu", "gfx942:304", "--table", str(tmp_path / "bad.csv"))

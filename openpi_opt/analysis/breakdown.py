@@ -92,19 +92,15 @@ class Breakdown:
 
 
 def analyse(path: Path) -> Breakdown:
-    """Read a trace file and break its time down.
-
-    Raises ProfileError: it cannot be read, is damaged, or has no kernel and no operator call.
-    """
+    """Read a trace file and break its time down. Raises ProfileError: it cannot be read, is
+    damaged, or has no kernel and no operator call."""
     recording = read_trace(path)
     return break_down(recording, path.name)
 
 
 def break_down(recording: Recording, file: str) -> Breakdown:
     """The breakdown of a recording: of its kernels, or of its operator calls if it has no kernel.
-
-    Raises ProfileError: it has neither.
-    """
+    Raises ProfileError: it has neither."""
     timeline, kind = recording.kernels(), "device_kernels"
     if not len(timeline):
         timeline, kind = recording.operators(), "operator_calls"

@@ -28,10 +28,8 @@ _CSV_COLUMNS = (
 
 
 def database_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The kernels of a rocpd database or of a sqlite export of Nsight Systems.
-
-    Raises ProfileError: it is neither, or is damaged.
-    """
+    """The kernels of a rocpd database or of a sqlite export of Nsight Systems. Raises ProfileError:
+    it is neither, or is damaged."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             names = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view')"
@@ -129,10 +127,8 @@ class RocprofNames:
 
 
 def kernel(name: Any, start_ns: Any, end_ns: Any, device: Any, stream: Any) -> dict[str, Any]:
-    """A kernel as an event of a Chrome trace.
-
-    Raises ProfileError: no name, or times that are no nanoseconds.
-    """
+    """A kernel as an event of a Chrome trace. Raises ProfileError: no name, or times that are no
+    nanoseconds."""
     try:
         start, end = int(start_ns), int(end_ns)
         lane = int(stream or 0)

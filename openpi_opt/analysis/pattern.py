@@ -1,15 +1,10 @@
 """Stages of an inference from the repeating pattern of its kernels, where no marker tells them.
 
-A replayed graph has no markers, and rocprof records none. What is left is the order: each tower of
-the policy is a stack of equal layers, so the sequence of kernel categories repeats. A *run* is such
-a repetition, one pass through a tower: 27 layers of vision (once for all cameras, or once for each
-of them), 18 of the prefix, and 18 of the expert in each denoising step. Runs of the same kernels
-are one tower; the tower that is passed most often is the expert, ten equal passes after the one
-through the prefix, and what comes before that is vision.
-
-Categories are compared and not names, because a compiler fuses the same work under several names.
-A run's borders are exact to the few kernels by which the first and the last layer differ from the
-others.
+Each tower is a stack of equal layers, so the sequence of kernel categories repeats (names do not: a
+compiler fuses the same work under several). A *run* is one pass through a tower: 27 layers of
+vision, 18 of the prefix, 18 of the expert in each step. Runs of the same kernels are one tower; the
+one that is passed most often is the expert, before it comes the prefix, and before that vision. A
+run's borders are exact to the few kernels by which its first and last layer differ from the others.
 """
 
 from __future__ import annotations
@@ -67,10 +62,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Inference:
-    """Rows [begin, end) of one inference; an end of it may be missing in the trace.
-
-    `vision_layers` and so on are what is visible: layers of each pass.
-    """
+    """Rows [begin, end) of one inference; an end of it may be missing in the trace. `vision_layers`
+    and so on are what is visible: layers of each pass."""
 
     begin: int
     end: int
@@ -145,10 +138,8 @@ def find_runs(timeline: Timeline) -> list[Run]:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows [begin, end) that repeat with `period`, which holds one layer or several alike.
-
-    `layer` is the rows of a layer, `calls` its attention kernels.
-    """
+    """Rows [begin, end) that repeat with `period`, which holds one layer or several alike. `layer`
+    is the rows of a layer, `calls` its attention kernels."""
 
     begin: int
     end: int
@@ -166,11 +157,9 @@ class _Part:
 
 
 def _joined(timeline: Timeline, parts: Sequence[_Part]) -> list[_Part]:
-    """One part for each pass: where some of a tower's layers differ, a pass repeats in parts.
-
-    Seen of Pi0.5 on an MI300X: 12 layers of which every third has two more kernels repeat with
-    the period of three layers, and 6 plain ones follow at once. Parts of one pass touch.
-    """
+    """One part for each pass: where some of a tower's layers differ, a pass repeats in parts. Seen
+    of Pi0.5 on an MI300X: 12 layers of which every third has two more kernels repeat with the
+    period of three layers, and 6 plain ones follow at once. Parts of one pass touch."""
     found: list[_Part] = []
     for part in parts:
         before = found[-1] if found else None
@@ -222,11 +211,9 @@ def _counted(found: Sequence[_Part], sequence: NDArray[np.int8]) -> list[Run]:
 def _last_layer_ends(
     sequence: NDArray[np.int8], begin: int, end: int, period: int, last_call: int
 ) -> int:
-    """Where the layer of the run's last attention call ends, at most `end`.
-
-    A layer begins with the norm before attention, wherever the repetition happens to begin. Where
-    norms are several plain kernels it is taken to begin where the repetition does.
-    """
+    """Where the layer of the run's last attention call ends, at most `end`. A layer begins with the
+    norm before attention, wherever the repetition happens to begin. Where norms are several plain
+    kernels it is taken to begin where the repetition does."""
     first_call = begin + int(np.argmax(sequence[begin:end] == _SYMBOL["attention"]))
     layer = sequence[first_call : first_call + period]  # from one call to the next
     norms = np.flatnonzero(layer == _SYMBOL["norm"])

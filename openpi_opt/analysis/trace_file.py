@@ -1,9 +1,7 @@
 """Reading the events of a Chrome trace file one by one, gzipped or not.
 
-The standard library's decoder, given one value at a time from a buffer that slides over the file:
-what is held is one event, whatever the size of the file. The streaming parsers that were looked at
-hold a string or a path of any length, so that a small file of nested brackets took all memory;
-here the size of an event and, by the decoder, its depth are bounded.
+The standard library's decoder gets one value at a time from a buffer that slides over the file.
+What is held is one event, whose size and depth are bounded; streaming parsers bound neither.
 """
 
 from __future__ import annotations
@@ -40,11 +38,9 @@ _EVENTS = "traceEvents"
 
 
 def read_trace(path: Path) -> Recording:
-    """Everything that counts in a trace file.
-
-    Raises ProfileError: it cannot be read, is not JSON to its end, is no Chrome trace, is
-    larger than `MAX_FILE_MIB`, unpacks to far more than traces do, or has a damaged event.
-    """
+    """Everything that counts in a trace file. Raises ProfileError: it cannot be read, is not JSON
+    to its end, is no Chrome trace, is larger than `MAX_FILE_MIB`, unpacks to far more than traces
+    do, or has a damaged event."""
     try:
         with _opened(path) as file:
             head = file.read(_HEAD)

@@ -26,7 +26,7 @@ from openpi_opt.track.link import where
 from openpi_opt.track.mlflow_content import reason
 from openpi_opt.track.report import Group, Row, groups, mean_ms, whole
 from openpi_opt.track.store import DEFAULT_STORE, Store, check_study_name
-from openpi_opt.track.table import print_table
+from openpi_opt.track.table import print_groups
 
 
 def run_command_line(
@@ -93,10 +93,10 @@ def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False)
     """
     print(f"study {outcome.name}: {_count(outcome)}; {outcome.ended}")
     criteria = outcome.criteria.allowing(allow_lossy)
-    print_table(outcome.records, criteria=criteria, kept=outcome.kept)
+    found = groups(outcome.records, criteria=criteria, kept=outcome.kept)
+    print_groups(found)
     for line in outcome.left_out:
         print(f"left out: {line}")
-    found = groups(outcome.records, criteria=criteria, kept=outcome.kept)
     best = [row for group in found for row in _winners(group)]
     if not best and any(criteria.over(record.result) for record in outcome.records):
         print(f"best: none, nothing that may win keeps the limits ({criteria.limits_text()})")

@@ -1,22 +1,11 @@
 """What the guard asks a candidate: inputs in a fixed order, each of which provokes a kind of error.
 
 Independent noise triggers no shortcut that depends on the data, and no cache that looks at a part
-of the inputs. So these are, in this order:
-
-- `ordinary`: independent random batches, `guard.inputs` of them;
-- the last of them again, each time with one thing changed: two values of the noise, the state or
-  the prompt change places in the last row, so that sums, first values and first rows are as before;
-  the last camera of the last row, the first camera of the first row, some pixels of one patch that
-  no regular grid from 0 meets, all pixels by next to nothing. Whatever keeps a result or a part of
-  it by less than all that it depends on is wrong in one of them;
-- `next frame`: what a robot sees a moment later, frames and state changed by little, new noise;
-- `smooth`: frames of flat squares, so that most patches resemble their neighbours; large noise;
-- `black`, `white and grey`: frames without content, which are not masked; also no state, and the
-  first and last token of the vocabulary;
-- `other masks`: the same content with different cameras and prompt lengths in each row, for
-  policies that were built for no layout or a flexible one, and so claim to read the masks. The
-  first has cameras that the workload leaves out;
-- `recorded`: the user's observations, `guard.observations`.
+of the inputs. So after `ordinary` batches come the last of them with one thing changed (`changed`):
+whatever keeps a result by less than all that it depends on is wrong in one of them. Then the next
+frame, smooth frames with large noise, and frames without content. Rows with masks of their own
+are for policies that claim to read masks; the first of these has cameras that the workload leaves
+out. The user's own batches are the last.
 
 Letters: B batch, C cameras, L prompt slots, H horizon, A action dim.
 """
@@ -54,11 +43,6 @@ class Case:
     name: str
     inputs: Inputs
     ordinary: bool = False
-
-    @property
-    def resembles(self) -> bool:
-        """Whether it differs from an ordinary batch in one thing only, or in its masks."""
-        return self.name.startswith(("same but", "other masks"))
 
     def admitted(self, layout: Layout | None) -> bool:
         """Whether a policy that was built for `layout` claims to answer it."""
@@ -107,7 +91,11 @@ def timed_inputs(workload: Workload, config: Pi0Config, seed: int) -> list[Input
 
 
 def changed(inputs: Inputs, other: Inputs) -> list[tuple[str, Inputs]]:
-    """`inputs` with one thing changed at a time; what is new comes from `other`."""
+    """`inputs` with one thing changed at a time; what is new comes from `other`.
+
+    Values change places in the last row, so that sums, first values and first rows are as before.
+    No regular grid from 0 meets the pixels of the patch.
+    """
     noise, state, tokens = (getattr(inputs, n).clone() for n in ("noise", "state", "tokens"))
     noise[-1, -1] = noise[-1, -1].roll(1)
     state[-1, -2:] = state[-1, -2:].flip(0)

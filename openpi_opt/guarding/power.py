@@ -155,12 +155,11 @@ class Meter:
         rows: list[Caught] = []
         plain: dict[Kind, float] = {}
         for kind in kinds:
-            asked = exact if kind == "float32" else self.asked(kind)
-            plain[kind] = asked.reference.plain_rel_l2
             own: dict[str, float] = {}
+            plain[kind] = exact.reference.plain_rel_l2
             if kind != "float32":
                 tell(f"{kind}: own precision")
-                own = self._own(asked, kind, form)
+                plain[kind], own = self.own(kind, form)
             rows += [
                 Caught(name=name, kind=kind, form=multiple, own=own.get(name))
                 for name, multiple in form.items()
@@ -218,16 +217,23 @@ class Meter:
             found |= {name: max(found[name], multiple) for name, multiple in more.items()}
         return found
 
-    def _own(self, asked: Question, kind: Kind, form: dict[str, float]) -> dict[str, float]:
-        """Each mutation in the candidate's precision."""
-        cfg = self.config(kind)
+    def own(
+        self, kind: Kind, form: dict[str, float] | None = None
+    ) -> tuple[float, dict[str, float]]:
+        """The plain policy's distance in a precision, and each mutation in that precision.
+
+        Without the `form`'s multiples every mutation is asked for few inputs only.
+        """
+        asked, cfg = self.asked(kind), self.config(kind)
         if cfg.lossy():
             asked = asked.knowing(asked.structure())
         policy = runtime.apply_knobs(self._build(cfg), cfg).policy
         inputs = [case.inputs for case in asked.cases]
         limits = [asked.reference.tolerance(cfg.guard, i, cfg.lossy()) for i in range(len(inputs))]
+        form = form or dict.fromkeys(self._names(), INFINITE)
         count = {n: self.few if m >= FORM_ENOUGH else len(inputs) for n, m in form.items()}
-        return self._all(policy, inputs, asked.reference.actions, limits, OWN_ENOUGH, kind, count)
+        found = self._all(policy, inputs, asked.reference.actions, limits, OWN_ENOUGH, kind, count)
+        return asked.reference.plain_rel_l2, found
 
     def _names(self) -> list[str]:
         policy = weights.build(MODELS[self.cfg.model.name], "meta", self.cfg.workload.steps)

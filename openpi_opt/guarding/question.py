@@ -19,7 +19,7 @@ from openpi_opt.measure import guard
 from openpi_opt.measure.clock import upload
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.policy import Pi0Policy
-from openpi_opt.result import GuardPower, GuardReport, StructureReport, TimedReport
+from openpi_opt.result import GuardPower, GuardReport, StructureReport
 
 Call = Callable[[Inputs], Tensor]
 
@@ -77,20 +77,23 @@ class Question:
             self.cfg, self.device, self.cases, self.reference, self.key, self.folder
         )
 
-    def check(self, call: Call, layout: Layout | None) -> GuardReport:
-        """The candidate at its own precision, on the cases that a policy of `layout` admits."""
-        found = self._check(call, layout, lambda item: upload(item, self.device), lambda case: True)
-        return found.model_copy(update={"structure": self.seen, "power": self.power()})
+    def check(self, call: Call, layout: Layout | None, ordinary: bool = False) -> GuardReport:
+        """The candidate at its own precision, on the cases that a policy of `layout` admits.
+
+        With `ordinary` the others are left for `judge`.
+        """
+        return self._check(call, layout, lambda item: upload(item, self.device), ordinary)
 
     def _check(
         self,
         call: Call,
         layout: Layout | None,
         place: Callable[[Inputs], Inputs],
-        asked: Callable[[Case], bool],
+        ordinary: bool = False,
     ) -> GuardReport:
-        chosen = [i for i, c in enumerate(self.cases) if asked(c) and c.admitted(layout)]
-        return guard.check(
+        asked = [c.ordinary if ordinary else c.admitted(layout) for c in self.cases]
+        chosen = [i for i, wanted in enumerate(asked) if wanted]
+        found = guard.check(
             call,
             [self.cases[i].inputs for i in chosen],
             self.reference.only(chosen),
@@ -98,6 +101,7 @@ class Question:
             self.cfg.lossy(),
             place,
         )
+        return found.model_copy(update={"structure": self.seen, "power": self.power()})
 
     def power(self) -> GuardPower | None:
         """What was measured of this guard in the candidate's precision, or None."""
@@ -135,19 +139,17 @@ class Question:
         layout: Layout | None,
         wall_ms: Sequence[float],
         again: int = 0,
-    ) -> TimedReport:
-        """What the timed calls that `witness` has seen showed; they took `wall_ms`.
+    ) -> GuardReport:
+        """The last word on a candidate: its timed calls, which took `wall_ms`, and all cases.
 
-        Then the cases that resemble one another are asked once more, all in the same memory: a
-        policy that began to remember meanwhile, or that knows its inputs by their address, is wrong
-        there. `again` timed calls at least are made once more.
+        The cases are asked after the timing and all in the same memory: a policy that began to
+        remember meanwhile, or that knows its inputs by their address, is wrong there. `again` timed
+        calls at least are made once more.
         """
         tolerance = self.reference.tolerance(self.cfg.guard, lossy=self.cfg.lossy())
-        found = witness.verdict(
+        timed = witness.verdict(
             call, self.reference.timed, tolerance, self.own_tolerance, wall_ms, again
         )
-        if not found.passed:
-            return found
         memory = upload(self.observations[0], self.device)
 
         def overwrite(inputs: Inputs) -> Inputs:
@@ -155,10 +157,10 @@ class Question:
                 old.copy_(new)
             return memory
 
-        after = self._check(call, layout, overwrite, lambda case: case.resembles or case.ordinary)
-        problem = None if after.passed else f"after the timed calls: {guard.explain(after)}"
-        problem = problem or witness.overwritten()
-        return found.model_copy(update={"passed": problem is None, "problem": problem})
+        found = self._check(call, layout, overwrite)
+        problem = timed.problem or witness.overwritten()
+        timed = timed.model_copy(update={"passed": problem is None, "problem": problem})
+        return found.model_copy(update={"timed": timed, "passed": timed.passed and found.passed})
 
 
 def ask(policy: Pi0Policy, cfg: Config, arch: str, folder: Path) -> Question:

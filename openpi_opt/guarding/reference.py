@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,27 +61,34 @@ def obtain(
     plain = _plain_name(cfg)
     inputs = {"float32": [*(case.inputs for case in cases), *timed]}
     inputs.setdefault(plain, [case.inputs for case in cases])
-    with FileLock(f"{path}.lock"):
-        known = load_file(path) if path.exists() else {}
-        for name, items in inputs.items():
-            if f"{name}/0" not in known:
-                cast(policy, getattr(torch, name.removesuffix(_TF32)))
-                tf32 = name.endswith(_TF32)
-                for index, actions in enumerate(plain_actions(policy, items, tf32)):
-                    known[f"{name}/{index}"] = actions
-                temporary = path.with_suffix(".tmp")
-                save_file(known, temporary)
-                temporary.replace(path)
+
+    def answered(name: str) -> list[Tensor]:
+        cast(policy, getattr(torch, name.removesuffix(_TF32)))
+        return plain_actions(policy, inputs[name], name.endswith(_TF32))
+
+    known = {name: kept(path, name, partial(answered, name)) for name in inputs}
     count = len(cases)
     found = Reference(
-        actions=[known[f"float32/{i}"] for i in range(count)],
-        plain=[known[f"{plain}/{i}"] for i in range(count)],
-        timed=[known[f"float32/{count + i}"] for i in range(len(timed))],
+        actions=known["float32"][:count],
+        plain=known[plain][:count],
+        timed=known["float32"][count:],
         names=[case.name for case in cases],
         ordinary=sum(case.ordinary for case in cases),
     )
     _require_finite(found, plain)
     return found
+
+
+def kept(path: Path, name: str, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """The tensors of a name in a file of the store, computed and added where they are missing."""
+    with FileLock(f"{path}.lock"):
+        known = load_file(path) if path.exists() else {}
+        if f"{name}/0" not in known:
+            known |= {f"{name}/{i}": tensor for i, tensor in enumerate(compute())}
+            save_file(known, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+    count = sum(key.startswith(f"{name}/") for key in known)
+    return [known[f"{name}/{i}"] for i in range(count)]
 
 
 def _require_finite(reference: Reference, plain: str) -> None:
@@ -141,6 +149,11 @@ def key(cfg: Config, arch: str, folder: Path) -> str:
         "observations": None if recorded is None else content_hash(Path(recorded), folder),
         "code": code(),
     }
+    return digest(parts)
+
+
+def digest(parts: object) -> str:
+    """24 hexadecimal digits for anything that JSON can say."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -169,19 +182,21 @@ def content_hash(file: Path, folder: Path) -> str:
         if entry is not None and entry["status"] == known and not entry["racy"]:
             return str(entry["sha256"])
         now = time.time_ns()
-        digest = hashlib.sha256()
+        content = hashlib.sha256()
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
+                content.update(chunk)
         racy = max(status.st_mtime_ns, status.st_ctime_ns) > now - _RACY_NS
-        entries[name] = {"status": known, "sha256": digest.hexdigest(), "racy": racy}
+        entries[name] = {"status": known, "sha256": content.hexdigest(), "racy": racy}
         write_atomic(cache, json.dumps(entries, indent=1))
-    return digest.hexdigest()
+    return content.hexdigest()
 
 
 def code() -> str:
     """Hash of what computes a reference: the policy, and what is asked."""
-    digest = hashlib.sha256()
-    for file in (*sorted(Path(pi0.__file__).parent.glob("*.py")), Path(asked.__file__)):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return hash_of([*sorted(Path(pi0.__file__).parent.glob("*.py")), Path(asked.__file__)])
+
+
+def hash_of(files: Iterable[Path]) -> str:
+    """SHA-256 of the content of files, one after the other."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

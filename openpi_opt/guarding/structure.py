@@ -1,43 +1,36 @@
 """What a candidate computes, apart from how it rounds: its float32 form against the reference.
 
-In 16 bits honest rounding moves the actions by 0.6%, and mistakes that move them by less hide under
-it: a dropped key, a mask of -10, int8 weights. In float32 honest variants differ by 1e-6. So the
-same knobs are applied once more with float32 operands (`Knob.float32_form`) and held to the
-tolerance of float32, on all cases, and with a second set of weights (`weights.provoke`).
+Mistakes hide under the rounding of 16 bits, which moves the actions by 0.6%; honest variants in
+float32 differ by 1e-6. So the same knobs are applied once more with float32 operands
+(`Knob.float32_form`) and held to the tolerance of float32, on all cases, and with a second set of
+weights (`weights.provoke`). Compilation and capture are left out.
 
-Operations that exist in 16 bits alone are compared by themselves, call by call, on the inputs that
-reach them in that run: with their own rounding written plainly in float64, so that the order of
-sums is what is left. Not end to end, since rounding to few bits amplifies: a difference of 1e-7
-flips some values of FP8, each by 6%. These are
+Kernels of attention for 16 bits (flash and cuDNN on a GPU, aiter) and linear layers in FP8 have no
+such form. They are compared call by call with their own rounding written plainly in float64. Not
+end to end: a difference of 1e-7 flips some values of FP8, each by 6%.
 
-- kernels of attention for 16 bits (flash and cuDNN on a GPU, aiter);
-- linear layers in FP8. In the float32 form their operands are not rounded, which also shows every
-  other mistake on top of FP8.
-
-Compilation and capture are left out: they run the same structure, at the candidate's own precision.
-
-A structure is checked once and kept in the store, under the options that decide it, the reference
-and the program. A process that has imported code of neither this package nor an installed one makes
-its own check: that code may have changed anything.
+A verdict is kept in the store, under the options that decide it, the reference and the program. A
+process with code of neither this package nor an installed one makes its own check.
 
 Letters: B batch, S queries, T keys, Hq query heads, Hkv key/value heads, D head dim.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
-import json
+import itertools
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openpi_opt import runtime
@@ -57,6 +50,7 @@ from openpi_opt.result import LocalCheck, StructureReport, write_atomic
 if TYPE_CHECKING:
     from openpi_opt.kernels.fp8 import Fp8Linear
 
+_PACKAGE = Path(__file__).resolve().parents[1]
 PROVOKED = ("ordinary 0", "next frame")  # cases that are asked of the second set of weights
 # A kernel may be so many times as far from the exact product as plain rounding of its own results.
 LOCAL_FACTOR = 3.0
@@ -136,7 +130,7 @@ def _checked(
     prepared = apply(runtime.build_policy(cfg, device), cfg, form, judge)
     indices = [i for i, case in enumerate(cases) if case.admitted(prepared.policy.layout)]
     inputs = [cases[i].inputs for i in indices]
-    exact = exact_reference(reference.only(indices))
+    exact = replace(reference.only(indices), plain=reference.only(indices).actions)
     call = judge.watching(prepared.call, LOCAL_CASES)
     main = guard.check(call, inputs, exact, cfg.guard, upload=lambda item: upload(item, device))
     emulated = {}
@@ -187,13 +181,6 @@ def _problem(report: StructureReport, right: bool, admitted: float) -> str | Non
     return None
 
 
-def exact_reference(reference: guard.Reference) -> guard.Reference:
-    """The reference for a candidate in float32, where plain eager has no distance."""
-    return guard.Reference(
-        reference.actions, reference.actions, [], reference.names, reference.ordinary
-    )
-
-
 def unchecked(cfg: Config) -> list[str]:
     """What neither a float32 form nor an emulation stands for, with the reason."""
     found = []
@@ -234,22 +221,17 @@ def provoked_reference(
     cfg: Config, device: torch.device, inputs: Sequence[Inputs], folder: Path
 ) -> list[Tensor]:
     """Actions of `provoked_policy` on inputs of the host, from the store or computed now."""
-    digest = hashlib.sha256()
-    for item in inputs:
-        for tensor in item:
-            digest.update(tensor.contiguous().numpy().tobytes())
+    content = hashlib.sha256()
+    for tensor in itertools.chain.from_iterable(inputs):
+        content.update(tensor.contiguous().numpy().tobytes())
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     parts = [cfg.model.model_dump(), cfg.weights.seed, cfg.workload.steps, place]
-    digest.update(json.dumps([*parts, known.code(), torch.__version__]).encode())
-    path = folder / f"provoked-{digest.hexdigest()[:24]}.safetensors"
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            actions = known.plain_actions(provoked_policy(cfg, device), inputs)
-            temporary = path.with_suffix(".tmp")
-            save_file({str(i): item for i, item in enumerate(actions)}, temporary)
-            temporary.replace(path)
-    stored = load_file(path)
-    return [stored[str(i)] for i in range(len(inputs))]
+    name = known.digest([*parts, content.hexdigest(), known.code(), torch.__version__])
+    return known.kept(
+        folder / f"provoked-{name}.safetensors",
+        "float32",
+        lambda: known.plain_actions(provoked_policy(cfg, device), inputs),
+    )
 
 
 @dataclass
@@ -415,44 +397,36 @@ def _key(cfg: Config, form: Config, reference_key: str) -> str:
         "floor": cfg.guard.floor,
         "unchecked": unchecked(cfg),
         "reference": reference_key,
-        "program": program_hash(False),
+        "program": program_hash(),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    return known.digest(parts)
 
 
-def _foreign() -> list[Path]:
-    """Python files this process has imported that are of no installed package and not of this one.
+def _foreign() -> bool:
+    """Whether this process has imported Python code of neither this package nor an installed one.
 
     A package is installed where its metadata lies beside it. `sitecustomize` and its like count as
     foreign wherever they lie beside installed packages.
     """
+    real = functools.cache(os.path.realpath)
     paths = sysconfig.get_paths()
-    installed = [Path(paths[name]).resolve() for name in ("stdlib", "purelib", "platlib")]
-    sites = {Path(entry).resolve() for entry in sys.path if any(Path(entry).glob("*.dist-info"))}
-    ours = [Path(__file__).resolve().parents[1], *installed, *sites]
-    found = set()
+    standard, *installed = (real(paths[name]) for name in ("stdlib", "purelib", "platlib"))
+    sites = [real(entry) for entry in sys.path if any(Path(entry).glob("*.dist-info"))]
+    ours = tuple(f"{root}/" for root in (_PACKAGE, standard, *installed, *sites))
     for name, module in list(sys.modules.items()):
         place = getattr(module, "__file__", None)
         if not isinstance(place, str) or not place.endswith(".py"):
             continue
-        file = Path(place).resolve()
-        customised = name in ("sitecustomize", "usercustomize") and installed[0] not in file.parents
-        if customised or not any(root in file.parents for root in ours):
-            found.add(file)
-    return sorted(found)
+        folder, file = os.path.split(place)
+        path = os.path.realpath(place) if os.path.islink(place) else f"{real(folder)}/{file}"
+        customised = name in ("sitecustomize", "usercustomize")
+        if not path.startswith(f"{standard}/" if customised else ours):
+            return True
+    return False
 
 
-def program_hash(foreign: bool = True) -> str:
-    """Hash of this package's code that computes, and of `foreign` files that were imported."""
-    root = Path(__file__).resolve().parents[1]
+def program_hash() -> str:
+    """Hash of this package's code that computes."""
     folders = ("pi0", "surgery", "kernels", "knobs", "guarding")
-    files = [file for name in folders for file in sorted((root / name).rglob("*.py"))]
-    digest = hashlib.sha256()
-    for file in [
-        *files,
-        root / "measure" / "guard.py",
-        root / "runtime.py",
-        *(_foreign() if foreign else []),
-    ]:
-        digest.update(file.read_bytes() if file.exists() else str(file).encode())
-    return digest.hexdigest()
+    files = [file for name in folders for file in sorted((_PACKAGE / name).rglob("*.py"))]
+    return known.hash_of([*files, _PACKAGE / "measure" / "guard.py", _PACKAGE / "runtime.py"])

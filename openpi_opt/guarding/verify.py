@@ -7,8 +7,6 @@ remembered in the store, under everything that decides it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from pathlib import Path
@@ -82,7 +80,6 @@ def _path(cfg: Config, machine: Machine, folder: Path) -> Path:
     parts = [
         cfg.hash(),
         reference.key(cfg, _arch(cfg, machine), folder),
-        structure.program_hash(foreign=False),
+        structure.program_hash(),
     ]
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-    return folder / f"verified-{digest}.json"
+    return folder / f"verified-{reference.digest(parts)}.json"

@@ -1,18 +1,11 @@
 """What watches the timed calls: new content for each, and a comparison of what they returned.
 
 Every timed call gets content that no call before it has seen, drawn on the device by a generator
-that is seeded by the call's number (Philox on a GPU), outside the timed region. Then:
-
-- `TIMED` calls at random places, the last one among them, get contents whose reference is known.
-  Their outputs are held by reference. After the timing each is compared with the reference, with a
-  copy that was made when the call ended, and with the memory of the others: a result that a later
-  call overwrites is no result.
-- Of all calls a copy of up to `COLUMNS` values is kept, and whether everything was finite. Those
-  that look least like the others (nearest to another call's output, farthest from what its noise
-  explains, fastest) and some at random are made again, from their numbers, and must answer the
-  same.
-- Calls with new and with repeated content, under the profiler, show a policy that remembers: it
-  does less work. Counts of operators do not depend on the load of the machine.
+that is seeded by the call's number (Philox on a GPU), outside the timed region. `TIMED` calls at
+random places and the last one have a known reference. Their outputs are held, and compared with it,
+with a copy and with the memory of the others. Of all calls a copy of up to `COLUMNS` values is
+kept; those that look least like the others and some at random must answer the same when made again.
+At last repeated content under the profiler shows a policy that remembers: it does less work.
 
 Letters: B batch, H horizon, A action dim, N calls.
 """

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
 
     from openpi_opt.machine import Device, Machine
@@ -23,10 +25,8 @@ if TYPE_CHECKING:
 
 
 class Options(BaseModel):
-    """Base of every knob's options: unknown keys are refused, values never change.
-
-    The defaults of the fields are the baseline's: the plain eager policy.
-    """
+    """Base of every knob's options: unknown keys are refused, values never change. The defaults of
+    the fields are the baseline's: the plain eager policy."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -118,10 +118,10 @@ class Knob(Generic[O]):
     # Values by option whose first call takes minutes. A search does not begin with them, and one of
     # a short budget leaves them out.
     slow: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    # Values by option with which a first call is short and the time nearly the same: a search
-    # begins with them.
+    # Values by option with which a trial is short: a search begins with them.
     quick: ClassVar[Mapping[str, str]] = {}
-    # Options whose default is a table of measured values: a search begins with these.
+    # Options whose default is what measuring found best, such as a table of launch parameters: a
+    # search expects little of others.
     tuned: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -158,6 +158,12 @@ class Knob(Generic[O]):
         """Whether the first call times kernels to choose some: it has the device for itself."""
         return False
 
+    def untimed(self, cfg: Configuration) -> AbstractContextManager[None] | None:
+        """Where a call times no kernels yet and the next one does, so that it can be compiled
+        beside others; None where what is compiled depends on the times.
+        """
+        return None
+
     def configure(self, cfg: Configuration) -> None:
         """Process-wide settings of torch, Dynamo and Inductor."""
 
@@ -173,34 +179,25 @@ class Knob(Generic[O]):
 
     def files(self, cfg: Configuration) -> Mapping[str, str]:
         """Files of the user's that the trial reads: option (dotted, below the knob) -> its path.
-
         Their content, not their place, is part of the configuration: `Config.hash` puts it in the
-        place of the path. `check` refuses a file that is not there.
-        """
+        place of the path. `check` refuses a file that is not there."""
         return {}
 
     def lossy(self, cfg: Configuration) -> bool:
-        """Whether the numbers are deliberately coarser than the precision says (fp8).
-
-        Such a trial is held to `guard.lossy_cap`, and does not compete with lossless ones.
-        """
+        """Whether the numbers are deliberately coarser than the precision says (fp8). Such a trial
+        is held to `guard.lossy_cap`, and does not compete with lossless ones."""
         return False
 
     def float32_form(self, cfg: Configuration) -> O:
-        """The options of the same structure in float32, for the guard.
-
-        What chooses how to run or round, and not what is computed, becomes neutral. An operation
-        that exists in 16 bits alone becomes a plain one: the guard compares it by itself
-        (`openpi_opt.guarding.structure`).
-        """
+        """The options of the same structure in float32, for the guard. What chooses how to run or
+        round, and not what is computed, becomes neutral. An operation that exists in 16 bits alone
+        becomes a plain one: the guard compares it by itself (`openpi_opt.guarding.structure`)."""
         return self.canonical(cfg)
 
     def notes(self, cfg: Configuration) -> list[str]:
         """What the record of a trial must say beside its numbers; asked in the trial, at its end.
-
         One sentence each: an option that was asked for and that nothing reads, a library that
-        served only part of what was routed to it.
-        """
+        served only part of what was routed to it."""
         return []
 
     def label(self, options: O) -> str:

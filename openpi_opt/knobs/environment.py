@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from openpi_opt.errors import near
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ Vendor = Literal["amd", "nvidia", "gpu", "any"]
 
 FLAG = "0|1"
 AMD_GUIDE = "AMD workload tuning guide for MI300X"
+TUNABLE_OP = f"{AMD_GUIDE}, TunableOp"
 FORK = "sunxxuns/openpi-1"
 ROCM, TORCH, TRITON = "ROCm documentation", "PyTorch documentation", "Triton source"
 CUDA = "CUDA documentation"
@@ -33,179 +34,127 @@ _SPELLINGS = (
 
 @dataclass(frozen=True)
 class Variable:
-    """One admitted variable. `values` is a regular expression for the whole value.
-
-    `inert` says why nothing reads it: such a variable is kept in the record and has no effect.
-    So is one with `tuning` unless blas.tunableop.mode=tune: nothing else reads it.
-    """
+    """One admitted variable. `values` is a regular expression for the whole value. `inert` says why
+    nothing reads it: such a variable is kept in the record and has no effect. So is one of
+    TunableOp's tuning unless blas.tunableop.mode=tune: nothing else reads it."""
 
     vendor: Vendor
     values: str
     meaning: str
     source: str
     inert: str | None = None
-    tuning: bool = False
 
 
-def _allocator(source: str) -> Variable:
-    pair = r"[a-z_0-9]+:[A-Za-z0-9_.\[\]>:-]+"
-    return Variable("gpu", f"{pair}(,{pair})*", "caching allocator, key:value pairs", source)
-
-
-def _tuning(values: str, meaning: str) -> Variable:
-    return Variable("amd", values, f"TunableOp: {meaning}", AMD_GUIDE, tuning=True)
-
-
+_ALLOCATOR = r"[a-z_0-9]+:[A-Za-z0-9_.\[\]>:-]+(,[a-z_0-9]+:[A-Za-z0-9_.\[\]>:-]+)*"
+_FIND_MODES = "[1-7]|NORMAL|FAST|HYBRID|DYNAMIC_HYBRID|TRUST_VERIFY"
+_FIND_ENFORCE = "[1-5]|NONE|DB_UPDATE|SEARCH|SEARCH_DB_UPDATE|DB_CLEAN"
+# By vendor and source: name, admitted values, meaning and, where nothing reads it, why.
 # Effects were reported for MI300X and MI350 unless a source says otherwise. Not run on AMD.
+_ADMITTED: dict[tuple[Vendor, str], tuple[tuple[str, ...], ...]] = {
+    ("amd", AMD_GUIDE): (
+        ("HIP_FORCE_DEV_KERNARG", FLAG, "kernel arguments in device memory: 2-3 us per launch"),
+        ("GPU_MAX_HW_QUEUES", r"[1-9]\d?", "hardware queues per device, 4 if unset"),
+        ("HSA_NO_SCRATCH_RECLAIM", FLAG, "keep scratch memory per queue: for kernels that spill"),
+        ("DEBUG_CLR_GRAPH_PACKET_CAPTURE", FLAG, "queue packets of HIP graphs recorded ahead"),
+        ("TORCH_BLAS_PREFER_HIPBLASLT", FLAG, "hipBLASLt (1) or rocBLAS (0) for matrix products"),
+        ("MIOPEN_FIND_MODE", _FIND_MODES, "how MIOpen chooses a convolution: of patches only here"),
+        ("MIOPEN_FIND_ENFORCE", _FIND_ENFORCE, "when MIOpen tunes a convolution"),
+        ("PYTORCH_MIOPEN_SUGGEST_NHWC", FLAG, "channels-last; goes with layout_optimization"),
+        ("HIP_LAUNCH_BLOCKING", "0", "launches do not wait", _OFF),
+        ("AMD_LOG_LEVEL", "0", "no log of the runtime", _OFF),
+        ("OPTIMIZE_EPILOGUE", FLAG, "Triton stores results without a detour through LDS",
+         "Triton 3.6 and newer do not read it and always do so"),
+        ("NCCL_MIN_NCHANNELS", r"[1-9]\d*", "channels of a collective", _ONE_GPU),
+    ),
+    ("amd", TUNABLE_OP): (
+        ("PYTORCH_TUNABLEOP_MAX_TUNING_DURATION_MS", r"\d+", "ms for a solution, 30 if unset"),
+        ("PYTORCH_TUNABLEOP_MAX_TUNING_ITERATIONS", r"\d+", "runs of one, 100 if unset"),
+        ("PYTORCH_TUNABLEOP_MAX_WARMUP_DURATION_MS", r"\d+", "ms before it counts, 0 if unset"),
+        ("PYTORCH_TUNABLEOP_MAX_WARMUP_ITERATIONS", r"\d+", "runs before it counts, 0 if unset"),
+        ("PYTORCH_TUNABLEOP_ICACHE_FLUSH_ENABLED", FLAG, "cold instruction cache, 1 if unset"),
+        ("PYTORCH_TUNABLEOP_NUMERICAL_CHECK", r"[01]|[\d.e-]+_[\d.e-]+",
+         "drop wrong solutions: 1, or atol_rtol in newer torch"),
+        ("PYTORCH_TUNABLEOP_ROCBLAS_ENABLED", FLAG, "try rocBLAS, 1 if unset"),
+        ("PYTORCH_TUNABLEOP_HIPBLASLT_ENABLED", FLAG, "try hipBLASLt, 1 if unset"),
+    ),
+    ("amd", FORK): (
+        ("HSA_ENABLE_SDMA", FLAG, "copies by the DMA engines instead of kernels"),
+        ("DISABLE_ADDMM_HIP_LT", FLAG, "DISABLE_ADDMM_CUDA_LT of older ROCm builds of torch"),
+        ("TORCH_ROCM_USE_HIPBLASLT", FLAG, "said to choose the BLAS library",
+         "neither torch nor ROCm reads it; TORCH_BLAS_PREFER_HIPBLASLT is the real one"),
+        ("HIP_CACHE_ENABLED", FLAG, "said to cache compiled kernels", "nothing in ROCm reads it"),
+        ("ENABLE_HIP_GRAPHS", FLAG, "said to switch HIP graphs on",
+         "read by the fork's own code only; graph=manual captures"),
+        ("USE_ROCM_AITER_ROPE_BACKEND", FLAG, "aiter's rotary embedding",
+         "nothing in aiter or torch reads it"),
+    ),
+    ("amd", ROCM): (
+        ("ROCBLAS_USE_HIPBLASLT", FLAG, "rocBLAS hands products to hipBLASLt (1) or does not"),
+    ),
+    ("amd", TORCH): (
+        ("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", FLAG,
+         "AOTriton attention on architectures that it calls experimental"),
+        ("TORCH_ROCM_FA_PREFER_CK", FLAG,
+         "CK instead of AOTriton in scaled_dot_product_attention"),
+    ),
+    ("amd", TRITON): (
+        ("AMDGCN_USE_BUFFER_OPS", FLAG, "buffer loads and stores in Triton"),
+        ("TRITON_HIP_USE_ASYNC_COPY", FLAG, "direct loads from memory to LDS in Triton"),
+        ("TRITON_HIP_USE_BLOCK_PINGPONG", FLAG, "Triton's ping-pong scheduling of two warps"),
+    ),
+    ("gpu", TORCH): (
+        ("PYTORCH_ALLOC_CONF", _ALLOCATOR, "caching allocator, key:value pairs"),
+        ("PYTORCH_CUDA_ALLOC_CONF", _ALLOCATOR, "caching allocator, key:value pairs"),
+    ),
+    ("gpu", FORK): (
+        ("PYTORCH_HIP_ALLOC_CONF", _ALLOCATOR, "caching allocator, key:value pairs"),
+        ("DISABLE_ADDMM_CUDA_LT", FLAG, "no Lt library for products with a bias (also on ROCm)"),
+    ),
+    ("gpu", AMD_GUIDE): (
+        ("TORCH_NCCL_HIGH_PRIORITY", FLAG, "collectives on a stream of high priority", _ONE_GPU),
+    ),
+    ("gpu", CUDA): (("CUDA_LAUNCH_BLOCKING", "0", "launches do not wait", _OFF),),
+    ("nvidia", TORCH): (
+        ("TORCH_BLAS_PREFER_CUBLASLT", FLAG, "cuBLASLt (1) or cuBLAS (0) for matrix products"),
+        ("CUBLASLT_WORKSPACE_SIZE", r"\d+", "KiB of cuBLASLt's workspace"),
+    ),
+    ("nvidia", CUDA): (
+        ("CUDA_MODULE_LOADING", "LAZY|EAGER", "when kernels are loaded"),
+        ("CUBLAS_WORKSPACE_CONFIG", r"(:\d+:\d+)+", "sizes (KiB) and number of workspaces"),
+        ("CUDA_DEVICE_MAX_CONNECTIONS", r"[1-9]\d?", "hardware queues, 8 if unset"),
+    ),
+    ("any", AMD_GUIDE): (("OMP_NUM_THREADS", r"[1-9]\d*", "threads of the CPU's loops"),),
+}  # fmt: skip
 VARIABLES: dict[str, Variable] = {
-    "HIP_FORCE_DEV_KERNARG": Variable(
-        "amd", FLAG, "kernel arguments in device memory: 2-3 us per launch", AMD_GUIDE
-    ),
-    "GPU_MAX_HW_QUEUES": Variable(
-        "amd", r"[1-9]\d?", "hardware queues per device, 4 if unset", AMD_GUIDE
-    ),
-    "HSA_NO_SCRATCH_RECLAIM": Variable(
-        "amd", FLAG, "keep scratch memory per queue: for kernels that spill", AMD_GUIDE
-    ),
-    "HSA_ENABLE_SDMA": Variable("amd", FLAG, "copies by the DMA engines instead of kernels", FORK),
-    "DEBUG_CLR_GRAPH_PACKET_CAPTURE": Variable(
-        "amd", FLAG, "queue packets of HIP graphs recorded ahead", AMD_GUIDE
-    ),
-    "TORCH_BLAS_PREFER_HIPBLASLT": Variable(
-        "amd", FLAG, "hipBLASLt (1) or rocBLAS (0) for matrix products", AMD_GUIDE
-    ),
-    "TORCH_BLAS_PREFER_CUBLASLT": Variable(
-        "nvidia", FLAG, "cuBLASLt (1) or cuBLAS (0) for matrix products", TORCH
-    ),
-    "DISABLE_ADDMM_CUDA_LT": Variable(
-        "gpu", FLAG, "no Lt library for products with a bias (also on ROCm)", FORK
-    ),
-    "DISABLE_ADDMM_HIP_LT": Variable(
-        "amd", FLAG, "the same under the name of older ROCm builds; torch 2.12 has it not", FORK
-    ),
-    "ROCBLAS_USE_HIPBLASLT": Variable(
-        "amd", FLAG, "rocBLAS hands products to hipBLASLt (1) or keeps them (0)", ROCM
-    ),
-    "PYTORCH_TUNABLEOP_MAX_TUNING_DURATION_MS": _tuning(r"\d+", "ms for a solution, 30 if unset"),
-    "PYTORCH_TUNABLEOP_MAX_TUNING_ITERATIONS": _tuning(r"\d+", "runs of one, 100 if unset"),
-    "PYTORCH_TUNABLEOP_MAX_WARMUP_DURATION_MS": _tuning(r"\d+", "ms before it counts, 0 if unset"),
-    "PYTORCH_TUNABLEOP_MAX_WARMUP_ITERATIONS": _tuning(r"\d+", "runs before it counts, 0 if unset"),
-    "PYTORCH_TUNABLEOP_ICACHE_FLUSH_ENABLED": _tuning(FLAG, "cold instruction cache, 1 if unset"),
-    "PYTORCH_TUNABLEOP_NUMERICAL_CHECK": _tuning(
-        r"[01]|[\d.e-]+_[\d.e-]+", "drop wrong solutions: 1, or atol_rtol in newer torch"
-    ),
-    "PYTORCH_TUNABLEOP_ROCBLAS_ENABLED": _tuning(FLAG, "try rocBLAS, 1 if unset"),
-    "PYTORCH_TUNABLEOP_HIPBLASLT_ENABLED": _tuning(FLAG, "try hipBLASLt, 1 if unset"),
-    "MIOPEN_FIND_MODE": Variable(
-        "amd",
-        "[1-7]|NORMAL|FAST|HYBRID|DYNAMIC_HYBRID|TRUST_VERIFY",
-        "how MIOpen chooses a convolution: here the patch convolution only",
-        AMD_GUIDE,
-    ),
-    "MIOPEN_FIND_ENFORCE": Variable(
-        "amd",
-        "[1-5]|NONE|DB_UPDATE|SEARCH|SEARCH_DB_UPDATE|DB_CLEAN",
-        "when MIOpen tunes a convolution",
-        AMD_GUIDE,
-    ),
-    "PYTORCH_MIOPEN_SUGGEST_NHWC": Variable(
-        "amd", FLAG, "channels-last convolutions; goes with layout_optimization", AMD_GUIDE
-    ),
-    "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL": Variable(
-        "amd", FLAG, "AOTriton attention on architectures that it calls experimental", TORCH
-    ),
-    "TORCH_ROCM_FA_PREFER_CK": Variable(
-        "amd", FLAG, "CK instead of AOTriton in scaled_dot_product_attention", TORCH
-    ),
-    "AMDGCN_USE_BUFFER_OPS": Variable("amd", FLAG, "buffer loads and stores in Triton", TRITON),
-    "TRITON_HIP_USE_ASYNC_COPY": Variable(
-        "amd", FLAG, "direct loads from memory to LDS in Triton", TRITON
-    ),
-    "TRITON_HIP_USE_BLOCK_PINGPONG": Variable(
-        "amd", FLAG, "Triton's ping-pong scheduling of two warps", TRITON
-    ),
-    "PYTORCH_ALLOC_CONF": _allocator(TORCH),
-    "PYTORCH_CUDA_ALLOC_CONF": _allocator(TORCH),
-    "PYTORCH_HIP_ALLOC_CONF": _allocator(FORK),
-    "CUDA_MODULE_LOADING": Variable("nvidia", "LAZY|EAGER", "when kernels are loaded", CUDA),
-    "CUBLAS_WORKSPACE_CONFIG": Variable(
-        "nvidia", r"(:\d+:\d+)+", "sizes (KiB) and number of cuBLAS workspaces", CUDA
-    ),
-    "CUBLASLT_WORKSPACE_SIZE": Variable("nvidia", r"\d+", "KiB of cuBLASLt's workspace", TORCH),
-    "CUDA_DEVICE_MAX_CONNECTIONS": Variable(
-        "nvidia", r"[1-9]\d?", "hardware queues, 8 if unset", CUDA
-    ),
-    "OMP_NUM_THREADS": Variable("any", r"[1-9]\d*", "threads of the CPU's loops", AMD_GUIDE),
-    "HIP_LAUNCH_BLOCKING": Variable("amd", "0", "launches do not wait", AMD_GUIDE, inert=_OFF),
-    "CUDA_LAUNCH_BLOCKING": Variable("gpu", "0", "launches do not wait", CUDA, inert=_OFF),
-    "AMD_LOG_LEVEL": Variable("amd", "0", "no log of the runtime", AMD_GUIDE, inert=_OFF),
-    "TORCH_ROCM_USE_HIPBLASLT": Variable(
-        "amd",
-        FLAG,
-        "said to choose the BLAS library",
-        FORK,
-        inert="neither torch nor ROCm reads it; TORCH_BLAS_PREFER_HIPBLASLT is the real one",
-    ),
-    "HIP_CACHE_ENABLED": Variable(
-        "amd", FLAG, "said to cache compiled kernels", FORK, inert="nothing in ROCm reads it"
-    ),
-    "ENABLE_HIP_GRAPHS": Variable(
-        "amd",
-        FLAG,
-        "said to switch HIP graphs on",
-        FORK,
-        inert="read by the fork's own code only; graph=manual captures",
-    ),
-    "OPTIMIZE_EPILOGUE": Variable(
-        "amd",
-        FLAG,
-        "Triton stores results without a detour through LDS",
-        AMD_GUIDE,
-        inert="Triton 3.6 and newer do not read it and always do so",
-    ),
-    "USE_ROCM_AITER_ROPE_BACKEND": Variable(
-        "amd", FLAG, "aiter's rotary embedding", FORK, inert="nothing in aiter or torch reads it"
-    ),
-    "NCCL_MIN_NCHANNELS": Variable(
-        "amd", r"[1-9]\d*", "channels of a collective", AMD_GUIDE, inert=_ONE_GPU
-    ),
-    "TORCH_NCCL_HIGH_PRIORITY": Variable(
-        "gpu", FLAG, "collectives on a stream of high priority", AMD_GUIDE, inert=_ONE_GPU
-    ),
+    name: Variable(vendor, values, meaning, source, *inert)
+    for (vendor, source), entries in _ADMITTED.items()
+    for name, values, meaning, *inert in entries
 }
 
 _SLOW = "serialises launches for debugging; nothing that it times is worth knowing"
 _LOGS = "writes logs or dumps for debugging while being timed"
 _CHECKS = "makes the runtime check or forgo what it does otherwise, for debugging"
-_OTHER_KNOB = "is chosen by {}, so that the record says it in one place"
-# Known and not admitted. A name that ends in "*" stands for all that begin like it.
+_OF_DEBUGGING = {
+    _SLOW: "HIP_LAUNCH_BLOCKING CUDA_LAUNCH_BLOCKING AMD_SERIALIZE_KERNEL AMD_SERIALIZE_COPY",
+    _LOGS: "AMD_LOG_LEVEL TORCH_LOGS TORCH_COMPILE_DEBUG TORCHDYNAMO_VERBOSE MLIR_ENABLE_DUMP "
+    "PYTORCH_TUNABLEOP_VERBOSE AMDGCN_ENABLE_DUMP",
+    _CHECKS: "PYTORCH_NO_CUDA_MEMORY_CACHING PYTORCH_NO_HIP_MEMORY_CACHING HSA_ENABLE_DEBUG "
+    "HSA_DISABLE_FRAGMENT_ALLOCATOR HSA_TOOLS_LIB ROCM_DEBUG_AGENT_OPTIONS",
+}
+_OF_OTHER_KNOBS = {
+    "blas.tunableop": "PYTORCH_TUNABLEOP_*",
+    "attention and blas": "AITER_*",
+    "compile.inductor": "TORCHINDUCTOR_*",
+    "platform.gpu": "CUDA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES",
+    "precision.tf32": "HIPBLASLT_ALLOW_TF32 NVIDIA_TF32_OVERRIDE TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+}
+# Known and not admitted, with the reason. A name that ends in "*" stands for all that begin so.
 REFUSED: dict[str, str] = {
-    "HIP_LAUNCH_BLOCKING": _SLOW,
-    "CUDA_LAUNCH_BLOCKING": _SLOW,
-    "AMD_SERIALIZE_KERNEL": _SLOW,
-    "AMD_SERIALIZE_COPY": _SLOW,
-    "AMD_LOG_LEVEL": _LOGS,
-    "TORCH_LOGS": _LOGS,
-    "TORCH_COMPILE_DEBUG": _LOGS,
-    "TORCHDYNAMO_VERBOSE": _LOGS,
-    "PYTORCH_TUNABLEOP_VERBOSE": _LOGS,
-    "MLIR_ENABLE_DUMP": _LOGS,
-    "AMDGCN_ENABLE_DUMP": _LOGS,
-    "PYTORCH_NO_CUDA_MEMORY_CACHING": _CHECKS,
-    "PYTORCH_NO_HIP_MEMORY_CACHING": _CHECKS,
-    "HSA_DISABLE_FRAGMENT_ALLOCATOR": _CHECKS,
-    "HSA_TOOLS_LIB": _CHECKS,
-    "HSA_ENABLE_DEBUG": _CHECKS,
-    "ROCM_DEBUG_AGENT_OPTIONS": _CHECKS,
-    "PYTORCH_TUNABLEOP_*": _OTHER_KNOB.format("blas.tunableop"),
-    "AITER_*": _OTHER_KNOB.format("attention and blas"),
-    "TORCHINDUCTOR_*": _OTHER_KNOB.format("compile.inductor"),
-    "CUDA_VISIBLE_DEVICES": _OTHER_KNOB.format("platform.gpu"),
-    "HIP_VISIBLE_DEVICES": _OTHER_KNOB.format("platform.gpu"),
-    "ROCR_VISIBLE_DEVICES": _OTHER_KNOB.format("platform.gpu"),
-    "HIPBLASLT_ALLOW_TF32": _OTHER_KNOB.format("precision.tf32"),
-    "NVIDIA_TF32_OVERRIDE": _OTHER_KNOB.format("precision.tf32"),
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": _OTHER_KNOB.format("precision.tf32"),
+    name: why for why, names in _OF_DEBUGGING.items() for name in names.split()
+} | {
+    name: f"is chosen by {knob}, so that the record says it in one place"
+    for knob, names in _OF_OTHER_KNOBS.items()
+    for name in names.split()
 }
 
 
@@ -280,7 +229,7 @@ class Environment(Knob[EnvironmentOptions]):
 
 def _why_inert(name: str, cfg: Configuration) -> str | None:
     """Why nothing reads a variable under `cfg`, or None."""
-    if VARIABLES[name].tuning and cfg.knobs["blas"].tunableop.mode != "tune":  # type: ignore[attr-defined]
+    if VARIABLES[name].source == TUNABLE_OP and cfg.knobs["blas"].tunableop.mode != "tune":  # type: ignore[attr-defined]
         return "it is read while tuning only, blas.tunableop.mode=tune"
     return VARIABLES[name].inert
 
@@ -303,7 +252,6 @@ def _problem(name: str, value: str) -> str | None:
         if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
             return f"{name} is refused: it {reason}"
     if name not in VARIABLES:
-        close = difflib.get_close_matches(name, VARIABLES, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        return f"unknown variable {name}; known are {', '.join(VARIABLES)}.{hint}"
+        known_names = ", ".join(VARIABLES)
+        return f"unknown variable {name}; known are {known_names}.{near(name, VARIABLES)}"
     return f"{name}={value!r}: allowed is {VARIABLES[name].values} ({VARIABLES[name].meaning})"

@@ -1,12 +1,9 @@
 """Timing of whole calls: device events with the wall clock beside them, or the wall clock alone.
 
-A robot waits for the action before it moves, so each iteration is a separate request: the device
-is idle when it starts and is waited for when it ends. Nothing is pipelined over iterations.
-
-Each request has an observation of its own, which is copied to the device right before it, into
-memory that no call has read yet: what the caches hold then is what they hold in use. The copy is
-timed by itself. A `Feed` makes the copies, and may give them other content and look at the results,
-both outside of what is timed.
+Each iteration is a separate request, as of a robot that waits for its action: the device is idle
+when it starts and is waited for when it ends. Its observation is copied to the device right before
+it, into memory that no call has read yet, and the copy is timed by itself. A `Feed` makes the
+copies, may change them and looks at the results, all outside of what is timed.
 """
 
 from __future__ import annotations

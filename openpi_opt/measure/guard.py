@@ -1,11 +1,9 @@
 """The guard: are a candidate's actions those of the policy?
 
 The reference is the same weights and inputs in float32, plain and eager, with the general masks
-and without TF32. How far honest rounding may move the actions is not a constant: it is measured,
-as the distance of the plain eager policy in the candidate's own precision on the same inputs, and
-a candidate may be at most `guard.factor` times as far away (and under `guard.cap`). Several
-different inputs are compared (`openpi_opt.guarding.cases`), and the first one again at the end: a
-replay that ignores its inputs cannot pass, nor can one that depends on the call before.
+and without TF32. A candidate may be `guard.factor` times as far away from it as the plain eager
+policy in its precision, and under `guard.cap`. The first input is asked again at the end: an answer
+that depends on the call before is wrong.
 
 Letters: B batch, H horizon, A action dim.
 """

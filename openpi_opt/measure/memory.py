@@ -38,11 +38,8 @@ def peak(device: Device) -> Memory:
     """Peaks in MiB since `reset_peak`; `peak_mib` is the device's on a GPU, the host's on a CPU.
 
     The device's peak is `torch.cuda.max_memory_allocated` of the current GPU: bytes in live
-    tensors of torch's allocator. It leaves out the CUDA context, libraries' own workspaces and
-    the allocator's unused cache. A captured graph keeps its intermediates in a private pool:
-    they count while they are captured, but once capture has ended they are free blocks to the
-    allocator though every replay writes to them. A peak that is to cover a graph must therefore
-    be reset before its capture; reset after it, it shows inputs and outputs only.
+    tensors of torch's allocator, without the CUDA context and libraries' workspaces. What a graph
+    keeps counts while it is captured only: reset the peak before the capture.
 
     The host's peak is VmHWM of Linux: resident pages, file-backed ones (libraries, a mapped
     checkpoint) among them.

@@ -1,20 +1,10 @@
 """How many iterations a latency needs: decided before the first one that is reported.
 
-"Iterate until the interval is narrow" lets the samples choose when to stop, and they stop when
-they happen to look calm: before the next outlier. Simulated with 2% of calls 20% slower, such a
-run reports a mean that is 0.2% too small and an interval that holds the truth in 44% of runs; with
-a log-normal tail the mean is 0.12% too small. So the calls that choose are not those that are
-reported:
-
-1. Planning: calls in blocks, until the 95% interval of their mean and of their median is as
-   narrow as asked. Where ten calls show that the time has no room for the least number twice, to
-   plan and to report, there is nothing to decide: the least number is reported.
-2. Measuring: as many calls as that took, and a margin, all new. Their number does not depend on
-   them, so mean and interval are those of a fixed sample. In about 85% of runs without heavy tails
-   the interval is as narrow as asked, in nearly all others within a tenth of it; where it is
-   wider, the result says so.
-
-tests/measure/test_planning.py repeats the simulation.
+Samples that choose when to stop do so when they happen to look calm: with 2% of calls 20% slower,
+the interval then holds the truth in 44% of runs (tests/measure/test_planning.py). So other calls
+choose: planning times blocks until the 95% intervals of mean and median are as narrow as asked, and
+as many new calls, and a margin, are reported. In about 85% of runs without heavy tails the interval
+is as narrow as asked, in nearly all others within a tenth of it; the result says so otherwise.
 """
 
 from __future__ import annotations
@@ -49,8 +39,8 @@ def plan(time_block: Callable[[int], Timing], asked: Measure) -> Plan:
     """Choose the number of iterations; `time_block(n)` times n calls.
 
     Without `asked.rel_ci` nothing is timed and the number is `asked.iterations`. Otherwise it is
-    between that and `asked.max_iterations`, and what the time left of `asked.max_seconds` allows,
-    of which planning takes about half at most.
+    between that and `asked.max_iterations`, and what the time allows; planning takes half of it at
+    most. Where it has no room to plan and to report the least number, that is reported.
     """
     if asked.rel_ci is None:
         return Plan(asked.iterations, "iterations")

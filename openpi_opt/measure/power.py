@@ -115,28 +115,13 @@ def _measure(
         raise NoMeterError(
             f"the reading of {meter.method} stood still over {seconds:.1f} s of calls"
         )
-    return energy_of(
-        meter, joule, seconds, calls, idle_watt, cfg.workload.batch_size, throughput_hz
-    )
-
-
-def energy_of(
-    meter: Meter,
-    joule: float,
-    seconds: float,
-    calls: int,
-    idle_watt: float,
-    batch_size: int,
-    throughput_hz: float,
-) -> Energy:
-    """The figures of a run of `calls` calls that took `joule` in all."""
-    watt, limit = joule / seconds, meter.limit_watt
+    watt, limit, observations = joule / seconds, meter.limit_watt, calls * cfg.workload.batch_size
     return Energy(
         method=meter.method,
         seconds=seconds,
         calls=calls,
         joule=joule / calls,
-        inferences_per_joule=calls * batch_size / joule,
+        inferences_per_joule=observations / joule,
         watt=watt,
         hz_per_watt=throughput_hz / watt,
         idle_watt=idle_watt if idle_watt > 0 else None,

@@ -14,12 +14,13 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch.autograd import profiler as autograd_profiler
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -29,12 +30,10 @@ from openpi_opt.measure.categories import CATEGORIES, categorise
 from openpi_opt.measure.clock import synchronise
 from openpi_opt.measure.trace import (
     OUTSIDE,
-    Launch,
     ProfileError,
     Recording,
+    Timeline,
     TraceEvent,
-    occupation,
-    shares_us,
     stage_by_sequence,
 )
 from openpi_opt.result import KernelRow, Kernels
@@ -58,7 +57,7 @@ _HIDDEN_REPLAY = (
 
 @dataclass(frozen=True)
 class Profile:
-    """Totals, the kernel table (longest first), each launch in order of its start, and remarks.
+    """Totals, the kernel table (longest first), the launches in order of their start, and remarks.
 
     `notes` says, one sentence each, what is missing or not exact, and why; it belongs beside the
     figures wherever they are shown.
@@ -66,7 +65,7 @@ class Profile:
 
     kernels: Kernels
     table: list[KernelRow]
-    launches: list[Launch]
+    timeline: Timeline
     notes: list[str]
 
 
@@ -113,28 +112,36 @@ def profile_call(
     device: Device,
     trace_path: Path | None = None,
     uncaptured: Callable[[T], object] | None = None,
+    recorded: Callable[[], None] = lambda: None,
 ) -> Profile:
     """Profile one inference of a call that is warm already (compiled, captured).
 
-    It runs twice under the profiler, whose own start-up falls into the first run; only the second
-    is recorded. A replayed graph has no markers: with `uncaptured`, the same call without its
-    graph is profiled too, and its stages are taken over if it launched the same kernels in the
-    same order. On ROCm the profiler may not show the kernels of a replay: then counts and times
-    are those of `uncaptured`, and a note says so. `trace_path` receives the Chrome trace of the
-    call itself, gzipped.
+    The second of two runs is recorded. A replayed graph has no markers: with `uncaptured`, the same
+    call without its graph, stages are those of the same kernels there. On ROCm the profiler may not
+    show the kernels of a replay: then counts and times are those of `uncaptured`, and a note says
+    so. After all calls `recorded` is called; what follows takes seconds without the device.
+    `trace_path` receives the Chrome trace of the call itself, gzipped.
 
     Raises:
         ProfileError: no kernel or operator call was recorded.
     """
-    events = _record(call, inputs, device, trace_path)
+    with tempfile.TemporaryDirectory() as folder:
+        own, plain = Path(folder) / "trace.json", Path(folder) / "uncaptured.json"
+        _record(call, inputs, device, own)
+        if uncaptured is call:  # its own trace has the stages, or nothing has
+            uncaptured = None
+        if uncaptured is not None:
+            _record(uncaptured, inputs, device, plain)
+        recorded()
+        if trace_path is not None:
+            _compress(own, trace_path)
+        events, without = _events(own), None if uncaptured is None else _events(plain)
     if BY_DEVICE[device].replay_hides_kernels and Recording.of(events).replays_graph():
-        without = None if uncaptured is None else _record(uncaptured, inputs, device, None)
         return profile_of_replay_on_rocm(events, without)
     found = profile_of(events, device)
-    if found.kernels.stage_ms or uncaptured is None:
+    if found.kernels.stage_ms or without is None:
         return found
-    reference = profile_of(_record(uncaptured, inputs, device, None), device)
-    return with_stages_of(found, reference)
+    return with_stages_of(found, profile_of(without, device))
 
 
 def call_for_tool(call: Callable[[T], object], inputs: T, device: Device) -> None:
@@ -192,65 +199,61 @@ def profile_of_replay_on_rocm(
 def profile_of(events: Sequence[TraceEvent], device: Device) -> Profile:
     """Read the trace of one inference. Raises ProfileError where nothing was recorded."""
     recording, on_cpu = Recording.of(events), device == "cpu"
-    launches = (recording.operators() if on_cpu else recording.kernels()).launches()
-    if not launches:
+    timeline = recording.operators() if on_cpu else recording.kernels()
+    if not len(timeline):
         what = "operator call" if on_cpu else "device kernel"
         raise ProfileError(
             f"torch.profiler recorded no {what}. On a GPU, CUPTI or roctracer may be missing or "
             "in use by another profiler; profile.kernels=false leaves the counts out."
         )
-    notes = (_notes_on_cpu if on_cpu else _notes_on_gpu)(recording, launches)
-    return _summary(launches, device, notes)
+    notes = (_notes_on_cpu if on_cpu else _notes_on_gpu)(recording, timeline.staged)
+    return _summary(timeline, device, notes)
 
 
-def kernels_of(launches: Sequence[Launch], device: Device) -> Kernels:
+def kernels_of(timeline: Timeline, device: Device) -> Kernels:
     """Count launches and sum their time in milliseconds, per category and per stage.
 
     Each category is named, also with 0. The stages are either complete, so that they sum to the
     same as the categories, or `by_stage` and `stage_ms` are empty: one launch of unknown stage
-    suffices. On a GPU `busy_ms` and `idle_ms` are there, see `trace.occupation`.
+    suffices. On a GPU `busy_ms` is the time in which at least one launch ran.
     """
-    count = Counter(dict.fromkeys(CATEGORIES, 0))
-    category_us: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
-    stages: Counter[str] = Counter()
-    stage_us: defaultdict[str, float] = defaultdict(float)
-    for launch, spent_us in zip(launches, _spent_us(launches, device), strict=True):
-        category = categorise(launch.name)
-        count[category] += 1
-        category_us[category] += spent_us
-        if launch.stage is not None:
-            stages[launch.stage] += 1
-            stage_us[launch.stage] += spent_us
-    known = all(launch.stage is not None for launch in launches)
-    spent = None if device == "cpu" else occupation(launches)
+    on_cpu, spent_ms = device == "cpu", _spent_ms(timeline, device)
+    of_category = _sums(map(categorise, timeline.launched), spent_ms)
+    stages = timeline.staged
+    of_stage = {} if None in stages else _sums(map(str, stages), spent_ms)
+    gaps_ms = timeline.gaps_us() / 1e3
     return Kernels(
-        kind="operator_calls" if device == "cpu" else "device_kernels",
-        total=len(launches),
-        by_category={str(category): number for category, number in count.items()},
-        by_stage=dict(stages) if known else {},
-        category_ms={name: value / 1e3 for name, value in category_us.items()},
-        stage_ms={name: value / 1e3 for name, value in stage_us.items()} if known else {},
-        busy_ms=spent and spent.busy_us / 1e3,
-        idle_ms=spent and spent.idle_us / 1e3,
-        longest_gap_ms=spent and spent.longest_gap_us / 1e3,
+        kind="operator_calls" if on_cpu else "device_kernels",
+        total=len(timeline),
+        by_category={name: len(of_category.get(name, ())) for name in CATEGORIES},
+        by_stage={name: len(each) for name, each in of_stage.items()},
+        category_ms={name: sum(of_category.get(name, ())) for name in CATEGORIES},
+        stage_ms={name: sum(each) for name, each in of_stage.items()},
+        busy_ms=None if on_cpu else sum(spent_ms),
+        idle_ms=None if on_cpu else float(gaps_ms.sum()),
+        longest_gap_ms=None if on_cpu else float(gaps_ms.max(initial=0.0)),
     )
 
 
-def _spent_us(launches: Sequence[Launch], device: Device) -> list[float]:
+def _spent_ms(timeline: Timeline, device: Device) -> list[float]:
     """Time of each launch; on a GPU, where kernels may overlap, its share of the busy time."""
-    if device == "cpu":
-        return [launch.duration_us for launch in launches]
-    return shares_us(launches)
+    us = timeline.duration_us if device == "cpu" else timeline.shares_us()
+    return (us / 1e3).tolist()
 
 
-def table_of(launches: Sequence[Launch], device: Device) -> list[KernelRow]:
+def _sums(names: Iterable[str], spent_ms: Sequence[float]) -> dict[str, list[float]]:
+    """The times of each name."""
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for name, spent in zip(names, spent_ms, strict=True):
+        found[name].append(spent)
+    return found
+
+
+def table_of(timeline: Timeline, device: Device) -> list[KernelRow]:
     """One row per name, the one with the most time first; times as in `kernels_of`."""
-    durations_us: defaultdict[str, list[float]] = defaultdict(list)
-    for launch, spent_us in zip(launches, _spent_us(launches, device), strict=True):
-        durations_us[launch.name].append(spent_us)
     rows = [
-        KernelRow(name=name, category=categorise(name), calls=len(each), total_ms=sum(each) / 1e3)
-        for name, each in durations_us.items()
+        KernelRow(name=name, category=categorise(name), calls=len(each), total_ms=sum(each))
+        for name, each in _sums(timeline.launched, _spent_ms(timeline, device)).items()
     ]
     return sorted(rows, key=lambda row: (-row.total_ms, row.name))
 
@@ -261,61 +264,56 @@ def with_stages_of(replay: Profile, reference: Profile) -> Profile:
     if not reference.kernels.stage_ms:
         note = "No stages: the call without its graph has none either."
         return replace(replay, notes=[*notes, note])
-    both = [*replay.launches, *reference.launches]
-    stages = stage_by_sequence(
-        [(launch.name, launch.stage or OUTSIDE) for launch in reference.launches],
-        [launch.name for launch in replay.launches],
-        frozenset(launch.name for launch in both if launch.is_copy),
-    )
+    ours, theirs = replay.timeline, reference.timeline
+    copies = {n for t in (ours, theirs) for n in t.rows(t.is_copy).launched}
+    known = [
+        (name, stage or OUTSIDE) for name, stage in zip(theirs.launched, theirs.staged, strict=True)
+    ]
+    stages = stage_by_sequence(known, ours.launched, frozenset(copies))
     if stages is None:
         note = (
-            f"No stages: the replay ran {len(replay.launches)} kernels and copies, the call "
-            f"without its graph {len(reference.launches)}, and not the same ones in order."
+            f"No stages: the replay ran {len(ours)} kernels and copies, the call "
+            f"without its graph {len(theirs)}, and not the same ones in order."
         )
         return replace(replay, notes=[*notes, note])
-    launches = [
-        replace(launch, stage=stage) for launch, stage in zip(replay.launches, stages, strict=True)
-    ]
+    named, stage = np.unique(stages, return_inverse=True)
     note = "Stages by the order of the kernels, from the same call without its graph."
-    return _summary(launches, "cuda", [*notes, note])
+    timeline = replace(ours, stages=named.tolist(), stage=stage)
+    return _summary(timeline, "cuda", [*notes, note])
 
 
-def _summary(launches: list[Launch], device: Device, notes: list[str]) -> Profile:
-    return Profile(kernels_of(launches, device), table_of(launches, device), launches, notes)
+def _summary(timeline: Timeline, device: Device, notes: list[str]) -> Profile:
+    return Profile(kernels_of(timeline, device), table_of(timeline, device), timeline, notes)
 
 
-def _notes_on_gpu(recording: Recording, launches: Sequence[Launch]) -> list[str]:
+def _notes_on_gpu(recording: Recording, stages: Sequence[str | None]) -> list[str]:
     notes = []
     lost = recording.lost_launches()
     if lost:
         notes.append(f"Counts are too low: {lost} launches have no kernel in the trace.")
-    unknown = sum(launch.stage is None for launch in launches)
-    if unknown == len(launches):
+    unknown = stages.count(None)
+    if unknown == len(stages):
         notes.append(_NO_MARKERS)
     elif unknown:
         notes.append(f"No stages: the launch of {unknown} kernels is not in the trace.")
     return notes
 
 
-def _notes_on_cpu(recording: Recording, launches: Sequence[Launch]) -> list[str]:
+def _notes_on_cpu(recording: Recording, stages: Sequence[str | None]) -> list[str]:
     notes = [_GENERATED_LOOPS] if recording.has_generated_loops() else []
-    return [*notes, _NO_MARKERS] if launches[0].stage is None else notes
+    return [*notes, _NO_MARKERS] if stages[0] is None else notes
 
 
-def _record(
-    call: Callable[[T], object], inputs: T, device: Device, trace_path: Path | None
-) -> list[TraceEvent]:
-    """The trace events of the second of two calls."""
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        if device == "cpu":
-            _trace_on_cpu(call, inputs, trace)
-        else:
-            _trace_on_gpu(call, inputs, device, trace)
-        if trace_path is not None:
-            _compress(trace, trace_path)
-        document = json.loads(trace.read_text(encoding="utf-8"))
-    events: list[TraceEvent] = document["traceEvents"]
+def _record(call: Callable[[T], object], inputs: T, device: Device, trace: Path) -> None:
+    """Write the trace of the second of two calls."""
+    if device == "cpu":
+        _trace_on_cpu(call, inputs, trace)
+    else:
+        _trace_on_gpu(call, inputs, device, trace)
+
+
+def _events(trace: Path) -> list[TraceEvent]:
+    events: list[TraceEvent] = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     return events
 
 

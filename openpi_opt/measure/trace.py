@@ -57,23 +57,6 @@ class ProfileError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One kernel, device copy or fill, or operator call.
-
-    `stage` is None where it is not known. `stream` and `correlation` are the device's; they are
-    None for an operator call.
-    """
-
-    name: str
-    start_us: float
-    duration_us: float
-    stage: str | None
-    is_copy: bool = False
-    stream: int | None = None
-    correlation: int | None = None
-
-
-@dataclass(frozen=True)
 class Timeline:
     """Launches as columns, one row each, in order of their start.
 
@@ -89,32 +72,41 @@ class Timeline:
     duration_us: NDArray[np.float64]
     lane: NDArray[np.int64]
     is_copy: NDArray[np.bool_]
-    stream: NDArray[np.int64]
     correlation: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.name)
 
-    def rows(self, kept: slice) -> Timeline:
+    def rows(self, kept: slice | NDArray[np.bool_]) -> Timeline:
         """Some of the rows."""
-        columns = ("name", "stage", "start_us", "duration_us", "lane", "is_copy", "stream")
+        columns = ("name", "stage", "start_us", "duration_us", "lane", "is_copy")
         found = {key: getattr(self, key)[kept] for key in (*columns, "correlation")}
         return Timeline(names=self.names, stages=self.stages, **found)
 
-    def launches(self) -> list[Launch]:
-        """The rows as objects."""
-        return [
-            Launch(
-                name=self.names[self.name[i]],
-                start_us=float(self.start_us[i]),
-                duration_us=float(self.duration_us[i]),
-                stage=None if self.stage[i] == _UNKNOWN_STAGE else self.stages[self.stage[i]],
-                is_copy=bool(self.is_copy[i]),
-                stream=_id_or_none(self.stream[i]),
-                correlation=_id_or_none(self.correlation[i]),
-            )
-            for i in range(len(self))
-        ]
+    @property
+    def launched(self) -> list[str]:
+        """The name of each row."""
+        return [self.names[i] for i in self.name]
+
+    @property
+    def staged(self) -> list[str | None]:
+        """The stage of each row, None where it is not known."""
+        return [None if i == _UNKNOWN_STAGE else self.stages[i] for i in self.stage]
+
+    def shares_us(self) -> NDArray[np.float64]:
+        """The part of each duration in which nothing ran that started before.
+
+        Kernels of programmatic dependent launch start beside their predecessor and wait for it, and
+        streams run side by side: a moment counts once, for the launch that began first.
+        """
+        end = self.start_us + self.duration_us
+        free = np.maximum(self.start_us[1:], np.maximum.accumulate(end)[:-1])
+        return np.maximum(end - np.append(self.start_us[:1], free), 0.0)
+
+    def gaps_us(self) -> NDArray[np.float64]:
+        """The time before each row but the first in which nothing ran, over all streams."""
+        end = np.maximum.accumulate(self.start_us + self.duration_us)
+        return np.maximum(self.start_us[1:] - end[:-1], 0.0)
 
 
 @dataclass
@@ -132,48 +124,6 @@ class _Columns:
         return len(self.name)
 
 
-def shares_us(launches: Sequence[Launch]) -> list[float]:
-    """For each launch the part of its duration in which none that started before it ran.
-
-    Kernels of programmatic dependent launch start beside their predecessor and wait for it, and
-    streams run side by side: a moment counts once, for the launch that began first, so that shares
-    sum to `occupation`'s busy time.
-    """
-    shares = [0.0] * len(launches)
-    until = float("-inf")
-    for index in sorted(range(len(launches)), key=lambda i: launches[i].start_us):
-        start, end = launches[index].start_us, launches[index].start_us
-        end += launches[index].duration_us
-        shares[index] = max(0.0, end - max(start, until))
-        until = max(until, end)
-    return shares
-
-
-@dataclass(frozen=True)
-class Occupation:
-    """How a device spent the time from the start of its first launch to the end of its last."""
-
-    busy_us: float
-    idle_us: float
-    longest_gap_us: float
-
-
-def occupation(launches: Iterable[Launch]) -> Occupation:
-    """Time in which at least one launch ran, and in which none did, over all streams.
-
-    Launches that overlap count once, so `busy_us` may be less than the sum of their durations.
-    """
-    spans = sorted((launch.start_us, launch.start_us + launch.duration_us) for launch in launches)
-    busy = idle = longest = 0.0
-    until = spans[0][0] if spans else 0.0
-    for start, end in spans:
-        gap = max(0.0, start - until)
-        idle, longest = idle + gap, max(longest, gap)
-        busy += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return Occupation(busy, idle, longest)
-
-
 MAX_LAUNCHES = 1_000_000
 """Of a recording: about 300 inferences, and 300 MB while they are sorted."""
 
@@ -187,7 +137,7 @@ class Recording:
         self._names: dict[str, int] = {}
         self._threads: dict[str, int] = {}
         self._device = _Columns()
-        self._stream, self._is_copy = array("q"), array("b")
+        self._is_copy = array("b")
         self._runtime = _Columns()
         self._operators = _Columns()
         self._annotations = _Columns()
@@ -218,8 +168,7 @@ class Recording:
             return
         category = event.get("cat")
         if category in _ON_DEVICE:
-            args = self._keep(self._device, event)
-            self._stream.append(_as_id(args.get("stream")))
+            self._keep(self._device, event)
             self._is_copy.append(category in _COPIES)
         elif category in _RUNTIME:
             self._keep(self._runtime, event)
@@ -243,7 +192,6 @@ class Recording:
             duration_us=_floats(columns.duration_us)[order],
             lane=_integers(columns.thread)[order],
             is_copy=_integers(self._is_copy)[order].astype(bool),
-            stream=_integers(self._stream)[order],
             correlation=_integers(columns.correlation)[order],
         )
 
@@ -270,7 +218,6 @@ class Recording:
                 outer.append(row)
         kept = np.array(outer, dtype=np.int64)
         stages, stage = self._stages_at(thread[kept], start[kept])
-        none = np.full(len(kept), _MISSING)
         return Timeline(
             names=list(self._names),
             stages=stages,
@@ -280,8 +227,7 @@ class Recording:
             duration_us=_floats(columns.duration_us)[kept],
             lane=thread[kept],
             is_copy=np.zeros(len(kept), dtype=bool),
-            stream=none,
-            correlation=none,
+            correlation=np.full(len(kept), _MISSING),
         )
 
     def lost_launches(self) -> int:
@@ -307,8 +253,8 @@ class Recording:
         index = self._names.get(MARKER_PREFIX + stage)
         return 0 if index is None else self._annotations.name.count(index)
 
-    def _keep(self, columns: _Columns, event: TraceEvent) -> TraceEvent:
-        """Append the event and return its arguments."""
+    def _keep(self, columns: _Columns, event: TraceEvent) -> None:
+        """Append the event."""
         name, args = event.get("name"), event.get("args", {})
         start: Any = event.get("ts")
         duration: Any = event.get("dur")
@@ -328,7 +274,6 @@ class Recording:
         columns.thread.append(self._threads.setdefault(where, len(self._threads)))
         columns.correlation.append(_as_id(args.get("correlation")))
         columns.external_id.append(_as_id(args.get("External id")))
-        return args
 
     def _stages_of_kernels(self) -> tuple[list[str], NDArray[np.int64]]:
         """Names of stages, and the stage of each row of `_device`, -1 where it is not known."""
@@ -477,10 +422,6 @@ def _as_id(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and -(2**63) < value < 2**63:
         return value
     return _MISSING
-
-
-def _id_or_none(value: Any) -> int | None:
-    return None if value == _MISSING else int(value)
 
 
 def _shown(event: Any, limit: int = 200) -> str:

@@ -320,6 +320,8 @@ class _Watch:
             self._enter(_phase_of(line))
             if self.phase == "wait" and turn is not None:
                 turn.asks()
+            elif self.phase == "report" and turn is not None:
+                turn.frees()
         return bool(chunk)
 
     def _enter(self, phase: object) -> None:

@@ -31,7 +31,12 @@ from openpi_opt.track.store import unusable
 _TAIL_BYTES = 8192
 _TAIL_LINES = 40
 # Phases without a limit of their own, and the limit that they use.
-_BORROWED_LIMITS = {"start": "load", "import": "load", "apply": "compile"}
+_BORROWED_LIMITS = {
+    "start": "load",
+    "import": "load",
+    "apply": "compile",
+    "report": "profile",
+}
 # Waiting for other trials ends when they do, and each of them has limits.
 _UNLIMITED = {"wait": math.inf, "queue": math.inf}
 TRIAL_COMMAND = (sys.executable, "-m", "openpi_opt.trial")

@@ -1,10 +1,11 @@
 """Who may touch a device now: several trials prepare on it, one has it, the others stand still.
 
 A trial imports, loads and compiles beside others. Before it checks and measures it asks for the
-device (`trial.Progress.ask`). It has the device until its process and all that it started are gone.
-Meanwhile the others on that device are stopped by SIGSTOP, with everything below them: six stopped
-neighbours change neither mean nor p99 of a captured call on an H100 (3.109 to 3.112 ms against
-3.111 ms), running ones do. A limit on a trial's time counts only while it is not stopped.
+device (`Progress.ask`). It has the device until it says that it only reads its profile
+(`Progress.free`), or until its process and all that it started are gone. Meanwhile the others
+on that device are stopped by SIGSTOP, with everything below them: six stopped neighbours change
+neither mean nor p99 of a captured call on an H100 (3.109 to 3.112 ms against 3.111 ms), running
+ones do. A limit on a trial's time counts only while it is not stopped.
 
 One process schedules a device: the one that holds its lease (`devices`). So nothing of this is in a
 file. When that process ends, however it does, the watchers end what it had started (`watcher.py`).
@@ -101,8 +102,8 @@ class Turn:
     """A job's place in the line of its device, and its process there. Make it with `join`.
 
     The process inherits `gate` and `stopped`: it asks by the phase `wait`, then reads a byte from
-    `gate`; `stopped` holds for how many seconds it stood still, as text. As a context the turn
-    leaves the line at its end.
+    `gate`, and lets others have the device by the phase `report`; `stopped` holds for how many
+    seconds it stood still, as text. As a context the turn leaves the line at its end.
     """
 
     def __init__(self, schedule: Schedule):
@@ -169,6 +170,13 @@ class Turn:
                 self.asked = True
                 self._schedule.advance()
 
+    def frees(self) -> None:
+        """It needs the device no more; what it still computes stands still for the next."""
+        with self._schedule.changed:
+            if self._schedule.taken is self:
+                self.asked = False
+                self._schedule.free(self)
+
     def ended(self, gone: bool) -> None:
         """It is over; not `gone`: something of it cannot be killed, and may keep the device."""
         with self._schedule.changed:
@@ -225,10 +233,7 @@ class Schedule:
         finally:
             with self.changed:
                 turn.on = False
-                if self.taken is turn:
-                    self.measured_seconds += time.monotonic() - self._since
-                    self.taken = None
-                self.advance()
+                self.free(turn)
                 for fd in (turn.gate, turn.write, turn.stopped):
                     os.close(fd)
         if turn.withdrawn and self.lost:
@@ -255,6 +260,13 @@ class Schedule:
         if turn.child is not None:
             turn.child.resume()
         os.write(turn.write, bytes([min(len(others), 255)]))
+
+    def free(self, turn: Turn) -> None:
+        """Take the device back from a turn, if it has it, and give it to the next."""
+        if self.taken is turn:
+            self.measured_seconds += time.monotonic() - self._since
+            self.taken = None
+        self.advance()
 
     def lose(self, by: Turn) -> None:
         """Something of `by` that cannot be killed is on the device: nobody gets it any more."""

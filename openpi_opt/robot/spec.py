@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from openpi_opt.checkpoint_file import Family
 from openpi_opt.config import Section
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, first_reason
 from openpi_opt.paths import conf_dir, user_conf_dir
 
 _MOST = 32  # dimensions of the model's state and actions
@@ -85,9 +85,7 @@ class Robot(Section):
 
 def load(name: str) -> Robot:
     """The robot called `name` in `conf/robot` (the working folder's first), or in a YAML file.
-
-    Raises UserError: there is none, or the file is not one.
-    """
+    Raises UserError: there is none, or the file is not one."""
     file = _find(name)
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -95,9 +93,8 @@ def load(name: str) -> Robot:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"robot={name}: {file} cannot be read: {error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UserError(f"robot={name}: {key} in {file}: {first['msg']}") from error
+        key = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
+        raise UserError(f"robot={name}: {key} in {file}: {first_reason(error)}") from error
 
 
 def _find(name: str) -> Path:

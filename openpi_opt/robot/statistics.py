@@ -25,10 +25,8 @@ _OPENPI_EPS, _LEROBOT_EPS = 1e-6, 1e-8
 
 
 class Scale(NamedTuple):
-    """(x - offset) / scale + shift, and back; [n] each.
-
-    Vectors that are longer keep their other dimensions; shorter ones use the first statistics.
-    """
+    """(x - offset) / scale + shift, and back; [n] each. Vectors that are longer keep their other
+    dimensions; shorter ones use the first statistics."""
 
     offset: Floats
     scale: Floats
@@ -58,11 +56,8 @@ class Statistics(NamedTuple):
 
 
 def load(folder: Path, asset_id: str | None, family: Family) -> Statistics:
-    """The statistics in a checkpoint's folder.
-
-    Raises UserError: there are none (or several, none of which `asset_id` names), or they are
-    not what the family needs.
-    """
+    """The statistics in a checkpoint's folder. Raises UserError: there are none (or several, none
+    of which `asset_id` names), or they are not what the family needs."""
     if (folder / "policy_preprocessor.json").is_file():
         return _lerobot(folder)
     file = _openpi_file(folder, asset_id)
@@ -70,10 +65,8 @@ def load(folder: Path, asset_id: str | None, family: Family) -> Statistics:
 
 
 def read_openpi(file: Path, family: Family) -> Statistics:
-    """openpi's file; by quantiles unless the family is pi0, whose files have none.
-
-    Raises UserError: a file that is damaged, or lacks what is needed.
-    """
+    """openpi's file; by quantiles unless the family is pi0, whose files have none. Raises
+    UserError: a file that is damaged, or lacks what is needed."""
     content = _json(file)
     try:
         entries = content["norm_stats"]
@@ -88,13 +81,9 @@ def read_openpi(file: Path, family: Family) -> Statistics:
 
 def _openpi_scale(entry: Mapping[str, Any], family: Family) -> Scale:
     if family == "pi0":
-        return _by_deviation(_vector(entry, "mean"), _vector(entry, "std") + _OPENPI_EPS)
+        return Scale(_vector(entry, "mean"), _vector(entry, "std") + _OPENPI_EPS, 0.0)
     low, high = _vector(entry, "q01"), _vector(entry, "q99")
     return Scale(low, (high - low + _OPENPI_EPS) / 2.0, -1.0)
-
-
-def _by_deviation(mean: Floats, scale: Floats) -> Scale:
-    return Scale(mean, scale, 0.0)
 
 
 def _vector(entry: Mapping[str, Any], key: str) -> Floats:
@@ -143,7 +132,7 @@ def _lerobot_scale(
         return Scale(np.zeros(0), np.ones(0), 0.0)
     if mode == "MEAN_STD":
         deviation = _vector(vectors, "std") + (_LEROBOT_EPS if forwards else 0.0)
-        return _by_deviation(_vector(vectors, "mean"), deviation)
+        return Scale(_vector(vectors, "mean"), deviation, 0.0)
     names = {"QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"), "MIN_MAX": ("min", "max")}
     if mode not in names:
         raise ValueError(f"the normalisation {mode} is not known")

@@ -29,9 +29,7 @@ class Transforms(NamedTuple):
 
     def observation(self, raw: Mapping[str, Any]) -> tuple[Observation, Floats]:
         """A raw observation -> a batch of one, and the state [n] that actions may be relative to.
-
-        Raises ValueError: names the key that is missing or is not what it must be.
-        """
+        Raises ValueError: names the key that is missing or is not what it must be."""
         robot = self.robot
         pictures, present = self._pictures(raw)
         state = _model_state(robot, _state(robot, raw))

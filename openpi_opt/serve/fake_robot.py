@@ -39,9 +39,7 @@ def loop(
     seconds: float,
 ) -> dict[str, Any]:
     """Ask at `hz` for `seconds` -> the samples: milliseconds by part, late answers, skipped ticks.
-
-    `ask` sends an observation and returns the answer with the server's timing.
-    """
+    `ask` sends an observation and returns the answer with the server's timing."""
     period, start = 1.0 / hz, time.perf_counter()
     tick, late, skipped = 0, 0, 0
     samples: list[dict[str, float]] = []

@@ -33,11 +33,9 @@ Infer = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 @dataclass
 class PolicyServer:
-    """Serves `infer` on `host:port` until `stop` is set.
-
-    `queue`: at most so many requests wait; a further one is refused, not delayed. `max_bytes` is
-    the largest message; a client that sends more is disconnected (close code 1009).
-    """
+    """Serves `infer` on `host:port` until `stop` is set. `queue`: at most so many requests wait; a
+    further one is refused, not delayed. `max_bytes` is the largest message; a client that sends
+    more is disconnected (close code 1009)."""
 
     infer: Infer
     metadata: Mapping[str, Any]
@@ -55,10 +53,8 @@ class PolicyServer:
         self._handlers: set[asyncio.Task[Any]] = set()
 
     async def run(self, ready: Callable[[int], None]) -> None:
-        """Listen, call `ready` with the port, serve; drain when `stop` is set.
-
-        Raises UserError: the address is taken, or not this machine's.
-        """
+        """Listen, call `ready` with the port, serve; drain when `stop` is set. Raises UserError:
+        the address is taken, or not this machine's."""
         try:
             server = await serve(
                 self._handle,

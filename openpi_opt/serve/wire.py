@@ -24,10 +24,8 @@ def pack(message: Any) -> bytes:
 
 
 def unpack(data: bytes | str) -> dict[Any, Any]:
-    """The map in a message; arrays are views of `data`, which cannot be written to.
-
-    Raises WireError: it is no such message.
-    """
+    """The map in a message; arrays are views of `data`, which cannot be written to. Raises
+    WireError: it is no such message."""
     if isinstance(data, str):
         raise WireError("a text instead of a binary message")
     try:

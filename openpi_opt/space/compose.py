@@ -1,9 +1,8 @@
 """From overrides to configurations: the one place that calls Hydra.
 
-It uses Hydra's loader and nothing that is global, so it works inside of another Hydra application
-and in several threads, and a path never passes through the override grammar. Hydra takes 80 ms for
-a point; a search space has thousands. So where a point differs from what was composed by plain
-values and options alone, it is put together here.
+It uses Hydra's loader and nothing that is global, so other Hydra applications and threads do not
+meet it. Hydra takes 80 ms for a point, and a search looks at thousands: a point that differs from
+what was composed by plain values and options alone is put together here.
 """
 
 from __future__ import annotations
@@ -47,12 +46,9 @@ _HYDRA = threading.RLock()
 
 @dataclass(frozen=True)
 class Composed:
-    """What Hydra composes from some overrides.
-
-    `values` are the sections and settings as plain data, `choices` the option of each group,
-    `written` the groups that a preset sets key by key. `linked` says that a value is taken from
-    another one.
-    """
+    """What Hydra composes from some overrides. `values` are the sections and settings as plain
+    data, `choices` the option of each group, `written` the groups that a preset sets key by key.
+    `linked` says that a value is taken from another one."""
 
     values: dict[str, Any]
     choices: dict[str, str]
@@ -71,10 +67,8 @@ class Composer:
         conf: Path | None = None,
     ):
         """Look for options in the project's `conf/`, then in `preset_dir` (presets), then in
-        `config_dir` and `conf/` of the working folder.
-
-        Raises UserError: a folder that was named does not exist.
-        """
+        `config_dir` and `conf/` of the working folder. Raises UserError: a folder that was named
+        does not exist."""
         for given in (preset_dir, config_dir):
             if given is not None and not given.is_dir():
                 raise UserError(f"folder {given} does not exist. Name the one that has the files.")
@@ -103,10 +97,8 @@ class Composer:
         self._options: dict[tuple[str, str], dict[str, Any] | None] = {}
 
     def __call__(self, overrides: Sequence[str]) -> Config:
-        """The configuration for these overrides.
-
-        Raises UserError: unknown group, option or key; a value that no schema admits.
-        """
+        """The configuration for these overrides. Raises UserError: unknown group, option or key; a
+        value that no schema admits."""
         values = self.assembled(overrides)
         return trial_config(self.compose(overrides).values if values is None else values)
 
@@ -123,11 +115,8 @@ class Composer:
             return list(self.loader.get_group_options(group, ObjectType.CONFIG))
 
     def compose(self, overrides: Sequence[str]) -> Composed:
-        """All of it by Hydra.
-
-        Raises UserError: as for a call; or one file would silently win over another, or
-        over what the command line says.
-        """
+        """All of it by Hydra. Raises UserError: as for a call; or one file would silently win over
+        another, or over what the command line says."""
         return self._load(overrides)
 
     def _load(self, overrides: Sequence[str], only: Sequence[str] = ()) -> Composed:
@@ -248,11 +237,8 @@ def compose(
     overrides: Sequence[str], preset: str | None = None, preset_dir: Path | None = None
 ) -> Config:
     """A configuration outside of a sweep: with a preset, its model and workload unless overridden.
-
-    An override of one of their keys changes that key and nothing else.
-
-    Raises UserError: unknown preset, group, option or key, or a value that no schema admits.
-    """
+    An override of one of their keys changes that key and nothing else. Raises UserError: unknown
+    preset, group, option or key, or a value that no schema admits."""
     chosen = [*overrides]
     if preset is not None:
         check_name(preset)
@@ -272,10 +258,8 @@ def compose(
 
 
 def trial_config(values: Mapping[str, Any]) -> Config:
-    """The trial's part of what was composed, validated.
-
-    Raises UserError: unknown key, or a value that no schema admits.
-    """
+    """The trial's part of what was composed, validated. Raises UserError: unknown key, or a value
+    that no schema admits."""
     return Config.parse({key: value for key, value in values.items() if key not in _CONTROL})
 
 
@@ -305,10 +289,16 @@ def _section(override: Override) -> str | None:
 
 
 def _set_key(values: Any, override: Override) -> bool:
-    """Change one key of `values` (`a.b=1`) or add one (`+a.b=1`); False when it is not plain."""
+    """Change one key of `values` (`a.b=1`, `a.b=[x,y]`) or add one (`+a.b=1`); False when it is not
+    plain."""
     value = override.value()
-    special = isinstance(value, str) and any(mark in value for mark in _SPECIAL)
-    if not isinstance(value, _SCALARS) or special or "[" in override.key_or_group:
+    parts = value if isinstance(value, list) else [value]
+    special = any(mark in part for part in parts if isinstance(part, str) for mark in _SPECIAL)
+    if (
+        not all(isinstance(part, _SCALARS) for part in parts)
+        or special
+        or "[" in override.key_or_group
+    ):
         return False
     *path, last = override.key_or_group.split(".")[1:]
     node: Any = values
@@ -316,7 +306,8 @@ def _set_key(values: Any, override: Override) -> bool:
         node = node.get(name) if isinstance(node, dict) else None
     if not isinstance(node, dict):
         return False
-    plain = last in node and not isinstance(node[last], (dict, list))
+    same = isinstance(node.get(last), list) == isinstance(value, list)
+    plain = last in node and same and not isinstance(node[last], dict)
     fits = {OverrideType.CHANGE: plain, OverrideType.ADD: last not in node}
     if override.type is None or not fits.get(override.type):
         return False

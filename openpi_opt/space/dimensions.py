@@ -20,7 +20,7 @@ MAX_LISTED = 10_000
 
 
 class Dimension(ABC):
-    """One swept key."""
+    """One swept key. Its texts stand behind `=`; Optuna knows `value` of them."""
 
     @abstractmethod
     def count(self) -> int | None:
@@ -34,13 +34,13 @@ class Dimension(ABC):
     def distribution(self) -> BaseDistribution:
         """What Optuna samples from. Imports Optuna."""
 
-    @abstractmethod
     def value(self, text: str) -> str | int | float:
         """Optuna's value for a text of `texts`."""
+        return text
 
-    @abstractmethod
     def text(self, value: str | int | float) -> str:
         """The text for a value that Optuna sampled."""
+        return str(value)
 
     def overrides(self, key: str, text: str) -> list[str]:
         """What a value is on the command line."""
@@ -66,14 +66,6 @@ class Choices(Dimension):
         from optuna.distributions import CategoricalDistribution
 
         return CategoricalDistribution(sorted(self.values))
-
-    def value(self, text: str) -> str:
-        """The text itself."""
-        return text
-
-    def text(self, value: str | int | float) -> str:
-        """The value itself."""
-        return str(value)
 
     def only(self, texts: Sequence[str]) -> Choices:
         """The same with these of its values, in this order."""

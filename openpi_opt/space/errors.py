@@ -6,16 +6,15 @@ matched here are those of Hydra 1.3, which is pinned; what does not match is sho
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from openpi_opt.config import SECTIONS
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, near
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.space.schema_keys import is_free, paths
 from openpi_opt.space.settings import Settings
@@ -41,16 +40,16 @@ def unknown_key(key: str, origin: str = "") -> str:
     """What to say of a key that no schema has: what there is, and what comes nearest."""
     head, _, rest = key.partition(".")
     if head not in known_keys():
-        near = _near(head, known_keys())
-        return f"{origin}unknown group or key {head}; known are {', '.join(known_keys())}.{near}"
+        hint = near(head, known_keys())
+        return f"{origin}unknown group or key {head}; known are {', '.join(known_keys())}.{hint}"
     known = paths(head)
     if is_free(key.rpartition(".")[0]):
         return f"{origin}{key} is not set, so it is added: +{key}=VALUE."
     fields = list(dict.fromkeys(path.split(".")[1] for path in known))
     what = f"{head} has {', '.join(fields)}." if fields else f"{head} has no {rest}."
     same_name = [path for path in known if path.split(".")[-1] == key.split(".")[-1]]
-    near = f" Did you mean {same_name[0]}?" if same_name else _near(key, known)
-    return f"{origin}unknown key {key}; {what}{near}"
+    hint = f" Did you mean {same_name[0]}?" if same_name else near(key, known)
+    return f"{origin}unknown key {key}; {what}{hint}"
 
 
 def _missing_option(error: MissingConfigException) -> str:
@@ -63,8 +62,8 @@ def _missing_option(error: MissingConfigException) -> str:
     if not options:
         hint = " python -m openpi_opt.promote STUDY --name NAME makes one." * (group == "preset")
         return f"{group}={option}{asked}: the group {group} has no options.{hint}"
-    near = _near(option, options, f"{group}=")
-    return f"{group}={option}{asked}: no such option. {group} has {', '.join(options)}.{near}"
+    hint = near(option, options, f"{group}=")
+    return f"{group}={option}{asked}: no such option. {group} has {', '.join(options)}.{hint}"
 
 
 def _explain(error: Exception) -> str:
@@ -88,8 +87,3 @@ def _explain(error: Exception) -> str:
         return f"{where}{str(error).splitlines()[0].rstrip('.')}."
     detail = " ".join(str(cause).split()).partition(" full_key")[0] if cause else ""
     return f"{text.partition(' Config search path:')[0]}{f' ({detail})' if detail else ''}"
-
-
-def _near(word: str, known: Iterable[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {prefix}{close[0]}?" if close and close[0] != word else ""

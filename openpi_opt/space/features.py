@@ -20,15 +20,15 @@ from openpi_opt.space.space import Space
 # The time in which no kernel runs: launches that the host is late with, gaps, waiting.
 IDLE = "idle"
 PARTS, TOTAL, SECONDS = "parts_ms", "total_ms", "seconds"  # attributes of a trial in Optuna
+# Expected where the default is what measuring found best, and where a trial is declared short.
+TUNED, QUICK = (0.02, 0.03), (-0.7, 0.3)
 # Of the call, at least this share: a profile's times are not exact to more.
 _LEAST_IDLE = 0.01
 
 
 def features(cfg: Config, space: Space, params: Mapping[str, str]) -> dict[str, str]:
-    """Options of the knobs that differ from their defaults, and what else the space sweeps.
-
-    Of keys that belong to no knob (`weights.seed`) the value as written, unless it is the first.
-    """
+    """Options of the knobs that differ from their defaults, and what else the space sweeps. Of keys
+    that belong to no knob (`weights.seed`) the value as written, unless it is the first."""
     found = {
         f"{name}.{key}": text
         for name, options in cfg.canonical().knobs.items()
@@ -56,21 +56,29 @@ def is_slow(found: Mapping[str, str]) -> bool:
 
 
 def is_tuned(key: str) -> bool:
-    """Whether the default of a feature is a table of measured values, as its knob declares."""
+    """Whether the default of a feature is what measuring found best, as its knob declares."""
     name, _, option = key.partition(".")
     return name in BY_NAME and option.split(".")[0] in BY_NAME[name].tuned
 
 
 def quick_values() -> dict[str, str]:
-    """By key, the values with which a first call is short."""
+    """By key, the values with which a trial is short."""
     return {f"{k.name}.{option}": text for k in KNOBS for option, text in k.quick.items()}
 
 
-def parts(result: TrialResult) -> dict[str, float]:
-    """Milliseconds of each stage and `IDLE`, which sum to the latency; empty where not known.
+def expected_time(key: str, text: str) -> tuple[float, float] | None:
+    """Mean and scale of what an option adds to a log time, where its knob declares something."""
+    return TUNED if is_tuned(key) else None
 
-    Times under the profiler are scaled down where they exceed the call that was timed without it.
-    """
+
+def expected_seconds(key: str, text: str) -> tuple[float, float] | None:
+    """The same for the log seconds of a trial."""
+    return QUICK if quick_values().get(key) == text else None
+
+
+def parts(result: TrialResult) -> dict[str, float]:
+    """Milliseconds of each stage and `IDLE`, which sum to the latency; empty where not known. Times
+    under the profiler are scaled down where they exceed the call that was timed without it."""
     if not isinstance(result, Ok | Pruned) or result.kernels is None:
         return {}
     stages = {name: ms for name, ms in result.kernels.stage_ms.items() if ms > 0}

@@ -1,10 +1,8 @@
 """Option files as data: what Hydra composes is read here, the project's own files and the users'.
 
-A preset or a space may come from anywhere. So a file is bounded in size, depth and aliases. It
-names no code to run, reads no variable that could hold a secret, and does not lead out of its
-folder.
-Words mean what they mean on the command line: `off` is a word, `1e-3` and `016` are numbers
-(YAML 1.2, not 1.1), so that `- override /compile: off` chooses the option `off`.
+A file may come from anywhere. So it is bounded in size, depth and aliases, names no code, reads no
+variable that could hold a secret, and does not lead out of its folder. Words mean what they mean on
+the command line (YAML 1.2, not 1.1): `off` is a word, `1e-3` and `016` are numbers.
 """
 
 from __future__ import annotations
@@ -106,11 +104,8 @@ class OptionFile:
 
 
 def read(path: Path) -> OptionFile:
-    """Read a file as data.
-
-    Raises UserError: it is not YAML or not text, is too large, too deep or refers to itself, or
-    holds more than data. The message names the file.
-    """
+    """Read a file as data. Raises UserError: it is not YAML or not text, is too large, too deep or
+    refers to itself, or holds more than data. The message names the file."""
     text = _text(path)
     try:
         _check_shape(path, text)
@@ -131,10 +126,8 @@ def read(path: Path) -> OptionFile:
 
 
 def check_option(group: str, option: str) -> None:
-    """Refuse the name of an option that could be a file outside of its group's folder.
-
-    Raises UserError: names it.
-    """
+    """Refuse the name of an option that could be a file outside of its group's folder. Raises
+    UserError: names it."""
     if len(option) <= _LONGEST and all(_PART.fullmatch(part) for part in option.split("/")):
         return
     shown = option if len(option) <= _LONGEST else option[:40] + "..."
@@ -145,10 +138,8 @@ def check_option(group: str, option: str) -> None:
 
 
 def check_variables(path: object, text: str) -> None:
-    """Refuse `${oc.env:NAME}` of anything but a place.
-
-    Raises UserError: names the variable's text.
-    """
+    """Refuse `${oc.env:NAME}` of anything but a place. Raises UserError: names the variable's
+    text."""
     names = re.findall(r"oc\.env:\s*([A-Za-z0-9_]+)\s*[,}]", text)
     if len(names) == text.count("oc.env") and all(_PLACES.fullmatch(name) for name in names):
         return

@@ -1,11 +1,9 @@
-"""Named search spaces, the options of the group `space`: sweeps and steps kept in a file.
+"""Named search spaces, the options of the group `space`: words of a command line, kept in a file.
 
-A named space stands for words on the command line. `sweep` holds sweeps in Hydra's syntax, as one
-would type them. With `knobs` every knob of the registry is swept, too: by its options, or by each
-of its switches if it is among `switches`. `steps` is a list of points instead of a product: each
-step has a name and keeps the overrides of the steps before it. `start` holds points that a sampler
-begins with: every dimension at its default but for the overrides given. What the command line
-itself says of a key, or of the whole group, wins over the file.
+`sweep` holds sweeps in Hydra's syntax. With `knobs` every knob is swept, too: by its options, or by
+each of its switches if it is among `switches`. `steps` is a list of points instead of a product,
+each with the overrides of those before it. `start` holds points that a sampler begins with. What
+the command line says of a key, or of the whole group, wins over the file.
 """
 
 from __future__ import annotations
@@ -41,10 +39,8 @@ class NamedSpace(BaseModel):
         return not self.sweep and not self.steps and not self.knobs
 
     def join(self, arguments: Sequence[str], options: Options | None = None) -> Space:
-        """The search space of a command line together with this one.
-
-        Raises UserError: bad syntax on the command line or in the file.
-        """
+        """The search space of a command line together with this one. Raises UserError: bad syntax
+        on the command line or in the file."""
         if self.is_empty():
             return Space.parse(arguments, options)
         taken = [_key(line) for line in arguments]
@@ -96,10 +92,8 @@ class NamedSpace(BaseModel):
 
 
 def chosen_starts(space: Space, names: Sequence[str] | None) -> Space:
-    """The space with these of its starting points, in this order; None for all of them.
-
-    Raises UserError: a name that the space does not have.
-    """
+    """The space with these of its starting points, in this order; None for all of them. Raises
+    UserError: a name that the space does not have."""
     if names is None:
         return space
     unknown = [name for name in names if name not in space.start]

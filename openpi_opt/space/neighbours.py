@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from openpi_opt.errors import UserError
-from openpi_opt.space.features import features, is_slow
+from openpi_opt.space.features import features, is_slow, is_tuned, quick_values
 from openpi_opt.space.optimizer import Optimizer
 from openpi_opt.space.points import Points
 from openpi_opt.space.space import Space
@@ -27,13 +27,17 @@ Params = dict[str, str]
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A point one key away. `plain`: that key is at its default there; `slow`: compiles long."""
+    """A point one key away. `plain`: that key is at its default there; `slow`: compiles long.
+
+    `settled`: at its best value by declaration, which was left for a shorter trial.
+    """
 
     params: Params
     key: str
     config_hash: str
     plain: bool
     slow: bool = False
+    settled: bool = False
 
 
 @dataclass
@@ -61,7 +65,8 @@ class Neighbours:
         left = [n for n in left if not (self.hurried and n.slow)]
         if left:
             cost = self.optimizer.cost()
-            chosen = left[0] if cost is None else min(left, key=lambda n: cost(n.params))
+            first = [n for n in left if n.settled] or left
+            chosen = first[0] if cost is None else min(first, key=lambda n: cost(n.params))
             self._asked.add(chosen.config_hash)
             return chosen.params
         return self._simpler(known)
@@ -108,7 +113,8 @@ class Neighbours:
                 if config_hash is not None and config_hash not in (own, *found):
                     plain = text == dimension.texts()[0]
                     slow = is_slow(self._features(params))
-                    found[config_hash] = Neighbour(params, key, config_hash, plain, slow)
+                    settled = plain and is_tuned(key) and key in quick_values()
+                    found[config_hash] = Neighbour(params, key, config_hash, plain, slow, settled)
         return list(found.values())
 
     def _simpler(self, known: set[str]) -> Params | None:

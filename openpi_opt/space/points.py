@@ -18,11 +18,8 @@ _MOST_KEPT = 20_000
 
 
 class Points:
-    """Composes every point once.
-
-    In a space that is `sensible_only`, points that a knob refuses do not count. Lossy ones count
-    only with `allow_lossy`.
-    """
+    """Composes every point once. In a space that is `sensible_only`, points that a knob refuses do
+    not count. Lossy ones count only with `allow_lossy`."""
 
     def __init__(self, space: Space, compose: Compose, machine: Machine, allow_lossy: bool = False):
         self._space = space
@@ -32,11 +29,9 @@ class Points:
         self._made: dict[tuple[str, ...], Config | UserError] = {}
 
     def config(self, params: dict[str, str]) -> Config:
-        """The configuration of a point, with `auto` resolved.
-
-        Raises UserError: its values have no configuration, for instance because they
-        contradict each other; NotSensibleError where only a knob says so.
-        """
+        """The configuration of a point, with `auto` resolved. Raises UserError: its values have no
+        configuration, for instance because they contradict each other; NotSensibleError where only
+        a knob says so."""
         cfg = self._composed(params)
         if self._space.sensible_only:
             reason = left_out(cfg, self._machine, self._allow_lossy)

@@ -1,8 +1,7 @@
 """A named space made ready for a machine: dead values dropped, defaults first, starts filled in.
 
-A space of a few thousand combinations is walked through, so its counts are exact. Of a larger one
-every value is composed alone, and those are dropped that a knob then calls unavailable or lossy.
-How many combinations are sensible, and how many of them differ, is estimated from random ones.
+A space of a few thousand combinations is walked through and counted. Of a larger one every value is
+composed alone and dropped where a knob refuses it; the counts are estimated from random points.
 """
 
 from __future__ import annotations
@@ -97,10 +96,8 @@ def prepare(
 
 
 def require_some(space: Space, found: Count) -> None:
-    """Refuse a named space of which nothing can run here.
-
-    Raises UserError: with the most frequent reason.
-    """
+    """Refuse a named space of which nothing can run here. Raises UserError: with the most frequent
+    reason."""
     if space.sensible_only and found.exact and not found.sensible:
         reason = max(found.left_out, key=lambda reason: found.left_out[reason])
         raise UserError(

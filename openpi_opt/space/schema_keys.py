@@ -14,10 +14,8 @@ from openpi_opt.knobs import BY_NAME
 
 
 def key_values(key: str) -> list[Any]:
-    """Every value of a switch or a choice such as `attention.denoise`; empty for other keys.
-
-    The default comes first.
-    """
+    """Every value of a switch or a choice such as `attention.denoise`; empty for other keys. The
+    default comes first."""
     field = _field(key)
     if field is None:
         return []

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from openpi_opt.criteria import Criteria, ObjectiveName, in_order
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, first_reason
 from openpi_opt.figures import LIMITS, OBJECTIVES
 from openpi_opt.process.devices import DeviceSettings
 from openpi_opt.space.named import NamedSpace
@@ -51,8 +51,7 @@ class Objective(BaseModel):
         try:
             return Criteria(objectives=value).objectives
         except ValidationError as error:
-            why = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ValueError(why) from None
+            raise ValueError(first_reason(error)) from None
 
 
 class LocalSettings(BaseModel):
@@ -64,12 +63,9 @@ class LocalSettings(BaseModel):
 
 
 class RaySettings(BaseModel):
-    """Trials run on the nodes of a Ray cluster: a task each, with one GPU.
-
-    `resources` names what a node must have (accelerator_type:H100, or its own), `cpus` says how
-    many of Ray's a trial takes (null: its share), `slots` how many trials run at a time (null: what
-    there is room for).
-    """
+    """Trials run on the nodes of a Ray cluster: a task each, with one GPU. `resources` names what a
+    node must have (accelerator_type:H100, or its own), `cpus` says how many of Ray's a trial takes
+    (null: its share), `slots` how many trials run at a time (null: what there is room for)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -85,11 +81,9 @@ SbatchText = Annotated[str, Field(pattern=r"^[!-~]+$", max_length=500)]
 
 
 class SlurmSettings(BaseModel):
-    """Trials run as jobs of Slurm, one each, `slots` of them queued or running at a time.
-
-    `gpus` of a job (0: trials on the CPU); `gres` instead, where a model has to be named. `minutes`
-    is a job's time limit (null: what the limits of the trial's phases add up to).
-    """
+    """Trials run as jobs of Slurm, one each, `slots` of them queued or running at a time. `gpus` of
+    a job (0: trials on the CPU); `gres` instead, where a model has to be named. `minutes` is a
+    job's time limit (null: what the limits of the trial's phases add up to)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -153,21 +147,6 @@ class Settings(BaseModel):
             )
         return self
 
-    @field_validator("devices", mode="before")
-    @classmethod
-    def _gpus_alone(cls, value: Any) -> Any:
-        """`devices=[0,1]`, `devices=0` and `devices=all` name GPUs."""
-        if isinstance(value, (int, str)) and not isinstance(value, bool):
-            return {"gpus": value if value == "all" else [value]}
-        return {"gpus": value} if isinstance(value, list) else value
-
-    @field_validator("objective", mode="before")
-    @classmethod
-    def _minimize_alone(cls, value: Any) -> Any:
-        """`objective=[latency,memory]` and `objective=latency` say what to minimise."""
-        value = [value] if isinstance(value, str) else value
-        return {"minimize": value} if isinstance(value, (list, tuple)) else value
-
     @field_validator("start", mode="before")
     @classmethod
     def _all_or_one(cls, value: Any) -> Any:
@@ -181,10 +160,8 @@ class Settings(BaseModel):
 
     @staticmethod
     def parse(composed: Mapping[str, Any]) -> Settings:
-        """Pick the settings out of a composed mapping.
-
-        Raises UserError: a value of the wrong type or out of range.
-        """
+        """Pick the settings out of a composed mapping. Raises UserError: a value of the wrong type
+        or out of range."""
         picked = {name: composed[name] for name in Settings.model_fields if name in composed}
         try:
             return Settings.model_validate(picked)
@@ -195,19 +172,15 @@ class Settings(BaseModel):
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     if not first["loc"]:  # of several settings together; not all of them are to be shown
-        return first["msg"].removeprefix("Value error, ") + "."
+        return f"{first_reason(error)}."
     # A union's errors name its member as well.
     unions = ("executor", "pruning")
     where = [part for n, part in enumerate(first["loc"]) if n != 1 or first["loc"][0] not in unions]
     name = ".".join(map(str, where))
-    if name == "sampler":
-        return f"sampler={first['input']}: unknown. Use one of {', '.join(get_args(SamplerName))}."
-    if name == "n_trials" and first["type"] == "greater_than_equal":
-        return f"n_trials={first['input']}: at least 1 trial is needed for a sweep."
     if name.startswith("objective.minimize."):
         known = ", ".join(OBJECTIVES)
         return f"objective={first['input']}: unknown. Use one or more of {known}."
-    return f"{name}={first['input']}: {first['msg'].removeprefix('Value error, ')}."
+    return f"{name}={first['input']}: {first_reason(error)}."
 
 
 def check_not_swept(space: Space) -> None:
@@ -253,9 +226,7 @@ def objective_text(names: Sequence[str]) -> str:
 
 def default_study_name(overrides: Sequence[str], today: datetime | None = None) -> str:
     """A name from the UTC date and the overrides: the same for the same command on the same day.
-
-    The text is for people and may be cut; the hash tells apart what reads the same.
-    """
+    The text is for people and may be cut; the hash tells apart what reads the same."""
     deciding = identity(overrides)
     day = (today or datetime.now(timezone.utc)).strftime("%Y%m%d")
     text = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", "+".join(deciding))[:_LONGEST_TEXT].strip("-+.,")

@@ -13,6 +13,7 @@ import json
 import math
 import random
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -70,11 +71,8 @@ class Space:
 
     @staticmethod
     def parse(overrides: Sequence[str], options: Options | None = None) -> Space:
-        """Read a command line's overrides; `options` tells those of a group, for `glob`.
-
-        Raises UserError: bad syntax, a sweep without values, or a key that is swept and
-        given twice.
-        """
+        """Read a command line's overrides; `options` tells those of a group, for `glob`. Raises
+        UserError: bad syntax, a sweep without values, or a key that is swept and given twice."""
         dimensions: dict[str, Dimension] = {}
         fixed: list[str] = []
         shuffles: dict[str, int] = {}
@@ -85,7 +83,8 @@ class Space:
             if override.is_sweep_override():
                 dimensions[key] = _dimension(line, override, options)
                 if getattr(override.value(), "shuffle", False):
-                    shuffles[key] = _seed(line)
+                    digest = hashlib.sha256(line.encode()).digest()
+                    shuffles[key] = int.from_bytes(digest[:4], "big")
             else:
                 fixed.append(line)
             seen.append(key)
@@ -105,10 +104,8 @@ class Space:
         return any(isinstance(dimension, Bundles) for dimension in self.dimensions.values())
 
     def all(self) -> Iterator[dict[str, str]]:
-        """Every point in the order written, the last key changing fastest.
-
-        Raises ValueError: the space is infinite.
-        """
+        """Every point in the order written, the last key changing fastest. Raises ValueError: the
+        space is infinite."""
         if self.combinations() is None:
             raise ValueError("an interval has no end of values")
         columns = [self._ordered(key) for key in self.dimensions]
@@ -155,10 +152,8 @@ def few_values(space: Space) -> bool:
 
 @lru_cache(maxsize=4096)
 def parse_override(line: str) -> Override:
-    """Read one override; the grammar takes a millisecond, so each is read once.
-
-    Raises UserError: it does not follow Hydra's grammar, or has nothing behind `=`.
-    """
+    """Read one override; the grammar takes a millisecond, so each is read once. Raises UserError:
+    it does not follow Hydra's grammar, or has nothing behind `=`."""
     try:
         override = OverridesParser.create().parse_override(line)
     except HydraException as error:
@@ -167,7 +162,7 @@ def parse_override(line: str) -> Override:
         detail = " ".join(str(error).split()).partition(" See https")[0]
         detail = detail.partition(" expecting ")[0]  # the grammar's tokens help nobody
         raise UserError(
-            f"{line!r} is not an override: {_shortened(detail)}.\n"
+            f"{line!r} is not an override: {textwrap.shorten(detail, 160, placeholder='…')}.\n"
             "Write group=option, key=value, or key=a,b to sweep (with -m); quote blanks, brackets "
             "and commas that belong to a value: \"key='a b'\"."
         ) from None
@@ -276,11 +271,8 @@ def _no_tags(line: str, tags: set[str]) -> None:
 
 
 def text_of(value: Any) -> str:
-    """The text of a value that the grammar reads back as that value.
-
-    A string goes into quotes unless it is a plain word: so `str(1)` stays a text, and may hold
-    blanks.
-    """
+    """The text of a value that the grammar reads back as that value. A string goes into quotes
+    unless it is a plain word: so `str(1)` stays a text, and may hold blanks."""
     if isinstance(value, str):
         plain = _PLAIN_WORD.fullmatch(value) and value.lower() not in _NOT_WORDS
         return value if plain else quoted(value)
@@ -311,11 +303,3 @@ def _unordered(dimension: Dimension) -> Any:
         values = dimension.values
         return sorted((values[0], values[-1])), abs(values.step), dimension.log
     return dimension
-
-
-def _seed(line: str) -> int:
-    return int.from_bytes(hashlib.sha256(line.encode()).digest()[:4], "big")
-
-
-def _shortened(text: str, width: int = 160) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,11 +1,14 @@
 """What each stage of an inference takes, as a function of the options that touch it.
 
 For each stage (vision, prefill, denoise, and the time in which no kernel runs) the logarithm of its
-milliseconds is a sum of effects, one for each option that is not at its default: Bayesian linear
-regression. The scale of the effects is learned for each key, so that a capture that saves 100 ms
-and a tile that saves 10 us are both told from noise (automatic relevance determination: MacKay,
-Neural Computation 4, 1992). Whether a trial fails is a regression of the same kind on 0 and 1, and
-the seconds that a trial takes are one more.
+milliseconds is a sum of effects, one for each option that is not at its default, and a deviation
+that points with nearly the same options share: Bayesian linear regression on a Gaussian process
+over the number of options that differ (universal kriging: Rasmussen and Williams, Gaussian
+Processes for Machine Learning, 2.7). So the time of a known point is what was measured, and that of
+its neighbours differs by the effects. The scale of the effects is learned for each key, so that a
+capture that saves 100 ms and a tile that saves 10 us are both told from noise (automatic relevance
+determination: MacKay, Neural Computation 4, 1992). Whether a trial fails is a regression of the
+same kind on 0 and 1, and the seconds that a trial takes are one more.
 
 `draw` samples all effects from their posterior: the point that is fastest under one draw is worth
 a trial (Thompson sampling: Russo and others, arXiv 1707.02038). `mean` takes the posterior means.
@@ -19,20 +22,24 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from openpi_opt.knobs.base import STAGES
+
 Array = NDArray[np.float64]
-Term = tuple[tuple[str, str], ...]  # an option, or two that hold together
+Pair = tuple[str, str]  # an option
 Features = Mapping[str, str]  # options that are not at their default: key -> text
-# Prior of an effect on a logarithm before anything is known, and of what the effects leave over.
+Prior = Callable[[str, str], tuple[float, float] | None]
+"""Mean and scale of an option's effect, where something is known of it beforehand."""
+
+# Scale of an effect on a logarithm before anything is known, and of what the effects leave over.
 _PRIOR, _NOISE = 0.15, 0.05
-# Mean and scale of the prior where the default is a table of measured values.
-_TUNED = 0.02, 0.03
+_REST_PRIOR = 0.5  # of the time in no stage: a capture takes away nearly all of it
 _LEAST_NOISE = 0.002  # fresh processes of one configuration differ by 0.3%
 _ROUNDS = 6  # of learning the scales; they hardly move afterwards
 _WEIGHT = 2.0  # pseudo-observations behind each prior scale
 _FAILURE_PRIOR = 0.3
-# A pair of options gets an effect of its own when this many trials have both, their rest is so many
-# standard errors off, and there are so many trials for each such pair.
-_LEAST_TOGETHER, _SURE, _TRIALS_A_PAIR = 3, 3.0, 10
+# Points that differ in so many options still share 1/e of what the effects leave over, of which
+# this part is noise, which no other trial shares.
+_LENGTH, _OWN = 3.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -51,55 +58,82 @@ class Seen:
     bad: bool = False
 
 
+class Codes:
+    """Points as rows of numbers, one column for each key, to count in how many they differ."""
+
+    def __init__(self, rows: Sequence[Features], is_read: Callable[[str], bool]):
+        self.keys = sorted({key for row in rows for key in row if is_read(key)})
+        self._numbers: list[dict[str, int]] = [{} for _ in self.keys]
+        for row in rows:
+            for numbers, key in zip(self._numbers, self.keys, strict=True):
+                if key in row:
+                    numbers.setdefault(row[key], len(numbers) + 1)
+        self._is_read = is_read
+        self._table = np.asarray([self._code(row) for row in rows], dtype=np.int16)
+
+    def near(self, point: Features) -> Array:
+        """By row, how much of its deviation the point shares: 1 for the same point."""
+        known = set(self.keys)
+        more = sum(key not in known and self._is_read(key) for key in point)
+        return self._shares((self._table != self._code(point)).sum(axis=1) + more)
+
+    def among(self) -> Array:
+        """The same for all rows with each other."""
+        return self._shares((self._table[:, None, :] != self._table[None]).sum(axis=2))
+
+    def _shares(self, apart: NDArray[np.int64]) -> Array:
+        shares: Array = (1 - _OWN) * np.exp(-apart / _LENGTH)
+        return shares
+
+    def _code(self, row: Features) -> NDArray[np.int16]:
+        pairs = zip(self._numbers, self.keys, strict=True)
+        return np.asarray([n.get(row[k], -1) if k in row else 0 for n, k in pairs], dtype=np.int16)
+
+
 class Effects:
-    """Posterior of the effects on one quantity."""
+    """Posterior of the effects on one quantity, and of what they leave over."""
 
     def __init__(
-        self,
-        prior: float,
-        noise: float,
-        is_read: Callable[[str], bool],
-        is_tuned: Callable[[str], bool] = lambda key: False,
+        self, scale: float, noise: float, is_read: Callable[[str], bool], prior: Prior | None = None
     ):
-        self._prior, self._noise, self._is_read, self._is_tuned = prior, noise, is_read, is_tuned
-        self._terms: list[Term] = []
+        self._scale, self._noise, self._is_read = scale, noise, is_read
+        self._known = prior or (lambda key, text: None)
+        self._pairs: list[Pair] = []
         self._scales: dict[str, float] = {}
         self._centre = 0.0
         self._mean: Array = np.zeros(1)
         self._spread: Array = np.eye(1) * 1e-2
+        self._codes: Codes | None = None
 
     def fit(self, rows: Sequence[Features], values: Sequence[float]) -> None:
         """Learn from values; none at all leaves the prior."""
         if not rows:
             return
-        pairs = sorted({pair for row in rows for pair in row.items() if self._is_read(pair[0])})
-        singles: list[Term] = [(pair,) for pair in pairs]
-        x = _table(rows, singles)
+        self._pairs = sorted(
+            {pair for row in rows for pair in row.items() if self._is_read(pair[0])}
+        )
+        self._x = np.zeros((len(rows), len(self._pairs) + 1))
+        self._x[:, 0] = 1.0
+        for n, row in enumerate(rows):
+            self._x[n, 1:] = [row.get(key) == text for key, text in self._pairs]
         y = np.asarray(values, dtype=float)
         self._centre = float(np.median(y))
-        self._terms = singles
-        self._learn(x, y - self._centre)
-        joint = self._joint(x, y - self._centre - x @ self._mean)
-        if joint:
-            self._terms = [*singles, *joint]
-            self._learn(_table(rows, self._terms), y - self._centre)
-
-    def _joint(self, x: Array, left: Array) -> list[Term]:
-        """Pairs of options whose trials lie off the sum of their effects by more than chance."""
-        ones = x[:, 1:]
-        both, sums = ones.T @ ones, ones.T @ (left[:, None] * ones)
-        sigma = float(np.std(left)) + 1e-9
-        scores = np.abs(sums) / (sigma * np.sqrt(np.maximum(both, 1.0)))
-        scores[(both < _LEAST_TOGETHER) | np.tri(len(both), dtype=bool)] = 0.0
-        order = np.argsort(scores, axis=None)[::-1][: len(left) // _TRIALS_A_PAIR]
-        found = [np.unravel_index(place, scores.shape) for place in order]
-        return [(self._terms[i][0], self._terms[j][0]) for i, j in found if scores[i, j] > _SURE]
+        self._y = y - self._centre
+        self._codes = Codes(rows, self._is_read)
+        # Whitened by what rows share, effects are those of an ordinary regression.
+        self._root = np.linalg.cholesky(self._codes.among() + _OWN * np.eye(len(rows)))
+        self._learn(np.linalg.solve(self._root, self._x), np.linalg.solve(self._root, self._y))
 
     def _learn(self, x: Array, y: Array) -> None:
-        keys = ["&".join(key for key, _ in term) for term in self._terms]
+        priors = [self._prior(*pair) for pair in self._pairs]
+        expected = np.asarray([0.0, *(mean for mean, _ in priors)])
+        y = y - x @ expected
+        keys = [key for key, _ in self._pairs]
         names = sorted(set(keys))
         of = np.asarray([names.index(key) for key in keys], dtype=int)
-        variance = np.full(len(names), self._prior**2)
+        widest = dict(zip(keys, (scale for _, scale in priors), strict=True))
+        prior = np.asarray([widest[name] ** 2 for name in names])
+        variance = prior.copy()
         counts = np.bincount(of, minlength=len(names)) if keys else np.zeros(0)
         noise = self._noise**2
         gram, moment = x.T @ x, x.T @ y
@@ -112,14 +146,18 @@ class Effects:
                 break
             squares = self._mean[1:] ** 2 + np.diag(self._spread)[1:]
             sums = np.bincount(of, squares, minlength=len(names))
-            variance = (_WEIGHT * self._prior**2 + sums) / (_WEIGHT + counts)
+            variance = (_WEIGHT * prior + sums) / (_WEIGHT + counts)
             left = float(np.sum((y - x @ self._mean) ** 2) + np.sum(gram * self._spread))
             noise = (_WEIGHT * self._noise**2 + left) / (_WEIGHT + len(y))
             noise = max(noise, _LEAST_NOISE**2)
+        self._mean = self._mean + expected
         self._scales = {name: float(v) ** 0.5 for name, v in zip(names, variance, strict=True)}
 
+    def _prior(self, key: str, text: str) -> tuple[float, float]:
+        return self._known(key, text) or (0.0, self._scale)
+
     def mean(self) -> Drawn:
-        """The posterior means; of what was never seen, nothing."""
+        """The posterior means; of what was never seen, what was expected of it."""
         return self._drawn(self._mean, None)
 
     def draw(self, rng: np.random.Generator) -> Drawn:
@@ -128,29 +166,22 @@ class Effects:
         return self._drawn(self._mean + root @ rng.standard_normal(len(self._mean)), rng)
 
     def _drawn(self, effects: Array, rng: np.random.Generator | None) -> Drawn:
-        known = {term: float(e) for term, e in zip(self._terms, effects[1:], strict=True)}
+        known = {pair: float(e) for pair, e in zip(self._pairs, effects[1:], strict=True)}
         scales = {} if rng is None else self._scales
         base = self._centre + float(effects[0])
+        apart = None
+        if self._codes is not None:
+            left = np.linalg.solve(self._root, self._y - self._x @ effects)
+            apart = self._codes, np.linalg.solve(self._root.T, left)
 
-        def unseen(key: str) -> tuple[float, float]:
+        def unseen(key: str, text: str) -> tuple[float, float]:
             if not self._is_read(key):
                 return 0.0, 0.0
-            if self._is_tuned(key):
-                return _TUNED
+            mean, scale = self._prior(key, text)
             # Values never tried are no bolder than those of the same key that were.
-            return 0.0, min(self._prior, scales.get(key, self._prior))
+            return mean, min(scale, scales.get(key, scale))
 
-        return Drawn(base, known, unseen, rng)
-
-
-def _table(rows: Sequence[Features], terms: Sequence[Term]) -> Array:
-    """One row for each trial: 1, then 1 for each term that holds and 0 for the others."""
-    x = np.zeros((len(rows), len(terms) + 1))
-    x[:, 0] = 1.0
-    for n, row in enumerate(rows):
-        items = set(row.items())
-        x[n, 1:] = [items.issuperset(term) for term in terms]
-    return x
+        return Drawn(base, known, unseen, rng, apart)
 
 
 class Drawn:
@@ -159,30 +190,30 @@ class Drawn:
     def __init__(
         self,
         base: float,
-        effects: Mapping[Term, float],
-        prior: Callable[[str], tuple[float, float]],
+        effects: Mapping[Pair, float],
+        prior: Callable[[str, str], tuple[float, float]],
         rng: np.random.Generator | None,
+        apart: tuple[Codes, Array] | None,
     ):
-        self._base, self._prior, self._rng = base, prior, rng
-        self._singles = {term[0]: effect for term, effect in effects.items() if len(term) == 1}
-        self._joint = {term: effect for term, effect in effects.items() if len(term) > 1}
+        self._base, self._prior, self._rng, self._apart = base, prior, rng, apart
+        self._effects = dict(effects)
 
     def __call__(self, features: Features) -> float:
         """The quantity, a logarithm for times."""
         total = self._base
         for pair in features.items():
-            effect = self._singles.get(pair)
+            effect = self._effects.get(pair)
             total += self._unseen(pair) if effect is None else effect
-        for term, effect in self._joint.items():
-            if all(features.get(key) == text for key, text in term):
-                total += effect
+        if self._apart is not None:
+            codes, weights = self._apart
+            total += float(codes.near(features) @ weights)
         return total
 
-    def _unseen(self, pair: tuple[str, str]) -> float:
+    def _unseen(self, pair: Pair) -> float:
         """The prior mean, or one sample of the prior."""
-        mean, scale = self._prior(pair[0])
+        mean, scale = self._prior(*pair)
         effect = mean if self._rng is None else float(self._rng.normal(mean, scale))
-        self._singles[pair] = effect
+        self._effects[pair] = effect
         return effect
 
 
@@ -209,18 +240,20 @@ class Guess:
 class StageModel:
     """All quantities of a study. `touches(key)` names the stages that an option can change.
 
-    `is_tuned(key)`: its default is a table of measured values.
+    `times` and `seconds` say what is known beforehand of options' effects on the logarithms of the
+    milliseconds of a stage and of the seconds of a trial.
     """
 
     def __init__(
         self,
         touches: Callable[[str], Iterable[str]],
-        is_tuned: Callable[[str], bool] = lambda key: False,
+        times: Prior | None = None,
+        seconds: Prior | None = None,
     ):
-        self._touches, self._is_tuned = touches, is_tuned
+        self._touches, self._times = touches, times
         self._parts: dict[str, Effects] = {}
         self._fails = Effects(_FAILURE_PRIOR, 0.2, lambda key: True)
-        self._seconds = Effects(0.5, 0.3, lambda key: True)
+        self._seconds = Effects(0.5, 0.3, lambda key: True, seconds)
 
     def fit(self, trials: Sequence[Seen]) -> None:
         """Learn from all trials, those that failed included.
@@ -235,8 +268,11 @@ class StageModel:
         self._seconds.fit([f for f, _ in lasted], [float(np.log(s)) for _, s in lasted])
 
     def _fit_part(self, name: str, timed: Sequence[Seen], names: Sequence[str]) -> Effects:
+        # What is no stage, any option can change.
+        scale = _PRIOR if name in (*STAGES, "call") else _REST_PRIOR
         effects = Effects(
-            *(_PRIOR, _NOISE, lambda key: name in ("call", *self._touches(key)), self._is_tuned)
+            *(scale, _NOISE, lambda key: name not in STAGES or name in self._touches(key)),
+            self._times,
         )
         shares = [t.parts.get(name, 0.0) / t.total for t in timed if t.parts and t.total]
         share = float(np.mean(shares)) if shares else 1.0

@@ -24,6 +24,8 @@ from openpi_opt.space.features import (
     PARTS,
     SECONDS,
     TOTAL,
+    expected_seconds,
+    expected_time,
     features,
     is_slow,
     is_tuned,
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 RANDOM = 10
 _TRIES = 400  # random points looked at for one that a knob admits
 _PASSES = 2  # over all keys, from each start
-_MOST_NEW = 6
+_MOST_NEW, _MOST_TUNED = 6, 2
 _CONTRADICTION = "invalid: "  # how the reason of a knob begins that other options can mend
 _MOST_REASONS = 8
 
@@ -68,6 +70,7 @@ class _Move(NamedTuple):
     """A change of a place that was not composed, and what it would about cost."""
 
     cost: float
+    start: Place
     here: Place
     key: str
     text: str
@@ -113,11 +116,12 @@ class Map:
         return None
 
     def quick(self, place: Place) -> Place:
-        """The place with the values of a short first call, where a knob admits them."""
+        """The place with the values of a short trial, where a knob admits them."""
         slow = [key for key, text in place.features.items() if is_slow({key: text})]
         plain = {key: self.values[key][0] for key in slow if key in self.values}
         place = (self.place({**place.params, **plain}) if plain else None) or place
-        for key, text in quick_values().items():
+        for option, text in quick_values().items():
+            key = option if option in self.values else option.split(".")[0]
             if text in self.values.get(key, ()):
                 place = self.place({**place.params, key: text}) or place
         return place
@@ -250,7 +254,7 @@ class StagesSampler(BaseSampler):
         self._random = random.Random(seed)
         self._rng = np.random.default_rng(seed)
         self._patience = patience
-        self._model = StageModel(touched, is_tuned)
+        self._model = StageModel(touched, expected_time, expected_seconds)
         self._turn = 0
         self._tried: set[tuple[str, str]] = set()  # options, with their values
         self._places: dict[tuple[str, ...], Place | None] = {}
@@ -301,7 +305,7 @@ class StagesSampler(BaseSampler):
             if best is not None and best[0] <= move.cost:
                 break
             other = self._map.changed(move.here, move.key, move.text)
-            if other is not None and other.key not in known and self._admits(other):
+            if other is not None and other.key not in known and self._admits(other, move.start):
                 best = guess.cost(other.features), other.params
         return best[1] if best is not None else self._any(known)
 
@@ -342,8 +346,9 @@ class StagesSampler(BaseSampler):
         """Change one key at a time as long as that is faster; every place goes to `looked`.
 
         At most `_MOST_NEW` options of a place were never tried: of many at once a trial says
-        little, and it is as slow as the worst of them. Returns the changes that were not composed,
-        since what they did elsewhere makes nothing faster here.
+        little, and it is as slow as the worst of them. At most `_MOST_TUNED` whose default is what
+        measuring found best are changed: there are many of these, and little is in them. Returns
+        the changes that were not composed, since what they did elsewhere makes nothing faster here.
         """
         here, cost = start, guess.cost(start.features)
         looked.setdefault(start.key, (cost, start.params))
@@ -357,12 +362,12 @@ class StagesSampler(BaseSampler):
                     rough = self._map.roughly(here, key, text)
                     expected = None if rough is None else guess.cost(rough)
                     if expected is not None and expected >= cost:
-                        left.append(_Move(expected, here, key, text))
+                        left.append(_Move(expected, start, here, key, text))
                         continue
                     other = self._map.changed(here, key, text)
                     if other is not None and other.key == here.key and is_tuned(key):
                         break  # its kernel does not run here
-                    if other is None or other.key in looked or not self._admits(other):
+                    if other is None or other.key in looked or not self._admits(other, start):
                         continue
                     found = guess.cost(other.features)
                     looked[other.key] = found, other.params
@@ -372,9 +377,11 @@ class StagesSampler(BaseSampler):
                 break
         return left
 
-    def _admits(self, place: Place) -> bool:
+    def _admits(self, place: Place, start: Place) -> bool:
         new = sum(pair not in self._tried for pair in place.features.items())
-        return new <= _MOST_NEW and not (self._hurried and is_slow(place.features))
+        changed = {key for key, _ in place.features.items() ^ start.features.items()}
+        few = new <= _MOST_NEW and sum(map(is_tuned, changed)) <= _MOST_TUNED
+        return few and not (self._hurried and is_slow(place.features))
 
     def _any(self, known: set[Key], quick: bool = False) -> Params:
         """A random point that is not known, if there is one among many.

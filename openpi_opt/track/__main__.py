@@ -13,8 +13,8 @@ from openpi_opt.track.follow import follow
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.mlflow_log import MlflowLog, TrackingError, tracking_of
 from openpi_opt.track.optuna_copy import CopyError, OptunaCopy
-from openpi_opt.track.store import DEFAULT_STORE, Store
-from openpi_opt.verbs import verb_parser
+from openpi_opt.track.store import Store
+from openpi_opt.verbs import add_store, verb_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,9 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     sync.add_argument("study", nargs="*", metavar="STUDY", help="default: every study in the store")
-    sync.add_argument(
-        "--store", default=DEFAULT_STORE, metavar="DIR", help="the sweep's store (default: mlruns)"
-    )
+    add_store(sync)
     return parser
 
 

@@ -73,9 +73,7 @@ class Brief:
 
     def give_back(self, result: TrialResult, kept: dict[str, Any]) -> None:
         """Put `config`, `fingerprint` and `files` in their places; share checks and ceilings.
-
-        `result` is frozen, but nobody has it yet, and to copy it takes its time.
-        """
+        `result` is frozen, but nobody has it yet, and to copy it takes its time."""
         result.__dict__.update(kept)
         if isinstance(result, Ok):
             shared = self._checks.setdefault

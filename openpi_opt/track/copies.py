@@ -1,10 +1,8 @@
 """The process that copies a study's journal to MLflow and to Optuna's database.
 
-A copy may never hold back a measurement or an exit: a tracking server can hang, answer "429, come
-back in an hour" or fail to import, and a database can be locked. So a verb never talks to one. It
-starts `python -m openpi_opt.track follow`, which reads the journal as it grows, and at the end the
-verb waits for that process for `WAIT_S` seconds at most. Whatever is missing then is said in one
-line, with the command that delivers it.
+A copy may never hold back a measurement or an exit, and servers hang. So a verb starts `python -m
+openpi_opt.track follow`, which reads the journal as it grows, and waits for it at the end for
+`WAIT_S` at most. Whatever is missing then is said in one line, with the command that delivers.
 """
 
 from __future__ import annotations
@@ -39,11 +37,9 @@ _NICE = 19
 
 
 class Copies:
-    """Copies of one study, made by a process of their own from now until `close`.
-
-    With `tracking.mlflow` off only Optuna's database gets one, and with `optuna` off only MLflow.
-    `storage` is the URL of Optuna's database; without it that is `optuna.db` in the store.
-    """
+    """Copies of one study, made by a process of their own from now until `close`. With
+    `tracking.mlflow` off only Optuna's database gets one, and with `optuna` off only MLflow.
+    `storage` is the URL of Optuna's database; without it that is `optuna.db` in the store."""
 
     def __init__(
         self,
@@ -79,6 +75,7 @@ class Copies:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            bufsize=0,  # what is read is what `select` sees
             start_new_session=True,  # a Ctrl-C is for the verb, which ends this process
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
         )
@@ -89,10 +86,8 @@ class Copies:
         self._thread.start()
 
     def close(self, records: int) -> None:
-        """Let the process finish, within the time for that, and say what is missing.
-
-        `records` is how many the journal has.
-        """
+        """Let the process finish, within the time for that, and say what is missing. `records` is
+        how many the journal has."""
         if self._process is None or self._thread is None:
             return
         try:
@@ -140,24 +135,20 @@ class Copies:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # it has ended, and its last line said why
             self._process.stdin.write(line.encode() + b"\n")
-            self._process.stdin.flush()
 
     def _listen(self) -> None:
         """Take in what the process says until it ends."""
         assert self._process is not None
         out = self._process.stdout
         assert out is not None
-        rest = b""
         with contextlib.suppress(OSError, ValueError):
             while True:
                 if self._mlflow and self._left != 0 and not select.select([out], [], [], LATE_S)[0]:
                     self._tell_late()
-                data = os.read(out.fileno(), 1 << 16)
-                if not data:
+                line = out.readline()
+                if not line:
                     return
-                *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
-                    self._take(line)
+                self._take(line)
 
     def _take(self, line: bytes) -> None:
         message = json.loads(line)

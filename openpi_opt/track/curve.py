@@ -31,11 +31,9 @@ class Step(NamedTuple):
 
 
 def steps(records: Sequence[Record], criteria: Criteria) -> list[Step]:
-    """The trials that became the best of their study, and at last the newest trial.
-
-    The clock begins when the first trial does; pauses between sweeps are left out. What is above a
-    limit, lossy or measured to confirm another is never the best. Baselines compete.
-    """
+    """The trials that became the best of their study, and at last the newest trial. The clock
+    begins when the first trial does; pauses between sweeps are left out. What is above a limit,
+    lossy or measured to confirm another is never the best. Baselines compete."""
     found: list[Step] = []
     minutes, before = 0.0, None
     for record in records:

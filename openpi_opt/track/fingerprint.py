@@ -24,11 +24,9 @@ _GIT_TIMEOUT_S = 5
 
 
 def fingerprint(machine: Machine, platform: Platform | None = None) -> dict[str, Any]:
-    """Describe what runs a trial.
-
-    `platform` (resolved, without `auto`) says which of the machine's GPUs it is; without it, the
-    first one that the installed torch can use. On the CPU `gpu` is None, whatever is installed.
-    """
+    """Describe what runs a trial. `platform` (resolved, without `auto`) says which of the machine's
+    GPUs it is; without it, the first one that the installed torch can use. On the CPU `gpu` is
+    None, whatever is installed."""
     gpu = _gpu(machine, platform)
     torch, aiter = machine.torch, machine.aiter
     return {
@@ -129,10 +127,8 @@ def _version(*names: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """Revision of the checkout that holds the package, `-dirty` behind it when edited.
-
-    None for an installed package: a repository further up is somebody else's.
-    """
+    """Revision of the checkout that holds the package, `-dirty` behind it when edited. None for an
+    installed package: a repository further up is somebody else's."""
     checkout = package_dir().parent
     if not (checkout / ".git").exists():
         return None

@@ -1,10 +1,9 @@
 """`python -m openpi_opt.track follow`: the process that `copies.Copies` starts.
 
 It reads an order on stdin, copies what the journal has and gets, and says on stdout, one JSON
-object a line, what MLflow still lacks (`left`), what is wrong (`note`, `about` one of the two), and
-that MLflow has all (`ended`).
-"finish" on stdin makes it copy the rest and end. The end of stdin without that word means that the
-verb was killed.
+object a line: what MLflow still lacks (`left`), that it has all (`ended`), what is wrong (`note`,
+`about` one of the two). "finish" on stdin makes it copy the rest and end; its end without that is a
+kill.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -36,154 +35,93 @@ _PR_SET_PDEATHSIG = 1
 
 
 def follow(end_study: EndStudy) -> int:
-    """Copy until told to finish; returns 0, also where a copy could not be made.
-
-    `end_study` ends the study's run in MLflow unless another sweep works on it.
-    """
+    """Copy until told to finish; returns 0, also where a copy could not be made. `end_study` ends
+    the study's run in MLflow unless another sweep works on it."""
     # A call to a server that never answers does not see the end of stdin.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    orders = _Lines()
-    order = orders.next(None)
-    if not order:
+    order = sys.stdin.readline()
+    asked = json.loads(order) if order else {}
+    if os.getppid() != asked.get("parent"):  # killed while this was starting
         return 0
-    asked = json.loads(order)
-    if os.getppid() != asked["parent"]:  # killed while this was starting
-        return 0
-    optuna = _OptunaFollower(asked)
-    follower = _MlflowFollower(asked, end_study)
-    while True:
-        waiting = not follower.look()
-        word = orders.next(RETRY_S if waiting else POLL_S)
-        if word == "":
-            os._exit(0)  # whatever a thread waits for
-        if word == "finish":
-            break
-    optuna.finish()
-    while not (follower.look() and follower.end()):
-        time.sleep(RETRY_S)
-    _tell(ended=True)
-    optuna.join()
+    store = Store(Path(asked["store"]))
+    study_dir = store.study_dir(asked["study"])
+    followers = []
+    if asked["optuna"]:
+        copy = OptunaCopy(store, study_dir, asked["storage"])
+        followers.append(_Follower("optuna", store, study_dir, lambda j: copy.update(j.records())))
+    if asked["experiment"] is not None:
+        log, begun = MlflowLog(store, Tracking(experiment=asked["experiment"])), threading.Event()
+
+        def end(journal: Journal) -> None:
+            log.show(study_dir, journal)
+            end_study(study_dir, log)
+            _tell(ended=True)
+
+        def to_mlflow(journal: Journal) -> None:
+            if not begun.is_set():
+                log.begin_study(study_dir)
+                begun.set()
+            log.sync(study_dir, journal, told=lambda left: _tell(left=left))
+
+        followers.append(_Follower("mlflow", store, study_dir, to_mlflow, end))
+    for follower in followers:
+        follower.start()
+    if sys.stdin.readline() != "finish\n":
+        os._exit(0)  # whatever a thread waits for
+    for follower in followers:
+        follower.last.set()
+    for follower in followers:
+        follower.join()
     return 0
 
 
-class _OptunaFollower(threading.Thread):
-    """Optuna's copy, in a thread of its own: a tracking server that hangs does not hold it up."""
+class _Follower(threading.Thread):
+    """One copy of a study, in a thread of its own: neither copy holds up the other."""
 
-    def __init__(self, order: dict[str, Any]):
+    def __init__(
+        self,
+        about: str,
+        store: Store,
+        study_dir: Path,
+        copy: Callable[[Journal], None],
+        end: Callable[[Journal], None] = lambda journal: None,
+    ):
         super().__init__(daemon=True)
-        store = Store(Path(order["store"]))
-        self._study_dir = store.study_dir(order["study"])
-        self._copy: OptunaCopy | None = None
-        self._last = threading.Event()
-        if order["optuna"]:
-            self._copy = OptunaCopy(store, self._study_dir, order["storage"])
-            self.start()
+        self.last = threading.Event()  # nothing comes any more
+        self._about, self._copy, self._end = about, copy, end
+        self._study_dir = study_dir
+        self._later = sync_command(store, study_dir.name)
 
     def run(self) -> None:
-        """Copy what is new until `finish`, and then the rest."""
-        assert self._copy is not None
+        """Copy what is new until `last` is set, and then the rest."""
         journal, seen = Journal.open(self._study_dir), -1
         while True:
-            last = self._last.is_set()
+            last = self.last.is_set()
             try:
                 journal.refresh()
                 if len(journal) != seen:
-                    self._copy.update(journal.records())
+                    self._copy(journal)
                     seen = len(journal)
-            except CopyError as error:
-                _tell(about="optuna", note=f"warning: {error}")
-                if error.final or last:
+                if last:
+                    self._end(journal)
                     return
-            if last and seen == len(journal):
+            except (TrackingError, CopyError) as error:  # which may be over later
+                seen = -1
+                self._note(str(error))
+                if isinstance(error, CopyError) and (error.final or last):
+                    return
+            except UserError as error:  # the user's to mend: nothing can be delivered before
+                text = " ".join(masked(str(error)).split())
+                self._note(f"{text} Results are kept in the journal; afterwards: {self._later}")
                 return
-            self._last.wait(POLL_S if seen >= 0 else RETRY_S)
+            if last:
+                time.sleep(RETRY_S)
+            else:
+                self.last.wait(POLL_S if seen >= 0 else RETRY_S)
 
-    def finish(self) -> None:
-        """Nothing comes any more."""
-        self._last.set()
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait for the rest to be copied."""
-        if self._copy is not None:
-            super().join(timeout)
-
-
-class _MlflowFollower:
-    """MLflow's copy of one study, and how far it has come."""
-
-    def __init__(self, order: dict[str, Any], end_study: EndStudy):
-        self._end_study = end_study
-        self.store = Store(Path(order["store"]))
-        self.study_dir = self.store.study_dir(order["study"])
-        self.journal = Journal.open(self.study_dir)
-        self.log: MlflowLog | None = None
-        if order["experiment"] is not None:
-            self.log = MlflowLog(self.store, Tracking(experiment=order["experiment"]))
-        self._begun = False
-        self._seen = -1
-
-    def look(self) -> bool:
-        """Copy what is new; False when something failed that may work later."""
-        self.journal.refresh()
-        records = self.journal.records()
-        if len(records) == self._seen:
-            return True
-        done = self._attempt(self._to_mlflow)
-        self._seen = len(records) if done else -1
-        return done
-
-    def end(self) -> bool:
-        """Bring the marks up to date and end the study's run; False to be tried again."""
-        return self._attempt(self._end)
-
-    def _to_mlflow(self) -> None:
-        if self.log is None:
-            return
-        if not self._begun:
-            self.log.begin_study(self.study_dir)
-            self._begun = True
-        self.log.sync(self.study_dir, self.journal, told=lambda left: _tell(left=left))
-
-    def _end(self) -> None:
-        if self.log is not None:
-            self.log.show(self.study_dir, self.journal)
-            self._end_study(self.study_dir, self.log)
-
-    def _attempt(self, work: Callable[[], None]) -> bool:
-        try:
-            work()
-        except TrackingError as error:
-            if str(error):
-                _tell(about="mlflow", note=f"warning: {error}")
-            return False
-        except UserError as error:  # the user's to mend: nothing can be delivered before
-            text = " ".join(masked(str(error)).split())
-            later = sync_command(self.store, self.study_dir.name)
-            _tell(
-                about="mlflow",
-                note=f"warning: {text} Results are kept in the journal; afterwards: {later}",
-            )
-            self.log = None
-        return True
-
-
-class _Lines:
-    """Lines of stdin, with a limit on the time that one is waited for."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def next(self, seconds: float | None) -> str | None:
-        """The next line; "" at the end of stdin, None when there is none within `seconds`."""
-        while b"\n" not in self._rest:
-            if not select.select([0], [], [], seconds)[0]:
-                return None
-            data = os.read(0, 1 << 16)
-            if not data:
-                return ""
-            self._rest += data
-        line, _, self._rest = self._rest.partition(b"\n")
-        return line.decode()
+    def _note(self, text: str) -> None:
+        if text:
+            _tell(about=self._about, note=f"warning: {text}")
 
 
 def _tell(**message: Any) -> None:

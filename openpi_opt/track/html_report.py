@@ -13,18 +13,22 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
-from openpi_opt.track import curve
+from openpi_opt.figures import FIGURES
+from openpi_opt.track import curve, table
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.left import VERDICTS_FILE, read_lines
-from openpi_opt.track.report import Group, Row, groups, mean_ms, what, whole
-from openpi_opt.track.table import count_name, flag_lines, outcome
+from openpi_opt.track.pareto import panels
+from openpi_opt.track.report import Group, Row, best_line, groups, mean_ms, what
+from openpi_opt.track.table import Table
 
 _MOST_ROWS = 60
+_COLUMNS = ("ci95_ms", "p99_ms")
 _FEWEST = 8  # trials from which an importance is told
 _FEWEST_MINUTES = 0.1  # results that were read from a folder have no times of their own
 _MOST_FOR_IMPORTANCE = 1_000  # of the newest: Optuna adds them one at a time
@@ -54,12 +58,8 @@ class Study:
 
 
 def html(studies: Sequence[Study]) -> str:
-    """The whole report as text.
-
-    Studies that share a context and a fingerprint share a table; others are shown side by side.
-
-    Raises UserError: plotly's script is not installed.
-    """
+    """The whole report as text. Studies that share a context and a fingerprint share a table;
+    others are shown side by side. Raises UserError: plotly's script is not installed."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -67,20 +67,8 @@ def html(studies: Sequence[Study]) -> str:
     criteria = studies[0].criteria
     records = [record for study in studies for record in study.trials]
     found = groups(records, criteria=criteria, apart=several)
-    numbers = itertools.count()
     names = ", ".join(study.folder.name for study in studies)
 
-    def numbered(sections: Sequence[Section]) -> list[Section]:
-        for section in sections:
-            if section["figure"]:
-                section["figure"] = {"id": next(numbers), "json": section["figure"]}
-        return list(sections)
-
-    overview = numbered([_overview(found)])[0] if several and found else None
-    parts = [_part(group) for group in found]
-    own = [_study(study) for study in studies]
-    for each in [*parts, *own]:
-        each["sections"] = numbered(each["sections"])
     asked = f"Minimised: {criteria.objectives_text()}" + (
         f". Limits: {criteria.limits_text()}." if criteria.limits else "."
     )
@@ -88,9 +76,10 @@ def html(studies: Sequence[Study]) -> str:
         title=f"openpi_opt: {names}",
         asked=asked,
         script=_script(),
-        overview=overview,
-        parts=parts,
-        studies=own,
+        overview=_overview(found) if several and found else None,
+        parts=[_part(group) for group in found],
+        studies=[_study(study) for study in studies],
+        next_id=itertools.count().__next__,
     )
 
 
@@ -103,10 +92,8 @@ def _script() -> str:
 
 
 def importance(rows: Sequence[Row]) -> dict[str, float]:
-    """The share of each knob in the differences of the log time, by Optuna's PED-ANOVA.
-
-    Source: Watanabe et al., PED-ANOVA, IJCAI 2023. Empty with fewer than 8 trials.
-    """
+    """The share of each knob in the differences of the log time, by Optuna's PED-ANOVA. Source:
+    Watanabe et al., PED-ANOVA, IJCAI 2023. Empty with fewer than 8 trials."""
     timed = [row for row in rows if row.ok][-_MOST_FOR_IMPORTANCE:]
     keys = _varying(timed)
     if len(timed) < _FEWEST or not keys:
@@ -132,10 +119,8 @@ def importance(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def effect(rows: Sequence[Row], key: str, value: Callable[[Row], float]) -> float:
-    """Share of the variance of the log of `value` that knob `key` explains alone, 0 to 1.
-
-    The correlation ratio (Fisher): variance of the means of its options by the whole variance.
-    """
+    """Share of the variance of the log of `value` that knob `key` explains alone, 0 to 1. The
+    correlation ratio (Fisher): variance of the means of its options by the whole variance."""
     by_option: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         by_option[row.differs[key]].append(math.log(value(row)))
@@ -177,25 +162,17 @@ def _study(study: Study) -> dict[str, Any]:
 
 def _overview(found: Sequence[Group]) -> Section:
     """The best of each context on each machine: not compared where machines differ."""
-    rows, bars = [], []
-    for group in found:
-        best = group.best
-        if best is None or best.ok is None:
-            rows.append(([group.title, "no best", "", "", ""], ""))
-            continue
-        latency = best.ok.latency
-        interval = f"{latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}"
-        gain = "" if best.vs_baseline is None else f"{best.vs_baseline:.2f}x"
-        name = f"{best.record.study}:{best.record.number} {whole(best, group)}"
-        rows.append(([group.title, name, f"{latency.mean_ms:.3f}", interval, gain], ""))
-        bars.append((group.title, latency.mean_ms, latency.ci95_low_ms, latency.ci95_high_ms))
-    heads = ["machine and workload", "best", "mean ms", "95% interval", "vs baseline"]
+    bars = [
+        (group.title, latency.mean_ms, latency.ci95_low_ms, latency.ci95_high_ms)
+        for group in found
+        if group.best and group.best.ok and (latency := group.best.ok.latency)
+    ]
     text = (
         "Each line has machine, software and workload of its own. Speeds against the baseline "
         "compare; milliseconds of different workloads do not."
     )
     figure = _horizontal(bars, "latency of the best, ms") if len(bars) > 1 else None
-    return _section("", text, _table(heads, rows, (2, 3, 4)), figure)
+    return _section("", text, table.best_of_each(found), figure)
 
 
 def _part(group: Group) -> dict[str, Any]:
@@ -207,7 +184,7 @@ def _part(group: Group) -> dict[str, Any]:
     machine = [gpu.get("name"), driver, fingerprint.get("cpu"), cores]
     return {
         "title": group.title,
-        "best": _best(group),
+        "best": best_line(group),
         "machine": ", ".join(str(text) for text in machine if text),
         "sections": [
             *_progress(group),
@@ -217,49 +194,15 @@ def _part(group: Group) -> dict[str, Any]:
             *_importance(rows),
             *_pareto(group),
         ],
-        "notes": [*group.footnotes, *flag_lines(group.rows)],
+        "notes": table.below(group),
     }
 
 
-def _best(group: Group) -> str:
-    row = group.best
-    if row is None or row.ok is None:
-        front = [str(row.record.number) for row in group.rows if row.pareto]
-        return f"Pareto set: trials {', '.join(front)}." if front else "No trial is the best one."
-    latency = row.ok.latency
-    gain = "" if row.vs_baseline is None else f", {row.vs_baseline:.2f}x the baseline's speed"
-    return (
-        f"Best: trial {row.record.number} ({whole(row, group)}), {latency.mean_ms:.3f} ms "
-        f"(95%: {latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}){gain}. "
-        "One process: a promotion confirms it."
-    )
-
-
 def _trials(group: Group, rows: Sequence[Row]) -> Iterator[Section]:
-    """The table of trials, the fastest first."""
-    kinds = {row.ok.kernels.kind for row in rows if row.ok and row.ok.kernels}
-    heads = ["#", "what differs", "outcome", "mean ms", "95% interval", "std", "p99"]
-    heads += ["vs baseline", count_name(kinds)]
-    body = []
-    for row in rows[:_MOST_ROWS]:
-        figures = [""] * 6
-        if row.ok is not None:
-            latency = row.ok.latency
-            figures = [
-                f"{latency.mean_ms:.3f}",
-                f"{latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}",
-                f"{latency.std_ms:.3f}",
-                f"{latency.p99_ms:.3f}",
-                "" if row.vs_baseline is None else f"{row.vs_baseline:.2f}x",
-                str(row.ok.kernels.total) if row.ok.kernels else "",
-            ]
-        number = f"{row.record.study}:{row.record.number}" if group.studies > 1 else ""
-        ended = outcome(row) + (f": {row.reason}" if row.reason else "")
-        mark = "best" if row.best or row.pareto else "" if row.ok and not row.over else "bad"
-        body.append(([number or str(row.record.number), what(row, group), ended, *figures], mark))
-    common = " ".join(f"{key}={text}" for key, text in group.shared.items())
-    text = f"All trials: {common}." if common else ""
-    yield _section("Trials", text, _table(heads, body, (0, 3, 4, 5, 6, 7, 8)))
+    """The table of trials, the fastest first, as `compare` prints it."""
+    found = table.trials(group, rows[:_MOST_ROWS], [FIGURES[key] for key in _COLUMNS])
+    marks = [table.mark(row) for row in rows]
+    yield _section("Trials", table.common(group), found, marks=marks)
     if len(rows) > _MOST_ROWS:
         yield _section("", f"{len(rows) - _MOST_ROWS} more trials are in the study's journal.")
 
@@ -278,7 +221,7 @@ def _progress(group: Group) -> Iterator[Section]:
         "line": {"shape": "hv"},
     }
     figure = _figure([trace], "minutes of the sweep", "best so far, ms")
-    yield _section("Best so far", "", figure=figure)
+    yield _section("Best so far", figure=figure)
 
 
 def _stages(best: Row | None) -> Iterator[Section]:
@@ -305,7 +248,7 @@ def _categories(best: Row | None) -> Iterator[Section]:
     bar |= {"textposition": "outside", "cliponaxis": False}
     bar["text"] = [f"{ok.kernels.by_category.get(name, 0)} calls" for name in spent]
     heading = "Kernel categories of the best trial"
-    yield _section(heading, "", figure=_figure([bar], "", "ms"))
+    yield _section(heading, figure=_figure([bar], "", "ms"))
 
 
 def _importance(rows: Sequence[Row]) -> Iterator[Section]:
@@ -317,7 +260,7 @@ def _importance(rows: Sequence[Row]) -> Iterator[Section]:
     yield _section("Importance of knobs", text, figure=_horizontal(bars, "share"))
     timed = [row for row in rows if row.ok and row.ok.kernels and row.ok.kernels.stage_ms]
     stages = dict.fromkeys(n for r in timed if r.ok and r.ok.kernels for n in r.ok.kernels.stage_ms)
-    table: dict[str, list[float]] = {}
+    shares_of: dict[str, list[float]] = {}
     for stage in stages:
 
         def took(row: Row, stage: str = stage) -> float:
@@ -327,13 +270,13 @@ def _importance(rows: Sequence[Row]) -> Iterator[Section]:
 
         known = [row for row in timed if took(row) > 0]
         if len(known) >= _FEWEST:
-            table[stage] = [effect(known, key, took) for key in shares]
-    if table:
+            shares_of[stage] = [effect(known, key, took) for key in shares]
+    if shares_of:
         heat = {
             "type": "heatmap",
-            "x": list(table),
+            "x": list(shares_of),
             "y": list(shares),
-            "z": [list(column) for column in zip(*table.values(), strict=True)],
+            "z": [list(column) for column in zip(*shares_of.values(), strict=True)],
             "texttemplate": "%{z:.0%}",
             "colorscale": "Blues",
             "zmin": 0,
@@ -345,22 +288,20 @@ def _importance(rows: Sequence[Row]) -> Iterator[Section]:
 
 
 def _pareto(group: Group) -> Iterator[Section]:
-    criteria = group.criteria
-    if not criteria.several:
-        return
-    first, *others = criteria.figures()
-    for second in others:
-        traces = []
-        for name, front in {"Pareto set": True, "dominated": False}.items():
-            rows = [row for row in group.rows if row.ok and row.pareto == front]
-            traces.append({
-                "name": name,
+    """The plots that stand beside the study, to be pointed at."""
+    names = {str(row.record.number): what(row, group) for row in group.rows}
+    for panel in panels(group) if group.criteria.several else ():
+        traces = [
+            {
+                "name": series.label,
                 "mode": "markers",
-                "x": [first.value(row.ok) for row in rows if row.ok],
-                "y": [second.value(row.ok) for row in rows if row.ok],
-                "text": [f"{row.record.number}: {what(row, group)}" for row in rows],
-            })  # fmt: skip
-        yield _section("Pareto set", "", figure=_figure(traces, first.title, second.title))
+                "x": [point.x for point in series.points],
+                "y": [point.y for point in series.points],
+                "text": [f"{point.text}: {names[point.text]}" for point in series.points],
+            }
+            for series in panel.series
+        ]
+        yield _section("Pareto set", figure=_figure(traces, panel.x_label, panel.y_label))
 
 
 def _ladder(folder: Path) -> Iterator[Section]:
@@ -368,17 +309,17 @@ def _ladder(folder: Path) -> Iterator[Section]:
     found = _document(folder / "ladder" / "ladder.json")
     if found is None:
         return
-    rows = []
+    body = []
     for rung in found["rungs"]:
         step, (low, high) = rung["step"], rung["ci95_ms"]
         saved = [f"{step['mean']:+.2%}", _percents(step["ci95"]), step["verdict"]] if step else []
         cells = [rung["added"], f"{rung['mean_ms']:.3f}", f"{low:.3f} to {high:.3f}"]
-        rows.append(([*cells, *(saved or [""] * 3)], ""))
+        body.append([*cells, *(saved or [""] * 3)])
     bars = [(rung["added"], rung["mean_ms"], *rung["ci95_ms"]) for rung in found["rungs"]]
-    heads = ["added", "mean ms", "95% interval", "saved by the step", "95% interval", "verdict"]
+    heads = ["added", "mean ms", "95% interval", "saved by the step", "its 95% interval", "verdict"]
     text = "Each step in interleaved fresh processes."
-    figure = _horizontal(bars, "latency, ms")
-    yield _section("Ladder", text, _table(heads, rows, (1, 2, 3, 4)), figure)
+    steps = Table(heads, body, frozenset(["added", "verdict"]))
+    yield _section("Ladder", text, steps, _horizontal(bars, "latency, ms"))
 
 
 def _ablation(folder: Path) -> Iterator[Section]:
@@ -386,13 +327,13 @@ def _ablation(folder: Path) -> Iterator[Section]:
     found = _document(folder / "ablate" / "ablate.json")
     if found is None:
         return
-    rows = [(["(nothing: all knobs)", f"{found['whole']['mean_ms']:.3f}", "", "", ""], "")]
+    body = [["(nothing: all knobs)", f"{found['whole']['mean_ms']:.3f}", "", "", ""]]
     for loss in found["without"]:
         cells = [loss["knobs"], f"{loss['mean_ms']:.3f}", f"{loss['added']:+.2%}"]
-        rows.append(([*cells, _percents(loss["ci95"]), loss["verdict"]], ""))
+        body.append([*cells, _percents(loss["ci95"]), loss["verdict"]])
     heads = ["without", "mean ms", "time added", "95% interval", "the knob"]
     text = "The best without each of its knobs, in interleaved fresh processes."
-    yield _section("Ablation", text, _table(heads, rows, (1, 2, 3)))
+    yield _section("Ablation", text, Table(heads, body, frozenset(["without", "the knob"])))
 
 
 def _document(path: Path) -> Any:
@@ -409,16 +350,18 @@ def _percents(interval: Sequence[float]) -> str:
 
 
 def _section(
-    heading: str, text: str = "", table: dict[str, Any] | None = None, figure: str | None = None
+    heading: str,
+    text: str = "",
+    found: Table | None = None,
+    figure: str | None = None,
+    marks: Sequence[str] = (),
 ) -> Section:
-    return {"heading": heading, "text": text, "table": table, "figure": figure}
-
-
-def _table(
-    heads: Sequence[str], rows: Sequence[tuple[Sequence[str], str]], right: Sequence[int]
-) -> dict[str, Any]:
-    body = [{"cells": cells, "mark": mark} for cells, mark in rows]
-    return {"heads": heads, "rows": body, "right": right}
+    """`marks` are the classes of the table's rows."""
+    shown = found and {
+        "heads": [(head.replace("\n", " "), head not in found.texts) for head in found.heads],
+        "rows": list(zip_longest(found.body, marks[: len(found.body)], fillvalue="")),
+    }
+    return {"heading": heading, "text": text, "table": shown, "figure": figure}
 
 
 def _bar(name: str, values: Mapping[str, float | None]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """For which code a result stands: the files of this package that its trial really imported.
 
-A result answers for its configuration as long as these files are what they were. Machine, torch,
-triton and aiter are the fingerprint's part, the options' values are the configuration's. What only
-declares options therefore counts for nothing here: fields of `Options` and `Section` classes, and
-modules of knobs that are at their defaults, since those are not applied (`Knob.acts`).
+A result answers as long as these files are what they were. Machine and libraries are the
+fingerprint's part, values of options the configuration's. So what only declares options counts for
+nothing: fields of `Options` and `Section` classes, and modules of knobs that do not act.
 """
 
 from __future__ import annotations
@@ -39,10 +38,8 @@ _SEEN: dict[str, str] = {}
 
 
 def imported(cfg: Config) -> dict[str, str]:
-    """Files of the package that this process has imported, with 12 digits of their SHA-256.
-
-    Of knobs only those that act in `cfg` count. Triton kernels are functions of these files.
-    """
+    """Files of the package that this process has imported, with 12 digits of their SHA-256. Of
+    knobs only those that act in `cfg` count. Triton kernels are functions of these files."""
     acting = [knob for knob in KNOBS if knob.acts(cfg)]
     left_out = {type(knob).__module__ for knob in KNOBS} - {type(k).__module__ for k in acting}
     found = {_REGISTRY: " ".join(knob.name for knob in acting)}
@@ -89,9 +86,7 @@ def changes(result: TrialResult) -> list[str]:
 
 def since(result: TrialResult, newest: Mapping[str, str], older: bool) -> list[str]:
     """The same, compared with files that a later trial imported: `newest`, from `newest_files`.
-
-    `older` says that the newest result is of a format without files.
-    """
+    `older` says that the newest result is of a format without files."""
     if result.schema_version < FILES_SINCE:
         same = older and newest.get(WHOLE) == str(result.fingerprint.get("source_hash"))
         return [] if same else [OLDER]
@@ -122,11 +117,9 @@ def summary(changed: Iterable[list[str]]) -> str:
 
 
 def renewed(result: TrialResult) -> TrialResult:
-    """A result of an earlier format under the hashes that its configuration has today.
-
-    Until format 3 a hash held every option, so each new one changed it. What cannot be read any
-    more keeps its hashes, under which nothing finds it.
-    """
+    """A result of an earlier format under the hashes that its configuration has today. Until format
+    3 a hash held every option, so each new one changed it. What cannot be read any more keeps its
+    hashes, under which nothing finds it."""
     if result.schema_version >= FILES_SINCE:
         return result
     try:
@@ -172,14 +165,12 @@ def _without_declarations(text: str) -> str:
         return text
     lines = text.splitlines(keepends=True)
     for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef) and any(map(_declares, node.bases)):
+        if isinstance(node, ast.ClassDef) and any(
+            isinstance(base, ast.Name) and base.id in _DECLARING for base in node.bases
+        ):
             for number in _declared(node):
                 lines[number - 1] = ""
     return "".join(lines)
-
-
-def _declares(base: ast.expr) -> bool:
-    return isinstance(base, ast.Name) and base.id in _DECLARING
 
 
 def _declared(node: ast.ClassDef) -> Iterator[int]:

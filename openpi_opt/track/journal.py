@@ -1,9 +1,8 @@
 """The journal of a study: append-only JSON lines, the source of truth of its results.
 
 A record counts as kept once its line ends with a newline on disk. Every line is one write and one
-fsync under a file lock, so two sweeps on one study interleave lines, never bytes. What a killed
-process or a full disk leaves behind a last newline is a torn line; opening the journal moves it
-aside.
+fsync under a file lock. What follows the last newline, after a kill or on a full disk, is a torn
+line; opening the journal moves it aside.
 """
 
 from __future__ import annotations
@@ -100,12 +99,8 @@ class Journal:
     @staticmethod
     def open(study_dir: Path, command: Sequence[str] = ()) -> Journal:
         """Open for appending; makes the folder and `study.json` when absent, mends a torn end.
-
-        `notes` then says what was mended.
-
-        Raises UserError: a damaged line before the end, a newer format, or a folder that
-        cannot be written.
-        """
+        `notes` then says what was mended. Raises UserError: a damaged line before the end, a newer
+        format, or a folder that cannot be written."""
         with _user_errors(study_dir):
             study_dir.mkdir(parents=True, exist_ok=True)
             journal = Journal(study_dir, None)
@@ -117,13 +112,9 @@ class Journal:
 
     @staticmethod
     def read(study_dir: Path, brief: bool = False) -> Journal:
-        """Read without a lock and without changing anything, for instance of a running sweep.
-
-        With `brief`, records have neither samples nor a kernel table, and lack nothing else.
-
-        Raises UserError: a damaged line before the end, a newer format, or an unreadable
-        file.
-        """
+        """Read without a lock and without changing anything, for instance of a running sweep. With
+        `brief`, records have neither samples nor a kernel table, and lack nothing else. Raises
+        UserError: a damaged line before the end, a newer format, or an unreadable file."""
         with _user_errors(study_dir):
             journal = Journal(study_dir, _read_header(study_dir), Brief() if brief else None)
             rest = journal._take_new_lines()
@@ -380,7 +371,7 @@ def _is_record(line: bytes) -> bool:
     return True
 
 
-def _tail(path: Path, block: int = 1 << 16) -> tuple[bytes, int]:
+def _tail(path: Path) -> tuple[bytes, int]:
     """What follows the last newline of a file, and where it begins."""
     if not path.exists():
         return b"", 0
@@ -388,7 +379,7 @@ def _tail(path: Path, block: int = 1 << 16) -> tuple[bytes, int]:
         start = file.seek(0, os.SEEK_END)
         tail = b""
         while start > 0 and b"\n" not in tail:
-            size = min(block, start)
+            size = min(1 << 16, start)
             start = file.seek(start - size)
             tail = file.read(size) + tail
     newline = tail.rfind(b"\n")

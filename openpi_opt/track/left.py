@@ -15,10 +15,8 @@ VERDICTS_FILE = "verdicts.jsonl"
 def leave_verdict(
     study_dir: Path, uid: str, preset: str, figures: Mapping[str, float], text: str
 ) -> None:
-    """Have the outcome of a promotion shown on the run above its processes.
-
-    `uid` is of one of them, `figures` become metrics, `text` (Markdown) the description.
-    """
+    """Have the outcome of a promotion shown on the run above its processes. `uid` is of one of
+    them, `figures` become metrics, `text` (Markdown) the description."""
     line = {"uid": uid, "preset": preset, "figures": json.dumps(dict(figures)), "text": text}
     append_line(study_dir / VERDICTS_FILE, line)
 

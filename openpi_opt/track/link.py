@@ -26,10 +26,8 @@ def note_page(study_dir: Path, server: str | None, page: str) -> None:
 
 
 def page_of(study_dir: Path) -> str:
-    """The address of a study's page below that of the server.
-
-    Raises OSError: MLflow was never shown the study.
-    """
+    """The address of a study's page below that of the server. Raises OSError: MLflow was never
+    shown the study."""
     return str(json.loads((study_dir / _PAGE).read_bytes())["page"])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from openpi_opt.config import is_lossy, plain_labels
 from openpi_opt.figures import metrics as figures
-from openpi_opt.result import Gpu, Kernels, Ok, Pruned, Roofline, Wrong
+from openpi_opt.result import Ok, Pruned, Wrong
 from openpi_opt.track.journal import Record
 
 MAX_PARAM = 6_000  # MLflow's limits; longer values it would cut with a warning
@@ -63,10 +63,8 @@ def params(record: Record) -> dict[str, str]:
 
 
 def metrics(record: Record, baseline_ms: float | None = None) -> dict[str, float]:
-    """The design's metric names; only what the outcome has, only finite numbers.
-
-    The latency comes first: MLflow's comparison plots the first metric.
-    """
+    """The design's metric names; only what the outcome has, only finite numbers. The latency comes
+    first: MLflow's comparison plots the first metric."""
     result = record.result
     found: dict[str, float] = {}
     if isinstance(result, Ok):
@@ -159,50 +157,30 @@ def one_line(text: str, limit: int) -> str:
 
 
 def _ok_metrics(result: Ok) -> dict[str, float]:
-    found = {name: value for name, value in figures(result).items() if value is not None}
+    """Figures, then what only some results have: checks, kernels, the GPU's state, stages."""
+    found = figures(result)
     if result.checks:  # documents of format 1 have none
         found["checks/flagged"] = len(result.flags())
-    if result.kernels is not None:
-        found |= _kernel_metrics(result.kernels)
-    if result.gpu is not None:
-        found |= _gpu_metrics(result.gpu)
-    if result.roofline is not None:
-        found |= _roofline_metrics(result.roofline)
-    return found
-
-
-def _gpu_metrics(gpu: Gpu) -> dict[str, float]:
-    """The state after the timed calls: the warmest that it was."""
-    state = gpu.after.model_dump(exclude={"throttle_reasons", "not_read"}, exclude_none=True)
-    found = {f"gpu/{name}": value for name, value in state.items()}
-    for cause, value in (gpu.throttled_ms or {}).items():
-        found[f"gpu/throttled_{cause}_ms"] = value
-    return found
-
-
-def _roofline_metrics(roofline: Roofline) -> dict[str, float]:
-    """Floors and fractions of stages that are known."""
-    found: dict[str, float | None] = {}
-    for name, stage in roofline.stages.items():
-        found |= {f"{name}_fraction": stage.fraction, f"{name}_floor_ms": stage.floor_ms}
-    return {f"roofline/{key}": value for key, value in found.items() if value is not None}
-
-
-def _kernel_metrics(kernels: Kernels) -> dict[str, float]:
-    """Device kernels and operator calls are different things and get different names."""
-    prefix = "kernels" if kernels.kind == "device_kernels" else "operators"
-    found: dict[str, float] = {f"{prefix}/total": kernels.total}
-    found |= {f"{prefix}/{name}": count for name, count in kernels.by_category.items()}
-    found |= {f"category/{name}_ms": value for name, value in kernels.category_ms.items()}
-    found |= {f"stage/{name}_ms": value for name, value in kernels.stage_ms.items()}
-    found |= {f"stage/{name}_{prefix}": count for name, count in kernels.by_stage.items()}
-    spent = {
-        "busy": kernels.busy_ms,
-        "idle": kernels.idle_ms,
-        "longest_gap": kernels.longest_gap_ms,
-    }
-    found |= {f"gpu/{name}_ms": value for name, value in spent.items() if value is not None}
-    return found
+    kernels, gpu = result.kernels, result.gpu
+    if kernels is not None:
+        # Device kernels and operator calls are different things and get different names.
+        prefix = "kernels" if kernels.kind == "device_kernels" else "operators"
+        found |= {f"{prefix}/total": kernels.total}
+        found |= {f"{prefix}/{name}": count for name, count in kernels.by_category.items()}
+        found |= {f"category/{name}_ms": value for name, value in kernels.category_ms.items()}
+        found |= {f"stage/{name}_ms": value for name, value in kernels.stage_ms.items()}
+        found |= {f"stage/{name}_{prefix}": count for name, count in kernels.by_stage.items()}
+        found |= {"gpu/busy_ms": kernels.busy_ms, "gpu/idle_ms": kernels.idle_ms}
+        found["gpu/longest_gap_ms"] = kernels.longest_gap_ms
+    if gpu is not None:  # after the timed calls: the warmest that it was
+        state = gpu.after.model_dump(exclude={"throttle_reasons", "not_read"})
+        found |= {f"gpu/{name}": value for name, value in state.items()}
+        throttled = gpu.throttled_ms or {}
+        found |= {f"gpu/throttled_{cause}_ms": value for cause, value in throttled.items()}
+    for name, stage in (result.roofline.stages if result.roofline else {}).items():
+        found[f"roofline/{name}_fraction"] = stage.fraction
+        found[f"roofline/{name}_floor_ms"] = stage.floor_ms
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _key(key: str) -> str:

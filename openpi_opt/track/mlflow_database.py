@@ -20,12 +20,9 @@ _CHATTY = ("mlflow.store", "mlflow.tracking", "alembic", "urllib3.connectionpool
 
 
 def connect(server: str | None, store: Store) -> MlflowClient:
-    """A client of a tracking server, or of the store's own database.
-
-    That one is checked, made when absent, and led to its artifacts when the store was moved.
-
-    Raises UserError: the database is of another version of MLflow, or not a database.
-    """
+    """A client of a tracking server, or of the store's own database. That one is checked, made when
+    absent, and led to its artifacts when the store was moved. Raises UserError: the database is of
+    another version of MLflow, or not a database."""
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised as well
     from mlflow import MlflowClient
@@ -46,10 +43,8 @@ def unreachable() -> tuple[type[Exception], ...]:
 
 
 def find_or_create_experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
-    """Id of the experiment; `artifacts` is where a new one puts its files.
-
-    Raises UserError: it was deleted in MLflow.
-    """
+    """Id of the experiment; `artifacts` is where a new one puts its files. Raises UserError: it was
+    deleted in MLflow."""
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
@@ -78,10 +73,8 @@ def _prepare(path: Path) -> None:
 
 def _find_artifacts(store: Store) -> None:
     """Lead runs to the artifacts of this store, where it was moved, copied or mounted elsewhere.
-
     MLflow keeps the absolute folder that an experiment was made with (mlflow/mlflow#3144), so a
-    moved store would show no files and write new ones to the old place.
-    """
+    moved store would show no files and write new ones to the old place."""
     here = store.artifacts.as_uri()
     connection = sqlite3.connect(store.mlflow_db, timeout=20)
     try:
@@ -106,11 +99,9 @@ def _find_artifacts(store: Store) -> None:
 
 
 def _create(path: Path) -> None:
-    """Make the database under another name and rename it.
-
-    MLflow creates its tables in dozens of migrations; two processes at it, or one that is killed
-    half-way, leave a database that never works again.
-    """
+    """Make the database under another name and rename it. MLflow creates its tables in dozens of
+    migrations; two processes at it, or one that is killed half-way, leave a database that never
+    works again."""
     from mlflow import MlflowClient
 
     unfinished = path.with_name(f".{path.name}.new")
@@ -122,11 +113,9 @@ def _create(path: Path) -> None:
 
 
 def _check_version(path: Path) -> None:
-    """Compare the schema revision with those that the installed MLflow knows.
-
-    Done before MLflow opens the file, because MLflow adds its tables to a database that it does
-    not know before it refuses it.
-    """
+    """Compare the schema revision with those that the installed MLflow knows. Done before MLflow
+    opens the file, because MLflow adds its tables to a database that it does not know before it
+    refuses it."""
     import mlflow
     from mlflow.store import db_migrations
 

@@ -1,8 +1,7 @@
 """Delivery of a study's records to MLflow: parent run = study, child run = trial.
 
-Only `MlflowClient` is used, never the fluent API, whose active run and tracking URI are global.
-Nothing is kept in MLflow alone: whatever fails here is delivered later from the journal by
-`python -m openpi_opt.track sync`.
+Only `MlflowClient` is used: the fluent API's active run is global. Whatever fails is delivered
+later from the journal by `python -m openpi_opt.track sync`.
 """
 
 from __future__ import annotations
@@ -88,11 +87,8 @@ class MlflowLog:
             self._connect().set_terminated(self._parent(study_dir), "FINISHED")
 
     def deliver(self, record: Record, study_dir: Path) -> str:
-        """Log one record, once; returns the id of its run.
-
-        A run of the same uid that is complete is left alone; one that a kill left open is
-        completed.
-        """
+        """Log one record, once; returns the id of its run. A run of the same uid that is complete
+        is left alone; one that a kill left open is completed."""
         with self._talking(record.study), _study_lock(study_dir):
             return self._deliver(record, study_dir)
 
@@ -131,13 +127,14 @@ class MlflowLog:
         with self._talking(study_dir.name), _study_lock(study_dir):
             self._apply_tags(study_dir)
             self._apply_verdicts(study_dir)
-            self._show_study(study_dir, journal)
-        self._judge(study_dir, records)
+            given = Criteria.load(study_dir)
+            self._show_study(study_dir, journal, given or Criteria())
+            if given is not None:
+                self._mark_trials(study_dir, given, records)
 
-    def _show_study(self, study_dir: Path, journal: Journal) -> None:
+    def _show_study(self, study_dir: Path, journal: Journal, criteria: Criteria) -> None:
         client, study, records = self._connect(), study_dir.name, journal.records()
         parent = self._parent(study_dir)
-        criteria = Criteria.load(study_dir) or Criteria()
         for name, value in mlflow_study.metrics(records, criteria).items():
             client.log_metric(parent, name, value)
         for step in curve.steps([r for r in records if r.role != "confirm"], criteria):
@@ -147,65 +144,40 @@ class MlflowLog:
         for name, text in mlflow_study.params(journal.header, records, criteria).items():
             if name not in known and text:  # MLflow keeps the first value of a parameter
                 client.log_param(parent, name, text[: content.MAX_PARAM])
-        text = mlflow_study.description(
-            *(study, str(self.store.path), journal.header, records, criteria)
-        )
+        store = str(self.store.path)
+        text = mlflow_study.description(study, store, journal.header, records, criteria)
         client.set_tag(parent, content.NOTE_TAG, text[: content.MAX_TAG])
         key = mlflow_study.VIEW_TAG + mlflow_study.view_key(study)
         client.set_experiment_tag(self._experiment(), key, mlflow_study.view(study, records))
         note_page(study_dir, self.server, mlflow_study.page(self._experiment(), study))
-        for path in [*curve.files(study_dir), *sorted(study_dir.glob("report/*"))]:
+        plots = [*curve.files(study_dir), *pareto.files(study_dir)]
+        for path in [*plots, *sorted(study_dir.glob("report/*"))]:
             _upload(client, parent, path)
 
-    def _judge(self, study_dir: Path, records: Sequence[Record]) -> None:
-        """Bring the marks of the Pareto set and of limits up to date, on trials and on the study.
-
-        A study of one objective that never had a limit has none.
-        """
-        criteria = Criteria.load(study_dir)
-        if criteria is None:
-            return
+    def _mark_trials(self, study_dir: Path, criteria: Criteria, records: Sequence[Record]) -> None:
+        """Bring the marks of the Pareto set and of limits up to date, on trials and on the study,
+        for criteria that were given: a study of one objective that never had a limit has none."""
+        client, parent = self._connect(), self._parent(study_dir)
         wanted = pareto.marks(records, criteria)
-        with self._talking(study_dir.name), _study_lock(study_dir):
-            parent = self._parent(study_dir)
-            marked = self._marked_runs(study_dir.name, parent)
-            for uid in wanted.keys() - marked.keys():
-                run = self._run_of(uid)
-                if run is not None and run.info.lifecycle_stage == "active":
-                    marked[uid] = run
-            for uid, run in marked.items():
-                self._mark_run(run, wanted.get(uid, {}))
-            self._mark_study(parent, criteria, wanted, records)
-            for path in pareto.files(study_dir):
-                _upload(self._connect(), parent, path)
-
-    def _marked_runs(self, study: str, parent: str) -> dict[str, Run]:
-        """The trials that have marks, by uid."""
-        found = {
+        marked = {
             run.data.tags.get(UID_TAG, ""): run
             for tag in (pareto.PARETO_TAG, pareto.OVER_TAG)
-            for run in self._search(f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{tag}` LIKE '%'")
+            for run in self._search(
+                f"tags.`{STUDY_TAG}` = '{study_dir.name}' AND tags.`{tag}` LIKE '%'"
+            )
+            if run.info.run_id != parent
         }
-        return {uid: run for uid, run in found.items() if uid and run.info.run_id != parent}
-
-    def _mark_run(self, run: Run, wanted: dict[str, str]) -> None:
-        client = self._connect()
-        for tag in (pareto.PARETO_TAG, pareto.OVER_TAG):
-            before, after = run.data.tags.get(tag), wanted.get(tag)
-            if after is not None and after != before:
-                client.set_tag(run.info.run_id, tag, after[: content.MAX_TAG])
-            elif after is None and before is not None:
-                client.delete_tag(run.info.run_id, tag)
-
-    def _mark_study(
-        self,
-        parent: str,
-        criteria: Criteria,
-        wanted: dict[str, dict[str, str]],
-        records: Sequence[Record],
-    ) -> None:
-        """On the parent run: the objectives, the limits, and the numbers of the Pareto set."""
-        client = self._connect()
+        for uid in wanted.keys() - marked.keys():
+            run = self._run_of(uid)
+            if run is not None and run.info.lifecycle_stage == "active":
+                marked[uid] = run
+        for uid, run in marked.items():
+            for tag in (pareto.PARETO_TAG, pareto.OVER_TAG):
+                before, after = run.data.tags.get(tag), wanted.get(uid, {}).get(tag)
+                if after is not None and after != before:
+                    client.set_tag(run.info.run_id, tag, after[: content.MAX_TAG])
+                elif after is None and before is not None:
+                    client.delete_tag(run.info.run_id, tag)
         client.set_tag(parent, pareto.OBJECTIVES_TAG, ",".join(criteria.objectives))
         client.set_tag(parent, pareto.LIMITS_TAG, criteria.limits_text() or "none")
         over = sum(pareto.OVER_TAG in tags for tags in wanted.values())
@@ -249,7 +221,8 @@ class MlflowLog:
         if run.info.status == "RUNNING":
             self._fill(record, study_dir, run_id)
         marked[record.uid] = run_id
-        _mark(study_dir, {"uid": record.uid, "run_id": run_id, "parent": parent})
+        mark = {"uid": record.uid, "run_id": run_id, "parent": parent}
+        append_line(study_dir / "delivered.jsonl", mark)
         return run_id
 
     def _confirmation(self, record: Record, parent: str) -> str:
@@ -280,10 +253,8 @@ class MlflowLog:
         )
 
     def _fill(self, record: Record, study_dir: Path, run_id: str) -> None:
-        """Log everything of a record, then end its run: an ended run is a complete one.
-
-        The time of a metric is the record's, so logging a half-filled run again changes nothing.
-        """
+        """Log everything of a record, then end its run: an ended run is a complete one. The time of
+        a metric is the record's, so logging a half-filled run again changes nothing."""
         from mlflow.entities import Metric, Param, RunTag
 
         client = self._connect()
@@ -415,10 +386,8 @@ def _study_lock(study_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def _scratch(study_dir: Path) -> Iterator[Path]:
-    """A folder for a moment, under the study's lock.
-
-    Always the same one: what a kill leaves of it goes when the run that it was for is completed.
-    """
+    """A folder for a moment, under the study's lock. Always the same one: what a kill leaves of it
+    goes when the run that it was for is completed."""
     folder = study_dir / "mlflow.tmp"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -429,11 +398,8 @@ def _scratch(study_dir: Path) -> Iterator[Path]:
 
 
 def _upload(client: MlflowClient, run_id: str, path: Path) -> None:
-    """Upload a file, or the files of a folder.
-
-    Every kind of artifact store (S3, GCS, ...) has exceptions of its own library, so all of them
-    are taken as a failed delivery here.
-    """
+    """Upload a file, or the files of a folder. Every kind of artifact store (S3, GCS, ...) has
+    exceptions of its own library, so all of them are taken as a failed delivery here."""
     try:
         upload = client.log_artifacts if path.is_dir() else client.log_artifact
         upload(run_id, str(path))
@@ -465,11 +431,6 @@ def baselines(records: Sequence[Record]) -> dict[tuple[str, str], float]:
         for record in records
         if record.role == "baseline" and isinstance(record.result, Ok)
     }
-
-
-def _mark(study_dir: Path, mark: dict[str, str]) -> None:
-    """Note a delivery."""
-    append_line(study_dir / "delivered.jsonl", mark)
 
 
 def _read_marks(study_dir: Path, parent: str) -> dict[str, str]:

@@ -11,10 +11,10 @@ from datetime import datetime
 from typing import Any
 
 from openpi_opt.criteria import Criteria
-from openpi_opt.result import Ok
+from openpi_opt.track import table
 from openpi_opt.track.journal import Header, Record
-from openpi_opt.track.mlflow_content import device, one_line
-from openpi_opt.track.report import Group, Row, groups, mean_ms
+from openpi_opt.track.mlflow_content import device
+from openpi_opt.track.report import Row, best_line, groups, mean_ms
 
 STUDY_TAG = "openpi_opt.study"
 ROLE_TAG = "openpi_opt.role"
@@ -22,14 +22,6 @@ VIEW_TAG = "mlflow.sharedViewState."
 # The columns of a study's page, before the knobs that differ.
 _METRICS = ("latency/mean_ms", "vs_baseline", "latency/std_ms", "latency/p99_ms", "kernels/total")
 _ROWS = 20
-
-
-def differs(row: Row) -> str:
-    """What a trial's run is called: what sets it apart in its study, or its role."""
-    if row.record.role == "baseline":
-        return "baseline"
-    shown = " ".join(f"{key}={value}" for key, value in row.differs.items() if value)
-    return shown or " ".join(f"{k}={v}" for k, v in row.record.params.items()) or row.record.role
 
 
 def metrics(records: Sequence[Record], criteria: Criteria) -> dict[str, float]:
@@ -72,7 +64,10 @@ def description(
     """The parent run's text, in Markdown: the best, the tables, and what to do next."""
     lines = []
     for group in groups([r for r in records if r.role != "confirm"], criteria=criteria):
-        lines += [f"### {group.title}", "", _best_line(group), "", *_table(group), ""]
+        shown = table.trials(group, sorted(group.rows, key=mean_ms)[:_ROWS])
+        lines += [f"### {group.title}", "", f"**{best_line(group)}**", "", *table.markdown(shown)]
+        left = len(group.rows) - len(shown.body)
+        lines += ["", f"{left} more are in the runs below and in `compare`." if left else "", ""]
     lines += [
         "### Next",
         "",
@@ -92,11 +87,9 @@ def view_key(study: str) -> str:
 
 
 def view(study: str, records: Sequence[Record]) -> str:
-    """The state of the page of a study, as MLflow keeps one that was shared.
-
-    The study's trials without confirmations, sorted by latency; columns for the latency, its
-    spread, kernels, outcome and the knobs that differ.
-    """
+    """The state of the page of a study, as MLflow keeps one that was shared. The study's trials
+    without confirmations, sorted by latency; columns for the latency, its spread, kernels, outcome
+    and the knobs that differ."""
     found = groups([r for r in records if r.role != "confirm"])
     knobs = dict.fromkeys(key for group in found for row in group.rows for key in row.differs)
     columns = [
@@ -134,38 +127,6 @@ def _best(records: Sequence[Record], criteria: Criteria) -> Row | None:
     """The best trial of the newest context."""
     found = groups([r for r in records if r.role != "confirm"], criteria=criteria)
     return next((row for group in reversed(found) for row in group.rows if row.best), None)
-
-
-def _best_line(group: Group) -> str:
-    best = next((row for row in group.rows if row.best), None)
-    if best is None or best.ok is None:
-        return "No trial is the best one."
-    gain = "" if best.vs_baseline is None else f", {best.vs_baseline:.2f}x the baseline's speed"
-    latency = best.ok.latency
-    return (
-        f"**Best: trial {best.record.number}** ({differs(best)}), "
-        f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms{gain}. "
-        "It is the lowest mean of one process: `promote` confirms it."
-    )
-
-
-def _table(group: Group) -> list[str]:
-    lines = [
-        "| # | what differs | outcome | mean ± std ms | vs baseline |",
-        "|---|---|---|---|---|",
-    ]
-    for row in sorted(group.rows, key=mean_ms)[:_ROWS]:
-        figures = ["", ""]
-        if isinstance(row.record.result, Ok):
-            latency = row.record.result.latency
-            figures[0] = f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f}"
-            figures[1] = "" if row.vs_baseline is None else f"{row.vs_baseline:.2f}x"
-        outcome = row.record.result.outcome
-        shown = one_line(differs(row), 120).replace("|", "\\|")
-        lines.append(f"| {row.record.number} | {shown} | {outcome} | {' | '.join(figures)} |")
-    if len(group.rows) > _ROWS:
-        lines.append(f"\n{len(group.rows) - _ROWS} more are in the runs below and in `compare`.")
-    return lines
 
 
 def _minutes(records: Sequence[Record]) -> float:

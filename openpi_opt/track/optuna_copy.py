@@ -1,10 +1,8 @@
 """Optuna's database as a copy of the journal: for optuna-dashboard and whoever reads it.
 
-One Optuna study for each search space of a study, called `STUDY SPACE`. It holds one trial for each
-record of the journal, in order, so a trial's number there is its number in the tables. A record
-that is no point of the space (of another space, a baseline, a confirmation) is a trial without
-parameters in state FAIL. One that turns out to be a point later (the baseline, as a rule) becomes
-one: the copy is then made anew, since Optuna changes no finished trial.
+One Optuna study for each search space, called `STUDY SPACE`, with one trial for each record, in
+order. A record that is no point of the space is a trial without parameters in state FAIL. One that
+turns out to be a point later (the baseline) becomes one: the copy is then made anew.
 """
 
 from __future__ import annotations
@@ -80,10 +78,8 @@ def frozen(
     distributions: Mapping[str, BaseDistribution],
     criteria: Criteria,
 ) -> FrozenTrial:
-    """A record as the finished trial of the point `params` that Optuna knows.
-
-    An outcome without a latency is PRUNED, with its reason: samplers stay away from it.
-    """
+    """A record as the finished trial of the point `params` that Optuna knows. An outcome without a
+    latency is PRUNED, with its reason: samplers stay away from it."""
     import optuna
 
     states = optuna.trial.TrialState
@@ -129,10 +125,8 @@ class OptunaCopy:
         self._studies: dict[str, optuna.Study] = {}
 
     def update(self, records: Sequence[Record]) -> None:
-        """Add the records that the copy lacks.
-
-        Raises CopyError: the database is away, locked, full, damaged or of another version.
-        """
+        """Add the records that the copy lacks. Raises CopyError: the database is away, locked,
+        full, damaged or of another version."""
         criteria = Criteria.load(self._study_dir) or Criteria()
         for path in sorted((self._study_dir / "spaces").glob("*.json")):
             with self._errors():

@@ -47,12 +47,11 @@ def write(study_dir: Path, records: Sequence[Record]) -> list[Path]:
     text = json.dumps(document(study_dir.name, found, criteria), indent=1, allow_nan=False)
     write_atomic(written[0], text + "\n")
     for group in found:
-        panels = _panels(group)
-        if panels:
+        if drawn := panels(group):
             context = group.rows[0].record.result.context_hash
             stem = STEM if len(found) == 1 else f"{STEM}-{context}"
             title = f"{study_dir.name}: {group.title}"
-            written += plots.save(plots.scatter(title, panels), study_dir, stem)
+            written += plots.save(plots.scatter(title, drawn), study_dir, stem)
     return written
 
 
@@ -105,7 +104,7 @@ def marks(records: Sequence[Record], criteria: Criteria) -> dict[str, dict[str, 
     return found
 
 
-def _panels(group: Group) -> list[plots.Panel]:
+def panels(group: Group) -> list[plots.Panel]:
     """Latency against each other objective; the groups of trials are told apart by marker."""
     criteria = group.criteria
     first, *others = criteria.figures()
@@ -114,7 +113,7 @@ def _panels(group: Group) -> list[plots.Panel]:
         "dominated": [row for row in group.rows if row.ok and not row.pareto and not row.over],
         "over a limit": [row for row in group.rows if row.over],
     }
-    panels = []
+    found = []
     for figure in others:
         series = []
         for label, members in kinds.items():
@@ -127,7 +126,7 @@ def _panels(group: Group) -> list[plots.Panel]:
             if points:
                 series.append(plots.Series(label, points))
         if series:
-            panels.append(
+            found.append(
                 plots.Panel(
                     title=f"{first.name} and {figure.name}",
                     series=series,
@@ -135,4 +134,4 @@ def _panels(group: Group) -> list[plots.Panel]:
                     y_label=figure.title,
                 )
             )
-    return panels
+    return found

@@ -87,27 +87,24 @@ class Group:
         return next((row for row in self.rows if row.best), None)
 
 
-def rows(
-    records: Iterable[Record], allow_lossy: bool = False, criteria: Criteria | None = None
-) -> list[Row]:
+def rows(records: Iterable[Record], criteria: Criteria | None = None) -> list[Row]:
     """All rows, grouped by context, in the order of the numbers within."""
-    return [row for group in groups(records, allow_lossy, criteria) for row in group.rows]
+    return [row for group in groups(records, criteria) for row in group.rows]
 
 
 def groups(
     records: Iterable[Record],
-    allow_lossy: bool = False,
     criteria: Criteria | None = None,
     kept: Mapping[str, str] | None = None,
     apart: bool = False,
 ) -> list[Group]:
     """One group for each context, in the order of their first trial.
 
-    With `allow_lossy`, lossy trials compete for the best. Without `criteria` the fastest is it.
+    Without `criteria` the fastest that is not lossy is the best.
     `kept` has, by uid, what changed in this package since trials that are to count all the same.
     With `apart` records of several studies are grouped by fingerprint, too, in the order given.
     """
-    criteria = (criteria or Criteria()).allowing(allow_lossy)
+    criteria = criteria or Criteria()
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records if apart else sorted(records, key=lambda record: record.number):
         key = record.result.context_hash, record.fingerprint_hash if apart else ""
@@ -169,7 +166,9 @@ def _group(
             record=record,
             differs={key: _value(record, key) for key in columns},
             reason=one_line(reason(record), MAX_REASON),
-            vs_baseline=_ratio(record, baselines.get(record.fingerprint_hash)),
+            vs_baseline=baselines[record.fingerprint_hash] / record.result.latency.mean_ms
+            if isinstance(record.result, Ok) and record.fingerprint_hash in baselines
+            else None,
             best=record is best,
             stale=record.uid in stale,
             changed=changed[record.uid],
@@ -195,10 +194,8 @@ def _changed(records: Sequence[Record]) -> dict[str, str]:
 
 
 def _baselines(records: Sequence[Record]) -> dict[str, float]:
-    """Milliseconds of the newest baseline, by fingerprint.
-
-    A plain trial that somebody asked for will do where no baseline was measured.
-    """
+    """Milliseconds of the newest baseline, by fingerprint. A plain trial that somebody asked for
+    will do where no baseline was measured."""
     ok = [(record, record.result) for record in records if isinstance(record.result, Ok)]
     found = {r.fingerprint_hash: o.latency.mean_ms for r, o in ok if r.role == "baseline"}
     plain = {
@@ -225,6 +222,21 @@ def whole(row: Row, group: Group) -> str:
         return "baseline"
     found = " ".join(word for word in words if word != "nothing else")
     return found + (", lossy" if row.lossy else "")
+
+
+def best_line(group: Group) -> str:
+    """The group's best with its interval, or that there is none."""
+    row = group.best
+    if row is None or row.ok is None:
+        front = [str(row.record.number) for row in group.rows if row.pareto]
+        return f"Pareto set: trials {', '.join(front)}." if front else "No trial is the best one."
+    latency = row.ok.latency
+    gain = "" if row.vs_baseline is None else f", {row.vs_baseline:.2f}x the baseline's speed"
+    return (
+        f"Best: trial {row.record.number} ({whole(row, group)}), {latency.mean_ms:.3f} ms "
+        f"(95%: {latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}){gain}. "
+        "One process: a promotion confirms it."
+    )
 
 
 def of_limit(row: Row) -> str:
@@ -269,17 +281,9 @@ def _pareto(
     return [record for (record, _), on in zip(compared, chosen, strict=True) if on]
 
 
-def _ratio(record: Record, baseline_ms: float | None) -> float | None:
-    if baseline_ms is None or not isinstance(record.result, Ok):
-        return None
-    return baseline_ms / record.result.latency.mean_ms
-
-
 def _varying(records: Sequence[Record]) -> list[str]:
-    """Knobs, then swept keys that no varying knob's label covers.
-
-    When none varies, the knobs that differ from the baseline's; none of them for the baseline.
-    """
+    """Knobs, then swept keys that no varying knob's label covers. When none varies, the knobs that
+    differ from the baseline's; none of them for the baseline."""
     knobs = list(dict.fromkeys(key for record in records for key in record.labels))
     swept = list(dict.fromkeys(key for record in records for key in record.params))
     varying = [key for key in knobs if len({r.labels.get(key) for r in records}) > 1]

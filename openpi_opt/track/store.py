@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import mmap
 import re
 import tempfile
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from openpi_opt.errors import UserError
+from openpi_opt.errors import UserError, near
 
 DEFAULT_STORE = "mlruns"
 MAX_STUDY_NAME = 100
@@ -28,11 +27,9 @@ class Store:
 
     @staticmethod
     def open(path: str | Path = DEFAULT_STORE, create: bool = True) -> Store:
-        """Use the folder `path`: make it and check that it can be written, or only read it.
-
-        Raises UserError: not a folder, not writable, absent (with `create=False`), or a
-        path with control characters.
-        """
+        """Use the folder `path`: make it and check that it can be written, or only read it. Raises
+        UserError: not a folder, not writable, absent (with `create=False`), or a path with control
+        characters."""
         folder = Path(path).expanduser().absolute()
         _check_path(folder, path)
         if create:
@@ -71,11 +68,8 @@ class Store:
         return self.path / "caches"
 
     def study_dir(self, name: str) -> Path:
-        """Folder of a study, whether it exists or not.
-
-        Raises UserError: `name` is not a study name, or a link in its place leads
-        elsewhere.
-        """
+        """Folder of a study, whether it exists or not. Raises UserError: `name` is not a study
+        name, or a link in its place leads elsewhere."""
         check_study_name(name)
         folder = self.path / "studies" / name
         if folder.is_symlink() and folder.resolve().parent != folder.parent.resolve():
@@ -110,10 +104,8 @@ class Store:
 
 
 def find_studies(store: str | Path, names: Sequence[str]) -> list[Path]:
-    """Folders of studies, each once: names in a store, or paths of studies of other stores.
-
-    Raises UserError: no such store or study.
-    """
+    """Folders of studies, each once: names in a store, or paths of studies of other stores. Raises
+    UserError: no such store or study."""
     found = []
     for name in names:
         if "/" not in name:
@@ -152,10 +144,8 @@ def sqlite_url(path: Path) -> str:
 
 
 def check_study_name(name: str) -> None:
-    """Refuse a name that could leave its folder or needs quoting somewhere.
-
-    Raises UserError: says what a name may hold.
-    """
+    """Refuse a name that could leave its folder or needs quoting somewhere. Raises UserError: says
+    what a name may hold."""
     if _STUDY_NAME.fullmatch(name) and len(name) <= MAX_STUDY_NAME:
         return
     shown = name if len(name) <= MAX_STUDY_NAME else name[:40] + "..."
@@ -169,9 +159,8 @@ def check_study_name(name: str) -> None:
 def _hint(name: str, known: list[str]) -> str:
     if not known:
         return "It holds no study yet. Run a sweep first, or give another store with --store DIR."
-    close = difflib.get_close_matches(name, known, n=1)
     listed = ", ".join(known[:10]) + (f", and {len(known) - 10} more" if len(known) > 10 else "")
-    return f"It holds {listed}." + (f" Did you mean {close[0]}?" if close else "")
+    return f"It holds {listed}.{near(name, known)}"
 
 
 def _check_path(folder: Path, given: str | Path) -> None:
@@ -183,11 +172,9 @@ def _check_path(folder: Path, given: str | Path) -> None:
 
 
 def _make_writable(folder: Path, given: str | Path) -> None:
-    """Make the folder and prove by writing that it takes files (permission bits can mislead).
-
-    So it is with folders inside that trials write to, which may be links or mounts of their own;
-    compiled code there must run, too.
-    """
+    """Make the folder and prove by writing that it takes files (permission bits can mislead). So it
+    is with folders inside that trials write to, which may be links or mounts of their own; compiled
+    code there must run, too."""
     kept = Store(folder)
     place = folder
     try:

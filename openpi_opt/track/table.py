@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import zip_longest
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
-from openpi_opt.criteria import Criteria
-from openpi_opt.figures import Figure
+from openpi_opt.figures import FIGURES, Figure
 from openpi_opt.result import Ok, Pruned
-from openpi_opt.track.journal import Record
 from openpi_opt.track.mlflow_content import one_line
 from openpi_opt.track.report import (
     MAX_REASON,
     STALE_MARK,
     Group,
     Row,
-    groups,
     of_limit,
     what,
     whole,
@@ -30,57 +28,65 @@ MIN_FOLDED = 8  # a knob's column may fold its text down to this many characters
 # A table is this wide at most as long as its figures allow it.
 TABLE_WIDTH = 120
 WHAT = "what differs"
+_STYLES = {"best": "bold green", "old": "dim", "bad": "yellow", "": ""}
 _FIGURES_WIDTH = 60  # of the columns beside those of the keys
 
 
-def print_table(
-    records: Sequence[Record],
-    allow_lossy: bool = False,
-    criteria: Criteria | None = None,
-    stages: bool = False,
-    columns: Sequence[Figure] = (),
-    kept: Mapping[str, str] | None = None,
-) -> None:
-    """Print the trials of a study on stdout: folded to the terminal, uncut in a pipe or a file.
+class Table(NamedTuple):
+    """Heads and cells of a table; `texts` are the heads of columns that hold texts."""
 
-    `columns` are figures to show beside those by which the study is judged.
-    With `stages` a second table follows, of the stages against their floors. On a terminal too
-    narrow for its numbers the lines run over: nothing is left out.
-    """
-    print_groups(groups(records, allow_lossy, criteria, kept), stages, columns)
+    heads: list[str]
+    body: list[list[str]]
+    texts: frozenset[str]
+
+
+def markdown(table: Table) -> list[str]:
+    """The lines of a table in Markdown."""
+    heads = [head.replace("\n", " ") for head in table.heads]
+    rule = ["---" if head in table.texts else "---:" for head in table.heads]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in table.body]
+    return [f"| {' | '.join(line)} |" for line in (heads, rule, *cells)]
 
 
 def print_groups(
     found: Sequence[Group], stages: bool = False, columns: Sequence[Figure] = ()
 ) -> None:
-    """`print_table` of groups that are made already."""
+    """Print trials on stdout: folded to the terminal, uncut in a pipe or a file.
+
+    `columns` are figures to show beside those by which the study is judged. With `stages` a second
+    table follows, of the stages against their floors. On a terminal too narrow for its numbers the
+    lines run over: nothing is left out.
+    """
     console = Console(highlight=False) if sys.stdout.isatty() else None
     width = min(console.width, TABLE_WIDTH) if console else TABLE_WIDTH
     for group in found:
         for text, style in _trials(group, columns, width):
             _say(console, Text(text, style) if console else text)
-        for text in _below(group):
+        for text in below(group):
             _say(console, Text(text, overflow="fold") if console else text, folded=True)
         for text in _floors(group, width) if stages else ():
             _say(console, text)
 
 
-def print_side_by_side(found: Sequence[Group]) -> None:
-    """Print the best of each group: of other machines and workloads, so not compared."""
+def best_of_each(found: Sequence[Group]) -> Table:
+    """The best of each group: of other machines and workloads, so not compared."""
     body = []
     for group in found:
         best = group.best
         if best is None or best.ok is None:
             body.append([group.title, "none", "", "", ""])
             continue
-        latency = best.ok.latency
-        gain = f"{best.vs_baseline:.2f}x" if best.vs_baseline is not None else ""
+        figures = [FIGURES[key].cell(best.ok) for key in ("mean_ms", "ci95_ms")]
         name = f"{best.record.study}:{best.record.number} {whole(best, group)}"
-        interval = f"{latency.ci95_low_ms:.3f} to {latency.ci95_high_ms:.3f}"
-        body.append([group.title, name, f"{latency.mean_ms:.3f}", interval, gain])
+        body.append([group.title, name, *figures, _gain(best)])
     heads = ["machine and workload", "best", "mean ms", "95% interval", "vs.\nbaseline"]
+    return Table(heads, body, frozenset(heads[:2]))
+
+
+def print_side_by_side(found: Sequence[Group]) -> None:
+    """Print `best_of_each`."""
     print("\nside by side, each against its own baseline")
-    for _, line in _grid(heads, body, {*heads[:2]}, set(), TABLE_WIDTH):
+    for _, line in _grid(best_of_each(found), TABLE_WIDTH):
         print(line.rstrip())
 
 
@@ -92,20 +98,19 @@ def _say(console: Console | None, text: str | Text, folded: bool = False) -> Non
 
 
 def _grid(
-    heads: Sequence[str],
-    body: Sequence[Sequence[str]],
-    folded: AbstractSet[str],
-    left: AbstractSet[str],
-    width: int,
+    table: Table, width: int, unfolded: AbstractSet[str] = frozenset()
 ) -> Iterator[tuple[int, str]]:
-    """Lines of a table, each with its row (-1 for heads); text of `folded` columns is folded."""
+    """Lines of a table, each with its row (-1 for heads); its texts are folded, but `unfolded`."""
+    heads, body = table.heads, table.body
     cells = [[head.split("\n") for head in heads]]
     columns = [*zip(*body, strict=True)] if body else [()] * len(heads)
     natural = [
         max(map(len, [*head, *column])) for head, column in zip(cells[0], columns, strict=True)
     ]
     least = [
-        min(size, max(MIN_FOLDED, *map(len, head.split("\n")))) if head in folded else size
+        min(size, max(MIN_FOLDED, *map(len, head.split("\n"))))
+        if head in table.texts - unfolded
+        else size
         for head, size in zip(heads, natural, strict=True)
     ]
     widths = list(natural)
@@ -119,16 +124,12 @@ def _grid(
                 for text, size in zip(row, widths, strict=True)
             ]
         )
-    form = [str.ljust if head in folded or head in left else str.rjust for head in heads]
+    form = [str.ljust if head in table.texts else str.rjust for head in heads]
     for number, row_cells in enumerate(cells, -1):
-        tall = max(map(len, row_cells))
         if number < 0:  # heads stand on the line below them
+            tall = max(map(len, row_cells))
             row_cells = [[""] * (tall - len(cell)) + cell for cell in row_cells]
-        if tall == 1:
-            parts: Sequence[Sequence[str]] = [[cell[0] if cell else "" for cell in row_cells]]
-        else:
-            parts = [*zip_longest(*row_cells, fillvalue="")]
-        for line in parts:
+        for line in zip_longest(*row_cells, fillvalue=""):
             texts = zip(form, line, widths, strict=True)
             yield number, "  ".join([put(text, size) for put, text, size in texts])
         if number < 0:
@@ -147,24 +148,18 @@ def _folded(text: str, width: int) -> list[str]:
     return lines
 
 
-def _trials(group: Group, columns: Sequence[Figure], width: int) -> Iterator[tuple[str, str]]:
-    """Lines of the table of trials, with the style of each."""
+def trials(
+    group: Group, rows: Sequence[Row], columns: Sequence[Figure] = (), single: bool = True
+) -> Table:
+    """These rows of a group; what tells them apart in a `single` column, or in one for each key.
+    `columns` are figures to show beside those by which the group is judged."""
     kinds = {
         row.record.result.kernels.kind
-        for row in group.rows
+        for row in rows
         if isinstance(row.record.result, Ok | Pruned) and row.record.result.kernels
     }
-    wide = [
-        max(len(key), *(len(row.differs[key]) for row in group.rows)) + 2
-        for key in group.rows[0].differs
-    ]
-    single = sum(wide) > TABLE_WIDTH - _FIGURES_WIDTH
-    common = " ".join(f"{key}={text}" for key, text in group.shared.items())
-    yield group.title, ""
-    if single and common:
-        yield f"all trials: {common}", ""
     knobs = [WHAT] if single else list(group.rows[0].differs)
-    limits = [of_limit(row) for row in group.rows]
+    limits = [of_limit(row) for row in rows]
     shown = list(dict.fromkeys([*group.criteria.shown(), *columns]))
     heads = ["#", *knobs, "outcome", "mean ± std ms", count_name(kinds), "vs.\nbaseline"]
     heads += ["of\nlimit"] if any(limits) else []
@@ -178,17 +173,35 @@ def _trials(group: Group, columns: Sequence[Figure], width: int) -> Iterator[tup
             *([limit] if any(limits) else []),
             *(figure.cell(row.ok) if row.ok else "" for figure in shown),
         ]
-        for row, limit in zip(group.rows, limits, strict=True)
+        for row, limit in zip(rows, limits, strict=True)
     ]
-    for number, line in _grid(heads, body, {*knobs}, {"outcome"}, width):
-        yield line, "" if number < 0 else _style(group.rows[number])
+    return Table(heads, body, frozenset([*knobs, "outcome"]))
+
+
+def common(group: Group) -> str:
+    """What all trials of a group share, in a line; empty where they share nothing."""
+    shared = " ".join(f"{key}={text}" for key, text in group.shared.items())
+    return f"all trials: {shared}" if shared else ""
+
+
+def _trials(group: Group, columns: Sequence[Figure], width: int) -> Iterator[tuple[str, str]]:
+    """Lines of the table of trials, with the style of each."""
+    wide = [
+        max(len(key), *(len(row.differs[key]) for row in group.rows)) + 2
+        for key in group.rows[0].differs
+    ]
+    single = sum(wide) > TABLE_WIDTH - _FIGURES_WIDTH
+    yield group.title, ""
+    if single and common(group):
+        yield common(group), ""
+    table = trials(group, group.rows, columns, single)
+    for number, line in _grid(table, width, {"outcome"}):
+        yield line, "" if number < 0 else _STYLES[mark(group.rows[number])]
 
 
 def _floors(group: Group, width: int) -> list[str]:
     """Each trial's stages: floor, busy time under the profiler, and the one's share of the other.
-
-    Nothing where no trial has such figures. Confirmations are not profiled.
-    """
+    Nothing where no trial has such figures. Confirmations are not profiled."""
     shown = [
         (row, row.ok.roofline, row.ok.latency.mean_ms)
         for row in group.rows
@@ -210,7 +223,8 @@ def _floors(group: Group, width: int) -> list[str]:
         for row, found, mean_ms in shown
     ]
     lines = ["", "floor of time, ms (of stages: busy, under the profiler)"]
-    return lines + [line for _, line in _grid(["#", "call", *names], body, set(), set(), width)]
+    table = Table(["#", "call", *names], body, frozenset())
+    return lines + [line for _, line in _grid(table, width)]
 
 
 def _against(floor_ms: float | None, took_ms: float | None, fraction: float | None) -> str:
@@ -221,7 +235,7 @@ def _against(floor_ms: float | None, took_ms: float | None, fraction: float | No
     return f"{floor_ms:.3f} of {took_ms:.3f} {fraction:>5.1%}"
 
 
-def _below(group: Group) -> list[str]:
+def below(group: Group) -> list[str]:
     """What stands below a table: reasons, flags, footnotes, what the guard sees."""
     return [
         *_reasons(group.rows),
@@ -262,9 +276,7 @@ def _reasons(found: Sequence[Row]) -> list[str]:
 
 def flag_lines(found: Sequence[Row]) -> list[str]:
     """A line for each check that flagged a trial, with the trials; `~` shows the spread already.
-
-    Where there are many, what the check said of the later ones is left out, never their numbers.
-    """
+    Where there are many, what the check said of the later ones is left out, never their numbers."""
     flagged: dict[str, list[tuple[str, str]]] = {}
     for row in found:
         for check in row.ok.checks if row.ok else []:
@@ -309,13 +321,16 @@ def _numbers(row: Row, kinds: AbstractSet[str]) -> list[str]:
     return [
         f"{'~ ' if latency.noisy else ''}{latency.mean_ms:.3f} ± {latency.std_ms:.3f}",
         count,
-        f"{row.vs_baseline:.2f}x" if row.vs_baseline is not None else "",
+        _gain(row),
     ]
 
 
-def _style(row: Row) -> str:
+def _gain(row: Row) -> str:
+    return f"{row.vs_baseline:.2f}x" if row.vs_baseline is not None else ""
+
+
+def mark(row: Row) -> str:
+    """`best`, `old` (not compared with what came after), `bad`, or nothing to mark."""
     if row.best or row.pareto:
-        return "bold green"
-    if row.stale:
-        return "dim"
-    return "" if row.ok and not row.over else "yellow"
+        return "best"
+    return "old" if row.stale else "" if row.ok and not row.over else "bad"

@@ -10,8 +10,8 @@ import importlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from openpi_opt.vendor.base import (
     NoMeterError,
     NotReadError,
     Trouble,
-    Unreadable,
     Vendor,
     millionths,
     power_finding,
     processes_finding,
     read,
     select,
+    version_numbers,
 )
 from openpi_opt.vendor.meters import CounterMeter, SampleMeter
 
@@ -97,10 +97,8 @@ class Amd(Vendor):
     def visible(
         self, gpus: tuple[Gpu, ...], environ: Mapping[str, str]
     ) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
-        """ROCr hides GPUs from HIP, which counts what is left from 0 again.
-
-        HIP reads CUDA_VISIBLE_DEVICES where its own variable is not set (clr, `rocdevice.cpp`).
-        """
+        """ROCr hides GPUs from HIP, which counts what is left from 0 again. HIP reads
+        CUDA_VISIBLE_DEVICES where its own variable is not set (clr, `rocdevice.cpp`)."""
         first = select(gpus, "ROCR_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES"))
         shown = tuple(replace(gpu, index=index) for index, gpu in enumerate(first.gpus))
         own = "HIP_VISIBLE_DEVICES"
@@ -112,22 +110,11 @@ class Amd(Vendor):
         """By number: HIP knows no UUIDs."""
         return {"HIP_VISIBLE_DEVICES": str(gpu.index)}
 
-    @contextmanager
-    def state(self, gpu: Gpu) -> Iterator[Any]:
+    def driver(self, gpu: Gpu, closing: ExitStack) -> AmdSmi:
         """amdsmi's view of it."""
-        try:
-            smi = library()
-        except NotReadError as error:
-            yield Unreadable(str(error))
-            return
-        try:
-            try:
-                driver: Any = AmdSmi(smi, gpu)
-            except NotReadError as error:
-                driver = Unreadable(str(error))
-            yield driver
-        finally:
-            smi.amdsmi_shut_down()
+        smi = library()
+        closing.callback(smi.amdsmi_shut_down)
+        return AmdSmi(smi, gpu)
 
     @contextmanager
     def meter(self, gpu: Gpu | None) -> Iterator[Meter]:
@@ -155,7 +142,7 @@ class Amd(Vendor):
         """Driver, profiler, amdsmi, power limits and processes."""
         found = _kfd_findings(host)
         hip = host.torch.hip if host.torch else None
-        if host.gpus and hip and _numbers(hip) < _REPLAYS_ARE_SEEN:
+        if host.gpus and hip and version_numbers(hip) < _REPLAYS_ARE_SEEN:
             needed = ".".join(map(str, _REPLAYS_ARE_SEEN))
             found.append(
                 Finding(
@@ -184,33 +171,35 @@ class Amd(Vendor):
         return found
 
 
+def _reading(
+    function: str, key: str, clock: str | None = None, unit: float = 1.0
+) -> Callable[[AmdSmi], float]:
+    """A method that reads `key` of what `function` (of a clock) tells, in 1 / `unit`."""
+
+    def read(self: AmdSmi) -> float:
+        arguments = [] if clock is None else [getattr(self._smi.AmdSmiClkType, clock)]
+        return self._number(function, key, *arguments) / unit
+
+    return read
+
+
 class AmdSmi:
-    """An AMD GPU. `smi` is the module `amdsmi`, initialised; caps are in microwatts there."""
+    """An AMD GPU. `smi` is the module `amdsmi`, initialised."""
 
     def __init__(self, smi: Any, gpu: Gpu):
         self._smi = smi
         self._handle = self._find(gpu)
 
-    def sm_clock_mhz(self) -> float:
-        """The GFX clock."""
-        return self._number("amdsmi_get_clock_info", "clk", self._smi.AmdSmiClkType.GFX)
-
-    def max_sm_clock_mhz(self) -> float:
-        """The highest GFX clock."""
-        return self._number("amdsmi_get_clock_info", "max_clk", self._smi.AmdSmiClkType.GFX)
-
-    def memory_clock_mhz(self) -> float:
-        """The memory clock."""
-        return self._number("amdsmi_get_clock_info", "clk", self._smi.AmdSmiClkType.MEM)
+    sm_clock_mhz = _reading("amdsmi_get_clock_info", "clk", "GFX")
+    max_sm_clock_mhz = _reading("amdsmi_get_clock_info", "max_clk", "GFX")
+    memory_clock_mhz = _reading("amdsmi_get_clock_info", "clk", "MEM")
+    power_limit_w = _reading("amdsmi_get_power_cap_info", "power_cap", unit=1e6)
+    default_power_limit_w = _reading("amdsmi_get_power_cap_info", "default_power_cap", unit=1e6)
 
     def temperature_c(self) -> float:
         """The hottest spot of the die."""
-        value = self._of(
-            "amdsmi_get_temp_metric",
-            self._smi.AmdSmiTemperatureType.HOTSPOT,
-            self._smi.AmdSmiTemperatureMetric.CURRENT,
-        )
-        return float(value)
+        kind, metric = self._smi.AmdSmiTemperatureType, self._smi.AmdSmiTemperatureMetric
+        return float(self._of("amdsmi_get_temp_metric", kind.HOTSPOT, metric.CURRENT))
 
     def power_w(self) -> float:
         """Of the socket; older GPUs have the average only."""
@@ -218,14 +207,6 @@ class AmdSmi:
             return self._number("amdsmi_get_power_info", "current_socket_power")
         except NotReadError:
             return self._number("amdsmi_get_power_info", "average_socket_power")
-
-    def power_limit_w(self) -> float:
-        """The cap in force."""
-        return self._number("amdsmi_get_power_cap_info", "power_cap") / 1e6
-
-    def default_power_limit_w(self) -> float:
-        """The cap that the board comes with."""
-        return self._number("amdsmi_get_power_cap_info", "default_power_cap") / 1e6
 
     def joules(self) -> float:
         """The energy accumulator, which ROCm 6.0 called `power`."""
@@ -285,10 +266,8 @@ class AmdSmi:
 
 
 def library() -> Any:
-    """The module `amdsmi`, initialised.
-
-    Raises NotReadError: it is not installed, lacks its library, or refuses.
-    """
+    """The module `amdsmi`, initialised. Raises NotReadError: it is not installed, lacks its
+    library, or refuses."""
     try:
         smi = importlib.import_module("amdsmi")
     except _IMPORT_ERRORS as error:
@@ -303,11 +282,9 @@ def library() -> Any:
 
 
 def kfd_gpus(nodes: Path) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
-    """AMD GPUs of a KFD topology folder, in its order (CPU nodes have no SIMD units).
-
-    The driver gives consumer GPUs and guests of a hypervisor no `unique_id`, and partitions of one
-    GPU the same: those are named by their PCI address, and by their number where that is equal.
-    """
+    """AMD GPUs of a KFD topology folder, in its order (CPU nodes have no SIMD units). The driver
+    gives consumer GPUs and guests of a hypervisor no `unique_id`, and partitions of one GPU the
+    same: those are named by their PCI address, and by their number where that is equal."""
     if not nodes.is_dir():
         return (), ()
     found: list[Gpu] = []
@@ -418,9 +395,3 @@ def _hexadecimal(text: Any) -> int | None:
         return int(str(text), 16)
     except ValueError:  # N/A
         return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Leading numbers of a version, for comparing: 7.2.53211 -> (7, 2, 53211)."""
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(int(part) for part in match[0].split(".")) if match else ()

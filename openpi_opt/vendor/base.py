@@ -1,16 +1,16 @@
 """What a vendor of devices tells: its GPUs, how to choose one, its state, energy and findings.
 
 A vendor is one module with one `Vendor`, registered in `openpi_opt.vendor`. Standard library only:
-the controller must start fast and must not create a GPU context, and `doctor` runs where nothing is
-installed. What a driver does not answer is unknown and said, and the rest goes on.
+`doctor` runs where nothing is installed. What a driver does not answer is unknown and said.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -42,10 +42,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """Version of the installed torch and the GPU runtime that it was built for, if any.
-
-    `more` holds runtimes beside CUDA and HIP, by their names in `torch.version`.
-    """
+    """Version of the installed torch and the GPU runtime that it was built for, if any. `more`
+    holds runtimes beside CUDA and HIP, by their names in `torch.version`."""
 
     version: str
     cuda: str | None
@@ -60,10 +58,8 @@ class TorchBuild:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Something that a probe was not told: which part, what happened, and what to do.
-
-    `hides`: a GPU that is there or was asked for is missing because of it.
-    """
+    """Something that a probe was not told: which part, what happened, and what to do. `hides`: a
+    GPU that is there or was asked for is missing because of it."""
 
     name: str
     what: str
@@ -129,28 +125,12 @@ class Meter(Protocol):
 
 
 class Driver(Protocol):
-    """One GPU as its vendor's library shows it; each method raises `NotReadError` or returns."""
+    """One GPU as its vendor's library shows it; each reading raises `NotReadError` or returns.
 
-    def sm_clock_mhz(self) -> float:
-        """Clock of the compute units now."""
-
-    def max_sm_clock_mhz(self) -> float:
-        """The highest that clock can be."""
-
-    def memory_clock_mhz(self) -> float:
-        """Clock of the device memory now."""
-
-    def temperature_c(self) -> float:
-        """The sensor that throttling goes by, in degrees Celsius."""
-
-    def power_w(self) -> float:
-        """Power drawn now, in watts."""
-
-    def power_limit_w(self) -> float:
-        """The limit in force, in watts."""
-
-    def default_power_limit_w(self) -> float:
-        """The limit that the board comes with, in watts."""
+    Numbers are the methods `sm_clock_mhz` (of the compute units, now), `max_sm_clock_mhz`,
+    `memory_clock_mhz`, `temperature_c` (the sensor that throttling goes by), `power_w`,
+    `power_limit_w` (in force), `default_power_limit_w` (the board's own) and `joules`.
+    """
 
     def throttle_reasons(self) -> list[str]:
         """What holds the clock down now."""
@@ -179,11 +159,9 @@ class Unreadable:
 
 
 class Vendor(ABC):
-    """All that differs between vendors. Subclasses override what they have.
-
-    `name` stands in `Gpu.vendor`, `device` in `platform=`, `label` and `runtime` in messages,
-    `torch_runtime` in `torch.version`, `torch_device` in `torch.device`.
-    """
+    """All that differs between vendors. Subclasses override what they have. `name` stands in
+    `Gpu.vendor`, `device` in `platform=`, `label` and `runtime` in messages, `torch_runtime` in
+    `torch.version`, `torch_device` in `torch.device`."""
 
     name: ClassVar[str]
     device: ClassVar[str]
@@ -218,9 +196,19 @@ class Vendor(ABC):
         """Variables that show a process this GPU alone; none where there is nothing to choose."""
         return {}
 
-    def state(self, gpu: Gpu) -> AbstractContextManager[Any]:
+    @contextmanager
+    def state(self, gpu: Gpu) -> Iterator[Any]:
         """A `Driver` of this GPU, `Unreadable` with the reason where there is none."""
-        return nullcontext(Unreadable(f"no driver tells the state of {self.label}"))
+        with ExitStack() as stack:
+            try:
+                driver = self.driver(gpu, stack)
+            except NotReadError as error:
+                driver = Unreadable(str(error))
+            yield driver
+
+    def driver(self, gpu: Gpu, closing: ExitStack) -> Any:
+        """The library opened for this GPU; `closing` ends its use. Raises NotReadError."""
+        raise NotReadError(f"no driver tells the state of {self.label}")
 
     @abstractmethod
     def meter(self, gpu: Gpu | None) -> AbstractContextManager[Meter]:
@@ -291,6 +279,12 @@ def read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Leading numbers of a version, for comparing: 2.13.0+cu130 -> (2, 13, 0)."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
 def millionths(path: Path) -> float | None:

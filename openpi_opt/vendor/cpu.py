@@ -53,10 +53,8 @@ def memory_mib() -> int:
 
 def quota(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> float | None:
     """Cores' worth of time that this process's control groups admit; None: no limit, or not told.
-
     The least of the process's own group and those above it (Linux, cgroup-v2.rst, `cpu.max`;
-    version 1: `cpu.cfs_quota_us`). In a container the own group is the root of what is mounted.
-    """
+    version 1: `cpu.cfs_quota_us`). In a container the own group is the root of what is mounted."""
     limits = []
     for line in read(own).splitlines():
         _, controllers, path = line.split(":", 2)
@@ -94,10 +92,8 @@ def load() -> float | None:
 
 
 def rapl_meter(folder: Path) -> CounterMeter:
-    """All CPU packages of a powercap folder, `/sys/class/powercap`.
-
-    Raises NoMeterError: there are none, or only root may read them.
-    """
+    """All CPU packages of a powercap folder, `/sys/class/powercap`. Raises NoMeterError: there are
+    none, or only root may read them."""
     zones = [
         zone
         for zone in sorted(folder.glob("intel-rapl:*"))  # AMD's packages, too, have this name

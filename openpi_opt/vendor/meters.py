@@ -12,11 +12,9 @@ _SAMPLE_S = 0.02
 
 
 class CounterMeter:
-    """Meter of a counter in joules that only grows, in steps of some milliseconds.
-
-    A run begins right after a step. At its end the next step is waited for, with nothing running,
-    and that wait's idle energy is taken off again.
-    """
+    """Meter of a counter in joules that only grows, in steps of some milliseconds. A run begins
+    right after a step. At its end the next step is waited for, with nothing running, and that
+    wait's idle energy is taken off again."""
 
     def __init__(
         self, method: str, read: Callable[[], float], limit_watt: float | None = None

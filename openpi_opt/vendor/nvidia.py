@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,7 +17,6 @@ from openpi_opt.vendor.base import (
     NoMeterError,
     NotReadError,
     Trouble,
-    Unreadable,
     Vendor,
     power_finding,
     processes_finding,
@@ -95,26 +94,17 @@ class Nvidia(Vendor):
             return {_VARIABLE: str(gpu.index), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         return {_VARIABLE: gpu.uuid}
 
-    @contextmanager
-    def state(self, gpu: Gpu) -> Iterator[Any]:
+    def driver(self, gpu: Gpu, closing: ExitStack) -> Nvml:
         """NVML's view of it."""
         nvml = library()
         if nvml is None:
-            yield Unreadable("nvidia-ml-py is not installed")
-            return
+            raise NotReadError("nvidia-ml-py is not installed")
         try:
             nvml.nvmlInit()
         except nvml.NVMLError as error:
-            yield Unreadable(f"NVML: {error}")
-            return
-        try:
-            try:
-                driver: Any = Nvml(nvml, gpu)
-            except NotReadError as error:
-                driver = Unreadable(str(error))
-            yield driver
-        finally:
-            nvml.nvmlShutdown()
+            raise NotReadError(f"NVML: {error}") from None
+        closing.callback(nvml.nvmlShutdown)
+        return Nvml(nvml, gpu)
 
     @contextmanager
     def meter(self, gpu: Gpu | None) -> Iterator[Meter]:
@@ -160,6 +150,18 @@ class Nvidia(Vendor):
         return found
 
 
+def _reading(
+    function: str, constant: str | None = None, unit: float = 1.0
+) -> Callable[[Nvml], float]:
+    """A method that asks NVML's `function` (of `constant`), which counts in 1 / `unit`."""
+
+    def read(self: Nvml) -> float:
+        arguments = [] if constant is None else [getattr(self._nvml, constant)]
+        return float(self._of(function, *arguments)) / unit
+
+    return read
+
+
 class Nvml:
     """An NVIDIA GPU. `nvml` is the module `pynvml`, initialised."""
 
@@ -170,41 +172,15 @@ class Nvml:
         else:
             self._handle = self._ask("nvmlDeviceGetHandleByUUID", gpu.uuid)
 
-    def sm_clock_mhz(self) -> float:
-        """NVML_CLOCK_SM."""
-        return float(self._of("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM))
-
-    def max_sm_clock_mhz(self) -> float:
-        """The highest NVML_CLOCK_SM."""
-        return float(self._of("nvmlDeviceGetMaxClockInfo", self._nvml.NVML_CLOCK_SM))
-
-    def memory_clock_mhz(self) -> float:
-        """NVML_CLOCK_MEM."""
-        return float(self._of("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_MEM))
-
-    def temperature_c(self) -> float:
-        """The sensor on the GPU die."""
-        return float(self._of("nvmlDeviceGetTemperature", self._nvml.NVML_TEMPERATURE_GPU))
-
-    def power_w(self) -> float:
-        """Averaged by the board over up to a second."""
-        return float(self._of("nvmlDeviceGetPowerUsage")) / 1e3
-
-    def power_limit_w(self) -> float:
-        """The least of all limits in force."""
-        return float(self._of("nvmlDeviceGetEnforcedPowerLimit")) / 1e3
-
-    def set_limit_w(self) -> float:
-        """The limit that the operator has set."""
-        return float(self._of("nvmlDeviceGetPowerManagementLimit")) / 1e3
-
-    def default_power_limit_w(self) -> float:
-        """What the limit is after a reboot."""
-        return float(self._of("nvmlDeviceGetPowerManagementDefaultLimit")) / 1e3
-
-    def joules(self) -> float:
-        """Energy since the driver was loaded (since Volta)."""
-        return float(self._of("nvmlDeviceGetTotalEnergyConsumption")) / 1e3
+    sm_clock_mhz = _reading("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM")
+    max_sm_clock_mhz = _reading("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM")
+    memory_clock_mhz = _reading("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM")
+    temperature_c = _reading("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU")
+    power_w = _reading("nvmlDeviceGetPowerUsage", unit=1e3)  # averaged over up to a second
+    power_limit_w = _reading("nvmlDeviceGetEnforcedPowerLimit", unit=1e3)  # the least of all
+    set_limit_w = _reading("nvmlDeviceGetPowerManagementLimit", unit=1e3)  # the operator's
+    default_power_limit_w = _reading("nvmlDeviceGetPowerManagementDefaultLimit", unit=1e3)
+    joules = _reading("nvmlDeviceGetTotalEnergyConsumption", unit=1e3)  # since Volta
 
     def throttle_reasons(self) -> list[str]:
         """The bits that are set; an idle GPU and clocks chosen by the user are no throttling."""
@@ -262,10 +238,8 @@ def _all(nvml: Any) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
 
 
 def _gpu(nvml: Any, handle: Any, parent: Any, index: int, driver: str) -> Gpu:
-    """A GPU, or an instance of one, whose architecture only the whole tells.
-
-    Raises NVMLError: its architecture is not told, without which no option can be judged.
-    """
+    """A GPU, or an instance of one, whose architecture only the whole tells. Raises NVMLError: its
+    architecture is not told, without which no option can be judged."""
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(parent)
     pci = str(_told(nvml, lambda: _text(nvml.nvmlDeviceGetPciInfo(parent).busId), f"#{index}"))
     memory = _told(nvml, lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).total) // 2**20, None)
@@ -282,10 +256,8 @@ def _gpu(nvml: Any, handle: Any, parent: Any, index: int, driver: str) -> Gpu:
 
 
 def _instances(nvml: Any, handle: Any, index: int, driver: str) -> list[Gpu]:
-    """Instances of a GPU in MIG mode, empty where it is not in that mode.
-
-    CUDA shows instances instead of the GPU then (NVIDIA MIG user guide, "CUDA visible devices").
-    """
+    """Instances of a GPU in MIG mode, empty where it is not in that mode. CUDA shows instances
+    instead of the GPU then (NVIDIA MIG user guide, "CUDA visible devices")."""
     if _told(nvml, lambda: nvml.nvmlDeviceGetMigMode(handle)[0], 0) != 1:
         return []
     found = []

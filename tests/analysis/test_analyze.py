@@ -1,14 +1,11 @@
 """The verb on generated traces of each kind: sums against an independent count, and the output."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
 import tracemalloc
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +27,7 @@ KINDS = {
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_counts_and_sums_are_exact(kind: str, name: str, bare: bool, tmp_path: Path) -> None:
+def test_counts_and_sums_are_exact(kind, name, bare, tmp_path):
     made = scene(cameras=2, kind="eager")
     found = analyse(write(tmp_path / name, KINDS[kind](made), bare))
     assert found.kind == "device_kernels"
@@ -56,7 +53,7 @@ def kernels(*times: tuple[float, float], lane: int = 0) -> list[Event]:
     ]
 
 
-def test_gaps_are_where_nothing_runs() -> None:
+def test_gaps_are_where_nothing_runs():
     # k1 runs inside k0; 3 us of rest, then 1500.
     found = break_down(Recording.of(kernels((10, 10), (12, 4), (23, 2), (1525, 5))), "t")
     assert found.total_ms == pytest.approx(0.021)
@@ -73,13 +70,13 @@ def test_gaps_are_where_nothing_runs() -> None:
     assert any("overlap for 0.004 ms" in note for note in found.notes)
 
 
-def test_several_devices_are_said() -> None:
+def test_several_devices_are_said():
     found = break_down(Recording.of([*kernels((0, 5)), *kernels((5, 5), lane=1)]), "t")
     assert any("2 devices" in note for note in found.notes)
     assert found.idle_ms == 0
 
 
-def test_a_recorder_that_closes_the_gaps_is_noticed() -> None:
+def test_a_recorder_that_closes_the_gaps_is_noticed():
     start = 3097885635109.44  # microseconds since the epoch lose the last decimal
     events = kernels(*((start + i * 4.799, 4.799) for i in range(100)))
     found = break_down(Recording.of(events), "t")
@@ -88,14 +85,14 @@ def test_a_recorder_that_closes_the_gaps_is_noticed() -> None:
     assert not [gap for gap in found.gaps if gap.gaps]
 
 
-def test_a_launch_without_its_kernel_is_noticed() -> None:
+def test_a_launch_without_its_kernel_is_noticed():
     events = [*replay(scene()), runtime("hipGraphLaunch", 2.0, 6)]
     assert any(
         "Counts are too low: 1" in note for note in break_down(Recording.of(events), "").notes
     )
 
 
-def test_markers_of_another_call_do_not_name_a_replay() -> None:
+def test_markers_of_another_call_do_not_name_a_replay():
     """A graph is launched outside of all markers: an uncaptured call before it is no guide."""
     made = scene()
     marker = {"ph": "X", "cat": "user_annotation", "name": "openpi_opt::vision", "pid": 1, "tid": 1}
@@ -106,7 +103,7 @@ def test_markers_of_another_call_do_not_name_a_replay() -> None:
     assert {stage: part.launches for stage, part in found.stages.items()} == made.launches()
 
 
-def test_operators_stand_in_where_there_is_no_gpu() -> None:
+def test_operators_stand_in_where_there_is_no_gpu():
     operator = {"ph": "X", "cat": "cpu_op", "pid": 1, "tid": 1}
     events = [
         {**operator, "name": "aten::linear", "ts": 0.0, "dur": 30.0},
@@ -124,7 +121,7 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_traces_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_traces_stand_side_by_side(tmp_path, capsys):
     one = write(tmp_path / "one.json", uncaptured(scene()))
     two = write(tmp_path / "two.json.gz", rocprof(scene(cameras=3).repeated(2)))
     text = output(capsys, str(one), str(two))
@@ -139,7 +136,7 @@ def test_traces_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "markers" not in text.split("categories")[0].split("stages")[1].splitlines()[0]
 
 
-def test_json_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_holds_everything(tmp_path, capsys):
     made = scene().repeated(2)
     path = write(tmp_path / "t.json", rocprof(made))
     (document,) = json.loads(output(capsys, "--json", str(path)))["traces"]
@@ -150,7 +147,7 @@ def test_json_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("name", ["f()#1}[red]gemm[/red]", "foo(int) [clone .kd]", "a[/]b"])
-def test_names_are_no_markup(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_are_no_markup(name, tmp_path, capsys):
     events: list[dict[str, Any]] = [dict(event, name=name) for event in kernels((0, 1), (5, 1))]
     text = output(capsys, str(write(tmp_path / "[bold]t.json", events)))
     row = text.split("top kernels")[1].splitlines()[3]
@@ -158,7 +155,7 @@ def test_names_are_no_markup(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert f"after {name}, before {name}" in text
 
 
-def test_names_cannot_move_the_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_cannot_move_the_cursor(tmp_path, capsys):
     events: list[dict[str, Any]] = [dict(e, name="a\x1b[2J\n\ud800z") for e in kernels((0, 1))]
     text = output(capsys, str(write(tmp_path / "t.json", events)))
     assert "a\\x1b[2J\\n\\ud800z" in text
@@ -166,9 +163,7 @@ def test_names_cannot_move_the_cursor(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])
-def test_no_digit_is_lost_where_it_is_narrow(
-    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_digit_is_lost_where_it_is_narrow(width, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("openpi_opt.analyze._PIPE_WIDTH", width)
     made = [scene(cameras=cameras, kind="eager") for cameras in (1, 2, 3)]
     paths = [write(tmp_path / f"{n}.json", rocprof(each)) for n, each in enumerate(made)]
@@ -187,7 +182,7 @@ def test_no_digit_is_lost_where_it_is_narrow(
     assert max(len(line.rstrip()) for line in tables) <= max(width, 64)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path):
     path = write(tmp_path / "t.json", rocprof(scene()))
     command = [sys.executable, "-m", "openpi_opt.analyze", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -203,7 +198,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_memory_stays_far_below_the_file(packed: bool, tmp_path: Path) -> None:
+def test_memory_stays_far_below_the_file(packed, tmp_path):
     """Some 30 MB of text: what is held is a few dozen bytes of each event that counts."""
     made = scene().repeated(8)
     events = uncaptured(made)
@@ -228,7 +223,7 @@ def test_memory_stays_far_below_the_file(packed: bool, tmp_path: Path) -> None:
     assert peak < size / 2
 
 
-def test_the_verb_never_imports_torch(tmp_path: Path) -> None:
+def test_the_verb_never_imports_torch(tmp_path):
     path = write(tmp_path / "t.json", rocprof(Scene([("x", "gemm", 1.0)])))
     code = (
         "import sys; from openpi_opt.analyze import main; main([sys.argv[1]]); "

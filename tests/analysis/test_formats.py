@@ -1,12 +1,9 @@
 """Files as AMD's and NVIDIA's own profilers write them, and what is named instead of read."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json
 import sqlite3
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +80,7 @@ def nsight(path: Path, kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("write", [rocprof_v1, rocprof_v3, comma_separated, packed, rocpd, nsight])
-def test_every_format_says_the_same(write: Callable[..., None], tmp_path: Path) -> None:
+def test_every_format_says_the_same(write, tmp_path):
     made = scene()
     kernels = [(name, int(at * 1e3), int((at + us) * 1e3)) for at, (_, name, us) in timed(made)]
     write(tmp_path / "file", kernels)
@@ -102,16 +99,14 @@ def test_every_format_says_the_same(write: Callable[..., None], tmp_path: Path) 
         (b"SQLite format 3\x00 but no more", "damaged database"),
     ],
 )
-def test_what_is_not_read_is_named_with_its_conversion(
-    content: bytes, says: str, tmp_path: Path
-) -> None:
+def test_what_is_not_read_is_named_with_its_conversion(content, says, tmp_path):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(UserError, match=says) as caught:
         analyze.main([str(tmp_path / "file")])
     assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_a_database_without_kernels_and_damaged_times(tmp_path: Path) -> None:
+def test_a_database_without_kernels_and_damaged_times(tmp_path):
     sqlite3.connect(tmp_path / "empty.db").execute("CREATE TABLE x (y)").connection.close()
     with pytest.raises(UserError, match="without kernels"):
         analyze.main([str(tmp_path / "empty.db")])
@@ -121,7 +116,7 @@ def test_a_database_without_kernels_and_damaged_times(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wild", [1e13, -1e13])
-def test_a_kernel_with_a_wild_timestamp_is_set_aside(wild: float) -> None:
+def test_a_kernel_with_a_wild_timestamp_is_set_aside(wild):
     events = [{**event, "ts": event["ts"] + 2e13} for event in rocprof(scene())]
     plain = break_down(Recording.of(events), "t")
     stray = {**events[50], "ts": events[50]["ts"] + wild}
@@ -131,9 +126,7 @@ def test_a_kernel_with_a_wild_timestamp_is_set_aside(wild: float) -> None:
     assert any(note.startswith("1 kernel(s) with a timestamp") for note in found.notes)
 
 
-def test_two_files_of_one_name_are_told_apart(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_files_of_one_name_are_told_apart(tmp_path, capsys):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "t.json").write_text(json.dumps(rocprof(scene(steps=2))))

@@ -40,13 +40,13 @@ def differences(made: Scene) -> int:
 
 
 @pytest.mark.parametrize("given_", SCENES.values(), ids=SCENES)
-def test_stages_are_the_true_ones(given_: dict[str, Any]) -> None:
+def test_stages_are_the_true_ones(given_):
     # The first layer's extra kernel moves a border by one.
     assert differences(scene(**given_)) <= 1
 
 
 @pytest.mark.parametrize("given_", SCENES.values(), ids=SCENES)
-def test_layers_and_steps_are_counted(given_: dict[str, Any]) -> None:
+def test_layers_and_steps_are_counted(given_):
     found = find_pattern(Recording.of(rocprof(scene(**given_))).kernels())
     assert found is not None
     (inference,) = found.inferences
@@ -58,7 +58,7 @@ def test_layers_and_steps_are_counted(given_: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("given_", [{}, {"cameras": 2, "kind": "eager"}], ids=str)
-def test_several_inferences_are_cut_where_the_device_rests(given_: dict[str, Any]) -> None:
+def test_several_inferences_are_cut_where_the_device_rests(given_):
     made = scene(**given_).repeated(3)
     found = find_pattern(Recording.of(rocprof(made)).kernels())
     assert found is not None
@@ -67,7 +67,7 @@ def test_several_inferences_are_cut_where_the_device_rests(given_: dict[str, Any
     assert differences(made) == 0
 
 
-def test_a_truncated_trace_says_what_is_visible() -> None:
+def test_a_truncated_trace_says_what_is_visible():
     whole = scene(cameras=2)
     made = whole.first(whole.marks[5][1] + 2 + 11 * 6)  # six layers into the fourth step
     found = find_pattern(Recording.of(rocprof(made)).kernels())
@@ -80,14 +80,14 @@ def test_a_truncated_trace_says_what_is_visible() -> None:
     assert differences(made) == 0
 
 
-def test_a_trace_that_begins_in_the_prefill_has_no_vision() -> None:
+def test_a_trace_that_begins_in_the_prefill_has_no_vision():
     whole = scene()
     made = Scene(whole.kernels[whole.marks[1][1] :])
     assert set(stages_of(made)) == {"prefill", "denoise"}
     assert differences(made) == 0
 
 
-def test_markers_and_pattern_agree() -> None:
+def test_markers_and_pattern_agree():
     made = scene(cameras=3)
     marked = Recording.of(uncaptured(made)).kernels()
     by_markers = [marked.stages[i] for i in marked.stage]
@@ -97,7 +97,7 @@ def test_markers_and_pattern_agree() -> None:
     assert [STAGES[i] for i in found.stage] == by_markers
 
 
-def test_kernels_that_do_not_repeat_have_no_stages() -> None:
+def test_kernels_that_do_not_repeat_have_no_stages():
     made = Scene()
     made.add("?", [(f"gemm_{i}", 1.0) for i in range(300)])
     assert find_pattern(Recording.of(replay(made)).kernels()) is None
@@ -110,7 +110,7 @@ WORDS = st.lists(st.sampled_from(["gemm", "attn_fwd", "gelu", "memcpy", "x", "ro
 
 @settings(max_examples=60, deadline=None)
 @given(parts=st.lists(st.tuples(WORDS, st.integers(1, 30)), max_size=8))
-def test_any_sequence_is_read(parts: list[tuple[list[str], int]]) -> None:
+def test_any_sequence_is_read(parts):
     made = Scene()
     for word, times in parts:
         made.add("?", [(name, 1.0) for name in word * times])

@@ -1,7 +1,5 @@
 """Promotion with the trial's process replaced by a function: what runs and what is reused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -81,11 +79,11 @@ class Promotions:
 
 
 @pytest.fixture
-def promotions(tmp_path: Path) -> Promotions:
+def promotions(tmp_path):
     return Promotions(tmp_path)
 
 
-def test_a_finished_promotion_is_answered_without_a_process(promotions: Promotions) -> None:
+def test_a_finished_promotion_is_answered_without_a_process(promotions):
     judged, run, _ = promotions(Noisy())
     assert judged.winner.subject.key in (SDPA.hash(), FUSED.hash())
     rounds = len(judged.schedule.rounds)
@@ -95,9 +93,7 @@ def test_a_finished_promotion_is_answered_without_a_process(promotions: Promotio
     assert second == judged
 
 
-def test_again_measures_anew_and_says_what_that_means(
-    promotions: Promotions, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_again_measures_anew_and_says_what_that_means(promotions, capsys):
     judged, _, _ = promotions(Noisy())
     capsys.readouterr()
     second, run, bench = promotions(Noisy(), again=True, seed=8)
@@ -108,7 +104,7 @@ def test_again_measures_anew_and_says_what_that_means(
 
 
 @pytest.mark.parametrize("after", [3, 8, BEFORE, 30])
-def test_an_interrupted_promotion_goes_on_where_it_was(promotions: Promotions, after: int) -> None:
+def test_an_interrupted_promotion_goes_on_where_it_was(promotions, after):
     noisy, left = Noisy(), [after]
 
     def interrupted(cfg: Config) -> TrialResult:
@@ -131,7 +127,7 @@ def test_an_interrupted_promotion_goes_on_where_it_was(promotions: Promotions, a
     )
 
 
-def test_less_time_is_another_schedule_with_runs_of_its_own(promotions: Promotions) -> None:
+def test_less_time_is_another_schedule_with_runs_of_its_own(promotions):
     """Else a first look could decide whether there is a second."""
     judged, _, _ = promotions(Noisy(0.006), limit_s=600.0)
     longer, run, _ = promotions(Noisy(0.006), limit_s=1200.0)
@@ -139,9 +135,7 @@ def test_less_time_is_another_schedule_with_runs_of_its_own(promotions: Promotio
     assert len(run.ran) == 3 * len(longer.schedule.rounds), "none of the first's rounds counts"
 
 
-def test_what_a_process_takes_is_its_work_and_its_share_of_starting(
-    promotions: Promotions,
-) -> None:
+def test_what_a_process_takes_is_its_work_and_its_share_of_starting(promotions):
     """Four start at once, import for 8 s, and have the device for 3 s one after the other."""
     runs = promotions.runs(FakeRun(Noisy()))
     assert runs.seconds(PLAIN) == 60, "nothing is known"
@@ -171,9 +165,7 @@ def test_what_a_process_takes_is_its_work_and_its_share_of_starting(
     assert runs.seconds(SDPA) == runs.seconds(PLAIN), "by those of another configuration"
 
 
-def test_a_candidate_that_goes_over_a_limit_is_dropped_and_the_baseline_stays(
-    promotions: Promotions, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_candidate_that_goes_over_a_limit_is_dropped_and_the_baseline_stays(promotions, capsys):
     """FUSED is the faster one and grows too large in one of its processes."""
     fused = 0
 
@@ -196,22 +188,20 @@ def test_a_candidate_that_goes_over_a_limit_is_dropped_and_the_baseline_stays(
     assert "over the limit (peak_mib: 900.0 MiB)" in capsys.readouterr().err
 
 
-def test_too_little_time_says_how_much_is_needed(promotions: Promotions) -> None:
+def test_too_little_time_says_how_much_is_needed(promotions):
     with pytest.raises(UserError, match=r"at least \d+ minutes are needed"):
         promotions(Noisy(0.3), limit_s=60.0)
     assert promotions.journal.records() == [], "before anything is measured"
 
 
-def test_a_study_of_another_machine_gives_the_order_only(
-    promotions: Promotions, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_study_of_another_machine_gives_the_order_only(promotions, capsys):
     judged, run, _ = promotions(Noisy(), stale=True, finalists=1)
     assert "another machine or software" in capsys.readouterr().err
     screened = len(run.ran) - 8 - 2 * len(judged.schedule.rounds)
     assert screened >= 4, "two or more processes of each contender, none of them from the study"
 
 
-def test_a_candidate_that_fails_is_dropped_and_the_others_judged(promotions: Promotions) -> None:
+def test_a_candidate_that_fails_is_dropped_and_the_others_judged(promotions):
     noisy = Noisy()
     judged, run, _ = promotions(
         lambda cfg: failed(cfg) if cfg.hash() == FUSED.hash() else noisy(cfg), rounds=4
@@ -220,14 +210,12 @@ def test_a_candidate_that_fails_is_dropped_and_the_others_judged(promotions: Pro
     assert [c.hash() for c in run.ran].count(FUSED.hash()) == 1
 
 
-def test_a_baseline_that_fails_is_an_error(promotions: Promotions) -> None:
+def test_a_baseline_that_fails_is_an_error(promotions):
     with pytest.raises(UserError, match="baseline did not end ok"):
         promotions(lambda cfg: failed(cfg) if cfg.is_baseline() else ok(cfg, 9.0))
 
 
-def test_a_baseline_that_failed_once_is_measured_again_by_the_next_command(
-    promotions: Promotions,
-) -> None:
+def test_a_baseline_that_failed_once_is_measured_again_by_the_next_command(promotions):
     with pytest.raises(UserError, match="baseline did not end ok"):
         promotions(failed)
     judged, run, _ = promotions(Noisy())
@@ -235,7 +223,7 @@ def test_a_baseline_that_failed_once_is_measured_again_by_the_next_command(
     assert len(run.ran) == BEFORE + 3 * len(judged.schedule.rounds)
 
 
-def test_a_failure_in_confirmation_is_final_until_again(promotions: Promotions) -> None:
+def test_a_failure_in_confirmation_is_final_until_again(promotions):
     """Else one configuration would run when the others no longer do."""
     noisy = Noisy()
     first, _, _ = promotions(
@@ -247,14 +235,14 @@ def test_a_failure_in_confirmation_is_final_until_again(promotions: Promotions) 
     assert promotions(noisy, rounds=4, again=True)[0].dropped == []
 
 
-def test_a_damaged_schedule_is_named(promotions: Promotions) -> None:
+def test_a_damaged_schedule_is_named(promotions):
     _, _, bench = promotions(Noisy(), rounds=3)
     bench.path.write_text("{")
     with pytest.raises(UserError, match=r"schedule-.*damaged"):
         promotions(Noisy(), rounds=3)
 
 
-def test_a_clock_under_three_quarters_of_its_peak_is_what_throttled_means() -> None:
+def test_a_clock_under_three_quarters_of_its_peak_is_what_throttled_means():
     """By the very check of a trial, whose bound tests/measure/test_checks.py holds to."""
     for mhz, expected in ((0.74 * 1980, True), (0.76 * 1980, False)):
         now = GpuState(sm_clock_mhz=mhz, max_sm_clock_mhz=1980)
@@ -266,7 +254,7 @@ def test_a_clock_under_three_quarters_of_its_peak_is_what_throttled_means() -> N
     assert not fresh.throttled(failed(PLAIN))
 
 
-def test_a_throttled_process_is_discarded_and_repeated(promotions: Promotions) -> None:
+def test_a_throttled_process_is_discarded_and_repeated(promotions):
     seen: list[float] = []
 
     def hot_at_first(cfg: Config) -> TrialResult:
@@ -285,7 +273,7 @@ def test_a_throttled_process_is_discarded_and_repeated(promotions: Promotions) -
     assert [r.result.latency.mean_ms for r in kept if isinstance(r.result, Ok)] == [10.0]
 
 
-def test_a_gpu_that_stays_throttled_ends_it(promotions: Promotions) -> None:
+def test_a_gpu_that_stays_throttled_ends_it(promotions):
     run = FakeRun(lambda cfg: ok(cfg, 10.0, ["gpu_clock"]))
     runs = promotions.runs(run)
     with runs.alone(PLAIN), pytest.raises(UserError, match="throttled in 4 processes"):
@@ -294,7 +282,7 @@ def test_a_gpu_that_stays_throttled_ends_it(promotions: Promotions) -> None:
     assert promotions.runs(run).journal.records() == []
 
 
-def test_two_promotions_of_a_study_do_not_run_at_once(promotions: Promotions) -> None:
+def test_two_promotions_of_a_study_do_not_run_at_once(promotions):
     first, second = (promotions.runs(FakeRun(Noisy())) for _ in range(2))
     with (
         first.alone(PLAIN),
@@ -306,7 +294,7 @@ def test_two_promotions_of_a_study_do_not_run_at_once(promotions: Promotions) ->
         pass
 
 
-def test_what_this_machine_refuses_starts_no_process(promotions: Promotions) -> None:
+def test_what_this_machine_refuses_starts_no_process(promotions):
     run = FakeRun(Noisy())
     graph = Config.parse({**CONTEXT, "graph": {"mode": "manual"}})
     runs = promotions.runs(run)
@@ -316,9 +304,7 @@ def test_what_this_machine_refuses_starts_no_process(promotions: Promotions) -> 
     assert run.ran == []
 
 
-def test_flags_of_what_is_judged_are_said(
-    promotions: Promotions, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_flags_of_what_is_judged_are_said(promotions, capsys):
     def hot(cfg: Config) -> TrialResult:
         return ok(cfg, 10.0, ["gpu_shared"] if cfg.hash() == SDPA.hash() else [])
 
@@ -330,9 +316,7 @@ def test_flags_of_what_is_judged_are_said(
     assert "flagged gpu_shared: 4 of 12 processes" in captured.err.splitlines()
 
 
-def test_no_preset_is_written_of_a_baseline_over_a_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_preset_is_written_of_a_baseline_over_a_limit(tmp_path, monkeypatch, capsys):
     """Nothing is faster, and what is as fast is too large."""
 
     def judge(cfg: Config) -> TrialResult:
@@ -358,9 +342,7 @@ def test_no_preset_is_written_of_a_baseline_over_a_limit(
     assert provenance["versions"] == {name: now[name] for name in named}
 
 
-def test_the_winner_of_a_tie_is_explained(
-    promotions: Promotions, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_winner_of_a_tie_is_explained(promotions, capsys):
     """FUSED is a little faster, SDPA came earlier; both change one knob."""
     level = {PLAIN.hash(): 10.0, SDPA.hash(): 9.0}
     fused = iter([8.8, 9.1, 8.8, 9.2, 8.9, 9.1])
@@ -381,9 +363,7 @@ def test_the_winner_of_a_tie_is_explained(
     assert "with the smallest mean of those that are" in capsys.readouterr().err
 
 
-def test_a_process_that_other_code_measured_runs_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_other_code_measured_runs_again(tmp_path, monkeypatch):
     sessions, run = Promotions(tmp_path), FakeRun(lambda cfg: ok(cfg, 10.0))
 
     def session(times: int = 1) -> int:

@@ -1,7 +1,5 @@
 """The statistics of a promotion, and the promise itself, by the code that promotes."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -45,7 +43,7 @@ def noisy(mean: float, count: int = 8, seed: int = 0) -> list[float]:
     st.floats(0.5, 2.0),
     st.integers(0, 1000),
 )
-def test_bounds_are_those_of_the_paired_t_test(base: list[float], factor: float, seed: int) -> None:
+def test_bounds_are_those_of_the_paired_t_test(base, factor, seed):
     noise = np.random.default_rng(seed).normal(0, 0.05, len(base))
     candidate = list(np.asarray(base) * factor * np.exp(noise))
     result = gain(base, candidate, alpha=0.025)
@@ -55,7 +53,7 @@ def test_bounds_are_those_of_the_paired_t_test(base: list[float], factor: float,
     assert 1 - result.high == pytest.approx(np.exp(interval.low))
 
 
-def test_a_drift_that_meets_both_alike_does_not_hide_a_gain() -> None:
+def test_a_drift_that_meets_both_alike_does_not_hide_a_gain():
     drift = [10.0, 12.0, 15.0, 19.0, 24.0, 30.0]
     result = gain(
         drift, [value * factor for value, factor in zip(drift, [0.9, 0.91] * 3, strict=True)], 0.01
@@ -65,7 +63,7 @@ def test_a_drift_that_meets_both_alike_does_not_hide_a_gain() -> None:
 
 
 @pytest.mark.parametrize(("base", "candidate"), [([1.0], [1.0]), ([1.0, 2.0], [1.0])])
-def test_too_few_or_unpaired_samples_are_refused(base: list, candidate: list) -> None:
+def test_too_few_or_unpaired_samples_are_refused(base, candidate):
     with pytest.raises(ValueError, match="pairs"):
         gain(base, candidate, 0.05)
 
@@ -80,25 +78,25 @@ def test_too_few_or_unpaired_samples_are_refused(base: list, candidate: list) ->
         (0.97, 0.05, "ambiguous"),
     ],
 )
-def test_verdicts(factor: float, spread_: float, verdict: str) -> None:
+def test_verdicts(factor, spread_, verdict):
     signs = np.array([1, -1, 0.5, -0.5, 0.8, -0.8, 0.2, -0.2])
     base = [10.0] * len(signs)
     assert gain(base, list(10 * factor * np.exp(spread_ * signs)), 0.005).verdict == verdict
 
 
-def test_wild_spreads_give_no_verdict_and_no_error() -> None:
+def test_wild_spreads_give_no_verdict_and_no_error():
     found = gain([1e-300, 1e300, 1.0], [1.0, 1e-300, 1e300], 1e-6)
     assert found.verdict == "ambiguous"
 
 
-def test_nothing_faster_leaves_the_baseline() -> None:
+def test_nothing_faster_leaves_the_baseline():
     base = noisy(10)
     baseline = confirmed(base)
     assert choose(baseline, [confirmed(noisy(10, seed=1), base, 1)], 0.01) is baseline
     assert choose(baseline, [], 0.01) is baseline
 
 
-def test_a_tie_goes_to_the_configuration_nearer_the_baseline() -> None:
+def test_a_tie_goes_to_the_configuration_nearer_the_baseline():
     base = noisy(10)
     baseline = confirmed(base)
     simple = confirmed(noisy(8.002, seed=2), base, changed=1, order=7)
@@ -110,27 +108,27 @@ def test_a_tie_goes_to_the_configuration_nearer_the_baseline() -> None:
     assert choose(baseline, [clearly, simple], 0.01) is clearly
 
 
-def test_knobs_that_differ_are_counted_in_their_canonical_form() -> None:
+def test_knobs_that_differ_are_counted_in_their_canonical_form():
     assert differing(SDPA) == ["attention"]
     assert differing(BOTH) == ["attention", "compile"]
     assert differing(Config.parse({})) == []
 
 
-def test_power_is_what_simulation_gives() -> None:
+def test_power_is_what_simulation_gives():
     generator = np.random.default_rng(0)
     differences = generator.normal(np.log(0.99), np.sqrt(2) * 0.005, (4000, 14))
     found = stats.ttest_1samp(differences, 0, axis=1, alternative="less").pvalue < 0.01 / 3
     assert np.mean(found) == pytest.approx(power.power(0.01, 0.005, 14, 0.01 / 3), abs=0.01)
 
 
-def test_the_number_of_pairs_is_the_least_that_suffices() -> None:
+def test_the_number_of_pairs_is_the_least_that_suffices():
     for tau in (0.001, 0.003, 0.005, 0.02):
         pairs = power.pairs_needed(0.01, tau, 0.001, 0.95)
         assert power.power(0.01, tau, pairs, 0.001) >= 0.95
         assert pairs == power.MIN_PAIRS or power.power(0.01, tau, pairs - 1, 0.001) < 0.95
 
 
-def test_the_chance_to_become_a_finalist_is_what_simulation_gives() -> None:
+def test_the_chance_to_become_a_finalist_is_what_simulation_gives():
     generator = np.random.default_rng(0)
     means = generator.normal(0, 0.005 / np.sqrt(2), (4000, 60))
     means[:, 0] += np.log(0.99)
@@ -139,7 +137,7 @@ def test_the_chance_to_become_a_finalist_is_what_simulation_gives() -> None:
     assert power.chance_selected(0.01, 0.005, 1, 5, 5) == 1.0
 
 
-def test_levels_add_up_to_the_total() -> None:
+def test_levels_add_up_to_the_total():
     for finalists in range(1, power.MAX_FINALISTS + 1):
         pairs = max(1, finalists * (finalists - 1) // 2)
         assert power.level(finalists) * finalists == pytest.approx(power.TOTAL_ALPHA)
@@ -147,7 +145,7 @@ def test_levels_add_up_to_the_total() -> None:
 
 
 @pytest.mark.parametrize(("tau", "screening", "pairs"), [(0.003, 2, 10), (0.005, 3, 18)])
-def test_plans_are_near_the_size_for_a_known_tau(tau: float, screening: int, pairs: int) -> None:
+def test_plans_are_near_the_size_for_a_known_tau(tau, screening, pairs):
     """Those sizes keep the promise where tau is known; here it comes from some 60 processes."""
     plan = make_plan(Tau(tau, 60), Costs(contenders=12, finalists=5))
     assert screening <= plan.screening <= screening + 3
@@ -158,9 +156,7 @@ def test_plans_are_near_the_size_for_a_known_tau(tau: float, screening: int, pai
 
 @settings(deadline=None, max_examples=25)
 @given(st.floats(0.0005, 0.5), st.integers(1, 40), st.floats(10, 5000) | st.none())
-def test_a_plan_fits_or_says_what_it_needs(
-    tau: float, contenders: int, limit: float | None
-) -> None:
+def test_a_plan_fits_or_says_what_it_needs(tau, contenders, limit):
     costs = Costs(contenders, min(5, contenders))
     if limit is not None and limit < costs.least_s:
         with pytest.raises(TooShortError):
@@ -183,7 +179,7 @@ def test_a_plan_fits_or_says_what_it_needs(
     assert chance * found >= power.PLANNED - 1e-4
 
 
-def test_less_time_promises_less_and_never_another_level() -> None:
+def test_less_time_promises_less_and_never_another_level():
     gains = [
         make_plan(Tau(0.01, 7), Costs(12, 5), limit).promise.gain for limit in (60, 120, 400, 5000)
     ]
@@ -191,7 +187,7 @@ def test_less_time_promises_less_and_never_another_level() -> None:
     assert gains[0] > gains[-1] == power.GAIN
 
 
-def test_tau_is_the_relative_spread_with_its_bound() -> None:
+def test_tau_is_the_relative_spread_with_its_bound():
     means = list(100 * np.exp(np.random.default_rng(1).normal(0, 0.004, 4000)))
     assert spread(means).value == pytest.approx(0.004, rel=0.05)
     eight = Tau(0.003, 7)
@@ -250,7 +246,7 @@ def subjects() -> list[Subject]:
     return [Subject(key, 1, n, LEVELS[key]) for n, key in enumerate(LEVELS) if key != "base"]
 
 
-def test_the_course_is_tau_screening_confirmation() -> None:
+def test_the_course_is_tau_screening_confirmation():
     bench = Script(answer)
     judged = run(bench, Subject("base"), subjects(), Wanted(seed=3, finalists=2))
     stages = [stage for _, stage, _ in bench.asked]
@@ -267,14 +263,14 @@ def test_the_course_is_tau_screening_confirmation() -> None:
     assert any("promise" in note and "1.0%" in note for note in bench.notes)
 
 
-def test_every_order_within_a_pair_is_as_likely() -> None:
+def test_every_order_within_a_pair_is_as_likely():
     rounds = draw_rounds(["a", "b", "c"], 3000, seed=5)
     first = sum(order.index("a") < order.index("b") for order in rounds)
     assert stats.binomtest(first, 3000).pvalue > 0.001
     assert len({tuple(order) for order in rounds}) == 6
 
 
-def test_a_kept_schedule_is_followed_and_nothing_before_it_is_run_again() -> None:
+def test_a_kept_schedule_is_followed_and_nothing_before_it_is_run_again():
     first = Script(answer)
     judged = run(first, Subject("base"), subjects(), Wanted(seed=3, finalists=2))
     second = Script(answer)
@@ -285,7 +281,7 @@ def test_a_kept_schedule_is_followed_and_nothing_before_it_is_run_again() -> Non
     assert not second.kept
 
 
-def test_what_fails_is_dropped_and_not_run_again() -> None:
+def test_what_fails_is_dropped_and_not_run_again():
     def failing(key: str, stage: Stage, number: int) -> float | None:
         return (
             None
@@ -301,7 +297,7 @@ def test_what_fails_is_dropped_and_not_run_again() -> None:
 
 
 @pytest.mark.parametrize("stage", ["screening", "confirmation"])
-def test_processes_that_are_started_ahead_change_nothing(stage: str) -> None:
+def test_processes_that_are_started_ahead_change_nothing(stage):
     def failing(key: str, at: Stage, number: int) -> float | None:
         fails = key == "c6" and at == stage and number == 1
         return None if fails else answer(key, at, number)
@@ -316,14 +312,14 @@ def test_processes_that_are_started_ahead_change_nothing(stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", ["tau", "confirmation"])
-def test_a_baseline_that_fails_ends_it_at_once(stage: str) -> None:
+def test_a_baseline_that_fails_ends_it_at_once(stage):
     bench = Script(lambda key, at, n: None if key == "base" and at == stage else 10.0)
     with pytest.raises(NeededError):
         run(bench, Subject("base"), subjects(), WANTED)
     assert bench.asked[-1][:2] == ("base", stage)
 
 
-def test_rounds_by_hand_need_no_tau_and_make_no_promise() -> None:
+def test_rounds_by_hand_need_no_tau_and_make_no_promise():
     bench = Script(answer)
     judged = run(bench, Subject("base"), subjects(), Wanted(seed=1, rounds=4, finalists=3))
     assert {stage for _, stage, _ in bench.asked} == {"confirmation"}
@@ -332,7 +328,7 @@ def test_rounds_by_hand_need_no_tau_and_make_no_promise() -> None:
     assert bench.notes == []
 
 
-def test_short_time_prints_the_promise_that_can_be_kept() -> None:
+def test_short_time_prints_the_promise_that_can_be_kept():
     bench = Script(lambda key, at, n: 10.0 * (1 + 0.02 * (n % 2)) * (0.9 if key != "base" else 1))
     judged = run(bench, Subject("base"), subjects()[:2], Wanted(seed=1, limit_s=600))
     kept = judged.schedule.promise
@@ -345,16 +341,14 @@ def test_short_time_prints_the_promise_that_can_be_kept() -> None:
 
 
 @pytest.mark.parametrize(("tails", "remarked"), [(50.0, True), (3.0, False)])
-def test_rare_slow_processes_are_remarked_and_ordinary_noise_is_not(
-    tails: float, remarked: bool
-) -> None:
+def test_rare_slow_processes_are_remarked_and_ordinary_noise_is_not(tails, remarked):
     tau, costs = Tau(0.002, 40), Costs(20, 5)
     text = explain(tau, tails, costs, make_plan(tau, costs), None)
     assert ("excess kurtosis" in text) is remarked
     assert "promise: a configuration at least 1.0% faster" in text
 
 
-def test_short_times_are_told_in_seconds() -> None:
+def test_short_times_are_told_in_seconds():
     """0.2 s each: "cannot be promised in 0 minutes: that takes about 0" said nothing."""
     tau, costs = Tau(0.02, 40), Costs(2, 2, contender_s=0.2, baseline_s=0.2)
     text = explain(tau, 0.0, costs, make_plan(tau, costs, 12.0), 12.0)
@@ -363,7 +357,7 @@ def test_short_times_are_told_in_seconds() -> None:
     assert int(found[1]) > 1
 
 
-def test_who_is_hopelessly_behind_is_not_screened_and_nobody_else_is_left_out() -> None:
+def test_who_is_hopelessly_behind_is_not_screened_and_nobody_else_is_left_out():
     """By the study's one number: five spreads of a difference may be chance, seven are not."""
     tau = spread([answer("base", "tau", n) for n in range(power.TAU_PROCESSES)])
     step = math.sqrt(2) * tau.upper
@@ -375,13 +369,13 @@ def test_who_is_hopelessly_behind_is_not_screened_and_nobody_else_is_left_out() 
     assert {key for key, at, _ in bench.asked if at == "screening"} == {"c0", "c1", "c2", "b5"}
 
 
-def test_a_time_that_is_short_is_told_before_anything_is_measured() -> None:
+def test_a_time_that_is_short_is_told_before_anything_is_measured():
     bench = Script(answer)
     run(bench, Subject("base"), subjects(), Wanted(seed=1, limit_s=400.0))
     assert "--minutes gives 7 minutes: only a larger gain may be promised" in bench.notes[0]
 
 
-def test_a_time_that_can_never_do_is_refused_before_anything_is_measured() -> None:
+def test_a_time_that_can_never_do_is_refused_before_anything_is_measured():
     """Eight contenders of 10 s: one more process of each, then 3 rounds of 6 processes."""
     bench = Script(answer)
     with pytest.raises(TooShortError) as refused:
@@ -390,7 +384,7 @@ def test_a_time_that_can_never_do_is_refused_before_anything_is_measured() -> No
     assert bench.asked == []
 
 
-def test_the_study_of_one_configuration_needs_no_contender() -> None:
+def test_the_study_of_one_configuration_needs_no_contender():
     judged = run(Script(answer), Subject("base"), [], WANTED)
     assert judged.winner.subject.key == "base"
     assert len(judged.baseline.means_ms) == power.TAU_PROCESSES
@@ -406,32 +400,32 @@ def sweeps(
     return simulate.Sweeps(configurations, count, noise, WANTED, drift)
 
 
-def test_500_sweeps_of_equal_configurations_promote_in_at_most_one_percent() -> None:
+def test_500_sweeps_of_equal_configurations_promote_in_at_most_one_percent():
     rate = sweeps(0.003, 60, 500).equal()
     assert rate.of == 500
     assert rate.value <= 0.01
 
 
-def test_500_sweeps_with_one_that_is_one_percent_faster_promote_it_in_95() -> None:
+def test_500_sweeps_with_one_that_is_one_percent_faster_promote_it_in_95():
     found, overclaimed = sweeps(0.003, 60, 500).one_faster(0.01)
     assert found.value >= 0.95
     assert overclaimed.value <= 0.01
 
 
 @pytest.mark.parametrize("configurations", [1, 4])
-def test_few_configurations_keep_the_promise_too(configurations: int) -> None:
+def test_few_configurations_keep_the_promise_too(configurations):
     found, overclaimed = sweeps(0.004, configurations, 300).one_faster(0.01)
     assert found.value >= 0.95
     assert overclaimed.value <= 0.01
 
 
-def test_drift_promotes_nothing_that_is_not_faster_and_hides_no_gain() -> None:
+def test_drift_promotes_nothing_that_is_not_faster_and_hides_no_gain():
     drifting = sweeps(0.003, 60, 100, normal=True, drift=0.002)
     assert drifting.equal().value <= 0.01
     assert drifting.one_faster(0.01)[0].value >= 0.95
 
 
-def test_the_simulator_sees_what_a_naive_choice_does() -> None:
+def test_the_simulator_sees_what_a_naive_choice_does():
     """The smallest number of a sweep "is faster" nearly always: the sweeps are hard enough."""
     noise = simulate.normal(0.003)
     benches = [simulate.SimulatedBench(np.zeros(60), noise, seed) for seed in range(100)]
@@ -444,15 +438,13 @@ def test_the_simulator_sees_what_a_naive_choice_does() -> None:
     assert naive > 90
 
 
-def test_rates_carry_the_exact_interval() -> None:
+def test_rates_carry_the_exact_interval():
     low, high = simulate.Rate(3, 500).interval()
     assert low == pytest.approx(stats.beta.ppf(0.025, 3, 498))
     assert high == pytest.approx(stats.beta.ppf(0.975, 4, 497))
 
 
-def test_the_command_prints_rates_and_ends_by_the_promise(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_command_prints_rates_and_ends_by_the_promise(capsys):
     quick = ["--simulate", "--sweeps", "40", "--configurations", "8"]
     assert promote.main([*quick, "--tau", "0.2%"]) == 0
     said = capsys.readouterr().out
@@ -474,7 +466,7 @@ def test_the_command_prints_rates_and_ends_by_the_promise(
             promote.main(wrong)
 
 
-def test_recorded_processes_give_the_noise(tmp_path: Path) -> None:
+def test_recorded_processes_give_the_noise(tmp_path):
     journal = Path(tmp_path) / "journal.jsonl"
     means = np.exp(np.random.default_rng(0).normal(0, 0.01, (3, 40)))
     lines = [document(str(n), 10.0 * (n + 1) * m) for n, row in enumerate(means) for m in row]
@@ -518,7 +510,7 @@ def document(config_hash: str, mean_ms: float) -> dict:
         (None, "cannot be read"),
     ],
 )
-def test_samples_that_are_none_are_refused(tmp_path: Path, text: str | None, words: str) -> None:
+def test_samples_that_are_none_are_refused(tmp_path, text, words):
     file = tmp_path / "result.json"
     if text is not None:
         file.write_text(text)
@@ -527,9 +519,7 @@ def test_samples_that_are_none_are_refused(tmp_path: Path, text: str | None, wor
 
 
 @pytest.mark.parametrize(("limit_s", "each"), [(None, 7), (3600.0, 7), (260.0, 3), (130.0, 0)])
-def test_noise_of_two_finalists_takes_a_quarter_of_the_time(
-    limit_s: float | None, each: int
-) -> None:
+def test_noise_of_two_finalists_takes_a_quarter_of_the_time(limit_s, each):
     bench = Script(answer)  # each process takes 10 s
     run(bench, Subject("base"), subjects()[-2:], Wanted(seed=3, limit_s=limit_s))
     assert sum(stage == "screening" for _, stage, _ in bench.asked) == 2 * each
@@ -538,7 +528,7 @@ def test_noise_of_two_finalists_takes_a_quarter_of_the_time(
 # What the processes of screening differ by.
 
 
-def test_rounds_and_levels_are_no_spread() -> None:
+def test_rounds_and_levels_are_no_spread():
     """The sweep ran yesterday, when all were 5% slower, and the machine drifts."""
     random = np.random.default_rng(0)
     levels, rounds = random.normal(0, 0.1, 30), np.array([[0.05], [0.0], [0.01], [0.02]])
@@ -548,7 +538,7 @@ def test_rounds_and_levels_are_no_spread() -> None:
     assert abs(np.mean([tails for _, tails in drawn])) < 0.2
 
 
-def test_one_configuration_shows_drift_as_spread_and_a_slow_process_as_tails() -> None:
+def test_one_configuration_shows_drift_as_spread_and_a_slow_process_as_tails():
     drifting = np.linspace(0, 0.1, 20)[:, None]
     assert settle(drifting)[0] == Tau(pytest.approx(np.std(drifting, ddof=1)), 19)
     slow = np.random.default_rng(1).normal(0, 0.003, (4, 30))
@@ -557,7 +547,7 @@ def test_one_configuration_shows_drift_as_spread_and_a_slow_process_as_tails() -
 
 
 @given(st.integers(0, 4), st.integers(0, 4), st.sampled_from([0.0, 0.003, 5.0]))
-def test_any_screening_settles(rounds: int, configurations: int, width: float) -> None:
+def test_any_screening_settles(rounds, configurations, width):
     logs = np.random.default_rng(0).uniform(-width, width, (rounds, configurations))
     tau, tails = settle(logs)
     assert math.isfinite(tau.value)
@@ -565,7 +555,7 @@ def test_any_screening_settles(rounds: int, configurations: int, width: float) -
     assert 0 <= tau.freedom < max(1, logs.size)
 
 
-def test_calm_contenders_do_not_hide_a_restless_baseline() -> None:
+def test_calm_contenders_do_not_hide_a_restless_baseline():
     calm, restless = Tau(0.002, 100), Tau(0.01, 7)
     assert power.of_pair(restless, calm).value == pytest.approx(math.hypot(0.002, 0.01) / 2**0.5)
     pooled = power.of_pair(calm, restless)  # seven processes show it, hundred do not

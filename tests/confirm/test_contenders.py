@@ -1,7 +1,5 @@
 """Which configurations of a study take part in a promotion."""
 
-from __future__ import annotations
-
 import pytest
 from search_samples import failed, ok
 
@@ -21,7 +19,7 @@ def record(raw: dict, mean_ms: float | None, role: str = "trial") -> Record:
     return Record(study="s", role=role, result=result, fingerprint_hash="f")  # type: ignore[arg-type]
 
 
-def test_contenders_are_the_different_right_ones_fastest_first() -> None:
+def test_contenders_are_the_different_right_ones_fastest_first():
     one = {"attention": {"vision": "sdpa"}}
     two = {"attention": {"prefill": "sdpa"}}
     records = [
@@ -41,19 +39,19 @@ def test_contenders_are_the_different_right_ones_fastest_first() -> None:
     assert [c.mean_ms for c in chosen] == [3.0, 4.0], "the newest measurement of each"
 
 
-def test_only_the_baseline_ok_leaves_the_baseline() -> None:
+def test_only_the_baseline_ok_leaves_the_baseline():
     (only,) = contenders([record({}, 5.0, "baseline"), record({"graph": {"mode": "manual"}}, None)])
     assert only.config.is_baseline()
 
 
-def test_lossy_configurations_compete_only_when_asked() -> None:
+def test_lossy_configurations_compete_only_when_asked():
     records = [record({}, 5.0), record({"attention": SDPA}, 4.0)]
     records.append(record({"blas": {"backend": "fp8"}}, 1.0))
     assert [c.config.lossy() for c in contenders(records)] == [False]
     assert [c.config.lossy() for c in contenders(records, allow_lossy=True)] == [True, False]
 
 
-def test_what_is_over_a_limit_does_not_compete() -> None:
+def test_what_is_over_a_limit_does_not_compete():
     records = [record({}, 5.0, "baseline"), record({"attention": SDPA}, 4.0)]
     records.append(record({"attention": {"vision": "sdpa"}}, 1.0))
     assert [c.mean_ms for c in contenders(records, criteria=LIMITED)] == [1.0]
@@ -62,7 +60,7 @@ def test_what_is_over_a_limit_does_not_compete() -> None:
         contenders(records, criteria=too_low)
 
 
-def test_a_limit_of_the_sweeps_day_ends_no_confirmation() -> None:
+def test_a_limit_of_the_sweeps_day_ends_no_confirmation():
     """Else `pruning` would end the baseline, which is there to compare with."""
     limited = {"limits": {"latency_ms": 3.0, "peak_mib": 9.0}}
     for records in ([record({"attention": SDPA, **limited}, 2.0)], [record(limited, 2.0)]):
@@ -71,12 +69,12 @@ def test_a_limit_of_the_sweeps_day_ends_no_confirmation() -> None:
         assert only.config.limits.peak_mib == 9.0
 
 
-def test_a_study_without_an_ok_trial_is_refused() -> None:
+def test_a_study_without_an_ok_trial_is_refused():
     with pytest.raises(UserError, match="no trial with outcome ok"):
         contenders([record({}, None)])
 
 
-def test_different_contexts_are_not_compared() -> None:
+def test_different_contexts_are_not_compared():
     records = [record({}, 5.0), record({"workload": {"batch_size": 2}}, 1.0)]
     with pytest.raises(UserError, match="cannot be compared"):
         contenders(records)

@@ -1,7 +1,5 @@
 """Pairs of processes against scipy and against what is known of drawn ones."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -17,7 +15,7 @@ MEANS = st.lists(st.floats(1.0, 100.0), min_size=4, max_size=12)
 
 @given(MEANS, st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
-def test_the_interval_is_scipys_paired_one(first: list[float], seed: int) -> None:
+def test_the_interval_is_scipys_paired_one(first, seed):
     second = np.array(first) * np.exp(np.random.default_rng(seed).normal(0.01, 0.02, len(first)))
     found = compare(first, second.tolist())
     test = stats.ttest_rel(np.log(second), np.log(first))
@@ -30,7 +28,7 @@ def test_the_interval_is_scipys_paired_one(first: list[float], seed: int) -> Non
     assert found.judged.mean == gain.mean
 
 
-def test_flipped_signs_are_all_flips_where_there_are_few() -> None:
+def test_flipped_signs_are_all_flips_where_there_are_few():
     """Six pairs of one sign: of 64 flips, two are as extreme."""
     found = compare([1.0] * 6, [1.01, 1.02, 1.03, 1.04, 1.05, 1.06])
     assert found.flip_p_value == pytest.approx(2 / 64)
@@ -38,7 +36,7 @@ def test_flipped_signs_are_all_flips_where_there_are_few() -> None:
     assert compare([1.01, 1.02, 1.03, 1.04, 1.05, 1.06], [1.0] * 6).interval.mean > 0
 
 
-def test_both_tests_agree_on_normal_noise_and_the_same_seed_gives_the_same() -> None:
+def test_both_tests_agree_on_normal_noise_and_the_same_seed_gives_the_same():
     random = np.random.default_rng(1)
     first, second = (np.exp(random.normal(level, 0.003, 20)) for level in (0.0, 0.002))
     found = compare(first.tolist(), second.tolist(), seed=3)
@@ -47,7 +45,7 @@ def test_both_tests_agree_on_normal_noise_and_the_same_seed_gives_the_same() -> 
     assert compare(first.tolist(), second.tolist(), seed=3) == found
 
 
-def test_equal_configurations_are_rarely_told_apart_whatever_the_noise() -> None:
+def test_equal_configurations_are_rarely_told_apart_whatever_the_noise():
     """The t test at 5% on heavy tails: not more often than it says, with what 400 runs scatter."""
     random = np.random.default_rng(0)
     pvalues = []
@@ -59,7 +57,7 @@ def test_equal_configurations_are_rarely_told_apart_whatever_the_noise() -> None
     assert np.mean(np.array(pvalues) < 0.05) < 0.08
 
 
-def test_spread_is_that_of_one_process_and_drift_of_rounds_is_not_in_the_pairs() -> None:
+def test_spread_is_that_of_one_process_and_drift_of_rounds_is_not_in_the_pairs():
     random = np.random.default_rng(2)
     rounds = np.repeat(np.linspace(0.0, 0.2, 200), 2)  # the machine slows down by 20%
     logs = rounds + random.normal(0, 0.004, 400)
@@ -71,7 +69,7 @@ def test_spread_is_that_of_one_process_and_drift_of_rounds_is_not_in_the_pairs()
     assert drifting.trend_p < 1e-6
 
 
-def test_the_interval_of_the_spread_is_the_chi_squared_one() -> None:
+def test_the_interval_of_the_spread_is_the_chi_squared_one():
     logs = np.random.default_rng(3).normal(0, 0.003, 16)
     found = spread_of(np.exp(logs).tolist())
     low, high = stats.chi2.interval(0.95, 15)
@@ -81,7 +79,7 @@ def test_the_interval_of_the_spread_is_the_chi_squared_one() -> None:
     assert found.excess_kurtosis == pytest.approx(stats.kurtosis(logs, bias=False))
 
 
-def test_no_scatter_and_too_few() -> None:
+def test_no_scatter_and_too_few():
     same = compare([2.0, 2.0, 2.0], [2.0, 2.0, 2.0])
     assert (same.interval.mean, same.p_value, same.judged.verdict) == (0.0, 1.0, "same")
     assert compare([2.0, 2.0, 2.0], [1.0, 1.0, 1.0]).judged.verdict == "faster"

@@ -1,7 +1,5 @@
 """The confirming verbs as programs, with real processes and the small model."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess
@@ -22,7 +20,7 @@ def verb(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[s
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def swept(tmp_path_factory):
     """A working folder with a finished study `s` in mlruns/."""
     folder = tmp_path_factory.mktemp("user")
     done = verb("sweep", "-m", "attention=sdpa", "study=s", "tracking=none", *QUICK, cwd=folder)
@@ -35,7 +33,7 @@ def confirmations(folder: Path) -> list[dict]:
     return [line for line in map(json.loads, journal) if line["role"] == "confirm"]
 
 
-def test_promote_survives_an_interruption_and_writes_a_preset_that_is_used(swept: Path) -> None:
+def test_promote_survives_an_interruption_and_writes_a_preset_that_is_used(swept):
     command = ["s", "--name", "mine", "--rounds", "3", "--no-mlflow"]
     first = subprocess.Popen(
         [sys.executable, "-m", "openpi_opt.promote", *command],
@@ -87,7 +85,7 @@ def test_promote_survives_an_interruption_and_writes_a_preset_that_is_used(swept
     assert trial["outcome"] == "ok"
 
 
-def test_ladder_and_a_second_one_that_needs_no_process(tmp_path: Path) -> None:
+def test_ladder_and_a_second_one_that_needs_no_process(tmp_path):
     command = ["attention=sdpa", *QUICK, "--rounds", "3", "--out", "found", "--no-mlflow"]
     done = verb("ladder", *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -102,7 +100,7 @@ def test_ladder_and_a_second_one_that_needs_no_process(tmp_path: Path) -> None:
     assert again.stderr.count("(known)") == 6
 
 
-def test_pairs_of_real_processes_tell_their_phases(tmp_path: Path) -> None:
+def test_pairs_of_real_processes_tell_their_phases(tmp_path):
     command = [*QUICK, "--b", "attention=sdpa", "--minutes", "0.00001", "--no-mlflow"]
     done = verb("pairs", *command, cwd=tmp_path)
     assert done.returncode == 2
@@ -134,9 +132,7 @@ def test_pairs_of_real_processes_tell_their_phases(tmp_path: Path) -> None:
         ("pairs", [*QUICK, "--b", "attention=sdp"], "sdp"),
     ],
 )
-def test_bad_requests_end_with_two_and_no_traceback(
-    swept: Path, name: str, arguments: list[str], words: str
-) -> None:
+def test_bad_requests_end_with_two_and_no_traceback(swept, name, arguments, words):
     done = verb(name, *arguments, cwd=swept)
     assert done.returncode == 2
     assert words in done.stderr

@@ -1,7 +1,5 @@
 """Nothing is decided on what was true before a wait: real leases, threads and processes."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import re
@@ -52,7 +50,7 @@ def found(store: Store, study: str, *configs: Config) -> Path:
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def store(tmp_path, monkeypatch):
     monkeypatch.setenv(LEASES_VARIABLE, str(tmp_path / "leases"))
     fake = partial(FreshRuns, run=FakeRun(judge))
     monkeypatch.setattr(promote, "FreshRuns", fake)
@@ -91,9 +89,7 @@ def in_thread(main: Callable[[list[str]], int], command: list[str]) -> tuple[Any
     return thread, ended
 
 
-def test_what_the_sweep_finds_during_the_wait_competes(
-    store: Store, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_sweep_finds_during_the_wait_competes(store, capsys):
     found(store, "s", PLAIN, SDPA)
     lease = reserve(PLAIN, probe(), None, [], print)
     thread, ended = in_thread(promote.main, promoted(store, "s"))
@@ -108,9 +104,7 @@ def test_what_the_sweep_finds_during_the_wait_competes(
 
 
 @pytest.mark.parametrize("verb", ["ladder", "ablate"])
-def test_a_better_one_found_during_the_wait_is_the_target(
-    verb: str, store: Store, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_better_one_found_during_the_wait_is_the_target(verb, store, capsys):
     found(store, "s", PLAIN, SDPA)
     arguments = sessions.target_parser(verb, "").parse_args(
         ["s", "--store", str(store.path), "--no-mlflow"]
@@ -134,9 +128,7 @@ def test_a_better_one_found_during_the_wait_is_the_target(
     assert said(capsys, "the study has a better one by now: fusion=", seen)
 
 
-def test_of_two_promotions_with_one_name_the_second_says_so(
-    store: Store, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_of_two_promotions_with_one_name_the_second_says_so(store, capsys):
     first, second = found(store, "s", PLAIN, SDPA), found(store, "t", PLAIN, FUSED)
     lease = reserve(PLAIN, probe(), None, [], print)
     thread, ended = in_thread(promote.main, promoted(store, "t"))
@@ -157,7 +149,7 @@ def test_of_two_promotions_with_one_name_the_second_says_so(
     assert [tag["value"] for tag in read_lines(second / TAGS_FILE)] == ["x"]
 
 
-def test_a_time_that_can_never_do_is_refused_before_the_wait(store: Store) -> None:
+def test_a_time_that_can_never_do_is_refused_before_the_wait(store):
     """Three rounds of two processes of a minute each: the device is never asked for."""
     found(store, "s", PLAIN, SDPA)
     lease = reserve(PLAIN, probe(), None, [], print)
@@ -183,7 +175,7 @@ def write_at_once(path: Path, study: str, start: Any, won: Any) -> None:
         won.put(study)
 
 
-def test_of_processes_that_write_one_preset_at_once_one_wins(tmp_path: Path) -> None:
+def test_of_processes_that_write_one_preset_at_once_one_wins(tmp_path):
     context = multiprocessing.get_context("fork")
     for attempt in range(5):
         path = tmp_path / f"p{attempt}.yaml"
@@ -208,7 +200,7 @@ def killed_while_writing(path: Path) -> None:
     preset.write(path, PLAIN, {"study": "s"})
 
 
-def test_a_kill_while_a_preset_is_written_leaves_nothing(tmp_path: Path) -> None:
+def test_a_kill_while_a_preset_is_written_leaves_nothing(tmp_path):
     if not hasattr(os, "O_TMPFILE"):
         pytest.skip("no nameless files on this system")
     writer = multiprocessing.get_context("fork").Process(

@@ -3,7 +3,7 @@
 from benchmarks import engine
 
 
-def test_the_benchmark_runs_on_a_study_that_has_trials() -> None:
+def test_the_benchmark_runs_on_a_study_that_has_trials():
     found = engine.measure(finished=5, trials=3)
     assert found["finished"] == 5
     assert 0 < found["overhead_median_ms"] <= found["overhead_most_ms"]

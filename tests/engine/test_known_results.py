@@ -1,7 +1,5 @@
 """Which known results answer after an edit of the package: real sweeps on a copy of it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -70,14 +68,14 @@ class Copy:
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
+def copy(tmp_path_factory):
     found = Copy(tmp_path_factory.mktemp("copy"))
     found.sweep()
     assert found.measured() == ["eager", "sdpa"]
     return found
 
 
-def test_an_unused_option_a_comment_elsewhere_and_a_new_knob_measure_nothing(copy: Copy) -> None:
+def test_an_unused_option_a_comment_elsewhere_and_a_new_knob_measure_nothing(copy):
     copy.append("openpi_opt/kernels/capture.py", "\n# A comment.\n")
     copy.edit(
         "openpi_opt/knobs/attention.py",
@@ -103,7 +101,7 @@ def test_an_unused_option_a_comment_elsewhere_and_a_new_knob_measure_nothing(cop
     assert "known result" not in err
 
 
-def test_a_changed_kernel_measures_again_what_uses_it_alone(copy: Copy) -> None:
+def test_a_changed_kernel_measures_again_what_uses_it_alone(copy):
     copy.append("openpi_opt/kernels/attention.py", "\n# Edited.\n")
     out, err = copy.sweep("--keep-source")
     assert copy.measured() == ["eager", "sdpa"]

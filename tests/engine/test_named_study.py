@@ -10,6 +10,7 @@ from search_samples import FakeRun, ok
 from space_samples import MACHINES, CommandLines, command_lines
 
 from openpi_opt.config import Config
+from openpi_opt.criteria import Criteria
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.plan import StudyRequest, make_plan, space_hash
 from openpi_opt.engine.study import StudyOutcome, run_study
@@ -114,7 +115,8 @@ def test_a_lossy_trial_is_told_as_a_violation_unless_allowed(
             fake=FakeRun(by_blas),
             objective={"allow_lossy": allowed},
         )
-        best = [row.record for row in rows(outcome.records, allowed) if row.best]
+        judged_by = Criteria(allow_lossy=allowed)
+        best = [row.record for row in rows(outcome.records, judged_by) if row.best]
         assert [record.params.get("blas") == "fp8" for record in best] == [allowed]
         study = optuna_study(store, "s")
         violated = {

@@ -1,12 +1,8 @@
 """The sweep as users run it: real processes, the real policy (pi0_mini) on the CPU."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from terminal_samples import Terminal, trials_of
@@ -17,12 +13,12 @@ FULL_OUTPUT = 200  # columns: nothing is cut at 80
 
 
 @pytest.fixture
-def terminal(tmp_path: Path) -> Iterator[Terminal]:
+def terminal(tmp_path):
     yield Terminal(tmp_path)
     assert list(trials_of(tmp_path)) == []
 
 
-def test_a_sweep_and_the_same_again(terminal: Terminal) -> None:
+def test_a_sweep_and_the_same_again(terminal):
     code, out, err = terminal.run("-m", "attention=aiter,sdpa")
     assert code == 0, err
     outcomes = [(r.role, r.labels["attention"], r.result.outcome) for r in terminal.records]
@@ -44,7 +40,7 @@ def test_a_sweep_and_the_same_again(terminal: Terminal) -> None:
     assert err.count("known, not run again") == 2
 
 
-def test_two_objectives_then_a_limit_then_another_objective(terminal: Terminal) -> None:
+def test_two_objectives_then_a_limit_then_another_objective(terminal):
     """Measured once, with a Pareto set in table and plots; judged anew by a limit."""
     words = ("-m", "attention=sdpa", "model=pi0_mini", "tracking=none")
     code, out, err = terminal.run(*words, "objective=[memory,latency]", "pruning=2")
@@ -85,9 +81,7 @@ def test_two_objectives_then_a_limit_then_another_objective(terminal: Terminal) 
     assert len(terminal.records) == 2
 
 
-def test_killed_hanging_and_greedy_trials_end_as_such_and_the_sweep_goes_on(
-    terminal: Terminal,
-) -> None:
+def test_killed_hanging_and_greedy_trials_end_as_such_and_the_sweep_goes_on(terminal):
     sweep = terminal.start(
         "-m", "weights.seed=0,1,2", "baseline=false", "tracking=none", "limits.load=12"
     )
@@ -107,7 +101,7 @@ def test_killed_hanging_and_greedy_trials_end_as_such_and_the_sweep_goes_on(
     assert max(map(len, out.splitlines())) < FULL_OUTPUT
 
 
-def test_a_trial_that_allocates_too_much_is_oom_and_nothing_ok_is_1(terminal: Terminal) -> None:
+def test_a_trial_that_allocates_too_much_is_oom_and_nothing_ok_is_1(terminal):
     code, out, _ = terminal.run("workload.batch_size=10000000", "tracking=none")
     assert code == 1
     assert terminal.records[0].result.outcome == "oom"
@@ -116,7 +110,7 @@ def test_a_trial_that_allocates_too_much_is_oom_and_nothing_ok_is_1(terminal: Te
     assert "log.txt" in out
 
 
-def test_an_experiment_ends_with_its_table_and_plot(terminal: Terminal) -> None:
+def test_an_experiment_ends_with_its_table_and_plot(terminal):
     code, out, err = terminal.run(
         "experiment=batch_scaling", "out=report", "workload.batch_size=1,2", "tracking=none"
     )

@@ -1,7 +1,5 @@
 """A short stress run, and that its checks see what they are there for."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -31,14 +29,14 @@ SEEDS = 5
 Break = Callable[[Path], None]
 
 
-def test_a_dozen_kills_lose_nothing_and_leave_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dozen_kills_lose_nothing_and_leave_nothing(capsys):
     words = ["--kills", "12", "--real", "0", "--seed", "3", "--seeds", "10", "--pace", "0.4"]
     code = stress.main(words)
     assert code == 0, capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(tmp_path_factory):
     """A store of a sweep that nobody killed, with its copies."""
     folder = tmp_path_factory.mktemp("sound")
     env = os.environ | {LEASES_VARIABLE: str(folder / "leases"), "PYTHONPATH": "."}
@@ -61,7 +59,7 @@ def look(folder: Path) -> Counts:
     return counts
 
 
-def test_a_sweep_that_nobody_killed_passes(sound: Path) -> None:
+def test_a_sweep_that_nobody_killed_passes(sound):
     counts = look(sound)
     assert counts.violations == []
     assert (counts.results, counts.finished) == (SEEDS, SEEDS)
@@ -131,7 +129,7 @@ def again(lines: list[bytes]) -> list[bytes]:
         (leave("tmp/openpi-opt-x"), "was left"),
     ],
 )
-def test_the_check_sees_it(sound: Path, tmp_path: Path, apply: Break, says: str) -> None:
+def test_the_check_sees_it(sound, tmp_path, apply, says):
     folder = tmp_path / "broken"
     shutil.copytree(sound, folder)
     apply(folder)
@@ -139,7 +137,7 @@ def test_the_check_sees_it(sound: Path, tmp_path: Path, apply: Break, says: str)
     assert any(says in text for text in found), found
 
 
-def test_the_check_sees_a_process_and_a_held_lock(sound: Path, tmp_path: Path) -> None:
+def test_the_check_sees_a_process_and_a_held_lock(sound, tmp_path):
     folder = tmp_path / "broken"
     shutil.copytree(sound, folder)
     env = os.environ | {LEASES_VARIABLE: str(folder / "leases")}
@@ -155,9 +153,7 @@ def test_the_check_sees_a_process_and_a_held_lock(sound: Path, tmp_path: Path) -
     assert len(counts.violations) == 2
 
 
-def test_a_watcher_sees_a_line_that_changes_and_a_result_that_goes(
-    sound: Path, tmp_path: Path
-) -> None:
+def test_a_watcher_sees_a_line_that_changes_and_a_result_that_goes(sound, tmp_path):
     folder = tmp_path / "watched"
     shutil.copytree(sound, folder)
     counts = Counts()

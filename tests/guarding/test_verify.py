@@ -1,7 +1,5 @@
 """`load_policy` asks the guard before it hands a policy out, and remembers that it passed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ def load(store: Path, *more: str, **arguments: Any) -> openpi_opt.ReadyPolicy:
     )
 
 
-def test_what_passed_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_passed_is_not_asked_again(tmp_path, monkeypatch):
     load(tmp_path, "attention=sdpa")
     asked: list[Config] = []
     ask = question.ask
@@ -38,7 +36,7 @@ def test_what_passed_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(asked) == 1, "another workload is another combination"
 
 
-def test_a_wrong_policy_is_not_handed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_policy_is_not_handed_out(tmp_path, monkeypatch):
     honest = runtime.apply_knobs
 
     def wrong(policy: Pi0Policy, cfg: Config) -> runtime.Prepared:

@@ -1,7 +1,5 @@
 """The timed calls' witness, on a function that is cheap: actions from a few of the inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
@@ -44,14 +42,14 @@ def watched(call: Callable[[Inputs], Tensor], seed: int = 0, calls: int = CALLS)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_right_call_passes(seed: int) -> None:
+def test_a_right_call_passes(seed):
     report = watched(right, seed)
     assert report.problem is None
     assert (report.calls, report.compared, report.seed) == (CALLS, TIMED, seed)
     assert 1 <= report.repeated <= 8
 
 
-def test_every_call_gets_content_that_none_before_it_had() -> None:
+def test_every_call_gets_content_that_none_before_it_had():
     seen: list[Inputs] = []
 
     def call(given: Inputs) -> Tensor:
@@ -92,15 +90,13 @@ def at_call(number: int, wrong: Callable[[Tensor], Tensor]) -> Callable[[Inputs]
     ],
     ids=["zeros", "rows", "noise", "nan"],
 )
-def test_one_bad_call_among_the_timed_ones_is_found(
-    number: int, wrong: Callable[[Tensor], Tensor]
-) -> None:
+def test_one_bad_call_among_the_timed_ones_is_found(number, wrong):
     problem = watched(at_call(number, wrong)).problem
     assert problem is not None
     assert "timed call" in problem
 
 
-def test_one_stale_result_is_found() -> None:
+def test_one_stale_result_is_found():
     kept: list[Tensor] = []
 
     def call(given: Inputs) -> Tensor:
@@ -110,7 +106,7 @@ def test_one_stale_result_is_found() -> None:
     assert "timed call" in str(watched(call).problem)
 
 
-def test_a_result_that_is_overwritten_is_no_result() -> None:
+def test_a_result_that_is_overwritten_is_no_result():
     buffers = [torch.empty(2, 6, 4) for _ in range(9)]
     count = 0
 
@@ -122,5 +118,5 @@ def test_a_result_that_is_overwritten_is_no_result() -> None:
     assert "memory" in str(watched(ring).problem) or "overwritten" in str(watched(ring).problem)
 
 
-def test_another_shape_is_wrong() -> None:
+def test_another_shape_is_wrong():
     assert "returned [2, 5, 4]" in str(watched(lambda given: right(given)[:, :5]).problem)

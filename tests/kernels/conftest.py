@@ -1,11 +1,8 @@
 """Modules in the place of AMD's aiter, with the names and signatures of the real ones."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import types
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +11,7 @@ from openpi_opt.kernels import tuned_gemm
 
 
 @pytest.fixture
-def put_aiter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def put_aiter(monkeypatch):
     """Called with names below `aiter` and their functions; no lookup is known before or after."""
 
     def put(**content: dict[str, Any]) -> None:

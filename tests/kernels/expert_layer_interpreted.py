@@ -3,8 +3,6 @@
 Not collected by name: `test_triton_interpreter.py` runs it in a process with TRITON_INTERPRET=1.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -42,6 +40,7 @@ ALL = Visibility(None, (Segment(0, ROWS, None),))
 # The interpreter is slow, and a layer knows no more than whether it is the last one.
 SHALLOW = dataclasses.replace(
     PI0_MINI,
+    vision=dataclasses.replace(PI0_MINI.vision, depth=1),
     language=dataclasses.replace(PI0_MINI.language, depth=2),
     expert=dataclasses.replace(PI0_MINI.expert, depth=2),
 )
@@ -120,7 +119,7 @@ def wide(*tensors: Tensor) -> list[Tensor]:
         ("holes", HALF, False),
     ],
 )
-def test_a_layer_is_the_plain_one(name: str, dtype: torch.dtype, folded: bool) -> None:
+def test_a_layer_is_the_plain_one(name, dtype, folded):
     plain, policy = mini(dtype, folded)
     x, rope, past = tokens(policy, dtype)
     visibility = VISIBILITIES[name]()
@@ -135,7 +134,7 @@ def test_a_layer_is_the_plain_one(name: str, dtype: torch.dtype, folded: bool) -
             assert error(actual, wanted) < TOLERANCE[dtype]
 
 
-def test_one_row_as_the_state_token_alone_has_it() -> None:
+def test_one_row_as_the_state_token_alone_has_it():
     plain, policy = mini(FULL)
     x, rope, past = tokens(policy, FULL)
     x, rope = x[:, :1], Rope(*(table[:, :1] for table in rope))
@@ -146,7 +145,7 @@ def test_one_row_as_the_state_token_alone_has_it() -> None:
     assert cache.keys.shape[1] == STORED + 1
 
 
-def test_without_anything_stored() -> None:
+def test_without_anything_stored():
     plain, policy = mini(FULL)
     x, rope, _ = tokens(policy, FULL)
     how = Attending(rope, ALL, eager_attention)
@@ -156,7 +155,7 @@ def test_without_anything_stored() -> None:
     assert cache.keys.shape[1] == ROWS
 
 
-def test_a_buffer_is_read_as_far_as_filled_and_written_by_the_layer_only() -> None:
+def test_a_buffer_is_read_as_far_as_filled_and_written_by_the_layer_only():
     _, policy = mini(FULL)
     x, rope, past = tokens(policy, FULL)
     layer = gemma_layers(policy.expert)[0]
@@ -177,7 +176,7 @@ def test_a_buffer_is_read_as_far_as_filled_and_written_by_the_layer_only() -> No
     assert torch.equal(buffer.keys[:, STORED : STORED + ROWS], joined.keys[:, STORED:])
 
 
-def test_what_is_not_fused_is_refused() -> None:
+def test_what_is_not_fused_is_refused():
     policy = weights.build(SHALLOW, "cpu", steps=2)
     fused.fuse_qkv(policy)
     with pytest.raises(ValueError, match="fuse_gate_up"):
@@ -243,7 +242,7 @@ LIMITS = {"float32": 1e-5, "float16": 3e-3}
 
 
 @pytest.fixture
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+def shallow(monkeypatch):
     """Two layers instead of four, and a compiler that only traces."""
     compile_ = torch.compile
 
@@ -261,7 +260,7 @@ def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("model", "name"), [*(("pi0_mini", n) for n in CASES), *(("pi05_mini", n) for n in PI05)]
 )
-def test_a_policy_of_such_layers(model: str, name: str) -> None:
+def test_a_policy_of_such_layers(model, name):
     """`check` refuses float32 and the CPU; here they tell mistakes from rounding."""
     dtype, simplify, more, compiled = (CASES if model == "pi0_mini" else PI05)[name]
     _, plain, inputs = answers(configuration("float32", {}, model))
@@ -277,7 +276,7 @@ def test_a_policy_of_such_layers(model: str, name: str) -> None:
 
 @pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("simplify", [ONCE, REST], ids=["state once", "the rest"])
-def test_such_a_policy_in_a_flexible_layout(simplify: dict[str, bool]) -> None:
+def test_such_a_policy_in_a_flexible_layout(simplify):
     """Both attention kernels read the lengths; what is masked or padding is never seen."""
     large = {"prefill": "triton", "launch_prefill": {"block_m": 128, "block_n": 128}}
     triton = {**KNOBS, "attention": {**KNOBS["attention"], **large}}

@@ -6,8 +6,6 @@ The signature is that of ROCm/aiter `aiter/ops/mha.py` (before and after `sink_s
 import importlib
 import sys
 import types
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +30,7 @@ def fake_mha(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, ..
 
 
 @pytest.fixture(params=["", "int sink_size, "], ids=["before sink_size", "after sink_size"])
-def operator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def operator(request, monkeypatch):
     library = torch.library.Library("aiter", "FRAGMENT")
     library.define(OLD.format(sink=request.param))
     library.impl("mha_fwd", fake_mha, "CPU")
@@ -52,7 +50,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return q, *torch.randn(2, 1, 30, 1, 16, generator=generator).unbind()
 
 
-def test_arguments_in_the_order_of_the_schema(operator: str) -> None:
+def test_arguments_in_the_order_of_the_schema(operator):
     q, k, v = inputs()
     out = aiter.core("rocm")(q, k, v, 0.25, None)
     expected = eager_attention(q, k, v, Visibility(None, None), 0.25)
@@ -61,30 +59,28 @@ def test_arguments_in_the_order_of_the_schema(operator: str) -> None:
     assert list(seen[-1]) == [0.0, 0.25, *flags]
 
 
-def test_the_wrapper_mutates_nothing(operator: str) -> None:
+def test_the_wrapper_mutates_nothing(operator):
     torch.library.opcheck(torch.ops.openpi_opt.aiter_mha_ck, (*inputs(), 0.25))
     assert not torch.ops.openpi_opt.aiter_mha_ck.default._schema.is_mutable
 
 
-def test_a_mask_is_refused_not_ignored(operator: str) -> None:
+def test_a_mask_is_refused_not_ignored(operator):
     with pytest.raises(ValueError, match="takes no mask"):
         aiter.core("rocm")(*inputs(), 0.25, torch.ones(1, 1, 1, 30, dtype=torch.bool))
 
 
-def test_what_cannot_be_imported_is_unavailable() -> None:
+def test_what_cannot_be_imported_is_unavailable():
     with pytest.raises(RefusedError, match="importing AMD's aiter failed") as error:
         aiter.core("cuda")
     assert error.value.outcome == "unavailable"
 
 
-def test_no_launch_parameter_is_amd_only() -> None:
+def test_no_launch_parameter_is_amd_only():
     for config in (aiter._PREFILL_CONFIG, aiter._DECODE_CONFIG):
         assert not {"waves_per_eu", "matrix_instr_nonkdim", "kpack"} & set(config)
 
 
-def test_prebuilt_modules_are_kept_when_new_ones_go_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prebuilt_modules_are_kept_when_new_ones_go_elsewhere(tmp_path, monkeypatch):
     """With AITER_JIT_DIR aiter imports from that folder alone, and compiles what it lacks."""
     package, own = tmp_path / "site" / "aiter", tmp_path / "jit"
     (package / "jit").mkdir(parents=True)

@@ -4,10 +4,6 @@
 `aiter/ops/activation.py` at e4048607, their demands those of the kernels.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -44,7 +40,7 @@ def gelu_tanh_and_mul(out: Tensor, input: Tensor) -> None:
 
 
 @pytest.fixture(autouse=True)
-def aiter(put_aiter: Callable[..., None]) -> None:
+def aiter(put_aiter):
     activation = {"gelu_tanh_and_mul": gelu_tanh_and_mul}
     put_aiter(**{"ops.rmsnorm": {"rmsnorm": rmsnorm}, "ops.activation": activation})
     addresses.clear()
@@ -56,7 +52,7 @@ def draw(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("shape", [(1, 11, 96), (3, 128), (2, 5, 48)])
-def test_norm(shape: tuple[int, ...], weighted: bool) -> None:
+def test_norm(shape, weighted):
     x, weight = draw(*shape), draw(shape[-1]).float() * 0.3 if weighted else None
     out = aiter_elementwise.rms_norm(x, weight, 1e-6)
     assert out.dtype == torch.bfloat16
@@ -64,7 +60,7 @@ def test_norm(shape: tuple[int, ...], weighted: bool) -> None:
     torch.library.opcheck(torch.ops.openpi_opt.aiter_rms_norm, (x, weight, 1e-6))
 
 
-def test_norm_of_a_slice_and_of_rows_that_are_too_wide() -> None:
+def test_norm_of_a_slice_and_of_rows_that_are_too_wide():
     x = draw(2, 7, 64)[:, 1:]
     torch.testing.assert_close(
         aiter_elementwise.rms_norm(x, None, 1e-6), ops.rms_norm(x, None, 1e-6), rtol=2**-6, atol=0
@@ -74,7 +70,7 @@ def test_norm_of_a_slice_and_of_rows_that_are_too_wide() -> None:
 
 
 @pytest.mark.parametrize("layout", ["fused", "fused slice", "swapped", "apart"])
-def test_gated_product_reads_fused_halves_in_place(layout: str) -> None:
+def test_gated_product_reads_fused_halves_in_place(layout):
     fused = draw(2, 5, 2 * 48)
     rows = fused[:, 1:] if layout == "fused slice" else fused
     gate, up = rows.chunk(2, dim=-1)
@@ -88,7 +84,7 @@ def test_gated_product_reads_fused_halves_in_place(layout: str) -> None:
     torch.library.opcheck(torch.ops.openpi_opt.aiter_gelu_mul, (gate, up))
 
 
-def test_compiled_they_are_the_same() -> None:
+def test_compiled_they_are_the_same():
     def layer(x: Tensor) -> Tensor:
         return aiter_elementwise.gelu_mul(*aiter_elementwise.rms_norm(x, None, 1e-6).chunk(2, -1))
 

@@ -4,10 +4,7 @@
 `csrc/ck_gemm_a8w8/gemm_a8w8.cu` and of the pointer arithmetic below it, its log lines its own.
 """
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -60,7 +57,7 @@ class FakeAiter:
 
 
 @pytest.fixture(params=[True, False], ids=["tuned", "untuned"])
-def aiter(request: pytest.FixtureRequest, put_aiter: Callable[..., None]) -> FakeAiter:
+def aiter(request, put_aiter):
     fake = FakeAiter(request.param)
     put_aiter(**{"ops.gemm_op_a8w8": {"gemm_a8w8": fake.gemm_a8w8}})
     tuned_gemm.lookups()
@@ -81,9 +78,7 @@ def rows(m: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_same_numbers_as_torchs_product(
-    aiter: FakeAiter, bias: bool, dtype: torch.dtype
-) -> None:
+def test_the_same_numbers_as_torchs_product(aiter, bias, dtype):
     """Same scales, same rounded factors: only the order of the sums differs."""
     x, ours, theirs = rows(11), layer(bias), layer(bias)
     largest = x.abs().amax().float()
@@ -96,7 +91,7 @@ def test_the_same_numbers_as_torchs_product(
     assert list(ours.state_dict()) == list(theirs.state_dict()) == list(layer(bias).state_dict())
 
 
-def test_the_operator_is_sound_and_mutates_nothing(aiter: FakeAiter) -> None:
+def test_the_operator_is_sound_and_mutates_nothing(aiter):
     x, weight = (torch.ones(n, 32).to(torch.float8_e4m3fn) for n in (3, 16))
     operator = torch.ops.openpi_opt.aiter_gemm_a8w8
     assert not operator.default._schema.is_mutable
@@ -107,13 +102,13 @@ def test_the_operator_is_sound_and_mutates_nothing(aiter: FakeAiter) -> None:
     )
 
 
-def test_more_rows_than_scales_are_refused(aiter: FakeAiter) -> None:
+def test_more_rows_than_scales_are_refused(aiter):
     made = fp8.become_aiter(layer(False), fp8.Seen(torch.tensor(1.0), 4), FORMATS[0])
     with pytest.raises(ValueError, match="5 rows, and scales for 4"):
         made(rows(5))
 
 
-def test_calibration_counts_the_rows(aiter: FakeAiter) -> None:
+def test_calibration_counts_the_rows(aiter):
     tower = nn.ModuleList([layer(False)])
 
     def run() -> None:
@@ -127,7 +122,7 @@ def test_calibration_counts_the_rows(aiter: FakeAiter) -> None:
     made(rows(7))
 
 
-def test_it_compiles_without_a_break(aiter: FakeAiter) -> None:
+def test_it_compiles_without_a_break(aiter):
     x, made = rows(11), layer(True)
     fp8.become_aiter(made, fp8.Seen(x.abs().amax().float(), 11), FORMATS[0])
     torch._dynamo.reset()
@@ -135,7 +130,7 @@ def test_it_compiles_without_a_break(aiter: FakeAiter) -> None:
     torch.testing.assert_close(compiled(x), made(x))
 
 
-def test_what_was_chosen_by_rule_is_a_note(aiter: FakeAiter) -> None:
+def test_what_was_chosen_by_rule_is_a_note(aiter):
     made = fp8.become_aiter(layer(False), fp8.Seen(torch.tensor(1.0), 4), FORMATS[0])
     made(rows(4))
     expected = [] if aiter.tuned else ["4x208x96"]

@@ -5,8 +5,6 @@ Its lookup, its merge of tables, the reader and the writer of its tuner run unch
 transcribed in `test_tuned_gemm.py` and `test_tune.py`.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import os
@@ -38,7 +36,7 @@ ASKED = [
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(tmp_path):
     """A copy of what is read: aiter rewrites its own tables when their rows collide."""
     root = tmp_path / "aiter"
     for part in ("aiter/configs", "aiter/jit", "aiter/ops", "aiter/utility", "csrc"):
@@ -71,7 +69,7 @@ def aiters(source: Path, gfx: str, units: int, job: str, given: Any, table: str 
         ("tuned_gemm.py", "gemm_a16w16", "A B bias"),
     ],
 )  # fmt: skip
-def test_what_is_called_has_these_arguments(file: str, name: str, used: str) -> None:
+def test_what_is_called_has_these_arguments(file, name, used):
     tree = ast.parse((Path(SOURCE) / "aiter" / file).read_text())
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     arguments = [argument.arg for argument in found[-1].args.args]
@@ -79,7 +77,7 @@ def test_what_is_called_has_these_arguments(file: str, name: str, used: str) -> 
 
 
 @pytest.mark.parametrize(("gfx", "units"), GPUS)
-def test_the_lookup_is_aiters(source: Path, gfx: str, units: int) -> None:
+def test_the_lookup_is_aiters(source, gfx, units):
     """With its own tables merged by itself, and with the one file that a trial gives it."""
     package = source / "aiter"
     rows = aiter_tables.merged(package, None)
@@ -91,7 +89,7 @@ def test_the_lookup_is_aiters(source: Path, gfx: str, units: int) -> None:
     assert len(set(expected)) > 1
 
 
-def test_from_untuned_to_tuned_to_used(source: Path, tmp_path: Path) -> None:
+def test_from_untuned_to_tuned_to_used(source, tmp_path):
     """The whole way of `tune gemm`; its tuner's answer serves every product that it was asked."""
     out = tmp_path / "tuned"
     words = ["model=pi0_mini", "fusion=all", "--out", str(out)]

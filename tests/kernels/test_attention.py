@@ -54,9 +54,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("masked", ["none", "keys", "queries"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["eager", "sdpa", "math"])
-def test_backend_against_reference(
-    name: str, shape: tuple[int, ...], masked: str, dtype: torch.dtype
-) -> None:
+def test_backend_against_reference(name, shape, masked, dtype):
     q, k, v = tensors(shape, dtype)
     mask = None if masked == "none" else random_mask(shape, masked == "queries")
     out = backend(name, "cpu")(q, k, v, Visibility(mask, None), 0.3)
@@ -65,7 +63,7 @@ def test_backend_against_reference(
 
 
 @pytest.mark.parametrize("shape", SHAPES[:1])
-def test_segments_are_the_mask_said_otherwise(shape: tuple[int, ...]) -> None:
+def test_segments_are_the_mask_said_otherwise(shape):
     q, k, v = tensors(shape, torch.float32)
     queries, keys = shape[1:3]
     index = torch.tensor([0, 3, 5, 20])
@@ -78,7 +76,7 @@ def test_segments_are_the_mask_said_otherwise(shape: tuple[int, ...]) -> None:
     assert relative(out, reference(q, k, v, mask, 0.3)) < 2e-6
 
 
-def test_upper_left_causal_is_another_function() -> None:
+def test_upper_left_causal_is_another_function():
     """Why no backend here passes is_causal: fewer queries than keys are aligned at the top."""
     q, k, v = tensors(SHAPES[0], torch.float32)
     mask = torch.ones(1, 1, *SHAPES[0][1:3], dtype=torch.bool)
@@ -88,13 +86,13 @@ def test_upper_left_causal_is_another_function() -> None:
     assert relative(wrong, reference(q, k, v, mask, 0.3)) > 0.5
 
 
-def test_grouped_heads_that_no_backend_takes_are_refused() -> None:
+def test_grouped_heads_that_no_backend_takes_are_refused():
     q, k, v = tensors((1, 3, 3, 4, 2, 8), torch.float32)
     with pytest.raises(ValueError, match="4 query heads on 2 key heads"):
         sdpa(q, k, v, 0.3, None)
 
 
-def test_unknown_backend() -> None:
+def test_unknown_backend():
     with pytest.raises(ValueError, match=r"known are eager, sdpa, flash, cudnn, .*, triton"):
         backend("flash9", "cpu")
 
@@ -107,7 +105,7 @@ OPERATORS = {
 
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_chosen_backend_of_torch_runs_and_no_other(name: str, shape: tuple[int, ...]) -> None:
+def test_the_chosen_backend_of_torch_runs_and_no_other(name, shape):
     q, k, v = tensors(shape, torch.float32)
     with torch.profiler.profile() as profile:
         out = sdpa_by(name)(q, k, v, 0.3, None)
@@ -118,7 +116,7 @@ def test_the_chosen_backend_of_torch_runs_and_no_other(name: str, shape: tuple[i
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_compiled_it_is_still_the_chosen_one(name: str) -> None:
+def test_compiled_it_is_still_the_chosen_one(name):
     """The choice is made while tracing, so it must be in force there."""
     q, k, v = tensors(SHAPES[0], torch.float32)
     seen: list[str] = []
@@ -138,14 +136,14 @@ def test_compiled_it_is_still_the_chosen_one(name: str) -> None:
     assert not [target for target in seen if "scaled_dot_product_attention." in target]
 
 
-def test_flash_refuses_a_mask_instead_of_dropping_it() -> None:
+def test_flash_refuses_a_mask_instead_of_dropping_it():
     q, k, v = tensors(SHAPES[0], torch.float32)
     with pytest.raises(ValueError, match="takes no mask"):
         backend("flash", "cpu")(q, k, v, Visibility(random_mask(SHAPES[0], False), None), 0.3)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "efficient"])
-def test_a_backend_without_a_kernel_is_unavailable(name: str) -> None:
+def test_a_backend_without_a_kernel_is_unavailable(name):
     like = torch.empty(0)
     with pytest.raises(RefusedError, match=f"attention.prefill={name}") as error:
         require_sdpa(name, "prefill", (1, 3, 2, 8), (1, 5, 1, 8), like)

@@ -41,12 +41,12 @@ def relative(actual: Tensor, expected: Tensor) -> float:
         ("cpu", torch.float8_e4m3fn),
     ],
 )
-def test_the_format_is_that_of_the_architecture(arch: str, dtype: torch.dtype) -> None:
+def test_the_format_is_that_of_the_architecture(arch, dtype):
     assert fp8.fp8_dtype(arch) == dtype
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_quantised_values_against_float(dtype: torch.dtype) -> None:
+def test_quantised_values_against_float(dtype):
     x = torch.cat([rows(1000).float(), torch.tensor([0.0, 1e-3, -1e-3])])
     scale = fp8.scale_for(x.abs().amax(), dtype)
     back = fp8.quantise(x, scale, dtype).float() * scale
@@ -57,14 +57,14 @@ def test_quantised_values_against_float(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_too_large_values_saturate(dtype: torch.dtype) -> None:
+def test_too_large_values_saturate(dtype):
     """A plain cast to e4m3fnuz makes NaN of them."""
     limit = torch.finfo(dtype).max
     out = fp8.quantise(torch.tensor([1e6, -1e6]), torch.tensor(1.0), dtype).float()
     assert out.tolist() == [limit, -limit]
 
 
-def test_a_tensor_of_zeros_has_a_scale() -> None:
+def test_a_tensor_of_zeros_has_a_scale():
     scale = fp8.scale_for(torch.tensor(0.0), torch.float8_e4m3fn)
     assert fp8.quantise(torch.zeros(4), scale, torch.float8_e4m3fn).float().tolist() == [0.0] * 4
 
@@ -72,9 +72,7 @@ def test_a_tensor_of_zeros_has_a_scale() -> None:
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 11, 96), (3, 7, 96), (96,), (1, 96)])
-def test_layer_against_the_float_product(
-    shape: tuple[int, ...], bias: bool, dtype: torch.dtype
-) -> None:
+def test_layer_against_the_float_product(shape, bias, dtype):
     layer, x = linear(96, 208, bias), rows(*shape)
     expected = nn.functional.linear(
         x.float(), layer.weight.float(), layer.bias.float() if bias else None
@@ -85,7 +83,7 @@ def test_layer_against_the_float_product(
     assert 0.001 < relative(out, expected) < TOLERANCE  # not zero: it did compute in FP8
 
 
-def test_scales_are_static() -> None:
+def test_scales_are_static():
     """Larger inputs than in calibration do not move the scale; within the headroom they fit."""
     layer = linear(96, 96, bias=False)
     x = rows(8, 96)
@@ -95,7 +93,7 @@ def test_scales_are_static() -> None:
     assert relative(layer(x * 16), expected * 16) > 3 * TOLERANCE
 
 
-def test_names_values_and_one_class_per_kind() -> None:
+def test_names_values_and_one_class_per_kind():
     first, second = linear(32, 32), linear(32, 32)
     before = {name: value.clone() for name, value in first.state_dict().items()}
     for layer in (first, second):
@@ -114,7 +112,7 @@ def test_names_values_and_one_class_per_kind() -> None:
     assert kind.forward is fp8.Fp8Linear.forward
 
 
-def test_calibration_takes_the_largest_of_all_calls() -> None:
+def test_calibration_takes_the_largest_of_all_calls():
     layer, unused, odd = linear(32, 32), linear(32, 32), linear(33, 32)
     tower = nn.ModuleList([layer, unused, odd])
 
@@ -132,7 +130,7 @@ def test_calibration_takes_the_largest_of_all_calls() -> None:
     assert not layer._forward_pre_hooks
 
 
-def test_it_compiles_without_a_break() -> None:
+def test_it_compiles_without_a_break():
     layer, x = linear(96, 48), rows(1, 11, 96)
     fp8.become(layer, x.abs().amax().float(), torch.float8_e4m3fn)
     compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")

@@ -1,7 +1,5 @@
 """The reading of AMD's assembly, by lines as LLVM writes them."""
 
-from __future__ import annotations
-
 import pytest
 
 from openpi_opt.kernels.instructions import instructions
@@ -9,7 +7,7 @@ from openpi_opt.kernels.instructions import instructions
 WIDE = "\tglobal_load_dwordx4 v[2:5], v[0:1], off\n\tds_read_b128 v[6:9], v10\n"
 
 
-def test_widths_products_and_waits_are_counted() -> None:
+def test_widths_products_and_waits_are_counted():
     text = (
         WIDE + "\tbuffer_load_dwordx2 v[0:1], v2, s[0:3], 0 offen\n"
         "\tds_read2st64_b64 v[0:3], v4 offset1:8\n\ts_waitcnt vmcnt(0)\n"
@@ -34,11 +32,11 @@ def test_widths_products_and_waits_are_counted() -> None:
         ("ds_read2_b32 v[0:1], v2 offset1:1", 9, {}),
     ],
 )
-def test_narrow_loads_are_named(line: str, count: int, narrow: dict[str, int]) -> None:
+def test_narrow_loads_are_named(line, count, narrow):
     found = instructions(WIDE + f"\t{line}\n" * count)
     assert found.narrow == narrow
     assert ("NARROW" in found.text()) == bool(narrow)
 
 
-def test_a_few_single_words_beside_wide_loads_are_no_fault() -> None:
+def test_a_few_single_words_beside_wide_loads_are_no_fault():
     assert instructions(WIDE * 4 + "\tglobal_load_dword v1, v[2:3], off\n").narrow == {}

@@ -4,15 +4,13 @@
 Triton checks no limits offline, so registers and shared memory are compared here.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -44,13 +42,13 @@ from openpi_opt.surgery.fused import fuse_gate_up, fuse_qkv
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(tmp_path_factory):
     """What is compiled here is compiled once: the layer launches kernels of other cases."""
     return tmp_path_factory.mktemp("triton")
 
 
 @pytest.fixture
-def own_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def own_cache(monkeypatch, cache):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
 
 
@@ -74,7 +72,7 @@ MEASURED_SPILLS = {("sm90", "prefill"): 26, ("sm90", "flexible"): 10}
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("call", CASES, ids=lambda call: call.__name__)
 @pytest.mark.parametrize("name", DEFAULT.split(","))
-def test_shipped_parameters_fit_the_machine(name: str, call: Callable[[], None]) -> None:
+def test_shipped_parameters_fit_the_machine(name, call):
     arch = ARCHS[name]
     noted = variants(call, arch, MODULES)
     assert noted
@@ -94,7 +92,7 @@ def test_shipped_parameters_fit_the_machine(name: str, call: Callable[[], None])
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_every_launched_kernel_has_a_case(name: str) -> None:
+def test_every_launched_kernel_has_a_case(name):
     noted = {v.kernel for call in CASES for v in variants(call, ARCHS[name], MODULES)}
     for module in MODULES:
         source = inspect.getsource(module)
@@ -104,7 +102,7 @@ def test_every_launched_kernel_has_a_case(name: str) -> None:
                 assert kernel in noted, f"{module.__name__}.{symbol} is in no case"
 
 
-def test_modules_are_all_that_launch() -> None:
+def test_modules_are_all_that_launch():
     folder = Path(inspect.getfile(MODULES[0])).parent
     launching = {
         file.stem
@@ -116,7 +114,7 @@ def test_modules_are_all_that_launch() -> None:
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_the_expert_layer_launches_what_its_cases_do(name: str) -> None:
+def test_the_expert_layer_launches_what_its_cases_do(name):
     """The cases write out the launches of `FusedExpertLayer`; here the layer itself runs."""
     state = Visibility(None, (Segment(0, 1, 789), Segment(1, 11, None)))
     small = dataclasses.replace(PI0_MINI.language, depth=1, heads=8, head_dim=256)
@@ -140,7 +138,7 @@ def test_the_expert_layer_launches_what_its_cases_do(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "fewest"), [("gfx942", 160), ("gfx950", 160)])
-def test_products_of_few_rows_fill_the_compute_units(name: str, fewest: int) -> None:
+def test_products_of_few_rows_fill_the_compute_units(name, fewest):
     """A product of a step is at least 160 blocks, and those that split its sum are 256."""
     noted = [v for v in variants(expert_layer, ARCHS[name], MODULES) if v.name.endswith("_linear")]
     eleven = [v for v in noted if v.constants["shape"].rows == 16]
@@ -174,9 +172,7 @@ def empty(*shape: int) -> Tensor:
         ("gfx942", 10, 65 * 1024, 4, 0, "LDS"),
     ],
 )  # fmt: skip
-def test_occupancy_on_amd_by_hand(
-    arch: str, registers: int, shared: int, warps: int, waves: float, limit: str
-) -> None:
+def test_occupancy_on_amd_by_hand(arch, registers, shared, warps, waves, limit):
     found = amd_occupancy(registers, shared, warps, ARCHS[arch])
     assert (found.waves, found.limit) == (waves, limit)
 
@@ -195,16 +191,12 @@ def test_occupancy_on_amd_by_hand(
         (16, 0, 1, 32, "blocks"),
     ],
 )
-def test_occupancy_on_hopper_by_hand(
-    registers: int, shared: int, warps: int, waves: float, limit: str
-) -> None:
+def test_occupancy_on_hopper_by_hand(registers, shared, warps, waves, limit):
     found = nvidia_occupancy(registers, shared, warps, ARCHS["sm90"])
     assert (found.waves, found.limit) == (waves, limit)
 
 
-def test_the_verb_prints_a_row_per_variant(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_verb_prints_a_row_per_variant(monkeypatch, capsys):
     from openpi_opt.kernels import shipped
 
     monkeypatch.setattr(shipped, "CASES", (shipped.vision, shipped.vision))
@@ -223,9 +215,7 @@ def test_the_verb_prints_a_row_per_variant(
 
 
 @pytest.mark.parametrize("width", [60, 100])
-def test_the_table_loses_nothing_where_it_is_narrow(
-    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_loses_nothing_where_it_is_narrow(width, monkeypatch, capsys):
     from openpi_opt.kernels import __main__ as verb
 
     def row(kernel: str, **constants: str) -> dict[str, object]:
@@ -248,9 +238,7 @@ def test_the_table_loses_nothing_where_it_is_narrow(
     assert max(len(line.rstrip()) for line in lines) <= max(width, 100)
 
 
-def test_a_kernel_that_does_not_fit_is_a_failure(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_kernel_that_does_not_fit_is_a_failure(monkeypatch, capsys):
     from openpi_opt.kernels import offline, shipped
 
     small = dataclasses.replace(ARCHS["gfx942"], shared_block_bytes=1024)
@@ -261,12 +249,12 @@ def test_a_kernel_that_does_not_fit_is_a_failure(
 
 
 @pytest.mark.parametrize("given", ["gfx1100", "", ",", "sm90,H100"])
-def test_unknown_architectures_are_named(given: str) -> None:
+def test_unknown_architectures_are_named(given):
     with pytest.raises(UserError, match="known are gfx942, gfx950, sm"):
         main(["--arch", given])
 
 
-def test_without_triton_it_says_so() -> None:
+def test_without_triton_it_says_so():
     code = (
         "import importlib.util as u; real = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'triton' else real(name, *rest)\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_in_interpreter_mode() -> None:
+def test_in_interpreter_mode():
     files = ["tests/kernels/triton_interpreted.py", "tests/kernels/expert_layer_interpreted.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -1,7 +1,5 @@
 """The knobs that put Triton kernels into the policy."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -27,13 +25,13 @@ def config(raw: dict, device: str = "cuda") -> Config:
     return Config.parse({"platform": {"device": device}, "model": {"name": "pi0_mini"}, **raw})
 
 
-def test_labels_name_what_was_given() -> None:
+def test_labels_name_what_was_given():
     cfg = config({"attention": {**TRITON, "launch_denoise": {"block_n": 32}}})
     assert cfg.labels()["attention"] == "triton denoise.block_n=32"
     assert config({"gemm": {"backend": "triton_skinny"}}).labels()["gemm"] == "triton_skinny"
 
 
-def test_the_kernels_are_put_into_the_operations() -> None:
+def test_the_kernels_are_put_into_the_operations():
     policy = Pi0Policy(PI0_MINI)
     before = policy.ops.linear
     cfg = config({**CHOICES, "attention": {**TRITON, "launch_prefill": {"block_m": 128}}})
@@ -57,13 +55,13 @@ EXPERT: dict[str, Any] = {
 }
 
 
-def test_the_label_names_the_expert_layer_beside_the_projections() -> None:
+def test_the_label_names_the_expert_layer_beside_the_projections():
     partial = {**ALL_FUSED, "vision_qkv": False}
     labels = [config({"fusion": f}).labels()["fusion"] for f in (ALL_FUSED, partial)]
     assert labels == ["all+expert_layer", "qkv+gate_up+expert_layer"]
 
 
-def test_the_expert_becomes_fused_layers_under_the_original_names() -> None:
+def test_the_expert_becomes_fused_layers_under_the_original_names():
     policy = weights.build(PI0_MINI, "cpu", steps=2)
     weights.init_random(policy, seed=0)
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}

@@ -4,12 +4,9 @@
 e4048607; `shuffle_weight` permutes as `aiter/ops/shuffle.py` does.
 """
 
-from __future__ import annotations
-
 import csv
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,7 +86,7 @@ class FakeAiter:
 
 
 @pytest.fixture
-def aiter(put_aiter: Callable[..., None]) -> FakeAiter:
+def aiter(put_aiter):
     fake = FakeAiter()
     put_aiter(**{
         "ops.shuffle": {"shuffle_weight": shuffle_weight},
@@ -108,7 +105,7 @@ def rows(m: int, k: int = 64) -> Tensor:
     return torch.randn(1, m, k, generator=torch.Generator().manual_seed(1)).bfloat16()
 
 
-def test_the_operator_is_sound_and_mutates_nothing(aiter: FakeAiter) -> None:
+def test_the_operator_is_sound_and_mutates_nothing(aiter):
     assert not torch.ops.openpi_opt.aiter_tuned_gemm.default._schema.is_mutable
     plain = layer()
     torch.library.opcheck(
@@ -117,7 +114,7 @@ def test_the_operator_is_sound_and_mutates_nothing(aiter: FakeAiter) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_threshold_decides_and_the_product_is_the_same(aiter: FakeAiter, bias: bool) -> None:
+def test_the_threshold_decides_and_the_product_is_the_same(aiter, bias):
     small, large = rows(11), rows(12)
     plain = layer(bias)
     expected = [plain(small), plain(large)]
@@ -126,14 +123,14 @@ def test_the_threshold_decides_and_the_product_is_the_same(aiter: FakeAiter, bia
     assert aiter.calls == [(11, False)]
 
 
-def test_rows_past_the_threshold_go_to_the_other_knobs_linear(aiter: FakeAiter) -> None:
+def test_rows_past_the_threshold_go_to_the_other_knobs_linear(aiter):
     plain = layer()
     tuned_gemm.become(plain, max_rows=1, shuffled=None, shuffled_min_rows=1)
     plain.ops.linear = lambda x, weight, bias: torch.full((1,), 42.0)
     assert float(plain(rows(11))) == 42.0
 
 
-def test_shuffled_weights_are_read_as_such_whatever_became_of_the_flag(aiter: FakeAiter) -> None:
+def test_shuffled_weights_are_read_as_such_whatever_became_of_the_flag(aiter):
     plain, small, large = layer(), rows(11), rows(200)
     expected = [plain(small), plain(large)]
     shuffled = tuned_gemm.shuffled_weight(plain, 64)
@@ -147,7 +144,7 @@ def test_shuffled_weights_are_read_as_such_whatever_became_of_the_flag(aiter: Fa
     assert list(plain.state_dict()) == ["weight"]
 
 
-def test_compiled_it_is_still_told_apart(aiter: FakeAiter) -> None:
+def test_compiled_it_is_still_told_apart(aiter):
     plain, large = layer(), rows(200)
     expected = plain(large)
     shuffled = tuned_gemm.shuffled_weight(plain, 64)
@@ -158,13 +155,11 @@ def test_compiled_it_is_still_told_apart(aiter: FakeAiter) -> None:
 
 
 @pytest.mark.parametrize(("bias", "n", "multiple"), [(True, 64, 64), (False, 96, 64)])
-def test_what_the_kernels_do_not_take_is_not_shuffled(
-    aiter: FakeAiter, bias: bool, n: int, multiple: int
-) -> None:
+def test_what_the_kernels_do_not_take_is_not_shuffled(aiter, bias, n, multiple):
     assert tuned_gemm.shuffled_weight(layer(bias, n), multiple) is None
 
 
-def test_all_by_torch_is_unavailable_with_the_shapes(aiter: FakeAiter) -> None:
+def test_all_by_torch_is_unavailable_with_the_shapes(aiter):
     found = tuned_gemm.lookups()
     for m in (11, 788):
         tuned_gemm.linear(rows(m), layer().weight, None)
@@ -174,7 +169,7 @@ def test_all_by_torch_is_unavailable_with_the_shapes(aiter: FakeAiter) -> None:
     assert "11x64x64, 788x64x64" in error.value.reason
 
 
-def test_some_by_aiter_is_a_note(aiter: FakeAiter) -> None:
+def test_some_by_aiter_is_a_note(aiter):
     aiter.tuned.add((11, 64, 64))
     found = tuned_gemm.lookups()
     for m in (11, 788):
@@ -184,12 +179,12 @@ def test_some_by_aiter_is_a_note(aiter: FakeAiter) -> None:
     assert found.notes() == ["aiter served 1 of 2 shapes; torch computed (M x N x K) 788x64x64."]
 
 
-def test_nothing_looked_up_is_unavailable_too(aiter: FakeAiter) -> None:
+def test_nothing_looked_up_is_unavailable_too(aiter):
     with pytest.raises(RefusedError, match="none was looked up"):
         tuned_gemm.lookups().require_some()
 
 
-def test_warnings_are_kept(aiter: FakeAiter) -> None:
+def test_warnings_are_kept(aiter):
     found = tuned_gemm.lookups()
     logging.getLogger("aiter").warning("opus is not available; falling back to torch")
     assert found.notes() == ["aiter: opus is not available; falling back to torch"]
@@ -204,7 +199,7 @@ def table(path: Path, *lines: str) -> Path:
 
 
 @pytest.fixture
-def variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def variable(monkeypatch):
     monkeypatch.setenv(tuned_gemm.TABLE_VARIABLE, "")
 
 
@@ -213,9 +208,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_aiter_gets_its_own_tables_and_the_users_in_one_private_file(
-    tmp_path: Path, variable: None
-) -> None:
+def test_aiter_gets_its_own_tables_and_the_users_in_one_private_file(tmp_path, variable):
     """Alone, a table that is named replaces all of aiter's."""
     models = tmp_path / "configs" / "model_configs"
     models.mkdir(parents=True)
@@ -235,7 +228,7 @@ def test_aiter_gets_its_own_tables_and_the_users_in_one_private_file(
     assert source.read_bytes() == before
 
 
-def test_the_lookup_is_aiters(tmp_path: Path) -> None:
+def test_the_lookup_is_aiters(tmp_path):
     """Its own `get_padded_m`: the rows as they are, in steps of 16 to 128, the power of two."""
     head = "gfx,cu_num,M,N,K,bias,dtype,outdtype,scaleAB,bpreshuffle,libtype,solidx,splitK,us"
     tail = "torch.bfloat16,torch.bfloat16,False,False"
@@ -263,7 +256,7 @@ def test_the_lookup_is_aiters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cu_num", "gfx"), [("256", "gfx950"), ("304", "gfx942"), ("80", "gfx942")]
 )
-def test_old_tables_get_their_architecture(tmp_path: Path, cu_num: str, gfx: str) -> None:
+def test_old_tables_get_their_architecture(tmp_path, cu_num, gfx):
     """aiter itself raises KeyError 'gfx' at the first product."""
     old = ROW.removeprefix("gfx950,256").join([cu_num, ""])
     path = table(tmp_path / "old.csv", COLUMNS.removeprefix("gfx,"), old)
@@ -279,15 +272,13 @@ def test_old_tables_get_their_architecture(tmp_path: Path, cu_num: str, gfx: str
         ((COLUMNS, "gfx950,256,11"), "fewer values"),
     ],
 )
-def test_tables_that_cannot_work_are_refused(
-    tmp_path: Path, lines: tuple[str, ...], words: str
-) -> None:
+def test_tables_that_cannot_work_are_refused(tmp_path, lines, words):
     with pytest.raises(RefusedError, match=words) as error:
         aiter_tables.read_table(table(tmp_path / "bad.csv", *lines))
     assert error.value.outcome == "invalid"
 
 
-def test_one_table_per_process(tmp_path: Path, variable: None, aiter: FakeAiter) -> None:
+def test_one_table_per_process(tmp_path, variable, aiter):
     source = table(tmp_path / "mine.csv", COLUMNS, ROW)
     with pytest.raises(RefusedError, match="one per process"):
         tuned_gemm.install_table(str(source), tmp_path)

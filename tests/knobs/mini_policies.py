@@ -1,7 +1,5 @@
 """The options of every knob, and mini configurations for a CPU to run them in."""
 
-from __future__ import annotations
-
 import copy
 from functools import cache
 from pathlib import Path
@@ -14,6 +12,7 @@ from torch import Tensor
 from openpi_opt import runtime
 from openpi_opt.config import Config
 from openpi_opt.machine import Machine, TorchBuild
+from openpi_opt.pi0.config import MODELS, Pi0Config
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.precision import cast
@@ -49,9 +48,13 @@ PI05: dict[str, Any] = {"model": {"name": "pi05_mini"}}
 
 
 @cache
-def _plain(model: str, steps: int) -> Pi0Policy:
-    cfg = config({**MASKED, "steps": steps}, model={"name": model})
+def _built(model: Pi0Config, name: str, steps: int) -> Pi0Policy:
+    cfg = config({**MASKED, "steps": steps}, model={"name": name})
     return runtime.build_policy(cfg, torch.device("cpu"))
+
+
+def _plain(name: str, steps: int) -> Pi0Policy:
+    return _built(MODELS[name], name, steps)  # a test may have given it fewer layers
 
 
 def plain_policy(cfg: Config) -> Pi0Policy:

@@ -19,7 +19,7 @@ def of(backend: str, dtype: str = "bfloat16", **stages: str) -> dict[str, Any]:
     return {"attention": chosen, "precision": {"dtype": dtype}, "workload": workload}
 
 
-def test_each_stage_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_stage_gets_its_own(monkeypatch):
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(backends, "require_sdpa", lambda *arguments: asked.append(arguments))
     cfg = config(of("eager", "float32", vision="math", denoise="flash"))
@@ -34,7 +34,7 @@ def test_each_stage_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prepared.policy.ops.attention_prefill is backends.eager_attention
 
 
-def test_what_torch_cannot_do_ends_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_torch_cannot_do_ends_the_trial(monkeypatch):
     """As for a head width that a backend does not take: found before anything is measured."""
     monkeypatch.setitem(SDPA_DEVICES, "efficient", ("cpu",))
     cfg = config(of("sdpa", denoise="efficient"))

@@ -1,13 +1,10 @@
 """What holds for every knob and every option, run over the registry and the folders of `conf/`."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +27,7 @@ from openpi_opt.measure import guard
 from openpi_opt.pi0 import checkpoint
 from openpi_opt.space.compose import compose
 
+pytestmark = pytest.mark.usefixtures("two_layers")
 OPTIONS = {knob.name: options(knob.name) for knob in KNOBS}
 CASES = [(knob, option) for knob, found in OPTIONS.items() for option in found]
 FULL = {"active_cameras": [True], "prompt_slots": 4, "prompt_tokens": 4}
@@ -126,7 +124,7 @@ def _gain(
 
 
 @pytest.fixture(autouse=True)
-def _process_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _process_settings(monkeypatch):
     """torch.compile traces but generates no code, and what knobs configure is undone."""
     compile_ = torch.compile
 
@@ -163,34 +161,34 @@ def judged(call: Any, cfg: Config) -> guard.GuardReport:
     return guard.check(call, inputs, known, cfg.guard, cfg.lossy())
 
 
-def test_the_tables_of_exceptions_name_existing_options() -> None:
+def test_the_tables_of_exceptions_name_existing_options():
     exceptions = {*VALUES_CHANGE, *NOT_RUN, *SAME_TRACE, *NOT_FLOAT32}
     assert exceptions <= set(CASES)
 
 
 @pytest.mark.parametrize("knob", BY_NAME)
-def test_defaults_are_an_option_and_the_one_that_the_sweep_starts_with(knob: str) -> None:
+def test_defaults_are_an_option_and_the_one_that_the_sweep_starts_with(knob):
     default = BY_NAME[knob].options_type()
     assert default in [BY_NAME[knob].options_type(**values) for values in OPTIONS[knob].values()]
     assert defaults().knobs[knob] == default
 
 
 @pytest.mark.parametrize("knob", BY_NAME)
-def test_docstring_names_a_vendor_and_a_source(knob: str) -> None:
+def test_docstring_names_a_vendor_and_a_source(knob):
     text = inspect.getdoc(type(BY_NAME[knob])) or ""
     assert re.search(r"\b(NVIDIA|AMD|[Aa]ll vendors|[Bb]oth vendors)\b", text)
     assert re.search(r"\b([Ss]ources?|[Rr]eported|guide)\b", text)
 
 
 @pytest.mark.parametrize(("knob", "option"), CASES)
-def test_check_says_nothing_or_why(knob: str, option: str) -> None:
+def test_check_says_nothing_or_why(knob, option):
     found = BY_NAME[knob].check(chosen((knob, option)), CPU)
     assert found is None or (found.outcome in ("unavailable", "invalid") and found.reason)
 
 
 @pytest.mark.parametrize("workload", [MASKED, FULL], ids=["masked", "full"])
 @pytest.mark.parametrize(("knob", "option"), CASES)
-def test_canonical_form_is_stable(knob: str, option: str, workload: dict[str, Any]) -> None:
+def test_canonical_form_is_stable(knob, option, workload):
     cfg = chosen((knob, option), workload=workload)
     canonical = cfg.canonical()
     assert canonical.canonical() == canonical
@@ -198,7 +196,7 @@ def test_canonical_form_is_stable(knob: str, option: str, workload: dict[str, An
 
 
 @pytest.mark.parametrize(("model", "knob", "option", "dtype"), RUNS)
-def test_right_numbers_and_the_same_again(model: str, knob: str, option: str, dtype: str) -> None:
+def test_right_numbers_and_the_same_again(model, knob, option, dtype):
     cfg = chosen((knob, option), precision={"dtype": dtype}, model={"name": model})
     prepared, inputs = prepare(cfg), sample_inputs(cfg)
     first = prepared.call(inputs)
@@ -212,9 +210,7 @@ def test_right_numbers_and_the_same_again(model: str, knob: str, option: str, dt
 @pytest.mark.parametrize(
     ("model", "knob", "option", "dtype"), [r for r in RUNS if r[1:3] not in SAME_TRACE]
 )
-def test_weights_are_saved_under_the_original_names(
-    model: str, knob: str, option: str, dtype: str, tmp_path: Path
-) -> None:
+def test_weights_are_saved_under_the_original_names(model, knob, option, dtype, tmp_path):
     base: Any = {"precision": {"dtype": dtype}, "model": {"name": model}}
     cfg = chosen((knob, option), **base)
     original, changed = prepare(config(**base)).policy.state_dict(), prepare(cfg).policy
@@ -238,15 +234,13 @@ ROWS = [("pi0_mini", row) for row in covering(PAIRED)] + [
 @pytest.mark.parametrize(
     ("model", "row"), ROWS, ids=[" ".join([m, *(f"{k}={o}" for k, o in row)]) for m, row in ROWS]
 )
-def test_every_pair_of_options_in_some_combination(
-    model: str, row: tuple[tuple[str, str], ...]
-) -> None:
+def test_every_pair_of_options_in_some_combination(model, row):
     cfg = chosen(*row, model={"name": model})
     report = judged(prepare(cfg).call, cfg)
     assert report.passed, guard.explain(report)
 
 
-def test_the_combinations_trace_every_option() -> None:
+def test_the_combinations_trace_every_option():
     rows = covering(PAIRED)
     traced = {case for row in rows if ("compile", "default") in row for case in row}
     assert traced == set(PAIRED) - {("compile", "off")}

@@ -17,7 +17,7 @@ def of(**variables: object) -> dict:
 
 
 @pytest.mark.parametrize("name", VARIABLES)
-def test_every_entry_says_what_it_is_and_has_a_valid_pattern(name: str) -> None:
+def test_every_entry_says_what_it_is_and_has_a_valid_pattern(name):
     entry = VARIABLES[name]
     assert entry.meaning
     assert entry.source
@@ -40,7 +40,7 @@ def test_every_entry_says_what_it_is_and_has_a_valid_pattern(name: str) -> None:
         ("PYTORCH_TUNABLEOP_NUMERICAL_CHECK", "1e-5_1e-3"),
     ],
 )
-def test_admitted_values(name: str, value: object) -> None:
+def test_admitted_values(name, value):
     assert config(of(**{name: value})).knobs["environment"].variables == {name: str(value)}
 
 
@@ -59,14 +59,14 @@ def test_admitted_values(name: str, value: object) -> None:
         ("HIP_FORCE_DEV_KERNARG", True, ["string"]),
     ],
 )
-def test_refusals_say_why(name: str, value: object, words: list[str]) -> None:
+def test_refusals_say_why(name, value, words):
     with pytest.raises(UserError) as error:
         config(of(**{name: value}))
     for word in words:
         assert word in str(error.value)
 
 
-def test_inert_variables_are_recorded_and_have_no_effect() -> None:
+def test_inert_variables_are_recorded_and_have_no_effect():
     cfg = config(of(HIP_CACHE_ENABLED=1, TORCH_ROCM_USE_HIPBLASLT=0), MI300X)
     assert cfg.knobs["environment"].variables
     assert KNOB.environment(cfg) == {}
@@ -74,7 +74,7 @@ def test_inert_variables_are_recorded_and_have_no_effect() -> None:
     assert KNOB.notes(config(of(HIP_FORCE_DEV_KERNARG=1), MI300X)) == []
 
 
-def test_how_tunableop_tunes_matters_while_it_tunes() -> None:
+def test_how_tunableop_tunes_matters_while_it_tunes():
     how = of(PYTORCH_TUNABLEOP_MAX_TUNING_DURATION_MS=100)
     assert config(how, MI300X).hash() == config({}, MI300X).hash()
     assert KNOB.environment(config(how, MI300X)) == {}
@@ -89,24 +89,24 @@ def test_how_tunableop_tunes_matters_while_it_tunes() -> None:
     }
 
 
-def test_the_named_sets_that_the_field_speaks_of_exist() -> None:
+def test_the_named_sets_that_the_field_speaks_of_exist():
     found = {file.stem for file in (conf_dir() / "environment").glob("*.yaml")}
     assert {"stock", "rocm_recommended", "tunableop", "hipblaslt", "miopen_find"} <= found
 
 
-def test_every_variable_of_the_table_is_kept_out_of_a_trials_environment() -> None:
+def test_every_variable_of_the_table_is_kept_out_of_a_trials_environment():
     kept = set(VARIABLES) - set(cleared_names(dict.fromkeys(VARIABLES, "1")))
     assert kept == {"OMP_NUM_THREADS"}  # says how many cores this process may have
 
 
 @pytest.mark.parametrize("file", sorted((conf_dir() / "environment").glob("*.yaml")), ids=str)
-def test_every_named_set_runs_somewhere(file: object) -> None:
+def test_every_named_set_runs_somewhere(file):
     raw = {"environment": yaml.safe_load(file.read_text())}  # type: ignore[attr-defined]
     machines = [m for m in (CPU, H100, MI300X) if KNOB.check(config(raw, m), m) is None]
     assert machines
 
 
-def test_the_trial_gets_the_options_and_not_the_shell() -> None:
+def test_the_trial_gets_the_options_and_not_the_shell():
     shell = {"HSA_NO_SCRATCH_RECLAIM": "0", "HSA_ENABLE_SDMA": "0", "HOME": "/home/x"}
     cfg = config(of(HSA_NO_SCRATCH_RECLAIM=1), MI300X)
     assert cleared_names(shell) == ["HSA_ENABLE_SDMA", "HSA_NO_SCRATCH_RECLAIM"]

@@ -1,7 +1,5 @@
 """`workload.layout=flexible`: one prepared policy serves any prompt length and admitted camera."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -42,7 +40,7 @@ def with_masks(inputs: Inputs, call: Any) -> Inputs:
     ("name", "model"),
     [(n, m) for n in CONFIGURATIONS for m in ({}, PI05) if not (m and n.startswith("state"))],
 )
-def test_one_policy_serves_every_call(name: str, model: dict[str, Any]) -> None:
+def test_one_policy_serves_every_call(name, model):
     attention = dict.fromkeys(("vision", "prefill", "denoise"), "sdpa")
     cfg = config(FLEXIBLE, attention=attention, **CONFIGURATIONS[name], **model)
     prepared = prepare(cfg)
@@ -53,7 +51,7 @@ def test_one_policy_serves_every_call(name: str, model: dict[str, Any]) -> None:
         assert relative(actions, plain_actions(cfg, inputs)) < 1e-5
 
 
-def test_nothing_but_tensors_depends_on_the_masks() -> None:
+def test_nothing_but_tensors_depends_on_the_masks():
     """Compiled for one call, the stages serve the others without another graph."""
     cfg = config(FLEXIBLE, simplify=dict.fromkeys(SIMPLIFY, True))
     prepared = prepare(cfg)
@@ -70,7 +68,7 @@ def test_nothing_but_tensors_depends_on_the_masks() -> None:
         assert relative(prepared.call(other), plain_actions(cfg, other)) < 1e-5
 
 
-def test_rotary_tables_are_looked_up_once_a_call() -> None:
+def test_rotary_tables_are_looked_up_once_a_call():
     cfg = config(FLEXIBLE, simplify={"rope_tables": True})
     prepared, inputs = prepare(cfg), sample_inputs(cfg)
     cache = prepared.policy.prefill_of(inputs, prepared.policy.encode_images(inputs.images))
@@ -78,7 +76,7 @@ def test_rotary_tables_are_looked_up_once_a_call() -> None:
     assert cache.rope.cos.shape[:2] == (2, 4)  # the state and three actions
 
 
-def test_kernels_get_lengths() -> None:
+def test_kernels_get_lengths():
     """What a kernel without a mask is told: every slot, and where each element's padding begins."""
     cfg = config(FLEXIBLE, attention={"denoise": "sdpa"}, vision={"skip_masked": True})
     prepared = prepare(cfg)
@@ -95,7 +93,7 @@ def test_kernels_get_lengths() -> None:
     assert seen == {(518, ((0, 518, None),), (518, 257), torch.int32, 518)}
 
 
-def test_padding_alone_cannot_be_skipped() -> None:
+def test_padding_alone_cannot_be_skipped():
     every = {**FLEXIBLE, "active_cameras": [True, True]}
     found = BY_NAME["vision"].canonical(config(every, vision={"skip_masked": True}))
     assert found == VisionOptions()

@@ -1,9 +1,5 @@
 """Knob `fusion`: one GEMM instead of several, over the storage of the original weights."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 from mini_policies import config, plain_actions, plain_policy, prepare, relative, sample_inputs
@@ -41,7 +37,7 @@ def storages(policy: Pi0Policy) -> dict[int, int]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("switch", [*ALL, "all", "vision_mlp", "vision_patches", "residuals"])
-def test_same_actions(switch: str, dtype: str) -> None:
+def test_same_actions(switch, dtype):
     fusion = ALL if switch == "all" else {switch: True}
     cfg = config(precision={"dtype": dtype}, fusion=fusion)
     inputs = sample_inputs(cfg)
@@ -50,7 +46,7 @@ def test_same_actions(switch: str, dtype: str) -> None:
     assert relative(prepare(cfg).call(inputs), plain) < limit
 
 
-def test_each_switch_replaces_its_products() -> None:
+def test_each_switch_replaces_its_products():
     plain = shapes_multiplied(config())
     towers, vision = 4 + 2 * 4, 4  # layers of the prefix and of two denoising steps; of SigLIP
     saved = {"qkv": 2 * towers, "gate_up": towers, "vision_qkv": 2 * vision, "vision_mlp": vision}
@@ -60,7 +56,7 @@ def test_each_switch_replaces_its_products() -> None:
     assert {(288, 96), (192, 128), (192, 96), (800, 128), (544, 96)} <= set(fused)
 
 
-def test_of_the_last_layer_that_yields_keys_and_values_only_these_are_fused() -> None:
+def test_of_the_last_layer_that_yields_keys_and_values_only_these_are_fused():
     fused = shapes_multiplied(config(fusion=ALL, simplify=LAST))
     assert fused.count((192, 128)) == 3
     assert fused.count((64, 128)) == 1
@@ -68,7 +64,7 @@ def test_of_the_last_layer_that_yields_keys_and_values_only_these_are_fused() ->
 
 
 @pytest.mark.parametrize("simplify", [{}, LAST], ids=["", "last_layer"])
-def test_the_original_weights_are_the_fused_ones(simplify: dict[str, bool]) -> None:
+def test_the_original_weights_are_the_fused_ones(simplify):
     plain = plain_policy(config())
     fused = prepare(config(fusion=ALL, simplify=simplify)).policy
     assert sum(storages(fused).values()) == sum(storages(plain).values())
@@ -76,7 +72,7 @@ def test_the_original_weights_are_the_fused_ones(simplify: dict[str, bool]) -> N
         assert torch.equal(fused.state_dict()[name], tensor)
 
 
-def test_other_weights_can_be_loaded_into_and_saved_from_a_fused_policy(tmp_path: Path) -> None:
+def test_other_weights_can_be_loaded_into_and_saved_from_a_fused_policy(tmp_path):
     cfg = config(fusion=ALL)
     inputs = sample_inputs(cfg)
     other, prepared = plain_policy(cfg), prepare(cfg)
@@ -93,6 +89,6 @@ def test_other_weights_can_be_loaded_into_and_saved_from_a_fused_policy(tmp_path
     assert relative(prepared.call(inputs), plain_actions(cfg, inputs)) < 1e-5
 
 
-def test_labels() -> None:
+def test_labels():
     labels = [config(fusion=f).labels()["fusion"] for f in ({}, {"qkv": True}, ALL)]
     assert labels == ["none", "qkv", "all"]

@@ -1,7 +1,5 @@
 """Capture and replay with a fake CUDA: what of `kernels/capture.py` needs no GPU to go wrong."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable
@@ -42,7 +40,7 @@ class FakeGraph:
 
 
 @pytest.fixture(autouse=True)
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_cuda(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
@@ -68,14 +66,14 @@ def captured(function: Callable[[Inputs], Tensor]) -> CapturedCall:
     return call
 
 
-def test_replay_reads_new_inputs_and_returns_a_copy() -> None:
+def test_replay_reads_new_inputs_and_returns_a_copy():
     call = captured(lambda i: i.noise * 2)
     first, second = call(inputs(1.0)), call(inputs(5.0))
     assert float(first[0, 0]) == 2.0
     assert float(second[0, 0]) == 10.0
 
 
-def test_the_callers_inputs_are_not_the_static_ones() -> None:
+def test_the_callers_inputs_are_not_the_static_ones():
     call = captured(lambda i: i.noise * 2)
     mine = inputs(1.0)
     call(mine)
@@ -83,7 +81,7 @@ def test_the_callers_inputs_are_not_the_static_ones() -> None:
     assert float(mine.noise[0, 0]) == 1.0
 
 
-def test_warm_up_is_the_exact_call_at_least_three_times() -> None:
+def test_warm_up_is_the_exact_call_at_least_three_times():
     seen: list[int] = []
 
     def count(i: Inputs) -> Tensor:
@@ -97,7 +95,7 @@ def test_warm_up_is_the_exact_call_at_least_three_times() -> None:
     assert len(set(seen)) == 1
 
 
-def test_other_shapes_or_dtypes_are_refused() -> None:
+def test_other_shapes_or_dtypes_are_refused():
     call = captured(lambda i: i.noise * 2)
     call(inputs())
     with pytest.raises(ValueError, match="noise has shape"):
@@ -106,7 +104,7 @@ def test_other_shapes_or_dtypes_are_refused() -> None:
         call(inputs()._replace(noise=torch.ones(1, 2).double()))
 
 
-def test_compiling_during_the_capture_is_an_error() -> None:
+def test_compiling_during_the_capture_is_an_error():
     part = torch.compile(lambda x: x * 2, dynamic=False, backend="eager")
     calls = 0
 
@@ -120,7 +118,7 @@ def test_compiling_during_the_capture_is_an_error() -> None:
         captured(late)(inputs())
 
 
-def test_what_was_compiled_before_may_run_inside() -> None:
+def test_what_was_compiled_before_may_run_inside():
     part = torch.compile(lambda x: x * 2, dynamic=False, backend="eager")
     part(torch.ones(2))
     with nothing_compiled():
@@ -128,12 +126,12 @@ def test_what_was_compiled_before_may_run_inside() -> None:
     assert out.tolist() == [2.0, 2.0]
 
 
-def test_a_compilation_that_dynamo_lets_pass_is_noticed() -> None:
+def test_a_compilation_that_dynamo_lets_pass_is_noticed():
     with pytest.raises(CaptureError, match="compiled"), nothing_compiled():
         torch._dynamo.utils.counters["stats"]["unique_graphs"] += 1
 
 
-def test_a_failed_capture_leaves_nothing_to_replay() -> None:
+def test_a_failed_capture_leaves_nothing_to_replay():
     def failing(i: Inputs) -> Tensor:
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -143,7 +141,7 @@ def test_a_failed_capture_leaves_nothing_to_replay() -> None:
             call(inputs())
 
 
-def test_threads_take_turns_with_the_static_inputs() -> None:
+def test_threads_take_turns_with_the_static_inputs():
     def slow(given: Inputs) -> Tensor:
         time.sleep(0.002)
         return given.state * 2

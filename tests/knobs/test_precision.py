@@ -13,27 +13,25 @@ KNOB = Precision()
 TF32 = {"precision": {"dtype": "float32", "tf32": True}}
 
 
-def test_tf32_is_unavailable_without_the_instruction() -> None:
+def test_tf32_is_unavailable_without_the_instruction():
     refusal = KNOB.check(config(TF32, T4), T4)
     assert refusal is not None
     assert T4.gpus[0].arch in refusal.reason
 
 
-def test_on_a_cpu_a_note_says_that_tf32_means_nothing() -> None:
+def test_on_a_cpu_a_note_says_that_tf32_means_nothing():
     assert KNOB.notes(config(TF32))
     assert not KNOB.notes(config(TF32, H100))
 
 
-def test_only_amd_needs_a_variable() -> None:
+def test_only_amd_needs_a_variable():
     assert KNOB.environment(config(TF32, MI300X)) == {"HIPBLASLT_ALLOW_TF32": "1"}
     assert KNOB.environment(config(TF32, H100)) == {}
     assert KNOB.environment(config({}, MI300X)) == {}
 
 
 @pytest.mark.parametrize(("raw", "precision"), [(TF32, "high"), ({}, "highest")])
-def test_configure_sets_both_switches(
-    raw: dict, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_configure_sets_both_switches(raw, precision, monkeypatch):
     seen: list[str] = []
     cudnn = types.SimpleNamespace(allow_tf32=None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
@@ -44,7 +42,7 @@ def test_configure_sets_both_switches(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_towers_have_the_dtype_that_was_asked_for(dtype: str) -> None:
+def test_towers_have_the_dtype_that_was_asked_for(dtype):
     cfg = config({"precision": {"dtype": dtype}})
     policy = runtime.build_policy(cfg, torch.device("cpu"))
     KNOB.transform(policy, cfg)
@@ -53,7 +51,7 @@ def test_towers_have_the_dtype_that_was_asked_for(dtype: str) -> None:
     assert policy.action_in_proj.weight.dtype == torch.float32
 
 
-def test_the_guard_measures_the_plain_policy_with_tf32_where_it_decides() -> None:
+def test_the_guard_measures_the_plain_policy_with_tf32_where_it_decides():
     """In float32 the plain distance is 0 without TF32, and every TF32 candidate would be wrong."""
     assert reference._plain_name(config(TF32, H100)) == "float32+tf32"
     assert reference._plain_name(config(TF32, CPU)) == "float32"
@@ -61,6 +59,6 @@ def test_the_guard_measures_the_plain_policy_with_tf32_where_it_decides() -> Non
     assert reference._plain_name(config(mixed, H100)) == "bfloat16"
 
 
-def test_the_module_needs_no_torch() -> None:
+def test_the_module_needs_no_torch():
     module = sys.modules[Precision.__module__]
     assert not hasattr(module, "torch")

@@ -1,9 +1,6 @@
 """Knob `simplify`: the same function with less work."""
 
-from __future__ import annotations
-
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,11 +43,12 @@ OTHERS = tuple(
 )
 
 
+@pytest.mark.usefixtures("two_layers")
 @pytest.mark.parametrize(
     "workload", [{**MASKED, "batch_size": 2}, FULL], ids=["masked, padded, batch 2", "full"]
 )
 @pytest.mark.parametrize("switch", [*SWITCHES, "all"])
-def test_same_actions_with_every_other_knob(switch: str, workload: dict[str, Any]) -> None:
+def test_same_actions_with_every_other_knob(switch, workload):
     simplify = ALL if switch == "all" else {switch: True}
     inputs = sample_inputs(config(workload))
     plain = plain_actions(config(workload), inputs)
@@ -59,15 +57,14 @@ def test_same_actions_with_every_other_knob(switch: str, workload: dict[str, Any
         assert relative(prepare(cfg).call(inputs), plain) < 1e-5, (fusion, vision, attention)
 
 
+@pytest.mark.usefixtures("two_layers")
 @pytest.mark.parametrize(
     ("workload", "attention"),
     [({**MASKED, "batch_size": 2}, SDPA), (FULL, {})],
     ids=["masked, padded, batch 2, sdpa", "full, eager"],
 )
 @pytest.mark.parametrize("switch", [*SWITCHES, "all"])
-def test_same_actions_of_pi05(
-    switch: str, workload: dict[str, Any], attention: dict[str, str]
-) -> None:
+def test_same_actions_of_pi05(switch, workload, attention):
     simplify = ALL if switch == "all" else {switch: True}
     inputs = sample_inputs(config(workload, **PI05))
     plain = plain_actions(config(workload, **PI05), inputs)
@@ -76,7 +73,7 @@ def test_same_actions_of_pi05(
         assert relative(prepare(cfg).call(inputs), plain) < 1e-5, others
 
 
-def test_the_modulations_of_pi05_are_computed_before_the_cast_and_once() -> None:
+def test_the_modulations_of_pi05_are_computed_before_the_cast_and_once():
     cfg = config(precision={"dtype": "bfloat16"}, simplify={"time_mlp": True}, **PI05)
     prepared = prepare(cfg)
     policy, plain = prepared.policy, plain_policy(cfg)
@@ -95,7 +92,7 @@ def test_the_modulations_of_pi05_are_computed_before_the_cast_and_once() -> None
     assert torch.equal(prepared.call(inputs), first)
 
 
-def test_the_gains_of_the_adaptive_norms_are_not_folded() -> None:
+def test_the_gains_of_the_adaptive_norms_are_not_folded():
     cfg = config(simplify={"fold_norms": True}, **PI05)
     folded, plain = prepare(cfg).policy.state_dict(), plain_policy(cfg).state_dict()
     expert = [name for name in plain if "gemma_expert" in name or "action_out" in name]
@@ -104,7 +101,7 @@ def test_the_gains_of_the_adaptive_norms_are_not_folded() -> None:
     assert not folded[norm].any()
 
 
-def test_pi05_has_no_state_token_to_run_once() -> None:
+def test_pi05_has_no_state_token_to_run_once():
     cfg = config(simplify={"state_once": True}, **PI05)
     assert cfg.hash() == config(**PI05).hash()
     assert "pi05_mini has no state token" in BY_NAME["simplify"].notes(cfg)[0]
@@ -115,7 +112,7 @@ def test_pi05_has_no_state_token_to_run_once() -> None:
         lean(policy, horizon=3, state_once=True)
 
 
-def test_all_keys_are_seen_by_the_actions_of_pi05() -> None:
+def test_all_keys_are_seen_by_the_actions_of_pi05():
     """As many keys as valid prefix tokens and actions, and no mask, with any declared layout."""
     for simplify in ({"rope_tables": True}, {"kv_buffer": True}, {}):
         cfg = config(simplify=simplify, attention=SDPA, **PI05)
@@ -123,14 +120,15 @@ def test_all_keys_are_seen_by_the_actions_of_pi05() -> None:
         assert seen == [(3, 256 + 4 + 3, True, ((0, 3, None),))] * 2 * 4
 
 
+@pytest.mark.usefixtures("two_layers")
 @pytest.mark.parametrize("pair", list(itertools.combinations(SWITCHES, 2)), ids="+".join)
-def test_same_actions_of_two_switches(pair: tuple[str, str]) -> None:
+def test_same_actions_of_two_switches(pair):
     cfg = config(simplify=dict.fromkeys(pair, True))
     inputs = sample_inputs(cfg)
     assert relative(prepare(cfg).call(inputs), plain_actions(cfg, inputs)) < 1e-5
 
 
-def test_the_last_layer_computes_keys_and_values_only() -> None:
+def test_the_last_layer_computes_keys_and_values_only():
     cfg = config(simplify={"last_layer": True})
     prepared = prepare(cfg)
     last = prepared.policy.language.layers[-1]
@@ -141,7 +139,7 @@ def test_the_last_layer_computes_keys_and_values_only() -> None:
     assert ran == ["input_layernorm", "self_attn.k_proj", "self_attn.v_proj", ""]
 
 
-def test_folded_norms_are_neutral_and_their_gains_not_read(monkeypatch: Any) -> None:
+def test_folded_norms_are_neutral_and_their_gains_not_read(monkeypatch):
     cfg = config(simplify={"fold_norms": True})
     prepared = prepare(cfg)
     policy = prepared.policy
@@ -158,7 +156,7 @@ def test_folded_norms_are_neutral_and_their_gains_not_read(monkeypatch: Any) -> 
     assert gains == [None] * len(gains)
 
 
-def test_norms_are_folded_before_the_cast() -> None:
+def test_norms_are_folded_before_the_cast():
     folded = prepare(config(precision={"dtype": "bfloat16"}, simplify={"fold_norms": True})).policy
     plain = plain_policy(config())
     layer = plain.expert.layers[2]
@@ -169,7 +167,7 @@ def test_norms_are_folded_before_the_cast() -> None:
         fold_norms(plain)
 
 
-def test_knobs_want_a_plain_float32_policy() -> None:
+def test_knobs_want_a_plain_float32_policy():
     cfg = config(precision={"dtype": "bfloat16"})
     policy = plain_policy(cfg)
     cast(policy, torch.bfloat16)
@@ -177,7 +175,8 @@ def test_knobs_want_a_plain_float32_policy() -> None:
         runtime.apply_knobs(policy, cfg)
 
 
-def test_numbers_do_not_depend_on_whether_the_reference_was_known(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("two_layers")
+def test_numbers_do_not_depend_on_whether_the_reference_was_known(tmp_path):
     raw = config(precision={"dtype": "bfloat16"}, simplify=ALL, fusion=FUSED).dump()
     raw["measure"] = {"warmup": 3, "iterations": 10, "rel_ci": None}
     raw["profile"] = {"kernels": False, "energy": False, "roofline": "none"}
@@ -189,7 +188,7 @@ def test_numbers_do_not_depend_on_whether_the_reference_was_known(tmp_path: Path
     assert computed.tolerance == known.tolerance
 
 
-def test_time_and_action_projections_are_folded() -> None:
+def test_time_and_action_projections_are_folded():
     cfg = config(simplify={"time_mlp": True})
     prepared = prepare(cfg)
     policy = prepared.policy
@@ -206,7 +205,7 @@ def _never(module: nn.Module, *_: Any) -> None:
 
 
 @pytest.mark.parametrize("switches", [("state_once",), ("state_once", "kv_buffer")])
-def test_with_the_state_among_the_keys_actions_see_all(switches: tuple[str, ...]) -> None:
+def test_with_the_state_among_the_keys_actions_see_all(switches):
     cfg = config(simplify=dict.fromkeys(switches, True))
     prepared = prepare(cfg)
     states: list[int] = []
@@ -231,7 +230,7 @@ def _calls_of_denoise_attention(prepared: runtime.Prepared, cfg: Any) -> list[tu
     return seen
 
 
-def test_a_step_writes_behind_the_prefix_in_place() -> None:
+def test_a_step_writes_behind_the_prefix_in_place():
     cfg = config({**MASKED, "batch_size": 2}, simplify={"kv_buffer": True})
     prepared = prepare(cfg)
     attend, addresses = prepared.policy.ops.attention_denoise, []
@@ -248,14 +247,14 @@ def test_a_step_writes_behind_the_prefix_in_place() -> None:
 
 
 @pytest.mark.parametrize("horizon", [1, 2, 4])
-def test_the_buffer_is_for_one_horizon(horizon: int) -> None:
+def test_the_buffer_is_for_one_horizon(horizon):
     cfg = config(simplify={"kv_buffer": True})
     inputs = sample_inputs(config({**MASKED, "horizon": horizon}))
     with pytest.raises(ValueError, match=f"horizon is {horizon}; this policy was built for 3"):
         prepare(cfg).call(inputs)
 
 
-def test_nothing_is_left_over_from_another_call() -> None:
+def test_nothing_is_left_over_from_another_call():
     cfg = config(simplify=ALL)
     prepared = prepare(cfg)
     first, second = sample_inputs(cfg, seed=0), sample_inputs(cfg, seed=1)
@@ -265,9 +264,7 @@ def test_nothing_is_left_over_from_another_call() -> None:
 
 
 @pytest.mark.parametrize("state_once", [False, True])
-def test_rotary_tables_are_not_computed_in_a_call(
-    state_once: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rotary_tables_are_not_computed_in_a_call(state_once, monkeypatch):
     cfg = config(simplify={"rope_tables": True, "state_once": state_once})
     prepared, inputs = prepare(cfg), sample_inputs(cfg)
     expected = prepared.call(inputs)
@@ -276,7 +273,7 @@ def test_rotary_tables_are_not_computed_in_a_call(
     assert torch.equal(prepared.call(inputs), expected)
 
 
-def test_rotary_tables_have_the_dtype_of_the_activations() -> None:
+def test_rotary_tables_have_the_dtype_of_the_activations():
     cfg = config(precision={"dtype": "bfloat16"}, simplify={"rope_tables": True})
     policy = prepare(cfg).policy
     assert isinstance(policy, LeanPolicy)
@@ -288,12 +285,12 @@ def test_rotary_tables_have_the_dtype_of_the_activations() -> None:
 
 
 @pytest.mark.parametrize("switch", ["state_once", "kv_buffer", "rope_tables"])
-def test_a_layout_is_needed(switch: str) -> None:
+def test_a_layout_is_needed(switch):
     with pytest.raises(ValueError, match="needs a declared layout"):
         lean(plain_policy(config()), horizon=3, **{switch: True})
 
 
-def test_compiled_stages_write_the_buffer_too() -> None:
+def test_compiled_stages_write_the_buffer_too():
     cfg = config(simplify=ALL)
     prepared, inputs = prepare(cfg), sample_inputs(cfg)
     expected = prepared.call(inputs)

@@ -1,9 +1,6 @@
 """Knob `vision`: cameras batched or one by one, masked tokens encoded or left out."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -37,7 +34,7 @@ FULL = {"active_cameras": [True, True], "prompt_slots": 4, "prompt_tokens": 4}
     ],
 )
 @pytest.mark.parametrize("workload", [MASKED, GAP, FULL], ids=["leading", "gap", "full"])
-def test_same_actions(workload: dict[str, Any], vision: dict[str, Any], attention: str) -> None:
+def test_same_actions(workload, vision, attention):
     stages = dict.fromkeys(("vision", "prefill", "denoise"), attention)
     cfg = config({**workload, "batch_size": 2}, vision=vision, attention=stages)
     inputs = sample_inputs(cfg)
@@ -53,7 +50,7 @@ def test_same_actions(workload: dict[str, Any], vision: dict[str, Any], attentio
         ({"cameras": "separate", **SKIP}, [1, 1]),
     ],
 )
-def test_passes_of_the_tower(vision: dict[str, Any], passes: list[int]) -> None:
+def test_passes_of_the_tower(vision, passes):
     cfg = config(GAP, vision=vision)
     prepared = prepare(cfg)
     images: list[int] = []
@@ -62,7 +59,7 @@ def test_passes_of_the_tower(vision: dict[str, Any], passes: list[int]) -> None:
     assert images == passes
 
 
-def test_skipping_leaves_a_prefix_of_valid_tokens_without_a_mask() -> None:
+def test_skipping_leaves_a_prefix_of_valid_tokens_without_a_mask():
     cfg = config(GAP, vision=SKIP)
     prepared = prepare(cfg)
     attend, seen = prepared.policy.ops.attention_prefill, set()
@@ -76,7 +73,7 @@ def test_skipping_leaves_a_prefix_of_valid_tokens_without_a_mask() -> None:
     assert seen == {(515, 515, True, ((0, 515, None),))}
 
 
-def test_nothing_of_what_is_skipped_is_read() -> None:
+def test_nothing_of_what_is_skipped_is_read():
     cfg = config(MASKED, vision=SKIP)
     prepared, inputs = prepare(cfg), sample_inputs(cfg)
     images, tokens = inputs.images.clone(), inputs.tokens.clone()
@@ -87,13 +84,13 @@ def test_nothing_of_what_is_skipped_is_read() -> None:
     )
 
 
-def test_the_layout_is_declared_for_whoever_checks_the_masks() -> None:
+def test_the_layout_is_declared_for_whoever_checks_the_masks():
     policy = prepare(config(MASKED, vision=SKIP)).policy
     assert policy.layout is not None
     assert (policy.layout.cameras, policy.layout.prompt_slots) == ((False, True), 6)
 
 
-def test_skipping_needs_a_layout() -> None:
+def test_skipping_needs_a_layout():
     with pytest.raises(ValueError, match="needs a declared layout"):
         lean(plain_policy(config()), horizon=3, skip_masked=True)
     policy = prepare(config(MASKED, vision=SKIP)).policy
@@ -101,14 +98,14 @@ def test_skipping_needs_a_layout() -> None:
         policy.declare_layout(None)
 
 
-def test_the_layout_can_be_declared_anew() -> None:
+def test_the_layout_can_be_declared_anew():
     cfg = config(GAP, vision=SKIP)
     prepared, inputs = prepare(config(MASKED, vision=SKIP)), sample_inputs(cfg)
     prepared.policy.declare_layout(dataclasses.replace(prepare(cfg).policy.layout))
     assert relative(prepared.call(inputs), plain_actions(cfg, inputs)) < 1e-5
 
 
-def test_another_horizon_is_refused() -> None:
+def test_another_horizon_is_refused():
     cfg = config(MASKED, vision=SKIP)
     inputs = sample_inputs(cfg)
     with pytest.raises(ValueError, match="horizon is 1; this policy was built for 3"):
@@ -127,8 +124,6 @@ def test_another_horizon_is_refused() -> None:
         ({**FULL, "active_cameras": [True]}, {"cameras": "separate"}, {}),
     ],
 )
-def test_canonical_form(
-    workload: dict[str, Any], asked: dict[str, Any], canonical: dict[str, Any]
-) -> None:
+def test_canonical_form(workload, asked, canonical):
     found = BY_NAME["vision"].canonical(config(workload, vision=asked))
     assert found == VisionOptions(**canonical)

@@ -1,10 +1,7 @@
 """Ceilings of a machine: measured in a real process, kept, read again, or from a datasheet."""
 
-from __future__ import annotations
-
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -22,7 +19,7 @@ H100 = Machine(
 )
 
 
-def test_measured_once_in_a_process_of_its_own_then_read(tmp_path: Path) -> None:
+def test_measured_once_in_a_process_of_its_own_then_read(tmp_path):
     machine, begun = probe(), []
     found, notes = ceilings.obtain(
         CFG, machine, tmp_path / "c", os.environ, lambda: begun.append(1)
@@ -44,7 +41,7 @@ def test_measured_once_in_a_process_of_its_own_then_read(tmp_path: Path) -> None
         assert ceilings.read(file, ceilings.machine_key(machine, CFG)) is None
 
 
-def test_another_gpu_driver_or_torch_is_another_machine() -> None:
+def test_another_gpu_driver_or_torch_is_another_machine():
     cfg = Config.parse({"platform": {"device": "cuda"}})
     gpu = H100.gpus[0]
     others = [
@@ -56,7 +53,7 @@ def test_another_gpu_driver_or_torch_is_another_machine() -> None:
     assert len({json.dumps(key) for key in keys}) == len(keys)
 
 
-def test_what_cannot_be_measured_is_the_datasheets_and_says_so(tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_the_datasheets_and_says_so(tmp_path):
     """The process of the measurement sees no GPU, so it fails."""
     cfg = Config.parse({"platform": {"device": "cuda"}})
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
@@ -73,7 +70,7 @@ def test_what_cannot_be_measured_is_the_datasheets_and_says_so(tmp_path: Path) -
     assert notes == ["No floor: there is no datasheet here for X."]
 
 
-def test_too_little_time_is_said(tmp_path: Path) -> None:
+def test_too_little_time_is_said(tmp_path):
     cfg = Config.parse({"platform": {"device": "cpu"}, "limits": {"ceilings": 0.1}})
     found, notes = ceilings.obtain(cfg, probe(), tmp_path, os.environ, lambda: None)
     assert found is None
@@ -91,7 +88,7 @@ def test_too_little_time_is_said(tmp_path: Path) -> None:
         "AMD Instinct MI355X",
     ],
 )
-def test_datasheets_are_of_dense_products(name: str) -> None:
+def test_datasheets_are_of_dense_products(name):
     """FP8 twice bfloat16, which is far above float32: a figure with sparsity would stand out."""
     found = ceilings.datasheet(name)
     assert found is not None
@@ -102,7 +99,7 @@ def test_datasheets_are_of_dense_products(name: str) -> None:
     assert ceilings.datasheet(f"{name} NVL") is None
 
 
-def test_the_cache_is_that_of_the_last_level_once_per_group_of_cores(tmp_path: Path) -> None:
+def test_the_cache_is_that_of_the_last_level_once_per_group_of_cores(tmp_path):
     cores = sorted(os.sched_getaffinity(0))
     for core in cores:
         for index, (level, size, shared) in enumerate([(1, "48K", core), (3, "32768K", "0-7")]):

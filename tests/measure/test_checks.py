@@ -1,5 +1,4 @@
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ def quiet(count: int = 100) -> np.ndarray:
     return 16 + np.random.default_rng(0).normal(0, 0.02, count)
 
 
-def test_a_good_run_has_every_check_and_no_flag() -> None:
+def test_a_good_run_has_every_check_and_no_flag():
     found = by_name(
         checks.of_latency(latency(quiet(), asked_rel_ci=0.005, ended="interval"), 5, len(quiet()))
     )
@@ -62,7 +61,7 @@ def test_a_good_run_has_every_check_and_no_flag() -> None:
         (np.random.default_rng(1).normal(16, 2.5, 100), "spread", "noisy: std is"),
     ],
 )
-def test_a_bad_run_says_what_it_looks_like(samples: np.ndarray, name: str, detail: str) -> None:
+def test_a_bad_run_says_what_it_looks_like(samples, name, detail):
     summary = latency(samples)
     check = by_name(checks.of_latency(summary, 5, 3))[name]
     assert check.status == "flag"
@@ -70,7 +69,7 @@ def test_a_bad_run_says_what_it_looks_like(samples: np.ndarray, name: str, detai
     assert check.detail in summary.looks
 
 
-def test_too_few_and_too_wide() -> None:
+def test_too_few_and_too_wide():
     wide = latency([10.0, 14.0, 10.0, 13.0], asked_rel_ci=0.005, ended="seconds")
     found = by_name(checks.of_latency(wide, 2, 1))
     assert [found[name].status for name in ("warmup", "iterations", "inputs")] == ["flag"] * 3
@@ -88,14 +87,14 @@ def test_too_few_and_too_wide() -> None:
         ({"graph_breaks": {"print": 2}}, "flag"),
     ],
 )
-def test_compilation(change: dict[str, Any], status: str) -> None:
+def test_compilation(change, status):
     clean = {"graphs": 3, "recompilations": 0, "graph_breaks": {}, "late": 0}
     found = by_name(checks.of_start(12.0, Compilation(**{**clean, **change})))
     assert found["compilation"].status == status
     assert found["compile_time"].status == found["first_run"].status == "ok"
 
 
-def test_a_quarter_of_an_hour_is_too_long_and_plain_code_compiles_nothing() -> None:
+def test_a_quarter_of_an_hour_is_too_long_and_plain_code_compiles_nothing():
     found = by_name(checks.of_start(901.0, None))
     assert found["compile_time"].status == "flag"
     assert "compilation" not in found
@@ -121,7 +120,7 @@ def test_a_quarter_of_an_hour_is_too_long_and_plain_code_compiles_nothing() -> N
         ),
     ],
 )
-def test_the_gpu_after_the_run(change: dict, name: str, status: str, detail: str) -> None:
+def test_the_gpu_after_the_run(change, name, status, detail):
     after = GpuState(**{**FINE.model_dump(), **change})
     found = by_name(checks.of_gpu(Gpu(before=FINE, after=after), 1000.0))
     assert list(found) == ["gpu_clock", "gpu_throttle", "gpu_power_limit", "gpu_shared"]
@@ -131,14 +130,14 @@ def test_the_gpu_after_the_run(change: dict, name: str, status: str, detail: str
 
 
 @pytest.mark.parametrize(("thermal", "status"), [(9.0, "ok"), (11.0, "flag")])
-def test_heat_between_the_readings_counts(thermal: float, status: str) -> None:
+def test_heat_between_the_readings_counts(thermal, status):
     gpu = Gpu(before=FINE, after=FINE, throttled_ms={"thermal": thermal, "power": 900.0})
     found = by_name(checks.of_gpu(gpu, 1000.0))["gpu_throttle"]
     assert found.status == status
     assert (f"for {thermal:.0f} of 1000 ms by heat" in found.detail) == (status == "flag")
 
 
-def test_waiting_for_a_core(tmp_path: Path) -> None:
+def test_waiting_for_a_core(tmp_path):
     schedstat = tmp_path / "schedstat"
     schedstat.write_text("5000000 1000000 12\n")
     wait = checks.HostWait(schedstat)
@@ -151,7 +150,7 @@ def test_waiting_for_a_core(tmp_path: Path) -> None:
     assert checks.HostWait(schedstat).check(1.0).detail.startswith("not read: ")
 
 
-def test_waiting_of_this_very_thread() -> None:
+def test_waiting_of_this_very_thread():
     wait = checks.HostWait()
     began = time.monotonic()
     time.sleep(0.01)
@@ -164,7 +163,7 @@ def cfg(**raw: Any) -> Config:
     return Config.parse({"platform": {"device": "cpu"}, **raw})
 
 
-def test_environment_as_asked() -> None:
+def test_environment_as_asked():
     asked = {"GPU_MAX_HW_QUEUES": "2"}
 
     def of(environ: dict[str, str]) -> Check:
@@ -188,7 +187,7 @@ def test_environment_as_asked() -> None:
 @pytest.mark.parametrize(
     ("value", "nodes", "status"), [("0", 2, "ok"), ("1", 1, "ok"), ("1", 2, "flag")]
 )
-def test_numa_balancing(tmp_path: Path, value: str, nodes: int, status: str) -> None:
+def test_numa_balancing(tmp_path, value, nodes, status):
     setting = tmp_path / "numa_balancing"
     setting.write_text(f"{value}\n")
     for number in range(nodes):
@@ -201,9 +200,7 @@ def test_numa_balancing(tmp_path: Path, value: str, nodes: int, status: str) -> 
     ("device", "kind", "status"),
     [("rocm", "unrelated", "flag"), ("cuda", "unrelated", "ok"), ("rocm", "amd", "ok")],
 )
-def test_the_aiter_package(
-    monkeypatch: pytest.MonkeyPatch, device: str, kind: Any, status: str
-) -> None:
+def test_the_aiter_package(monkeypatch, device, kind, status):
     package = AiterPackage(kind, "0.13", "/site-packages/aiter")
     monkeypatch.setattr("openpi_opt.machine.find_aiter", lambda: package)
     found = audit.audit(
@@ -212,7 +209,7 @@ def test_the_aiter_package(
     assert by_name(found)["aiter_package"].status == status
 
 
-def test_inductor_that_autotunes_for_everybody() -> None:
+def test_inductor_that_autotunes_for_everybody():
     import torch._inductor.config as settings
 
     plain = cfg(compile={"mode": "default"})

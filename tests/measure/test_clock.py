@@ -102,7 +102,7 @@ class FakeEvent:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+def gpu(monkeypatch):
     fake = FakeGpu()
     monkeypatch.setattr(torch.cuda, "synchronize", fake.synchronize)
     monkeypatch.setattr(torch.cuda, "Event", fake.Event)
@@ -110,7 +110,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 
 @pytest.fixture
-def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+def ticks(monkeypatch):
     """A wall clock that reads 0, 1, 3, 6, ... ms: reading n and n + 1 are n + 1 ms apart."""
 
     def reading() -> Iterator[int]:
@@ -124,7 +124,7 @@ def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("ticks")
-def test_cpu_samples_are_readings_around_each_call() -> None:
+def test_cpu_samples_are_readings_around_each_call():
     timing = time_calls(lambda _: None, [0], same, warmup=3, iterations=10, device="cpu")
 
     # Six readings belong to the warm-up; iteration i is between readings 6 + 2i and 7 + 2i.
@@ -134,19 +134,19 @@ def test_cpu_samples_are_readings_around_each_call() -> None:
     assert timing.clock == "wall"
 
 
-def test_cpu_samples_are_milliseconds_of_real_time() -> None:
+def test_cpu_samples_are_milliseconds_of_real_time():
     timing = time_calls(lambda _: time.sleep(0.002), [0], same, 3, 10, "cpu")
     assert all(2.0 <= sample < 200.0 for sample in timing.samples_ms)
 
 
-def test_iterations_cycle_through_the_inputs() -> None:
+def test_iterations_cycle_through_the_inputs():
     seen: list[str] = []
     time_calls(seen.append, ["a", "b", "c"], str.upper, warmup=4, iterations=11, device="cpu")
     assert "".join(seen) == "ABCABCABCABCABC"
 
 
 @pytest.mark.usefixtures("ticks")
-def test_gpu_order_of_copies_synchronisation_and_events(gpu: FakeGpu) -> None:
+def test_gpu_order_of_copies_synchronisation_and_events(gpu):
     feed = Cycle([0, 1], gpu.upload)
     feed.renew, feed.keep = gpu.renew, gpu.keep  # type: ignore[method-assign]
     timing = clock.time_calls(gpu.call, feed, warmup=3, iterations=10, device="cuda")
@@ -185,7 +185,7 @@ def test_gpu_order_of_copies_synchronisation_and_events(gpu: FakeGpu) -> None:
     assert timing.clock == "device_events"
 
 
-def test_each_call_gets_a_copy_of_its_own() -> None:
+def test_each_call_gets_a_copy_of_its_own():
     host = Inputs(*(torch.rand(3) for _ in Inputs._fields))
     before = [tensor.clone() for tensor in host]
     seen: set[int] = set()
@@ -202,7 +202,7 @@ def test_each_call_gets_a_copy_of_its_own() -> None:
     assert len(seen) >= len(Inputs._fields)
 
 
-def test_seconds_are_those_of_copies_and_calls() -> None:
+def test_seconds_are_those_of_copies_and_calls():
     def slow(value: int) -> int:
         time.sleep(0.003)
         return value
@@ -227,7 +227,7 @@ class Freed:
         self.freed_after.append(Freed.readings - self.at_creation)
 
 
-def test_result_is_freed_outside_the_timed_region(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_is_freed_outside_the_timed_region(monkeypatch):
     real = time.perf_counter_ns
 
     def counted() -> int:
@@ -242,7 +242,7 @@ def test_result_is_freed_outside_the_timed_region(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("fails", [True, False])
-def test_garbage_collector_is_off_inside_and_restored(enabled: bool, fails: bool) -> None:
+def test_garbage_collector_is_off_inside_and_restored(enabled, fails):
     states: list[bool] = []
 
     def call(_: int) -> None:
@@ -265,7 +265,7 @@ def test_garbage_collector_is_off_inside_and_restored(enabled: bool, fails: bool
 
 
 @pytest.mark.usefixtures("ticks")
-def test_warm_up_returns_its_times() -> None:
+def test_warm_up_returns_its_times():
     assert warm_up(lambda _: None, [0], 4, "cpu") == [1.0, 3.0, 5.0, 7.0]
 
 
@@ -276,7 +276,7 @@ def test_warm_up_returns_its_times() -> None:
         (MIN_WARMUP, MIN_ITERATIONS - 1, [0], "iterations=9: at least 10"),
     ],
 )
-def test_refuses_too_few(warmup: int, iterations: int, inputs: list[int], message: str) -> None:
+def test_refuses_too_few(warmup, iterations, inputs, message):
     calls: list[int] = []
     with pytest.raises(ValueError, match=message):
         time_calls(calls.append, inputs, same, warmup, iterations, "cpu")
@@ -285,7 +285,7 @@ def test_refuses_too_few(warmup: int, iterations: int, inputs: list[int], messag
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_device_events_and_wall_clock_agree_on_a_gpu() -> None:
+def test_device_events_and_wall_clock_agree_on_a_gpu():
     matrix = torch.randn(4096, 4096)
     timing = time_calls(
         lambda x: x @ x, [matrix, matrix.clone()], lambda x: x.to("cuda", copy=True), 3, 10, "cuda"

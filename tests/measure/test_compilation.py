@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 CODE = """
 import json, sys
@@ -32,7 +31,7 @@ print(json.dumps([item and item.model_dump() for item in found]))
 """
 
 
-def test_graphs_recompilations_and_breaks() -> None:
+def test_graphs_recompilations_and_breaks():
     done = subprocess.run(
         [sys.executable, "-c", CODE], capture_output=True, text=True, check=False, timeout=300
     )
@@ -61,7 +60,7 @@ print(json.dumps(states))
 """
 
 
-def test_the_first_process_is_cold_and_the_next_warm(tmp_path: Path) -> None:
+def test_the_first_process_is_cold_and_the_next_warm(tmp_path):
     places = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     env = os.environ | {name: str(tmp_path / part) for name, part in places.items()}
     # Without these it compiles a program for each set of instructions, and headers.

@@ -1,13 +1,10 @@
 """Reading the driver. Where there is no GPU, a module of the library's shape stands in for it."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pynvml
 import pytest
@@ -24,7 +21,7 @@ H100 = Gpu(0, "GPU-abc", "NVIDIA H100", "nvidia", "sm90", 81_000, "570.1")
 MI300 = Gpu(0, "GPU-00000000000000ff", "MI300X", "amd", "gfx942", 196_000, "6.12")
 
 
-def test_everything_nvml_says() -> None:
+def test_everything_nvml_says():
     nvml = FakeNvml()
     nvml.limit_w, nvml.pids = 650, [4001]
     nvml.reasons = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonGpuIdle
@@ -56,14 +53,14 @@ def test_everything_nvml_says() -> None:
         ("nvmlDeviceGetComputeRunningProcesses", "other_processes"),
     ],
 )
-def test_what_nvml_refuses_is_named_and_the_rest_is_read(function: str, name: str) -> None:
+def test_what_nvml_refuses_is_named_and_the_rest_is_read(function, name):
     state = Monitor(Nvml(FakeNvml(silent=function), H100)).read()
     assert getattr(state, name) is None
     assert state.not_read == [f"{name}: NVML: Not Supported"]
     assert state.sm_clock_mhz == 1755
 
 
-def test_no_counter_of_throttled_time() -> None:
+def test_no_counter_of_throttled_time():
     nvml = FakeNvml(silent="nvmlDeviceGetViolationStatus")
     assert Monitor(Nvml(nvml, H100)).throttled_ms() is None
 
@@ -83,7 +80,7 @@ def test_no_counter_of_throttled_time() -> None:
         ([7], [9001], 0),
     ],
 )
-def test_our_own_process_is_not_another_one(before: list, now: list, others: int) -> None:
+def test_our_own_process_is_not_another_one(before, now, others):
     nvml = FakeNvml()
     nvml.pids = before
     watching = Monitor(Nvml(nvml, H100))
@@ -91,7 +88,7 @@ def test_our_own_process_is_not_another_one(before: list, now: list, others: int
     assert watching.read().other_processes == others
 
 
-def test_a_driver_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_is_not_there(monkeypatch):
     def fail() -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 
@@ -104,7 +101,7 @@ def test_a_driver_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert state.not_read[0] == "sm_clock_mhz: NVML: Driver Not Loaded"
 
 
-def test_everything_amdsmi_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_amdsmi_says(monkeypatch):
     smi = FakeAmdSmi()
     monkeypatch.setitem(sys.modules, "amdsmi", smi)
     with monitor(MI300) as watching:
@@ -124,7 +121,7 @@ def test_everything_amdsmi_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert smi.log == ["init", "shut down"]
 
 
-def test_an_older_amdsmi_and_gpu() -> None:
+def test_an_older_amdsmi_and_gpu():
     smi = FakeAmdSmi()
     smi.socket_power = "N/A"
     del smi.amdsmi_get_violation_status
@@ -133,7 +130,7 @@ def test_an_older_amdsmi_and_gpu() -> None:
     assert state.not_read == ["throttle_reasons: this amdsmi has no amdsmi_get_violation_status"]
 
 
-def test_a_gpu_that_amdsmi_does_not_show() -> None:
+def test_a_gpu_that_amdsmi_does_not_show():
     with pytest.raises(NotReadError, match="no GPU that is GPU-0000000000000abc"):
         AmdSmi(FakeAmdSmi(), replace(MI300, uuid="GPU-0000000000000abc"))
 
@@ -147,7 +144,7 @@ def test_a_gpu_that_amdsmi_does_not_show() -> None:
         "None.amdsmi_init",
     ],
 )
-def test_amdsmi_is_not_needed(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_amdsmi_is_not_needed(text, tmp_path, monkeypatch):
     """Nor its library, without which its import fails in ways of its own."""
     (tmp_path / "amdsmi.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
@@ -159,7 +156,7 @@ def test_amdsmi_is_not_needed(text: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert "amdsmi, which comes with ROCm, cannot be imported" in state.not_read[0]
 
 
-def test_throttled_time_is_the_difference() -> None:
+def test_throttled_time_is_the_difference():
     state = GpuState()
     found = between(state, state, {"thermal": 10.0, "power": 5.0}, {"thermal": 12.5, "power": 5.0})
     assert found is not None
@@ -170,13 +167,13 @@ def test_throttled_time_is_the_difference() -> None:
     assert half.throttled_ms is None
 
 
-def test_importing_makes_no_gpu_context() -> None:
+def test_importing_makes_no_gpu_context():
     code = "import sys, openpi_opt.measure.gpu_state; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.gpu
-def test_a_real_gpu() -> None:
+def test_a_real_gpu():
     torch = pytest.importorskip("torch")
     gpus = probe().gpus
     if not gpus or not torch.cuda.is_available():

@@ -37,7 +37,7 @@ def disturbed(g: np.random.Generator, n: int) -> np.ndarray:
     return 10 * (g.normal(1, 0.003, n) + 0.2 * (g.random(n) < 0.02) - 0.004)
 
 
-def test_a_quiet_call_needs_the_least() -> None:
+def test_a_quiet_call_needs_the_least():
     calls = Calls(normal(0.001), 0)
     found = plan(calls.time, Measure(max_seconds=20))
     assert (found.iterations, found.ended) == (30, "interval")
@@ -45,7 +45,7 @@ def test_a_quiet_call_needs_the_least() -> None:
     assert len(found.samples_ms) == 30
 
 
-def test_a_noisier_call_gets_as_many_as_its_interval_needs() -> None:
+def test_a_noisier_call_gets_as_many_as_its_interval_needs():
     numbers = []
     for seed in range(30):
         calls = Calls(normal(0.03), seed)
@@ -59,7 +59,7 @@ def test_a_noisier_call_gets_as_many_as_its_interval_needs() -> None:
 
 
 @pytest.mark.parametrize("spread", [0.02, 0.04])
-def test_most_runs_reach_the_interval_asked(spread: float) -> None:
+def test_most_runs_reach_the_interval_asked(spread):
     reached = nearly = 0
     for seed in range(60):
         calls = Calls(normal(spread), seed)
@@ -73,13 +73,13 @@ def test_most_runs_reach_the_interval_asked(spread: float) -> None:
     assert nearly >= 55
 
 
-def test_a_fixed_number_times_nothing() -> None:
+def test_a_fixed_number_times_nothing():
     calls = Calls(normal(0.1), 0)
     found = plan(calls.time, Measure(rel_ci=None, iterations=17))
     assert (found.iterations, found.samples_ms, calls.blocks) == (17, [], [])
 
 
-def test_time_ends_it_and_is_kept() -> None:
+def test_time_ends_it_and_is_kept():
     calls = Calls(normal(0.2), 0, seconds_per_call=0.01)
     found = plan(calls.time, Measure(max_seconds=4))
     assert found.ended == "seconds"
@@ -88,7 +88,7 @@ def test_time_ends_it_and_is_kept() -> None:
     assert planned + found.iterations <= 410
 
 
-def test_calls_slower_than_the_budget_are_still_measured() -> None:
+def test_calls_slower_than_the_budget_are_still_measured():
     calls = Calls(normal(0.2), 0, seconds_per_call=5)
     found = plan(calls.time, Measure(max_seconds=4, iterations=10))
     assert (found.iterations, found.ended, calls.blocks) == (10, "seconds", [10])
@@ -98,15 +98,13 @@ def test_calls_slower_than_the_budget_are_still_measured() -> None:
     ("seconds_per_call", "blocks"),
     [(0.084, [10]), (0.082, [10, 20])],  # 5 s have room for 59 calls, or for 60
 )
-def test_nothing_is_planned_where_time_allows_the_least_only(
-    seconds_per_call: float, blocks: list[int]
-) -> None:
+def test_nothing_is_planned_where_time_allows_the_least_only(seconds_per_call, blocks):
     calls = Calls(normal(0.2), 0, seconds_per_call)
     found = plan(calls.time, Measure(max_seconds=5))
     assert (found.iterations, found.ended, calls.blocks) == (30, "seconds", blocks)
 
 
-def test_the_number_allowed_ends_it() -> None:
+def test_the_number_allowed_ends_it():
     calls = Calls(normal(0.2), 0, seconds_per_call=1e-6)
     found = plan(calls.time, Measure(max_seconds=20, max_iterations=100))
     assert (found.iterations, found.ended) == (100, "iterations")
@@ -138,7 +136,7 @@ def errors(rule: Callable[[Calls], tuple[float, bool]], draw: Draw, runs: int) -
     )
 
 
-def test_the_mean_is_not_biased_by_when_it_stops() -> None:
+def test_the_mean_is_not_biased_by_when_it_stops():
     bias, error, coverage = errors(planned, disturbed, 250)
     assert abs(bias) <= 3 * error
     assert abs(bias) < 0.05
@@ -148,6 +146,6 @@ def test_the_mean_is_not_biased_by_when_it_stops() -> None:
     assert coverage > watched_coverage + 0.1
 
 
-def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
+def test_intervals_hold_the_mean_as_often_as_they_say():
     _, _, coverage = errors(planned, lambda g, n: 9.5 + g.exponential(0.5, n), 200)
     assert coverage >= 0.91

@@ -1,7 +1,5 @@
 """Energy by made-up counters whose power is known, RAPL folders as Linux has them, and refusals."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time
@@ -67,7 +65,7 @@ class Steps:
         return WATT * (self.clock.monotonic() // 0.02) * 0.02
 
 
-def test_a_counter_in_steps_is_read_at_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_counter_in_steps_is_read_at_its_steps(monkeypatch):
     """Read at any moment instead, it would be up to 5 J off; polling allows for 0.5 ms twice."""
     clock = Clock()
     monkeypatch.setattr(meters, "time", clock)
@@ -81,7 +79,7 @@ def test_a_counter_in_steps_is_read_at_its_steps(monkeypatch: pytest.MonkeyPatch
         assert joule == pytest.approx(WATT * seconds, abs=WATT * 0.001)
 
 
-def test_samples_are_integrated_over_uneven_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_integrated_over_uneven_gaps(monkeypatch):
     """Power that rises evenly: the trapezoid is exact whatever the moments of the samples."""
     start, moments, seen = time.monotonic(), list[float](), threading.local()
 
@@ -100,9 +98,7 @@ def test_samples_are_integrated_over_uneven_gaps(monkeypatch: pytest.MonkeyPatch
     assert joule == pytest.approx(seconds * (100 + 1000 * (moments[0] + moments[-1]) / 2))
 
 
-def test_a_run_gives_joules_per_call_and_observations_per_joule(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_run_gives_joules_per_call_and_observations_per_joule(monkeypatch):
     """Real calls of 30 ms on a machine that draws 250 W: 7.5 J each, whatever the batch."""
     monkeypatch.setattr(power, "WARM_S", 0.05)
     monkeypatch.setattr(power, "IDLE_SETTLE_S", 0.0)
@@ -125,7 +121,7 @@ def test_a_run_gives_joules_per_call_and_observations_per_joule(
     assert seen[-3:] in ([1, 2, 3], [2, 3, 1], [3, 1, 2])
 
 
-def test_a_counter_that_stands_still_is_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_counter_that_stands_still_is_no_energy(monkeypatch):
     for name in ("WARM_S", "IDLE_SETTLE_S", "IDLE_S"):
         monkeypatch.setattr(power, name, 0.01)
     meter = meters.CounterMeter("rapl", lambda: 5.0)
@@ -133,7 +129,7 @@ def test_a_counter_that_stands_still_is_no_energy(monkeypatch: pytest.MonkeyPatc
         power._measure(lambda _: time.sleep(0.1), [1], config(), meter, 10.0)
 
 
-def test_rapl_sums_packages_and_nothing_below_them(tmp_path: Path) -> None:
+def test_rapl_sums_packages_and_nothing_below_them(tmp_path):
     first, second = zone(tmp_path, "0", "package-0", 100), zone(tmp_path, "1", "package-1", 200)
     zone(tmp_path, "0:0", "core", 50)
     zone(tmp_path, "2", "psys", 900)
@@ -148,7 +144,7 @@ def test_rapl_sums_packages_and_nothing_below_them(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 999_999), min_size=1, max_size=30))
-def test_a_wrapped_counter_only_grows(steps: list[int]) -> None:
+def test_a_wrapped_counter_only_grows(steps):
     class File:
         text = "0"
 
@@ -163,9 +159,7 @@ def test_a_wrapped_counter_only_grows(steps: list[int]) -> None:
         assert counter.read() == pytest.approx(total / 1e6)
 
 
-def test_without_rapl_there_is_a_reason_and_no_figure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_rapl_there_is_a_reason_and_no_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "POWERCAP", tmp_path)
     phases: list[str] = []
     energy, notes = power.measure(print, [1], config(), CPU, 1.0, phases.append)
@@ -179,13 +173,13 @@ def test_without_rapl_there_is_a_reason_and_no_figure(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_a_counter_for_root_only_is_said(tmp_path: Path) -> None:
+def test_a_counter_for_root_only_is_said(tmp_path):
     (zone(tmp_path, "0", "package-0", 1) / "energy_uj").chmod(0)
     with pytest.raises(power.NoMeterError, match="energy_uj cannot be read"):
         cpu.rapl_meter(tmp_path)
 
 
-def test_an_unreadable_counter_is_said(tmp_path: Path) -> None:
+def test_an_unreadable_counter_is_said(tmp_path):
     (zone(tmp_path, "0", "package-0", 1) / "energy_uj").unlink()
     with pytest.raises(power.NoMeterError, match="energy_uj cannot be read"):
         cpu.rapl_meter(tmp_path)
@@ -199,9 +193,7 @@ def amd(drm: Path, unique_id: str, **files: int) -> None:
         (device / "hwmon" / "hwmon3" / name).write_text(f"{value}\n")
 
 
-def test_amd_without_its_library_is_sampled_from_the_kernel(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_amd_without_its_library_is_sampled_from_the_kernel(tmp_path, monkeypatch):
     amd(tmp_path, "ab", power1_input=310_000_000, power1_cap=750_000_000)
     monkeypatch.setattr(vendor_amd, "DRM", tmp_path)
     machine = Machine((GPU,), TorchBuild("2.13.0", None, "7.1"), "x", 2, 1)
@@ -214,9 +206,7 @@ def test_amd_without_its_library_is_sampled_from_the_kernel(
 
 
 @pytest.mark.parametrize(("unique_id", "words"), [("cd", "no device"), ("ab", "neither amdsmi")])
-def test_amd_that_tells_nothing_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unique_id: str, words: str
-) -> None:
+def test_amd_that_tells_nothing_is_said(tmp_path, monkeypatch, unique_id, words):
     amd(tmp_path, unique_id)
     monkeypatch.setattr(vendor_amd, "DRM", tmp_path)
     machine = Machine((GPU,), TorchBuild("2.13.0", None, "7.1"), "x", 2, 1)
@@ -227,7 +217,7 @@ def test_amd_that_tells_nothing_is_said(
         pass
 
 
-def test_an_nvidia_gpu_without_a_driver_is_said() -> None:
+def test_an_nvidia_gpu_without_a_driver_is_said():
     gpu = Gpu(0, "GPU-abc", "NVIDIA H100", "nvidia", "sm90", 81_000, "570.1")
     machine = Machine((gpu,), TorchBuild("2.13.0", "13.0", None), "x", 2, 1)
     energy, notes = power.measure(print, [1], config(device="cuda"), machine, 1.0, print)

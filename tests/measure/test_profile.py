@@ -54,9 +54,9 @@ def test_operator_calls_of_one_inference_on_a_cpu(small: Callable) -> None:
 
     expected = ["aten::linear", "aten::gelu", "aten::layer_norm"]
     expected += ["aten::matmul", "aten::mul"] * STEPS + ["aten::exp"]
-    assert [launch.name for launch in found.launches] == expected
+    assert found.timeline.launched == expected
     stages = ["vision"] * 2 + ["prefill"] + ["denoise"] * 2 * STEPS + ["other"]
-    assert [launch.stage for launch in found.launches] == stages
+    assert found.timeline.staged == stages
     kernels = found.kernels
     assert kernels.kind == "operator_calls"
     assert kernels.total == len(expected)
@@ -78,7 +78,7 @@ def test_the_trace_is_what_was_counted(small: Callable, tmp_path: Path) -> None:
 
     with gzip.open(path, "rt", encoding="utf-8") as file:
         document = json.load(file)
-    assert Recording.of(document["traceEvents"]).operators().launches() == found.launches
+    assert Recording.of(document["traceEvents"]).operators().launched == found.timeline.launched
     assert [entry.name for entry in tmp_path.iterdir()] == ["trace.json.gz"]
 
 
@@ -86,7 +86,7 @@ def test_the_call_runs_twice_and_is_counted_once() -> None:
     model = Small()
     found = profile_call(model, torch.randn(64, 64), "cpu")
     assert model.calls == 2
-    assert sum(launch.name == "aten::exp" for launch in found.launches) == 1
+    assert found.timeline.launched.count("aten::exp") == 1
 
 
 def test_without_markers_there_are_no_stages() -> None:
@@ -123,8 +123,10 @@ def test_a_replay_has_the_kernels_and_stages_of_the_call(small: Callable) -> Non
 
     assert eager.notes == []
     assert set(eager.kernels.stage_ms) == {"vision", "prefill", "denoise", "other"}
-    inner = [launch.name for launch in replayed.launches if not launch.is_copy]
-    assert inner == [launch.name for launch in eager.launches if not launch.is_copy]
+    inner, whole = (
+        found.timeline.rows(~found.timeline.is_copy).launched for found in (replayed, eager)
+    )
+    assert inner == whole
     assert replayed.kernels.total == eager.kernels.total + 2
     assert set(replayed.kernels.stage_ms) == set(eager.kernels.stage_ms)
     for found in (eager.kernels, replayed.kernels):

@@ -1,7 +1,5 @@
 """Bytes, operations and floors: against figures worked out by hand, and torch's own count."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -39,7 +37,7 @@ def operations(cfg: Config) -> dict[str, float]:
     return {name: sum(work.operations.values()) for name, work in stage_work(cfg).items()}
 
 
-def test_the_full_model_by_hand() -> None:
+def test_the_full_model_by_hand():
     """Three cameras, 20 prompt tokens: 788 prefix tokens, and 11 + 788 keys in each step."""
     work = stage_work(config(workload=THREE))
     rows = 3 * 256
@@ -69,7 +67,7 @@ def test_the_full_model_by_hand() -> None:
     }
 
 
-def test_pi05_by_hand() -> None:
+def test_pi05_by_hand():
     """No state token; the time goes into 37 norms of 3 x 1024 values, in float32, once a step."""
     plain, pi0 = stage_work(config("pi05", workload=THREE)), stage_work(config(workload=THREE))
     assert plain["vision"] == pi0["vision"]
@@ -92,7 +90,7 @@ def test_pi05_by_hand() -> None:
     assert work["denoise"].weights == 2 * 18 * layer + 4 * outer
 
 
-def test_published_totals_of_the_full_model() -> None:
+def test_published_totals_of_the_full_model():
     """219 GFLOP per image, prefill 2.15 and 3.21 TFLOP at 532 and 788 tokens, 623 MB an expert."""
     three = operations(config(workload=THREE))
     assert three["vision"] == pytest.approx(3 * 219e9, rel=0.01)
@@ -106,7 +104,7 @@ def test_published_totals_of_the_full_model() -> None:
     assert expert == pytest.approx(623e6, rel=0.01)
 
 
-def test_floor_of_the_full_model_on_measured_ceilings() -> None:
+def test_floor_of_the_full_model_on_measured_ceilings():
     """(0.66 + 3.21) TFLOP at 712 TFLOP/s and ten times the expert's 650 MB at 3 TB/s."""
     stage_ms = {"vision": 2.0, "prefill": 6.0, "denoise": 6.0}
     found, notes = roofline(config(workload=THREE), limits(), 16.0, stage_ms)
@@ -122,7 +120,7 @@ def test_floor_of_the_full_model_on_measured_ceilings() -> None:
     assert found.fraction == pytest.approx((found.floor_ms or 0) / 16.0)
 
 
-def test_fp8_halves_weights_and_leaves_attention_in_16_bits() -> None:
+def test_fp8_halves_weights_and_leaves_attention_in_16_bits():
     plain, fp8 = (stage_work(config(blas={"backend": b}))["prefill"] for b in ("torch", "fp8"))
     state = 4 * 32 * 1024  # float32 in both
     assert fp8.weights - state == (plain.weights - state) / 2
@@ -132,7 +130,7 @@ def test_fp8_halves_weights_and_leaves_attention_in_16_bits() -> None:
     assert "fp8" in only["denoise"].operations
 
 
-def test_float32_and_tf32_are_told_apart_only_where_there_is_tf32() -> None:
+def test_float32_and_tf32_are_told_apart_only_where_there_is_tf32():
     precision = {"dtype": "float32", "tf32": True}
     assert set(stage_work(config(precision=precision))["vision"].operations) == {"tf32"}
     on_cpu = stage_work(config(device="cpu", precision=precision))["vision"]
@@ -140,13 +138,13 @@ def test_float32_and_tf32_are_told_apart_only_where_there_is_tf32() -> None:
     assert on_cpu.weights == stage_work(config(precision=precision))["vision"].weights
 
 
-def test_compiling_leaves_the_unread_layer_out_as_the_switch_does() -> None:
+def test_compiling_leaves_the_unread_layer_out_as_the_switch_does():
     cut = operations(config(simplify={"last_layer": True}))["prefill"]
     assert operations(config(compile={"mode": "default"}))["prefill"] == cut
     assert cut < operations(config())["prefill"]
 
 
-def test_what_fits_in_the_cache_is_read_once_or_not_at_all() -> None:
+def test_what_fits_in_the_cache_is_read_once_or_not_at_all():
     work = stage_work(config())
     one = work["denoise"].weights + work["denoise"].past
     streamed = memory_bytes(work, 50 * 2**20)
@@ -157,7 +155,7 @@ def test_what_fits_in_the_cache_is_read_once_or_not_at_all() -> None:
     assert kept == {name: stage.fresh for name, stage in work.items()}
 
 
-def test_nothing_is_made_up_without_ceilings() -> None:
+def test_nothing_is_made_up_without_ceilings():
     found, notes = roofline(config(), None, 16.0, {"vision": 1.0})
     assert (found.floor_ms, found.fraction, notes) == (None, None, [])
     assert all(s.floor_ms is None and s.fraction is None for s in found.stages.values())
@@ -167,7 +165,7 @@ def test_nothing_is_made_up_without_ceilings() -> None:
     assert datasheet("NVIDIA GeForce RTX 9999") is None
 
 
-def test_faster_than_the_floor_is_said() -> None:
+def test_faster_than_the_floor_is_said():
     _, notes = roofline(config(), limits(), 1.0)
     assert "Faster than its floor: the call" in notes[0]
 
@@ -179,9 +177,7 @@ def test_faster_than_the_floor_is_said() -> None:
     steps=st.integers(1, 20),
     slots=st.integers(20, 60),
 )
-def test_less_work_never_has_a_higher_floor(
-    batch: int, cameras: list[bool], horizon: int, steps: int, slots: int
-) -> None:
+def test_less_work_never_has_a_higher_floor(batch, cameras, horizon, steps, slots):
     workload = {
         "batch_size": batch,
         "active_cameras": cameras,
@@ -223,7 +219,7 @@ SIMPLER = {"last_layer": True, "state_once": True, "time_mlp": True}
         {"model": {"name": "pi05_mini"}, "simplify": {"time_mlp": True}},
     ],
 )
-def test_operations_are_those_that_torch_counts(raw: dict[str, Any]) -> None:
+def test_operations_are_those_that_torch_counts(raw):
     """The real policy under torch's counter: linear layers and convolution to the operation.
 
     Eager attention also multiplies what the masks hide, which is no work of a floor.
@@ -263,7 +259,7 @@ def test_operations_are_those_that_torch_counts(raw: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("model", ["pi0_mini", "pi05_mini"])
-def test_weights_are_those_of_the_policy(model: str) -> None:
+def test_weights_are_those_of_the_policy(model):
     """In bytes as cast, without biases and gains: every matrix of the three stages."""
     cfg = config(model, "cpu")
     prepared = runtime.apply_knobs(runtime.build_policy(cfg, torch.device("cpu")), cfg)

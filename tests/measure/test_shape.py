@@ -49,7 +49,7 @@ SOMETHING: dict[str, tuple[str, Draw]] = {
 
 @pytest.mark.parametrize("count", [30, 100, 1000])
 @pytest.mark.parametrize("name", NOTHING)
-def test_nothing_is_found_where_there_is_nothing(name: str, count: int) -> None:
+def test_nothing_is_found_where_there_is_nothing(name, count):
     generator = np.random.default_rng(11)
     runs = 60
     kinds = Counter(kind for _ in range(runs) for kind in found(NOTHING[name](generator, count)))
@@ -59,7 +59,7 @@ def test_nothing_is_found_where_there_is_nothing(name: str, count: int) -> None:
 
 @pytest.mark.parametrize("count", [100, 1000])
 @pytest.mark.parametrize("name", SOMETHING)
-def test_what_is_there_is_found_and_nothing_else(name: str, count: int) -> None:
+def test_what_is_there_is_found_and_nothing_else(name, count):
     kind, draw = SOMETHING[name]
     generator = np.random.default_rng(13)
     kinds = Counter(kind for _ in range(50) for kind in found(draw(generator, count)))
@@ -67,14 +67,14 @@ def test_what_is_there_is_found_and_nothing_else(name: str, count: int) -> None:
     assert kinds.total() - kinds[kind] <= 2, kinds
 
 
-def test_heavy_tails_show_as_outliers_and_as_nothing_else() -> None:
+def test_heavy_tails_show_as_outliers_and_as_nothing_else():
     generator = np.random.default_rng(2)
     samples = 16 * (1 + 0.02 * np.abs(generator.standard_t(1.5, 1000)))
     assert "outliers" in found(samples)
     assert not {"modes", "drift"} & set(found(samples))
 
 
-def test_the_words() -> None:
+def test_the_words():
     g = np.random.default_rng(0)
     drift = found(near(g, 400, 16, 0.02) * np.linspace(1, 1.03, 400))["drift"]
     assert drift in ("drifting up 3.0% over the run", "drifting up 2.9% over the run")
@@ -94,7 +94,7 @@ def test_the_words() -> None:
     )
 
 
-def test_changes_too_small_to_matter_are_not_reported() -> None:
+def test_changes_too_small_to_matter_are_not_reported():
     g = np.random.default_rng(1)
     small = 0.005
     assert found(near(g, 1000, 16, 0.001) * np.linspace(1, 1 + small, 1000)) == {}
@@ -102,6 +102,6 @@ def test_changes_too_small_to_matter_are_not_reported() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 23])
-def test_few_samples_have_no_shape(count: int) -> None:
+def test_few_samples_have_no_shape(count):
     samples = np.linspace(10, 10.5, count)
     assert found(samples) == {}

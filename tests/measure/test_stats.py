@@ -20,7 +20,7 @@ LATENCIES = st.lists(st.floats(1e-3, 1e5), min_size=2, max_size=200)
 # scipy's own remark on equal samples, whose standard deviation is 0
 @pytest.mark.filterwarnings("ignore:Precision loss occurred:RuntimeWarning")
 @given(LATENCIES)
-def test_every_statistic_agrees_with_scipy(samples: list[float]) -> None:
+def test_every_statistic_agrees_with_scipy(samples):
     wall = [value + 0.5 for value in samples]
     latency = summarise(samples, wall, "device_events")
 
@@ -36,7 +36,7 @@ def test_every_statistic_agrees_with_scipy(samples: list[float]) -> None:
 
 
 @given(LATENCIES.filter(lambda values: np.std(values) > 1e-6))
-def test_interval_agrees_with_scipy_where_samples_are_independent(samples: list[float]) -> None:
+def test_interval_agrees_with_scipy_where_samples_are_independent(samples):
     latency = summarise(samples, samples, "wall")
 
     low, high = stats.t.interval(
@@ -51,9 +51,7 @@ def test_interval_agrees_with_scipy_where_samples_are_independent(samples: list[
 
 
 @given(st.lists(st.floats(1e-3, 1e5), min_size=8, max_size=200, unique=True))
-def test_median_interval_agrees_with_scipy_where_samples_are_independent(
-    samples: list[float],
-) -> None:
+def test_median_interval_agrees_with_scipy_where_samples_are_independent(samples):
     values = np.array(samples)
     sides = (values < np.median(values)) + 0.5 * (values == np.median(values))
     low, high = median_interval(values)
@@ -98,9 +96,7 @@ MEDIANS = {"skewed": math.log(2) - 1, "bimodal": -0.6 + 0.1 * stats.norm.ppf(0.5
         ("strongly autocorrelated", 400, 0.90),
     ],
 )
-def test_intervals_cover_mean_and_median_as_often_as_they_say(
-    name: str, count: int, least: float
-) -> None:
+def test_intervals_cover_mean_and_median_as_often_as_they_say(name, count, least):
     generator = np.random.default_rng(7)
     runs, mean_hits, median_hits = 800, 0, 0
     for _ in range(runs):
@@ -112,7 +108,7 @@ def test_intervals_cover_mean_and_median_as_often_as_they_say(
     assert least <= median_hits / runs <= 0.99
 
 
-def test_intervals_that_take_neighbours_for_independent_do_not_cover() -> None:
+def test_intervals_that_take_neighbours_for_independent_do_not_cover():
     """What this module is there for: the textbook's interval on the same samples."""
     generator = np.random.default_rng(7)
     hits = 0
@@ -123,18 +119,18 @@ def test_intervals_that_take_neighbours_for_independent_do_not_cover() -> None:
 
 
 @pytest.mark.parametrize(("memory", "expected"), [(0.0, 1.0), (0.5, 3.0), (0.8, 9.0)])
-def test_inefficiency_of_a_known_process(memory: float, expected: float) -> None:
+def test_inefficiency_of_a_known_process(memory, expected):
     samples = autoregressive(np.random.default_rng(3), 50_000, memory)
     assert inefficiency(50 + samples) == pytest.approx(expected, rel=0.1)
 
 
-def test_equal_and_alternating_samples_are_independent() -> None:
+def test_equal_and_alternating_samples_are_independent():
     assert inefficiency(np.full(40, 16.1)) == 1
     assert inefficiency(np.array([16.0, 17.0] * 20)) == 1
     assert mean_half_width(np.full(40, 16.1)) == pytest.approx(0, abs=1e-9)
 
 
-def test_relative_half_width_is_the_wider_interval() -> None:
+def test_relative_half_width_is_the_wider_interval():
     generator = np.random.default_rng(5)
     two = np.where(generator.random(100) < 0.5, 10.0, 20.0)
     low, high = median_interval(two)
@@ -144,7 +140,7 @@ def test_relative_half_width_is_the_wider_interval() -> None:
     assert relative_half_width(tail) == mean_half_width(tail) / tail.mean()
 
 
-def test_planning_and_uploads_enter_no_figure() -> None:
+def test_planning_and_uploads_enter_no_figure():
     samples = [10.0, 11.0, 12.0]
     plain = summarise(samples, samples, "device_events")
     full = summarise(
@@ -163,7 +159,7 @@ def test_planning_and_uploads_enter_no_figure() -> None:
 
 
 @pytest.mark.parametrize(("spread", "noisy"), [(0.099, False), (0.101, True)])
-def test_noisy_from_a_tenth_of_the_mean(spread: float, noisy: bool) -> None:
+def test_noisy_from_a_tenth_of_the_mean(spread, noisy):
     pair = spread * 20 / math.sqrt(2)  # two samples mean +- pair have std sqrt(2) * pair
     assert summarise([20 - pair, 20 + pair], [1.0, 1.0], "wall").noisy is noisy
 
@@ -172,7 +168,7 @@ def test_noisy_from_a_tenth_of_the_mean(spread: float, noisy: bool) -> None:
     "samples",
     [[], [1.0], [1.0, math.nan], [1.0, math.inf], [1.0, 0.0], [1.0, -2.0], [[1.0], [2.0]]],
 )
-def test_refuses_what_is_no_latency(samples: list[float]) -> None:
+def test_refuses_what_is_no_latency(samples):
     with pytest.raises(ValueError, match=r"^samples_ms"):
         summarise(samples, [1.0] * len(samples), "wall")
     if samples:
@@ -180,6 +176,6 @@ def test_refuses_what_is_no_latency(samples: list[float]) -> None:
             summarise([1.0] * max(len(samples), 2), samples, "wall")
 
 
-def test_refuses_lists_of_different_lengths() -> None:
+def test_refuses_lists_of_different_lengths():
     with pytest.raises(ValueError, match="2 samples_ms but 3 wall_samples_ms"):
         summarise([1.0, 2.0], [1.0, 2.0, 3.0], "wall")

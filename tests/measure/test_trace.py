@@ -14,12 +14,9 @@ from openpi_opt.measure.profile import (
     with_stages_of,
 )
 from openpi_opt.measure.trace import (
-    Launch,
-    Occupation,
     ProfileError,
     Recording,
-    occupation,
-    shares_us,
+    Timeline,
     stage_by_sequence,
 )
 
@@ -51,12 +48,12 @@ def kernel(name: str, ts: float, dur: float, correlation: int, **more: Any) -> E
     return {**device, "name": name, "ts": ts, "dur": dur, "args": args, **more}
 
 
-def kernels_in(events: list[Event]) -> list[Launch]:
-    return Recording.of(events).kernels().launches()
+def kernels_in(events: list[Event]) -> Timeline:
+    return Recording.of(events).kernels()
 
 
-def operators_in(events: list[Event]) -> list[Launch]:
-    return Recording.of(events).operators().launches()
+def operators_in(events: list[Event]) -> Timeline:
+    return Recording.of(events).operators()
 
 
 def copy(ts: float, dur: float, correlation: int) -> Event:
@@ -105,8 +102,8 @@ REPLAY = [
 
 
 def test_kernels_are_listed_in_order_of_their_start_with_the_stage_of_their_launch() -> None:
-    listed = [(launch.name, launch.start_us, launch.stage) for launch in kernels_in(EAGER)]
-    assert listed == [
+    found = kernels_in(EAGER)
+    assert list(zip(found.launched, found.start_us, found.staged, strict=True)) == [
         (NVJET, 150.0, "vision"),
         (FLASH, 200.0, "prefill"),
         (MEMCPY, 230.0, "prefill"),
@@ -151,32 +148,33 @@ def test_idle_time_is_what_no_kernel_covers() -> None:
     assert kernels.counted_on == "call"
 
 
-def spans(*pairs: tuple[float, float]) -> list[Launch]:
-    return [Launch("k", start, duration, None) for start, duration in pairs]
+def spans(*pairs: tuple[float, float]) -> Timeline:
+    return Recording.of([kernel("k", start, dur, 0) for start, dur in pairs]).kernels()
 
 
 @pytest.mark.parametrize(
-    ("launches", "expected"),
+    ("timeline", "busy", "gaps"),
     [
-        (spans((5, 10)), (10, 0, 0)),
-        (spans((0, 10), (2, 3)), (10, 0, 0)),  # inside, on another stream
-        (spans((0, 10), (5, 10)), (15, 0, 0)),
-        (spans((0, 10), (10, 5), (20, 1)), (16, 5, 5)),
-        (spans((20, 1), (0, 4), (6, 4)), (9, 12, 10)),
-        ([], (0, 0, 0)),
+        (spans((5, 10)), 10, []),
+        (spans((0, 10), (2, 3)), 10, [0]),  # inside, on another stream
+        (spans((0, 10), (5, 10)), 15, [0]),
+        (spans((0, 10), (10, 5), (20, 1)), 16, [0, 5]),
+        (spans((20, 1), (0, 4), (6, 4)), 9, [2, 10]),
+        (spans(), 0, []),
     ],
 )
-def test_occupation_over_all_streams(launches: list[Launch], expected: tuple) -> None:
-    assert occupation(launches) == Occupation(*expected)
+def test_gaps_over_all_streams(timeline: Timeline, busy: float, gaps: list[float]) -> None:
+    assert timeline.shares_us().sum() == busy
+    assert timeline.gaps_us().tolist() == gaps
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9)), min_size=1, max_size=12))
-def test_occupation_against_counting_each_microsecond(pairs: list[tuple[int, int]]) -> None:
+def test_busy_and_idle_against_counting_each_microsecond(pairs: list[tuple[int, int]]) -> None:
     covered = {at for start, duration in pairs for at in range(start, start + duration)}
     first, last = min(s for s, _ in pairs), max(s + d for s, d in pairs)
-    found = occupation(spans(*pairs))
-    assert found.busy_us == len(covered)
-    assert found.busy_us + found.idle_us == last - first
+    found = spans(*pairs)
+    assert found.shares_us().sum() == len(covered)
+    assert len(covered) + found.gaps_us().sum() == last - first
 
 
 def test_on_rocm_a_replay_that_hides_its_kernels_is_counted_without_its_graph() -> None:
@@ -223,7 +221,7 @@ def test_a_replay_counts_all_kernels_of_the_graph_and_has_no_stages() -> None:
     assert found.kernels.total == 8
     assert found.kernels.by_category["memory"] == 3
     assert found.kernels.stage_ms == {}
-    assert all(launch.stage is None for launch in found.launches)
+    assert set(found.timeline.staged) == {None}
     assert len(found.notes) == 1
     assert "no marker" in found.notes[0]
 
@@ -231,9 +229,8 @@ def test_a_replay_counts_all_kernels_of_the_graph_and_has_no_stages() -> None:
 def test_a_replay_takes_its_stages_from_the_same_kernels_uncaptured() -> None:
     found = with_stages_of(profile_of(REPLAY, "cuda"), profile_of(EAGER, "cuda"))
 
-    stages = [launch.stage for launch in found.launches]
     inner = ["vision", "prefill", "prefill", "denoise", "denoise", "other"]
-    assert stages == ["other", *inner, "other"]
+    assert found.timeline.staged == ["other", *inner, "other"]
     assert found.kernels.stage_ms == pytest.approx(
         {"other": 0.011, "vision": 0.038, "prefill": 0.024, "denoise": 0.004}
     )
@@ -279,7 +276,7 @@ def test_the_innermost_marker_decides() -> None:
         kernel(ADD, 20.0, 1.0, 1),
         kernel(NVJET, 60.0, 1.0, 2),
     ]
-    assert [launch.stage for launch in kernels_in(events)] == ["vision", "denoise"]
+    assert kernels_in(events).staged == ["vision", "denoise"]
 
 
 def test_a_marker_of_another_thread_does_not_count() -> None:
@@ -289,7 +286,7 @@ def test_a_marker_of_another_thread_does_not_count() -> None:
         runtime("cudaLaunchKernel", 20.0, 1),
         kernel(ADD, 30.0, 1.0, 1),
     ]
-    assert [launch.stage for launch in kernels_in(events)] == ["other"]
+    assert kernels_in(events).staged == ["other"]
 
 
 def test_the_operator_stands_in_for_a_launch_that_was_not_recorded() -> None:
@@ -298,7 +295,7 @@ def test_the_operator_stands_in_for_a_launch_that_was_not_recorded() -> None:
         operator("aten::mm", 10.0, 5.0, **{"External id": 9}),
         kernel(NVJET, 30.0, 1.0, 1, args={"External id": 9}),
     ]
-    assert [launch.stage for launch in kernels_in(events)] == ["vision"]
+    assert kernels_in(events).staged == ["vision"]
 
 
 def test_one_kernel_of_unknown_launch_leaves_no_stages() -> None:
@@ -333,8 +330,8 @@ def test_operator_calls_are_the_outermost_of_their_thread() -> None:
         operator("openpi_opt::rms_norm", 70.0, 5.0),
         {**operator("aten::copy_", 15.0, 5.0), "tid": 200},
     ]
-    listed = [(launch.name, launch.duration_us, launch.stage) for launch in operators_in(events)]
-    assert listed == [
+    found = operators_in(events)
+    assert list(zip(found.launched, found.duration_us, found.staged, strict=True)) == [
         ("aten::linear", 30.0, "vision"),
         ("aten::copy_", 5.0, "other"),
         ("aten::gelu", 5.0, "vision"),
@@ -345,7 +342,7 @@ def test_operator_calls_are_the_outermost_of_their_thread() -> None:
 
 def test_operators_that_start_together_are_one_call() -> None:
     events = [operator("aten::zero_", 10.0, 3.0), operator("aten::zeros", 10.0, 5.0)]
-    assert [launch.name for launch in operators_in(events)] == ["aten::zeros"]
+    assert operators_in(events).launched == ["aten::zeros"]
 
 
 def test_nesting_is_exact_at_the_size_of_real_timestamps() -> None:
@@ -355,7 +352,7 @@ def test_nesting_is_exact_at_the_size_of_real_timestamps() -> None:
         operator("aten::view", start + 0.239, 0.09),
         operator("aten::add", start + 0.1, 0.139),
     ]
-    assert [launch.name for launch in operators_in(events)] == ["aten::mul", "aten::view"]
+    assert operators_in(events).launched == ["aten::mul", "aten::view"]
 
 
 def test_generated_loops_on_a_cpu_are_said_to_be_missing() -> None:
@@ -383,9 +380,9 @@ def test_a_damaged_event_is_an_error(damage: Event) -> None:
 
 
 def test_one_unknown_stage_leaves_the_stages_empty() -> None:
-    launches = kernels_in([*EAGER, kernel(ADD, 400.0, 1.0, 99)])
-    assert kernels_of(launches, "cuda").stage_ms == {}
-    assert kernels_of(launches[:-1], "cuda").stage_ms != {}
+    timeline = kernels_in([*EAGER, kernel(ADD, 400.0, 1.0, 99)])
+    assert kernels_of(timeline, "cuda").stage_ms == {}
+    assert kernels_of(timeline.rows(slice(-1)), "cuda").stage_ms != {}
 
 
 NAMES = st.lists(st.sampled_from(["a", "b", "c", "Memset (Device)"]), min_size=1, max_size=20)
@@ -444,12 +441,9 @@ def test_copies_at_the_border_of_the_call_itself_keep_their_stage() -> None:
 
 def test_moments_of_overlapping_kernels_count_once() -> None:
     """A kernel that starts beside its predecessor and waits for it is not busy twice."""
-    times = [(0.0, 10.0), (4.0, 9.0), (5.0, 2.0), (20.0, 5.0)]
-    launches = [
-        Launch(f"k{i}", start, length, "denoise") for i, (start, length) in enumerate(times)
-    ]
-    assert shares_us(launches) == [10.0, 3.0, 0.0, 5.0]
-    kernels = kernels_of(launches, "cuda")
-    assert kernels.stage_ms["denoise"] == pytest.approx(0.018)
+    timeline = spans((0.0, 10.0), (4.0, 9.0), (5.0, 2.0), (20.0, 5.0))
+    assert timeline.shares_us().tolist() == [10.0, 3.0, 0.0, 5.0]
+    kernels = kernels_of(timeline, "cuda")
+    assert kernels.busy_ms == pytest.approx(0.018)
     assert kernels.busy_ms == pytest.approx(sum(kernels.category_ms.values()))
-    assert sum(row.total_ms for row in table_of(launches, "cuda")) == pytest.approx(0.018)
+    assert sum(row.total_ms for row in table_of(timeline, "cuda")) == pytest.approx(0.018)

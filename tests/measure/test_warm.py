@@ -1,7 +1,5 @@
 """How long a GPU is warmed, on a clock of its own."""
 
-from __future__ import annotations
-
 import pytest
 
 from openpi_opt.measure import warm
@@ -25,19 +23,19 @@ class Gpu:
         return warm.warm(self.call, device, self.clock, lambda: None)  # type: ignore[arg-type]
 
 
-def test_it_ends_when_the_clock_is_steady(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_when_the_clock_is_steady(monkeypatch):
     quick = Gpu(monkeypatch, 1980.0).warm()
     assert warm.LEAST_SECONDS <= quick < 1.5
     slow = Gpu(monkeypatch, 900, 1200, 1500, 1700, 1900, 1960, 1975, 1980).warm()
     assert quick < slow < warm.MOST_SECONDS
 
 
-def test_it_gives_up_on_a_clock_that_wanders(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_gives_up_on_a_clock_that_wanders(monkeypatch):
     gpu = Gpu(monkeypatch, *[1000.0, 1500.0] * 99)
     assert warm.MOST_SECONDS <= gpu.warm() < warm.MOST_SECONDS + 0.5
 
 
-def test_without_a_clock_it_takes_a_while_and_a_cpu_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_clock_it_takes_a_while_and_a_cpu_none(monkeypatch):
     assert warm.BLIND_SECONDS <= Gpu(monkeypatch, None).warm() < warm.BLIND_SECONDS + 0.5
     gpu = Gpu(monkeypatch, 1980.0)
     assert gpu.warm("cpu") == 0.0

@@ -1,7 +1,6 @@
 """Mini policies and the workload that has everything to get wrong: a masked camera, padding."""
 
 import copy
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -21,24 +20,24 @@ def _shared_policy(name: str) -> Pi0Policy:
 
 
 @pytest.fixture
-def policy() -> Pi0Policy:
+def policy():
     """pi0_mini with random weights, float32, three steps, a copy for each test."""
     return copy.deepcopy(_shared_policy("pi0_mini"))
 
 
 @pytest.fixture(params=["pi0_mini", "pi05_mini"])
-def either(request: pytest.FixtureRequest) -> Pi0Policy:
+def either(request):
     """Both small models, as `policy`; their inputs have the same sizes."""
     return copy.deepcopy(_shared_policy(request.param))
 
 
 @pytest.fixture
-def masked_workload() -> Workload:
+def masked_workload():
     """Third camera masked, 20 of 28 prompt slots valid."""
     return Workload((True, True, False), 28, 20, horizon=10, steps=3, batch_size=1)
 
 
 @pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
+def _no_grad():
     with torch.no_grad():
         yield

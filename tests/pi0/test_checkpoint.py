@@ -47,11 +47,11 @@ def assert_same(policy: Pi0Policy, tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.fixture
-def tensors() -> dict[str, Tensor]:
+def tensors():
     return {name: tensor.clone() for name, tensor in filled().state_dict().items()}
 
 
-def test_saved_files_have_openpis_names_and_load_again(tmp_path: Path) -> None:
+def test_saved_files_have_openpis_names_and_load_again(tmp_path):
     policy = filled()
     save(policy, tmp_path / "model.safetensors")
     assert_same(policy, load_file(tmp_path / "model.safetensors"))
@@ -65,7 +65,7 @@ def test_saved_files_have_openpis_names_and_load_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "model."], ids=["openpi", "LeRobot"])
-def test_files_of_pi05(tmp_path: Path, prefix: str, tensors: dict[str, Tensor]) -> None:
+def test_files_of_pi05(tmp_path, prefix, tensors):
     stored = {name: t.clone() for name, t in filled(config=TINY_PI05).state_dict().items()}
     save_file({prefix + name: t for name, t in stored.items()}, tmp_path / "model.safetensors")
     policy = filled(seed=1, config=TINY_PI05)
@@ -81,9 +81,7 @@ def test_files_of_pi05(tmp_path: Path, prefix: str, tensors: dict[str, Tensor]) 
         load(policy, tmp_path)
 
 
-def test_saving_keeps_the_old_file_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_saving_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"old")
 
@@ -97,7 +95,7 @@ def test_saving_keeps_the_old_file_when_it_fails(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_values_take_the_dtype_of_the_policy(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_values_take_the_dtype_of_the_policy(tmp_path, tensors):
     stored = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     stored[NORM] = tensors[NORM].double()
     save_file(stored, tmp_path / "model.safetensors")
@@ -106,9 +104,7 @@ def test_values_take_the_dtype_of_the_policy(tmp_path: Path, tensors: dict[str, 
     assert_same(policy, {name: tensor.float() for name, tensor in stored.items()})
 
 
-def test_lerobot_files_have_a_prefix_and_their_embedding_wins(
-    tmp_path: Path, tensors: dict[str, Tensor]
-) -> None:
+def test_lerobot_files_have_a_prefix_and_their_embedding_wins(tmp_path, tensors):
     stored = {"model." + name: tensor for name, tensor in tensors.items()}
     stored["model." + checkpoint.EMBEDDING] = tensors[checkpoint.TIED] + 1
     save_file(stored, tmp_path / "model.safetensors")
@@ -125,9 +121,7 @@ def legacy(name: str) -> str:
     return "model." + name.replace("paligemma.model.multi_modal", "paligemma.multi_modal")
 
 
-def test_legacy_lerobot_files_load_without_their_statistics(
-    tmp_path: Path, tensors: dict[str, Tensor]
-) -> None:
+def test_legacy_lerobot_files_load_without_their_statistics(tmp_path, tensors):
     stored = {legacy(name): tensor for name, tensor in tensors.items()}
     stored["normalize_inputs.buffer_observation_state.mean"] = torch.zeros(7)
     stored["normalize_targets.buffer_action.std"] = torch.zeros(7)
@@ -138,7 +132,7 @@ def test_legacy_lerobot_files_load_without_their_statistics(
     assert_same(policy, tensors)
 
 
-def test_names_of_transformers_5_load(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_names_of_transformers_5_load(tmp_path, tensors):
     stored = {name.replace(".vision_model.", "."): tensor for name, tensor in tensors.items()}
     assert stored.keys() != tensors.keys()
     save_file(stored, tmp_path / "model.safetensors")
@@ -157,7 +151,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def test_sharded_checkpoints_load(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_sharded_checkpoints_load(tmp_path, tensors):
     write_shards(tmp_path, tensors)
     for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
         policy = filled(seed=1)
@@ -203,9 +197,7 @@ def renamed(tensors: dict[str, Tensor]) -> None:
         (lambda tensors: tensors.clear(), r"\d+ missing: .*, .*, .*, \.\.\."),
     ],
 )
-def test_misfits_are_named_and_change_nothing(
-    tmp_path: Path, tensors: dict[str, Tensor], change: Change, message: str
-) -> None:
+def test_misfits_are_named_and_change_nothing(tmp_path, tensors, change, message):
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
     policy = filled(seed=1)
@@ -218,7 +210,7 @@ def test_misfits_are_named_and_change_nothing(
 
 
 @pytest.fixture(scope="module")
-def stored_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def stored_bytes(tmp_path_factory):
     path = tmp_path_factory.mktemp("stored") / "model.safetensors"
     save(filled(), path)
     return path.read_bytes()
@@ -228,9 +220,7 @@ def stored_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_any_truncation_is_reported(
-    tmp_path: Path, stored_bytes: bytes, data: st.DataObject
-) -> None:
+def test_any_truncation_is_reported(tmp_path, stored_bytes, data):
     length = data.draw(st.integers(0, len(stored_bytes) - 1))
     path = tmp_path / "model.safetensors"
     path.write_bytes(stored_bytes[:length])

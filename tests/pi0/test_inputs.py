@@ -12,7 +12,7 @@ from openpi_opt.pi0.workload import Workload, make_inputs
 WORKLOAD = Workload((True, True, False), 20, 12, horizon=10, steps=10, batch_size=3)
 
 
-def test_layout_counts_slots() -> None:
+def test_layout_counts_slots():
     layout = Layout((True, False, True), 20, 12)
     assert (layout.prefix_slots, layout.prefix_valid) == (788, 524)
     assert not layout.all_valid
@@ -32,15 +32,13 @@ def test_layout_counts_slots() -> None:
         ((True, True), 0, True),
     ],
 )
-def test_layout_knows_when_valid_tokens_lead(
-    cameras: tuple[bool, ...], prompt_tokens: int, leading: bool
-) -> None:
+def test_layout_knows_when_valid_tokens_lead(cameras, prompt_tokens, leading):
     layout = Layout(cameras, 4, prompt_tokens, tokens_per_camera=2)
     assert layout.leading is leading
     assert leading is (layout.valid_index() == list(range(layout.prefix_valid)))
 
 
-def test_layout_of_masks_is_the_workloads() -> None:
+def test_layout_of_masks_is_the_workloads():
     inputs = make_inputs(WORKLOAD, PI0_MINI, 0, "cpu")
     assert Layout.of(inputs.image_mask, inputs.token_mask) == WORKLOAD.layout
 
@@ -55,9 +53,7 @@ def test_layout_of_masks_is_the_workloads() -> None:
         ([1, 0], [[1, 0]], "image_mask"),
     ],
 )
-def test_masks_without_a_layout_are_refused(
-    image_mask: list[object], token_mask: list[object], message: str
-) -> None:
+def test_masks_without_a_layout_are_refused(image_mask, token_mask, message):
     with pytest.raises(ValueError, match=message):
         Layout.of(torch.tensor(image_mask).bool(), torch.tensor(token_mask).bool())
 
@@ -75,12 +71,12 @@ def test_masks_without_a_layout_are_refused(
         {"active_cameras": ()},
     ],
 )
-def test_impossible_workloads_are_refused(change: dict[str, object]) -> None:
+def test_impossible_workloads_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         dataclasses.replace(WORKLOAD, **change)
 
 
-def test_inputs_have_the_documented_shapes_and_ranges() -> None:
+def test_inputs_have_the_documented_shapes_and_ranges():
     inputs = make_inputs(WORKLOAD, PI0_MINI, 0, "cpu")
     assert inputs.images.shape == (3, 3, 3, 224, 224)
     assert -1.0 <= float(inputs.images.min()) < -0.99 < 0.99 < float(inputs.images.max()) <= 1.0
@@ -94,14 +90,14 @@ def test_inputs_have_the_documented_shapes_and_ranges() -> None:
     assert len(inputs.tokens[:, 12:].unique()) > 5
 
 
-def test_inputs_depend_on_the_seed_only() -> None:
+def test_inputs_depend_on_the_seed_only():
     first, again, other = (make_inputs(WORKLOAD, PI0_MINI, seed, "cpu") for seed in (1, 1, 2))
     for name, left, right, different in zip(first._fields, first, again, other, strict=True):
         assert torch.equal(left, right)
         assert ("mask" in name) is torch.equal(left, different)
 
 
-def test_the_small_models_have_the_graphs_of_the_full_ones() -> None:
+def test_the_small_models_have_the_graphs_of_the_full_ones():
     assert list(MODELS) == ["pi0", "pi0_mini", "pi05", "pi05_mini"]
     assert [config.family for config in MODELS.values()] == ["pi0", "pi0", "pi05", "pi05"]
     assert [config.state_tokens for config in MODELS.values()] == [1, 1, 0, 0]
@@ -110,7 +106,7 @@ def test_the_small_models_have_the_graphs_of_the_full_ones() -> None:
         assert config.expert.heads * config.expert.head_dim != config.expert.width
 
 
-def test_impossible_configs_are_refused() -> None:
+def test_impossible_configs_are_refused():
     with pytest.raises(ValueError, match=r"depth is 4 and expert\.depth is 5"):
         dataclasses.replace(PI0_MINI, expert=dataclasses.replace(PI0_MINI.expert, depth=5))
     with pytest.raises(ValueError, match="allowed are bfloat16, float32"):

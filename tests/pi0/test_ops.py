@@ -16,8 +16,7 @@ from openpi_opt.pi0.ops import (
     rms_norm,
     rotary,
 )
-from openpi_opt.pi0.policy import Pi0Policy
-from openpi_opt.pi0.workload import Workload, make_inputs
+from openpi_opt.pi0.workload import make_inputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -36,9 +35,7 @@ def openpi_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 1, 32), (6, 2, 10), (3, 3, 7)])
 @pytest.mark.parametrize("mask_shape", [(2, 1, 5, 13), (2, 1, 1, 13), (1, 1, 5, 13)])
-def test_attention_has_the_roundings_of_openpi(
-    dtype: torch.dtype, heads: int, kv_heads: int, width: int, mask_shape: tuple[int, ...]
-) -> None:
+def test_attention_has_the_roundings_of_openpi(dtype, heads, kv_heads, width, mask_shape):
     generator = torch.Generator().manual_seed(heads)
     q = torch.randn(2, 5, heads, width, generator=generator).to(dtype)
     k = (3 * torch.randn(2, 13, kv_heads, width, generator=generator)).to(dtype)
@@ -54,7 +51,7 @@ def test_attention_has_the_roundings_of_openpi(
     assert distance(ours, expected) < limit
 
 
-def test_attention_of_a_query_that_sees_nothing_is_finite() -> None:
+def test_attention_of_a_query_that_sees_nothing_is_finite():
     q = torch.randn(1, 3, 2, 8)
     k = v = torch.randn(1, 4, 1, 8)
     mask = torch.zeros(1, 1, 3, 4, dtype=torch.bool)
@@ -62,7 +59,7 @@ def test_attention_of_a_query_that_sees_nothing_is_finite() -> None:
     assert torch.allclose(out, v.mean(1, keepdim=True).expand_as(out), atol=1e-6)
 
 
-def test_masked_keys_have_no_weight_at_all() -> None:
+def test_masked_keys_have_no_weight_at_all():
     q, k, v = (torch.randn(1, 6, 1, 8) for _ in range(3))
     mask = torch.tensor([True, True, True, True, False, False])
     expected = eager_attention(q, k, v, Visibility(mask, None), 1.0)
@@ -71,7 +68,7 @@ def test_masked_keys_have_no_weight_at_all() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm_rounds_once_after_the_gain(dtype: torch.dtype) -> None:
+def test_rms_norm_rounds_once_after_the_gain(dtype):
     x, weight = (4 * torch.randn(3, 7, 33)).to(dtype), torch.randn(33)
     wide = x.double()
     exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight.double())
@@ -83,7 +80,7 @@ def test_rms_norm_rounds_once_after_the_gain(dtype: torch.dtype) -> None:
     assert float(error.max()) <= roundings * torch.finfo(dtype).eps
 
 
-def test_rotary_is_a_rotation_of_halves() -> None:
+def test_rotary_is_a_rotation_of_halves():
     x = torch.randn(2, 5, 3, 8)
     angles = torch.randn(2, 5, 4)
     out = rotary(x, angles.cos(), angles.sin())
@@ -91,7 +88,7 @@ def test_rotary_is_a_rotation_of_halves() -> None:
     assert torch.allclose(out, torch.cat((as_complex.real, as_complex.imag), -1), atol=1e-6)
 
 
-def test_gelu_mul_rounds_the_gelu_before_the_product() -> None:
+def test_gelu_mul_rounds_the_gelu_before_the_product():
     random = torch.Generator().manual_seed(0)
     gate, up = (torch.randn(1000, generator=random).bfloat16() for _ in range(2))
     gelu = torch.nn.functional.gelu(gate.double(), approximate="tanh").bfloat16()
@@ -99,9 +96,7 @@ def test_gelu_mul_rounds_the_gelu_before_the_product() -> None:
     assert (gelu_mul(gate, up) == gelu * up).double().mean() > 0.99
 
 
-def test_every_operation_is_used_through_the_shared_ops(
-    policy: Pi0Policy, masked_workload: Workload
-) -> None:
+def test_every_operation_is_used_through_the_shared_ops(policy, masked_workload):
     """Replacing a field acts on every call."""
     inputs = make_inputs(masked_workload, policy.config, 0, "cpu")
     calls: dict[str, int] = {}

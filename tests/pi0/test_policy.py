@@ -8,7 +8,7 @@ import torch
 from distances import distance
 from torch import Tensor
 
-from openpi_opt.pi0.config import PI0_MINI, PI05_MINI, Pi0Config, RopeFrequencies
+from openpi_opt.pi0.config import PI0_MINI, PI05_MINI
 from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.ops import Visibility, eager_attention
 from openpi_opt.pi0.packing import packing
@@ -52,9 +52,7 @@ def transcribed(policy: Pi0Policy, inputs: Inputs) -> Tensor:
 @pytest.mark.parametrize(
     ("model", "rope"), [(PI0_MINI, "bfloat16"), (PI0_MINI, "float32"), (PI05_MINI, "bfloat16")]
 )
-def test_actions_equal_the_transcription(
-    name: str, model: Pi0Config, rope: RopeFrequencies
-) -> None:
+def test_actions_equal_the_transcription(name, model, rope):
     workload = WORKLOADS[name]
     config = dataclasses.replace(model, rope_frequencies=rope)
     policy = build(config, "cpu", steps=workload.steps)
@@ -67,7 +65,7 @@ def test_actions_equal_the_transcription(
 
 
 @pytest.mark.parametrize("model", [PI0_MINI, PI05_MINI], ids=lambda model: model.name)
-def test_batch_of_different_masks_equals_the_transcription(model: Pi0Config) -> None:
+def test_batch_of_different_masks_equals_the_transcription(model):
     policy = build(model, "cpu", steps=2)
     init_random(policy, seed=5)
     inputs = make_inputs(Workload((True, True), 8, 8, 5, 2, 2), PI0_MINI, 6, "cpu")
@@ -80,7 +78,7 @@ def test_batch_of_different_masks_equals_the_transcription(model: Pi0Config) -> 
     assert distance(actions, transcribed(policy, inputs)) < 1e-5
 
 
-def test_the_state_of_pi05_is_in_its_prompt() -> None:
+def test_the_state_of_pi05_is_in_its_prompt():
     """Two states with the same prompt are the same observation."""
     policy = build(PI05_MINI, "cpu", steps=2)
     init_random(policy, seed=0)
@@ -89,7 +87,7 @@ def test_the_state_of_pi05_is_in_its_prompt() -> None:
     assert torch.equal(policy.sample_actions(other), policy.sample_actions(inputs))
 
 
-def test_rope_rounding_changes_the_actions() -> None:
+def test_rope_rounding_changes_the_actions():
     """So the parity above tells the two definitions apart."""
     inputs = make_inputs(SEED_B1, PI0_MINI, 0, "cpu")
     actions = []
@@ -115,9 +113,7 @@ def layout_of(layout: Layout) -> Workload:
     ],
     ids=["scattered", "scattered in bfloat16", "leading", "gap", "all_valid"],
 )
-def test_declared_layout_equals_general_masks(
-    either: Pi0Policy, layout: Layout, dtype: torch.dtype
-) -> None:
+def test_declared_layout_equals_general_masks(either, layout, dtype):
     policy = either
     cast(policy, dtype)
     inputs = make_inputs(layout_of(layout), PI0_MINI, 7, "cpu")
@@ -150,9 +146,7 @@ def ragged(seed: int = 7) -> list[Inputs]:
 
 
 @pytest.mark.parametrize(("seed", "dtype"), [(7, torch.float32), (8, torch.bfloat16)])
-def test_a_flexible_layout_serves_any_masks(
-    either: Pi0Policy, seed: int, dtype: torch.dtype
-) -> None:
+def test_a_flexible_layout_serves_any_masks(either, seed, dtype):
     policy = either
     cast(policy, dtype)
     batches = ragged(seed)
@@ -164,7 +158,7 @@ def test_a_flexible_layout_serves_any_masks(
         assert distance(actions, expected) < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
-def test_padding_and_segments_say_the_same_as_the_mask(either: Pi0Policy) -> None:
+def test_padding_and_segments_say_the_same_as_the_mask(either):
     """For kernels that read lengths: the first `start[b]` keys of each segment, and from `stop`."""
 
     def lengths_only(
@@ -196,7 +190,7 @@ def test_padding_and_segments_say_the_same_as_the_mask(either: Pi0Policy) -> Non
         assert distance(policy.sample_actions(inputs), expected) < 1e-5
 
 
-def test_packing_keeps_order_and_repeats_a_valid_token() -> None:
+def test_packing_keeps_order_and_repeats_a_valid_token():
     mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]]).bool()
     order, length, valid = packing(mask)
     assert order.tolist() == [[1, 2, 4, 4, 4], [0, 1, 2, 3, 4], [3, 3, 3, 3, 3]]
@@ -228,7 +222,7 @@ def gathered_attention(
     [Layout((True, False, True), 12, 7), Layout((True, True), 12, 7), Layout((True,), 5, 5)],
     ids=["scattered", "leading", "all_valid"],
 )
-def test_segments_say_the_same_as_the_mask(either: Pi0Policy, layout: Layout) -> None:
+def test_segments_say_the_same_as_the_mask(either, layout):
     policy = either
     inputs = make_inputs(layout_of(layout), PI0_MINI, 8, "cpu")
     policy.declare_layout(layout)
@@ -237,21 +231,19 @@ def test_segments_say_the_same_as_the_mask(either: Pi0Policy, layout: Layout) ->
     assert distance(policy.sample_actions(inputs), masked) < 1e-5
 
 
-def test_layout_of_another_tower_is_refused(policy: Pi0Policy) -> None:
+def test_layout_of_another_tower_is_refused(policy):
     with pytest.raises(ValueError, match="64 tokens a camera"):
         policy.declare_layout(Layout((True,), 4, 4, tokens_per_camera=64))
 
 
-def test_deepcopy_shares_nothing(policy: Pi0Policy) -> None:
+def test_deepcopy_shares_nothing(policy):
     other = copy.deepcopy(policy)
     other.ops.gelu = torch.relu
     assert policy.ops.gelu is not torch.relu
     assert other.vision.encoder.layers[0].mlp.ops is other.ops
 
 
-def test_float16_and_bfloat16_stay_near_float32(
-    either: Pi0Policy, masked_workload: Workload
-) -> None:
+def test_float16_and_bfloat16_stay_near_float32(either, masked_workload):
     policy = either
     inputs = make_inputs(masked_workload, PI0_MINI, 9, "cpu")
     exact = policy.sample_actions(inputs)
@@ -262,9 +254,7 @@ def test_float16_and_bfloat16_stay_near_float32(
 
 
 @pytest.mark.parametrize(("flexible", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
-def test_whole_call_compiles_to_one_graph(
-    masked_workload: Workload, flexible: bool, dtype: torch.dtype
-) -> None:
+def test_whole_call_compiles_to_one_graph(masked_workload, flexible, dtype):
     """With a flexible layout, and with masks; knob `compile` has the exact one."""
     workload = dataclasses.replace(masked_workload, steps=2, flexible=flexible)  # both unrolled
     policy = build(PI0_MINI, "cpu", workload.steps)
@@ -279,9 +269,7 @@ def test_whole_call_compiles_to_one_graph(
     assert distance(compiled(inputs), eager) < 1e-6
 
 
-def test_stages_compile_once_each_and_can_be_replaced(
-    policy: Pi0Policy, masked_workload: Workload
-) -> None:
+def test_stages_compile_once_each_and_can_be_replaced(policy, masked_workload):
     inputs = make_inputs(masked_workload, PI0_MINI, 11, "cpu")
     policy.declare_layout(masked_workload.layout)
     eager = policy.sample_actions(inputs)
@@ -302,7 +290,7 @@ def test_stages_compile_once_each_and_can_be_replaced(
     assert len(graphs) == 3
 
 
-def test_profiler_sees_the_three_stages() -> None:
+def test_profiler_sees_the_three_stages():
     policy = build(PI0_MINI, "cpu", steps=2)
     init_random(policy, seed=0)
     inputs = make_inputs(dataclasses.replace(SEED_B1, steps=2), PI0_MINI, 14, "cpu")

@@ -32,7 +32,7 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
     ],
     ids=["head_dim24", "odd", "pi0_width"],
 )
-def test_vision_tower_equals_transformers(config: VisionConfig) -> None:
+def test_vision_tower_equals_transformers(config):
     theirs = SiglipVisionModel(
         SiglipVisionConfig(
             hidden_size=config.width,
@@ -93,7 +93,7 @@ def theirs_on(model: GemmaModel, x: Tensor, positions: Tensor, mask: Tensor) -> 
 
 
 @pytest.mark.parametrize("config", GEMMAS, ids=["mqa", "gqa", "pi0_width"])
-def test_gemma_tower_equals_transformers(config: GemmaConfig) -> None:
+def test_gemma_tower_equals_transformers(config):
     theirs, ours = gemma_pair(config)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 19, config.width, generator=generator)
@@ -109,7 +109,7 @@ def test_gemma_tower_equals_transformers(config: GemmaConfig) -> None:
 
 
 @pytest.mark.parametrize("config", GEMMAS[:2], ids=["mqa", "gqa"])
-def test_gemma_cached_keys_equal_one_pass_with_the_block_mask(config: GemmaConfig) -> None:
+def test_gemma_cached_keys_equal_one_pass_with_the_block_mask(config):
     """Prefix, then suffix over its cache, against transformers on both at once."""
     theirs, ours = gemma_pair(config)
     prefix, total = 13, 18
@@ -127,7 +127,7 @@ def test_gemma_cached_keys_equal_one_pass_with_the_block_mask(config: GemmaConfi
         assert distance(ours.norm(hidden), expected) < TOLERANCE
 
 
-def test_rope_frequencies_equal_transformers_and_round_to_bfloat16() -> None:
+def test_rope_frequencies_equal_transformers_and_round_to_bfloat16():
     theirs, _ = gemma_pair(GEMMAS[0])
     frequencies = rope_frequencies(GEMMAS[0].head_dim, "float32")
     assert torch.equal(frequencies, theirs.rotary_emb.inv_freq)

@@ -11,7 +11,7 @@ from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.precision import cast
 from openpi_opt.pi0.schedule import time_features, times
 from openpi_opt.pi0.weights import build, init_random
-from openpi_opt.pi0.workload import Workload, make_inputs
+from openpi_opt.pi0.workload import make_inputs
 
 W = "paligemma_with_expert."
 V = W + "paligemma.model.vision_tower.vision_model."
@@ -66,7 +66,7 @@ def pi0_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def test_full_model_has_the_names_and_shapes_of_an_openpi_file() -> None:
+def test_full_model_has_the_names_and_shapes_of_an_openpi_file():
     with torch.device("meta"):
         policy = Pi0Policy(PI0)
     shapes = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
@@ -92,7 +92,7 @@ def pi05_shapes() -> dict[str, tuple[int, ...]]:
     return shapes | linear("time_mlp_in", 1024, 1024) | linear("time_mlp_out", 1024, 1024)
 
 
-def test_full_pi05_has_the_names_and_shapes_of_an_openpi_file() -> None:
+def test_full_pi05_has_the_names_and_shapes_of_an_openpi_file():
     with torch.device("meta"):
         policy = Pi0Policy(PI05)
     shapes = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
@@ -101,14 +101,14 @@ def test_full_pi05_has_the_names_and_shapes_of_an_openpi_file() -> None:
     assert sum(tensor.numel() for tensor in policy.parameters()) == 3_616_757_520
 
 
-def test_build_allocates_without_drawing_and_fills_the_tables() -> None:
+def test_build_allocates_without_drawing_and_fills_the_tables():
     policy = build(PI0_MINI, "cpu", steps=3)
     assert not any(parameter.requires_grad for parameter in policy.parameters())
     assert {tensor.device.type for tensor in policy.state_dict().values()} == {"cpu"}
     assert torch.equal(policy.time_table, time_features(3, PI0_MINI.expert.width))
 
 
-def test_times_are_accumulated_in_float32() -> None:
+def test_times_are_accumulated_in_float32():
     expected = [1.0, 0.89999998, 0.79999995, 0.69999993, 0.59999990, 0.49999991, 0.39999992]
     expected += [0.29999992, 0.19999993, 0.09999993]
     assert times(10).tolist() == pytest.approx(expected, abs=5e-9)
@@ -120,7 +120,7 @@ def test_times_are_accumulated_in_float32() -> None:
     assert float(table[0, 512]) == pytest.approx(1.0)
 
 
-def test_random_weights_depend_on_seed_and_name_only() -> None:
+def test_random_weights_depend_on_seed_and_name_only():
     first, again, other = (build(PI0_MINI, "cpu") for _ in range(3))
     init_random(first, seed=1)
     torch.manual_seed(99)
@@ -133,14 +133,14 @@ def test_random_weights_depend_on_seed_and_name_only() -> None:
         assert not torch.equal(tensor, other.state_dict()[name]), name
 
 
-def test_no_two_tensors_are_equal(either: Pi0Policy) -> None:
+def test_no_two_tensors_are_equal(either):
     """Equal layers would hide a mix-up."""
     sums = [float(tensor.double().abs().sum()) for tensor in either.state_dict().values()]
     assert len(set(sums)) == len(sums)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cast_keeps_what_openpi_keeps_in_float32(either: Pi0Policy, dtype: torch.dtype) -> None:
+def test_cast_keeps_what_openpi_keeps_in_float32(either, dtype):
     policy = either
     cast(policy, dtype)
     kept = re.compile(
@@ -157,12 +157,12 @@ def test_cast_keeps_what_openpi_keeps_in_float32(either: Pi0Policy, dtype: torch
     assert not torch.equal(outer, outer.bfloat16().float())
 
 
-def test_cast_refuses_other_dtypes(policy: Pi0Policy) -> None:
+def test_cast_refuses_other_dtypes(policy):
     with pytest.raises(ValueError, match=r"float64; allowed are float32, bfloat16, float16"):
         cast(policy, torch.float64)
 
 
-def test_activations_stay_of_order_one(either: Pi0Policy, masked_workload: Workload) -> None:
+def test_activations_stay_of_order_one(either, masked_workload):
     policy, sizes = either, {}
 
     def record(name: str) -> Callable[[object, object, object], None]:
@@ -180,7 +180,7 @@ def test_activations_stay_of_order_one(either: Pi0Policy, masked_workload: Workl
     assert {name: size for name, size in sizes.items() if not 0.3 < size < 4.0} == {}
 
 
-def test_modulations_vary_over_the_steps_as_over_the_channels() -> None:
+def test_modulations_vary_over_the_steps_as_over_the_channels():
     policy = build(PI05_MINI, "cpu")
     init_random(policy, seed=0)
     table = torch.stack([policy.modulations(features) for features in policy.time_table])

@@ -24,6 +24,7 @@ CORES = list(range(16))
 
 
 def found(given: object, *gpus: Gpu) -> Devices:
+    given = given if isinstance(given, dict) else {"gpus": given}
     settings = Settings.parse({"devices": given}).devices
     return Devices(settings, machine(*(gpus or tuple(map(gpu, range(4))))))
 
@@ -39,7 +40,6 @@ def _sixteen_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [
         ("all", [0, 1, 2, 3]),
         ([2, 0], [0, 2]),
-        (3, [3]),
         (["GPU-1"], [1]),
         ({"gpus": [1, "GPU-3a"]}, [1, 3]),
         ({"cpu_slots": 2}, [0, 1, 2, 3]),
@@ -66,29 +66,24 @@ def test_more_gpus_than_cores_share_them(monkeypatch: pytest.MonkeyPatch) -> Non
     ("given", "problem"),
     [
         ([7], "no such GPU as 7"),
-        (4, "no such GPU as 4"),
         ([-1], "no such GPU as -1"),
         ([0, -4], "no such GPU as -4"),
         (["GPU-9"], "no such GPU as GPU-9"),
         (["1"], "no such GPU as 1"),  # in quotes it is no index
-        ("GPU-1A", "no such GPU as GPU-1A"),
+        (["GPU-1A"], "no such GPU as GPU-1A"),
         ([2**70], "no such GPU as"),
         ([0, 0], "0 and 0 are the same GPU"),
         ([1, "GPU-1"], "1 and GPU-1 are the same GPU"),
         (["GPU-"], "GPU- is the beginning of 4 UUIDs"),
     ],
 )
-def test_a_gpu_that_cannot_be_told_is_refused(given: object, problem: str) -> None:
+def test_a_gpu_that_cannot_be_told_is_refused(given: list[object], problem: str) -> None:
     for use in (lambda at_hand: at_hand.slots("cuda"), lambda at_hand: at_hand.check([on("cuda")])):
         with pytest.raises(UserError, match=problem) as error:
             use(found(given))
-        assert str(error.value).startswith(f"devices=[{','.join(map(str, listed(given)))}]: ")
+        assert str(error.value).startswith(f"devices=[{','.join(map(str, given))}]: ")
         assert "3 (GPU-3a)" in str(error.value)
         assert "devices=[0,1], or devices=all" in str(error.value)
-
-
-def listed(given: object) -> list[object]:
-    return given if isinstance(given, list) else [given]
 
 
 def on(device: str, gpu: int | None = None) -> Config:
@@ -97,7 +92,7 @@ def on(device: str, gpu: int | None = None) -> Config:
 
 def test_gpus_that_are_named_without_any_are_refused() -> None:
     with pytest.raises(UserError, match=r"devices=\[7\]: this machine has no GPU") as error:
-        Devices(Settings.parse({"devices": [7]}).devices, CPU).check([on("cpu")])
+        Devices(Settings.parse({"devices": {"gpus": [7]}}).devices, CPU).check([on("cpu")])
     assert "cpu_slots" in str(error.value)
     with pytest.raises(UserError, match=r"devices=\[0\] names GPUs, but .* on the CPU"):
         found([0]).check([on("cpu")])
@@ -127,7 +122,7 @@ def test_wild_names_end_in_slots_or_a_user_error(given: object) -> None:
         return
     assert slots
     assert len({slot.name for slot in slots}) == len(slots)
-    assert len(slots) == (4 if given == "all" else len(listed(given)))
+    assert len(slots) == (4 if given == "all" else len(given))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import dataclasses
 import subprocess
 import sys
@@ -44,7 +42,7 @@ def gpus(vendor: str) -> tuple[Gpu, ...]:
     return tuple(Gpu(index, f"GPU-{index}", "gpu", vendor, "arch", 80_000, "1") for index in (2, 5))
 
 
-def test_variables_that_change_a_trial_are_taken_out() -> None:
+def test_variables_that_change_a_trial_are_taken_out():
     given = PLAIN | dict.fromkeys(KEPT + CLEARED, "1")
     env = child_environment(on("cpu"), CPU, given)
     assert not set(CLEARED) & set(env)
@@ -55,27 +53,27 @@ def test_variables_that_change_a_trial_are_taken_out() -> None:
     assert env["PYTHONUNBUFFERED"] == "1"
 
 
-def test_a_trial_sees_one_nvidia_gpu_by_uuid() -> None:
+def test_a_trial_sees_one_nvidia_gpu_by_uuid():
     machine = dataclasses.replace(CPU, gpus=gpus("nvidia"))
     env = child_environment(on("cuda", 1), machine, {"CUDA_VISIBLE_DEVICES": "2,5"})
     assert env["CUDA_VISIBLE_DEVICES"] == "GPU-5"
 
 
-def test_a_trial_sees_one_amd_gpu_by_index() -> None:
+def test_a_trial_sees_one_amd_gpu_by_index():
     machine = dataclasses.replace(CPU, gpus=gpus("amd"), torch=TorchBuild("2.13", None, "7.0"))
     env = child_environment(on("rocm", 1), machine, {"CUDA_VISIBLE_DEVICES": "0"})
     assert env["HIP_VISIBLE_DEVICES"] == "5"
     assert "CUDA_VISIBLE_DEVICES" not in env  # HIP reads that one too
 
 
-def test_what_a_knob_needs_is_set_although_its_prefix_is_cleared() -> None:
+def test_what_a_knob_needs_is_set_although_its_prefix_is_cleared():
     machine = dataclasses.replace(CPU, gpus=gpus("nvidia"))
     cfg = Config.parse({"platform": {"device": "cuda"}, "attention": {"vision": "aiter"}})
     env = child_environment(cfg, machine, {"AITER_TRITON_ONLY": "0"})
     assert env["AITER_TRITON_ONLY"] == "1"
 
 
-def test_knobs_that_want_different_values_are_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_knobs_that_want_different_values_are_a_defect(monkeypatch):
     class Wants:
         def __init__(self, value: str):
             self.value = value
@@ -91,7 +89,7 @@ def test_knobs_that_want_different_values_are_a_defect(monkeypatch: pytest.Monke
         child_environment(on("cpu"), CPU, {})
 
 
-def test_the_package_can_be_imported_from_any_folder(tmp_path: Path) -> None:
+def test_the_package_can_be_imported_from_any_folder(tmp_path):
     env = child_environment(on("cpu"), CPU, {"PYTHONPATH": "/elsewhere"})
     assert env["PYTHONPATH"].split(":") == [str(package_dir().parent), "/elsewhere"]
     code = "import openpi_opt, sys; sys.stdout.write(openpi_opt.__file__)"
@@ -101,15 +99,13 @@ def test_the_package_can_be_imported_from_any_folder(tmp_path: Path) -> None:
     assert done.stdout == str(package_dir() / "__init__.py")
 
 
-def test_site_packages_is_not_put_before_the_standard_library(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_site_packages_is_not_put_before_the_standard_library(monkeypatch):
     root = str(package_dir().parent)
     monkeypatch.setattr(environment.sysconfig, "get_path", lambda name: root)
     assert "PYTHONPATH" not in child_environment(on("cpu"), CPU, {})
 
 
-def test_a_slot_gives_gpu_threads_and_caches() -> None:
+def test_a_slot_gives_gpu_threads_and_caches():
     machine = dataclasses.replace(CPU, gpus=gpus("nvidia"))
     given = {"OMP_NUM_THREADS": "3", "TRITON_CACHE_DIR": "/elsewhere"}
     caches = Path("/store/caches/abc")

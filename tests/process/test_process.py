@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import signal
 from pathlib import Path
 
@@ -42,9 +40,7 @@ def judged(folder: Path, end: Ended) -> results.TrialResult:
         (ended(0), "error", ["without a result"]),
     ],
 )
-def test_an_end_without_a_result(
-    tmp_path: Path, end: Ended, outcome: str, words: list[str]
-) -> None:
+def test_an_end_without_a_result(tmp_path, end, outcome, words):
     (tmp_path / "log.txt").write_text("last words\n")
     result = judged(tmp_path, end)
     assert isinstance(result, Failed)
@@ -55,12 +51,12 @@ def test_an_end_without_a_result(
     assert results.parse(result.model_dump_json()) == result
 
 
-def test_a_whole_result_is_taken(tmp_path: Path) -> None:
+def test_a_whole_result_is_taken(tmp_path):
     results.write(tmp_path / "result.json", ok(CFG, 5.0))
     assert judged(tmp_path, ended()) == ok(CFG, 5.0)
 
 
-def test_a_whole_result_outlives_a_bad_end(tmp_path: Path) -> None:
+def test_a_whole_result_outlives_a_bad_end(tmp_path):
     results.write(tmp_path / "result.json", ok(CFG, 5.0))
     result = judged(tmp_path, ended(-signal.SIGSEGV))
     assert isinstance(result, Ok)
@@ -68,27 +64,27 @@ def test_a_whole_result_outlives_a_bad_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "garbage", '{"outcome": "ok"}', "[]", "null"])
-def test_garbage_is_an_error_that_says_so(tmp_path: Path, content: str) -> None:
+def test_garbage_is_an_error_that_says_so(tmp_path, content):
     (tmp_path / "result.json").write_text(content)
     result = judged(tmp_path, ended())
     assert result.outcome == "error"
     assert "cannot be read" in result.reason
 
 
-def test_half_a_result_is_an_error(tmp_path: Path) -> None:
+def test_half_a_result_is_an_error(tmp_path):
     whole = ok(CFG, 5.0).model_dump_json()
     (tmp_path / "result.json").write_text(whole[: len(whole) // 2])
     assert judged(tmp_path, ended()).outcome == "error"
 
 
 @pytest.mark.parametrize("value", ["NaN", "-5.0", "0"])
-def test_an_impossible_latency_is_no_result(tmp_path: Path, value: str) -> None:
+def test_an_impossible_latency_is_no_result(tmp_path, value):
     text = ok(CFG, 5.0).model_dump_json().replace('"mean_ms":5.0', f'"mean_ms":{value}')
     (tmp_path / "result.json").write_text(text)
     assert judged(tmp_path, ended()).outcome == "error"
 
 
-def test_a_result_of_another_configuration_is_refused(tmp_path: Path) -> None:
+def test_a_result_of_another_configuration_is_refused(tmp_path):
     other = Config.parse({"workload": {"seed": 9}})
     results.write(tmp_path / "result.json", ok(other, 5.0))
     result = judged(tmp_path, ended())
@@ -96,14 +92,14 @@ def test_a_result_of_another_configuration_is_refused(tmp_path: Path) -> None:
     assert "another configuration" in result.reason
 
 
-def test_every_phase_has_a_limit() -> None:
+def test_every_phase_has_a_limit():
     limits = phase_limits(CFG.limits)
     assert set(limits) == set(Phase.__args__)
     assert limits["apply"] == CFG.limits.compile
     assert limits["start"] == CFG.limits.load
 
 
-def test_the_tail_of_a_huge_log_is_read_from_its_end(tmp_path: Path) -> None:
+def test_the_tail_of_a_huge_log_is_read_from_its_end(tmp_path):
     log = tmp_path / "log.txt"
     with log.open("wb") as file:
         file.truncate(8 * 2**30)  # sparse: reading all of it would be noticed
@@ -114,7 +110,7 @@ def test_the_tail_of_a_huge_log_is_read_from_its_end(tmp_path: Path) -> None:
     assert len(tail.splitlines()) == 40
 
 
-def test_a_log_of_one_endless_line_is_bounded(tmp_path: Path) -> None:
+def test_a_log_of_one_endless_line_is_bounded(tmp_path):
     log = tmp_path / "log.txt"
     log.write_bytes("é".encode() * 100_000)
     assert 0 < len(log_tail(log)) <= 8192

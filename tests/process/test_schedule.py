@@ -111,6 +111,18 @@ def test_one_measures_and_whatever_belongs_to_the_others_stands_still(host: Gpus
     host.assert_tidy()
 
 
+def test_who_only_reads_its_profile_lets_the_next_have_the_device(host: Gpus) -> None:
+    words = ("--together", "3", "--measures", "0.6", "--reads", "0.5")
+    host.run("--seeds", "3", *words)
+    at, measured, ran = host.at(), host.measured(), host.ran()
+    assert all(first[1] < second[0] for first, second in pairwise(measured))
+    first, second = measured[0][2], measured[1][2]
+    assert at[second]["device"] < at[first]["end"], "it was not let go"
+    for began, ended, seed in measured:  # and what still reads stands still
+        assert [t for t in ran if t[0] != seed and began + 0.03 < t[2] < ended] == []
+    assert len(host.records) == 3
+
+
 def test_alone_a_trial_starts_when_the_one_before_has_ended(tmp_path: Path) -> None:
     host = Gpus(tmp_path, prepare=1)
     host.run("--seeds", "3", "--imports", "0.2")

@@ -1,7 +1,5 @@
 """What a sweep survives, with real processes: interruptions, MLflow, disks, clocks, company."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -55,7 +53,7 @@ def sync(store: Path, env: dict[str, str]) -> int:
     return int(done.stdout.split()[1])
 
 
-def test_one_ctrl_c_ends_gracefully_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_one_ctrl_c_ends_gracefully_and_the_same_command_goes_on(tmp_path):
     words = ["-m", "attention=aiter,sdpa"]  # the first has a result at once
     shell = sweep_in(tmp_path, *words, **HIDDEN)
     journal = tmp_path / "mlruns" / "studies" / "s" / "journal.jsonl"
@@ -115,7 +113,7 @@ else:
 """
 
 
-def test_two_ctrl_c_end_now(tmp_path: Path) -> None:
+def test_two_ctrl_c_end_now(tmp_path):
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(DEAF)
@@ -185,7 +183,7 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path):
     folder = tmp_path / "server"
     folder.mkdir()
     found = Server(folder)
@@ -194,7 +192,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     found.signal(signal.SIGKILL)
 
 
-def test_a_server_that_hangs_dies_and_comes_back(host: Host, server: Server) -> None:
+def test_a_server_that_hangs_dies_and_comes_back(host, server):
     """No sweep stops for it; what it missed is delivered afterwards, once."""
     host.env |= {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
     host.env |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
@@ -265,7 +263,7 @@ def finish(host: Host, *words: str) -> None:
     assert len(optuna.load_study(study_name=name, storage=storage).get_trials()) == SEEDS
 
 
-def test_a_full_disk_is_a_clear_end_and_corrupts_nothing(host: Host) -> None:
+def test_a_full_disk_is_a_clear_end_and_corrupts_nothing(host):
     """A small disk of its own that fills up amid the trials; mounting one takes root."""
     host.store.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(host.store)]
@@ -289,9 +287,7 @@ def test_a_full_disk_is_a_clear_end_and_corrupts_nothing(host: Host) -> None:
         subprocess.run(["umount", "-l", str(host.store)], check=True)
 
 
-def test_a_file_that_may_not_grow_is_a_clear_end(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_may_not_grow_is_a_clear_end(host, monkeypatch):
     """A quota in small, met by Optuna's database."""
 
     def limit() -> None:
@@ -332,7 +328,7 @@ time_t time(time_t *t) {
 """
 
 
-def test_clock_jumps_do_not_matter(host: Host) -> None:
+def test_clock_jumps_do_not_matter(host):
     """By up to ten days, to and fro, at every look; leases, limits and liveness know no clock."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
@@ -377,7 +373,7 @@ def memory_group(mib: int) -> Iterator[Path]:
         group.rmdir()
 
 
-def test_the_kernels_oom_killer_is_an_outcome_of_its_own(tmp_path: Path) -> None:
+def test_the_kernels_oom_killer_is_an_outcome_of_its_own(tmp_path):
     code = (
         "import os, sys\n"
         "open(sys.argv[1], 'w').write(str(os.getpid()))\n"

@@ -403,7 +403,10 @@ def test_an_engine_that_is_not_there_is_said_at_once(monkeypatch: pytest.MonkeyP
     [
         ({"executor": {"kind": "slurm", "partition": "a\n#SBATCH --wrap=x"}}, "executor.partition"),
         ({"executor": {"kind": "slurm", "slots": 0}}, "executor.slots=0"),
-        ({"executor": {"kind": "ray"}, "devices": [0]}, "^devices names GPUs of this host"),
+        (
+            {"executor": {"kind": "ray"}, "devices": {"gpus": [0]}},
+            "^devices names GPUs of this host",
+        ),
     ],
 )
 def test_wrong_settings_are_named(given: dict, message: str) -> None:

@@ -1,7 +1,5 @@
 """`policy.infer`: from checkpoint folders in the formats of openpi and LeRobot to robot actions."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from pathlib import Path
@@ -24,7 +22,7 @@ SMALL = ["platform=cpu", "workload.steps=2", "workload=openpi", "workload.horizo
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     path: Path = tmp_path_factory.mktemp("small")
     openpi_folder(path / "openpi")
     lerobot_folder(path / "lerobot")
@@ -40,7 +38,7 @@ def loaded(folder: Path, name: str, **arguments: Any) -> openpi_opt.ReadyPolicy:
 
 
 @pytest.mark.parametrize("name", ["openpi", "lerobot", "openpi05"])
-def test_raw_observation_to_actions(name: str, folder: Path) -> None:
+def test_raw_observation_to_actions(name, folder):
     policy = loaded(folder, name)
     noise = np.random.default_rng(0).normal(size=(1, 4, 32)).astype(np.float32)
     answer = policy.infer(libero(), noise)
@@ -54,7 +52,7 @@ def test_raw_observation_to_actions(name: str, folder: Path) -> None:
     assert not np.array_equal(policy.infer(other, noise)["actions"], answer["actions"])
 
 
-def test_openpi_and_lerobot_differ_by_rotary_frequencies_and_epsilon_alone(folder: Path) -> None:
+def test_openpi_and_lerobot_differ_by_rotary_frequencies_and_epsilon_alone(folder):
     noise = np.random.default_rng(0).normal(size=(1, 4, 32)).astype(np.float32)
     ours = [loaded(folder, name) for name in ("openpi", "lerobot")]
     assert [p.config.model.rope_frequencies for p in ours] == ["bfloat16", "float32"]
@@ -62,7 +60,7 @@ def test_openpi_and_lerobot_differ_by_rotary_frequencies_and_epsilon_alone(folde
     assert 0 < np.abs(first - second).max() < 0.05 * np.abs(first).max()
 
 
-def test_prompts_are_written_as_openpis(folder: Path) -> None:
+def test_prompts_are_written_as_openpis(folder):
     ours = Tokenizer(folder / "tokenizer.model")
     model = ours._model
     assert ours.ids(" pick_up\nthe bowl ") == [
@@ -72,7 +70,7 @@ def test_prompts_are_written_as_openpis(folder: Path) -> None:
     assert spoken == [2, *model.encode("Task: go, State: 0 128 192;\nAction: ")]
 
 
-def test_prompts_longer_than_the_slots_are_refused(folder: Path) -> None:
+def test_prompts_longer_than_the_slots_are_refused(folder):
     policy = loaded(folder, "openpi")
     with pytest.raises(ValueError, match="this policy has 48 prompt slots"):
         policy.infer({**libero(), "prompt": "bowl " * 50})
@@ -87,18 +85,18 @@ def test_prompts_longer_than_the_slots_are_refused(folder: Path) -> None:
         ({"robot": "spot"}, "robot=spot is not known"),
     ],
 )
-def test_what_is_missing_is_said(arguments: dict[str, Any], words: str, folder: Path) -> None:
+def test_what_is_missing_is_said(arguments, words, folder):
     with pytest.raises(UserError, match=words):
         loaded(folder, "openpi", **arguments)
 
 
-def test_a_file_that_is_no_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_tokenizer_is_refused(folder, tmp_path):
     (tmp_path / "text.model").write_text("hello")
     with pytest.raises(UserError, match="no SentencePiece model"):
         loaded(folder, "openpi", tokenizer=tmp_path / "text.model")
 
 
-def test_statistics_are_found_or_named(folder: Path, tmp_path: Path) -> None:
+def test_statistics_are_found_or_named(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder / "openpi", copy)
     (copy / "assets/physical-intelligence").rename(copy / "assets/mine")
@@ -113,13 +111,13 @@ def test_statistics_are_found_or_named(folder: Path, tmp_path: Path) -> None:
         loaded(tmp_path, "copy", tokenizer=folder / "tokenizer.model", norm_stats=file)
 
 
-def test_infer_needs_a_robot() -> None:
+def test_infer_needs_a_robot():
     policy = openpi_opt.load_policy(overrides=["model=pi0_mini", *SMALL], verify=False)
     with pytest.raises(UserError, match="robot='libero'"):
         policy.infer(libero())
 
 
-def test_actions_that_are_not_finite_reach_no_robot(folder: Path) -> None:
+def test_actions_that_are_not_finite_reach_no_robot(folder):
     policy = loaded(folder, "openpi")
     call = policy._prepared.call
     policy._prepared = dataclasses.replace(

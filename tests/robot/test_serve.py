@@ -1,7 +1,5 @@
 """The server, its encoding and the closed loop; openpi's own client in a process of its own."""
 
-from __future__ import annotations
-
 import json
 import signal
 import socket
@@ -40,7 +38,7 @@ SMALL = ("platform=cpu", "workload.steps=2", "workload=openpi", "workload.horizo
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     path: Path = tmp_path_factory.mktemp("small")
     openpi_folder(path / "openpi")
     tokenizer(path / "tokenizer.model")
@@ -90,7 +88,7 @@ class Serving:
 
 
 @pytest.fixture(scope="module")
-def serving(folder: Path) -> Iterator[Serving]:
+def serving(folder):
     server = Serving(folder, "preset=away", f"preset_dir={folder}", "--max-mib", "2")
     yield server
     assert server.ended() == 0
@@ -103,7 +101,7 @@ def asked(client: ClientConnection, message: Any) -> Any:
     return answer if isinstance(answer, str) else wire.unpack(answer)
 
 
-def test_an_answer_has_actions_and_timing(serving: Serving) -> None:
+def test_an_answer_has_actions_and_timing(serving):
     with serving.connected() as client:
         first, second = asked(client, libero()), asked(client, libero(1))
     assert first["actions"].shape == (4, 7)
@@ -113,12 +111,12 @@ def test_an_answer_has_actions_and_timing(serving: Serving) -> None:
     assert first["policy_timing"]["model_ms"] > 0
 
 
-def test_a_preset_of_another_machine_is_warned_of(serving: Serving) -> None:
+def test_a_preset_of_another_machine_is_warned_of(serving):
     (line,) = (line for line in serving.said if line.startswith("warning: "))
     assert "preset away: promoted with gpu NVIDIA H100 80GB HBM3, here it is absent" in line
 
 
-def test_openpis_own_client_is_served(serving: Serving, tmp_path: Path) -> None:
+def test_openpis_own_client_is_served(serving, tmp_path):
     pytest.importorskip("openpi_client", reason="pip install --no-deps openpi-client")
     script = tmp_path / "client.py"
     script.write_text(
@@ -169,7 +167,7 @@ GARBAGE: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-def test_a_message_that_cannot_be_answered_costs_nothing_else(name: str, serving: Serving) -> None:
+def test_a_message_that_cannot_be_answered_costs_nothing_else(name, serving):
     message, words = GARBAGE[name]
     with serving.connected() as other, serving.connected() as client:
         answer = asked(client, message)
@@ -179,7 +177,7 @@ def test_a_message_that_cannot_be_answered_costs_nothing_else(name: str, serving
             assert asked(connection, libero())["actions"].shape == (4, 7)
 
 
-def test_a_huge_message_ends_its_own_connection_alone(serving: Serving) -> None:
+def test_a_huge_message_ends_its_own_connection_alone(serving):
     with serving.connected() as other:
         with serving.connected() as client, pytest.raises(ConnectionClosed) as end:
             asked(client, b"\x00" * (3 * 2**20))
@@ -188,7 +186,7 @@ def test_a_huge_message_ends_its_own_connection_alone(serving: Serving) -> None:
         assert asked(other, libero())["actions"].shape == (4, 7)
 
 
-def test_clients_that_say_nothing_or_half_of_it_hold_up_nobody(serving: Serving) -> None:
+def test_clients_that_say_nothing_or_half_of_it_hold_up_nobody(serving):
     slow = [socket.create_connection(("127.0.0.1", serving.port)) for _ in range(20)]
     for number, connection in enumerate(slow):
         connection.sendall((b"", b"GET / HT", b"\x00\xff\x13garbage\r\n\r\n")[number % 3])
@@ -200,7 +198,7 @@ def test_clients_that_say_nothing_or_half_of_it_hold_up_nobody(serving: Serving)
         connection.close()
 
 
-def test_health_is_told_and_pages_of_a_browser_are_refused(serving: Serving) -> None:
+def test_health_is_told_and_pages_of_a_browser_are_refused(serving):
     url = f"http://127.0.0.1:{serving.port}/healthz"
     with urllib.request.urlopen(url, timeout=10) as answer:
         assert (answer.status, answer.read()) == (200, b"OK\n")
@@ -209,7 +207,7 @@ def test_health_is_told_and_pages_of_a_browser_are_refused(serving: Serving) -> 
         pass
 
 
-def test_many_clients_get_their_own_answers(serving: Serving) -> None:
+def test_many_clients_get_their_own_answers(serving):
     wrong = [{**libero(), "observation/state": np.full(8, np.nan)}, libero()]
     found: list[bool] = []
 
@@ -228,7 +226,7 @@ def test_many_clients_get_their_own_answers(serving: Serving) -> None:
     assert found == [True] * 16
 
 
-def test_a_full_queue_refuses_and_the_end_answers_what_was_asked(folder: Path) -> None:
+def test_a_full_queue_refuses_and_the_end_answers_what_was_asked(folder):
     """Nine ask one server at once whose queue has one place; SIGTERM comes meanwhile."""
     server = Serving(folder, "--queue", "1", "workload.steps=40")
     with ExitStack() as stack:
@@ -250,7 +248,7 @@ def test_a_full_queue_refuses_and_the_end_answers_what_was_asked(folder: Path) -
     assert "2 requests answered, 7 refused\n" in server.said
 
 
-def test_a_fake_robot_tells_where_the_time_goes(folder: Path, tmp_path: Path) -> None:
+def test_a_fake_robot_tells_where_the_time_goes(folder, tmp_path):
     command = [sys.executable, "-m", "openpi_opt.serve", f"checkpoint={folder}/openpi"]
     command += ["robot=libero", f"tokenizer={folder}/tokenizer.model", *SMALL, "--port", "0"]
     command += ["--fake-robot", "2", "--seconds", "3", "--clients", "2", "--out", str(tmp_path)]
@@ -265,7 +263,7 @@ def test_a_fake_robot_tells_where_the_time_goes(folder: Path, tmp_path: Path) ->
         assert sum(sample[part] for part in fake_robot.PARTS) == pytest.approx(sample["total"])
 
 
-def test_late_answers_and_skipped_ticks_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_answers_and_skipped_ticks_are_counted(monkeypatch):
     """At 10 Hz: answers after 50, 250 and 50 ms; the second is late and skips two ticks."""
     now, delays = [0.0], iter([0.05, 0.25, 0.05])
 
@@ -287,7 +285,7 @@ def test_late_answers_and_skipped_ticks_are_counted(monkeypatch: pytest.MonkeyPa
     assert "1 late of 3 at 10 Hz, 2 ticks skipped" in fake_robot.report([run])
 
 
-def test_what_is_packed_comes_back() -> None:
+def test_what_is_packed_comes_back():
     message = {
         "a": np.arange(6, dtype=np.int16).reshape(2, 3)[:, ::-1], "b": np.float32(2.5),
         "c": np.str_("text"), "d": {"e": [1, None, True]}, "f": np.zeros((0, 3), np.uint8),
@@ -301,7 +299,7 @@ def test_what_is_packed_comes_back() -> None:
         wire.pack({"a": np.zeros(2, complex)})
 
 
-def test_the_bytes_are_openpis() -> None:
+def test_the_bytes_are_openpis():
     """As openpi-client 0.1.2 packs {"x": float32 [0, 1]}."""
     head = b"\x81\xa1x\x84\xc4\x0b__ndarray__\xc3\xc4\x04data\xc4\x08"
     tail = b"\xc4\x05dtype\xa3<f4\xc4\x05shape\x91\x02"
@@ -317,12 +315,12 @@ def test_the_bytes_are_openpis() -> None:
         (["robot=libero", "model=pi0_mini"], "needs tokenizer=FILE"),
     ],
 )
-def test_what_cannot_be_served_says_why(argv: list[str], words: str) -> None:
+def test_what_cannot_be_served_says_why(argv, words):
     with pytest.raises(UserError, match=words):
         verb.main(argv)
 
 
-def test_a_port_that_is_taken_is_said(folder: Path, serving: Serving) -> None:
+def test_a_port_that_is_taken_is_said(folder, serving):
     keys = [f"checkpoint={folder}/openpi", "robot=libero", *SMALL]
     keys += [f"tokenizer={folder}/tokenizer.model", "--port", str(serving.port)]
     with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{serving.port}"):

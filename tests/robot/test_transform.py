@@ -1,7 +1,5 @@
 """Raw observations and robot actions, against transcriptions of openpi's formulas."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -48,7 +46,7 @@ def raw(state: int, actions: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return arrays["state"], arrays["actions"]
 
 
-def test_z_scores_are_openpis(tmp_path: Path) -> None:
+def test_z_scores_are_openpis(tmp_path):
     """(x - mean) / (std + 1e-6), and back with mean 0 and deviation 1 where there is none."""
     stats, (state, actions) = statistics(tmp_path, "pi0"), raw(8, 7)
     x, y = np.linspace(-3, 3, 8), np.linspace(-2, 2, 2 * 32).reshape(2, 32)
@@ -62,7 +60,7 @@ def test_z_scores_are_openpis(tmp_path: Path) -> None:
     np.testing.assert_allclose(restored[:, :7], known, **EXACT)
 
 
-def test_quantiles_are_openpis(tmp_path: Path) -> None:
+def test_quantiles_are_openpis(tmp_path):
     """2 (x - q01) / (q99 - q01 + 1e-6) - 1; what has no statistics stays as it is."""
     stats, (state, actions) = statistics(tmp_path, "pi05"), raw(8, 7)
     x, y = np.linspace(-3, 3, 8), np.linspace(-2, 2, 2 * 32).reshape(2, 32)
@@ -73,14 +71,14 @@ def test_quantiles_are_openpis(tmp_path: Path) -> None:
     np.testing.assert_allclose(stats.actions.restored(y), expected, **EXACT)
 
 
-def test_vectors_shorter_than_the_statistics_use_the_first(tmp_path: Path) -> None:
+def test_vectors_shorter_than_the_statistics_use_the_first(tmp_path):
     stats = statistics(tmp_path, "pi0")
     x = np.linspace(-3, 3, 8)
     assert np.array_equal(stats.state.normalised(x[:5]), stats.state.normalised(x)[:5])
 
 
 @pytest.mark.parametrize("size", [(240, 320), (480, 270), (100, 100), (1, 500), (224, 224)])
-def test_images_are_resized_as_openpis_client_does(size: tuple[int, int]) -> None:
+def test_images_are_resized_as_openpis_client_does(size):
     """By PIL's bilinear filter to the larger side, centred on black."""
     height, width = size
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -108,24 +106,24 @@ def test_images_are_resized_as_openpis_client_does(size: tuple[int, int]) -> Non
         ("picture.png", "shape"),
     ],
 )
-def test_what_is_no_image_is_refused_by_name(image: Any, words: str) -> None:
+def test_what_is_no_image_is_refused_by_name(image, words):
     with pytest.raises(ValueError, match=f"wrist .*{words}"):
         images.prepared("wrist", image)
 
 
-def test_floats_are_cut_to_whole_steps() -> None:
+def test_floats_are_cut_to_whole_steps():
     half = np.full((224, 224, 3), 0.5, np.float32)
     assert np.array_equal(images.prepared("image", half), np.full((224, 224, 3), 127))
 
 
-def test_states_are_discretised_as_openpis() -> None:
+def test_states_are_discretised_as_openpis():
     """256 bins of width 1/128 from -1 on."""
     values = np.array([-1.5, -1.0, -0.9999, 0.0, 1 / 128, 0.99, 1.0, 7.0])
     expected = np.clip(np.floor((values + 1) * 128), -1, 255)
     assert discretised(values).tolist() == expected.tolist()
 
 
-def test_libero_of_pi0(tmp_path: Path) -> None:
+def test_libero_of_pi0(tmp_path):
     """Six of seven actions are relative to the state; the third camera is black and masked."""
     made, sample = transforms(tmp_path, "libero", "pi0"), libero()
     seen, state = made.observation(sample)
@@ -143,7 +141,7 @@ def test_libero_of_pi0(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_libero_of_pi05_is_absolute_and_does_not_say_its_state(tmp_path: Path) -> None:
+def test_libero_of_pi05_is_absolute_and_does_not_say_its_state(tmp_path):
     made = transforms(tmp_path, "libero", "pi05")
     seen, state = made.observation(libero())
     assert "|" not in "".join(map(chr, seen.tokens[0].tolist()))
@@ -153,7 +151,7 @@ def test_libero_of_pi05_is_absolute_and_does_not_say_its_state(tmp_path: Path) -
     np.testing.assert_allclose(made.actions(output, state)[0], expected, rtol=1e-5)
 
 
-def test_droid_says_its_state_in_the_prompt_of_pi05(tmp_path: Path) -> None:
+def test_droid_says_its_state_in_the_prompt_of_pi05(tmp_path):
     made = transforms(tmp_path, "droid", "pi05", actions=8)
     sample = {
         "observation/exterior_image_1_left": np.zeros((3, 180, 320), np.uint8),
@@ -173,7 +171,7 @@ def test_droid_says_its_state_in_the_prompt_of_pi05(tmp_path: Path) -> None:
     assert made.actions(np.zeros((15, 32)), state).shape == (15, 8)
 
 
-def test_aloha_turns_joints_and_measures_grippers_as_the_base_model(tmp_path: Path) -> None:
+def test_aloha_turns_joints_and_measures_grippers_as_the_base_model(tmp_path):
     made = transforms(tmp_path, "aloha", "pi0", state=14, actions=14)
     state = np.linspace(0.05, 0.9, 14)
     sample = {
@@ -217,15 +215,13 @@ def test_aloha_turns_joints_and_measures_grippers_as_the_base_model(tmp_path: Pa
         ({"observation/image": np.zeros((0, 5, 3), np.uint8)}, "observation/image has shape"),
     ],
 )
-def test_what_a_robot_does_not_send_is_refused_by_name(
-    change: dict[str, Any], words: str, tmp_path: Path
-) -> None:
+def test_what_a_robot_does_not_send_is_refused_by_name(change, words, tmp_path):
     sample = {k: v for k, v in {**libero(), **change}.items() if v is not None}
     with pytest.raises(ValueError, match=words):
         transforms(tmp_path, "libero", "pi0").observation(sample)
 
 
-def test_a_robot_of_ones_own_is_a_small_file(tmp_path: Path) -> None:
+def test_a_robot_of_ones_own_is_a_small_file(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("cameras: {base_0_rgb: top}\nstate: {arm: 2, hand: 1}\nactions: 3\n")
     robot = spec.load(str(file))
@@ -249,12 +245,12 @@ def test_a_robot_of_ones_own_is_a_small_file(tmp_path: Path) -> None:
         ("- 1\n", "the file"),
     ],
 )
-def test_a_file_that_is_no_robot_says_why(text: str, words: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_robot_says_why(text, words, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UserError, match=words):
         spec.load(str(tmp_path / "mine.yaml"))
 
 
-def test_unknown_robots_are_named_with_those_that_there_are() -> None:
+def test_unknown_robots_are_named_with_those_that_there_are():
     with pytest.raises(UserError, match="aloha, droid, libero"):
         spec.load("spot")

@@ -1,7 +1,5 @@
 """The command line in this process, and presets for it, most of which are refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The libraries of drivers, as they answer on machines that are not here."""
 
-from __future__ import annotations
-
 import os
 import types
 from importlib.machinery import ModuleSpec

@@ -4,8 +4,6 @@
 ran when, and on which cores, is appended to STORE/ran.jsonl. Nothing but the workload is a stub.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

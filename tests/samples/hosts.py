@@ -1,7 +1,5 @@
 """A host with a store, and sweeps of stubs on it in processes of their own."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

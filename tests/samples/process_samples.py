@@ -1,7 +1,5 @@
 """Small scripts in the place of a trial, and machines with GPUs that nobody asks."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from search_samples import CPU

@@ -4,8 +4,6 @@ Each node has one CPU, and leases of its own in FOLDER, as a host has. Prints th
 stdin kills the second node, the end of stdin ends the cluster.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

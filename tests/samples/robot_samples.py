@@ -6,8 +6,6 @@ writes FOLDER/openpi, FOLDER/lerobot and FOLDER/tokenizer.model: weights are ran
 LIBERO. With --model pi05_mini it is a pi05.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Machines, and what the sweeper makes of a command line, without running it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Sweeps in this process, with the trial's process replaced by a function."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The sweep as users run it, in processes of its own: with pipes, and in a terminal."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pty

@@ -1,7 +1,5 @@
 """Results and records for the tests of this folder."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from openpi_opt.config import Config

@@ -1,7 +1,3 @@
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 from command_samples import PRESETS, CommandLine
 
@@ -9,7 +5,7 @@ from openpi_opt.space import prepare
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+def command(tmp_path, monkeypatch):
     """A working folder of its own, and nothing left behind of what `main` sets."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "conf" / "preset"
@@ -20,6 +16,6 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
 
 
 @pytest.fixture(autouse=True)
-def _short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_samples(monkeypatch):
     """Estimates are as long as tests of them need."""
     monkeypatch.setattr(prepare, "SAMPLE_SECONDS", 0.25)

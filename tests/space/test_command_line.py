@@ -1,12 +1,9 @@
 """The command line in this process: what is refused, and how presets compose."""
 
-from __future__ import annotations
-
 import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from command_samples import PRESETS, CommandLine
@@ -38,7 +35,7 @@ from openpi_opt.paths import package_dir
         (["+attention=sdpa"], ["attention is chosen twice"]),
         (["study=../x"], ["../x", "study name"]),
         (["study=a/b"], ["a/b", "study name"]),
-        (["n_trials=0"], ["n_trials=0", "at least 1"]),
+        (["n_trials=0"], ["n_trials=0", "equal to 1"]),
         (["sampler=best"], ["sampler=best", "tpe"]),
         (["weights=checkpoint"], ["weights.path", "weights.path=VALUE"]),
         (["weights=checkpoint", "weights.path=/nonexistent"], ["/nonexistent", "safetensors"]),
@@ -97,16 +94,14 @@ from openpi_opt.paths import package_dir
     ],
     ids=" ".join,
 )
-def test_bad_input(
-    command: CommandLine, words: list[str], expected: list[str], capfd: pytest.CaptureFixture
-) -> None:
+def test_bad_input(command, words, expected, capfd):
     message = command.error(*words)
     assert [word for word in expected if word not in message] == [], message
     assert capfd.readouterr() == ("", "")
     assert sorted(path.name for path in command.folder.iterdir()) == ["conf"]
 
 
-def test_a_store_that_cannot_be_written(command: CommandLine) -> None:
+def test_a_store_that_cannot_be_written(command):
     (command.folder / "file").write_text("")
     assert "store=file/store" in command.error("store=file/store")
     assert "store=file" in command.error("-m", "attention=sdpa", "store=file")
@@ -121,9 +116,7 @@ def composed(command: CommandLine, capsys: pytest.CaptureFixture, *words: str) -
     return "\n".join(line for line in shown if line.partition(":")[0] in STAGES)
 
 
-def test_a_preset_of_the_working_folder_composes_and_the_command_line_wins(
-    command: CommandLine, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_preset_of_the_working_folder_composes_and_the_command_line_wins(command, capsys):
     sdpa, eager = (f"vision: {w}\nprefill: {w}\ndenoise: {w}" for w in ("sdpa", "eager"))
     assert composed(command, capsys, "preset=good") == sdpa
     assert composed(command, capsys, "preset=good", "attention=eager") == eager
@@ -136,9 +129,7 @@ def test_a_preset_of_the_working_folder_composes_and_the_command_line_wins(
     assert composed(command, capsys, *away) == sdpa
 
 
-def test_a_space_of_the_working_folder_and_no_need_of_m(
-    command: CommandLine, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_space_of_the_working_folder_and_no_need_of_m(command, capsys):
     (command.folder / "conf" / "space").mkdir()
     (command.folder / "conf" / "space" / "mine.yaml").write_text(
         "sweep: ['attention=eager,sdpa', 'simplify=none,all']\n"
@@ -153,13 +144,13 @@ def test_a_space_of_the_working_folder_and_no_need_of_m(
     assert "attention=eager," in command.error("space=bad")
 
 
-def test_an_option_that_is_two_different_files_is_refused(command: CommandLine) -> None:
+def test_an_option_that_is_two_different_files_is_refused(command):
     (command.folder / "conf" / "attention").mkdir()
     (command.folder / "conf" / "attention" / "sdpa.yaml").write_text("vision: aiter\n")
     assert "two different files" in command.error("attention=sdpa")
 
 
-def test_help_is_fast_and_loads_nothing_heavy(tmp_path: Path) -> None:
+def test_help_is_fast_and_loads_nothing_heavy(tmp_path):
     code = (
         "import sys; sys.argv = ['sweep', '--help']\n"
         "from openpi_opt import sweep\n"
@@ -188,8 +179,6 @@ def test_help_is_fast_and_loads_nothing_heavy(tmp_path: Path) -> None:
         ("devices.cpu_slots=2", "cpu_slots: 2\n"),
     ],
 )
-def test_gpus_are_named_in_a_list(
-    command: CommandLine, capsys: pytest.CaptureFixture, word: str, wanted: str
-) -> None:
+def test_gpus_are_named_in_a_list(command, capsys, word, wanted):
     command(word, "--cfg", "job", "--package", "devices")
     assert wanted in capsys.readouterr().out

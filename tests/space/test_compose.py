@@ -1,18 +1,15 @@
 """A point that is put together without Hydra is the one that Hydra composes, or is left to it."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import hydra
 import pytest
 from hydra import version
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from space_samples import CommandLines, command_lines
+from space_samples import command_lines
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
@@ -21,7 +18,7 @@ from openpi_opt.space.compose import compose as compose_alone
 
 
 @pytest.fixture(scope="module")
-def lines() -> CommandLines:
+def lines():
     return command_lines()
 
 
@@ -35,10 +32,11 @@ def lines() -> CommandLines:
         ["workload=glob(*)", "workload.batch_size=range(1,4)", "measure.iterations=30"],
         ["+environment.variables.OMP_NUM_THREADS=1,2", "environment=stock,seeds"],
         ["guard.cap=interval(0.1,0.2)", "weights.seed=1,2", "study=a", "n_trials=3"],
+        ["blas=fp8,torch", "blas.fp8.stages=[vision],[prefill,denoise]"],
     ],
     ids=" ".join,
 )
-def test_equal_to_hydra(lines: CommandLines, words: list[str]) -> None:
+def test_equal_to_hydra(lines, words):
     space, compose = lines(*words)
     chosen = random.Random(3)
     for _ in range(4):
@@ -81,9 +79,7 @@ def test_equal_to_hydra(lines: CommandLines, words: list[str]) -> None:
     ],
     ids=" ".join,
 )
-def test_equal_to_hydra_in_what_is_refused_and_in_what_is_odd(
-    lines: CommandLines, overrides: list[str]
-) -> None:
+def test_equal_to_hydra_in_what_is_refused_and_in_what_is_odd(lines, overrides):
     _, compose = lines()
     rest = ["graph=manual", "compile=default", "compile.scope=call"]
     words = [*overrides, *rest]
@@ -116,7 +112,7 @@ def outcome(call: Callable[[], Config]) -> Config | str:
     ],
     ids=" ".join,
 )
-def test_options_with_a_life_of_their_own(tmp_path: Path, overrides: list[str]) -> None:
+def test_options_with_a_life_of_their_own(tmp_path, overrides):
     files = {
         "sweep": "defaults:\n- _self_\n- precision: plain\n- graph: none\n",
         "precision/plain": "dtype: bfloat16\ntf32: false\n",
@@ -160,8 +156,8 @@ provenance:
     ids=str,
 )
 def test_an_override_changes_that_key_of_the_promoted_workload_and_nothing_else(
-    tmp_path: Path, overrides: list[str], found: tuple | None
-) -> None:
+    tmp_path, overrides, found
+):
     (tmp_path / "mine.yaml").write_text(PROMOTED)
     if found is None:  # `+` adds what is not there yet
         with pytest.raises(UserError, match=r"workload\.batch_size"):
@@ -176,7 +172,7 @@ def test_an_override_changes_that_key_of_the_promoted_workload_and_nothing_else(
 
 
 @pytest.mark.parametrize("base", ["1.2", None])
-def test_another_hydra_application_stays_as_it_was(tmp_path: Path, base: str | None) -> None:
+def test_another_hydra_application_stays_as_it_was(tmp_path, base):
     (tmp_path / "robot.yaml").write_text("rate: 50\n")
     with hydra.initialize_config_dir(str(tmp_path), version_base=base):
         before = version.getbase()
@@ -188,7 +184,7 @@ def test_another_hydra_application_stays_as_it_was(tmp_path: Path, base: str | N
     assert not GlobalHydra.instance().is_initialized()
 
 
-def test_threads_compose_side_by_side() -> None:
+def test_threads_compose_side_by_side():
     seeds = range(12)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda seed: compose_alone([f"weights.seed={seed}"]), seeds))
@@ -196,9 +192,7 @@ def test_threads_compose_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("name", ["My Drive", "müller", "lr=1,wd=0", "it's", "[lab] (2)", "%41#?"])
-def test_folders_may_have_any_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_folders_may_have_any_name(tmp_path, monkeypatch, name):
     folder = tmp_path / name / "conf" / "preset"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text(PROMOTED)

@@ -1,12 +1,10 @@
 """Configurations and names are data: none runs code, leaves its folder or reads a token."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
 import pytest
-from command_samples import HEAD, CommandLine
+from command_samples import HEAD
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +43,7 @@ EVIL = {
 
 
 @pytest.fixture
-def proof(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Path:
+def proof(command, monkeypatch):
     """A file that exists if something of the evil was done; and a file outside of all groups."""
     path = command.folder / "proof"
     for name, text in EVIL.items():
@@ -58,9 +56,7 @@ def proof(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", EVIL)
-def test_a_preset_from_elsewhere_runs_nothing_and_reads_nothing(
-    command: CommandLine, proof: Path, name: str, capfd: pytest.CaptureFixture
-) -> None:
+def test_a_preset_from_elsewhere_runs_nothing_and_reads_nothing(command, proof, name, capfd):
     words = (f"preset=evil_{name}", "platform=cpu")
     ways: list[tuple[str, ...]] = [(), ("-m", "attention=sdpa,eager"), ("--cfg", "all")]
     for more in ways if name in ("callbacks", "hydra_logging", "variable", "parent") else ways[:1]:
@@ -72,7 +68,7 @@ def test_a_preset_from_elsewhere_runs_nothing_and_reads_nothing(
 
 
 @pytest.mark.parametrize("name", EVIL)
-def test_nor_does_it_where_a_policy_is_loaded(proof: Path, name: str) -> None:
+def test_nor_does_it_where_a_policy_is_loaded(proof, name):
     with pytest.raises(UserError) as error:
         composing.compose([], f"evil_{name}", proof.parent / "conf" / "preset")
     assert "hunter2" not in str(error.value)
@@ -97,17 +93,13 @@ def test_nor_does_it_where_a_policy_is_loaded(proof: Path, name: str) -> None:
         f"experiment={'a' * 5000}",
     ],
 )
-def test_words_of_a_command_line_that_lead_out(
-    command: CommandLine, proof: Path, word: str
-) -> None:
+def test_words_of_a_command_line_that_lead_out(command, proof, word):
     before = sorted(command.folder.rglob("*"))
     command.error(word, "platform=cpu")
     assert sorted(command.folder.rglob("*")) == before
 
 
-def test_places_may_be_read_and_own_options_have_names(
-    command: CommandLine, capfd: pytest.CaptureFixture
-) -> None:
+def test_places_may_be_read_and_own_options_have_names(command, capfd):
     where = command.folder / "conf" / "preset" / "where.yaml"
     where.write_text(HEAD + "provenance: {from: '${oc.env:HOME}'}\n")
     assert command("--dry-run", "preset=where", "platform=cpu") == 0
@@ -133,7 +125,7 @@ WILD = st.one_of(
 @example("x" * 100_000)
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(WILD)
-def test_no_name_leaves_its_folder(tmp_path: Path, name: str) -> None:
+def test_no_name_leaves_its_folder(tmp_path, name):
     for where in (study_of, preset_of, option_of):
         folder = tmp_path / where.__name__
         try:
@@ -163,7 +155,7 @@ def option_of(folder: Path, name: str) -> Path:
     return folder / f"{name}.yaml"
 
 
-def test_a_link_in_place_of_a_study_is_not_followed_out(tmp_path: Path) -> None:
+def test_a_link_in_place_of_a_study_is_not_followed_out(tmp_path):
     store, outside = Store.open(tmp_path / "store"), tmp_path / "outside"
     outside.mkdir()
     (outside / "study.json").write_text("{}")
@@ -179,7 +171,7 @@ def test_a_link_in_place_of_a_study_is_not_followed_out(tmp_path: Path) -> None:
     assert Store.open(tmp_path / "linked").study_dir("real").name == "real"
 
 
-def test_a_link_in_place_of_a_preset_is_replaced_and_its_target_untouched(tmp_path: Path) -> None:
+def test_a_link_in_place_of_a_preset_is_replaced_and_its_target_untouched(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     path = preset.preset_path("p", tmp_path)
@@ -202,5 +194,5 @@ def test_a_link_in_place_of_a_preset_is_replaced_and_its_target_untouched(tmp_pa
         ("no secret@home, sqlite:////a/b@c", "no secret@home, sqlite:////a/b@c"),
     ],
 )
-def test_passwords_of_urls_are_masked(text: str, shown: str) -> None:
+def test_passwords_of_urls_are_masked(text, shown):
     assert masked(text) == shown

@@ -1,7 +1,5 @@
 """The last part of a search: neighbours of the best, and what can be left out of it."""
 
-from __future__ import annotations
-
 import pytest
 from machine_samples import CPU
 from search_samples import failed, ok
@@ -29,7 +27,7 @@ def latency(params: dict[str, str]) -> float:
 
 
 @pytest.fixture
-def search() -> tuple[Optimizer, Neighbours]:
+def search():
     points = Points(SPACE, compose, CPU)
     optimizer = Optimizer(SPACE, "random", 0)
     return optimizer, Neighbours(optimizer, SPACE, points, share=lambda: 1.0)
@@ -40,7 +38,7 @@ def tell(optimizer: Optimizer, neighbours: Neighbours, params: dict[str, str]) -
     optimizer.tell(optimizer.ask(params), ok(cfg, latency(params)))
 
 
-def test_all_neighbours_then_the_simplest(search: tuple[Optimizer, Neighbours]) -> None:
+def test_all_neighbours_then_the_simplest(search):
     optimizer, neighbours = search
     assert neighbours.next(set()) is None  # there is no best yet
     tell(optimizer, neighbours, dict.fromkeys(SPACE.dimensions, "true"))
@@ -59,7 +57,7 @@ def test_all_neighbours_then_the_simplest(search: tuple[Optimizer, Neighbours]) 
     assert neighbours.simplest() == (asked[-1], pytest.approx(8.0))
 
 
-def test_what_fails_is_known_and_not_asked_again(search: tuple[Optimizer, Neighbours]) -> None:
+def test_what_fails_is_known_and_not_asked_again(search):
     optimizer, neighbours = search
     tell(optimizer, neighbours, dict.fromkeys(SPACE.dimensions, "false"))
     first = neighbours.next(optimizer.tried)
@@ -73,9 +71,7 @@ def test_what_fails_is_known_and_not_asked_again(search: tuple[Optimizer, Neighb
     assert "1 of 4" in (neighbours.text(optimizer.tried) or "")
 
 
-def test_neighbours_come_in_the_last_part_of_a_budget(
-    search: tuple[Optimizer, Neighbours],
-) -> None:
+def test_neighbours_come_in_the_last_part_of_a_budget(search):
     optimizer, neighbours = search
     source = Sampled(optimizer, SPACE, 10, set, neighbours)
     neighbours.share = source.share

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +14,7 @@ Open = Callable[..., Optimizer]
 
 
 @pytest.fixture
-def open_() -> Open:
+def open_():
     def make(sampler: str = "tpe", seed: int = 0, space: Space = SPACE) -> Optimizer:
         return Optimizer(space, sampler, seed)
 
@@ -31,7 +29,7 @@ def config(params: dict[str, str]) -> Config:
     return Config.parse({"weights": {"seed": int(params["weights.seed"])}})
 
 
-def test_an_ok_outcome_is_complete_and_any_other_pruned(open_: Open) -> None:
+def test_an_ok_outcome_is_complete_and_any_other_pruned(open_):
     optimizer = open_()
     for result in (ok, failed):
         proposal = optimizer.ask()
@@ -41,7 +39,7 @@ def test_an_ok_outcome_is_complete_and_any_other_pruned(open_: Open) -> None:
     assert optimizer._study.best_value == 7.0
 
 
-def test_points_of_our_own_are_recorded_once_and_in_order(open_: Open) -> None:
+def test_points_of_our_own_are_recorded_once_and_in_order(open_):
     optimizer = open_()
     points = list(SPACE.all())[:3]
     for point in [*points, points[0]]:
@@ -51,7 +49,7 @@ def test_points_of_our_own_are_recorded_once_and_in_order(open_: Open) -> None:
     assert states(optimizer) == [TrialState.PRUNED] * 3
 
 
-def test_the_same_seed_proposes_the_same(open_: Open) -> None:
+def test_the_same_seed_proposes_the_same(open_):
     def propose(seed: int) -> list[dict[str, str]]:
         optimizer = open_("random", seed)
         proposals = [optimizer.ask() for _ in range(6)]
@@ -62,7 +60,7 @@ def test_the_same_seed_proposes_the_same(open_: Open) -> None:
     assert propose(3) == propose(3) != propose(4)
 
 
-def test_what_is_known_is_learned_once(open_: Open) -> None:
+def test_what_is_known_is_learned_once(open_):
     optimizer = open_()
     point = next(iter(SPACE.all()))
     for _ in range(2):
@@ -72,9 +70,7 @@ def test_what_is_known_is_learned_once(open_: Open) -> None:
     assert optimizer.has(point)
 
 
-def test_the_sampler_sees_the_fastest_and_the_latest(
-    open_: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sampler_sees_the_fastest_and_the_latest(open_, monkeypatch):
     for name, value in (("MOST_SEEN", 8), ("_FASTEST_SEEN", 3), ("_SLACK", 2)):
         monkeypatch.setattr(module, name, value)
     optimizer = open_(space=Space.parse(["weights.seed=range(0,1000)"]))
@@ -92,7 +88,7 @@ def test_the_sampler_sees_the_fastest_and_the_latest(
     assert len(optimizer.tried) >= 20
 
 
-def test_of_many_trials_the_sampler_keeps_the_fastest_and_not_only_a_few() -> None:
+def test_of_many_trials_the_sampler_keeps_the_fastest_and_not_only_a_few():
     optimizer = Optimizer(Space.parse(["weights.seed=range(0,2000)"]), "tpe", 0)
     optimizer.learn(({"weights.seed": str(n)}, ok(Config.parse({}), 5.0 + n)) for n in range(1300))
     seen = sorted(trial.value for trial in optimizer._study.get_trials() if trial.value)
@@ -101,7 +97,7 @@ def test_of_many_trials_the_sampler_keeps_the_fastest_and_not_only_a_few() -> No
     assert seen[-1] == 5.0 + 1299
 
 
-def test_giving_up_is_no_lesson_unless_it_is_meant_as_one(open_: Open) -> None:
+def test_giving_up_is_no_lesson_unless_it_is_meant_as_one(open_):
     optimizer = open_()
     for learn in (False, True):
         optimizer.give_up(optimizer.ask(), learn)
@@ -109,7 +105,7 @@ def test_giving_up_is_no_lesson_unless_it_is_meant_as_one(open_: Open) -> None:
     assert optimizer.tried == set()
 
 
-def test_tpe_keeps_away_from_what_fails(open_: Open) -> None:
+def test_tpe_keeps_away_from_what_fails(open_):
     space = Space.parse(["weights.seed=0,1,2,3"])
     optimizer = open_(space=space)
     proposals = []
@@ -123,7 +119,7 @@ def test_tpe_keeps_away_from_what_fails(open_: Open) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "gp"])
-def test_every_sampler_proposes_points_of_the_space(open_: Open, sampler: str) -> None:
+def test_every_sampler_proposes_points_of_the_space(open_, sampler):
     points = [tuple(point.items()) for point in SPACE.all()]
     optimizer = open_(sampler)
     for _ in range(12):

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -58,13 +56,13 @@ def values_of(text: str) -> object:
         ("attention=glob(*,exclude=e*)", ["aiter", "sdpa"]),
     ],
 )
-def test_values_in_the_order_written(override: str, expected: list[str]) -> None:
+def test_values_in_the_order_written(override, expected):
     key = override.partition("=")[0]
     assert [point[key] for point in parse(override).all()] == expected
     assert parse(override).combinations() == len(expected)
 
 
-def test_combinations_are_the_product_with_the_last_key_fastest() -> None:
+def test_combinations_are_the_product_with_the_last_key_fastest():
     space = parse("b=1,2", "fixed=7", "a=x,y,z")
     assert space.combinations() == 6
     assert list(space.all())[:4] == [
@@ -76,16 +74,16 @@ def test_combinations_are_the_product_with_the_last_key_fastest() -> None:
     assert space.overrides({"b": "1", "a": "x"}) == ["fixed=7", "b=1", "a=x"]
 
 
-def test_without_a_sweep_there_is_one_point() -> None:
+def test_without_a_sweep_there_is_one_point():
     assert list(parse("a=1", "~b", "+c=2").all()) == [{}]
     assert parse("a=1", "~b", "+c=2").overrides({}) == ["a=1", "~b", "+c=2"]
 
 
-def test_an_addition_keeps_its_sign() -> None:
+def test_an_addition_keeps_its_sign():
     assert parse("+a=1,2").overrides({"+a": "2"}) == ["+a=2"]
 
 
-def test_a_shuffle_is_the_same_at_every_start_and_changes_no_distribution() -> None:
+def test_a_shuffle_is_the_same_at_every_start_and_changes_no_distribution():
     shuffled = parse("a=shuffle(range(0,20))")
     order = [point["a"] for point in shuffled.all()]
     assert order == [point["a"] for point in parse("a=shuffle(range(0,20))").all()]
@@ -94,7 +92,7 @@ def test_a_shuffle_is_the_same_at_every_start_and_changes_no_distribution() -> N
     assert shuffled.hash() == parse("a=range(0,20)").hash()
 
 
-def test_distributions() -> None:
+def test_distributions():
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     space = parse(
@@ -118,7 +116,7 @@ def test_distributions() -> None:
     assert space.combinations() is None
 
 
-def test_an_interval_has_no_end_of_points() -> None:
+def test_an_interval_has_no_end_of_points():
     with pytest.raises(ValueError, match="no end"):
         next(parse("a=interval(0,1)").all())
     assert parse("a=interval(2,2)").combinations() == 1
@@ -151,7 +149,7 @@ def test_an_interval_has_no_end_of_points() -> None:
         "=1",
     ],
 )
-def test_what_is_no_space_is_the_users_to_mend(override: str) -> None:
+def test_what_is_no_space_is_the_users_to_mend(override):
     with pytest.raises(UserError) as caught:
         parse(override)
     lines = str(caught.value).splitlines()
@@ -160,12 +158,12 @@ def test_what_is_no_space_is_the_users_to_mend(override: str) -> None:
 
 
 @pytest.mark.parametrize("others", [["a=3"], ["a=3,4"], ["+a=1", "+a=2,3"]])
-def test_a_key_that_is_swept_and_given_twice(others: list[str]) -> None:
+def test_a_key_that_is_swept_and_given_twice(others):
     with pytest.raises(UserError, match="more than once"):
         parse("a=1,2", *others)
 
 
-def test_the_hash_ignores_order_and_sees_everything_else() -> None:
+def test_the_hash_ignores_order_and_sees_everything_else():
     base = parse("a=x,y", "b=range(1,5)", "c=1")
     assert base.hash() == parse("c=1", "b=range(4,0,-1)", "a=y,x").hash()
     changed = [
@@ -178,7 +176,7 @@ def test_the_hash_ignores_order_and_sees_everything_else() -> None:
     assert len({space.hash() for space in [base, *changed]}) == 6
 
 
-def test_a_range_of_millions_is_not_written_out() -> None:
+def test_a_range_of_millions_is_not_written_out():
     space = parse("a=range(0,100000000)")
     assert space.combinations() == 100_000_000
     assert space.dimensions["a"].texts()[50_000_000] == "50000000"
@@ -186,12 +184,12 @@ def test_a_range_of_millions_is_not_written_out() -> None:
 
 
 @given(st.lists(STRINGS, min_size=1, max_size=5, unique=True))
-def test_any_string_survives_the_way_through_the_grammar(strings: list[str]) -> None:
+def test_any_string_survives_the_way_through_the_grammar(strings):
     assert [values_of(text_of(string)) for string in strings] == strings
 
 
 @given(start=NUMBERS, stop=NUMBERS, step=NUMBERS.filter(bool))
-def test_integer_ranges_are_pythons(start: int, stop: int, step: int) -> None:
+def test_integer_ranges_are_pythons(start, stop, step):
     override = f"a=range({start},{stop},{step})"
     expected = [str(i) for i in range(start, stop, step)]
     if not expected:
@@ -214,9 +212,7 @@ def test_integer_ranges_are_pythons(start: int, stop: int, step: int) -> None:
     scale=st.sampled_from([10, 100, 1000, 8, 3]),
     falling=st.booleans(),
 )
-def test_float_ranges_keep_every_value(
-    start: int, count: int, step: int, scale: int, falling: bool
-) -> None:
+def test_float_ranges_keep_every_value(start, count, step, scale, falling):
     sign = -1 if falling else 1
     low, width = start / scale, sign * step / scale
     stop = low + width * (count - 0.5)
@@ -229,9 +225,7 @@ def test_float_ranges_keep_every_value(
 
 
 @given(low=st.floats(1e-6, 1e3), width=st.floats(1e-6, 1e3), log=st.booleans())
-def test_intervals_reach_optuna_and_back_with_every_digit(
-    low: float, width: float, log: bool
-) -> None:
+def test_intervals_reach_optuna_and_back_with_every_digit(low, width, log):
     high = low + width
     text = f"interval({low!r},{high!r})"
     dimension = parse(f"a=tag(log,{text})" if log else f"a={text}").dimensions["a"]
@@ -242,7 +236,7 @@ def test_intervals_reach_optuna_and_back_with_every_digit(
 
 
 @given(st.dictionaries(WORDS, st.lists(NUMBERS, min_size=2, max_size=4, unique=True), max_size=4))
-def test_all_is_the_product(columns: dict[str, list[int]]) -> None:
+def test_all_is_the_product(columns):
     space = parse(*(f"{key}={','.join(map(str, column))}" for key, column in columns.items()))
     expected = [tuple(map(str, values)) for values in itertools.product(*columns.values())]
     assert [tuple(point.values()) for point in space.all()] == expected

@@ -1,7 +1,5 @@
 """`sampler=stages`: what it learns of stages, what it proposes, and how it ends."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np
@@ -29,7 +27,7 @@ H100 = MACHINES["h100"]
 
 
 @pytest.fixture(scope="module")
-def full() -> tuple[Space, Points]:
+def full():
     space, compose = command_lines()("space=full", "model=pi0", "workload=three_cameras")
     space, _ = prepare(space, compose, H100, False)
     return space, Points(space, compose, H100)
@@ -46,7 +44,7 @@ def frozen(space: Space, params: dict[str, str], **attributes: object) -> Frozen
     )
 
 
-def test_every_option_declares_stages_that_exist() -> None:
+def test_every_option_declares_stages_that_exist():
     for knob in KNOBS:
         fields = knob.options_type.model_fields
         assert {name.split(".")[0] for name in knob.stages} <= set(fields), knob.name
@@ -57,7 +55,7 @@ def test_every_option_declares_stages_that_exist() -> None:
     assert touched("weights.seed") == touched("compile.mode") == STAGES
 
 
-def test_what_no_kernel_reads_is_no_feature() -> None:
+def test_what_no_kernel_reads_is_no_feature():
     def of(denoise: str) -> dict[str, str]:
         launch = {"block_n": 32}
         raw = {"attention": {"denoise": denoise, "launch_denoise": launch}}
@@ -69,7 +67,7 @@ def test_what_no_kernel_reads_is_no_feature() -> None:
 
 
 @pytest.mark.parametrize(("busy", "idle"), [(6.0, 4.0), (20.0, 0.1)])
-def test_parts_sum_to_the_latency(busy: float, idle: float) -> None:
+def test_parts_sum_to_the_latency(busy, idle):
     kernels = Kernels(
         kind="device_kernels",
         total=3,
@@ -83,7 +81,7 @@ def test_parts_sum_to_the_latency(busy: float, idle: float) -> None:
     assert found["denoise"] == pytest.approx(3 * found["vision"])
 
 
-def test_a_stage_teaches_nothing_of_options_that_do_not_touch_it() -> None:
+def test_a_stage_teaches_nothing_of_options_that_do_not_touch_it():
     rng = np.random.default_rng(0)
     chosen = random.Random(0)
     trials = []
@@ -105,7 +103,7 @@ def test_a_stage_teaches_nothing_of_options_that_do_not_touch_it() -> None:
     assert drawn.milliseconds(fast) == pytest.approx(13.5, rel=0.05)
 
 
-def test_two_options_that_only_gain_together_are_learned() -> None:
+def test_two_options_that_only_gain_together_are_learned():
     def time(on: dict[str, str]) -> float:
         return 10.0 if len(on) == 2 else 20.0
 
@@ -116,7 +114,7 @@ def test_two_options_that_only_gain_together_are_learned() -> None:
     assert [round(mean.milliseconds(on)) for on in pairs] == [20, 20, 20, 10]
 
 
-def test_what_fails_and_what_takes_long_is_avoided() -> None:
+def test_what_fails_and_what_takes_long_is_avoided():
     model = StageModel(touched)
     rows: list[Seen] = []
     for key, outcome in (("a", None), ("b", 10.0), ("c", 10.0)):
@@ -128,7 +126,7 @@ def test_what_fails_and_what_takes_long_is_avoided() -> None:
     assert mean.cost({"c": "1"}) > mean.cost({"b": "1"}) + 0.1
 
 
-def test_proposals_are_admitted_new_and_soon_fast(full: tuple[Space, Points]) -> None:
+def test_proposals_are_admitted_new_and_soon_fast(full):
     """Of a made-up machine on which some options are fast, in a space of billions of points."""
     space, points = full
     sampler = StagesSampler(space, points, seed=1)
@@ -157,7 +155,7 @@ def test_proposals_are_admitted_new_and_soon_fast(full: tuple[Space, Points]) ->
     assert min(totals) < 1.05 * best
 
 
-def test_a_value_brings_what_its_knob_asks_for(full: tuple[Space, Points]) -> None:
+def test_a_value_brings_what_its_knob_asks_for(full):
     space, points = full
     atlas = Map(space, points)
     plain = atlas.place({key: d.texts()[0] for key, d in space.dimensions.items()})
@@ -168,7 +166,7 @@ def test_a_value_brings_what_its_knob_asks_for(full: tuple[Space, Points]) -> No
     assert len(found.features) <= 6  # its own five, and a precision of 16 bits
 
 
-def test_no_search_begins_by_compiling_for_minutes(full: tuple[Space, Points]) -> None:
+def test_no_search_begins_by_compiling_for_minutes(full):
     space, points = full
     sampler = StagesSampler(space, points, seed=2)
     first = [sampler.propose([]) for _ in range(20)]
@@ -178,7 +176,7 @@ def test_no_search_begins_by_compiling_for_minutes(full: tuple[Space, Points]) -
     assert {params["compile.scope"] for params in compiled} <= {"stage", "layer"}
 
 
-def test_pending_points_are_not_proposed_again(full: tuple[Space, Points]) -> None:
+def test_pending_points_are_not_proposed_again(full):
     space, points = full
     sampler = StagesSampler(space, points, seed=3)
     trials: list[FrozenTrial] = []
@@ -195,7 +193,7 @@ def test_pending_points_are_not_proposed_again(full: tuple[Space, Points]) -> No
     assert len(keys) == len(trials)
 
 
-def test_the_default_of_a_large_space_and_what_is_not_for_it() -> None:
+def test_the_default_of_a_large_space_and_what_is_not_for_it():
     def plan(*words: str, **settings: object) -> str:
         space = Space.parse([*words, "weights.seed=range(0,60)"])
         parsed = Settings.parse({"n_trials": 5, **settings})
@@ -203,16 +201,14 @@ def test_the_default_of_a_large_space_and_what_is_not_for_it() -> None:
 
     assert plan() == "stages"
     assert plan("guard.factor=interval(1,2)") == "tpe"
-    assert plan(objective=["latency", "memory"]) == "tpe"
+    assert plan(objective={"minimize": ["latency", "memory"]}) == "tpe"
     with pytest.raises(UserError, match="needs at most 64 values"):
         plan("guard.factor=interval(1,2)", sampler="stages")
     with pytest.raises(UserError, match="minimises the latency alone"):
-        plan(objective=["latency", "memory"], sampler="stages")
+        plan(objective={"minimize": ["latency", "memory"]}, sampler="stages")
 
 
-def test_it_is_a_sampler_of_optuna_and_a_continued_study_knows_the_parts(
-    full: tuple[Space, Points],
-) -> None:
+def test_it_is_a_sampler_of_optuna_and_a_continued_study_knows_the_parts(full):
     space, points = full
     optimizer, found = Optimizer(space, "stages", 0, points=points), []
     for number in range(3):

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -20,7 +18,7 @@ from openpi_opt.track.store import Store
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> str:
+def store(tmp_path):
     journal = Journal.open(Store.open(tmp_path).study_dir("first"))
     fast = config(attention={"vision": "sdpa"})
     journal.append(record(failed('exit, code "1"\nand more'), params={"compile": "default"}))
@@ -37,7 +35,7 @@ def verb(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_table(store: str) -> None:
+def test_table(store):
     done = verb("first", "--store", store)
     assert done.returncode == 0
     assert done.stderr == f"see it: python -m openpi_opt.ui first --store {store}\n"
@@ -47,7 +45,7 @@ def test_table(store: str) -> None:
     assert 'exit, code "1" and more' in done.stdout
 
 
-def test_further_columns(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_further_columns(store, capsys):
     assert main(["first", "--store", store, "--columns", "p95_ms,p99_ms"]) == 0
     out = capsys.readouterr().out
     heads = [line.split() for line in out.splitlines() if "p99" in line]
@@ -57,7 +55,7 @@ def test_further_columns(store: str, capsys: pytest.CaptureFixture[str]) -> None
     assert "'p98' is no figure; they are mean_ms" in capsys.readouterr().err
 
 
-def test_json(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json(store, capsys):
     assert main(["first", "--store", store, "--format", "json"]) == 0
     trials = json.loads(capsys.readouterr().out)
     assert [trial["number"] for trial in trials] == [0, 1, 2, 3]
@@ -82,7 +80,7 @@ def test_json(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert wrong_one["latency"] is None
 
 
-def test_csv(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_csv(store, capsys):
     assert main(["first", "--store", store, "--format", "csv"]) == 0
     lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert len(lines) == 4
@@ -97,7 +95,7 @@ def test_csv(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert not {"latency", "guard", "kernels"} & lines[0].keys()
 
 
-def test_a_running_sweep_is_left_alone(store: str) -> None:
+def test_a_running_sweep_is_left_alone(store):
     path = Path(store) / "studies/first/journal.jsonl"
     with path.open("a") as file:
         file.write('{"half')
@@ -108,7 +106,7 @@ def test_a_running_sweep_is_left_alone(store: str) -> None:
     assert path.read_text().endswith('{"half')
 
 
-def test_study_without_trials(tmp_path: Path) -> None:
+def test_study_without_trials(tmp_path):
     Journal.open(Store.open(tmp_path).study_dir("empty"))
     for form, out in (("table", ""), ("json", "[]\n")):
         done = verb("empty", "--store", str(tmp_path), "--format", form)
@@ -117,7 +115,7 @@ def test_study_without_trials(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("study", ["frist", "../first", "", "a/b"])
-def test_unknown_study(store: str, study: str) -> None:
+def test_unknown_study(store, study):
     done = verb(study, "--store", store)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.match(r"error: (study|.* is no folder of a study)", done.stderr)
@@ -126,14 +124,14 @@ def test_unknown_study(store: str, study: str) -> None:
         assert "Did you mean first?" in done.stderr
 
 
-def test_unknown_store_is_not_made(tmp_path: Path) -> None:
+def test_unknown_store_is_not_made(tmp_path):
     done = verb("first", "--store", str(tmp_path / "absent"))
     assert done.returncode == 2
     assert "does not exist" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_track_verb_errors(store: str) -> None:
+def test_track_verb_errors(store):
     command = [sys.executable, "-m", "openpi_opt.track", "sync", "nothing", "--store", store]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
@@ -141,7 +139,7 @@ def test_track_verb_errors(store: str) -> None:
 
 
 @pytest.mark.parametrize(("more", "form"), [(0, "csv"), (60, "json")])
-def test_reader_that_is_gone(store: str, more: int, form: str) -> None:
+def test_reader_that_is_gone(store, more, form):
     """Met while printing much, or little at the very end."""
     journal = Journal.open(Path(store) / "studies/first")
     for _ in range(more):
@@ -160,9 +158,7 @@ def test_reader_that_is_gone(store: str, more: int, form: str) -> None:
 @pytest.mark.parametrize(
     ("raised", "code"), [(UserError("no\nway"), 2), (KeyboardInterrupt(), 130), (None, 1)]
 )
-def test_exit_codes(
-    raised: BaseException | None, code: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exit_codes(raised, code, capsys):
     def verb_main() -> int:
         if raised is not None:
             raise raised
@@ -174,7 +170,7 @@ def test_exit_codes(
     assert capsys.readouterr().err == ("error: no\nway\n" if code == 2 else "")
 
 
-def test_defects_keep_their_traceback() -> None:
+def test_defects_keep_their_traceback():
     def verb_main() -> int:
         raise KeyError("bug")
 
@@ -182,9 +178,7 @@ def test_defects_keep_their_traceback() -> None:
         run(verb_main)
 
 
-def test_stages_stand_against_their_floors(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stages_stand_against_their_floors(tmp_path, capsys):
     journal = Journal.open(Store.open(tmp_path).study_dir("s"))
     full = ok(10.0).model_copy(update={"roofline": roofline()})
     journal.append(record(ok(10.0)))
@@ -200,7 +194,7 @@ def test_stages_stand_against_their_floors(
 
 
 @pytest.mark.parametrize("kind", ["json", "csv"])
-def test_roofline_and_energy(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_roofline_and_energy(tmp_path, capsys, kind):
     journal = Journal.open(Store.open(tmp_path).study_dir("s"))
     more = {"roofline": roofline("datasheet"), "energy": ENERGY}
     journal.append(record(ok(10.0)))

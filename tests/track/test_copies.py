@@ -1,7 +1,5 @@
 """Copies for MLflow and Optuna never hold back a sweep: real processes, servers and locks."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import sqlite3
@@ -44,7 +42,7 @@ def followers(host: Host) -> list[int]:
     return found
 
 
-def test_a_server_that_misbehaves_holds_back_no_trial(tmp_path: Path) -> None:
+def test_a_server_that_misbehaves_holds_back_no_trial(tmp_path):
     """One that is busy, one that drips and one that hangs, at the same time."""
     with contextlib.ExitStack() as stack:
         hosts, sweeps = [], []
@@ -66,7 +64,7 @@ def test_a_server_that_misbehaves_holds_back_no_trial(tmp_path: Path) -> None:
         host.assert_tidy()
 
 
-def test_one_ctrl_c_ends_a_sweep_or_a_wait_for_a_server_that_hangs(host: Host) -> None:
+def test_one_ctrl_c_ends_a_sweep_or_a_wait_for_a_server_that_hangs(host):
     with bad_server("hang") as uri:
         host.env |= {"MLFLOW_TRACKING_URI": uri}
         sweep = host.start("--seeds", "3", "--seconds", "30", "--mlflow")
@@ -86,7 +84,7 @@ def test_one_ctrl_c_ends_a_sweep_or_a_wait_for_a_server_that_hangs(host: Host) -
     assert not followers(host)
 
 
-def test_a_killed_sweep_takes_its_copying_process_with_it(host: Host) -> None:
+def test_a_killed_sweep_takes_its_copying_process_with_it(host):
     with bad_server("hang") as uri:
         host.env |= {"MLFLOW_TRACKING_URI": uri, "MLFLOW_HTTP_REQUEST_TIMEOUT": "600"}
         sweep = host.start("--seeds", "3", "--seconds", "30", "--mlflow")
@@ -98,7 +96,7 @@ def test_a_killed_sweep_takes_its_copying_process_with_it(host: Host) -> None:
     host.run("--seeds", "1")  # ends the trial that was left
 
 
-def test_an_mlflow_that_cannot_be_imported_is_said_once(host: Host) -> None:
+def test_an_mlflow_that_cannot_be_imported_is_said_once(host):
     broken = host.folder / "site" / "mlflow"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text(
@@ -111,7 +109,7 @@ def test_an_mlflow_that_cannot_be_imported_is_said_once(host: Host) -> None:
     assert "track sync stub" in said
 
 
-def test_a_lock_of_mlflow_that_a_stopped_neighbour_holds_holds_back_nothing(host: Host) -> None:
+def test_a_lock_of_mlflow_that_a_stopped_neighbour_holds_holds_back_nothing(host):
     host.study.mkdir(parents=True)
     with FileLock(host.study / "mlflow.lock"):
         said = host.run("--seeds", "2", "--mlflow", "--wait", str(WAIT_S))
@@ -119,7 +117,7 @@ def test_a_lock_of_mlflow_that_a_stopped_neighbour_holds_holds_back_nothing(host
     assert "MLflow lacks 2 of 2 record(s)" in said
 
 
-def test_a_locked_database_of_optunas_holds_back_nothing(host: Host) -> None:
+def test_a_locked_database_of_optunas_holds_back_nothing(host):
     host.run("--seeds", "1")
     database = sqlite3.connect(host.store / "optuna.db")
     database.execute("BEGIN EXCLUSIVE")
@@ -133,7 +131,7 @@ def test_a_locked_database_of_optunas_holds_back_nothing(host: Host) -> None:
         assert len(optuna.load_study(study_name=name, storage=url).trials) == 4
 
 
-def test_a_damaged_database_of_optunas_is_a_warning(host: Host) -> None:
+def test_a_damaged_database_of_optunas_is_a_warning(host):
     host.store.mkdir()
     (host.store / "optuna.db").write_bytes(b"no database, " * 1000)
     said = host.run("--seeds", "2")
@@ -141,7 +139,7 @@ def test_a_damaged_database_of_optunas_is_a_warning(host: Host) -> None:
     assert "optuna.db cannot be used: file is not a database. The journal has everything" in said
 
 
-def test_optunas_copy_has_the_numbers_the_times_and_the_reasons_of_the_table(host: Host) -> None:
+def test_optunas_copy_has_the_numbers_the_times_and_the_reasons_of_the_table(host):
     host.run("--faults", "--seeds", "22")
     copied = trials(host)
     records = host.records
@@ -162,7 +160,7 @@ def _seconds(text: str) -> float:
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 
-def test_a_url_goes_to_optuna_as_it_is_and_its_password_nowhere(host: Host) -> None:
+def test_a_url_goes_to_optuna_as_it_is_and_its_password_nowhere(host):
     database = host.folder / "elsewhere.db"
     host.run("--seeds", "2", "--storage", f"sqlite:///{database}")
     assert database.exists()

@@ -1,10 +1,6 @@
 """Objectives and limits: what is better, what is too much, and what is neither."""
 
-from __future__ import annotations
-
 import argparse
-from pathlib import Path
-from random import Random
 
 import optuna
 import pytest
@@ -45,7 +41,7 @@ def tails(result: Ok, **percentiles: float) -> Ok:
     return result.model_copy(update={"latency": result.latency.model_copy(update=percentiles)})
 
 
-def test_every_figure_reads_a_result_and_stands_once() -> None:
+def test_every_figure_reads_a_result_and_stands_once():
     """What an objective or limit needs is there; one that is not measured is None, not 0."""
     measured = ok(10.0)
     for key, figure in FIGURES.items():
@@ -63,7 +59,7 @@ def test_every_figure_reads_a_result_and_stands_once() -> None:
     assert set(options) == set(Limits.model_fields)
 
 
-def test_a_percentile_alone_may_be_the_objective() -> None:
+def test_a_percentile_alone_may_be_the_objective():
     assert Criteria(objectives=("p99",)).values(tails(ok(10.0), p99_ms=17.0)) == (17.0,)
     steady, fast = tails(ok(10.0), p99_ms=11.0), tails(ok(9.0), p99_ms=17.0)
     records = [record(each, number=number) for number, each in enumerate((steady, fast))]
@@ -73,7 +69,7 @@ def test_a_percentile_alone_may_be_the_objective() -> None:
 
 
 @given(st.integers(1, 4).flatmap(points))
-def test_the_pareto_set_is_what_its_definition_says(found: list[tuple[float, ...]]) -> None:
+def test_the_pareto_set_is_what_its_definition_says(found):
     """No other point is at most as large everywhere and smaller somewhere, written out."""
     for point, chosen in zip(found, pareto(found), strict=True):
         better = [
@@ -87,9 +83,7 @@ def test_the_pareto_set_is_what_its_definition_says(found: list[tuple[float, ...
 
 
 @given(points(3), st.randoms(use_true_random=False))
-def test_the_pareto_set_does_not_depend_on_order(
-    found: list[tuple[float, ...]], random: Random
-) -> None:
+def test_the_pareto_set_does_not_depend_on_order(found, random):
     shuffled = list(found)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     chosen = [
@@ -100,7 +94,7 @@ def test_the_pareto_set_does_not_depend_on_order(
 
 
 @given(st.tuples(FEW, FEW), st.tuples(FEW, FEW))
-def test_domination_is_strict(one: tuple[float, float], other: tuple[float, float]) -> None:
+def test_domination_is_strict(one, other):
     assert not dominates(one, one)
     assert not (dominates(one, other) and dominates(other, one))
 
@@ -112,9 +106,7 @@ MEASURED = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(MEASURED, st.none() | st.integers(1, 6).map(float))
-def test_optuna_finds_the_same_set_under_the_same_limit(
-    measured: list[tuple[float, float]], limit: float | None
-) -> None:
+def test_optuna_finds_the_same_set_under_the_same_limit(measured, limit):
     limits = {} if limit is None else {"peak_mib": limit}
     criteria = Criteria(objectives=("latency", "memory"), limits=limits)
     study = optuna.create_study(directions=["minimize", "minimize"])
@@ -131,7 +123,7 @@ def test_optuna_finds_the_same_set_under_the_same_limit(
     assert ours == [trial.number for trial in study.best_trials]
 
 
-def test_objectives_have_one_order_and_latency_among_them() -> None:
+def test_objectives_have_one_order_and_latency_among_them():
     assert Criteria(objectives=("memory", "latency", "energy")).objectives == (
         "latency",
         "energy",
@@ -142,7 +134,7 @@ def test_objectives_have_one_order_and_latency_among_them() -> None:
             Criteria(objectives=wrong_one)
 
 
-def test_values_are_those_of_the_objectives_or_none() -> None:
+def test_values_are_those_of_the_objectives_or_none():
     every = Criteria(objectives=("latency", "memory", "energy", "guard"))
     measured = with_memory(10.0, 700.0).model_copy(update={"energy": ENERGY})
     assert every.objectives == ("latency", "energy", "guard", "memory")
@@ -153,7 +145,7 @@ def test_values_are_those_of_the_objectives_or_none() -> None:
 
 
 @given(st.floats(0.1, 1e4), st.floats(0.1, 1e4))
-def test_a_limit_is_kept_up_to_its_value(peak: float, limit: float) -> None:
+def test_a_limit_is_kept_up_to_its_value(peak, limit):
     criteria = Criteria(limits={"peak_mib": limit})
     result = with_memory(10.0, peak)
     assert bool(criteria.over(result)) == (peak > limit)
@@ -163,7 +155,7 @@ def test_a_limit_is_kept_up_to_its_value(peak: float, limit: float) -> None:
         assert excess <= 0
 
 
-def test_every_limit_judges_its_own_figure() -> None:
+def test_every_limit_judges_its_own_figure():
     # 3 s for the first call, 0.002 of the guard
     result = tails(with_memory(10.0, 700.0), p95_ms=11.0, p99_ms=13.0)
     seen = {"latency_ms": 10.0, "peak_mib": 700.0, "compile_seconds": 3.0, "rel_l2": 0.002}
@@ -177,7 +169,7 @@ def test_every_limit_judges_its_own_figure() -> None:
     assert Criteria.of(["latency"], False, Limits()) == Criteria()
 
 
-def test_a_pruned_result_tells_what_it_has() -> None:
+def test_a_pruned_result_tells_what_it_has():
     kept = ok(10.0)
     pruned = Pruned(
         **kept.model_dump(include={"config", "config_hash", "context_hash", "started_at"}),
@@ -192,7 +184,7 @@ def test_a_pruned_result_tells_what_it_has() -> None:
     assert criteria.excess(pruned) == {"latency_ms": 1.0, "rel_l2": -0.5}
 
 
-def test_they_are_kept_in_the_study_and_damage_is_told(tmp_path: Path) -> None:
+def test_they_are_kept_in_the_study_and_damage_is_told(tmp_path):
     assert Criteria.load(tmp_path) is None
     criteria = Criteria(objectives=("latency", "guard"), limits={"rel_l2": 0.01}, allow_lossy=True)
     criteria.save(tmp_path)
@@ -202,7 +194,7 @@ def test_they_are_kept_in_the_study_and_damage_is_told(tmp_path: Path) -> None:
         Criteria.load(tmp_path)
 
 
-def test_a_verb_judges_by_the_study_or_by_what_it_is_given(tmp_path: Path) -> None:
+def test_a_verb_judges_by_the_study_or_by_what_it_is_given(tmp_path):
     swept = {"peak_mib": 900.0, "rel_l2": 0.01}
     Criteria(objectives=("latency", "memory"), limits=swept, allow_lossy=True).save(tmp_path)
     parser = argparse.ArgumentParser()

@@ -1,9 +1,6 @@
 """The best so far against minutes."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 from track_samples import config, failed, ok, record
 
@@ -24,7 +21,7 @@ def study() -> list[Record]:
     ]
 
 
-def test_only_what_may_win_is_the_best_and_pauses_do_not_count() -> None:
+def test_only_what_may_win_is_the_best_and_pauses_do_not_count():
     found = curve.steps(study(), Criteria())
     assert [(step.number, step.best_ms, step.minutes) for step in found] == [
         (0, 20.0, 1.0),
@@ -39,7 +36,7 @@ def test_only_what_may_win_is_the_best_and_pauses_do_not_count() -> None:
     ]
 
 
-def test_the_plot_stands_in_the_studys_folder(tmp_path: Path) -> None:
+def test_the_plot_stands_in_the_studys_folder(tmp_path):
     assert curve.write(tmp_path, study()[:1]) == []
     written = curve.write(tmp_path, study())
     assert sorted(written) == curve.files(tmp_path)

@@ -1,7 +1,5 @@
 """Experiments: what is run, and the report of what came of it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +36,7 @@ def entries(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("path", sorted((conf_dir() / "experiment").glob("*.yaml")))
-def test_every_experiment_names_known_columns_and_sweeps_its_x(path: Path) -> None:
+def test_every_experiment_names_known_columns_and_sweeps_its_x(path):
     if path.stem == "instances":
         with pytest.raises(UserError, match="is no study"):
             experiment.Experiment.load(path.stem)
@@ -47,7 +45,7 @@ def test_every_experiment_names_known_columns_and_sweeps_its_x(path: Path) -> No
     assert any(line.startswith(f"{found.x}=") and "," in line for line in found.overrides)
 
 
-def test_a_report_has_every_batch_size_in_order_also_the_one_that_failed(tmp_path: Path) -> None:
+def test_a_report_has_every_batch_size_in_order_also_the_one_that_failed(tmp_path):
     big = failed("out of memory", config(workload={"name": "seed_b1", "batch_size": 64}))
     results = [measured(16, 80.0), measured(1, 10.0), big, measured(4, 24.0)]
     study = write(
@@ -72,7 +70,7 @@ def test_a_report_has_every_batch_size_in_order_also_the_one_that_failed(tmp_pat
     assert "| preset=h100 | 16 | 80.000 | 79.750 to 80.250 | 200.00 | 5.000 |" in text
 
 
-def test_floors_and_shares_of_stages_stand_beside_the_latency(tmp_path: Path) -> None:
+def test_floors_and_shares_of_stages_stand_beside_the_latency(tmp_path):
     result = measured(1, 10.0).model_copy(update={"roofline": roofline()})
     experiment.write_report("batch_scaling", write(tmp_path, [result]), tmp_path)
     assert (
@@ -81,7 +79,7 @@ def test_floors_and_shares_of_stages_stand_beside_the_latency(tmp_path: Path) ->
     )
 
 
-def test_an_interval_that_reaches_zero_is_a_rate_without_an_upper_end(tmp_path: Path) -> None:
+def test_an_interval_that_reaches_zero_is_a_rate_without_an_upper_end(tmp_path):
     wild = measured(1, 10.0)
     latency = wild.latency.model_copy(update={"ci95_low_ms": -3.0, "ci95_high_ms": 23.0})
     study = write(tmp_path, [wild.model_copy(update={"latency": latency}), measured(2, 12.0)])
@@ -92,9 +90,7 @@ def test_an_interval_that_reaches_zero_is_a_rate_without_an_upper_end(tmp_path: 
     assert rates(wild.model_copy(update={"latency": latency}))[1] is None
 
 
-def test_energy_is_shown_where_measured_and_nowhere_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_energy_is_shown_where_measured_and_nowhere_else(tmp_path, capsys):
     sdpa = {"attention": {"vision": "sdpa", "prefill": "sdpa", "denoise": "sdpa"}}
     study = tmp_path / "studies" / "s"
     journal = Journal.open(study)
@@ -113,21 +109,21 @@ def test_energy_is_shown_where_measured_and_nowhere_else(
     assert "| attention=sdpa | 4 | 10.000 | 400.00 | not measured |" in out
 
 
-def test_trials_of_an_older_machine_are_left_out(tmp_path: Path) -> None:
+def test_trials_of_an_older_machine_are_left_out(tmp_path):
     old = measured(1, 99.0).model_copy(update={"fingerprint": {**FINGERPRINT, "cpu": "old"}})
     study = write(tmp_path, [old, measured(1, 10.0)])
     experiment.write_report("batch_scaling", study, tmp_path)
     assert [row["mean_ms"] for row in entries(tmp_path, "batch_scaling")] == [10.0]
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     study = write(tmp_path, [measured(1, 10.0)])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write there.*\n.*--out FOLDER"):
+    with pytest.raises(UserError, match=r"cannot write in.*\n.*--out FOLDER"):
         experiment.write_report("batch_scaling", study, tmp_path / "file" / "out")
 
 
-def test_the_sweep_gets_the_experiments_overrides_but_for_what_is_given(tmp_path: Path) -> None:
+def test_the_sweep_gets_the_experiments_overrides_but_for_what_is_given(tmp_path):
     seen: list[str] = []
 
     def sweep(words: Sequence[str]) -> int:
@@ -155,6 +151,6 @@ def test_the_sweep_gets_the_experiments_overrides_but_for_what_is_given(tmp_path
         (["experiment=batch_scaling", "attention=["], "not an override"),
     ],
 )
-def test_wrong_words_are_refused(words: list[str], message: str) -> None:
+def test_wrong_words_are_refused(words, message):
     with pytest.raises(UserError, match=message):
         experiment.run(words, lambda: 0)

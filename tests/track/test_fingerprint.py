@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import dataclasses
 import json
 import platform as python_platform
@@ -8,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from track_samples import CPU, H100
@@ -20,7 +17,7 @@ from openpi_opt.track import fingerprint as module
 from openpi_opt.track.fingerprint import differences, fingerprint, fingerprint_hash
 
 
-def test_says_which_gpu_runs() -> None:
+def test_says_which_gpu_runs():
     fp = fingerprint(H100)
     assert fp["gpu"]["name"] == "NVIDIA H100"
     assert fp["gpu"]["driver"] == "570.1"
@@ -31,13 +28,13 @@ def test_says_which_gpu_runs() -> None:
     assert fingerprint(both, Platform(device="cuda", gpu=1))["gpu"]["name"] == "other"
 
 
-def test_is_plain_data_without_host_or_user() -> None:
+def test_is_plain_data_without_host_or_user():
     text = json.dumps(fingerprint(machine.probe()))
     assert python_platform.node() not in text
     assert str(Path.home()) not in text
 
 
-def test_imports_nothing_heavy_and_is_fast() -> None:
+def test_imports_nothing_heavy_and_is_fast():
     code = (
         "import sys; from openpi_opt import machine; from openpi_opt.track import fingerprint as f;"
         "f.fingerprint_hash(f.fingerprint(machine.probe()));"
@@ -70,7 +67,7 @@ def test_imports_nothing_heavy_and_is_fast() -> None:
         ("os", "other", True),
     ],
 )
-def test_hash_covers_what_changes_numbers(key: str, value: Any, same: bool) -> None:
+def test_hash_covers_what_changes_numbers(key, value, same):
     fp = fingerprint(CPU)
     changed = {**fp, key: value}
     assert (fingerprint_hash(changed) == fingerprint_hash(fp)) is same
@@ -78,7 +75,7 @@ def test_hash_covers_what_changes_numbers(key: str, value: Any, same: bool) -> N
     assert all(text.startswith(key.split("_")[0]) for text in differences(fp, changed))
 
 
-def test_equal_gpus_share_a_hash() -> None:
+def test_equal_gpus_share_a_hash():
     other = dataclasses.replace(H100, gpus=(dataclasses.replace(H100.gpus[0], uuid="GPU-zzz"),))
     assert fingerprint_hash(fingerprint(other)) == fingerprint_hash(fingerprint(H100))
     driver = dataclasses.replace(H100, gpus=(dataclasses.replace(H100.gpus[0], driver="580"),))
@@ -86,14 +83,12 @@ def test_equal_gpus_share_a_hash() -> None:
     assert len(fingerprint_hash(fingerprint(H100))) == 12
 
 
-def test_hash_survives_json() -> None:
+def test_hash_survives_json():
     fp = fingerprint(H100)
     assert fingerprint_hash(json.loads(json.dumps(fp))) == fingerprint_hash(fp)
 
 
-def test_source_hash_follows_edits_and_git_only_ones_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_source_hash_follows_edits_and_git_only_ones_own(tmp_path, monkeypatch):
     copy = tmp_path / "repo" / "openpi_opt"
     shutil.copytree(package_dir(), copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(module, "package_dir", lambda: copy)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -43,7 +41,7 @@ def writer(study: Path, body: str) -> subprocess.Popen[str]:
     )
 
 
-def test_round_trip_of_every_outcome(tmp_path: Path) -> None:
+def test_round_trip_of_every_outcome(tmp_path):
     journal = Journal.open(tmp_path / "s", command=["sweep", "-m"])
     given = [record(result) for result in (ok(), wrong(), refused(), failed())]
     written = [journal.append(item) for item in given]
@@ -56,14 +54,14 @@ def test_round_trip_of_every_outcome(tmp_path: Path) -> None:
         assert reopened.header.name == "s"
 
 
-def test_a_uid_is_written_once(tmp_path: Path) -> None:
+def test_a_uid_is_written_once(tmp_path):
     journal = Journal.open(tmp_path)
     item = record()
     assert journal.append(item) == journal.append(item) == Journal.open(tmp_path).append(item)
     assert len(Journal.read(tmp_path).records()) == 1
 
 
-def test_find_knows_hashes_and_leaves_out_confirmations(tmp_path: Path) -> None:
+def test_find_knows_hashes_and_leaves_out_confirmations(tmp_path):
     journal = Journal.open(tmp_path)
     cfg = config(attention={"vision": "sdpa"})
     first = journal.append(record(ok(10, cfg)))
@@ -76,7 +74,7 @@ def test_find_knows_hashes_and_leaves_out_confirmations(tmp_path: Path) -> None:
     assert journal.by_uid(first.uid) == first
 
 
-def test_one_journal_sees_what_another_appends(tmp_path: Path) -> None:
+def test_one_journal_sees_what_another_appends(tmp_path):
     one, two = Journal.open(tmp_path), Journal.open(tmp_path)
     one.append(record())
     assert two.append(record()).number == 1
@@ -84,14 +82,14 @@ def test_one_journal_sees_what_another_appends(tmp_path: Path) -> None:
     assert one.records() == two.records()
 
 
-def test_numbers_in_text_cannot_break_lines(tmp_path: Path) -> None:
+def test_numbers_in_text_cannot_break_lines(tmp_path):
     reason = "line\nbreak \r\n \u2028 \0 and \x85"
     Journal.open(tmp_path).append(record(failed(reason)))
     (back,) = Journal.open(tmp_path).records()
     assert back.result.reason == reason  # type: ignore[union-attr]
 
 
-def test_a_record_that_would_not_come_back_is_not_written(tmp_path: Path) -> None:
+def test_a_record_that_would_not_come_back_is_not_written(tmp_path):
     journal = Journal.open(tmp_path)
     journal.append(record())
     good = ok()
@@ -102,7 +100,7 @@ def test_a_record_that_would_not_come_back_is_not_written(tmp_path: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def three_lines(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def three_lines(tmp_path_factory):
     journal = Journal.open(tmp_path_factory.mktemp("three"))
     for result in (ok(), refused("ä ü"), failed()):
         journal.append(record(result))
@@ -111,9 +109,7 @@ def three_lines(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_cut_at_any_byte(
-    tmp_path_factory: pytest.TempPathFactory, three_lines: bytes, data: st.DataObject
-) -> None:
+def test_cut_at_any_byte(tmp_path_factory, three_lines, data):
     ends = [i + 1 for i, byte in enumerate(three_lines) if byte == 10]
     near = [min(max(end + d, 0), len(three_lines)) for end in (0, *ends) for d in (-2, -1, 0, 1)]
     cut = data.draw(st.integers(0, len(three_lines)) | st.sampled_from(near))
@@ -133,7 +129,7 @@ def test_cut_at_any_byte(
     assert len(Journal.open(folder).records()) == whole + 1
 
 
-def test_torn_ends_are_kept_apart(tmp_path: Path) -> None:
+def test_torn_ends_are_kept_apart(tmp_path):
     for text in ("one", "two", "three"):
         journal = Journal.open(tmp_path)
         with journal.path.open("a") as file:
@@ -144,9 +140,7 @@ def test_torn_ends_are_kept_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"garbage", b"", b"{}", b"\x00\x00", b"\xff\xfe", b"[1]"])
-def test_a_damaged_line_inside_names_file_and_line(
-    tmp_path: Path, three_lines: bytes, damage: bytes
-) -> None:
+def test_a_damaged_line_inside_names_file_and_line(tmp_path, three_lines, damage):
     lines = three_lines.split(b"\n")
     lines[1] = damage
     path = tmp_path / "journal.jsonl"
@@ -159,7 +153,7 @@ def test_a_damaged_line_inside_names_file_and_line(
 
 
 @pytest.mark.parametrize("where", ["record", "result", "header"])
-def test_newer_format(tmp_path: Path, where: str) -> None:
+def test_newer_format(tmp_path, where):
     journal = Journal.open(tmp_path)
     journal.append(record())
     path = tmp_path / "study.json" if where == "header" else journal.path
@@ -171,7 +165,7 @@ def test_newer_format(tmp_path: Path, where: str) -> None:
         Journal.open(tmp_path)
 
 
-def test_killed_writers_lose_nothing_that_was_told(tmp_path: Path) -> None:
+def test_killed_writers_lose_nothing_that_was_told(tmp_path):
     """`kill -9` at random moments of an append loop."""
     study, told = tmp_path / "s", set()
     for seed in range(4):
@@ -188,7 +182,7 @@ def test_killed_writers_lose_nothing_that_was_told(tmp_path: Path) -> None:
     assert len({item.uid for item in records}) == len(records)
 
 
-def test_two_processes_lose_and_duplicate_nothing(tmp_path: Path) -> None:
+def test_two_processes_lose_and_duplicate_nothing(tmp_path):
     body = "for _ in range(60): print(j.append(record()).uid)\n"
     processes = [writer(tmp_path / "s", body) for _ in range(2)]
     outs = [process.communicate(timeout=50) for process in processes]
@@ -199,7 +193,7 @@ def test_two_processes_lose_and_duplicate_nothing(tmp_path: Path) -> None:
     assert [item.number for item in records] == list(range(120))
 
 
-def test_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
+def test_full_disk_keeps_what_was_written(tmp_path):
     """A file size limit in the middle of a line: a short write, then an error."""
     study = tmp_path / "s"
     Journal.open(study).append(record())
@@ -219,7 +213,7 @@ def test_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
     assert journal.append(record()).number == 1
 
 
-def test_reading_changes_nothing(tmp_path: Path, three_lines: bytes) -> None:
+def test_reading_changes_nothing(tmp_path, three_lines):
     (tmp_path / "journal.jsonl").write_bytes(three_lines + b"torn")
     journal = Journal.read(tmp_path)
     assert len(journal.records()) == 3
@@ -227,12 +221,12 @@ def test_reading_changes_nothing(tmp_path: Path, three_lines: bytes) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
 
 
-def test_unwritable_folder() -> None:
+def test_unwritable_folder():
     with pytest.raises(UserError, match="recorded before is kept"):
         Journal.open(Path("/proc/openpi-opt"))
 
 
-def test_a_study_that_is_deleted_meanwhile_is_not_said_to_be_kept(tmp_path: Path) -> None:
+def test_a_study_that_is_deleted_meanwhile_is_not_said_to_be_kept(tmp_path):
     journal = Journal.open(tmp_path / "s")
     journal.append(record())
     (tmp_path / "s" / "journal.jsonl").unlink()
@@ -246,7 +240,7 @@ def test_a_study_that_is_deleted_meanwhile_is_not_said_to_be_kept(tmp_path: Path
     assert "is kept" not in told
 
 
-def test_header_is_written_once(tmp_path: Path) -> None:
+def test_header_is_written_once(tmp_path):
     first = Journal.open(tmp_path, command=["a"]).header
     assert Journal.open(tmp_path, command=["b"]).header == first
     (tmp_path / "study.json").write_text("{")
@@ -261,7 +255,7 @@ def written(folder: Path, count: int = 4) -> list[bytes]:
     return (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
 
 
-def test_a_line_that_was_edited_is_refused(tmp_path: Path) -> None:
+def test_a_line_that_was_edited_is_refused(tmp_path):
     lines = written(tmp_path)
     assert lines[1].count(b'"mean_ms":10.0') == 1
     lines[1] = lines[1].replace(b'"mean_ms":10.0', b'"mean_ms":9.0')
@@ -270,7 +264,7 @@ def test_a_line_that_was_edited_is_refused(tmp_path: Path) -> None:
         Journal.read(tmp_path)
 
 
-def test_lines_that_are_doubled_moved_or_missing_are_noted(tmp_path: Path) -> None:
+def test_lines_that_are_doubled_moved_or_missing_are_noted(tmp_path):
     a, b, c, d = written(tmp_path)
     for kept, says in (
         ([a, b, b, c, d], ["line 3 repeats record 1: left out"]),
@@ -284,7 +278,7 @@ def test_lines_that_are_doubled_moved_or_missing_are_noted(tmp_path: Path) -> No
         assert all(text in note for text, note in zip(says, journal.notes, strict=True))
 
 
-def test_lines_without_a_checksum_are_read(tmp_path: Path) -> None:
+def test_lines_without_a_checksum_are_read(tmp_path):
     """As older versions wrote them."""
     lines = written(tmp_path)
     (tmp_path / "journal.jsonl").write_bytes(
@@ -296,7 +290,7 @@ def test_lines_without_a_checksum_are_read(tmp_path: Path) -> None:
     assert Journal.read(tmp_path).records()[-1].check
 
 
-def test_a_brief_record_lacks_samples_and_the_kernel_table_alone(tmp_path: Path) -> None:
+def test_a_brief_record_lacks_samples_and_the_kernel_table_alone(tmp_path):
     journal = Journal.open(tmp_path)
     cfg = config(blas={"tunableop": {"file": '},"config_hash":'}})
     for result in (ok(cfg=cfg), ok(11), wrong(), refused("]}"), failed('"files":{},"started_at":')):
@@ -314,7 +308,7 @@ def test_a_brief_record_lacks_samples_and_the_kernel_table_alone(tmp_path: Path)
         assert one.model_copy(update={"result": None}) == other.model_copy(update={"result": None})
 
 
-def test_a_changed_line_is_noticed_in_brief_too(tmp_path: Path) -> None:
+def test_a_changed_line_is_noticed_in_brief_too(tmp_path):
     Journal.open(tmp_path).append(record())
     path = tmp_path / "journal.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"name":"aten::mm"', b'"name":"aten::bm"'))

@@ -1,13 +1,11 @@
 """Metric names and values of what only some trials have."""
 
-from __future__ import annotations
-
 from track_samples import ENERGY, ok, record, roofline
 
 from openpi_opt.track.mlflow_content import metrics
 
 
-def test_roofline_and_energy_are_metrics_where_they_are_known() -> None:
+def test_roofline_and_energy_are_metrics_where_they_are_known():
     without = metrics(record(ok(10.0)))
     result = ok(10.0).model_copy(update={"roofline": roofline(), "energy": ENERGY})
     found = metrics(record(result))

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -7,7 +5,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -33,27 +30,27 @@ SAMPLES = HERE.parent / "samples"
 
 
 @pytest.fixture(autouse=True)
-def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_server(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name in mlflow_log._ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(tmp_path_factory):
     """One local database for all tests; each uses a study of its own."""
     return Store.open(tmp_path_factory.mktemp("a store") / "mlruns")
 
 
 @pytest.fixture
-def study(store: Store) -> Path:
+def study(store):
     path = store.study_dir(f"s-{uuid4().hex[:8]}")
     path.mkdir(parents=True)
     return path
 
 
 @pytest.fixture
-def log(store: Store) -> MlflowLog:
+def log(store):
     return MlflowLog(store, Tracking())
 
 
@@ -73,7 +70,7 @@ def artifacts(log: MlflowLog, run_id: str) -> set[str]:
     return {item.path for item in log._connect().list_artifacts(run_id)}
 
 
-def test_what_only_a_gpu_has() -> None:
+def test_what_only_a_gpu_has():
     found = metrics(record(ok(10.0, kind="device_kernels")))
     assert found["launch/overhead_ms"] == 1.0
     assert (found["gpu/busy_ms"], found["gpu/idle_ms"]) == (9.0, 0.5)
@@ -83,7 +80,7 @@ def test_what_only_a_gpu_has() -> None:
     assert not [name for name in on_cpu if name.startswith(("gpu/", "launch/"))]
 
 
-def test_ok_trial_has_the_designs_names(log: MlflowLog, study: Path) -> None:
+def test_ok_trial_has_the_designs_names(log, study):
     trial = study / "trials" / "0"
     trial.mkdir(parents=True)
     (trial / "log.txt").write_text("hello")
@@ -160,7 +157,7 @@ def test_ok_trial_has_the_designs_names(log: MlflowLog, study: Path) -> None:
     assert parent.data.tags["openpi_opt.study"] == study.name
 
 
-def test_device_kernels_are_not_operator_calls(log: MlflowLog, study: Path) -> None:
+def test_device_kernels_are_not_operator_calls(log, study):
     (item,) = keep(study, record(ok(kind="device_kernels")))
     log.deliver(item, study)
     metrics = runs(log, study)[0].data.metrics
@@ -169,7 +166,7 @@ def test_device_kernels_are_not_operator_calls(log: MlflowLog, study: Path) -> N
     assert not any(key.startswith("operators/") for key in metrics)
 
 
-def test_other_outcomes_carry_no_latency(log: MlflowLog, study: Path) -> None:
+def test_other_outcomes_carry_no_latency(log, study):
     long = failed("\x1b[31mboom\x1b[0m\n" + "x" * 10_000)
     for item in keep(study, record(wrong()), record(refused()), record(long)):
         log.deliver(item, study)
@@ -185,7 +182,7 @@ def test_other_outcomes_carry_no_latency(log: MlflowLog, study: Path) -> None:
     assert len(reason) == 500
 
 
-def test_keys_and_values_that_mlflow_would_refuse(log: MlflowLog, study: Path) -> None:
+def test_keys_and_values_that_mlflow_would_refuse(log, study):
     item = record(ok(), params={"a[0]": "y" * 9_000})
     labels = {f"+odd=key@{i}": "z" * 7_000 for i in range(3)} | {f"k{i}": "" for i in range(150)}
     (item,) = keep(study, item.model_copy(update={"labels": labels}))
@@ -195,7 +192,7 @@ def test_keys_and_values_that_mlflow_would_refuse(log: MlflowLog, study: Path) -
     assert run.data.params["k149"] == ""
 
 
-def test_files_outside_the_trial_are_not_uploaded(log: MlflowLog, study: Path) -> None:
+def test_files_outside_the_trial_are_not_uploaded(log, study):
     (study / "trial").mkdir()
     (study.parent / "log.txt").write_text("another's")
     (study / "trial" / "log.txt").symlink_to("/etc/passwd")
@@ -204,7 +201,7 @@ def test_files_outside_the_trial_are_not_uploaded(log: MlflowLog, study: Path) -
         assert artifacts(log, log.deliver(item, study)) == {"config.json", "result.json"}
 
 
-def test_delivered_twice_is_logged_once(store: Store, log: MlflowLog, study: Path) -> None:
+def test_delivered_twice_is_logged_once(store, log, study):
     (item,) = keep(study, record())
     first = log.deliver(item, study)
     assert log.deliver(item, study) == first
@@ -216,9 +213,7 @@ def test_delivered_twice_is_logged_once(store: Store, log: MlflowLog, study: Pat
     assert len(runs(log, study)) == 1
 
 
-def test_a_half_logged_run_is_completed(
-    store: Store, log: MlflowLog, study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_half_logged_run_is_completed(store, log, study, monkeypatch):
     """As after `kill -9` between the metrics and the end of the run."""
     (item,) = keep(study, record())
 
@@ -242,7 +237,7 @@ def test_a_half_logged_run_is_completed(
     assert "result.json" in artifacts(log, run.info.run_id)
 
 
-def test_deleted_in_the_ui_stays_deleted(store: Store, log: MlflowLog, study: Path) -> None:
+def test_deleted_in_the_ui_stays_deleted(store, log, study):
     (item,) = keep(study, record())
     log._connect().delete_run(log.deliver(item, study))
     (study / "delivered.jsonl").unlink()
@@ -250,7 +245,7 @@ def test_deleted_in_the_ui_stays_deleted(store: Store, log: MlflowLog, study: Pa
     assert runs(log, study) == []
 
 
-def test_parent_run_begins_and_ends(store: Store, log: MlflowLog, study: Path) -> None:
+def test_parent_run_begins_and_ends(store, log, study):
     parent = log.begin_study(study)
     assert log._connect().get_run(parent).info.status == "RUNNING"
     assert MlflowLog(store, Tracking()).begin_study(study) == parent
@@ -258,7 +253,7 @@ def test_parent_run_begins_and_ends(store: Store, log: MlflowLog, study: Path) -
     assert log._connect().get_run(parent).info.status == "FINISHED"
 
 
-def test_a_tag_that_was_left_is_set_when_the_run_is_there(log: MlflowLog, study: Path) -> None:
+def test_a_tag_that_was_left_is_set_when_the_run_is_there(log, study):
     (item,) = keep(study, record())
     leave_tag(study, item.uid, "openpi_opt.preset", "h100")
     journal = Journal.read(study)
@@ -269,9 +264,7 @@ def test_a_tag_that_was_left_is_set_when_the_run_is_there(log: MlflowLog, study:
         assert runs(log, study)[0].data.tags["openpi_opt.preset"] == "h100"
 
 
-def test_processes_of_a_confirmation_hang_below_a_run_with_its_verdict(
-    log: MlflowLog, study: Path
-) -> None:
+def test_processes_of_a_confirmation_hang_below_a_run_with_its_verdict(log, study):
     shown = ["confirmation 1: baseline", "confirmation 1: attention=sdpa"]
     _, *processes = keep(
         study,
@@ -293,7 +286,7 @@ def test_processes_of_a_confirmation_hang_below_a_run_with_its_verdict(
     assert len(found) == 4
 
 
-def test_a_store_that_was_moved_takes_its_artifacts_along(tmp_path: Path) -> None:
+def test_a_store_that_was_moved_takes_its_artifacts_along(tmp_path):
     old = Store.open(tmp_path / "old %41")
     study = old.study_dir("s")
     (item,) = keep(study, record())
@@ -309,7 +302,7 @@ def test_a_store_that_was_moved_takes_its_artifacts_along(tmp_path: Path) -> Non
     assert not old.path.exists()
 
 
-def test_a_parent_that_was_deleted_alone_is_restored(store: Store, study: Path) -> None:
+def test_a_parent_that_was_deleted_alone_is_restored(store, study):
     first, second = keep(study, record(), record())
     log = MlflowLog(store, Tracking())
     log.deliver(first, study)
@@ -321,9 +314,7 @@ def test_a_parent_that_was_deleted_alone_is_restored(store: Store, study: Path) 
     assert {run.data.tags["mlflow.parentRunId"] for run in runs(later, study)} == {parent}
 
 
-def test_server_down_is_told_in_seconds_and_sync_delivers_later(
-    store: Store, study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_down_is_told_in_seconds_and_sync_delivers_later(store, study, monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -345,9 +336,7 @@ def test_server_down_is_told_in_seconds_and_sync_delivers_later(
     assert len(runs(log, study)) == 2
 
 
-def test_what_the_user_set_stays(
-    store: Store, study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_user_set_stays(store, study, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     MlflowLog(store, Tracking()).begin_study(study)
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
@@ -355,7 +344,7 @@ def test_what_the_user_set_stays(
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
+def server(tmp_path):
     """MLflow's server application, run by Flask: `mlflow server` takes 15 s to start here."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -385,13 +374,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         process.wait()
 
 
-def test_real_server_and_sync_verb(
-    store: Store,
-    study: Path,
-    server: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_real_server_and_sync_verb(store, study, server, monkeypatch, capsys):
     """What was delivered locally is not on the server: the same study is delivered there too."""
     items = keep(study, record(), record(refused()))
     MlflowLog(store, Tracking()).deliver(items[0], study)
@@ -411,14 +394,14 @@ def test_real_server_and_sync_verb(
     assert artifacts(remote, delivered.info.run_id) == {"config.json", "kernels.csv", "result.json"}
 
 
-def test_sync_uses_the_studys_experiment(store: Store, study: Path) -> None:
+def test_sync_uses_the_studys_experiment(store, study):
     keep(study, record(ok(cfg=config(tracking={"experiment": "mine"}))))
     assert verb.main(["sync", study.name, "--store", str(store.path)]) == 0
     assert len(runs(MlflowLog(store, Tracking(experiment="mine")), study)) == 1
     assert runs(MlflowLog(store, Tracking()), study) == []
 
 
-def test_deleted_experiment_is_said(store: Store, study: Path) -> None:
+def test_deleted_experiment_is_said(store, study):
     log = MlflowLog(store, Tracking(experiment="gone"))
     log._connect().delete_experiment(log._experiment())
     with pytest.raises(UserError, match="'gone' was deleted"):
@@ -443,9 +426,7 @@ def copy_with_revision(store: Store, study: Path, tmp_path: Path, revision: str)
         ("0a8213491aaa", "mlflow db upgrade sqlite:///"),
     ],
 )
-def test_database_of_another_version(
-    store: Store, study: Path, tmp_path: Path, revision: str, says: str
-) -> None:
+def test_database_of_another_version(store, study, tmp_path, revision, says):
     other = copy_with_revision(store, study, tmp_path, revision)
     before = (tmp_path / "mlflow.db").read_bytes()
     with pytest.raises(UserError, match=says) as caught:
@@ -456,13 +437,13 @@ def test_database_of_another_version(
 
 
 @pytest.mark.parametrize("content", [b"", b"not a database at all, " * 100])
-def test_not_a_database(tmp_path: Path, study: Path, content: bytes) -> None:
+def test_not_a_database(tmp_path, study, content):
     (tmp_path / "mlflow.db").write_bytes(content)
     with pytest.raises(UserError, match="is not an MLflow database"):
         MlflowLog(Store.open(tmp_path), Tracking()).begin_study(study)
 
 
-def test_processes_that_begin_at_once_share_one_database(tmp_path: Path) -> None:
+def test_processes_that_begin_at_once_share_one_database(tmp_path):
     """A fresh database opened by several processes is where MLflow itself breaks."""
     code = (
         f"import sys; sys.path.insert(0, {str(SAMPLES)!r})\n"
@@ -498,14 +479,14 @@ def test_processes_that_begin_at_once_share_one_database(tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.new"))
 
 
-def test_result_artifact_is_the_result(log: MlflowLog, study: Path, tmp_path: Path) -> None:
+def test_result_artifact_is_the_result(log, study, tmp_path):
     (item,) = keep(study, record(ok(12.5)))
     run_id = log.deliver(item, study)
     path = log._connect().download_artifacts(run_id, "result.json", str(tmp_path))
     assert Ok.model_validate(json.loads(Path(path).read_text())) == item.result
 
 
-def test_importing_and_help_load_no_mlflow() -> None:
+def test_importing_and_help_load_no_mlflow():
     code = (
         "import sys, openpi_opt.track.mlflow_log, openpi_opt.track.__main__, openpi_opt.compare\n"
         "print([m for m in ('mlflow', 'torch', 'optuna', 'sqlalchemy') if m in sys.modules])"
@@ -514,7 +495,7 @@ def test_importing_and_help_load_no_mlflow() -> None:
     assert out.stdout.strip() == "[]"
 
 
-def test_what_a_kill_left_of_an_upload_is_gone_after_the_next(log: MlflowLog, study: Path) -> None:
+def test_what_a_kill_left_of_an_upload_is_gone_after_the_next(log, study):
     (item,) = keep(study, record(ok()))
     (study / "mlflow.tmp").mkdir()
     (study / "mlflow.tmp" / "half.json").write_text("{")

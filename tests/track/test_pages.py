@@ -1,7 +1,5 @@
 """What a user sees in a browser: the study in MLflow, and the report. A real headless Chromium."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -10,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,7 +31,7 @@ needs_browser = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(tmp_path_factory):
     """A study of a baseline, two faster trials and one that failed."""
     store = Store.open(tmp_path_factory.mktemp("pages") / "mlruns")
     journal = Journal.open(store.study_dir("shown"), ["attention=eager,sdpa"])
@@ -68,7 +65,7 @@ def seen(url: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def page(store: Store) -> Iterator[str]:
+def page(store):
     argv = [sys.executable, "-m", "openpi_opt.ui", "shown", "--store", str(store.path)]
     with subprocess.Popen(
         [*argv, "--no-browser"],
@@ -85,7 +82,7 @@ def page(store: Store) -> Iterator[str]:
 
 
 @needs_browser
-def test_the_link_opens_the_study_ready_to_read(page: str, tmp_path: Path) -> None:
+def test_the_link_opens_the_study_ready_to_read(page, tmp_path):
     assert page.startswith("http://127.0.0.1:")
     text = seen(page, tmp_path)
     assert "3" in re.findall(r"(\d+)</strong> matching run", text) or "matching runs" in text
@@ -98,7 +95,7 @@ def test_the_link_opens_the_study_ready_to_read(page: str, tmp_path: Path) -> No
 
 
 @needs_browser
-def test_a_report_is_one_file_that_draws_itself(store: Store, tmp_path: Path) -> None:
+def test_a_report_is_one_file_that_draws_itself(store, tmp_path):
     path = report.write([store.study_dir("shown")], tmp_path / "out" / "r.html")
     text = seen(path.as_uri(), tmp_path / "profile")
     assert "Best: trial 1 (attention=sdpa), 12.500 ms" in text
@@ -116,9 +113,7 @@ def study(store: Store, name: str, *results: tuple[Ok, str]) -> Path:
     return journal.study_dir
 
 
-def test_studies_of_one_machine_share_a_table_and_others_stand_side_by_side(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_studies_of_one_machine_share_a_table_and_others_stand_side_by_side(tmp_path, capsys):
     store, elsewhere = (Store.open(tmp_path / name) for name in ("here", "elsewhere"))
     study(store, "one", (ok(20.0), "baseline"), (ok(10.0, fast()), "trial"))
     study(store, "two", (ok(8.0, fast()), "trial"))
@@ -144,7 +139,7 @@ def test_studies_of_one_machine_share_a_table_and_others_stand_side_by_side(
             report.main([wrong, "--store", str(store.path)])
 
 
-def test_a_report_shows_what_ladder_ablate_and_promote_left(store: Store, tmp_path: Path) -> None:
+def test_a_report_shows_what_ladder_ablate_and_promote_left(store, tmp_path):
     folder = store.study_dir("shown")
     rung = {"added": "+ attention=sdpa", "mean_ms": 9.5, "ci95_ms": [9.25, 9.75]}
     step = {"mean": 0.5, "ci95": [0.4, 0.6], "verdict": "faster"}
@@ -162,7 +157,7 @@ def test_a_report_shows_what_ladder_ablate_and_promote_left(store: Store, tmp_pa
         assert words in text, words
 
 
-def test_a_link_is_an_address_while_somebody_serves(tmp_path: Path) -> None:
+def test_a_link_is_an_address_while_somebody_serves(tmp_path):
     store = Store.open(tmp_path / "mlruns")
     folder = study(store, "shown")
     command = f"python -m openpi_opt.ui shown --store {store.path}"
@@ -175,7 +170,7 @@ def test_a_link_is_an_address_while_somebody_serves(tmp_path: Path) -> None:
     assert link.where(folder) == "https://mlflow.example/#/experiments/1/runs"
 
 
-def test_the_knob_that_matters_is_the_important_one() -> None:
+def test_the_knob_that_matters_is_the_important_one():
     records = [
         record(
             ok(10.0 * (1 + fast) + other / 100),

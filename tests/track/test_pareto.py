@@ -1,12 +1,9 @@
 """The Pareto set of a study: in rows and tables, as data and plots, and as marks in MLflow."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +20,7 @@ from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import MlflowLog
 from openpi_opt.track.report import groups, rows
 from openpi_opt.track.store import Store
-from openpi_opt.track.table import print_table
+from openpi_opt.track.table import print_groups
 
 # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -53,7 +50,7 @@ def front(records: Sequence[Record], criteria: Criteria = BOTH) -> list[int]:
     return [row.record.number for row in rows(records, criteria=criteria) if row.pareto]
 
 
-def test_rows_of_the_set_are_marked_and_none_is_best() -> None:
+def test_rows_of_the_set_are_marked_and_none_is_best():
     records = study((10, 900), (20, 500), (21, 500), (10, 900), (30, 100))
     assert front(records) == [0, 1, 3, 4], "equal ones belong to it together"
     assert not any(row.best for row in rows(records, criteria=BOTH))
@@ -62,7 +59,7 @@ def test_rows_of_the_set_are_marked_and_none_is_best() -> None:
     assert not any(row.pareto for row in alone)
 
 
-def test_what_cannot_win_is_not_in_the_set() -> None:
+def test_what_cannot_win_is_not_in_the_set():
     lossy = record(sized(1, 1, config(blas={"backend": "fp8"})), number=3)
     confirm = record(sized(1, 1, CONFIGS[3]), number=4, role="confirm")
     crashed = record(failed(cfg=CONFIGS[4]), number=5)
@@ -75,7 +72,7 @@ def test_what_cannot_win_is_not_in_the_set() -> None:
     assert over.over == {"latency_ms": "20.000 ms"}
 
 
-def test_of_a_configuration_the_newest_measurement_counts() -> None:
+def test_of_a_configuration_the_newest_measurement_counts():
     again = record(sized(15, 950, CONFIGS[0]), number=2)
     records = [*study((10, 900), (20, 500)), again]
     assert front(records) == [1, 2]
@@ -83,7 +80,7 @@ def test_of_a_configuration_the_newest_measurement_counts() -> None:
     assert front(records, limited) == [1], "the older one is not taken instead"
 
 
-def test_other_machines_and_contexts_have_sets_of_their_own() -> None:
+def test_other_machines_and_contexts_have_sets_of_their_own():
     large = config(workload={"name": "seed_b1", "batch_size": 8})
     older = sized(1, 1, CONFIGS[3], fingerprint={**ok().fingerprint, "cpu": "an older one"})
     records = [
@@ -94,12 +91,10 @@ def test_other_machines_and_contexts_have_sets_of_their_own() -> None:
     assert sorted(front(records)) == [1, 2, 3]
 
 
-def test_the_table_says_what_is_in_the_set_and_what_is_over(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_table_says_what_is_in_the_set_and_what_is_over(capsys):
     records = study((10, 900), (20, 500), (30, 600))
     criteria = BOTH.model_copy(update={"limits": {"peak_mib": 800.0, "rel_l2": 0.5}})
-    print_table(records, criteria=criteria)
+    print_groups(groups(records, criteria=criteria))
     out = capsys.readouterr().out
     lines = {line.split()[-1]: line for line in out.splitlines() if "ok" in line}
     first, second, third = (line for line in out.splitlines() if " ok" in line)
@@ -117,17 +112,17 @@ def test_the_table_says_what_is_in_the_set_and_what_is_over(
     assert "rel_l2" not in out, "nothing is above that one"
 
 
-def test_what_has_no_energy_is_named_and_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_has_no_energy_is_named_and_not_compared(capsys):
     with_energy = record(sized(30, 1, CONFIGS[1], energy=ENERGY), number=1)
     records = [*study((10, 900)), with_energy]
     criteria = Criteria(objectives=("latency", "energy"))
     assert front(records, criteria) == [1]
-    print_table(records, criteria=criteria)
+    print_groups(groups(records, criteria=criteria))
     assert "no energy of a call, so not compared: 0" in capsys.readouterr().out
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Path:
+def kept(tmp_path):
     """A study of two objectives in a store."""
     study_dir = Store.open(tmp_path).study_dir("s")
     journal = Journal.open(study_dir)
@@ -137,9 +132,7 @@ def kept(tmp_path: Path) -> Path:
     return study_dir
 
 
-def test_compare_judges_as_the_sweep_did_or_as_it_is_told(
-    kept: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compare_judges_as_the_sweep_did_or_as_it_is_told(kept, capsys):
     store = str(kept.parent.parent)
 
     def trials(*words: str) -> list[dict[str, Any]]:
@@ -159,7 +152,7 @@ def test_compare_judges_as_the_sweep_did_or_as_it_is_told(
     assert lines[0]["objectives.memory"] == "900.0"
 
 
-def test_data_and_plots_lie_in_the_study(kept: Path) -> None:
+def test_data_and_plots_lie_in_the_study(kept):
     journal = Journal.open(kept)
     files = pareto.write(kept, journal.records())
     assert [file.name for file in files] == ["pareto.json", "pareto.png", "pareto.svg"]
@@ -176,10 +169,10 @@ def test_data_and_plots_lie_in_the_study(kept: Path) -> None:
     assert pareto.write(kept, journal.records()) == [], "one objective has no set"
 
 
-def test_the_plot_shows_every_trial_where_it_is() -> None:
+def test_the_plot_shows_every_trial_where_it_is():
     limited = BOTH.model_copy(update={"limits": {"peak_mib": 800.0}})
     (group,) = groups(study((10, 900), (20, 500), (30, 600)), criteria=limited)
-    (panel,) = pareto._panels(group)
+    (panel,) = pareto.panels(group)
     (axes,) = plots.scatter("t", [panel]).axes
     drawn = {
         str(line.get_label()): np.column_stack(line.get_data()).tolist() for line in axes.lines
@@ -193,9 +186,7 @@ def test_the_plot_shows_every_trial_where_it_is() -> None:
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("latency, ms", "peak memory, MiB")
 
 
-def test_marks_in_mlflow_follow_what_is_judged(
-    kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_marks_in_mlflow_follow_what_is_judged(kept, monkeypatch, capsys):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     store, journal = Store.open(kept.parent.parent), Journal.open(kept)
     log = MlflowLog(store, Tracking())
@@ -236,7 +227,7 @@ def test_marks_in_mlflow_follow_what_is_judged(
     assert marks()[1] == [("true", ""), ("true", "")]
 
 
-def test_a_study_of_one_objective_without_limits_has_no_marks(tmp_path: Path) -> None:
+def test_a_study_of_one_objective_without_limits_has_no_marks(tmp_path):
     journal = Journal.open(Store.open(tmp_path).study_dir("s"))
     log = MlflowLog(Store.open(tmp_path), Tracking())
     log.show(journal.study_dir, journal)

@@ -1,9 +1,6 @@
 """Figures as files: whole, the same for the same data, with the values and intervals given."""
 
-from __future__ import annotations
-
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +21,7 @@ LINES = Panel(
 BARS = Panel("energy", [Series("a", [Point("1", 2.0), Point("4", 5.0, 4.0, 6.0)])])
 
 
-def test_lines_and_bars_are_written_whole_and_the_same_again(tmp_path: Path) -> None:
+def test_lines_and_bars_are_written_whole_and_the_same_again(tmp_path):
     for stem, figure in (("lines", plots.lines), ("bars", plots.bars)):
         panel = LINES if stem == "lines" else BARS
         files = plots.save(figure("t", [panel, panel]), tmp_path / "new", stem)
@@ -37,7 +34,7 @@ def test_lines_and_bars_are_written_whole_and_the_same_again(tmp_path: Path) -> 
     assert len(list((tmp_path / "new").iterdir())) == 4  # nothing temporary is left
 
 
-def test_intervals_are_drawn_from_low_to_high_and_only_where_given() -> None:
+def test_intervals_are_drawn_from_low_to_high_and_only_where_given():
     (axes,) = plots.lines("t", [LINES]).axes
     (segments, _) = (bar.get_children()[-1].get_segments() for bar in axes.containers)
     ends = [segment[:, 1].tolist() for segment in segments]
@@ -48,14 +45,14 @@ def test_intervals_are_drawn_from_low_to_high_and_only_where_given() -> None:
     assert [text.get_text() for text in axes.texts] == ["2", "5"]
 
 
-def test_nothing_to_draw_is_an_error() -> None:
+def test_nothing_to_draw_is_an_error():
     for panels in ([], [Panel("x", [])], [Panel("x", [Series("a", [])])]):
         with pytest.raises(ValueError, match="nothing to draw"):
             plots.bars("t", panels)
 
 
 @pytest.mark.parametrize("count", [3, 6, 18, 60])
-def test_what_is_counted_has_whole_numbers_below_it(count: int) -> None:
+def test_what_is_counted_has_whole_numbers_below_it(count):
     points = [Point(n + 1, 10.0 + n % 3) for n in range(count)]
     (axes,) = plots.dots("t", [Panel("p", [Series("a", points)])]).axes
     assert all(float(tick).is_integer() for tick in axes.get_xticks())
@@ -63,7 +60,7 @@ def test_what_is_counted_has_whole_numbers_below_it(count: int) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("count", [1, 3, 10])
-def test_long_labels_of_bars_stay_within_the_figure(count: int) -> None:
+def test_long_labels_of_bars_stay_within_the_figure(count):
     label = "+ fusion=expert_layer + attention=triton prefill.block_m=64 + gemm=triton_skinny"
     bars = [
         plots.Bar(label, 165.0 / (n + 1), 150.0 / (n + 1), 180.0 / (n + 1), "16.50 ms, -12.34%")

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import io
@@ -17,15 +15,16 @@ import pytest
 from track_samples import FINGERPRINT, H100, config, failed, ok, record, refused, roofline, wrong
 
 from openpi_opt.config import Config
+from openpi_opt.criteria import Criteria
 from openpi_opt.track.fingerprint import fingerprint
 from openpi_opt.track.journal import Record
 from openpi_opt.track.report import groups, rows
-from openpi_opt.track.table import print_table
+from openpi_opt.track.table import print_groups
 
 
 def text(records: list[Record]) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        print_table(records)
+        print_groups(groups(records))
     return out.getvalue()
 
 
@@ -37,7 +36,7 @@ def sdpa(**more: Any) -> Config:
     return config(attention={"vision": "sdpa", "prefill": "sdpa", "denoise": "sdpa"}, **more)
 
 
-def test_table_of_a_small_study() -> None:
+def test_table_of_a_small_study():
     aiter = config(attention=dict.fromkeys(("vision", "prefill", "denoise"), "aiter"))
     records = numbered(
         record(ok(20.0), role="baseline"),
@@ -58,7 +57,7 @@ def test_table_of_a_small_study() -> None:
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])
-def test_a_narrow_terminal_loses_nothing(width: int) -> None:
+def test_a_narrow_terminal_loses_nothing(width):
     """Real pseudo-terminals: text folds, numbers never end in dots, reasons stay whole."""
     why = "attention=aiter needs an AMD GPU with ROCm, or an NVIDIA GPU for its Triton kernels"
     mixed = config(attention={"vision": "sdpa"}, compile={"mode": "default"})
@@ -70,8 +69,9 @@ def test_a_narrow_terminal_loses_nothing(width: int) -> None:
     )
     code = (
         "import sys; from openpi_opt.track.journal import Record\n"
-        "from openpi_opt.track.table import print_table\n"
-        "print_table([Record.model_validate_json(line) for line in open(sys.argv[1])])"
+        "from openpi_opt.track.report import groups\n"
+        "from openpi_opt.track.table import print_groups\n"
+        "print_groups(groups([Record.model_validate_json(line) for line in open(sys.argv[1])]))"
     )
     with tempfile.NamedTemporaryFile("w") as file:
         file.write("\n".join(item.model_dump_json() for item in records))
@@ -103,7 +103,7 @@ def in_terminal(command: list[str], width: int) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", b"".join(chunks).decode())
 
 
-def test_best_is_the_fastest_right_one() -> None:
+def test_best_is_the_fastest_right_one():
     records = numbered(
         record(wrong()), record(ok(9)), record(ok(8)), record(ok(7), role="confirm"), record(ok(8))
     )
@@ -111,7 +111,7 @@ def test_best_is_the_fastest_right_one() -> None:
     assert not any(row.best for row in rows(numbered(record(wrong()), record(failed()))))
 
 
-def test_contexts_are_compared_apart() -> None:
+def test_contexts_are_compared_apart():
     large = {"workload": {"name": "seed_b1", "batch_size": 8}}
     records = numbered(
         record(ok(10), role="baseline"),
@@ -129,14 +129,14 @@ def test_contexts_are_compared_apart() -> None:
     assert text(records).count("mean ± std ms") == 2
 
 
-def test_contexts_of_one_title_are_told_apart() -> None:
+def test_contexts_of_one_title_are_told_apart():
     records = numbered(record(ok()), record(ok(cfg=config(weights={"seed": 1}))))
     titles = [group.title for group in groups(records)]
     assert len(set(titles)) == 2
     assert all(records[i].result.context_hash in titles[i] for i in range(2))
 
 
-def test_another_fingerprint_is_marked_and_not_compared() -> None:
+def test_another_fingerprint_is_marked_and_not_compared():
     old = {**FINGERPRINT, "triton": "1.0"}
     records = numbered(
         record(ok(20.0, fp=old), role="baseline"),
@@ -154,7 +154,7 @@ def test_another_fingerprint_is_marked_and_not_compared() -> None:
     assert f"† measured on {records[0].fingerprint_hash}" in shown
 
 
-def test_columns_are_what_varies() -> None:
+def test_columns_are_what_varies():
     same = numbered(record(ok(), params={"seed": "1"}), record(ok(), params={"seed": "1"}))
     assert list(rows(same)[0].differs) == []  # the baseline alone
     other = {**record(ok()).labels, "attention": "sdpa"}
@@ -179,9 +179,7 @@ def test_columns_are_what_varies() -> None:
     assert list(rows(both)[0].differs) == ["attention"]
 
 
-def test_many_keys_are_one_column_of_what_differs_within_120_columns(
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_many_keys_are_one_column_of_what_differs_within_120_columns(capsys):
     def of(number: int) -> Config:
         keys = ("last_layer", "fold_norms", "time_mlp", "rope_tables", "kv_buffer")
         return config(
@@ -196,7 +194,7 @@ def test_many_keys_are_one_column_of_what_differs_within_120_columns(
         record(ok(200.0), role="baseline"),
         *(record(ok(20.0 - n, of(n)), params={"step": str(n)}) for n in range(8)),
     )
-    print_table(records)
+    print_groups(groups(records))
     lines = capsys.readouterr().out.splitlines()
     table_lines = lines[: next(n for n, line in enumerate(lines) if line.startswith("flagged"))]
     assert max(map(len, table_lines)) <= 120
@@ -206,7 +204,7 @@ def test_many_keys_are_one_column_of_what_differs_within_120_columns(
     assert "elementwise" not in text  # the same in all
 
 
-def test_device_kernels_and_the_gpu_are_named() -> None:
+def test_device_kernels_and_the_gpu_are_named():
     cfg = config(platform={"device": "cuda"})
     shown = text(numbered(record(ok(cfg=cfg, kind="device_kernels", fp=fingerprint(H100)))))
     assert "pi0_mini on cuda (NVIDIA H100)" in shown
@@ -214,25 +212,25 @@ def test_device_kernels_and_the_gpu_are_named() -> None:
     assert "operators" not in shown
 
 
-def test_mixed_counts_say_what_they_are() -> None:
+def test_mixed_counts_say_what_they_are():
     shown = text(numbered(record(ok()), record(ok(kind="device_kernels"))))
     assert "321 operators" in shown
 
 
-def test_reasons_are_one_short_line() -> None:
+def test_reasons_are_one_short_line():
     shown = text(numbered(record(failed("\x1b[31mCUDA error\x1b[0m\n\nsecond\tline " + "x" * 500))))
     assert "CUDA error second line xxx" in shown
     assert "\x1b" not in shown
     assert all(len(row.reason) <= 300 for row in rows([record(failed("y" * 500))]))
 
 
-def test_flags_stand_below_the_table() -> None:
+def test_flags_stand_below_the_table():
     shown = text(numbered(record(ok()), record(ok())))
     said = "1200 of 1980 MHz before"
     assert f"flagged gpu_clock: 0 ({said}), 1 ({said})" in shown
 
 
-def test_no_flagged_trial_is_left_out_of_a_long_line() -> None:
+def test_no_flagged_trial_is_left_out_of_a_long_line():
     shown = text(numbered(*(record(ok()) for _ in range(40))))
     (line,) = (line for line in shown.splitlines() if line.startswith("flagged gpu_clock"))
     assert "0 (1200 of 1980 MHz before), 1 (1200" in line
@@ -240,29 +238,29 @@ def test_no_flagged_trial_is_left_out_of_a_long_line() -> None:
     assert len(line) < 500
 
 
-def test_noise_is_marked() -> None:
+def test_noise_is_marked():
     shown = text(numbered(record(ok(noisy=True))))
     assert "~ 10.000" in shown
     assert "~ noisy" in shown
 
 
-def test_nothing_to_show() -> None:
+def test_nothing_to_show():
     assert rows([]) == []
     assert text([]).strip() == ""
 
 
-def test_a_lossy_trial_is_marked_and_never_best() -> None:
+def test_a_lossy_trial_is_marked_and_never_best():
     fp8 = config(blas={"backend": "fp8"})
     records = numbered(record(ok(10.0)), record(ok(1.0, cfg=fp8)))
     assert [row.best for row in rows(records)] == [True, False]
-    allowed = rows(records, allow_lossy=True)
+    allowed = rows(records, Criteria(allow_lossy=True))
     assert [row.best for row in allowed] == [False, True]
     shown = text(records)
     assert "ok lossy" in shown
     assert "wider limit" in shown
 
 
-def test_the_share_of_the_limit_has_a_column_once_it_is_known() -> None:
+def test_the_share_of_the_limit_has_a_column_once_it_is_known():
     known = ok(10.0).model_copy(update={"roofline": roofline()})
     sheet = ok(10.0, sdpa()).model_copy(update={"roofline": roofline("datasheet")})
     records = numbered(record(ok(20.0), role="baseline"), record(known), record(sheet))

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -14,7 +12,7 @@ from openpi_opt.paths import package_dir
 from openpi_opt.track.store import Store, check_study_name
 
 
-def test_open_makes_the_folder_and_names_its_parts(tmp_path: Path) -> None:
+def test_open_makes_the_folder_and_names_its_parts(tmp_path):
     store = Store.open(tmp_path / "a" / "b")
     assert store.path.is_dir()
     assert store.mlflow_db == tmp_path / "a/b/mlflow.db"
@@ -23,12 +21,12 @@ def test_open_makes_the_folder_and_names_its_parts(tmp_path: Path) -> None:
     assert list(store.path.iterdir()) == []
 
 
-def test_relative_path_is_fixed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_path_is_fixed_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Store.open("here").path == tmp_path / "here"
 
 
-def test_a_file_is_not_a_store(tmp_path: Path) -> None:
+def test_a_file_is_not_a_store(tmp_path):
     (tmp_path / "file").write_text("")
     for create in (True, False):
         with pytest.raises(UserError, match="file") as caught:
@@ -38,7 +36,7 @@ def test_a_file_is_not_a_store(tmp_path: Path) -> None:
         Store.open(tmp_path / "file" / "below")
 
 
-def test_read_only_file_system_is_refused() -> None:
+def test_read_only_file_system_is_refused():
     with pytest.raises(UserError, match="cannot write"):
         Store.open("/proc/openpi-opt-store")
 
@@ -67,29 +65,29 @@ except UserError as error:
 
 
 @pytest.mark.parametrize("inside", ["", "caches"])
-def test_a_mount_where_code_may_not_run_is_refused(tmp_path: Path, inside: str) -> None:
+def test_a_mount_where_code_may_not_run_is_refused(tmp_path, inside):
     assert "mounted noexec" in mounted("noexec", tmp_path / "store", tmp_path / "store" / inside)
 
 
 @pytest.mark.parametrize("inside", ["caches", "references"])
-def test_read_only_folders_inside_are_refused(tmp_path: Path, inside: str) -> None:
+def test_read_only_folders_inside_are_refused(tmp_path, inside):
     place = tmp_path / "store" / inside
     assert f"Read-only file system; {place}" in mounted("ro", tmp_path / "store", place)
 
 
-def test_open_without_create_needs_the_folder(tmp_path: Path) -> None:
+def test_open_without_create_needs_the_folder(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         Store.open(tmp_path / "absent", create=False)
     assert not (tmp_path / "absent").exists()
 
 
-def test_a_path_that_tables_cannot_show(tmp_path: Path) -> None:
+def test_a_path_that_tables_cannot_show(tmp_path):
     with pytest.raises(UserError, match="control characters"):
         Store.open(tmp_path / "a\nb")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_find_study_lists_what_there_is(tmp_path: Path) -> None:
+def test_find_study_lists_what_there_is(tmp_path):
     store = Store.open(tmp_path)
     with pytest.raises(UserError, match="no study yet"):
         store.find_study("attention")
@@ -124,13 +122,13 @@ def test_find_study_lists_what_there_is(tmp_path: Path) -> None:
         "x" * 101,
     ],
 )
-def test_bad_study_names(name: str) -> None:
+def test_bad_study_names(name):
     with pytest.raises(UserError, match="is not a study name"):
         check_study_name(name)
 
 
 @pytest.mark.parametrize("name", ["a", "2026-01-02_attention=aiter,sdpa", "x" * 100, "a..b", "_+"])
-def test_good_study_names(name: str) -> None:
+def test_good_study_names(name):
     check_study_name(name)
 
 
@@ -143,7 +141,7 @@ def study_dir(name: str) -> Path | str:
 
 
 @given(st.text(max_size=120) | st.text("ab./\\-_=,+ \n\0~", max_size=12))
-def test_no_name_leaves_the_folder(name: str) -> None:
+def test_no_name_leaves_the_folder(name):
     folder = study_dir(name)
     if isinstance(folder, str):
         assert len(folder.splitlines()) <= 3
