@@ -67,9 +67,11 @@ class RayEngine:
                 f"(executor.resources={self._settings.resources}, "
                 f"executor.cpus={self._settings.cpus})."
             )
-        asked = ray.remote(node.describe).options(num_cpus=0, num_gpus=0, max_retries=0)
-        where = [NodeAffinitySchedulingStrategy(found["NodeID"], soft=False) for found in nodes]
-        tasks = [asked.options(scheduling_strategy=there).remote(lock, token) for there in where]
+        ask, tasks = ray.remote(node.describe), []
+        for found in nodes:
+            there = NodeAffinitySchedulingStrategy(found["NodeID"], soft=False)
+            own = {"num_cpus": 0, "num_gpus": 0, "max_retries": 0, "scheduling_strategy": there}
+            tasks.append(ask.options(**own).remote(lock, token))
         try:
             answers: list[Description] = ray.get(tasks, timeout=_ANSWER_SECONDS)
         except ray.exceptions.RayError as error:
