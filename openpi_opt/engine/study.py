@@ -10,7 +10,6 @@ them from measuring anything twice, and the journal tells each what the others f
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,9 +119,8 @@ def run_study(
         display.note(text)
     of_nodes = None if nodes is None else nodes.fingerprint
     ledger = Ledger(store, request, display, found.gpu_index, of_nodes)
-    with ExitStack() as last, ExitStack() as left:
-        left.callback(ledger.close)
-        left.callback(executor.close)
+    copies: Copies | None = None
+    try:
         space = space_hash(request.space, ledger.fingerprint_hash(first), criteria.objectives)
         with ledger.planning():
             known, busy = bool(ledger.journal.records()), ledger.others > 0
@@ -133,7 +131,6 @@ def run_study(
             *(store, ledger.study_dir, first.tracking, display.note),
             storage=request.settings.storage,
         )
-        last.callback(lambda: copies.close(len(ledger.journal)))  # when nobody is at work any more
         findings = Findings(request.settings, ledger, optimizer, criteria, display, space)
         loop = _Loop(Jobs(request, points, findings, executor, display, pace), plan)
         ended = loop.run()
@@ -141,6 +138,13 @@ def run_study(
         ledger.draw()
         if request.swept:
             display.note(_report(ledger.study_dir))
+    finally:
+        try:
+            executor.close()
+        finally:
+            ledger.close()
+            if copies is not None:  # they end when nobody is at work any more
+                copies.close(len(ledger.journal))
     return loop.outcome(store, ended)
 
 

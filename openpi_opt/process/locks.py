@@ -172,10 +172,15 @@ class Controllers:
         self._folder.mkdir(parents=True, exist_ok=True)
         host = re.sub(r"[^A-Za-z0-9.-]", "-", platform.node())[:60]
         self.name = f"{host}-{os.getpid()}-{uuid4().hex[:8]}"
-        with self.alone():  # or `others` may try the lock before it is taken
-            held = take(self._folder / f"{self.name}.lock")
-        assert held is not None  # nobody else has that name
-        self._held = held
+        path = self._folder / f"{self.name}.lock"
+        try:
+            with self.alone():  # or `others` may try the lock before it is taken
+                held = take(path)
+            assert held is not None  # nobody else has that name
+            self._held = held
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
     @contextmanager
     def alone(self) -> Iterator[None]:
