@@ -1,9 +1,9 @@
 # Two commands: `make sweep` and `make test`. Both set up .venv first, once.
 PYTHON ?= python3
 STORE ?= mlruns
-# Processes of tests, one core each. A file's tests stay together and in order. Not the files with the
-# most tests first, as is the default: those with few tests take the longest.
-WORKERS ?= 2
+# Processes of tests, one more than CI has cores: some tests wait. A file's tests stay together and in
+# order, the longest files first (tests/conftest.py) and not those with the most tests, as by default.
+WORKERS ?= 3
 export PYTHON
 py = .venv/bin/python
 

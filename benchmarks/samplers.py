@@ -306,8 +306,8 @@ def main(argv: list[str] | None = None) -> int:
             curves[name].append([ms / best - 1 for ms in curve])
         ends = ", ".join(f"{name} {each[-1][-1]:+.1%}" for name, each in curves.items())
         print(f"seed {seed}: {ends}", file=sys.stderr, flush=True)
-    if own.json is not None:
-        own.json.write_text(json.dumps(curves) + "\n")
+        if own.json is not None:
+            own.json.write_text(json.dumps(curves) + "\n")
     for line in table(curves, own.trials):
         print(line)
     return 0

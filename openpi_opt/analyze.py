@@ -8,21 +8,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import string
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from openpi_opt.analysis.breakdown import Breakdown, Part, analyse
-from openpi_opt.cli import least_width, print_uncut, run
+from openpi_opt.cli import run
 from openpi_opt.errors import UserError
 from openpi_opt.measure.trace import ProfileError
+from openpi_opt.track.table import Table, grid, natural_width
 from openpi_opt.verbs import verb_parser
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
 
 _PIPE_WIDTH = 100
 _TOP = 15
@@ -30,7 +28,10 @@ _TOP = 15
 _NAME_LINES = 2
 _MIN_NAME = 20
 
+_WORDS = frozenset(["", "category"])  # heads of columns of words, which never fold
+
 Rows = Sequence[Sequence[str]]
+Titled = tuple[str, Table]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,51 +65,51 @@ def _analyse(path: Path) -> Breakdown:
 
 
 def _print(found: Sequence[Breakdown], top: int) -> None:
-    from rich.console import Console
-
-    console = Console(
-        width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, emoji=False
-    )
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPE_WIDTH
     labels = _labels(len(found))
     for label, each in zip(labels, found, strict=True):
-        head = f"{label}: {each.file}" if len(found) > 1 else each.file
-        console.print(_printable(head), markup=False, soft_wrap=True)
+        print(_printable(f"{label}: {each.file}" if len(found) > 1 else each.file))
         for note in each.notes:
-            console.print(f"   {note}", markup=False, soft_wrap=True)
+            print(f"   {note}")
     traces = list(zip(labels, found, strict=True))
     title = "per inference" if any((each.inferences or 1) > 1 for each in found) else ""
-    _side_by_side(console, lambda some: _overview(title, some), traces)
+    _side_by_side(width, lambda some: _overview(title, some), traces)
     if any(each.stages for each in found):
         title = "stages" + _source(found)
-        _side_by_side(console, lambda some: _parts(title, "stages", some), traces)
-    _side_by_side(console, lambda some: _parts("categories", "categories", some), traces)
-    if top:
-        for label, each in traces:
-            console.print()
-            print_uncut(console, _kernels(each, label, top, console.width))
-    _side_by_side(console, _gaps, traces)
-    console.print()
+        _side_by_side(width, lambda some: _parts(title, "stages", some), traces)
+    _side_by_side(width, lambda some: _parts("categories", "categories", some), traces)
+    for label, each in traces if top else ():
+        _print_table(_kernels(each, label, top, width), width)
+    _side_by_side(width, _gaps, traces)
+    print()
     for label, each in traces:
-        _print_longest_gaps(console, each, f"{label}: " if len(found) > 1 else "")
+        _print_longest_gaps(width, each, f"{label}: " if len(found) > 1 else "")
 
 
 Traces = Sequence[tuple[str, Breakdown]]
 
 
-def _side_by_side(console: Console, make: Callable[[Traces], Table], traces: Traces) -> None:
+def _side_by_side(width: int, make: Callable[[Traces], Titled], traces: Traces) -> None:
     """As many traces in a table as the width has room for, the others in tables below it."""
 
     def fits(count: int) -> bool:
         parts = [traces[i : i + count] for i in range(0, len(traces), count)]
-        return max(least_width(make(part)) for part in parts) <= console.width
+        return max(natural_width(make(part)[1]) for part in parts) <= width
 
     count = next((n for n in range(len(traces), 1, -1) if fits(n)), 1)
     for first in range(0, len(traces), count):
-        console.print()
-        print_uncut(console, make(traces[first : first + count]))
+        _print_table(make(traces[first : first + count]), width)
 
 
-def _overview(title: str, traces: Traces) -> Table:
+def _print_table(titled: Titled, width: int) -> None:
+    """Names may fold and numbers may not: where there is no room lines run over."""
+    title, table = titled
+    print(f"\n{title}" if title else "")
+    for _, line in grid(table, width, unfolded=_WORDS):
+        print(line.rstrip())
+
+
+def _overview(title: str, traces: Traces) -> Titled:
     labels, found = [label for label, _ in traces], [each for _, each in traces]
     what = {each.kind for each in found}
     rows = [
@@ -125,7 +126,7 @@ def _overview(title: str, traces: Traces) -> Table:
     return _table(title, ["", *labels], rows)
 
 
-def _parts(title: str, what: Literal["stages", "categories"], traces: Traces) -> Table:
+def _parts(title: str, what: Literal["stages", "categories"], traces: Traces) -> Titled:
     """A row per part, a group of columns per trace: time, share, launches."""
     heads = [
         f"{label}\n{unit}".strip() for label, _ in traces for unit in ("ms", "share", "launches")
@@ -149,7 +150,7 @@ def _cells(part: Part | None, each: Breakdown) -> list[str]:
     return [_ms(part.ms, each), _share(part.ms, each.total_ms), _count(part.launches, each)]
 
 
-def _kernels(each: Breakdown, label: str, top: int, width: int) -> Table:
+def _kernels(each: Breakdown, label: str, top: int, width: int) -> Titled:
     heads = ["ms", "share", "launches", "category", "name"]
     shown = [
         (_ms(row.ms, each), _share(row.ms, each.total_ms), _count(row.launches, each), row.category)
@@ -169,7 +170,7 @@ def _kernels(each: Breakdown, label: str, top: int, width: int) -> Table:
     return _table(f"{label} top kernels".strip(), heads, rows)
 
 
-def _gaps(traces: Traces) -> Table:
+def _gaps(traces: Traces) -> Titled:
     heads = [f"{label} {unit}".strip() for label, _ in traces for unit in ("gaps", "ms")]
     bounds = [gap.above_us for gap in traces[0][1].gaps]
     rows = []
@@ -182,38 +183,17 @@ def _gaps(traces: Traces) -> Table:
     return _table("gaps", ["", *heads], rows)
 
 
-def _print_longest_gaps(console: Console, each: Breakdown, label: str) -> None:
-    room = max(_MIN_NAME, (console.width - 50) // 2)
+def _print_longest_gaps(width: int, each: Breakdown, label: str) -> None:
+    room = max(_MIN_NAME, (width - 50) // 2)
     for gap in each.longest_gaps[:3]:
-        text = (
+        print(
             f"{label}{gap.us:.1f} us idle at {gap.at_ms:.3f} ms, after {_short(gap.after, room)}, "
             f"before {_short(gap.before, room)}"
         )
-        console.print(text, markup=False, soft_wrap=True)
 
 
-def _table(title: str, heads: Sequence[str], rows: Rows) -> Table:
-    """A table whose names may fold and whose numbers may not."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title=title or None, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False,
-        padding=(0, 1, 0, 0),
-    )  # fmt: skip
-    for i, head in enumerate(heads):
-        if head == "name":
-            table.add_column(head, overflow="fold", min_width=_MIN_NAME)
-        else:
-            is_text = head in ("", "category")
-            width = max(len(text) for text in [*head.split("\n"), *(row[i] for row in rows)])
-            table.add_column(
-                head, justify="left" if is_text else "right", no_wrap=True, min_width=width
-            )
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+def _table(title: str, heads: Sequence[str], rows: Rows) -> Titled:
+    return title, Table([*heads], [[*row] for row in rows], frozenset([*_WORDS, "name"]))
 
 
 def _labels(count: int) -> list[str]:

@@ -162,19 +162,18 @@ def family(given: str) -> Family:
     """The family of a checkpoint that `inspect` admits: only pi05 has an MLP of the time alone.
     openpi and LeRobot give it the same name, LeRobot with the prefix `model.`. Raises
     CheckpointError: as `inspect`."""
-    names = [name for file in files(Path(given)) for name in _header(file)[1]]
-    found = any(name.removeprefix("model.").startswith("time_mlp_in.") for name in names)
-    return "pi05" if found else "pi0"
+    names = (name.removeprefix("model.") for name in _tensors(given))
+    return "pi05" if any(name.startswith("time_mlp_in.") for name in names) else "pi0"
 
 
 def shape(given: str, name: str) -> tuple[int, ...]:
     """The shape of the tensor that openpi calls `name`, in a checkpoint that `inspect` admits.
     Raises CheckpointError: as `inspect`, and for a checkpoint without it."""
-    for file in files(Path(given)):
-        for stored, item in _header(file)[1].items():
-            if stored.removeprefix("model.") == name:
-                return tuple(item["shape"])
-    raise CheckpointError(f"{given} has no tensor {name}; it is no checkpoint of pi0 or pi05.")
+    tensors = _tensors(given)
+    item = tensors.get(name) or tensors.get(f"model.{name}")
+    if item is None:
+        raise CheckpointError(f"{given} has no tensor {name}; it is no checkpoint of pi0 or pi05.")
+    return tuple(item["shape"])
 
 
 def rope_frequencies(given: str) -> RopeFrequencies:
@@ -186,10 +185,8 @@ def rope_frequencies(given: str) -> RopeFrequencies:
 
     Raises CheckpointError: as `inspect`.
     """
-    path = Path(given)
-    settings = _settings(path if path.is_dir() else path.parent)
-    names = [name for file in files(path) for name in _header(file)[1]]
-    lerobot = "type" in settings or any(name.startswith("model.") for name in names)
+    settings = _settings(given)
+    lerobot = "type" in settings or any(name.startswith("model.") for name in _tensors(given))
     return "float32" if lerobot and settings.get("dtype") != "bfloat16" else "bfloat16"
 
 
@@ -197,15 +194,21 @@ def horizon(given: str) -> int | None:
     """Actions of a chunk that the checkpoint was trained to give, where its config.json says so.
     openpi calls them `action_horizon`, LeRobot `chunk_size`. Raises CheckpointError: a config.json
     that cannot be read."""
-    path = Path(given)
-    settings = _settings(path if path.is_dir() else path.parent)
+    settings = _settings(given)
     found = settings.get("action_horizon", settings.get("chunk_size"))
     return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """The config.json of a checkpoint's folder; empty where there is none."""
-    file = folder / "config.json"
+def _tensors(given: str) -> dict[str, Any]:
+    """What the headers say of each tensor, by its name in the files."""
+    headers = [_header(file)[1] for file in files(Path(given))]
+    return {name: item for header in headers for name, item in header.items()}
+
+
+def _settings(given: str) -> dict[str, Any]:
+    """The config.json in or beside a checkpoint; empty where there is none."""
+    path = Path(given)
+    file = (path if path.is_dir() else path.parent) / "config.json"
     settings = _json(file) if file.is_file() else {}
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file} holds no JSON object; it is no checkpoint's configuration.")

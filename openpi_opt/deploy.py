@@ -24,8 +24,8 @@ from openpi_opt.observation import Array, Observation, to_inputs
 from openpi_opt.pi0.config import MODELS
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.workload import make_inputs
+from openpi_opt.preset import resolve_auto, warn
 from openpi_opt.process.environment import CACHES, knob_variables
-from openpi_opt.provenance import resolve_auto, warn
 from openpi_opt.robot.spec import load as load_robot
 from openpi_opt.robot.statistics import load as load_statistics
 from openpi_opt.robot.statistics import read_openpi

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openpi_opt import cli, criteria, preset, provenance
+from openpi_opt import cli, criteria, preset
 from openpi_opt.config import Config
 from openpi_opt.confirm import bench, simulate, summary
 from openpi_opt.confirm.bench import ProcessBench, contenders
@@ -92,7 +92,7 @@ def _write(
     document = {"study": arguments.study, "trial": record and record.uid}
     document |= of_promotion(winner, judged, benched.confirmed[key], fingerprint)
     document |= {"limits": judged_by.limits} if judged_by.limits else {}
-    replaced = provenance.presets([path.parent]).get(arguments.name, {})
+    replaced = preset.presets([path.parent]).get(arguments.name, {})
     preset.write(path, winner, document, replace=arguments.force)
     if record is not None:
         _tag(runs.study_dir, arguments.name, record.uid, replaced)

@@ -21,7 +21,7 @@ from openpi_opt.errors import UserError
 from openpi_opt.figures import LIMITS, OBJECTIVES
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.paths import conf_dir
-from openpi_opt.provenance import resolve_auto
+from openpi_opt.preset import resolve_auto
 from openpi_opt.space.compose import Composer
 from openpi_opt.space.errors import user_errors
 from openpi_opt.space.files import check_option, check_variables

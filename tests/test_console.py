@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import openpi_opt
-from openpi_opt.completion import bash, candidates
+from openpi_opt.__main__ import bash, candidates
 from openpi_opt.paths import package_dir
 from openpi_opt.verbs import VERBS
 

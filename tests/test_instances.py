@@ -13,7 +13,7 @@ MINI = ["experiment=instances", *SMALL, "guard.inputs=2"]
 
 
 def test_two_instances_share_a_machine(tmp_path, capsys):
-    words = [*MINI, "counts=1,2", "seconds=2", f"out={tmp_path}"]
+    words = [*MINI, "counts=1,2", "seconds=1", f"out={tmp_path}"]
     assert sweep.main(words) == 0
     one, two = json.loads((tmp_path / "instances.json").read_text())["loads"]
     assert (one["each"], two["each"], one["problem"], two["problem"]) == (1, 2, "", "")

@@ -10,7 +10,7 @@ from openpi_opt.machine import AiterPackage, Gpu, Machine, TorchBuild
 from openpi_opt.paths import conf_dir
 from openpi_opt.process.run import refused
 from openpi_opt.space.compose import compose
-from openpi_opt.space.sensible import left_out
+from openpi_opt.space.points import left_out
 
 PROVENANCE = {"study": "s", "model": {"name": "pi0_mini", "rope_frequencies": "float32"}}
 

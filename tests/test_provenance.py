@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from openpi_opt import load_policy, preset, provenance
+from openpi_opt import load_policy, preset
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
@@ -55,7 +55,7 @@ KNOWN = {
 def test_auto_is_the_fastest_that_is_measured_exact_and_fits(
     gpu: str | None, model: str | None, workload: str | None, name: str
 ) -> None:
-    assert provenance.auto(KNOWN, gpu, model, workload) == name
+    assert preset.auto(KNOWN, gpu, model, workload) == name
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_auto_refuses_with_the_list(
     gpu: str, model: str | None, workload: str | None, words: str, listed: str
 ) -> None:
     with pytest.raises(UserError) as refused:
-        provenance.auto(KNOWN, gpu, model, workload)
+        preset.auto(KNOWN, gpu, model, workload)
     assert words in str(refused.value)
     assert listed in str(refused.value)
     assert "reported" not in str(refused.value)
@@ -93,21 +93,21 @@ def test_auto_is_a_name_like_any_other(here: Path, capsys: pytest.CaptureFixture
     cfg = compose(words, "auto", here)
     assert cfg.knobs["attention"] != cfg.baseline().knobs["attention"]
     assert "preset=auto: mine (x, pi0_mini, workload w, 3.0 ms)" in capsys.readouterr().err
-    assert provenance.resolve_auto(["preset=auto", *words], here) == ["preset=mine", *words]
+    assert preset.resolve_auto(["preset=auto", *words], here) == ["preset=mine", *words]
     with pytest.raises(UserError, match="preset=auto"):
-        provenance.resolve_auto(["preset=auto", "platform=cpu", "model=pi05"], here)
+        preset.resolve_auto(["preset=auto", "platform=cpu", "model=pi05"], here)
 
 
 def test_another_machine_is_told_and_the_same_is_not() -> None:
     gpu = {"name": H100, "driver": "580", "arch": "sm90"}
     seen = {"gpu": gpu, "cpu": "y", "torch": {"version": "2.11"}, "triton": "3.6", "aiter": None}
     found = promoted(10.0) | {"versions": {"torch": {"version": "2.11"}, "triton": "3.5"}}
-    assert provenance.other_machine(found, seen) == ["promoted with triton 3.5, here it is 3.6"]
+    assert preset.other_machine(found, seen) == ["promoted with triton 3.5, here it is 3.6"]
     found["versions"]["triton"] = "3.6"
-    assert provenance.other_machine(found, seen) == []
-    on_cpu = provenance.other_machine(found, {**seen, "gpu": None})
+    assert preset.other_machine(found, seen) == []
+    on_cpu = preset.other_machine(found, {**seen, "gpu": None})
     assert on_cpu == [f"promoted with gpu {H100}, here it is absent"]
-    assert provenance.other_machine(promoted(1.0, None), {**seen, "gpu": None}) == [
+    assert preset.other_machine(promoted(1.0, None), {**seen, "gpu": None}) == [
         "promoted with cpu x, here it is y"
     ]
 

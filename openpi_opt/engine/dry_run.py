@@ -15,9 +15,8 @@ from openpi_opt.engine.plan import Plan, StudyRequest, check_same, enumerated, g
 from openpi_opt.errors import UserError
 from openpi_opt.process.devices import Devices
 from openpi_opt.result import Ok
-from openpi_opt.space.points import Points
+from openpi_opt.space.points import Points, left_out
 from openpi_opt.space.prepare import Count
-from openpi_opt.space.sensible import left_out
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.store import Store

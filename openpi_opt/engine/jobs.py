@@ -18,8 +18,7 @@ from openpi_opt.process.devices import Lease, Slot
 from openpi_opt.process.run import cannot_run, lost, refused
 from openpi_opt.result import TrialResult
 from openpi_opt.space.optimizer import Proposal
-from openpi_opt.space.points import Points
-from openpi_opt.space.sensible import LeftOut, NotSensibleError
+from openpi_opt.space.points import LeftOut, NotSensibleError, Points
 from openpi_opt.space.sources import Source
 from openpi_opt.track.identity import summary
 from openpi_opt.track.optuna_copy import note_point

@@ -23,7 +23,7 @@ from openpi_opt.process.devices import Lease
 from openpi_opt.process.locks import Claims, Controllers, Held
 from openpi_opt.result import Pruned, Refused, TrialResult
 from openpi_opt.space.optimizer import Proposal
-from openpi_opt.space.sensible import left_out
+from openpi_opt.space.points import left_out
 from openpi_opt.track import curve, identity, pareto
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record, Role

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -83,7 +82,6 @@ class Product:
 
 
 _PRODUCTS: dict[Shape, Product] = {}
-_UNSEARCHED: list[bool] = []  # not empty inside `unsearched`
 
 
 @cache
@@ -224,24 +222,6 @@ def _search(shape: Shape, o: Operands) -> Product:
     return product
 
 
-def _first(shape: Shape, o: Operands) -> Product:
-    """The heuristic's first, without timing."""
-    product = _described(shape)
-    product.algorithm = _offered(product, shape.device)[0]
-    return product
-
-
-@contextmanager
-def unsearched() -> Iterator[None]:
-    """Inside, products run by the heuristic's first algorithm; afterwards they are searched."""
-    _UNSEARCHED.append(True)
-    try:
-        yield
-    finally:
-        _UNSEARCHED.clear()
-        _PRODUCTS.clear()
-
-
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
     gelu: bool = False,
@@ -257,8 +237,7 @@ def _run(
     operands = Operands(rows, weight, bias, added, out)
     product = _PRODUCTS.get(shape)
     if product is None:
-        choose = _first if _UNSEARCHED else _search
-        product = _PRODUCTS[shape] = choose(shape, operands)
+        product = _PRODUCTS[shape] = _search(shape, operands)
     _launch(product, product.algorithm, operands, device)
     return out.view(*x.shape[:-1], weight.shape[0])
 

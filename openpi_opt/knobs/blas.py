@@ -19,8 +19,6 @@ from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 from openpi_opt.paths import content_of
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     import torch
 
     from openpi_opt.knobs.base import Call
@@ -255,15 +253,6 @@ class Blas(Knob[BlasOptions]):
         """TunableOp measures every solution, and a search every algorithm."""
         options = self.canonical(cfg)
         return options.tunableop.mode == "tune" or options.algorithm == "searched"
-
-    def untimed(self, cfg: Configuration) -> AbstractContextManager[None] | None:
-        """The search waits, unless Inductor captures the second call."""
-        options, mode = self.canonical(cfg), cfg.knobs["compile"].mode  # type: ignore[attr-defined]
-        if options.algorithm != "searched" or mode in ("reduce_overhead", "max_autotune"):
-            return None
-        from openpi_opt.kernels import cublaslt
-
-        return cublaslt.unsearched()
 
     def wrap(self, call: Call, cfg: Configuration) -> Call:
         """After the first call: did aiter serve anything, and what did TunableOp find?"""

@@ -30,8 +30,7 @@ from openpi_opt.config import SECTIONS, Config
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.paths import conf_dir, user_conf_dir
-from openpi_opt.preset import check_name
-from openpi_opt.provenance import resolve_auto
+from openpi_opt.preset import check_name, resolve_auto
 from openpi_opt.space.errors import user_errors
 from openpi_opt.space.files import PRESETS, Folder, PresetFolder, preset_parents, read
 from openpi_opt.space.settings import Settings

@@ -1,13 +1,15 @@
-"""From points of a search space to configurations, and the check that a space makes sense."""
+"""From points of a search space to configurations: which are worth a process, and a first check."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
+from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine
-from openpi_opt.space.sensible import NotSensibleError, left_out
 from openpi_opt.space.space import Space
 
 Compose = Callable[[Sequence[str]], Config]
@@ -15,6 +17,37 @@ Compose = Callable[[Sequence[str]], Config]
 _CHECKED_VALUES = 64
 # A search looks at thousands of points for each that it proposes.
 _MOST_KEPT = 20_000
+
+
+@dataclass(frozen=True, order=True)
+class LeftOut:
+    """Why a combination is not started. `invalid` also stands for what no schema admits."""
+
+    kind: Literal["unavailable", "invalid", "lossy"]
+    reason: str
+
+
+class NotSensibleError(UserError):
+    """A combination of a named space that is passed over."""
+
+    def __init__(self, left_out: LeftOut):
+        super().__init__(f"{left_out.kind}: {left_out.reason}")
+        self.left_out = left_out
+
+
+def left_out(cfg: Config, machine: Machine, allow_lossy: bool) -> LeftOut | None:
+    """The first knob's reason why `cfg`, resolved, is not started, or None."""
+    for knob in KNOBS:
+        refusal = knob.check(cfg, machine)
+        if refusal is not None:
+            return LeftOut(refusal.outcome, refusal.reason)
+        if not allow_lossy and knob.lossy(cfg):
+            return LeftOut(
+                "lossy",
+                f"{knob.name}={knob.label(knob.of(cfg))} is lossy and could not win; "
+                "objective.allow_lossy=true admits it",
+            )
+    return None
 
 
 class Points:

@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
 from openpi_opt.space.dimensions import Choices, Dimension
-from openpi_opt.space.points import Compose, Points
-from openpi_opt.space.sensible import LeftOut, NotSensibleError, left_out
+from openpi_opt.space.points import Compose, LeftOut, NotSensibleError, Points, left_out
 from openpi_opt.space.space import Space
 
 MAX_WALK = 20_000

@@ -86,7 +86,7 @@ def best_of_each(found: Sequence[Group]) -> Table:
 def print_side_by_side(found: Sequence[Group]) -> None:
     """Print `best_of_each`."""
     print("\nside by side, each against its own baseline")
-    for _, line in _grid(best_of_each(found), TABLE_WIDTH):
+    for _, line in grid(best_of_each(found), TABLE_WIDTH):
         print(line.rstrip())
 
 
@@ -97,7 +97,14 @@ def _say(console: Console | None, text: str | Text, folded: bool = False) -> Non
         console.print(text, soft_wrap=not folded, markup=False)
 
 
-def _grid(
+def natural_width(table: Table) -> int:
+    """The width of a table in which nothing folds."""
+    columns = zip(*table.body, table.heads, strict=True)
+    widths = [max(map(len, "\n".join(column).split("\n"))) for column in columns]
+    return sum(widths) + 2 * len(widths) - 1
+
+
+def grid(
     table: Table, width: int, unfolded: AbstractSet[str] = frozenset()
 ) -> Iterator[tuple[int, str]]:
     """Lines of a table, each with its row (-1 for heads); its texts are folded, but `unfolded`."""
@@ -195,7 +202,7 @@ def _trials(group: Group, columns: Sequence[Figure], width: int) -> Iterator[tup
     if single and common(group):
         yield common(group), ""
     table = trials(group, group.rows, columns, single)
-    for number, line in _grid(table, width, {"outcome"}):
+    for number, line in grid(table, width, {"outcome"}):
         yield line, "" if number < 0 else _STYLES[mark(group.rows[number])]
 
 
@@ -224,7 +231,7 @@ def _floors(group: Group, width: int) -> list[str]:
     ]
     lines = ["", "floor of time, ms (of stages: busy, under the profiler)"]
     table = Table(["#", "call", *names], body, frozenset())
-    return lines + [line for _, line in _grid(table, width)]
+    return lines + [line for _, line in grid(table, width)]
 
 
 def _against(floor_ms: float | None, took_ms: float | None, fraction: float | None) -> str:

@@ -16,8 +16,8 @@ from openpi_opt.engine.plan import StudyRequest, make_plan, space_hash
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.result import TrialResult
 from openpi_opt.space.optimizer import Optimizer
+from openpi_opt.space.points import left_out
 from openpi_opt.space.prepare import prepare
-from openpi_opt.space.sensible import left_out
 from openpi_opt.space.settings import Settings
 from openpi_opt.space.space import Space
 from openpi_opt.track.report import rows

@@ -14,10 +14,9 @@ from openpi_opt.errors import UserError
 from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.paths import conf_dir
 from openpi_opt.space.named import NamedSpace, chosen_starts
-from openpi_opt.space.points import Points
+from openpi_opt.space.points import NotSensibleError, Points
 from openpi_opt.space.prepare import prepare, require_some
 from openpi_opt.space.schema_keys import key_values
-from openpi_opt.space.sensible import NotSensibleError
 from openpi_opt.space.space import Space, parse_override
 
 FILES = sorted((conf_dir() / "space").glob("*.yaml"))

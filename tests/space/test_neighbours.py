@@ -91,3 +91,22 @@ def test_neighbours_come_in_the_last_part_of_a_budget(search):
             Proposal(proposal.params, proposal.number), ok(cfg, latency(proposal.params))
         )
     assert [one for late, one in near if late][:2] == [True] * 2
+
+
+def test_what_was_left_for_a_short_trial_comes_first():
+    """The regions that are compiled whole, before any neighbour that the model thinks faster."""
+    space = Space.parse(
+        [*(f"simplify.{n}=false,true" for n in SWITCHES), "compile.scope=stage,layer"]
+    )
+
+    def composed(overrides: list[str]) -> Config:
+        scope = next(line.partition("=")[2] for line in overrides if "scope" in line)
+        found = compose([line for line in overrides if "scope" not in line])
+        whole = found.dump() | {"compile": {"mode": "default", "scope": scope}}
+        return Config.parse({"simplify": whole["knobs"]["simplify"], "compile": whole["compile"]})
+
+    points, optimizer = Points(space, composed, CPU), Optimizer(space, "random", 0)
+    best = {**dict.fromkeys(space.dimensions, "true"), "compile.scope": "layer"}
+    optimizer.tell(optimizer.ask(best), ok(points.config(best), 5.0))
+    first = Neighbours(optimizer, space, points, share=lambda: 1.0).next(optimizer.tried)
+    assert first == {**best, "compile.scope": "stage"}

@@ -11,9 +11,8 @@ from space_samples import MACHINES, CommandLines, command_lines
 
 from openpi_opt.space import prepare as preparing
 from openpi_opt.space.dimensions import Choices
-from openpi_opt.space.points import Points
+from openpi_opt.space.points import NotSensibleError, Points
 from openpi_opt.space.prepare import prepare
-from openpi_opt.space.sensible import NotSensibleError
 from openpi_opt.space.space import Space
 
 MOST_POINTS = 400

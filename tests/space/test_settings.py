@@ -1,4 +1,5 @@
 from datetime import datetime, timezone
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from openpi_opt.errors import UserError
 from openpi_opt.space.settings import Settings, check_not_swept, default_study_name, identity
 from openpi_opt.space.space import Space, quoted
-from openpi_opt.track.store import check_study_name
+from openpi_opt.track.store import Store
 
 DAY = datetime(2026, 5, 4, 23, 59, tzinfo=timezone.utc)
 
@@ -72,4 +73,5 @@ def test_names_that_read_the_same_differ():
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]))))
 def test_the_name_is_always_a_study_name(values):
     overrides = [f"key{i}={quoted(value)}" for i, value in enumerate(values) if value]
-    check_study_name(default_study_name(overrides, DAY))
+    name = default_study_name(overrides, DAY)
+    assert Store(Path("/store")).study_dir(name) == Path("/store/studies", name)

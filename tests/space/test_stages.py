@@ -14,7 +14,16 @@ from openpi_opt.errors import UserError
 from openpi_opt.knobs import KNOBS
 from openpi_opt.knobs.base import STAGES
 from openpi_opt.result import Kernels
-from openpi_opt.space.features import IDLE, PARTS, SECONDS, TOTAL, features, parts, touched
+from openpi_opt.space.features import (
+    IDLE,
+    PARTS,
+    SECONDS,
+    TOTAL,
+    expected_time,
+    features,
+    parts,
+    touched,
+)
 from openpi_opt.space.optimizer import Optimizer
 from openpi_opt.space.points import Points
 from openpi_opt.space.prepare import prepare
@@ -114,6 +123,42 @@ def test_two_options_that_only_gain_together_are_learned():
     assert [round(mean.milliseconds(on)) for on in pairs] == [20, 20, 20, 10]
 
 
+def test_any_option_may_take_away_the_time_outside_the_stages() -> None:
+    """A capture does, though it touches no kernel."""
+
+    def seen(on: dict[str, str]) -> Seen:
+        idle = 0.2 if "graph.mode" in on else 120.0
+        return Seen(on, idle + 5.0, {"vision": 5.0, IDLE: idle})
+
+    rows = [{}, {"graph.mode": "manual"}, {"fusion.qkv": "True"}]
+    model = StageModel(touched)
+    model.fit([seen(on) for on in rows * 4])
+    both = {"graph.mode": "manual", "fusion.qkv": "True"}
+    assert model.mean().milliseconds(both) == pytest.approx(5.2, rel=0.1)
+
+
+def test_a_known_point_is_predicted_as_it_was_measured() -> None:
+    """Whatever its many options are taken to add; and its neighbours from there."""
+    chosen = random.Random(0)
+    keys = [f"fusion.{n}" for n in range(20)]
+    rows = [{key: "1" for key in keys if chosen.random() < 0.5} for _ in range(30)]
+    fast = dict.fromkeys(keys, "1")
+    model = StageModel(lambda key: STAGES)
+    model.fit([*(Seen(on, 20.0) for on in rows), Seen(fast, 10.0)])
+    mean = model.mean()
+    assert mean.milliseconds(fast) == pytest.approx(10.0, rel=0.02)
+    assert 10.0 < mean.milliseconds({k: fast[k] for k in keys[1:]}) < 17.0
+
+
+def test_what_is_known_of_an_option_is_believed_until_measured() -> None:
+    """A default that measuring found best is left for a good reason only."""
+    model = StageModel(touched, expected_time)
+    launch = "attention.launch_denoise.block_n"
+    model.fit([Seen({"attention.denoise": "triton"}, 10.0)] * 3)
+    tried = {"attention.denoise": "triton", launch: "32"}
+    assert model.mean().milliseconds(tried) == pytest.approx(10.2, rel=0.01)
+
+
 def test_what_fails_and_what_takes_long_is_avoided():
     model = StageModel(touched)
     rows: list[Seen] = []
@@ -174,6 +219,8 @@ def test_no_search_begins_by_compiling_for_minutes(full):
     assert not {"max_autotune", "max_autotune_no_cudagraphs"} & {p["compile"] for p in first}
     compiled = [params for params in first if params["compile"] != "off"]
     assert {params["compile.scope"] for params in compiled} <= {"stage", "layer"}
+    assert {p["precision.dtype"] for p in first} == {"bfloat16"}
+    assert sum(p["graph"] == "manual" for p in first) > 15  # Inductor captures the others
 
 
 def test_pending_points_are_not_proposed_again(full):
