@@ -6,7 +6,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -211,9 +211,14 @@ class Measuring:
 
     def _first_call(self, prepared: Prepared, inputs: Inputs) -> dict[str, Any]:
         """Compile, tune and capture: how long it took, and what of it came from caches."""
+        if any(knob.times_kernels(self.cfg) for knob in KNOBS):
+            self.progress.ask()
+        self.progress.enter("compile")
         memory.reset_peak(self.cfg.device)
         triton = compilation.watch_triton() if self.cfg.device != "cpu" else lambda: (0, 0)
-        seconds = _call_first(prepared, inputs, self.cfg, self.progress)
+        started = self.progress.clock()
+        prepared.call(inputs).cpu()
+        seconds = self.progress.clock() - started
         entries = compilation.cache_entries(*triton())
         state = compilation.cache_state(entries)
         return {"compile_seconds": seconds, "compile_cache": state, "cache_entries": entries}
@@ -310,24 +315,6 @@ class Measuring:
                 cfg, limits, found["latency"].mean_ms, kernels.stage_ms if kernels else None
             )
             found["notes"] += [*notes, *remarks]
-
-
-def _call_first(prepared: Prepared, inputs: Inputs, cfg: Config, progress: Progress) -> float:
-    """Compile and capture; returns the seconds. What times kernels has the device for itself."""
-    timing = [knob.untimed(cfg) for knob in KNOBS if knob.times_kernels(cfg)]
-    later = [context for context in timing if context is not None]
-    progress.enter("compile")
-    started, waited = progress.clock(), progress.seconds.get("wait", 0.0)
-    if later and len(later) == len(timing):
-        with ExitStack() as stack:
-            for context in later:
-                stack.enter_context(context)
-            prepared.uncaptured(inputs).cpu()
-    if timing:
-        progress.ask()
-        progress.enter("compile")
-    prepared.call(inputs).cpu()
-    return progress.clock() - started - progress.seconds.get("wait", 0.0) + waited
 
 
 def _wants_energy(cfg: Config, mean_ms: float) -> bool:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from openpi_opt import measuring, trial
+from openpi_opt import trial
 from openpi_opt.config import RACE_FILE, Config
-from openpi_opt.knobs.base import Configuration, Knob, Options
 from openpi_opt.machine import probe
 from openpi_opt.measuring import raced
 from openpi_opt.process.devices import LEASES_VARIABLE, measure_lock
-from openpi_opt.process.progress import Progress
 from openpi_opt.result import Failed, Ok, parse
-from openpi_opt.runtime import Prepared
 
 SMALL = {
     "model": {"name": "pi0_mini"},
@@ -202,30 +197,3 @@ def test_recorded_results_of_format_1_can_be_read(path: Path) -> None:
     assert result.schema_version in (1, 2, 3)
     assert parse(result.model_dump_json()) == result
     assert result.latency.mean_ms == pytest.approx(float(np.mean(result.latency.samples_ms)))
-
-
-@pytest.mark.parametrize("waits", [True, False])
-def test_what_times_kernels_is_compiled_before_it_has_the_device(
-    monkeypatch: pytest.MonkeyPatch, waits: bool
-) -> None:
-    """Unless what is compiled depends on the times."""
-    said: list[str] = []
-
-    class Timing(Knob[Options]):
-        def times_kernels(self, cfg: Configuration) -> bool:
-            return True
-
-        def untimed(self, cfg: Configuration) -> AbstractContextManager[None] | None:
-            return contextlib.nullcontext() if waits else None
-
-    class Asked(Progress):
-        def ask(self) -> None:
-            said.append("ask")
-
-    def call(name: str) -> Callable[[object], torch.Tensor]:
-        return lambda _: said.append(name) or torch.zeros(1)
-
-    monkeypatch.setattr(measuring, "KNOBS", (Timing(), Timing()))
-    prepared = Prepared(None, call("call"), call("uncaptured"))  # type: ignore[arg-type]
-    assert measuring._call_first(prepared, None, Config.parse({}), Asked(None)) >= 0  # type: ignore[arg-type]
-    assert said == ([] if not waits else ["uncaptured"]) + ["ask", "call"]

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openpi_opt.kernels.operators import of_product, operator
 from openpi_opt.kernels.triton_common import as_rows
 from openpi_opt.pi0 import ops
 
@@ -83,7 +83,6 @@ class Product:
 
 
 _PRODUCTS: dict[Shape, Product] = {}
-_UNSEARCHED: list[bool] = []  # not empty inside `unsearched`
 
 
 @cache
@@ -224,24 +223,6 @@ def _search(shape: Shape, o: Operands) -> Product:
     return product
 
 
-def _first(shape: Shape, o: Operands) -> Product:
-    """The heuristic's first, without timing."""
-    product = _described(shape)
-    product.algorithm = _offered(product, shape.device)[0]
-    return product
-
-
-@contextmanager
-def unsearched() -> Iterator[None]:
-    """Inside, products run by the heuristic's first algorithm; afterwards they are searched."""
-    _UNSEARCHED.append(True)
-    try:
-        yield
-    finally:
-        _UNSEARCHED.clear()
-        _PRODUCTS.clear()
-
-
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
     gelu: bool = False,
@@ -257,8 +238,7 @@ def _run(
     operands = Operands(rows, weight, bias, added, out)
     product = _PRODUCTS.get(shape)
     if product is None:
-        choose = _first if _UNSEARCHED else _search
-        product = _PRODUCTS[shape] = choose(shape, operands)
+        product = _PRODUCTS[shape] = _search(shape, operands)
     _launch(product, product.algorithm, operands, device)
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -279,13 +259,8 @@ def searched_linear_reference(
     return out if residual is None else residual + out
 
 
-searched_linear = torch.library.custom_op(
-    "openpi_opt::searched_linear", searched_linear_reference, mutates_args=()
-)
+searched_linear = operator("searched_linear", of_product)(searched_linear_reference)
 searched_linear.register_kernel("cuda", _run)
-searched_linear.register_fake(
-    lambda x, weight, *_, **__: x.new_empty(*x.shape[:-1], weight.shape[0])
-)
 
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     import torch
 
     from openpi_opt.machine import Device, Machine
@@ -157,12 +155,6 @@ class Knob(Generic[O]):
     def times_kernels(self, cfg: Configuration) -> bool:
         """Whether the first call times kernels to choose some: it has the device for itself."""
         return False
-
-    def untimed(self, cfg: Configuration) -> AbstractContextManager[None] | None:
-        """Where a call times no kernels yet and the next one does, so that it can be compiled
-        beside others; None where what is compiled depends on the times.
-        """
-        return None
 
     def configure(self, cfg: Configuration) -> None:
         """Process-wide settings of torch, Dynamo and Inductor."""
