@@ -78,6 +78,9 @@ def plot(file: Path) -> None:
             axes.plot(x, y, marker="o", label=label)
             for point in zip(x, y, strict=True):
                 axes.annotate(f"{point[1]:.4g}", point, textcoords="offset points", xytext=(0, 6))
+        if not axes.lines:  # the file holds no point of this axis
+            plt.close(figure)
+            continue
         axes.set_xlabel(axis)
         axes.set_ylabel("samples/s" if axis == "batch" else "ms a call")
         if axis == "batch":
