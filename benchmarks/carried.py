@@ -20,7 +20,7 @@ from openpi_opt import cli, sweep
 from openpi_opt.engine import study
 from openpi_opt.engine.findings import Findings
 from openpi_opt.engine.jobs import Jobs
-from openpi_opt.engine.trials import Job
+from openpi_opt.engine.ledger import Job
 from openpi_opt.space.compose import Composer
 from openpi_opt.space.optimizer import Optimizer
 from openpi_opt.track.journal import Record
@@ -48,7 +48,7 @@ def beside(words: list[str]) -> None:
         if not begun:
             begun.append(True)
             cfg = Composer()(words).resolved(jobs.request.machine)
-            jobs._route(Job(cfg, "baseline", "[beside]"), shown=False)
+            jobs._route(Job(cfg, "baseline", "[beside]"), show=False)
         consider(jobs, *rest)
 
     def taken(findings: Findings, job: Job, record: Record) -> None:

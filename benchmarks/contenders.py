@@ -17,6 +17,7 @@ import argparse
 import faulthandler
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,8 @@ from openpi_opt.space.compose import compose
 
 REPLAYS = 30
 WARM_S = 0.5
+MOST_S = 2.0
+"""for the calls of a round; five are made in any case"""
 LIMIT_S = 150
 """to the first actions; then a process says where it is and fails"""
 
@@ -82,7 +85,7 @@ def contend(words: str, folder: Path, out: TextIO) -> None:
         print(json.dumps({"failed": refusal}), file=out, flush=True)
         return
     device = runtime.torch_device(cfg)
-    with FileLock(folder / "memory.lock"):  # in float32 a policy takes 14 GB
+    with FileLock(folder / f"memory{os.getpid() % 2}.lock"):  # in float32 a policy takes 14 GB
         policy = runtime.build_policy(cfg, device)
         call = runtime.apply_knobs(policy, cfg).call
         torch.cuda.empty_cache()
@@ -104,7 +107,7 @@ def _measure(call: Any, inputs: Inputs) -> list[float]:
     """Milliseconds of `REPLAYS` calls, after half a second of the same load."""
     wait = torch.cuda.synchronize if inputs.images.is_cuda else lambda: None
     until, times = time.monotonic() + WARM_S, []
-    while len(times) < REPLAYS:
+    while len(times) < REPLAYS and (len(times) < 5 or time.monotonic() < until + MOST_S):
         began = time.perf_counter()
         call(inputs)
         wait()
@@ -131,9 +134,13 @@ class Contender:
             env=variables, cwd=tree,
         )  # fmt: skip
 
-    def read(self) -> bool:
-        """The next answer; False when there is none or it says that the process failed."""
+    def read(self, seconds: float | None = None) -> bool:
+        """The next answer; False when none comes in time or it says that the process failed."""
         assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            self.facts["failed"] = "not ready in time"
+            self.process.kill()
+            return False
         line = self.process.stdout.readline()
         self.facts |= json.loads(line) if line else {"failed": self.log.read_text()[-3000:]}
         return "failed" not in self.facts
@@ -145,11 +152,11 @@ class Contender:
         return self.read()
 
 
-def contest(contenders: list[Contender], rounds: int) -> None:
-    """Wait for all, then measure in turn."""
-    alive = []
+def contest(contenders: list[Contender], rounds: int, seconds: float = LIMIT_S) -> None:
+    """Wait for all, `seconds` at most, then measure those in turn that are ready."""
+    alive, until = [], time.monotonic() + seconds
     for contender in contenders:
-        if contender.read():
+        if contender.read(max(0.0, until - time.monotonic())):
             alive.append(contender)
         took = contender.facts.get("ready_s") or contender.facts.get("failed")
         print(f"{contender.name}: {took}", file=sys.stderr, flush=True)
@@ -157,8 +164,7 @@ def contest(contenders: list[Contender], rounds: int) -> None:
         for contender in alive if number % 2 == 0 else reversed(alive):
             if contender.ask("measure"):
                 contender.medians.append(statistics.median(contender.facts["ms"]))
-    for contender in alive:
-        contender.ask("reference")
+        print([round(c.medians[-1], 3) for c in alive if c.medians], file=sys.stderr, flush=True)
 
 
 def report(contenders: list[Contender]) -> list[dict[str, Any]]:
@@ -186,6 +192,8 @@ def main() -> None:
     parser.add_argument("contenders", nargs="*", metavar="'NAME: OVERRIDES'")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--ready", type=float, default=LIMIT_S, metavar="SECONDS",
+                        help="who is not ready then does not take part")  # fmt: skip
     parser.add_argument("--contend", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -202,12 +210,14 @@ def main() -> None:
         folder = Path(name)
         given = [text.partition(":")[::2] for text in options.contenders]
         contenders = [Contender(n.strip(), words.strip(), folder) for n, words in given]
-        contest(contenders, options.rounds)
-        rows = report(contenders)
+        contest(contenders, options.rounds, options.ready)
+        for one in (None, *contenders):
+            if one is None or (one.medians and one.ask("reference")):
+                rows = report(contenders)
+                if options.out is not None:
+                    options.out.write_text(json.dumps(rows, indent=1))
         for one in contenders:
             one.process.kill()
-    if options.out is not None:
-        options.out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from benchmarks.stub_sweep import MACHINE
 from benchmarks.stub_trial import document
 from openpi_opt import cli
 from openpi_opt.config import Config
-from openpi_opt.engine.display import Silent
+from openpi_opt.engine.display import Display
 from openpi_opt.engine.plan import StudyRequest, space_hash
 from openpi_opt.engine.study import run_study
 from openpi_opt.process.locks import Controllers
@@ -70,9 +70,9 @@ def measure(finished: int, trials: int) -> dict[str, float]:
         log = Path(folder) / "times.txt"
         run = partial(run_trial, command=[sys.executable, str(STUB), "--times", str(log)])
         # As if the sweep that found all this were at work still: it makes the copy for Optuna.
-        other = Controllers.join(store.study_dir(STUDY))
+        other = Controllers(store.study_dir(STUDY))
         opening = time.monotonic()
-        outcome = run_study(request, compose, Silent(), run)
+        outcome = run_study(request, compose, Display(), run)
         other.leave()
         assert outcome.new == trials, f"{outcome.new} of {trials}: {outcome.ended}"
         spans = [tuple(map(float, line.split())) for line in log.read_text().splitlines()]

@@ -41,7 +41,7 @@ def _without_claims() -> None:
     """Everybody gets every claim."""
 
     def take(claims: Claims, config_hash: str, machine_hash: str, space: str = "") -> Held | None:
-        folder: Path = claims._folder
+        folder: Path = claims.folder
         return locks.take(folder / f"{uuid4().hex}.lock", '{"space": "", "config_hash": ""}')
 
     _put(Claims, "take", take)

@@ -14,12 +14,14 @@ takes the file as `tables=tune.json`.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -50,6 +52,7 @@ from openpi_opt.surgery.lean import lean
 REFUSED = (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError,
            RuntimeError, ValueError)  # fmt: skip
 STEPS = 3
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SHAPES = {"qkv": (2560, 1024), "out": (1024, 2048), "gate_up": (4096, 1024), "down": (1024, 4096)}
 KINDS = {"qkv": "normed", "out": "plain", "gate_up": "gated", "down": "plain"}
 TABLES: dict[str, dict[Any, Any]] = {
@@ -84,9 +87,9 @@ class Workload:
 class Chain:
     """`STEPS` passes over the fused layers of the full expert; pi0's first row is the state."""
 
-    def __init__(self, work: Workload) -> None:
+    def __init__(self, work: Workload, depth: int = PI0.expert.depth) -> None:
         self.work = work
-        self.policy = _policy(work)
+        self.policy = _policy(work, depth)
         generator = torch.Generator("cuda").manual_seed(0)
 
         def randn(*shape: int) -> Tensor:
@@ -95,8 +98,7 @@ class Chain:
         rows, stored = work.rows, work.stored
         self.x = randn(1, rows, PI0.expert.width)
         self.past = [
-            KeysValues(randn(1, stored, 1, 256), randn(1, stored, 1, 256))
-            for _ in range(PI0.expert.depth)
+            KeysValues(randn(1, stored, 1, 256), randn(1, stored, 1, 256)) for _ in range(depth)
         ]
         positions = torch.arange(stored, stored + rows, device="cuda")[None]
         rope = rope_at(positions, self.policy.frequencies, torch.bfloat16)
@@ -126,11 +128,12 @@ class Chain:
         return ms * 1000 / STEPS
 
 
-def _policy(work: Workload) -> Pi0Policy:
+def _policy(work: Workload, depth: int) -> Pi0Policy:
     """A policy whose expert is the full one and all else is small, fused, bfloat16."""
-    language = dataclasses.replace(PI0_MINI.language, depth=PI0.expert.depth, heads=8, head_dim=256)
+    language = dataclasses.replace(PI0_MINI.language, depth=depth, heads=8, head_dim=256)
+    expert = dataclasses.replace(PI0.expert, depth=depth)
     family = "pi05" if work.adaptive else "pi0"
-    config = dataclasses.replace(PI0_MINI, language=language, expert=PI0.expert, family=family)
+    config = dataclasses.replace(PI0_MINI, language=language, expert=expert, family=family)
     policy = weights.build(config, "cuda", steps=2)
     weights.init_random(policy, seed=0)
     fold_norms(policy)
@@ -168,7 +171,7 @@ def start(work: Workload) -> None:
             TABLES[table][key] = triton_skinny_gemm.default_launch(x, n, k, key[4])
 
 
-def variants(name: str, launch: Any, work: Workload) -> Iterator[Any]:
+def variants(name: str, launch: Launch, work: Workload) -> Iterator[Launch]:
     """Launches that differ from `launch` in one choice, or in the tile."""
     if name == "attention":
         axes = {"num_stages": (1, 2), "fused": (0, 1), "dependent": (0, 1, 2)}
@@ -186,56 +189,65 @@ def variants(name: str, launch: Any, work: Workload) -> Iterator[Any]:
         if KINDS[name] == "plain":
             axes["split_k"] = (1, 2, 4, 8)
         for dependent, prefetch in PREFETCH:
-            yield dataclasses.replace(launch, dependent=dependent, prefetch=prefetch)
+            yield changed(launch, {"dependent": dependent, "prefetch": prefetch})
         for n, k in ((16, 512), (16, 256), (32, 64), (64, 64), (64, 128), (128, 64)):
             for stages in (3, 5):
-                yield dataclasses.replace(launch, block_n=n, block_k=k, num_stages=stages)
+                yield changed(launch, {"block_n": n, "block_k": k, "num_stages": stages})
     for axis, values in axes.items():
         for value in values:
             yield changed(launch, {axis: value})
 
 
-def changed(launch: Any, values: dict[str, int]) -> Any:
+def changed(launch: Launch, values: dict[str, int]) -> Launch:
     """`launch` with these values."""
     return dataclasses.replace(launch, **values)
 
 
-_WORKER: dict[str, Any] = {}
+_CHAINS: dict[Workload, Chain] = {}
 
 
-def _start_worker(work: Workload) -> None:
-    """In a worker: one layer, to compile launches with."""
-    start(work)
-    chain = Chain(work)
-    chain.policy.expert.layers = chain.policy.expert.layers[:1]
-    chain.past = chain.past[:1]
-    if isinstance(chain.policy.expert, FusedAdaptiveTower):
-        row = chain.policy.time_table
-        per = (row.shape[1] - 2 * PI0.expert.width) // PI0.expert.depth
-        chain.policy.time_table = torch.cat((row[:, :per], row[:, -2 * PI0.expert.width :]), 1)
-    _WORKER.update(chain=chain, places=entries(work))
+def _start_worker() -> None:
+    """In a worker: end with the tuner, however that ends, and keep no pipe of its output open."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
 
 
-def _compile(name: str, launch: Launch) -> None:
-    """In a worker: fill Triton's cache on disk with one launch."""
-    table, key = _WORKER["places"][name]
-    before = TABLES[table][key]
-    TABLES[table][key] = launch
+def _ready() -> None:
+    """In a worker: nothing, once it has started."""
+
+
+def _one_layer(work: Workload) -> Chain:
+    """In a worker: a chain of one layer, to compile launches with."""
+    if work not in _CHAINS:
+        start(work)
+        chain = Chain(work, depth=1)
+        _CHAINS[work] = chain
+    return _CHAINS[work]
+
+
+def _compile(work: Workload, changes: dict[str, Launch]) -> None:
+    """In a worker: fill Triton's cache on disk with these launches."""
+    chain, places = _one_layer(work), entries(work)
+    before = {name: TABLES[places[name][0]][places[name][1]] for name in changes}
+    for name, launch in changes.items():
+        TABLES[places[name][0]][places[name][1]] = launch
     try:
-        _WORKER["chain"].step()
+        chain.step()
     except REFUSED:
         return
     finally:
-        TABLES[table][key] = before
+        for name, launch in before.items():
+            TABLES[places[name][0]][places[name][1]] = launch
 
 
 class Tuning:
     """Coordinate descent over the launches of one chain, until a deadline."""
 
-    def __init__(
-        self, work: Workload, seconds: float, pool: ProcessPoolExecutor, say: Callable[[str], None]
-    ) -> None:
-        self.pool, self.deadline = pool, time.monotonic() + seconds
+    def __init__(self, work: Workload, pool: ProcessPoolExecutor, say: Callable[[str], None]):
+        self.pool, self.deadline = pool, math.inf
+        start(work)
         self.chain, self.places = Chain(work), entries(work)
         self.say = say
         self.expected = self.chain.step().double()
@@ -271,10 +283,10 @@ class Tuning:
         return float(found["us"]) if right else math.inf
 
     def take_best(self, choices: list[dict[str, Launch]], jobs: Sequence[Future[None]]) -> None:
-        """Try all once their `jobs` are done, keep the fastest if it gains more than 0.2%."""
-        wait(jobs, timeout=max(0.0, self.deadline - time.monotonic()))
+        """Try each once its job is done, keep the fastest if it gains more than 0.2%."""
         times: list[float] = []
-        for choice in choices:
+        for choice, job in zip(choices, jobs, strict=True):
+            wait([job], timeout=max(0.0, self.deadline - time.monotonic()))
             if time.monotonic() < self.deadline:
                 times.append(self.tried(choice, str(choice)))
         if not times or min(times) > self.best * 0.998:
@@ -286,16 +298,18 @@ class Tuning:
         self.say(f"{self.best:9.1f}  {chosen}")
 
     def compile(self, choices: Iterable[dict[str, Launch]]) -> list[Future[None]]:
-        """Start compiling launches in parallel; measuring one then takes a fifth of a second."""
-        jobs = dict.fromkeys(job for choice in choices for job in choice.items())
-        return [self.pool.submit(_compile, *job) for job in jobs]
+        """Start compiling launches in parallel; measuring one then takes a fifth of a second.
 
-    def run(self) -> None:
-        """All launches beside their predecessors first, then each parameter of each launch.
-
-        A launch of one kernel means nothing to another, so a round is compiled as a whole.
+        What else stands in the tables goes along: a product reads as many sums of squares as the
+        one before has blocks.
         """
-        beside = [
+        now = {name: self.now(name) for name in self.places}
+        return [self.pool.submit(_compile, self.chain.work, now | choice) for choice in choices]
+
+    def run(self, seconds: float) -> None:
+        """All launches beside their predecessors first, then each parameter of each launch."""
+        self.deadline = time.monotonic() + seconds
+        choices = [
             {
                 name: changed(
                     self.now(name),
@@ -305,36 +319,31 @@ class Tuning:
             }
             for d, p in PREFETCH
         ]
-        self.take_best(beside, self.compile(beside))
+        self.take_best(choices, self.compile(choices))
         before = math.inf
         while self.best < before and time.monotonic() < self.deadline:
             before = self.best
-            rounds = []
             for name in ("attention", *SHAPES):
-                launches = dict.fromkeys(variants(name, self.now(name), self.chain.work))
-                choices = [{name: launch} for launch in launches]
-                rounds.append((choices, self.compile(choices)))
-            for choices, jobs in rounds:
-                self.take_best(choices, jobs)
+                found = dict.fromkeys(variants(name, self.now(name), self.chain.work))
+                choices = [{name: launch} for launch in found]
+                self.take_best(choices, self.compile(choices))
 
 
 def _workers() -> int:
-    return max(1, min(13, (os.cpu_count() or 2) - 2))
+    return max(1, min(14, (os.cpu_count() or 2) - 2))
 
 
 Entry = tuple[str, Any, Launch]
 """Which table, the key in it, and what to put there."""
 
 
-def tune(work: Workload, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
+def tune(
+    work: Workload, seconds: float, pool: ProcessPoolExecutor, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Tune a chain, report."""
-    start(work)
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(_workers(), context, _start_worker, (work,))
-    tuning = Tuning(work, seconds, pool, say)
+    tuning = Tuning(work, pool, say)
     say(f"{work}: start {tuning.best / 18:.2f} us a layer")
-    tuning.run()
-    pool.shutdown(wait=False, cancel_futures=True)
+    tuning.run(seconds)
     say(f"{work}: {tuning.best:.1f} us a step, {tuning.best / 18:.2f} a layer")
     found = [(*tuning.places[name], tuning.now(name)) for name in tuning.places]
     return {"work": dataclasses.asdict(work), "us": tuning.best, "tried": tuning.record,
@@ -369,7 +378,9 @@ def _compile_flash(width: int, launch: Launch) -> None:
         return
 
 
-def tune_flash(width: int, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
+def tune_flash(
+    width: int, seconds: float, pool: ProcessPoolExecutor, say: Callable[[str], None]
+) -> dict[str, Any]:
     """The attention of this head width alone: every tile, the fastest that computes the same."""
     deadline = time.monotonic() + seconds
     name = arch(torch.empty(1, device="cuda"))
@@ -379,8 +390,6 @@ def tune_flash(width: int, seconds: float, say: Callable[[str], None]) -> dict[s
         changed(now, {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages})
         for m, n, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
     ]
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(_workers(), context)
     jobs = [pool.submit(_compile_flash, width, launch) for launch in choices]
     torch.manual_seed(0)
     expected = _flash(width, now)().double()
@@ -401,7 +410,6 @@ def tune_flash(width: int, seconds: float, say: Callable[[str], None]) -> dict[s
         record.append({"what": str(launch), "us": us, "error": error})
         if error < 1e-2 and us < best[0]:
             best = us, launch
-    pool.shutdown(wait=False, cancel_futures=True)
     say(f"flash {width}: {record[0].get('us')} -> {best[0]:.2f} us  {best[1]}")
     found = [("flash", (name, width), best[1])]
     return {"work": f"flash {width}", "tried": record, "entries": _written(found)}
@@ -427,17 +435,22 @@ def main() -> None:
     parser.add_argument("--flash", type=float, default=0, metavar="SECONDS",
                         help="time for each of both other attentions")  # fmt: skip
     options = parser.parse_args()
+    pool = ProcessPoolExecutor(
+        _workers(), multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
+    for _ in range(_workers()):
+        pool.submit(_ready)  # the workers import while the first chain is built
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     report["results"] = []
     say = partial(print, flush=True)
     works = [Workload.parse(text) for text in options.rows.split(",") if text != "none"]
     seconds = [float(text) for text in options.seconds.split(",")]
     jobs: list[Callable[[], dict[str, Any]]] = [
-        partial(tune, work, seconds[min(index, len(seconds) - 1)], say)
+        partial(tune, work, seconds[min(index, len(seconds) - 1)], pool, say)
         for index, work in enumerate(works)
     ]
     if options.flash:
-        jobs += [partial(tune_flash, width, options.flash, say) for width in FLASHES]
+        jobs += [partial(tune_flash, width, options.flash, pool, say) for width in FLASHES]
     for job in jobs:
         result = job()
         report["results"].append(result)

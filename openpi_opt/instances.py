@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine, probe
 from openpi_opt.paths import conf_dir
-from openpi_opt.process.child import Stop, StoppedError, Tether, run_command
+from openpi_opt.process.child import Place, StoppedError, run_command
 from openpi_opt.process.devices import Devices, DeviceSettings, Lease, Slot, in_use, wait_for
 from openpi_opt.process.environment import child_environment
 from openpi_opt.process.run import log_tail, phase_limits
@@ -73,7 +73,7 @@ def run(words: Sequence[str], out: str | None) -> int:
     cfg = compose([f"{key}={value}" for key, value in given.items()], preset).resolved(machine)
     if cfg.measure.max_seconds is None or min(counts, default=0) < 1 or seconds <= 0:
         raise UserError("counts and seconds are numbers above 0: counts=1,2,4 seconds=10")
-    from openpi_opt.engine.trials import refused
+    from openpi_opt.process.run import refused
 
     problem = refused(cfg, machine)
     if problem is not None:
@@ -119,7 +119,7 @@ def _load(
     folder: Path, verify: bool = False,
 ) -> Load:  # fmt: skip
     """Start all, let them go at one moment, and add up what they say."""
-    stop, ready = Stop(), threading.Semaphore(0)
+    stop, ready = threading.Event(), threading.Semaphore(0)
     uid, places = uuid4().hex[:12], [lease for lease in leases for _ in range(each)]
     go = folder / "logs" / f"{uid}.go"
     go.unlink(missing_ok=True)
@@ -138,10 +138,10 @@ def _load(
         argv += ["--verify"] if verify and number == 0 else []
         env = child_environment(cfg, machine, gpu=slot.gpu, threads=len(cores))
         limits = {**phase_limits(cfg.limits), "measure": seconds + 60}
-        tether = Tether(f"{uid}-{number}", stop, lease.fds, cores)
+        place = Place(replace(slot, cores=cores), f"{uid}-{number}", fds=lease.fds, stop=stop)
         log = own.with_suffix(".log")
         try:
-            run_command(argv, env, limits, log, on_phase, tether)
+            run_command(argv, env, limits, log, on_phase, place)
         except StoppedError:
             return "stopped"
         finally:

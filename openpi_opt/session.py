@@ -10,7 +10,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ from openpi_opt.confirm.rounds import (
 )
 from openpi_opt.confirm.steps import Target
 from openpi_opt.criteria import Criteria
-from openpi_opt.engine.trials import refused
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.process.devices import DEVICE_HELP, gpu_name
+from openpi_opt.process.run import refused
 from openpi_opt.result import Ok, TrialResult
 from openpi_opt.space.compose import compose
 from openpi_opt.track import plots
@@ -154,15 +154,16 @@ class Session:
             said = f"{stage} {number + 1}: {shown}"
             return Planned(configs[shown], said, (*of, shown), key=shown, number=number)
 
+        def mean(each: Planned, result: TrialResult) -> float | None:
+            if isinstance(result, Ok):
+                place = len(found.processes)
+                found.processes.append(Process(each.key, each.number, place, result))
+                return result.latency.mean_ms
+            found.failed.setdefault(each.key, result)
+            return None
+
         def means(_: Stage, places: Iterable[Numbered]) -> Generator[Mean, None, None]:
-            with closing(self.runs.in_turn(planned(*each) for each in places)) as results:
-                for place, (each, result) in enumerate(results):
-                    if isinstance(result, Ok):
-                        found.processes.append(Process(each.key, each.number, place, result))
-                        yield each.key, each.number, result.latency.mean_ms
-                    else:
-                        found.failed.setdefault(each.key, result)
-                        yield each.key, each.number, None
+            return self.runs.means((planned(*place) for place in places), mean)
 
         started, known = time.monotonic(), len(self.runs.journal)
         try:

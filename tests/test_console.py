@@ -1,12 +1,9 @@
 """The console script: its verbs, its errors, its completion."""
 
-from __future__ import annotations
-
 import os
 import pkgutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -28,7 +25,7 @@ def console(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_verb_is_listed() -> None:
+def test_every_verb_is_listed():
     found = set()
     for module in pkgutil.iter_modules(openpi_opt.__path__):
         path = package_dir() / module.name
@@ -44,14 +41,14 @@ def test_every_verb_is_listed() -> None:
         ).exists(), verb.name
 
 
-def test_a_verb_runs_as_it_does_alone() -> None:
+def test_a_verb_runs_as_it_does_alone():
     done = console("compare", "absent", "--store", "/nowhere")
     assert done.returncode == 2
     assert done.stderr.startswith("error: store=/nowhere: does not exist")
     assert "usage: python -m openpi_opt.compare" in console("compare", "--help").stdout
 
 
-def test_an_unknown_verb_names_the_nearest() -> None:
+def test_an_unknown_verb_names_the_nearest():
     done = console("swep")
     assert done.returncode == 2
     assert "no verb 'swep'. Did you mean sweep?" in done.stderr
@@ -69,12 +66,12 @@ def test_an_unknown_verb_names_the_nearest() -> None:
         ("openpi-opt sweep ../../etc=", []),
     ],
 )
-def test_completion(line: str, expected: list[str] | None) -> None:
+def test_completion(line, expected):
     found = candidates([line])
     assert (found == expected) if expected is not None else ("h100" in found)
 
 
-def test_completion_of_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completion_of_studies(tmp_path, monkeypatch):
     (tmp_path / "mlruns" / "studies" / "first").mkdir(parents=True)
     (tmp_path / "mlruns" / "studies" / "first" / "study.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -103,14 +100,14 @@ def program(redirect: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_stream_that_is_ascii_gets_plain_characters() -> None:
+def test_a_stream_that_is_ascii_gets_plain_characters():
     done = program("", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout) == (0, "5.0 +- 0.1 | +- # u x ?\n")
     assert done.stderr == "Zurich ->\n"
     assert "\u00b1" in program("", PYTHONIOENCODING="utf-8").stdout
 
 
-def test_stdout_may_be_closed_or_full() -> None:
+def test_stdout_may_be_closed_or_full():
     assert program(">&-").returncode == program(">&- 2>&-").returncode == 0
     full = program(">/dev/full")
     assert full.returncode == 2

@@ -5,10 +5,10 @@ import yaml
 
 from openpi_opt import preset
 from openpi_opt.config import Config
-from openpi_opt.engine.trials import refused
 from openpi_opt.errors import UserError
 from openpi_opt.machine import AiterPackage, Gpu, Machine, TorchBuild
 from openpi_opt.paths import conf_dir
+from openpi_opt.process.run import refused
 from openpi_opt.space.compose import compose
 from openpi_opt.space.points import left_out
 

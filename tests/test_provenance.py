@@ -1,8 +1,5 @@
 """Presets by machine, model and workload; warnings of another machine."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,9 +49,7 @@ KNOWN = {
         (None, None, None, "cpu"),
     ],
 )
-def test_auto_is_the_fastest_that_is_measured_exact_and_fits(
-    gpu: str | None, model: str | None, workload: str | None, name: str
-) -> None:
+def test_auto_is_the_fastest_that_is_measured_exact_and_fits(gpu, model, workload, name):
     assert preset.auto(KNOWN, gpu, model, workload) == name
 
 
@@ -66,9 +61,7 @@ def test_auto_is_the_fastest_that_is_measured_exact_and_fits(
         (H100, None, None, "several models or workloads fit", "long: NVIDIA H100"),
     ],
 )
-def test_auto_refuses_with_the_list(
-    gpu: str, model: str | None, workload: str | None, words: str, listed: str
-) -> None:
+def test_auto_refuses_with_the_list(gpu, model, workload, words, listed):
     with pytest.raises(UserError) as refused:
         preset.auto(KNOWN, gpu, model, workload)
     assert words in str(refused.value)
@@ -78,7 +71,7 @@ def test_auto_refuses_with_the_list(
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Path:
+def here(tmp_path):
     """A folder with a preset of this CPU, and one that cannot be read."""
     cfg = Config.parse({"attention": {"vision": "sdpa"}})
     model, workload = ({"name": name} for name in ("pi0_mini", "w"))
@@ -88,7 +81,7 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_auto_is_a_name_like_any_other(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_is_a_name_like_any_other(here, capsys):
     words = ["platform=cpu", "model=pi0_mini"]
     cfg = compose(words, "auto", here)
     assert cfg.knobs["attention"] != cfg.baseline().knobs["attention"]
@@ -98,7 +91,7 @@ def test_auto_is_a_name_like_any_other(here: Path, capsys: pytest.CaptureFixture
         preset.resolve_auto(["preset=auto", "platform=cpu", "model=pi05"], here)
 
 
-def test_another_machine_is_told_and_the_same_is_not() -> None:
+def test_another_machine_is_told_and_the_same_is_not():
     gpu = {"name": H100, "driver": "580", "arch": "sm90"}
     seen = {"gpu": gpu, "cpu": "y", "torch": {"version": "2.11"}, "triton": "3.6", "aiter": None}
     found = promoted(10.0) | {"versions": {"torch": {"version": "2.11"}, "triton": "3.5"}}
@@ -112,7 +105,7 @@ def test_another_machine_is_told_and_the_same_is_not() -> None:
     ]
 
 
-def test_load_policy_warns_of_another_machine(here: Path) -> None:
+def test_load_policy_warns_of_another_machine(here):
     file = here / "mine.yaml"
     document = yaml.safe_load(file.read_text())
     workload = Config.parse({"workload": {"horizon": 4, "steps": 1}}).workload

@@ -1,7 +1,5 @@
 """The trial process itself, started by hand, with the small model."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -48,7 +46,7 @@ def run(folder: Path, raw: dict, on_phase: Callable[[str], None] = lambda _: Non
     return json.loads(result.read_text())
 
 
-def test_wrong_actions_have_no_latency(tmp_path: Path) -> None:
+def test_wrong_actions_have_no_latency(tmp_path):
     """A limit that no rounding can keep makes honest bfloat16 wrong, by the way that all take."""
     document = run(tmp_path, {"guard": {"cap": 1e-9, "floor": 1e-9, "inputs": 2}, **PLAIN})
     assert document["outcome"] == "wrong"
@@ -56,7 +54,7 @@ def test_wrong_actions_have_no_latency(tmp_path: Path) -> None:
     assert not {"latency", "throughput_hz", "kernels", "memory"} & set(document)
 
 
-def test_a_right_trial_says_how_fast_and_how_sure(tmp_path: Path) -> None:
+def test_a_right_trial_says_how_fast_and_how_sure(tmp_path):
     document = run(tmp_path, {"precision": {"dtype": "float32"}})
     assert document["outcome"] == "ok"
     latency = document["latency"]
@@ -83,9 +81,7 @@ def test_a_right_trial_says_how_fast_and_how_sure(tmp_path: Path) -> None:
         assert document["energy"]["seconds"] >= 2
 
 
-def test_a_trial_runs_against_the_fastest_of_the_moment_when_it_has_the_device(
-    tmp_path: Path,
-) -> None:
+def test_a_trial_runs_against_the_fastest_of_the_moment_when_it_has_the_device(tmp_path):
     """Trials prepare beside each other: what was the fastest at the start is old by then."""
     folder = tmp_path / "trials" / "uid"
     racing = Config.parse({"limits": {"race": 1.5, "latency_ms": 90.0}})
@@ -98,9 +94,7 @@ def test_a_trial_runs_against_the_fastest_of_the_moment_when_it_has_the_device(
     assert raced(baseline, folder) == baseline  # measured however slow
 
 
-def test_a_hopeless_trial_waits_for_its_turn_and_ends_early(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hopeless_trial_waits_for_its_turn_and_ends_early(tmp_path, monkeypatch):
     monkeypatch.setenv(LEASES_VARIABLE, str(tmp_path / "leases"))
     held = measure_lock()  # another trial measures
     assert held is not None
@@ -126,14 +120,14 @@ def test_a_hopeless_trial_waits_for_its_turn_and_ends_early(
 
 
 @pytest.mark.parametrize("raw", [{"attention": {"vision": "aiter"}}, {"graph": {"mode": "manual"}}])
-def test_what_cannot_run_here_is_unavailable_with_the_reason(tmp_path: Path, raw: dict) -> None:
+def test_what_cannot_run_here_is_unavailable_with_the_reason(tmp_path, raw):
     document = run(tmp_path, raw)
     assert document["outcome"] == "unavailable"
     assert "CPU" in document["reason"]
     assert "latency" not in document
 
 
-def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_tensor(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_tensor(tmp_path):
     import torch
     from safetensors.torch import save_file
 
@@ -144,7 +138,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_tensor(tmp_pa
     assert "state_proj.weight" in document["reason"] + document["log_tail"]
 
 
-def test_as_many_calls_as_the_interval_needs_within_the_time(tmp_path: Path) -> None:
+def test_as_many_calls_as_the_interval_needs_within_the_time(tmp_path):
     measure = {"rel_ci": 0.5, "iterations": 10, "max_seconds": 2}
     document = run(tmp_path, {"measure": measure, **PLAIN})
     result = parse(json.dumps(document))
@@ -173,9 +167,7 @@ def test_as_many_calls_as_the_interval_needs_within_the_time(tmp_path: Path) -> 
         (RuntimeError("CUDA error: an illegal memory access was encountered"), "error"),
     ],
 )
-def test_memory_that_runs_out_is_an_outcome_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, outcome: str
-) -> None:
+def test_memory_that_runs_out_is_an_outcome_of_its_own(tmp_path, monkeypatch, error, outcome):
     """In the process that is measured; `gpu/test_gpu.py` lets a GPU's memory really run out."""
 
     def build(*_: object) -> None:
@@ -191,7 +183,7 @@ def test_memory_that_runs_out_is_an_outcome_of_its_own(
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/results/*.json")), ids=str)
-def test_recorded_results_of_format_1_can_be_read(path: Path) -> None:
+def test_recorded_results_of_format_1_can_be_read(path):
     result = parse(path.read_bytes())
     assert isinstance(result, Ok)
     assert result.schema_version in (1, 2, 3)

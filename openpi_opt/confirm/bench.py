@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from openpi_opt import cli
 from openpi_opt.config import Config
-from openpi_opt.confirm import power, promotion
+from openpi_opt.confirm import promotion
 from openpi_opt.confirm.fresh import FreshRuns, Planned
 from openpi_opt.confirm.judge import Subject, differing
 from openpi_opt.confirm.promotion import Judged, Schedule, Wanted
@@ -47,13 +46,9 @@ def contenders(
     """The different configurations of a study that are right, best first, without the baseline.
 
     The best is the least of the study's objective, or of the mean latency where it has several.
-
-    Lossy ones (FP8) do not compete with the others unless `allow_lossy`, and those above a limit of
-    `criteria` not at all. When only the baseline itself was `ok`, it is the only element.
-
-    Raises:
-        UserError: no trial is `ok`, none keeps the limits, or the trials belong to different
-            contexts.
+    Lossy ones (FP8) do not compete unless `allow_lossy`, and those above a limit of `criteria` not
+    at all. When only the baseline itself was `ok`, it is the only element. Raises UserError: no
+    trial is `ok`, none keeps the limits, or the trials belong to different contexts.
     """
     criteria = (criteria or Criteria()).allowing(allow_lossy)
     ok = [(r, r.result) for r in records if isinstance(r.result, Ok) and r.role != "confirm"]
@@ -119,10 +114,8 @@ def confirm(
     """Run a promotion to its end, or the rest of an interrupted one.
 
     `again` begins a new one where the same was finished before. A candidate that goes above a limit
-    of `judged_by` in any process is dropped.
-
-    Raises:
-        UserError: the baseline was not ok, or the time is too short to show anything.
+    of `judged_by` in any process is dropped. Raises UserError: the baseline was not ok, or the time
+    is too short to show anything.
     """
     baseline = candidates[0].config.resolved(runs.machine).baseline()
     here = runs.fingerprint_hash(baseline)
@@ -149,27 +142,14 @@ def confirm(
             "the baseline did not end ok, so no gain can be stated; see above.\n"
             "Mend the cause, then start over with --again."
         ) from None
-    except power.TooShortError as error:
-        raise too_short(wanted, error) from None
     return bench, judged
-
-
-def too_short(wanted: Wanted, error: power.TooShortError) -> UserError:
-    """What to do when nothing can be shown in the time."""
-    return UserError(
-        f"--minutes {(wanted.limit_s or 0) / 60:g} is too short to show even a gain of "
-        f"{power.WIDEST_GAIN:.0%}: at least {math.ceil(error.least_s / 60)} minutes are needed.\n"
-        "The processes that ran are kept. Give more --minutes, or fewer --finalists."
-    )
 
 
 def check_time(runs: FreshRuns, candidates: Sequence[Contender], wanted: Wanted) -> None:
     """Refuse a time that can never do, by what the study's trials took, before any wait.
 
-    A promotion that has begun is left to go on.
-
-    Raises:
-        UserError: even the smallest plan does not fit.
+    A promotion that has begun is left to go on. Raises UserError: even the smallest plan does not
+    fit.
     """
     others = [c for c in candidates if not c.config.is_baseline()]
     if not others or any((runs.study_dir / "confirm").glob("schedule-*.json")):
@@ -177,15 +157,12 @@ def check_time(runs: FreshRuns, candidates: Sequence[Contender], wanted: Wanted)
     baseline = candidates[0].config.baseline()
     configs = {c.config.hash(): c.config for c in candidates} | {baseline.hash(): baseline}
     subjects = [Subject(c.config.hash(), first_ms=c.mean_ms) for c in others]
-    try:
-        promotion.check_time(
-            lambda key: runs.seconds(configs[key]), Subject(baseline.hash()), subjects, wanted
-        )
-    except power.TooShortError as error:
-        raise too_short(wanted, error) from None
+    promotion.check_time(
+        lambda key: runs.seconds(configs[key]), Subject(baseline.hash()), subjects, wanted
+    )
 
 
-class ProcessBench:
+class ProcessBench(promotion.Bench):
     """A `promotion.Bench` of fresh processes. The schedule is kept next to their folders."""
 
     def __init__(
@@ -226,21 +203,19 @@ class ProcessBench:
             shown = f"{stage} {number + 1}: {short(cfg)}"
             return Planned(cfg, shown, (*of, stage), not of, key, number)
 
-        with closing(self.runs.in_turn(planned(*each) for each in places)) as results:
-            for each, result in results:
-                if stage == "confirmation" and isinstance(result, Ok):
-                    self.confirmed[each.key].append(result)
-                yield each.key, each.number, self._mean(each.key, each.shown, result)
+        def mean(each: Planned, result: TrialResult) -> float | None:
+            if not isinstance(result, Ok):
+                return None
+            if stage == "confirmation":
+                self.confirmed[each.key].append(result)
+            over = self._criteria.over(result)
+            self.over[each.key] |= over
+            if over and each.key != self._baseline:  # which is compared with, whatever it has
+                cli.say(f"  {each.shown}: over the limit ({over_text(over)})")
+                return None
+            return result.latency.mean_ms
 
-    def _mean(self, key: str, shown: str, result: TrialResult) -> float | None:
-        if not isinstance(result, Ok):
-            return None
-        over = self._criteria.over(result)
-        self.over[key] |= over
-        if over and key != self._baseline:  # that one is measured to compare with, whatever it has
-            cli.say(f"  {shown}: over the limit ({over_text(over)})")
-            return None
-        return result.latency.mean_ms
+        return self.runs.means((planned(*place) for place in places), mean)
 
     def seconds(self, key: str) -> float:
         """What a process takes, by the journal."""
@@ -251,11 +226,7 @@ class ProcessBench:
         cli.say(text)
 
     def schedule(self) -> Schedule | None:
-        """The schedule as it was kept.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """The schedule as it was kept. Raises UserError: the file is damaged."""
         if not self.path.exists():
             return None
         try:
@@ -287,9 +258,8 @@ class ProcessBench:
 
 def _schedule_path(folder: Path, digest: str, again: bool) -> Path:
     """The newest schedule of this request; with `again` the next, which does not exist yet."""
-    number = 1
-    while (folder / f"schedule-{digest}-{number + 1}.json").exists():
-        number += 1
-    if again and (folder / f"schedule-{digest}-{number}.json").exists():
-        number += 1
-    return folder / f"schedule-{digest}-{number}.json"
+    paths = (folder / f"schedule-{digest}-{number}.json" for number in count(1))
+    newest = path = next(paths)
+    while path.exists():
+        newest, path = path, next(paths)
+    return path if again else newest

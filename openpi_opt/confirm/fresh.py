@@ -12,28 +12,26 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
+from threading import Event
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from openpi_opt.config import Config, Tracking
-from openpi_opt.engine.executor import Run
-from openpi_opt.engine.trials import cannot_run, refused
+from openpi_opt.confirm.rounds import Mean
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
-from openpi_opt.process.child import Stop, StoppedError
+from openpi_opt.process.child import Place, StoppedError, end_marked
 from openpi_opt.process.devices import Lease, prepared, reserve
-from openpi_opt.process.leftovers import end_marked
-from openpi_opt.process.run import Place, parse_result, run_trial
-from openpi_opt.process.schedule import DeviceLostError, Entry, Room, Schedule, Turn
+from openpi_opt.process.run import Run, cannot_run, noted, refused, run_trial, whole_result
+from openpi_opt.process.schedule import DeviceLostError, Room, Schedule, Turn
 from openpi_opt.result import Ok, TrialResult
 from openpi_opt.track import identity
 from openpi_opt.track.copies import Copies
@@ -49,16 +47,15 @@ _UNKNOWN_S = 60.0
 # Processes that prepare at a time, whatever the device has room for. What is measured next depends
 # on what was found, so some of them may turn out to be in vain.
 _MOST_PREPARED = 5
-# Phases in which a process has the device, and those of them that a confirmation leaves out.
-_ALONE = ("warmup", "guard", "measure", "profile", "energy", "ceilings")
-_ONCE = ("ceilings", "profile", "energy")
+# Phases that a confirmation leaves out.
+_LEFT_OUT = ("ceilings", "profile", "energy")
 
 
 @dataclass(frozen=True)
 class Planned:
     """A process that is to run: its configuration, its name on the screen, and its place.
 
-    `key` and `number` are what `Measurer.means` was asked for. With `retry` it runs again if it was
+    `key` and `number` are what `rounds.Means` was asked for. With `retry` it runs again if it was
     not ok in an earlier session; else that is final. It runs again in any case if files of this
     package have changed since.
     """
@@ -96,19 +93,27 @@ class FreshRuns:
         [(_, result)] = self.in_turn([planned])
         return result
 
+    def means(
+        self,
+        planned: Iterable[Planned],
+        mean: Callable[[Planned, TrialResult], float | None],
+    ) -> Generator[Mean, None, None]:
+        """`in_turn`, as `rounds.Means`; `mean` gives the mean of a result in ms, or None."""
+        with closing(self.in_turn(planned)) as results:
+            for each, result in results:
+                yield each.key, each.number, mean(each, result)
+
     def in_turn(
         self, planned: Iterable[Planned]
     ) -> Generator[tuple[Planned, TrialResult], None, None]:
         """All `planned` with their results, in order; the next prepare while one measures.
 
         A process that the journal has does not run again. `planned` is asked for the next one
-        whenever there is room for another process. Only within `alone`.
-
-        Raises:
-            UserError: the GPU stays throttled, or the store cannot be written.
+        whenever there is room for another process. Only within `alone`. Raises UserError: the GPU
+        stays throttled, or the store cannot be written.
         """
         assert self._lease is not None, "measure only within `alone`"
-        stop, slot = Stop(), self._lease.slot
+        stop, slot = Event(), self._lease.slot
         schedule = Schedule(stop, Room.of(slot, self.machine.memory_mib), in_order=True)
         begun: deque[tuple[Planned, str, TrialResult | Future[TrialResult]]] = deque()
         most, left = min(_MOST_PREPARED, prepared(slot)), iter(planned)
@@ -151,14 +156,9 @@ class FreshRuns:
 
     def _uid(self, each: Planned, *attempt: str) -> str:
         """Identity of a process on this GPU: 32 hexadecimal digits."""
-        cfg = each.config
-        parts = [
-            *map(str, [*each.place, each.number]),
-            *attempt,
-            cfg.hash(),
-            self.fingerprint_hash(cfg),
-        ]
-        gpu = self.fingerprint(cfg)["gpu"]
+        cfg, gpu = each.config, self.fingerprint(each.config)["gpu"]
+        parts = [*map(str, [*each.place, each.number]), *attempt]
+        parts += [cfg.hash(), self.fingerprint_hash(cfg)]
         if gpu is not None:  # processes of another GPU do not count, even of the same model
             parts.append(gpu["uuid"])
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
@@ -183,28 +183,32 @@ class FreshRuns:
     def seconds(self, cfg: Config) -> float:
         """What a process of `cfg` adds to a session, by the journal; 60 when it knows none.
 
-        Its work with the device for itself is that of its last processes. The processes that
-        prepare together share the rest: the mean over the last ones of any configuration.
+        Processes that prepare together share their time: each counts from the end of the one
+        before it. Those of `cfg` itself say most, and confirmations more than trials.
         """
-        ok = [record for record in self.journal.records() if isinstance(record.result, Ok)]
-        if not ok:
-            return _UNKNOWN_S
-        mine = [each for each in ok if each.result.config_hash == cfg.hash()][-3:] or ok[-3:]
-        confirming = [each for each in ok if each.role == "confirm"]
-        rest = [_beside_s(each) for each in confirming[:1] or mine]
-        rest += [_beside_s(each, _ended(before)) for before, each in pairwise(confirming)]
-        # A session that was killed or asleep took longer than its processes.
-        rest = [min(max(0.0, each), _UNKNOWN_S) for each in rest[-2 * _MOST_PREPARED :]]
-        return fmean(_alone_s(each, without=_ONCE) for each in mine) + fmean(rest)
+        took: dict[tuple[bool, bool], list[float]] = {}
+        free: datetime | None = None  # since when the device is, as far as confirmations tell
+        for record in self.journal.records():
+            result, confirms = record.result, record.role == "confirm"
+            began = datetime.fromisoformat(result.started_at)
+            ended = datetime.fromisoformat(record.created_at.replace("Z", "+00:00"))
+            began = max(began, free) if confirms and free else began
+            free = ended if confirms else free
+            if isinstance(result, Ok):
+                phases = result.phase_seconds
+                most = sum(phases.values()) + _UNKNOWN_S  # a host that was asleep took longer
+                lasted = min(max(0.0, (ended - began).total_seconds()), most)
+                lasted -= sum(phases.get(phase, 0.0) for phase in _LEFT_OUT)
+                kind = result.config_hash == cfg.hash(), confirms
+                took.setdefault(kind, []).append(max(0.0, lasted))
+        return fmean(took[max(took)][-2 * _MOST_PREPARED :]) if took else _UNKNOWN_S
 
     @contextmanager
     def alone(self, cfg: Config, wanted: int | str | None = None) -> Iterator[None]:
         """Keep others away from this study, and from the device that all processes run on.
 
         The device is one that can run `cfg`, or the GPU that is `wanted`; waits until it is free.
-
-        Raises:
-            UserError: another promote, ladder or ablate runs on this study, or no such GPU.
+        Raises UserError: another promote, ladder or ablate runs on this study, or no such GPU.
         """
         lock = FileLock(self.study_dir / "confirm.lock")
         try:
@@ -214,27 +218,20 @@ class FreshRuns:
                 f"study {self.study_dir.name}: another promote, ladder or ablate is running on it."
                 "\nThey would disturb each other. Wait for that one to end."
             ) from None
-        copies: Copies | None = None
-        try:
+        with ExitStack() as last, ExitStack() as left:
+            left.callback(lock.release)
             self._end_orphans()
             if self._tracking is not None:
-                copies = Copies(
-                    self._store, self.study_dir, self._tracking, self._say, optuna=False
-                )
-            self._lease = reserve(
-                *(cfg, self.machine, wanted, self.journal.records(), self._say),
-                pause=self._pause or time.sleep,
-            )
+                about = self._store, self.study_dir, self._tracking, self._say
+                copies = Copies(*about, optuna=False)
+                last.callback(lambda: copies.close(len(self.journal)))
+            records, pause = self.journal.records(), self._pause or time.sleep
+            self._lease = reserve(cfg, self.machine, wanted, records, self._say, pause)
+            left.callback(self._lease.release)
             self.fingerprint(cfg)
             if self._lease.slot.gpu is not None:
                 self._say(f"on {self._lease.slot.name} ({self._lease.slot.gpu.uuid})")
             yield
-        finally:
-            if self._lease is not None:
-                self._lease.release()
-            lock.release()
-            if copies is not None:
-                copies.close(len(self.journal))
 
     def _end_orphans(self) -> None:
         """End what a killed session left; it may hold the device that is to be leased."""
@@ -242,59 +239,48 @@ class FreshRuns:
             if self.journal.by_uid(folder.name) is None and (ended := end_marked(folder.name)):
                 self._say(f"ended {ended} process(es) that a killed session left")
 
-    def _job(self, each: Planned, uid: str, entry: Entry, stop: Stop) -> TrialResult:
+    def _job(self, each: Planned, uid: str, turn: Turn, stop: Event) -> TrialResult:
         """One process, in a thread: refused, found on disk, or run when the device is free."""
-        cfg, folder = _quick(each.config), self.study_dir / "confirm" / uid
-
-        def pause(seconds: float) -> None:
-            if stop.wait(seconds):
-                raise StoppedError("ended while it paused")
-
-        def start() -> TrialResult:
-            return entry.run(cfg, lambda turn: self._start(cfg, folder, turn, stop))
-
-        with entry:
+        folder = self.study_dir / "confirm" / uid
+        with turn:
             try:
                 known = refused(each.config, self.machine) or _left(folder, each.config)
-                return known or self._unthrottled(each.shown, start, self._pause or pause)
+                return known or self._unthrottled(each, folder, turn, stop)
+            except OSError as error:
+                raise cannot_run(folder, error) from error
             except DeviceLostError as error:
                 raise UserError(
                     f"{each.shown}: {error}.\nWhat is finished is kept: the same command continues "
                     "when that process is gone."
                 ) from error
 
-    def _unthrottled(
-        self, shown: str, start: Callable[[], TrialResult], pause: Callable[[float], None]
-    ) -> TrialResult:
+    def _unthrottled(self, each: Planned, folder: Path, turn: Turn, stop: Event) -> TrialResult:
+        # Without what follows the latency and costs seconds: profile, trace and energy.
+        off = dict.fromkeys(("kernels", "trace", "energy"), False)
+        profile = each.config.profile.model_copy(update=off)
+        cfg = each.config.model_copy(update={"profile": profile})
+
+        def start(turn: Turn) -> TrialResult:
+            assert self._lease is not None
+            caches = self._store.caches / self.fingerprint_hash(cfg)
+            place = Place(self._lease.slot, folder.name, caches, self._lease.fds, stop, turn)
+            references, machine = self._store.references, self.machine
+            return self._run(cfg, folder, references, lambda phase: None, machine, place)
+
         for attempt in range(MAX_THROTTLED + 1):
-            result = start()
+            result = turn.run(cfg, start)
             if not throttled(result):
                 return result
             if attempt < MAX_THROTTLED:
                 wait = COOLING_S * 2**attempt
-                self._say(f"  {shown}: throttled, discarded; again in {wait:.0f} s")
-                pause(wait)
+                self._say(f"  {each.shown}: throttled, discarded; again in {wait:.0f} s")
+                if (self._pause or stop.wait)(wait):
+                    raise StoppedError("ended while it paused")
         raise UserError(
-            f"{shown}: the GPU's clock was throttled in {MAX_THROTTLED + 1} processes in a row, so "
-            "no latency would hold.\nCool it or raise its power limit. What is finished is kept: "
-            "the same command continues."
+            f"{each.shown}: the GPU's clock was throttled in {MAX_THROTTLED + 1} processes in a "
+            "row, so no latency would hold.\nCool it or raise its power limit. What is finished is "
+            "kept: the same command continues."
         )
-
-    def _start(self, cfg: Config, folder: Path, turn: Turn, stop: Stop) -> TrialResult:
-        assert self._lease is not None, "measure only within `alone`"
-        place = Place(
-            slot=self._lease.slot,
-            uid=folder.name,
-            caches=self._store.caches / self.fingerprint_hash(cfg),
-            fds=self._lease.fds,
-            stop=stop,
-            turn=turn,
-        )
-        try:
-            references, machine = self._store.references, self.machine
-            return self._run(cfg, folder, references, _ignore, machine, place)
-        except OSError as error:
-            raise cannot_run(folder, error) from error
 
     def _kept(self, each: Planned, uid: str, result: TrialResult) -> TrialResult:
         """A new result, kept in the journal and said."""
@@ -314,26 +300,14 @@ class FreshRuns:
         return kept
 
 
-def _ignore(_: str) -> None:
-    """Phases of a confirmation are not shown."""
-
-
-def _quick(cfg: Config) -> Config:
-    """Without what follows the latency and costs seconds: profile, trace and energy."""
-    off = dict.fromkeys(("kernels", "trace", "energy"), False)
-    return cfg.model_copy(update={"profile": cfg.profile.model_copy(update=off)})
-
-
 def _left(folder: Path, cfg: Config) -> TrialResult | None:
     """A result that is whole on disk: its session was killed before it could record it."""
-    try:
-        parsed = parse_result((folder / "result.json").read_bytes(), cfg)
-    except FileNotFoundError:
+    found = whole_result(folder, cfg)
+    if found is None or throttled(found):
         return None
-    if isinstance(parsed, str) or throttled(parsed):
-        return None
-    note = "taken from disk: the session that ran it was killed before it was recorded"
-    return parsed.model_copy(update={"notes": [*parsed.notes, note]})
+    return noted(
+        found, "taken from disk: the session that ran it was killed before it was recorded"
+    )
 
 
 def throttled(result: TrialResult) -> bool:
@@ -343,23 +317,6 @@ def throttled(result: TrialResult) -> bool:
     """
     checks = getattr(result, "checks", ())
     return any(check.name == "gpu_clock" and check.status == "flag" for check in checks)
-
-
-def _alone_s(record: Record, without: Sequence[str] = ()) -> float:
-    """Seconds in which a process had the device for itself, `without` some of these phases."""
-    phases = record.result.phase_seconds
-    return sum(phases.get(phase, 0.0) for phase in _ALONE if phase not in without)
-
-
-def _beside_s(record: Record, free: datetime | None = None) -> float:
-    """The other seconds that a process took, counted from when the device was free."""
-    began = datetime.fromisoformat(record.result.started_at)
-    took = _ended(record) - (began if free is None else max(began, free))
-    return took.total_seconds() - _alone_s(record)
-
-
-def _ended(record: Record) -> datetime:
-    return datetime.fromisoformat(record.created_at.replace("Z", "+00:00"))
 
 
 def _summary(result: TrialResult) -> str:

@@ -85,10 +85,8 @@ def gain(baseline_ms: Sequence[float], candidate_ms: Sequence[float], alpha: flo
     """Paired gain with a one-sided lower and upper bound at level `alpha` each.
 
     The paired t interval of the logarithms' differences. `same` is the two one-sided tests
-    procedure (Schuirmann 1987) with the bounds +- `power.GAIN`.
-
-    Raises:
-        ValueError: fewer than two pairs, or lists of different length.
+    procedure (Schuirmann 1987) with the bounds +- `power.GAIN`. Raises ValueError: fewer than two
+    pairs, or lists of different length.
     """
     if len(baseline_ms) != len(candidate_ms) or len(baseline_ms) < 2:
         raise ValueError(f"need two or more pairs, got {len(baseline_ms)} and {len(candidate_ms)}")
@@ -98,15 +96,9 @@ def gain(baseline_ms: Sequence[float], candidate_ms: Sequence[float], alpha: flo
     center = float(np.mean(ratios))
     # A spread that no finite number holds gives no bound, and never a verdict.
     low, high, mean = (1 - math.exp(min(x, 700.0)) for x in (center + half, center - half, center))
-    return Gain(mean=mean, low=low, high=high, verdict=_verdict(low, high))
-
-
-def _verdict(low: float, high: float) -> Verdict:
-    if low > 0:
-        return "faster"
-    if high < 0:
-        return "slower"
-    return "same" if low > -GAIN and high < GAIN else "ambiguous"
+    verdict: Verdict = "same" if low > -GAIN and high < GAIN else "ambiguous"
+    verdict = "faster" if low > 0 else "slower" if high < 0 else verdict
+    return Gain(mean, low, high, verdict)
 
 
 def choose(baseline: Confirmed, candidates: Sequence[Confirmed], alpha: float) -> Confirmed:
@@ -120,9 +112,8 @@ def choose(baseline: Confirmed, candidates: Sequence[Confirmed], alpha: float) -
     if not faster:
         return baseline
     best = min(faster, key=lambda c: c.mean_ms)
-    for candidate in sorted(faster, key=lambda c: (c.subject.changed, c.subject.order)):
-        if candidate is best:
-            break
+    nearest_first = sorted(faster, key=lambda c: (c.subject.changed, c.subject.order))
+    for candidate in nearest_first[: nearest_first.index(best)]:
         if gain(candidate.means_ms, best.means_ms, alpha).verdict != "faster":
             return candidate
     return best
@@ -165,12 +156,12 @@ class Compared:
 def compare(first_ms: Sequence[float], second_ms: Sequence[float], seed: int = 0) -> Compared:
     """Compare the means of paired processes in milliseconds.
 
-    Raises:
-        ValueError: fewer than two pairs, or lists of different length.
+    Raises ValueError: fewer than two pairs, or lists of different length.
     """
     interval = gain(first_ms, second_ms, (1 - CONFIDENCE) / 2)
     first, second = np.log(first_ms), np.log(second_ms)
     differences = second - first
+    p_value = flip_p_value = float(differences[0] == 0)  # without scatter there is no test
     if np.any(differences != differences[0]):
         p_value = float(scipy.stats.ttest_1samp(differences, 0.0).pvalue)
         flipped = scipy.stats.permutation_test(
@@ -182,16 +173,8 @@ def compare(first_ms: Sequence[float], second_ms: Sequence[float], seed: int = 0
             random_state=seed,  # scipy calls it rng from 1.15 on, and still knows this name
         )
         flip_p_value = float(flipped.pvalue)
-    else:  # no scatter, so no test
-        p_value = flip_p_value = float(differences[0] == 0)
-    return Compared(
-        differences=differences.tolist(),
-        interval=interval,
-        p_value=p_value,
-        flip_p_value=flip_p_value,
-        judged=gain(first_ms, second_ms, level(1)),
-        spread=paired_spread(first_ms, second_ms),
-    )
+    judged, tau = gain(first_ms, second_ms, level(1)), paired_spread(first_ms, second_ms)
+    return Compared(differences.tolist(), interval, p_value, flip_p_value, judged, tau)
 
 
 @dataclass(frozen=True)
@@ -215,8 +198,7 @@ class Spread:
 def spread_of(means_ms: Sequence[float]) -> Spread:
     """The spread of processes of one configuration, given in order of time.
 
-    Raises:
-        ValueError: fewer than four.
+    Raises ValueError: fewer than four.
     """
     count, logs = len(means_ms), np.log(means_ms)
     if count < 4:
@@ -224,14 +206,8 @@ def spread_of(means_ms: Sequence[float]) -> Spread:
     tau = spread(means_ms).value
     if tau == 0:
         return Spread(0.0, 0.0, 0.0, count, 0.0, 0.0, 1.0)
-    least, most = scipy.stats.chi2.interval(CONFIDENCE, count - 1)
+    bounds = scipy.stats.chi2.interval(CONFIDENCE, count - 1)
+    high, low = (tau * math.sqrt((count - 1) / float(bound)) for bound in bounds)
     rank = scipy.stats.kendalltau(np.arange(count), logs)
-    return Spread(
-        tau=tau,
-        low=tau * math.sqrt((count - 1) / float(most)),
-        high=tau * math.sqrt((count - 1) / float(least)),
-        processes=count,
-        excess_kurtosis=float(scipy.stats.kurtosis(logs, bias=False)),
-        trend=float(rank.statistic),
-        trend_p=float(rank.pvalue),
-    )
+    tails = float(scipy.stats.kurtosis(logs, bias=False))
+    return Spread(tau, low, high, count, tails, float(rank.statistic), float(rank.pvalue))

@@ -18,6 +18,8 @@ import numpy as np
 import scipy  # its `stats` takes a second to load, so when it is used: --help does not
 from pydantic import BaseModel, ConfigDict
 
+from openpi_opt.errors import UserError
+
 GAIN = 0.01
 PROBABILITY = 0.95
 # A plan aims higher than the promise: the formulas take noise for normal, and recorded noise has
@@ -75,8 +77,7 @@ class Tau:
 def spread(means_ms: Sequence[float]) -> Tau:
     """Tau of the means of processes of one configuration, in milliseconds.
 
-    Raises:
-        ValueError: fewer than two processes.
+    Raises ValueError: fewer than two processes.
     """
     if len(means_ms) < 2:
         raise ValueError(f"need two or more processes, got {len(means_ms)}")
@@ -204,11 +205,15 @@ class Costs:
         return self.seconds(screening, MIN_PAIRS)
 
 
-class TooShortError(Exception):
-    """Not even the widest plan fits; `least_s` seconds would do for it."""
+class TooShortError(UserError):
+    """Not even the widest plan fits into `limit_s` seconds; `least_s` would do for it."""
 
-    def __init__(self, least_s: float):
-        super().__init__(f"at least {least_s:.0f} s are needed")
+    def __init__(self, limit_s: float, least_s: float):
+        super().__init__(
+            f"--minutes {limit_s / 60:g} is too short to show even a gain of {WIDEST_GAIN:.0%}: "
+            f"at least {math.ceil(least_s / 60)} minutes are needed.\n"
+            "The processes that ran are kept. Give more --minutes, or fewer --finalists."
+        )
         self.least_s = least_s
 
 
@@ -216,10 +221,8 @@ def make_plan(tau: Tau, costs: Costs, limit_s: float | None = None, screened: in
     """The quickest plan that keeps the promise, or the best promise that fits into `limit_s`.
 
     No fewer screening processes than `screened` are planned for each contender. When time is short
-    the gain is widened, in steps of 0.1%, and never the probability or the level.
-
-    Raises:
-        TooShortError: not even `WIDEST_GAIN` could be shown within the limit.
+    the gain is widened, in steps of 0.1%, and never the probability or the level. Raises
+    TooShortError: not even `WIDEST_GAIN` could be shown within the limit.
     """
     bound = round(math.ceil(tau.upper / _TAU_STEP) * _TAU_STEP, 5)
     limit_s = math.inf if limit_s is None else limit_s
@@ -227,7 +230,7 @@ def make_plan(tau: Tau, costs: Costs, limit_s: float | None = None, screened: in
     if _quickest(GAIN, bound, costs, screened)[0] <= limit_s:
         high = low
     elif (least := _quickest(WIDEST_GAIN, bound, costs, screened)[0]) > limit_s:
-        raise TooShortError(least)
+        raise TooShortError(limit_s, least)
     while high - low > 1:  # low does not fit, high does
         middle = (low + high) // 2
         if _quickest(middle / 1000, bound, costs, screened)[0] <= limit_s:

@@ -14,7 +14,7 @@ import math
 import zlib
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import scipy  # its `stats` takes a second to load, so when it is used: --help does not
@@ -50,20 +50,23 @@ class Schedule(BaseModel):
     promise: Promise | None
 
 
-class Bench(Protocol):
-    """Measures, and remembers the schedule."""
+class Bench:
+    """Measures, and remembers the schedule; this one neither remembers nor tells anything."""
 
     def means(self, stage: Stage, places: Iterable[Numbered]) -> Generator[Mean, None, None]:
         """Measure, as `rounds.Means` says."""
+        raise NotImplementedError
 
     def seconds(self, key: str) -> float:
         """What one process of this configuration takes, as far as is known."""
+        return 1.0
 
     def note(self, text: str) -> None:
         """Tell the user."""
 
     def schedule(self) -> Schedule | None:
         """The schedule of this promotion, when it was interrupted after it had been drawn."""
+        return None
 
     def keep(self, schedule: Schedule) -> None:
         """Remember it; called before the first confirmation run."""
@@ -82,7 +85,6 @@ class Wanted:
     finalists: int = power.MAX_FINALISTS
     rounds: int | None = None
     limit_s: float | None = None
-    tau_processes: int = power.TAU_PROCESSES
     known: int = 1
 
 
@@ -100,9 +102,8 @@ class Judged:
 def run(bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: Wanted) -> Judged:
     """Measure what is missing, judge, choose.
 
-    Raises:
-        NeededError: the baseline was not ok once.
-        power.TooShortError: nothing can be shown within the time.
+    Raises NeededError: the baseline was not ok once. power.TooShortError: nothing can be shown
+    within the time.
     """
     schedule = bench.schedule()
     if schedule is None:
@@ -125,17 +126,17 @@ def _prepare(
 ) -> Schedule:
     places = min(wanted.finalists, len(contenders))
     if not contenders or wanted.rounds is not None:
-        pairs = wanted.rounds or wanted.tau_processes
+        pairs = wanted.rounds or power.TAU_PROCESSES
         fastest = sorted(contenders, key=lambda s: s.first_ms)[:places]
         return _schedule(baseline, [s.key for s in fastest], pairs, wanted)
     bench.note(check_time(bench.seconds, baseline, contenders, wanted))
-    alone = [[baseline.key]] * wanted.tau_processes
+    alone = [[baseline.key]] * power.TAU_PROCESSES
     means, _ = measure_rounds(bench.means, alone, [baseline.key], stage="tau")
     baseline_tau = power.spread(means[baseline.key])
-    contenders = _near(contenders, places, baseline_tau) if wanted.known else contenders
+    contenders = _near(contenders, baseline_tau, wanted)
     costs = _costs(bench.seconds, baseline, contenders, wanted)
     bench.note(
-        f"spread between processes: {baseline_tau.value:.2%} in {wanted.tau_processes} processes "
+        f"spread between processes: {baseline_tau.value:.2%} in {power.TAU_PROCESSES} processes "
         f"of the baseline; the rounds are planned when the {len(contenders)} contender(s) have "
         "shown theirs"
     )
@@ -168,8 +169,7 @@ def _screen(
     The orders are the same after an interruption, whatever `end` is.
     """
     keys = [s.key for s in contenders]
-    seed = zlib.crc32("\n".join(keys).encode())
-    orders = draw_rounds(keys, end, seed)[begin:]
+    orders = draw_rounds(keys, end, zlib.crc32("\n".join(keys).encode()))[begin:]
     rounds = [[key for key in order if key in logs] for order in orders]
     means, failed = measure_rounds(bench.means, rounds, stage="screening", first=begin)
     for key in failed:
@@ -207,30 +207,29 @@ def check_time(
 ) -> str:
     """What to say of the time before any process starts; `seconds` tells what one takes.
 
-    Raises:
-        power.TooShortError: not even a machine that hardly scatters shows anything in the time.
+    Raises power.TooShortError: not even a machine that hardly scatters shows anything in the time.
     """
-    places = min(wanted.finalists, len(contenders))
     if not contenders or wanted.rounds is not None:
         return ""
 
     def costs(tau: float) -> Costs:
-        near = _near(contenders, places, Tau(tau, wanted.tau_processes - 1))
-        return _costs(seconds, baseline, near if wanted.known else contenders, wanted)
+        near = _near(contenders, Tau(tau, power.TAU_PROCESSES - 1), wanted)
+        return _costs(seconds, baseline, near, wanted)
 
+    limit_s = math.inf if wanted.limit_s is None else wanted.limit_s
     least_s = costs(power.CALM_TAU).least_s
-    if wanted.limit_s is not None and wanted.limit_s < least_s:
-        raise power.TooShortError(least_s)
+    if limit_s < least_s:
+        raise power.TooShortError(limit_s, least_s)
     usual = costs(power.USUAL_TAU)
     plan = power.make_plan(Tau(power.USUAL_TAU, power.NOISE_FREEDOM), usual)
     takes = usual.seconds(plan.screening, plan.pairs)
-    before = seconds(baseline.key) * wanted.tau_processes
+    before = seconds(baseline.key) * power.TAU_PROCESSES
     text = (
         f"time: about {duration(before)} to measure the spread between processes; then about "
         f"{duration(takes)} if it is {power.USUAL_TAU:.1%}, less if it is smaller"
     )
-    if wanted.limit_s is not None and wanted.limit_s < takes:
-        text += f". --minutes gives {duration(wanted.limit_s)}: only a larger gain may be promised"
+    if limit_s < takes:
+        text += f". --minutes gives {duration(limit_s)}: only a larger gain may be promised"
     return text
 
 
@@ -278,16 +277,16 @@ def _schedule(
         alpha=power.level(len(finalists)),
         tie_alpha=power.tie_level(len(finalists)),
         tau=tau and tau.value,
-        tau_processes=wanted.tau_processes if tau else 0,
+        tau_processes=power.TAU_PROCESSES if tau else 0,
         promise=kept,
     )
 
 
-def _near(contenders: Sequence[Subject], places: int, tau: Tau) -> list[Subject]:
+def _near(contenders: Sequence[Subject], tau: Tau, wanted: Wanted) -> list[Subject]:
     """Without those whose one process in the study is too far behind to belong to the finalists."""
-    if len(contenders) <= places:
+    if len(contenders) <= wanted.finalists or not wanted.known:
         return list(contenders)
-    last = sorted(s.first_ms for s in contenders)[places - 1]
+    last = sorted(s.first_ms for s in contenders)[wanted.finalists - 1]
     limit = last * math.exp(power.CUT * math.sqrt(2) * tau.upper)
     return [s for s in contenders if s.first_ms <= limit]
 

@@ -15,6 +15,9 @@ Key = TypeVar("Key", bound=str)
 Numbered = tuple[str, int]
 # With the mean latency of that process in ms; None: it was not ok.
 Mean = tuple[str, int, float | None]
+# Measures one fresh process for each place, in order. Some places are asked for before the means of
+# those in front of them are there.
+Means = Callable[[Stage, Iterable[Numbered]], Generator[Mean, None, None]]
 
 # A round is begun only when this many times what one took so far is left.
 _MARGIN = 1.05
@@ -22,11 +25,6 @@ _MARGIN = 1.05
 
 class NeededError(Exception):
     """A configuration that others are compared with did not end ok; its key is the argument."""
-
-
-# Measures one fresh process for each place, in order. Some places are asked for before the means of
-# those in front of them are there.
-Means = Callable[[Stage, Iterable[Numbered]], Generator[Mean, None, None]]
 
 
 @dataclass
@@ -73,19 +71,16 @@ def measure_rounds(
 
     A configuration that is not ok once is not run again: it cannot be judged any more. With a
     `deadline` there may be fewer rounds, but only whole ones. The rounds are numbered from `first`.
-
-    Raises:
-        NeededError: one of `needed` was not ok.
+    Raises NeededError: one of `needed` was not ok.
     """
     found: dict[str, list[float]] = {key: [] for order in rounds for key in order}
     dropped: list[str] = []
 
     def places() -> Iterator[Numbered]:
         for number, order in enumerate(rounds):
-            if deadline is not None:
-                done = sum(map(len, found.values())) / len(order)
-                if not deadline.another(number, done):
-                    return
+            done = sum(map(len, found.values())) / max(1, len(order))
+            if deadline is not None and not deadline.another(number, done):
+                return
             yield from ((key, first + number) for key in order if key not in dropped)
 
     with closing(means(stage, places())) as measured:
@@ -101,14 +96,14 @@ def measure_rounds(
     return found, dropped
 
 
-def flagged(processes: Iterable[Sequence[str]]) -> list[str]:
-    """A line for each check that flagged processes: `flagged host_shared: 5 of 24 processes`.
+def flag_counts(processes: Iterable[Sequence[str]]) -> dict[str, int]:
+    """By check: how many processes it flagged, of their flags as `result.Ok.flags` gives them."""
+    every = [name for flags in processes for name in {flag.partition(":")[0] for flag in flags}]
+    return {name: every.count(name) for name in sorted(set(every))}
 
-    `processes` has the flags of each, as `result.Ok.flags` gives them.
-    """
+
+def flagged(processes: Iterable[Sequence[str]]) -> list[str]:
+    """A line for each check that flagged processes: `flagged host_shared: 5 of 24 processes`."""
     every = list(processes)
-    names = [name for flags in every for name in {flag.partition(":")[0] for flag in flags}]
-    return [
-        f"flagged {name}: {names.count(name)} of {len(every)} processes"
-        for name in sorted(set(names))
-    ]
+    counts = flag_counts(every).items()
+    return [f"flagged {name}: {count} of {len(every)} processes" for name, count in counts]

@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy  # its `stats` takes a second to load, so when it is used: --help does not
@@ -23,7 +22,7 @@ from openpi_opt import cli
 from openpi_opt import result as results
 from openpi_opt.confirm import power, promotion
 from openpi_opt.confirm.judge import Subject
-from openpi_opt.confirm.promotion import Judged, Schedule, Wanted
+from openpi_opt.confirm.promotion import Judged, Wanted
 from openpi_opt.confirm.rounds import Mean, Numbered, Stage
 from openpi_opt.errors import UserError
 from openpi_opt.result import Ok
@@ -68,7 +67,7 @@ class Rate:
         return f"{self.value:.1%} ({self.count} of {self.of}; 95% interval {low:.1%} to {high:.1%})"
 
 
-class SimulatedBench:
+class SimulatedBench(promotion.Bench):
     """A `promotion.Bench` that draws; one for each simulated sweep.
 
     `gains` are true: by how much each configuration is faster than the baseline, in their order.
@@ -93,20 +92,6 @@ class SimulatedBench:
         """Draw the means of processes."""
         for key, number in places:
             yield key, number, self._draw(key)
-
-    def seconds(self, key: str) -> float:
-        """All processes take the same time: there is no limit."""
-        return 1.0
-
-    def note(self, text: str) -> None:
-        """Say nothing: it would be said 500 times."""
-
-    def schedule(self) -> Schedule | None:
-        """None: each promotion is a new one."""
-        return None
-
-    def keep(self, schedule: Schedule) -> None:
-        """Keep nothing: a simulated promotion is not interrupted."""
 
     def _draw(self, key: str) -> float:
         return float(np.exp(self._levels[key] + next(self._drawn)))
@@ -190,8 +175,7 @@ class Sweeps:
 def main(argv: Sequence[str] | None = None) -> int:
     """Simulate and print rates with exact 95% intervals; 0 when the promise is kept, else 1.
 
-    Raises:
-        UserError: samples that cannot be read.
+    Raises UserError: samples that cannot be read.
     """
     arguments = _parser().parse_args(argv)
     if arguments.normal:
@@ -251,8 +235,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="draw the noise from these recorded processes: result.json, journal.jsonl or "
-        "pairs.json files (default: processes that come with the project)",
+        help="draw the noise from these recorded processes: result.json or journal.jsonl "
+        "files (default: processes that come with the project)",
     )
     noise.add_argument("--normal", action="store_true", help="draw normal noise instead")
     count, share, positive = cli.at_least(1), _share, _positive_share
@@ -300,12 +284,9 @@ _share.__name__ = _positive_share.__name__ = "number"
 def residuals(files: Iterable[Path]) -> NDArray[np.float64]:
     """What recorded processes differ by from the mean of their configuration, on the log scale.
 
-    Takes result documents, journals, and reports of `pairs`. Processes are grouped by configuration
-    and machine; each group's residuals are widened by sqrt(n / (n - 1)) for the mean that was taken
-    off.
-
-    Raises:
-        UserError: an unreadable file, or too few repeated processes.
+    Takes result documents and journals. Processes are grouped by configuration and machine; each
+    group's residuals are widened by sqrt(n / (n - 1)) for the mean that was taken off. Raises
+    UserError: an unreadable file, or too few repeated processes.
     """
     groups: dict[tuple[str, str], list[float]] = defaultdict(list)
     for file in files:
@@ -333,25 +314,16 @@ def _means(file: Path) -> list[tuple[tuple[str, str], float]]:
         text = file.read_text(encoding="utf-8")
         lines = text.splitlines() if file.suffix == ".jsonl" else [text]
         plain = [json.loads(line) for line in lines if line.strip()]
-        return [mean for document in plain for mean in _means_of(document)]
+        parsed = [results.parse_plain(each.get("result", each)) for each in plain]
     except OSError as error:
         raise UserError(f"--samples {file}: cannot be read ({error}).") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(
-            f"--samples {file}: neither a result document (result.json), a journal "
-            "(journal.jsonl), nor a report of pairs (pairs.json) of this project."
+            f"--samples {file}: neither a result document (result.json) nor a journal "
+            "(journal.jsonl) of this project."
         ) from error
-
-
-def _means_of(document: dict[str, Any]) -> list[tuple[tuple[str, str], float]]:
-    if "a_b" in document:  # a report of pairs
-        a, b, machine = document["a"], document["b"], str(document["fingerprint_hash"])
-        return [
-            (((b if p["role"] == "B" else a)["config_hash"], machine), float(p["mean_ms"]))
-            for p in document["processes"]
-        ]
-    found = results.parse_plain(document.get("result", document))
-    if not isinstance(found, Ok):
-        return []
-    machine = json.dumps(found.fingerprint, sort_keys=True)
-    return [((found.config_hash, machine), found.latency.mean_ms)]
+    return [
+        ((found.config_hash, json.dumps(found.fingerprint, sort_keys=True)), found.latency.mean_ms)
+        for found in parsed
+        if isinstance(found, Ok)
+    ]

@@ -15,7 +15,7 @@ from openpi_opt.confirm import power
 from openpi_opt.confirm.bench import ProcessBench, short
 from openpi_opt.confirm.judge import Confirmed, gain, paired_spread
 from openpi_opt.confirm.promotion import Judged
-from openpi_opt.confirm.rounds import flagged
+from openpi_opt.confirm.rounds import flag_counts, flagged
 from openpi_opt.result import GuardReport, Ok
 
 # What of a fingerprint a preset carries as its versions.
@@ -138,7 +138,7 @@ def of_promotion(
         "workload": cfg.workload.model_dump(mode="json"),
         **_latency(judged.winner, processes),
         "guard": _worst_guard(processes),
-        "flags": _flags(processes),
+        "flags": flag_counts(ok.flags() for ok in processes),
         "gain_over_baseline": _gain(judged.winner),
         "spread_between_processes": judged.schedule.tau and round(judged.schedule.tau, 5),
         "promise": judged.schedule.promise and judged.schedule.promise.model_dump(),
@@ -180,9 +180,3 @@ def _worst_guard(processes: Sequence[Ok]) -> dict[str, Any]:
 
     worst = max((ok.guard for ok in processes), key=distance).model_dump(mode="json")
     return {name: value for name, value in worst.items() if isinstance(value, int | float)}
-
-
-def _flags(processes: Sequence[Ok]) -> dict[str, int]:
-    """By check: how many of the processes it flagged."""
-    every = [name for ok in processes for name in {flag.partition(":")[0] for flag in ok.flags()}]
-    return {name: every.count(name) for name in sorted(set(every))}

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt import cli
-from openpi_opt.engine.display import Display, Lines, Live
+from openpi_opt.engine.display import Lines, Live
 from openpi_opt.engine.dry_run import print_dry_run
 from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.errors import UserError, hidden
-from openpi_opt.machine import Machine
 from openpi_opt.remote.remote import Nodes, connected
 from openpi_opt.result import Ok
 from openpi_opt.space.named import chosen_starts
@@ -38,11 +37,7 @@ def run_command_line(
     swept: bool,
     command: Sequence[str],
 ) -> int:
-    """Run the study that was asked for and print what came of it; returns the exit code.
-
-    Raises:
-        UserError: something that the user has to mend.
-    """
+    """Run the study that was asked for and print what came of it; returns the exit code."""
     settings = Settings.parse(composed)
     check_not_swept(space)
     space = chosen_starts(space, settings.start)
@@ -51,8 +46,9 @@ def run_command_line(
     name = default_study_name(overrides) if settings.study is None else settings.study
     check_study_name(name)
     with _nodes(settings) as nodes:
+        machine = cli.this_machine() if nodes is None else nodes.machine
         command = tuple(map(hidden, command))
-        request = StudyRequest(name, space, settings, _machine(nodes), command, swept)
+        request = StudyRequest(name, space, settings, machine, command, swept)
         return _run(request, compose, nodes)
 
 
@@ -70,10 +66,6 @@ def _nodes(settings: Settings) -> Iterator[Nodes | None]:
         yield Nodes.ask(engine, Store.open(settings.store), Lines(), cpu_slots)
 
 
-def _machine(nodes: Nodes | None) -> Machine:
-    return cli.this_machine() if nodes is None else nodes.machine
-
-
 def _run(request: StudyRequest, compose: Compose, nodes: Nodes | None) -> int:
     settings, space, machine = request.settings, request.space, request.machine
     allow_lossy = settings.objective.allow_lossy
@@ -87,7 +79,8 @@ def _run(request: StudyRequest, compose: Compose, nodes: Nodes | None) -> int:
         points = Points(space, compose, machine, allow_lossy)
         return print_dry_run(request, points, found, settings.dry_run)
     # Ray prints what happened to its workers; stdout is for the result.
-    with _display() as display, contextlib.redirect_stdout(sys.stderr):
+    shown = Live() if sys.stderr.isatty() else Lines()
+    with shown as display, contextlib.redirect_stdout(sys.stderr):
         outcome = run_study(request, compose, display, nodes=nodes)
     print_outcome(outcome, request.swept, allow_lossy)
     return outcome.exit_code
@@ -181,12 +174,3 @@ def _print_next(outcome: StudyOutcome, promotable: bool, flag: str) -> None:
     if promotable:
         print(f"  python -m openpi_opt.promote {outcome.name}{store}{flag} --name NAME")
     print(f"  {where(outcome.store.study_dir(outcome.name))}")
-
-
-@contextlib.contextmanager
-def _display() -> Iterator[Display]:
-    if not sys.stderr.isatty():
-        yield Lines()
-        return
-    with Live() as live:
-        yield live

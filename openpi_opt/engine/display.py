@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
+from openpi_opt.config import Config
 from openpi_opt.result import Ok, Pruned
-from openpi_opt.track.journal import Record
+from openpi_opt.track.journal import Record, Role
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import TaskID
+
+_FEW = 3  # swept keys that a line names whatever their values
 
 
-class Display(Protocol):
-    """Where the engine reports to."""
+class Display:
+    """Where the engine reports to; this one says nothing."""
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is to be given back."""
 
     def note(self, text: str) -> None:
         """Say one thing."""
@@ -31,57 +39,26 @@ class Display(Protocol):
 
     def end(self, position: str, label: str, record: Record, known: bool, remark: str = "") -> None:
         """A trial has a result, now or (`known`) from earlier; `remark` stands behind it."""
+        self.note(summary(position, label, record, known, remark))
 
 
-class Silent:
-    """Says nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def begin(self, slot: str, title: str) -> None:
-        """Nothing."""
-
-    def phase(self, slot: str, name: str) -> None:
-        """Nothing."""
-
-    def stop(self, slot: str) -> None:
-        """Nothing."""
-
-    def end(self, position: str, label: str, record: Record, known: bool, remark: str = "") -> None:
-        """Nothing."""
-
-
-class Lines:
+class Lines(Display):
     """One line for each trial at its end: for logs and pipes."""
 
     def note(self, text: str) -> None:
         """Print it."""
         print(text, file=sys.stderr, flush=True)
 
-    def begin(self, slot: str, title: str) -> None:
-        """Nothing: the end says it all."""
 
-    def phase(self, slot: str, name: str) -> None:
-        """Nothing."""
-
-    def stop(self, slot: str) -> None:
-        """Nothing."""
-
-    def end(self, position: str, label: str, record: Record, known: bool, remark: str = "") -> None:
-        """Print position, label, outcome and what there is to say of it."""
-        self.note(summary(position, label, record, known, remark))
-
-
-class Live:
+class Live(Display):
     """The same lines on a terminal, and under them the running trials with phase and clock."""
 
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        self._console: Console = Console(stderr=True, highlight=False, emoji=False)
-        self._progress: Progress = Progress(
+        self._console = Console(stderr=True, highlight=False, emoji=False)
+        self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
@@ -96,12 +73,7 @@ class Live:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def note(self, text: str) -> None:
@@ -124,10 +96,6 @@ class Live:
         if slot in self._tasks:
             self._progress.remove_task(self._tasks.pop(slot)[0])
 
-    def end(self, position: str, label: str, record: Record, known: bool, remark: str = "") -> None:
-        """Print its line."""
-        self.note(summary(position, label, record, known, remark))
-
 
 def summary(position: str, label: str, record: Record, known: bool, remark: str = "") -> str:
     """One line about a finished trial; `remark` is how it stands against the best."""
@@ -145,3 +113,25 @@ def summary(position: str, label: str, record: Record, known: bool, remark: str 
     parts.append(remark)
     parts.append("(known, not run again)" if known else "")
     return " ".join(filter(None, parts))
+
+
+def label(cfg: Config, role: Role, params: dict[str, str]) -> str:
+    """What tells a trial apart on the screen.
+
+    A few swept keys as they are; of many the knobs that differ from the baseline, without those
+    that no key sweeps: they are the same in all trials.
+    """
+    if role == "baseline":
+        return "baseline"
+    if 0 < len(params) <= _FEW:
+        return shown(params)
+    plain, own = cfg.baseline().labels(), cfg.canonical().labels()
+    heads = {key.split(".")[0] for key in params} or set(own)
+    others = {key: text for key, text in params.items() if key.split(".")[0] not in own}
+    changed = {k: text for k, text in own.items() if k in heads and text != plain[k]}
+    return shown({**others, **changed}) or "defaults"
+
+
+def shown(params: Mapping[str, str]) -> str:
+    """Keys and values as on a command line."""
+    return " ".join(f"{key}={text}" for key, text in params.items())

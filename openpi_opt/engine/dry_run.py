@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from openpi_opt.config import Config
-from openpi_opt.engine.goals import check_same, goals
-from openpi_opt.engine.known import Known
-from openpi_opt.engine.plan import Plan, StudyRequest, make_plan
-from openpi_opt.engine.trials import label
+from openpi_opt.engine.display import label, shown
+from openpi_opt.engine.ledger import Known
+from openpi_opt.engine.plan import Plan, StudyRequest, check_same, enumerated, goals, make_plan
 from openpi_opt.errors import UserError
 from openpi_opt.process.devices import Devices
 from openpi_opt.result import Ok
@@ -24,23 +23,17 @@ from openpi_opt.track.store import Store
 
 
 def print_dry_run(request: StudyRequest, points: Points, found: Count, limit: int) -> int:
-    """Print the counts, the reasons, and the first `limit` configurations; returns the exit code.
-
-    Raises:
-        UserError: a value that no schema admits, or a journal that cannot be read.
-    """
+    """Print counts, reasons, and the first `limit` configurations; returns the exit code."""
     checked = points.check()
     first = checked[0]
     Devices(request.settings.devices, request.machine).check(checked)
     criteria = goals(request.settings.objective, first, request.machine)
-    known = _Known(request, _journal(request))
+    known = _Known(request)
     if known.journal is not None:
         check_same(criteria, known.journal.study_dir)
     print(f"study {request.name}: dry run, nothing is started or written")
     print(f"{first.model.name} on {first.platform.device}, workload {first.workload.name}")
-    for line in _counts(found):
-        print(line)
-    _print_reasons(found)
+    _print_counts(found)
     if found.exact and request.space.sensible_only and not found.sensible:
         print("nothing would run")
         return 1
@@ -50,7 +43,7 @@ def print_dry_run(request: StudyRequest, points: Points, found: Count, limit: in
         print(f"objectives: {criteria.objectives_text()}; the answer is their Pareto set")
     if criteria.limits:
         print(f"limits: {criteria.limits_text()}")
-    if request.swept and request.settings.baseline:
+    if request.has_baselines:
         print(f"baseline first{known.remark(first.baseline())}")
     if plan.enumerated:
         _print_enumerated(request, points, known, limit)
@@ -67,11 +60,20 @@ class _Known:
     """What the journal of the study would answer."""
 
     request: StudyRequest
-    journal: Journal | None
     _hashes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._known = Known(self.request.machine, self.request.settings.keep_source)
+
+    @cached_property
+    def journal(self) -> Journal | None:
+        """The study's journal, if there is one; makes nothing."""
+        settings = self.request.settings
+        if not Path(settings.store).expanduser().is_dir():
+            return None
+        store = Store.open(settings.store, create=False)
+        there = self.request.name in store.studies()
+        return Journal.read(store.study_dir(self.request.name)) if there else None
 
     def record(self, cfg: Config) -> Record | None:
         """The record of an equal configuration on an equal machine."""
@@ -96,27 +98,28 @@ class _Known:
         return "  [lossy]" if cfg.lossy() else ""
 
 
-def _journal(request: StudyRequest) -> Journal | None:
-    """The study's journal, if there is one; makes nothing."""
-    if not Path(request.settings.store).expanduser().is_dir():
-        return None
-    store = Store.open(request.settings.store, create=False)
-    known = request.name in store.studies()
-    return Journal.read(store.study_dir(request.name)) if known else None
-
-
-def _counts(found: Count) -> Iterator[str]:
+def _print_counts(found: Count) -> None:
+    """How many combinations there are, and why some are not sensible."""
     raw = "combinations: " + ("without end" if found.raw is None else f"{found.raw:,} as written")
     if found.exact:
-        yield f"{raw}, {found.sensible:,} sensible, {found.distinct:,} different"
+        print(f"{raw}, {found.sensible:,} sensible, {found.distinct:,} different")
+    else:
+        low, high = found.share()
+        if found.raw is not None:
+            raw += f", {_about(found.sensible)} sensible, {_about(found.distinct)} different"
+        print(
+            f"{raw} (estimated: of {found.drawn:,} drawn at random from values that can run "
+            f"{low:.1%} to {high:.1%} are sensible)"
+        )
+    if not found.left_out:
         return
-    low, high = found.share()
-    if found.raw is not None:
-        raw += f", {_about(found.sensible)} sensible, {_about(found.distinct)} different"
-    yield (
-        f"{raw} (estimated: of {found.drawn:,} drawn at random from values that can run "
-        f"{low:.1%} to {high:.1%} are sensible)"
-    )
+    exact = found.exact and found.sensible + found.left_out.total() == found.raw
+    print("not sensible, by the first reason" + (":" if exact else ", estimated:"))
+    ordered = sorted(found.left_out.items(), key=lambda item: (-item[1], item[0]))
+    lines = [(f"{number:,}" if exact else _about(number), why) for why, number in ordered]
+    width = max(len(text) for text, _ in lines)
+    for text, why in lines:
+        print(f"  {text:>{width}} {why.kind}: {why.reason.splitlines()[0]}")
 
 
 def _about(number: int) -> str:
@@ -125,21 +128,9 @@ def _about(number: int) -> str:
     return f"about {round(number, -digits):,}"
 
 
-def _print_reasons(found: Count) -> None:
-    if not found.left_out:
-        return
-    exact = found.exact and found.sensible + found.left_out.total() == found.raw
-    print("not sensible, by the first reason" + (":" if exact else ", estimated:"))
-    ordered = sorted(found.left_out.items(), key=lambda item: (-item[1], item[0]))
-    shown = [(f"{number:,}" if exact else _about(number), why) for why, number in ordered]
-    width = max(len(text) for text, _ in shown)
-    for text, why in shown:
-        print(f"  {text:>{width}} {why.kind}: {why.reason.splitlines()[0]}")
-
-
 def _print_enumerated(request: StudyRequest, points: Points, known: _Known, limit: int) -> None:
     """Every configuration once, in the order in which they would run."""
-    listed = list(itertools.islice(_enumerated(request, points), request.settings.most_trials))
+    listed = list(enumerated(request, points))
     print("would run, in this order:" if listed else "nothing would run")
     for number, (params, cfg) in enumerate(listed[:limit], start=1):
         print(f"  {number:>3}  {label(cfg, 'trial', params)}{known.remark(cfg)}")
@@ -150,36 +141,23 @@ def _print_enumerated(request: StudyRequest, points: Points, known: _Known, limi
         print(f"{answered} of {len(listed)} would be answered from the journal")
 
 
-def _enumerated(request: StudyRequest, points: Points) -> Iterator[tuple[dict[str, str], Config]]:
-    seen: set[str] = set()
-    for params in request.space.all():
-        try:
-            cfg = points.config(params)
-        except UserError:
-            continue
-        if cfg.hash() not in seen:
-            seen.add(cfg.hash())
-            yield params, cfg
-
-
 def _print_sampled(
     request: StudyRequest, points: Points, known: _Known, plan: Plan, limit: int
 ) -> None:
     """The points that are tried first, and what the sampler then chooses from."""
+    dimensions = {key: each.texts() for key, each in request.space.dimensions.items()}
     starts = list(_starts(request, points))
     if starts:
         print("begins with:")
         for name, params, cfg in starts[:limit]:
-            changed = {key: text for key, text in params.items() if text != _first(request, key)}
-            print(f"  {name}: {_shown(changed)}{known.remark(cfg)}")
+            changed = {key: text for key, text in params.items() if text != dimensions[key][0]}
+            print(f"  {name}: {shown(changed) or 'defaults'}{known.remark(cfg)}")
     print(f"then {plan.sampler} chooses from:")
-    width = max(len(key) for key in request.space.dimensions)
-    for key, dimension in request.space.dimensions.items():
-        texts = dimension.texts()
-        if dimension.count() is None:
+    width = max(map(len, dimensions))
+    for key, texts in dimensions.items():
+        values = " ".join(texts[:limit]) + (" ..." if len(texts) > limit else "")
+        if request.space.dimensions[key].count() is None:
             values = f"{texts[0]} to {texts[-1]}"
-        else:
-            values = " ".join(texts[:limit]) + (" ..." if len(texts) > limit else "")
         print(f"  {key:<{width}}  {values}")
 
 
@@ -191,11 +169,3 @@ def _starts(
             yield name, params, points.config(params)
         except UserError:
             continue
-
-
-def _first(request: StudyRequest, key: str) -> str:
-    return request.space.dimensions[key].texts()[0]
-
-
-def _shown(params: Mapping[str, str]) -> str:
-    return " ".join(f"{key}={text}" for key, text in params.items()) or "defaults"

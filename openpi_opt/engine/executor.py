@@ -1,7 +1,6 @@
-"""Where trials are run: devices that are free, and a thread that watches each trial's process.
+"""Where trials are run: devices that are free, and a thread that watches each trial.
 
-`Executor` is the seam for other engines than this host: what they need is a place that is free, a
-trial started there, and its result as a future.
+`Executor` is the seam for other engines than this host (`remote`).
 """
 
 from __future__ import annotations
@@ -10,35 +9,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from threading import Event
+from typing import Literal
 
 from openpi_opt.config import Config
 from openpi_opt.engine.display import Display
 from openpi_opt.machine import Machine
 from openpi_opt.process import devices
-from openpi_opt.process.child import Stop
+from openpi_opt.process.child import Place
 from openpi_opt.process.devices import Devices, Lease, Queue, Slot
-from openpi_opt.process.run import Place
+from openpi_opt.process.run import Run
 from openpi_opt.process.schedule import DeviceLostError, Room, Schedule, Turn
 from openpi_opt.result import TrialResult
 from openpi_opt.track.store import Store
 
 _MOST_THREADS = 1024  # made when needed
-
-
-class Run(Protocol):
-    """Runs one trial to its end; `process.run_trial` and what stands in for it."""
-
-    def __call__(
-        self,
-        cfg: Config,
-        trial_dir: Path,
-        store_references: Path,
-        on_phase: Callable[[str], None],
-        machine: Machine | None = None,
-        place: Place | None = None,
-    ) -> TrialResult:
-        """The result of `cfg`, whatever became of it."""
 
 
 class LostError(Exception):
@@ -67,60 +52,76 @@ class Task:
     fds: tuple[int, ...] = ()
 
 
-class Executor(Protocol):
+class Executor:
     """Somewhere to run trials, used from one thread.
 
     `contended`: `free` would have yielded more, but others have them; ask again after a while.
     """
 
-    contended: bool
+    def __init__(self, store: Store, display: Display):
+        self.store, self.display = store, display
+        self.ending = Event()
+        self.contended = False
+        self._threads = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="trial")
+        self._started: set[Future[TrialResult]] = set()
 
     def suits(self, slot: Slot, cfg: Config) -> bool:
         """Whether `cfg` can run there; makes room for its kind of device known."""
+        raise NotImplementedError
 
     def count(self) -> int:
         """How many trials can have a device at a time, if nobody else uses the devices."""
+        raise NotImplementedError
 
     def free(self) -> Iterator[Lease]:
         """Places that are free now, each leased; to be released by the caller when not used."""
-
-    def rest(self) -> None:
-        """There is nothing to start at the moment: others need not leave a place to this sweep."""
+        raise NotImplementedError
 
     def start(self, task: Task, lease: Lease) -> Future[TrialResult]:
         """Run a trial there. The lease stays the caller's to release, when the future is done.
 
-        The future may raise `LostError`, when another place can try it again.
+        The future raises `LostError` when another place can try it again, and `StoppedError` after
+        `stop`.
         """
+        raise NotImplementedError
+
+    def rest(self) -> None:
+        """There is nothing to start at the moment: others need not leave a place to this sweep."""
 
     def measured(self) -> dict[str, float]:
         """Seconds in which a trial had each device for itself; empty where that is not known."""
+        return {}
 
     def stop(self) -> None:
-        """End all that runs; the futures then raise `StoppedError`."""
+        """End all that runs."""
+        self.ending.set()
+
+    def submit(self, work: Callable[..., TrialResult], *given: object) -> Future[TrialResult]:
+        """Call `work` in a thread that `close` waits for."""
+        future = self._threads.submit(work, *given)
+        self._started.add(future)
+        future.add_done_callback(self._started.discard)
+        return future
 
     def close(self) -> None:
         """Wait for the end of all that runs."""
+        # Not by joining threads: a join that Ctrl-C interrupts takes its thread for ended (CPython
+        # up to 3.12), and the trial that the thread was about to kill would outlive the sweep.
+        wait(set(self._started))
+        self._threads.shutdown(wait=True)
+        self.rest()
 
 
-class LocalExecutor:
+class LocalExecutor(Executor):
     """The devices of this host: several trials prepare on each, one at a time measures."""
 
     def __init__(self, run: Run, store: Store, machine: Machine, found: Devices, display: Display):
-        self._run = run
-        self._store = store
-        self._machine = machine
-        self._devices = found
-        self._display = display
-        self._threads = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="trial")
-        self._stop = Stop()
-        self._started: set[Future[TrialResult]] = set()
+        super().__init__(store, display)
+        self._run, self._machine, self._devices = run, machine, found
         self._ours: dict[Slot, list[Lease]] = {}  # of places, by the whole slot
         self._schedules: dict[Slot, Schedule] = {}
-        self._measured: dict[str, float] = {}
         self._queue = Queue()
         self._told = False
-        self.contended = False
 
     def suits(self, slot: Slot, cfg: Config) -> bool:
         """Whether it is of the kind, and the GPU, that the configuration names."""
@@ -147,7 +148,7 @@ class LocalExecutor:
                 if lease is None:
                     others.append(slot)
                 else:
-                    yield self._place(slot, lease)
+                    yield self._first(slot, lease)
         for slot in self._devices.all():
             while (place := self._further(slot)) is not None:
                 yield place
@@ -156,57 +157,41 @@ class LocalExecutor:
         self.contended = bool(others)
         if others and not self._told and not any(self._held(slot) for slot in self._ours):
             self._told = True
-            self._display.note(devices.in_use(others))
+            self.display.note(devices.in_use(others))
 
     def rest(self) -> None:
         """Do not wait for devices of others any more, until `free` is asked again."""
         self._queue.leave(self._devices.all())
 
-    def start(self, task: Task, lease: Lease) -> Future[TrialResult]:
-        """Start the process, and a thread that watches it."""
-        whole = next(own for own, leases in self._ours.items() if lease in leases)
-        future = self._threads.submit(self._work, task, lease, self._schedules[whole])
-        self._started.add(future)
-        future.add_done_callback(self._started.discard)
-        return future
-
     def measured(self) -> dict[str, float]:
         """Seconds in which a trial had each device for itself."""
-        now = {slot.name: each.measured_seconds for slot, each in self._schedules.items()}
-        return {name: now.get(name, 0.0) + self._measured.get(name, 0.0) for name in now}
+        return {slot.name: each.measured_seconds for slot, each in self._schedules.items()}
 
-    def stop(self) -> None:
-        """End all processes."""
-        self._stop.set()
-
-    def close(self) -> None:
-        """Wait for all that runs."""
-        # Not by joining threads: a join that Ctrl-C interrupts takes its thread for ended (CPython
-        # up to 3.12), and the trial that the thread was about to kill would outlive the sweep.
-        wait(set(self._started))
-        self._threads.shutdown(wait=True)
-        self.rest()
+    def start(self, task: Task, lease: Lease) -> Future[TrialResult]:
+        """Start the process when its device's schedule lets it, and a thread that watches it."""
+        whole = next(own for own, leases in self._ours.items() if lease in leases)
+        return self.submit(self._work, task, lease, self._schedules[whole])
 
     def _work(self, task: Task, lease: Lease, schedule: Schedule) -> TrialResult:
         def start(turn: Turn) -> TrialResult:
             place = Place(
                 slot=lease.slot,
                 uid=task.uid,
-                caches=self._store.caches / task.machine_hash,
+                caches=self.store.caches / task.machine_hash,
                 fds=(*task.fds, *lease.fds),
-                stop=self._stop,
+                stop=self.ending,
                 turn=turn,
             )
 
             def on_phase(name: str) -> None:
-                self._display.phase(lease.slot.name, name)
+                self.display.phase(lease.slot.name, name)
 
-            references = self._store.references
+            references = self.store.references
             return self._run(task.cfg, task.folder, references, on_phase, self._machine, place)
 
-        with schedule.join() as entry:
+        with schedule.join() as turn:
             try:
-                return entry.run(task.cfg, start)
+                return turn.run(task.cfg, start)
             except DeviceLostError as error:
                 raise LostError(f"{lease.slot.name}: {error}", "wait") from error
 
@@ -215,15 +200,12 @@ class LocalExecutor:
         self._ours[slot] = [lease for lease in self._ours.get(slot, []) if lease.held]
         return self._ours[slot]
 
-    def _place(self, slot: Slot, lease: Lease) -> Lease:
+    def _first(self, slot: Slot, lease: Lease) -> Lease:
         """The first place of a slot that was just leased, with a schedule of its own."""
-        old = self._schedules.pop(slot, None)
-        if old is not None:
-            before = self._measured.get(slot.name, 0.0)
-            self._measured[slot.name] = before + old.measured_seconds
+        old = self._schedules.get(slot)
         host_mib = self._machine.memory_mib / len(self._devices.all())
-        room = Room.of(slot, host_mib) if old is None else old.room
-        self._schedules[slot] = Schedule(self._stop, room)
+        self._schedules[slot] = Schedule(self.ending, old.room if old else Room.of(slot, host_mib))
+        self._schedules[slot].measured_seconds = old.measured_seconds if old else 0.0
         lease.slot = self._devices.places(slot)[0]
         self._ours[slot] = [lease]
         return lease

@@ -1,22 +1,32 @@
-"""What results teach a sweep: the fastest so far, which classes fail, what its sampler knows."""
+"""What results teach a sweep: the fastest so far, which classes fail, what its sampler knows.
+
+A class of combinations is a set of key=value pairs. It is barred when at least three different
+configurations in it ran, every one failed in the same way, and something outside it did not fail
+so. The class named is the most general one; where several explain the same failures equally well,
+all of their pairs together, so that nothing is barred that was not seen to fail.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from openpi_opt.config import RACE_FILE, Config, is_lossy
 from openpi_opt.criteria import Criteria
-from openpi_opt.engine.display import Display
-from openpi_opt.engine.ledger import Ledger
-from openpi_opt.engine.lessons import Lessons
-from openpi_opt.engine.plan import StudyRequest
-from openpi_opt.engine.trials import Job, Race
-from openpi_opt.result import Ok, TrialResult, write_atomic
+from openpi_opt.engine.display import Display, shown
+from openpi_opt.engine.ledger import Job, Ledger
+from openpi_opt.result import Failed, Ok, Pruned, TrialResult, Wrong, write_atomic
 from openpi_opt.space.optimizer import Optimizer
+from openpi_opt.space.settings import Settings
 from openpi_opt.track.journal import Record
+
+MIN_FAILURES = 3
+_MOST_KEYS = 2
+Pairs = frozenset[tuple[str, str]]
 
 
 class Findings:
@@ -24,7 +34,7 @@ class Findings:
 
     def __init__(
         self,
-        request: StudyRequest,
+        settings: Settings,
         ledger: Ledger,
         optimizer: Optimizer,
         criteria: Criteria,
@@ -33,7 +43,7 @@ class Findings:
     ):
         self.ledger, self.optimizer, self.criteria, self.space = ledger, optimizer, criteria, space
         self.baselines: dict[str, Record | None] = {}  # by context; None while it is measured
-        self._settings, self._display = request.settings, display
+        self._settings, self._display = settings, display
         self._lessons = Lessons()
         self._barred: Counter[str] = Counter()  # points, by the text of their class
         self._best: dict[str, float] = {}  # milliseconds, by context
@@ -56,17 +66,19 @@ class Findings:
     def _learn(self, open_points: Iterable[dict[str, str]], known_from: int) -> None:
         new = self.ledger.journal.since(self._read)
         self._read += len(new)
-        asked, answers = list(open_points), self.ledger.known.answers
+        asked = list(open_points)
         found = [
-            record
+            (record.params, record.result)
             for record in new
-            if record.space == self.space and record.number >= known_from and answers(record)
+            if record.space == self.space
+            and record.number >= known_from
+            and record.params not in asked
+            and self.ledger.known.answers(record)
         ]
-        found = [record for record in found if record.params not in asked]
-        self.optimizer.learn((record.params, record.result) for record in found)
-        for record in found:
-            self._note_best(record.result)
-            self._teach(record.params, record.result)
+        self.optimizer.learn(found)
+        for params, result in found:
+            self._note_best(result)
+            self._teach(params, result)
 
     def take(self, job: Job, record: Record) -> None:
         """Take in the result of a job."""
@@ -85,13 +97,19 @@ class Findings:
         self.baselines[context] = None
         return True
 
-    def race(self, job: Job) -> Race:
-        """What a trial runs against; a baseline is to compare with, however slow."""
-        pruning, best = self._settings.pruning, self._best.get(job.cfg.context_hash())
-        if job.proposal is None or self.criteria.objectives != ("latency",):
-            return Race()
-        assert pruning != "auto"  # settled before anything runs
-        return Race(best, pruning)
+    def raced(self, job: Job) -> Config:
+        """The job's configuration, hash included, with what its trial runs against.
+
+        That is the fastest so far, and how many times slower is hopeless. A trial prepares for a
+        minute while others measure, so it looks into `config.RACE_FILE` again when it has the
+        device (`openpi_opt.trial`). A baseline is to compare with, however slow.
+        """
+        best = factor = None
+        if job.proposal is not None and self.criteria.objectives == ("latency",):
+            factor, best = self._settings.pruning, self._best.get(job.cfg.context_hash())
+            assert factor != "auto"  # settled before anything runs
+        limits = job.cfg.limits.model_copy(update={"best_ms": best, "race": factor})
+        return job.cfg.model_copy(update={"limits": limits}).raced()
 
     def against_best(self, result: TrialResult) -> str:
         """How a result stands against the best so far; empty where that says nothing."""
@@ -118,13 +136,10 @@ class Findings:
 
     def points(self) -> list[Record]:
         """The newest records of the points that were tried, in the order of their numbers."""
-        machines = self.ledger.fingerprint_hashes()
         newest = {
             record.result.config_hash: record
-            for record in self.ledger.journal.records()
-            if record.role != "confirm"
-            and record.fingerprint_hash in machines
-            and self.ledger.known.answers(record)
+            for record in self.ledger.measured_here()
+            if self.ledger.known.answers(record)
         }
         found = [newest[tried] for tried in self.optimizer.tried if tried in newest]
         return sorted(found, key=lambda record: record.number)
@@ -140,5 +155,94 @@ class Findings:
     def _teach(self, params: dict[str, str], result: TrialResult) -> None:
         known = self._lessons.add(params, result)
         if known is not None:
-            shown = " ".join(f"{key}={value}" for key, value in sorted(known.pairs))
-            self._display.note(f"no more of {shown}: {known.seen} of it ended {known.way}")
+            pairs = shown(dict(sorted(known.pairs)))
+            self._display.note(f"no more of {pairs}: {known.seen} of it ended {known.way}")
+
+
+@dataclass(frozen=True)
+class FailingClass:
+    """A combination of values that fails. `way` says how, `seen` in how many configurations."""
+
+    pairs: Pairs
+    way: str
+    seen: int
+
+    def holds(self, params: Mapping[str, str]) -> bool:
+        """Whether a point belongs to it."""
+        return self.pairs <= params.items()
+
+    def text(self, left_out: int) -> str:
+        """One line for people."""
+        shown = " ".join(f"{key}={value}" for key, value in sorted(self.pairs))
+        return (
+            f"{shown}: all {self.seen} configurations that were tried with it ended {self.way}; "
+            f"{left_out} more left out (--fresh begins anew)"
+        )
+
+
+@dataclass
+class Lessons:
+    """Points with what became of them, and the classes that follow."""
+
+    _ways: dict[frozenset[tuple[str, str]], str | None] = field(default_factory=dict)
+    _hashes: dict[frozenset[tuple[str, str]], str] = field(default_factory=dict)
+    _by_pairs: dict[Pairs, list[Pairs]] = field(default_factory=dict)
+    classes: list[FailingClass] = field(default_factory=list)
+
+    def add(self, params: Mapping[str, str], result: TrialResult) -> FailingClass | None:
+        """Take in a result; returns the class that it completed, if any.
+
+        Refusals teach nothing: they cost no process.
+        """
+        point = frozenset(params.items())
+        if point in self._ways or not isinstance(result, Ok | Pruned | Wrong | Failed):
+            return None
+        self._ways[point] = way(result)
+        self._hashes[point] = result.config_hash
+        for pairs in _subsets(point):
+            self._by_pairs.setdefault(pairs, []).append(point)
+        found = self._found(point)
+        if found is None or any(old.pairs <= found.pairs for old in self.classes):
+            return None
+        self.classes.append(found)
+        return found
+
+    def bars(self, params: Mapping[str, str]) -> FailingClass | None:
+        """The class that a point belongs to, if it is not to be tried."""
+        return next((known for known in self.classes if known.holds(params)), None)
+
+    def _found(self, point: Pairs) -> FailingClass | None:
+        """The class that the newest failure completes. Only classes with that point can be new."""
+        failed = self._ways[point]
+        if failed is None or all(other == failed for other in self._ways.values()):
+            return None
+        for size in range(1, _MOST_KEYS + 1):
+            candidates = [c for c in _subsets(point) if len(c) == size and self._fails(c, failed)]
+            if candidates:
+                most = max(len(self._by_pairs[c]) for c in candidates)
+                alike = [c for c in candidates if len(self._by_pairs[c]) == most]
+                members = self._by_pairs[alike[0]]
+                same = [c for c in alike if set(self._by_pairs[c]) == set(members)]
+                return FailingClass(frozenset().union(*same), failed, self._count(members))
+        return None
+
+    def _fails(self, pairs: Pairs, failed: str) -> bool:
+        members = self._by_pairs[pairs]
+        if self._count(members) < MIN_FAILURES:
+            return False
+        return all(self._ways[member] == failed for member in members)
+
+    def _count(self, members: Iterable[Pairs]) -> int:
+        return len({self._hashes[member] for member in members})
+
+
+def way(result: TrialResult) -> str | None:
+    """How a configuration failed, as far as two failures can be the same; None for none."""
+    if isinstance(result, Failed):
+        return f"{result.outcome} in phase {result.phase}"
+    return None if isinstance(result, Ok | Pruned) else str(result.outcome)
+
+
+def _subsets(point: Pairs) -> list[Pairs]:
+    sizes = range(1, min(_MOST_KEYS, len(point)) + 1)
+    return [frozenset(c) for n in sizes for c in itertools.combinations(sorted(point), n)]

@@ -8,9 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from openpi_opt.space.optimizer import Proposal
-from openpi_opt.space.sources import Source
-
 # The time of a trial is that of the latest ones: caches fill, and the points become alike.
 _LATEST = 20
 # At the beginning of a budget a trial that takes twice as long has to be 7% faster.
@@ -26,6 +23,7 @@ class Pace:
     minutes: float | None = None
     clock: Callable[[], float] = time.monotonic
     done: int = 0
+    over: bool = False  # the minutes are, as `is_over` found
     _since: float = 0.0
     _begun: dict[str, float] = field(default_factory=dict)
     _lasted: list[float] = field(default_factory=list)
@@ -57,7 +55,11 @@ class Pace:
         return self.minutes is not None and self.minutes < _LONG_MINUTES
 
     def is_over(self) -> bool:
-        """Whether a trial that begins now would likely end after the minutes."""
+        """Whether a trial that begins now would likely end after the minutes; then it stays so."""
+        self.over = self.over or self._would_end_late()
+        return self.over
+
+    def _would_end_late(self) -> bool:
         if self.minutes is None:
             return False
         now, lasted = self.clock(), self._lasted[-_LATEST:]
@@ -85,34 +87,3 @@ class Pace:
 
     def _passed(self) -> float:
         return self.clock() - self._since
-
-
-class Timed:
-    """A source that ends when the minutes of the pace are over."""
-
-    def __init__(self, source: Source, pace: Pace):
-        self._source = source
-        self._pace = pace
-        self._over = False
-
-    @property
-    def ended(self) -> str | None:
-        """That of the source, or that the minutes are over; they stay so."""
-        return f"minutes={self._pace.minutes:g} are over" if self._over else self._source.ended
-
-    def next(self) -> Proposal | None:
-        """The next point, while there is time for it."""
-        self._over = self._over or self._pace.is_over()
-        return None if self._over else self._source.next()
-
-    def position(self) -> str:
-        """That of the source."""
-        return self._source.position()
-
-    def seen(self, config_hash: str | None, passed_over: bool = False) -> None:
-        """Tell the source."""
-        self._source.seen(config_hash, passed_over)
-
-    def wake(self) -> None:
-        """Tell the source."""
-        self._source.wake()

@@ -11,37 +11,42 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from openpi_opt import interrupt
 from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria
-from openpi_opt.engine.display import Display
-from openpi_opt.engine.executor import Executor, LocalExecutor, Run
+from openpi_opt.engine.display import Display, label
+from openpi_opt.engine.executor import Executor, LocalExecutor
 from openpi_opt.engine.findings import Findings
-from openpi_opt.engine.goals import check_same, goals, settle, with_pruning
 from openpi_opt.engine.jobs import Jobs
-from openpi_opt.engine.known import measured_again
-from openpi_opt.engine.ledger import Ledger
-from openpi_opt.engine.pace import Pace, Timed
-from openpi_opt.engine.plan import Plan, StudyRequest, announce, make_plan, space_hash
-from openpi_opt.engine.trials import label
-from openpi_opt.errors import UserError
+from openpi_opt.engine.ledger import Ledger, measured_again
+from openpi_opt.engine.pace import Pace
+from openpi_opt.engine.plan import (
+    Plan,
+    StudyRequest,
+    announce,
+    check_same,
+    enumerated,
+    goals,
+    make_plan,
+    settle,
+    space_hash,
+    with_pruning,
+)
 from openpi_opt.process.devices import Devices
 from openpi_opt.process.environment import cleared_names
-from openpi_opt.process.run import run_trial
+from openpi_opt.process.run import Run, run_trial
 from openpi_opt.remote.remote import Nodes, RemoteExecutor
 from openpi_opt.result import Ok
 from openpi_opt.space.neighbours import NOISE, Neighbours
 from openpi_opt.space.optimizer import Optimizer
 from openpi_opt.space.points import Compose, Points
-from openpi_opt.space.sources import Enumerated, Sampled, Source
+from openpi_opt.space.sources import Enumerated, Sampled
 from openpi_opt.track.copies import Copies
 from openpi_opt.track.journal import Record
 from openpi_opt.track.optuna_copy import write_space
 from openpi_opt.track.store import Store
-
-# How often to look what other sweeps have finished, while there is something to wait for.
-_POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -87,17 +92,14 @@ def run_study(
 
     With `nodes` the trials run there, and `request.machine` is theirs.
 
-    Raises:
-        UserError: a wrong value, or a store, study or database that cannot be used; what was
-            recorded before is kept.
-        KeyboardInterrupt: the running trials were ended, the finished ones are kept.
+    Raises UserError for what the user has to mend, and KeyboardInterrupt when the running trials
+    were ended; what was recorded is kept.
     """
-    allow_lossy = request.settings.objective.allow_lossy
-    points = Points(request.space, compose, request.machine, allow_lossy)
+    objective, machine = request.settings.objective, request.machine
+    points = Points(request.space, compose, machine, objective.allow_lossy)
     checked = points.check()
-    first = checked[0]
-    criteria = goals(request.settings.objective, first, request.machine)
-    found = Devices(request.settings.devices, request.machine)
+    first, found = checked[0], Devices(request.settings.devices, machine)
+    criteria = goals(objective, first, machine)
     if nodes is None:
         found.check(checked)
     plan = make_plan(request)
@@ -108,46 +110,40 @@ def run_study(
     executor: Executor
     if nodes is None:
         found.slots(first.device)
-        executor = LocalExecutor(run, store, request.machine, found, display)
+        executor = LocalExecutor(run, store, machine, found, display)
     else:
         executor = RemoteExecutor(nodes, store, display, first.device)
-    count = executor.count()
     announce(request, first, store, plan, display)
+    count = executor.count()
     for text in [*found.notes, *([f"up to {count} trials at a time"] if count > 1 else [])]:
         display.note(text)
-    ledger = Ledger.open(
-        *(store, request.name, request.command, request.machine, display),
-        gpu_index=found.gpu_index,
-        fresh=request.settings.fresh,
-        keep_source=request.settings.keep_source,
-        nodes=None if nodes is None else nodes.fingerprint,
-    )
-    ledger.takes_pruned = request.settings.pruning is not None
+    of_nodes = None if nodes is None else nodes.fingerprint
+    ledger = Ledger(store, request, display, found.gpu_index, of_nodes)
     copies: Copies | None = None
     try:
-        settle(criteria, ledger, display)
         space = space_hash(request.space, ledger.fingerprint_hash(first), criteria.objectives)
-        optimizer = _optimizer(request, plan, ledger, criteria, points, pace)
         with ledger.planning():
+            known, busy = bool(ledger.journal.records()), ledger.others > 0
+            settle(criteria, ledger.study_dir, display, known, busy)
             write_space(ledger.study_dir, space, request.space.distributions())
+        optimizer = _optimizer(request, plan, ledger, criteria, points, pace)
         copies = Copies(
             *(store, ledger.study_dir, first.tracking, display.note),
             storage=request.settings.storage,
         )
-        findings = Findings(request, ledger, optimizer, criteria, display, space)
-        jobs = Jobs(request, points, ledger, findings, executor, display, pace)
-        loop = _Loop(jobs, plan)
+        findings = Findings(request.settings, ledger, optimizer, criteria, display, space)
+        loop = _Loop(Jobs(request, points, findings, executor, display, pace), plan)
         ended = loop.run()
         loop.note_what_it_did()
         ledger.draw()
         if request.swept:
-            display.note(ledger.report())
+            display.note(_report(ledger.study_dir))
     finally:
         try:
             executor.close()
-            ledger.close()
         finally:
-            if copies is not None:
+            ledger.close()
+            if copies is not None:  # they end when nobody is at work any more
                 copies.close(len(ledger.journal))
     return loop.outcome(store, ended)
 
@@ -160,16 +156,29 @@ def _optimizer(
     points: Points,
     pace: Pace,
 ) -> Optimizer:
-    settings = request.settings
     # Neither sweeps that begin at the same time nor one that goes on are to propose the same.
-    seed = settings.seed + 7919 * ledger.others + len(ledger.journal)
+    seed = request.settings.seed + 7919 * ledger.others + len(ledger.journal)
     return Optimizer(
         *(request.space, plan.sampler, seed, criteria),
-        allow_lossy=settings.objective.allow_lossy,
+        allow_lossy=request.settings.objective.allow_lossy,
         points=points,
         patience=pace.patience,
         hurried=pace.is_short(),
     )
+
+
+def _report(study_dir: Path) -> str:
+    """Write the study as one HTML file; a line that says where it is, or why there is none."""
+    from openpi_opt.report import write
+
+    begun = time.monotonic()
+    try:
+        path = write([study_dir])
+    except Exception as error:  # noqa: BLE001
+        # Results are kept and their table is to come: whatever this is must not cost them.
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return f"no report: {why}; python -m openpi_opt.report {study_dir} tries again"
+    return f"report: {path} ({time.monotonic() - begun:.1f} s)"
 
 
 class _Loop:
@@ -186,20 +195,19 @@ class _Loop:
         jobs = self._jobs
         try:
             self._findings.begin()
-            cleared = cleared_names()
+            cleared = ", ".join(cleared_names())
             if cleared:
-                names = ", ".join(cleared)
                 self._display.note(
-                    f"not passed on to trials, since they would change them: {names}"
+                    f"not passed on to trials, since they would change them: {cleared}"
                 )
             self._note_outdated()
-            source = self._source()
+            self._choose_source()
             while True:
-                jobs.look_at_waiting(source)
-                self._fill(source)
-                if source.ended and not jobs.all():
-                    return source.ended
-                jobs.collect(source)
+                jobs.look_at_waiting()
+                self._fill()
+                if jobs.ended and not jobs.all():
+                    return jobs.ended
+                jobs.collect()
         except KeyboardInterrupt:
             self._display.note(
                 f"interrupted: {self._kept()}, and {len(jobs.running)} running ended (Ctrl-C "
@@ -217,15 +225,15 @@ class _Loop:
                 for job in left:
                     job.let_go()
 
-    def _fill(self, source: Source) -> None:
+    def _fill(self) -> None:
         """Start a trial on every device that is free, as long as there is something to try."""
         jobs, executor = self._jobs, self._jobs.executor
-        if source.ended and not jobs.ready:
+        if jobs.ended and not jobs.ready:
             executor.rest()
             return
         for lease in executor.free():
             try:
-                job = jobs.next_for(lease.slot, source)
+                job = jobs.next_for(lease.slot)
                 if job is None:
                     lease.release()
                 else:
@@ -234,13 +242,14 @@ class _Loop:
                 lease.release()
                 raise
         if executor.contended and not jobs.running:
-            jobs.next_for(None, source)  # answer at least what is known
+            jobs.next_for(None)  # answer at least what is known
 
-    def _source(self) -> Source:
+    def _choose_source(self) -> None:
         """Where the points come from; a sampler's budget ends with the neighbours of the best."""
         space, limit, jobs = self._request.space, self._request.settings.most_trials, self._jobs
         if self._plan.enumerated:
-            return Timed(Enumerated(space, limit), jobs.pace)
+            jobs.source = Enumerated(space, limit)
+            return
         optimizer = self._findings.optimizer
         if not self._findings.criteria.several:  # else no objective says which is the best
             self._neighbours = Neighbours(
@@ -249,45 +258,27 @@ class _Loop:
                 hurried=jobs.pace.is_short(),
             )
         sampled = Sampled(optimizer, space, limit, jobs.open_hashes, self._neighbours)
-        return Timed(sampled, jobs.pace)
+        jobs.source = sampled
 
     def _note_outdated(self) -> None:
         """Say which known results of this command's points do not answer, and why."""
-        machines = self._ledger.fingerprint_hashes()
         old = [
             record
-            for record in self._ledger.journal.records()
-            if record.role != "confirm"
-            and record.fingerprint_hash in machines
-            and record.number >= self._ledger.known_from
-            and not self._ledger.answers(record)
+            for record in self._ledger.measured_here()
+            if record.number >= self._ledger.known_from and not self._ledger.answers(record)
         ]
         asked = [Config.load(record.result.config) for record in old]
         if self._plan.enumerated and old:
-            asked = self._enumerated()
+            asked = [cfg for _, cfg in enumerated(self._request, self._jobs.points)]
+            asked += [cfg.baseline() for cfg in asked] if self._request.has_baselines else []
         changed = {cfg.hash(): self._ledger.outdated(cfg) for cfg in asked}
         text = measured_again(filter(None, changed.values()), sampled=not self._plan.enumerated)
         if text is not None:
             self._display.note(text)
 
-    def _enumerated(self) -> list[Config]:
-        """The configurations of an enumeration, with their baselines."""
-        found: dict[str, Config] = {}
-        for params in self._request.space.all():
-            try:
-                cfg = self._jobs.points.config(params)
-            except UserError:
-                continue
-            found.setdefault(cfg.hash(), cfg)
-            if len(found) >= self._request.settings.most_trials:
-                break
-        plain = [cfg.baseline() for cfg in found.values()]
-        with_baseline = self._request.swept and self._request.settings.baseline
-        return [*found.values(), *(plain if with_baseline else [])]
-
     def _kept(self) -> str:
         count = len(self._ledger.journal)
-        if count and not self._ledger.exists():
+        if count and not self._ledger.journal.path.is_file():
             return "the study's folder was deleted or moved meanwhile"
         return f"the {count} finished trial(s) are kept"
 
@@ -303,9 +294,7 @@ class _Loop:
 
     def outcome(self, store: Store, ended: str) -> StudyOutcome:
         """All that is known of the points of this space, also from earlier runs.
-
-        Raises:
-            UserError: the values contradict each other in every combination.
+        UserError when the values contradict each other in every combination.
         """
         found = self._findings.points()
         if not found and self._jobs.contradictions:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -125,6 +126,21 @@ def measure_once(cfg: Config, arch: str, folder: Path, key: str) -> None:
     gc.collect()
 
 
+@dataclass(frozen=True)
+class _Check:
+    """One check of the guard: inputs, what is right and admitted on each, and what is enough.
+
+    With `moved` distances are relative to how far the policy moved from the noise.
+    """
+
+    name: str
+    inputs: Sequence[Inputs]
+    actions: Sequence[Tensor]
+    limits: Sequence[float]
+    enough: float
+    moved: bool = False
+
+
 class Meter:
     """Measures one context; policies are built one after the other, each freed before the next.
 
@@ -200,20 +216,16 @@ class Meter:
         """Each mutation in float32, also with the second weights where the first show little."""
         cfg = self.config("float32")
         inputs = [case.inputs for case in asked.cases]
-        actions = asked.reference.actions
         limits = [asked.reference.tolerance(cfg.guard, i) for i in range(len(inputs))]
-        everything = dict.fromkeys(self._names(), len(inputs))
-        policy = self._build(cfg)
-        found = self._all(policy, inputs, actions, limits, FORM_ENOUGH, "float32", everything)
+        check = _Check("float32", inputs, asked.reference.actions, limits, FORM_ENOUGH)
+        found = self._all(check, self._build(cfg), dict.fromkeys(self._names(), len(inputs)))
         few = structure.provoking(asked.cases)
         weak = {n: len(few) for n, multiple in found.items() if multiple < FORM_ENOUGH}
         if weak:
-            del policy
             actions = structure.provoked_reference(cfg, self.device, few, self.folder)
             limits = [cfg.guard.floor] * len(few)
-            policy = structure.provoked_policy(cfg, self.device)
-            name = "float32, second weights"
-            more = self._all(policy, few, actions, limits, FORM_ENOUGH, name, weak, moved=True)
+            check = _Check("float32, second weights", few, actions, limits, FORM_ENOUGH, moved=True)
+            more = self._all(check, structure.provoked_policy(cfg, self.device), weak)
             found |= {name: max(found[name], multiple) for name, multiple in more.items()}
         return found
 
@@ -232,32 +244,18 @@ class Meter:
         limits = [asked.reference.tolerance(cfg.guard, i, cfg.lossy()) for i in range(len(inputs))]
         form = form or dict.fromkeys(self._names(), INFINITE)
         count = {n: self.few if m >= FORM_ENOUGH else len(inputs) for n, m in form.items()}
-        found = self._all(policy, inputs, asked.reference.actions, limits, OWN_ENOUGH, kind, count)
-        return asked.reference.plain_rel_l2, found
+        check = _Check(kind, inputs, asked.reference.actions, limits, OWN_ENOUGH)
+        return asked.reference.plain_rel_l2, self._all(check, policy, count)
 
     def _names(self) -> list[str]:
         policy = weights.build(MODELS[self.cfg.model.name], "meta", self.cfg.workload.steps)
         return [mutation.name for mutation in catalogue(policy, runtime.workload_of(self.cfg))]
 
-    def _all(
-        self,
-        policy: Pi0Policy,
-        inputs: Sequence[Inputs],
-        actions: Sequence[Tensor],
-        limits: Sequence[float],
-        enough: float,
-        name: str,
-        count: dict[str, int],
-        moved: bool = False,
-    ) -> dict[str, float]:
-        """Multiples of the mutations in `count`, each by the first so many inputs.
-
-        With `moved` distances are relative to how far the policy moved from the noise.
-        """
+    def _all(self, check: _Check, policy: Pi0Policy, count: dict[str, int]) -> dict[str, float]:
+        """Multiples of the mutations in `count`, each by the first so many inputs."""
         workload = runtime.workload_of(self.cfg)
         seed = self.cfg.workload.seed + _PREVIOUS_SEED
         previous = make_inputs(workload, policy.config, seed, self.device)
-        found = {}
 
         def multiple(mutation: Mutation, few: int, enough: float) -> float:
             """The largest one, over inputs in order until one shows enough, then the first again.
@@ -266,19 +264,20 @@ class Meter:
             """
             call, largest = mutation.candidate(policy, previous), 0.0
             for index in [*range(few), 0]:
-                given, start = upload(inputs[index], self.device), inputs[index].noise
-                far = guard.distance(call(given), actions[index], start if moved else None).rel_l2
-                largest = max(largest, INFINITE if far is None else far / limits[index])
+                given = upload(check.inputs[index], self.device)
+                start = check.inputs[index].noise if check.moved else None
+                far = guard.distance(call(given), check.actions[index], start).rel_l2
+                largest = max(largest, INFINITE if far is None else far / check.limits[index])
                 if largest >= enough:
                     break
-            self.keep(name, mutation.name, largest)
+            self.keep(check.name, mutation.name, largest)
             return largest
 
         with torch.no_grad():
             unchanged = Mutation("unchanged", on_inputs(lambda inputs: inputs))
-            self.honest[name] = multiple(unchanged, len(inputs), INFINITE)
-            for mutation in catalogue(policy, workload):
-                few = count.get(mutation.name, 0)
-                if few:
-                    found[mutation.name] = multiple(mutation, few, enough)
-        return found
+            self.honest[check.name] = multiple(unchanged, len(check.inputs), INFINITE)
+            return {
+                mutation.name: multiple(mutation, count[mutation.name], check.enough)
+                for mutation in catalogue(policy, workload)
+                if count.get(mutation.name, 0)
+            }

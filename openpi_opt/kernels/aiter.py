@@ -28,17 +28,13 @@ import torch
 from torch import Tensor
 
 from openpi_opt.errors import RefusedError
+from openpi_opt.kernels.operators import operator
 
 # Launch parameters seen working on sm_90. AMD-only keys (waves_per_eu, matrix_instr_nonkdim,
 # kpack) are left out: Triton's CUDA backend refuses keys that it does not know.
 _PREFILL_CONFIG = {
-    "BLOCK_M": 64,
-    "BLOCK_N": 32,
-    "PRELOAD_V": False,
-    "num_warps": 4,
-    "num_ctas": 1,
-    "num_stages": 1,
-}
+    "BLOCK_M": 64, "BLOCK_N": 32, "PRELOAD_V": False, "num_warps": 4, "num_ctas": 1, "num_stages": 1
+}  # fmt: skip
 # The denoising steps have 10 or 50 action rows: larger row blocks would be mostly padding.
 _DECODE_CONFIG = {**_PREFILL_CONFIG, "BLOCK_M": 16, "BLOCK_N": 64}
 _DECODE_ROWS = 32
@@ -50,7 +46,7 @@ def core(device: str) -> Callable[[Tensor, Tensor, Tensor, float, Tensor | None]
     Raises:
         RefusedError: the package cannot be imported here.
     """
-    operator = _mha_ck if device == "rocm" else _mha_triton
+    flash = _mha_ck if device == "rocm" else _mha_triton
     _import_for(device)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -59,12 +55,13 @@ def core(device: str) -> Callable[[Tensor, Tensor, Tensor, float, Tensor | None]
                 "aiter's flash attention takes no mask; declare the layout of the workload "
                 "(policy.declare_layout) so that masked keys are left out instead"
             )
-        return operator(q, k, v, scale)
+        out: Tensor = flash(q, k, v, scale)
+        return out
 
     return attention
 
 
-@torch.library.custom_op("openpi_opt::aiter_mha_ck", mutates_args=())
+@operator("aiter_mha_ck")
 def _mha_ck(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Full attention, q [B, S, Hq, D], k and v [B, T, Hkv, D], bfloat16 or float16."""
     flags = [False, -1, -1, *_sink_size(), False, False]  # causal, window, sink, lse, randval
@@ -73,12 +70,7 @@ def _mha_ck(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out
 
 
-@_mha_ck.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return q.new_empty(q.shape[:-1] + v.shape[-1:])
-
-
-@torch.library.custom_op("openpi_opt::aiter_mha_triton", mutates_args=())
+@operator("aiter_mha_triton")
 def _mha_triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Full attention by aiter's Triton kernel; shapes as `_mha_ck`."""
     from aiter.ops.triton.attention.mha import flash_attn_func
@@ -86,11 +78,6 @@ def _mha_triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     config = _DECODE_CONFIG if q.shape[1] <= _DECODE_ROWS else _PREFILL_CONFIG
     out: Tensor = flash_attn_func(q, k, v, softmax_scale=scale, causal=False, config=dict(config))
     return out
-
-
-@_mha_triton.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return q.new_empty(q.shape[:-1] + v.shape[-1:])
 
 
 @cache

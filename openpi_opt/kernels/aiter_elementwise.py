@@ -19,10 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openpi_opt.kernels.operators import operator
+
 MAX_WIDTH = 8192  # of a row that `rmsnorm` takes
 
 
-@torch.library.custom_op("openpi_opt::aiter_rms_norm", mutates_args=())
+@operator("aiter_rms_norm")
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Gemma's RMSNorm, gain 1 + weight [W], or 1 without; x [..., W] -> [..., W] of x's dtype."""
     from aiter.ops.rmsnorm import rmsnorm
@@ -37,12 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return out.view(x.shape)
 
 
-@rms_norm.register_fake
-def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("openpi_opt::aiter_gelu_mul", mutates_args=())
+@operator("aiter_gelu_mul")
 def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up; both [..., W] -> [..., W]."""
     from aiter.ops.activation import gelu_tanh_and_mul
@@ -51,11 +48,6 @@ def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     out = gate.new_empty(rows.shape[0], gate.shape[-1])
     gelu_tanh_and_mul(out, rows)
     return out.view(gate.shape)
-
-
-@gelu_mul.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
 
 
 def _side_by_side(gate: Tensor, up: Tensor) -> Tensor:

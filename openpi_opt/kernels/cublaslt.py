@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openpi_opt.kernels.operators import of_product, operator
 from openpi_opt.kernels.triton_common import as_rows
 from openpi_opt.pi0 import ops
 
@@ -258,13 +259,8 @@ def searched_linear_reference(
     return out if residual is None else residual + out
 
 
-searched_linear = torch.library.custom_op(
-    "openpi_opt::searched_linear", searched_linear_reference, mutates_args=()
-)
+searched_linear = operator("searched_linear", of_product)(searched_linear_reference)
 searched_linear.register_kernel("cuda", _run)
-searched_linear.register_fake(
-    lambda x, weight, *_, **__: x.new_empty(*x.shape[:-1], weight.shape[0])
-)
 
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]

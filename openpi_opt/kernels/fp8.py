@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from openpi_opt.kernels.operators import operator
 from openpi_opt.pi0.layers import Linear
 
 # The exponent of e4m3 reaches over 2^15, so headroom for values larger than in calibration costs
@@ -101,15 +102,14 @@ def become(
     return linear
 
 
-@torch.library.custom_op("openpi_opt::aiter_gemm_a8w8", mutates_args=())
+@operator(
+    "aiter_gemm_a8w8",
+    lambda x, weight, _x, _w, _b, dtype: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype),
+)
 def _gemm_a8w8(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
+    x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """FP8 x [M, K] and weight [N, K], scales [M, 1] and [N, 1] float32 -> [M, N] of `dtype`.
 
     An operator of its own, because aiter's says that it mutates every tensor, weights too.
@@ -118,18 +118,6 @@ def _gemm_a8w8(
 
     out: Tensor = gemm_a8w8(x, weight, x_scale, weight_scale, bias, dtype)
     return out
-
-
-@_gemm_a8w8.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
 
 
 class AiterFp8Linear(Fp8Linear):

@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openpi_opt.kernels.operators import of_product, operator
 from openpi_opt.pi0 import ops
 
 
-@torch.library.custom_op("openpi_opt::linear_gelu", mutates_args=())
+@operator("linear_gelu", of_product)
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu_tanh(x [..., K] @ weight [N, K]^T + bias [N]) -> [..., N] of x's dtype."""
     return ops.linear_gelu(x, weight, bias)
@@ -25,8 +26,3 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     out = torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)
     return out.view(*x.shape[:-1], weight.shape[0])
-
-
-@linear_gelu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])

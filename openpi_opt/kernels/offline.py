@@ -75,30 +75,21 @@ def _nvidia(number: int, warps: int, shared_kib: int, blocks: int = 32, units: i
     )  # fmt: skip
 
 
-ARCHS = {
-    arch.name: arch
-    for arch in (
-        Arch(
-            "gfx942", GPUTarget("hip", "gfx942", 64), "amd", 512, 8, 64 * _KIB, 64 * _KIB, units=304
-        ),
-        Arch(
-            "gfx950",
-            GPUTarget("hip", "gfx950", 64),
-            "amd",
-            512,
-            8,
-            160 * _KIB,
-            160 * _KIB,
-            units=256,
-        ),
-        _nvidia(80, 64, 164, units=108),
-        _nvidia(89, 48, 100, 24, units=142),
-        _nvidia(90, 64, 228),
-        _nvidia(100, 64, 228, units=148),
-        _nvidia(120, 48, 100, 24, units=188),
-    )
-}
-"""MI300X, MI350 and MI355X; A100; L4, L40 and Ada RTX; H100 and H200; B200; RTX 50 and RTX PRO."""
+def _amd(name: str, lds_kib: int, units: int) -> Arch:
+    target, size = GPUTarget("hip", name, 64), lds_kib * _KIB
+    return Arch(name, target, "amd", 512, 8, size, size, units=units)
+
+
+_ALL = (
+    _amd("gfx942", 64, 304),  # MI300X
+    _amd("gfx950", 160, 256),  # MI350, MI355X
+    _nvidia(80, 64, 164, units=108),  # A100
+    _nvidia(89, 48, 100, 24, units=142),  # L4, L40, Ada RTX
+    _nvidia(90, 64, 228),  # H100, H200
+    _nvidia(100, 64, 228, units=148),  # B200
+    _nvidia(120, 48, 100, 24, units=188),  # RTX 50, RTX PRO
+)
+ARCHS = {arch.name: arch for arch in _ALL}
 
 _SIMDS = 4  # of a compute unit
 _AMD_GRANULE = 8  # registers of a lane are given out in eights

@@ -131,11 +131,11 @@ def layer_attention() -> None:
 def elementwise() -> None:
     """Norms, activation and rotary embedding of the prefix and of vision; pi05's suffix norm."""
     x, gain = _empty(1, _PREFIX, 2048), _empty(2048, dtype=torch.float32)
-    triton_norm.add_rms_norm(x, x, gain, EPS)
+    triton_norm.rms_norm(x, gain, EPS)
     scale, shift, _ = _empty(3 * 1024, dtype=torch.float32).chunk(3)
     triton_norm.adaptive_rms_norm(_empty(1, 10, 1024), scale, shift, EPS)
     triton_norm.layer_norm(_empty(3, 256, 1152), _empty(1152), _empty(1152), EPS)
-    triton_activation.gelu_mul_fused(_empty(1, _PREFIX, 32768))
+    triton_activation.gelu_mul(*_empty(1, _PREFIX, 32768).chunk(2, -1))
     table = _empty(1, _PREFIX, 128)
     triton_rotary.rotary_qk(_empty(1, _PREFIX, 8, 256), _empty(1, _PREFIX, 1, 256), table, table)
 

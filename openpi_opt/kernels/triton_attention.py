@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openpi_opt.kernels.launch import FLASH, Launch, applied, encoded
+from openpi_opt.kernels.operators import operator
 from openpi_opt.kernels.triton_common import (
     LOG2_E,
     LOWEST,
@@ -156,7 +157,7 @@ def default_launch(q: Tensor) -> Launch:
     return TABLE.get((key, width), fallback)
 
 
-@torch.library.custom_op("openpi_opt::triton_flash_attention", mutates_args=())
+@operator("triton_flash_attention")
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
     scale: float, launch: Sequence[int], padding: Tensor | None = None, padding_end: int = 0,
@@ -190,14 +191,6 @@ def flash_attention(
         dies=chosen.dies, **chosen.options(),
     )  # fmt: skip
     return out
-
-
-@flash_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
-    scale: float, launch: Sequence[int], padding: Tensor | None = None, padding_end: int = 0,
-) -> Tensor:  # fmt: skip
-    return q.new_empty(q.shape)
 
 
 def attention(overrides: Mapping[str, int] | None = None) -> Attention:

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openpi_opt.kernels.launch import DECODE, Launch, applied, encoded
+from openpi_opt.kernels.operators import operator
 from openpi_opt.kernels.triton_common import (
     LOG2_E,
     LOWEST,
@@ -284,7 +285,7 @@ def _prefetch(k: Tensor, v: Tensor, launch: Launch) -> int:
     return 128 if launch.dependent and whole and k.shape[1] > 0 else 0
 
 
-@torch.library.custom_op("openpi_opt::triton_decode_attention", mutates_args=())
+@operator("triton_decode_attention")
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
     scale: float, launch: Sequence[int], padding: Tensor | None = None, padding_end: int = 0,
@@ -302,7 +303,7 @@ def decode_attention(
     return _run(q, (k, v), None, lead, lead_keys, keys, full, scale, chosen, padded_keys)
 
 
-@torch.library.custom_op("openpi_opt::triton_decode_attention_rotary", mutates_args=())
+@operator("triton_decode_attention_rotary")
 def decode_attention_rotary(
     q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, cos: Tensor,
     sin: Tensor, lead: int, lead_keys: int, mask: Tensor | None, scale: float,
@@ -320,23 +321,6 @@ def decode_attention_rotary(
     padded_keys = (padding, padding_end)
     rope = (cos, sin)
     return _run(q, past, new, lead, lead_keys, keys, mask, scale, chosen, padded_keys, rope)
-
-
-@decode_attention_rotary.register_fake
-def _(
-    q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, cos: Tensor,
-    sin: Tensor, lead: int, lead_keys: int, mask: Tensor | None, scale: float,
-    launch: Sequence[int], padding: Tensor | None = None, padding_end: int = 0,
-) -> Tensor:  # fmt: skip
-    return q.new_empty(q.shape)
-
-
-@decode_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
-    scale: float, launch: Sequence[int], padding: Tensor | None = None, padding_end: int = 0,
-) -> Tensor:  # fmt: skip
-    return q.new_empty(q.shape)
 
 
 def attention(overrides: Mapping[str, int] | None = None) -> Attention:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from openpi_opt.kernels.operators import operator
 from openpi_opt.kernels.triton_common import arch, unit_stride
 
 
@@ -67,23 +68,13 @@ def _launch(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tens
     return q_out, k_out
 
 
-@torch.library.custom_op("openpi_opt::triton_rotary", mutates_args=())
+@operator("triton_rotary")
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, S, H, D], cos and sin [B or 1, S, D/2] -> [B, S, H, D] of x's dtype."""
     return _launch(x, None, cos, sin)[0]
 
 
-@torch.library.custom_op("openpi_opt::triton_rotary_qk", mutates_args=())
+@operator("triton_rotary_qk", lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)))
 def rotary_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Queries [B, S, Hq, D] and keys [B, S, Hkv, D], both rotated by one launch."""
     return _launch(q, k, cos, sin)
-
-
-@rotary.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@rotary_qk.register_fake
-def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)

@@ -35,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openpi_opt.kernels.launch import LINEAR, Launch, applied, encoded
+from openpi_opt.kernels.operators import operator
 from openpi_opt.kernels.triton_common import (
     arch,
     arrived_last,
@@ -394,7 +395,12 @@ def _run(p: _Product, launch: Launch, onward: Onward | None = None) -> Tensor:
     return out
 
 
-@torch.library.custom_op("openpi_opt::triton_skinny_linear", mutates_args=())
+@operator(
+    "triton_skinny_linear",
+    lambda x, weight, _bias=None, _squares=None, _eps=None, gated=False, _launch=None: x.new_empty(
+        *x.shape[:-1], weight.shape[0] // (2 if gated else 1)
+    ),
+)
 def skinny_linear(
     x: Tensor,
     weight: Tensor,
@@ -417,19 +423,6 @@ def skinny_linear(
     return _run(product, product.launch(launch)).view(*x.shape[:-1], product.features)
 
 
-@skinny_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    squares: Tensor | None = None,
-    eps: float | None = None,
-    gated: bool = False,
-    launch: Sequence[int] | None = None,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0] // (2 if gated else 1))
-
-
 def _onward(
     x: Tensor, weight: Tensor, residual: Tensor, factor: Tensor | None, gain: Tensor | None,
     launch: Sequence[int] | None,
@@ -444,7 +437,16 @@ def _onward(
     )
 
 
-@torch.library.custom_op("openpi_opt::triton_skinny_linear_onward", mutates_args=())
+def _onward_shapes(
+    x: Tensor, weight: Tensor, residual: Tensor, factor: Tensor | None = None,
+    gain: Tensor | None = None, launch: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _, _, onward = _onward(x, weight, residual, factor, gain, launch)
+    scaled = x.new_empty(0) if onward.scaled is None else onward.scaled
+    return residual.new_empty(residual.shape), scaled, onward.squares
+
+
+@operator("triton_skinny_linear_onward", _onward_shapes)
 def skinny_linear_onward(
     x: Tensor,
     weight: Tensor,
@@ -460,20 +462,6 @@ def skinny_linear_onward(
     product, chosen, onward = _onward(x, weight, residual, factor, gain, launch)
     out = _run(product, chosen, onward).view(residual.shape)
     return out, x.new_empty(0) if onward.scaled is None else onward.scaled, onward.squares
-
-
-@skinny_linear_onward.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor,
-    factor: Tensor | None = None,
-    gain: Tensor | None = None,
-    launch: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, onward = _onward(x, weight, residual, factor, gain, launch)
-    scaled = x.new_empty(0) if onward.scaled is None else onward.scaled
-    return residual.new_empty(residual.shape), scaled, onward.squares
 
 
 def linear(max_rows: int, overrides: Mapping[str, int] | None = None) -> Linear:

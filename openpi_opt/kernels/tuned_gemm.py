@@ -26,12 +26,12 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from openpi_opt.errors import RefusedError
 from openpi_opt.kernels.aiter_tables import merged, write_table
 from openpi_opt.kernels.fp8 import specialised
+from openpi_opt.kernels.operators import of_product, operator
 from openpi_opt.pi0.layers import Linear
 
 TABLE_VARIABLE = "AITER_CONFIG_GEMM_BF16"
@@ -48,7 +48,7 @@ _FP8_LOOKUP = re.compile(
 Shape = tuple[int, int, int]
 
 
-@torch.library.custom_op("openpi_opt::aiter_tuned_gemm", mutates_args=())
+@operator("aiter_tuned_gemm", of_product)
 def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None, shuffled: bool) -> Tensor:
     """x [M, K] @ weight [N, K]^T + bias [N]; `shuffled` says how the bytes of `weight` lie."""
     from aiter.tuned_gemm import gemm_a16w16
@@ -56,11 +56,6 @@ def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None, shuffled: bool) -> Ten
     weight.is_shuffled = shuffled  # type: ignore[attr-defined]
     out: Tensor = gemm_a16w16(x, weight, bias=bias)
     return out
-
-
-@_gemm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, shuffled: bool) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, shuffled: bool = False) -> Tensor:

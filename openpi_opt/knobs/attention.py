@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 from openpi_opt.knobs.launch import AttentionLaunch, arch_of
+from openpi_opt.knobs.refusals import aiter_problem, sixteen_bits_problem, triton_problem
 
 if TYPE_CHECKING:
     from openpi_opt.machine import Machine
@@ -77,31 +78,15 @@ class Attention(Knob[AttentionOptions]):
                 return problem
         if (problem := _no_mask(self.of(cfg), cfg)) is not None:
             return problem
-        if "triton" in self._backends(cfg) and cfg.platform.device == "cpu":
-            return Refusal(
-                "unavailable",
-                "attention=triton needs a GPU; Triton kernels run on the CPU in interpreter mode "
-                "only, for tests",
-            )
+        if "triton" in self._backends(cfg):
+            problem = triton_problem("attention=triton", cfg)
+            if problem is not None:
+                return problem
         if (problem := _misfit(self.canonical(cfg), cfg, arch_of(cfg, machine))) is not None:
             return problem
         if "aiter" not in self._backends(cfg):
             return None
-        device = cfg.platform.device
-        if device == "cpu":
-            return Refusal(
-                "unavailable",
-                "attention=aiter needs an AMD GPU with ROCm, or an NVIDIA GPU for its Triton "
-                "kernels; this trial runs on the CPU",
-            )
-        missing = _missing_aiter(machine)
-        if missing:
-            return Refusal("unavailable", missing)
-        if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
-            return Refusal(
-                "invalid", "attention=aiter computes in 16 bits; precision=float32 contradicts it"
-            )
-        return None
+        return aiter_problem("attention=aiter", cfg, machine, elsewhere=True)
 
     def canonical(self, cfg: Configuration) -> AttentionOptions:
         """Without launch parameters that no kernel reads."""
@@ -174,11 +159,8 @@ def _sdpa_problem(name: str, devices: tuple[str, ...], cfg: Configuration) -> Re
         return Refusal(
             "unavailable", f"attention={name} is a backend of torch on {where}, not on {device}"
         )
-    float32 = cfg.knobs["precision"].dtype == "float32"  # type: ignore[attr-defined]
-    if name in _SIXTEEN_BITS and device != "cpu" and float32:
-        return Refusal(
-            "invalid", f"attention={name} computes in 16 bits; precision=float32 contradicts it"
-        )
+    if name in _SIXTEEN_BITS and device != "cpu":
+        return sixteen_bits_problem(f"attention={name}", cfg)
     return None
 
 
@@ -229,19 +211,4 @@ def _no_mask(options: AttentionOptions, cfg: Configuration) -> Refusal | None:
                 f"attention.{stage}={name} takes no mask, which workload.layout=flexible needs; "
                 f"use attention.{stage}=triton or sdpa, or workload.layout=exact",
             )
-    return None
-
-
-def _missing_aiter(machine: Machine) -> str | None:
-    found = machine.aiter
-    if found is None:
-        return (
-            "attention=aiter needs AMD's aiter (distribution amd-aiter, from its source "
-            "repository; not on PyPI), which is not installed"
-        )
-    if found.kind == "unrelated":
-        return (
-            f"attention=aiter needs AMD's aiter, but `import aiter` finds PyPI's unrelated asyncio "
-            f"package of that name (version {found.version}); uninstall it and install AMD's"
-        )
     return None

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from openpi_opt.errors import RefusedError
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
+from openpi_opt.knobs.refusals import aiter_problem, sixteen_bits_problem
 from openpi_opt.paths import content_of
 
 if TYPE_CHECKING:
@@ -175,16 +176,8 @@ class Blas(Knob[BlasOptions]):
             tunable = TunableOpOptions()
         elif tunable.mode == "use":
             tunable = TunableOpOptions(mode="use", file=tunable.file)
-        return BlasOptions(
-            backend=options.backend,
-            library=options.library,
-            algorithm=options.algorithm,
-            aiter=aiter,
-            tunableop=tunable,
-            fp8=Fp8Options(stages=ordered, gemm=fp8.gemm, fast_accum=fast),
-            pad_strides=options.pad_strides,
-            overrides=options.overrides,
-        )
+        fp8 = Fp8Options(stages=ordered, gemm=fp8.gemm, fast_accum=fast)
+        return options.model_copy(update={"aiter": aiter, "tunableop": tunable, "fp8": fp8})
 
     def files(self, cfg: Configuration) -> Mapping[str, str]:
         """Aiter's table of tuned shapes, and the TunableOp results that are used."""
@@ -335,9 +328,7 @@ def _algorithm_problem(cfg: Configuration, options: BlasOptions) -> Refusal | No
         return Refusal("invalid", f"{wanted} and blas.library={options.library} both choose")
     if options.backend != "torch" and cfg.knobs["fusion"].residuals:  # type: ignore[attr-defined]
         return Refusal("invalid", f"fusion.residuals leaves no product to blas={options.backend}")
-    if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
-        return Refusal("invalid", f"{wanted} multiplies 16-bit matrices; use precision=bfloat16")
-    return None
+    return sixteen_bits_problem(wanted, cfg)
 
 
 def _tunableop_problem(cfg: Configuration, options: TunableOpOptions) -> Refusal | None:
@@ -377,28 +368,11 @@ def _file_problem(key: str, path: str, advice: str) -> Refusal | None:
 
 
 def _aiter_problem(cfg: Configuration, options: AiterOptions, machine: Machine) -> Refusal | None:
-    missing = _aiter_missing("blas=aiter", cfg, machine)
-    if missing is not None:
-        return missing
-    if options.table is not None:
+    problem = aiter_problem("blas=aiter", cfg, machine)
+    if problem is None and options.table is not None:
         how = "aiter's gemm_a16w16_tune.py writes such a table; leave it out for aiter's own"
         problem = _file_problem("blas.aiter.table", options.table, how)
-        if problem is not None:
-            return problem
-    if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
-        return Refusal("invalid", "blas=aiter multiplies 16-bit matrices; use precision=bfloat16")
-    return None
-
-
-def _aiter_missing(option: str, cfg: Configuration, machine: Machine) -> Refusal | None:
-    if cfg.platform.device != "rocm":
-        return Refusal("unavailable", f"{option} needs an AMD GPU with ROCm")
-    if machine.aiter is None or machine.aiter.kind != "amd":
-        return Refusal(
-            "unavailable",
-            f"{option} needs AMD's aiter (pip install --pre amd-aiter, or its source)",
-        )
-    return None
+    return problem
 
 
 def _nothing_left_for_gemm(cfg: Configuration, options: BlasOptions) -> Refusal | None:
@@ -438,7 +412,7 @@ def _fp8_problem(cfg: Configuration, options: Fp8Options, machine: Machine) -> R
     if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
         return Refusal("invalid", "blas=fp8 returns 16 bits; use precision=bfloat16")
     if options.gemm == "aiter":
-        missing = _aiter_missing("blas.fp8.gemm=aiter", cfg, machine)
+        missing = aiter_problem("blas.fp8.gemm=aiter", cfg, machine)
         if missing is not None:
             return missing
     if cfg.platform.device == "cpu":

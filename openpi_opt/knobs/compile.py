@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
 import shutil
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -135,15 +138,13 @@ class Compile(Knob[CompileOptions]):
     tuned: ClassVar = ("scope",)  # by layer a call is 1.3 to 4.7% slower (H100)
 
     def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
-        """Inductor needs a host compiler, its graph capture a GPU.
-
-        An option that a later torch lacks ends the trial with torch's own error, which names it.
-        """
+        """Inductor needs a host compiler, its graph capture a GPU, and each option this torch."""
         options = self.of(cfg)
         if options.mode == "off":
             return None
         reasons = (
             _double_capture(cfg, options),
+            _missing_option(options.inductor),
             _missing_ck(cfg, options.inductor),
             _missing_compiler(cfg, options),
             _cpp_wrapper(cfg, options),
@@ -212,6 +213,36 @@ class Compile(Knob[CompileOptions]):
         return " ".join([*words, *(f"{k}={v}" for k, v in options.inductor.chosen().items())])
 
 
+def inductor_names(source: str) -> frozenset[str]:
+    """The options in the text of `torch/_inductor/config.py`, those of `triton` with a dot."""
+    body = ast.parse(source).body
+    names = set(_assigned(body))
+    for statement in body:
+        if isinstance(statement, ast.ClassDef) and statement.name == "triton":
+            names |= {f"triton.{name}" for name in _assigned(statement.body)}
+    return frozenset(names)
+
+
+@cache
+def _installed_names() -> frozenset[str]:
+    """Read as text, because importing torch takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    path = Path(spec.origin).parent / "_inductor" / "config.py"
+    return inductor_names(path.read_text(encoding="utf-8"))
+
+
+def _assigned(body: list[ast.stmt]) -> list[str]:
+    targets: list[ast.expr] = []
+    for statement in body:
+        if isinstance(statement, ast.Assign):
+            targets += statement.targets
+        elif isinstance(statement, ast.AnnAssign):
+            targets.append(statement.target)
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
 def _double_capture(cfg: Configuration, options: CompileOptions) -> Refusal | None:
     if options.mode not in CAPTURING:
         return None
@@ -253,6 +284,15 @@ def _cpp_wrapper(cfg: Configuration, options: CompileOptions) -> Refusal | None:
             "gemm=triton_skinny takes (arg type List[int] is not supported); use one of the two",
         )
     return None
+
+
+def _missing_option(inductor: InductorOptions) -> Refusal | None:
+    known = _installed_names()
+    missing = [key for key in inductor.chosen() if key not in known and key not in INERT]
+    if not missing:
+        return None
+    names = ", ".join(f"compile.inductor.{key}" for key in missing)
+    return Refusal("unavailable", f"the installed torch has no such Inductor option: {names}")
 
 
 def _missing_ck(cfg: Configuration, inductor: InductorOptions) -> Refusal | None:

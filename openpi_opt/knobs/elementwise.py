@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
+from openpi_opt.knobs.refusals import aiter_problem, triton_problem
 
 if TYPE_CHECKING:
     from openpi_opt.machine import Machine
@@ -40,13 +41,9 @@ class Elementwise(Knob[ElementwiseOptions]):
     def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """Triton compiles for GPUs only, aiter for AMD's and 16 bits."""
         if self.of(cfg).backend == "aiter":
-            return _aiter_problem(cfg, machine)
-        if "triton" in self.of(cfg).model_dump().values() and cfg.platform.device == "cpu":
-            return Refusal(
-                "unavailable",
-                "elementwise=triton needs a GPU; Triton kernels run on the CPU in interpreter "
-                "mode only, for tests",
-            )
+            return aiter_problem("elementwise=aiter", cfg, machine)
+        if "triton" in self.of(cfg).model_dump().values():
+            return triton_problem("elementwise=triton", cfg)
         return None
 
     def canonical(self, cfg: Configuration) -> ElementwiseOptions:
@@ -87,16 +84,3 @@ class Elementwise(Knob[ElementwiseOptions]):
     def label(self, options: ElementwiseOptions) -> str:
         """The backend, and the kernel that is not its own."""
         return options.backend + (" rotary=triton" if options.rotary == "triton" else "")
-
-
-def _aiter_problem(cfg: Configuration, machine: Machine) -> Refusal | None:
-    if cfg.platform.device != "rocm":
-        return Refusal("unavailable", "elementwise=aiter needs an AMD GPU with ROCm")
-    if machine.aiter is None or machine.aiter.kind != "amd":
-        return Refusal(
-            "unavailable",
-            "elementwise=aiter needs AMD's aiter (amd-aiter, from its source repository)",
-        )
-    if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
-        return Refusal("invalid", "elementwise=aiter is for 16 bits; use precision=bfloat16")
-    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
+from openpi_opt.knobs.refusals import triton_problem
 
 if TYPE_CHECKING:
     from openpi_opt.machine import Machine
@@ -77,12 +78,8 @@ class Fusion(Knob[FusionOptions]):
         options = self.of(cfg)
         if options.vision_mlp and (problem := _vision_mlp_contradiction(cfg)):
             return Refusal("invalid", f"fusion.vision_mlp {problem}")
-        if options.expert_layer and cfg.platform.device == "cpu":
-            return Refusal(
-                "unavailable",
-                "fusion.expert_layer needs a GPU; Triton kernels run on the CPU in interpreter "
-                "mode only, for tests",
-            )
+        if options.expert_layer and (refusal := triton_problem("fusion.expert_layer", cfg)):
+            return refusal
         if options.expert_layer and (problem := _layer_contradiction(cfg, options)):
             return Refusal("invalid", f"fusion.expert_layer {problem}")
         if options.residuals and cfg.knobs["blas"].algorithm != "searched":  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 from openpi_opt.knobs.launch import LINEARS, LinearLaunch, arch_of, linears_problem
+from openpi_opt.knobs.refusals import triton_problem
 
 if TYPE_CHECKING:
     from openpi_opt.machine import Machine
@@ -52,12 +53,10 @@ class Gemm(Knob[GemmOptions]):
 
     def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
         """Triton compiles for GPUs only."""
-        if self.of(cfg).backend == "triton_skinny" and cfg.platform.device == "cpu":
-            return Refusal(
-                "unavailable",
-                "gemm=triton_skinny needs a GPU; Triton kernels run on the CPU in interpreter "
-                "mode only, for tests",
-            )
+        if self.of(cfg).backend == "triton_skinny":
+            refusal = triton_problem("gemm=triton_skinny", cfg)
+            if refusal is not None:
+                return refusal
         options = self.canonical(cfg)
         problem = linears_problem(options.launches(), _rows(cfg), arch_of(cfg, machine))
         return None if problem is None else Refusal("invalid", problem)

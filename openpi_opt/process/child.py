@@ -6,29 +6,36 @@ import contextlib
 import errno
 import json
 import os
+import re
 import select
 import selectors
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from openpi_opt.process import watcher
 from openpi_opt.process.environment import TRIAL_VARIABLE
-from openpi_opt.process.oom import oom_kills
 from openpi_opt.process.output import BoundedLog
+
+if TYPE_CHECKING:
+    from openpi_opt.process.devices import Slot
+    from openpi_opt.process.schedule import Turn
 
 # Between SIGTERM and SIGKILL; a trial has nothing to save.
 GRACE_SECONDS = 2.0
 # A process inside a driver call cannot be killed; the sweep goes on without it after this.
 UNKILLABLE_SECONDS = 30.0
-_PAUSED_POLL_SECONDS = 0.2  # how soon a limit counts again after a pause
-_LONGEST_WAIT_SECONDS = 3600.0  # of one select; a phase without a limit waits in several
+_POLL_SECONDS = 0.2  # how soon a limit counts again after a pause, and a stop is seen
 _LONGEST_LINE = 65_536
+_ORPHAN_SECONDS = 10.0  # at most, for the end of what a dead watcher left
+_VMSTAT = Path("/proc/vmstat")
 
 
 @dataclass(frozen=True)
@@ -52,79 +59,26 @@ class StoppedError(Exception):
     """A child was ended because its sweep ends: it has no result."""
 
 
-class Stop:
-    """Tells the threads that watch children to end them; once set, it stays set."""
-
-    def __init__(self) -> None:
-        self._read_fd, self._write_fd = os.pipe()
-        self._set = threading.Event()
-
-    @property
-    def is_set(self) -> bool:
-        """Whether children are to end."""
-        return self._set.is_set()
-
-    def set(self) -> None:
-        """End all children, and those that start later."""
-        if not self._set.is_set():
-            self._set.set()
-            os.write(self._write_fd, b".")  # never read: it wakes every watcher
-
-    def wait(self, seconds: float) -> bool:
-        """Wait so long, or until this is set; returns whether it is."""
-        return self._set.wait(seconds)
-
-    def fileno(self) -> int:
-        """A descriptor that can be read from once this is set."""
-        return self._read_fd
-
-    def __del__(self) -> None:
-        os.close(self._read_fd)
-        os.close(self._write_fd)
-
-
-class Turn(Protocol):
-    """A child's place in the schedule of its device (`schedule.Turn`).
-
-    The child inherits both descriptors: it asks by the phase `wait`, then reads a byte from `gate`,
-    and lets others have the device by the phase `report`. In `stopped` it finds for how many
-    seconds it stood still, as text.
-    """
-
-    gate: int
-    stopped: int
-
-    def began(self, child: Child) -> None:
-        """Its process is there."""
-
-    def asks(self) -> None:
-        """It wants the device for itself."""
-
-    def frees(self) -> None:
-        """It needs the device no more."""
-
-    def ended(self, gone: bool) -> None:
-        """It is over; not `gone`: something of it is left that cannot be killed."""
-
-
 @dataclass(frozen=True)
-class Tether:
-    """What ties a child to its sweep.
+class Place:
+    """What a child gets from its sweep: where it runs, and what ties it to the sweep.
 
-    `stop` ends it. `fds` are locks: the child has them, and they are free when nothing is left of
-    it. It runs on `cores`. `name` is the mark of its processes and of its cgroup.
+    `uid` marks its processes and its cgroup. `caches` is the folder of compiled code. `fds` are
+    locks: the child has them, and they are free when nothing is left of it. `stop` ends it. With
+    a `turn` it asks for the device before it measures.
     """
 
-    name: str = ""
-    stop: Stop | None = None
+    slot: Slot | None = None
+    uid: str = ""
+    caches: Path | None = None
     fds: tuple[int, ...] = ()
-    cores: tuple[int, ...] = ()
+    stop: threading.Event | None = None
     turn: Turn | None = None
 
     @property
-    def mark(self) -> str:
-        """What the environment of its processes has, and the watcher's command line."""
-        return f"{TRIAL_VARIABLE}={self.name}" if self.name else ""
+    def cores(self) -> tuple[int, ...]:
+        """The cores that it runs on; empty for all."""
+        return self.slot.cores if self.slot else ()
 
 
 class Child:
@@ -167,15 +121,12 @@ class Child:
             now = time.monotonic() if self._since is None else self._since
             return now - self._seconds
 
-    def kill(self) -> None:
-        """End all of it at once."""
+    def kill(self, word: bytes = b"K") -> None:
+        """End all of it at once, or with `T` ask it to end."""
         with self._lock:
-            self._tell(b"K")
-
-    def terminate(self) -> None:
-        """Ask all of it to end."""
-        with self._lock:
-            self._tell(b"T")
+            if not self._over:
+                with contextlib.suppress(BrokenPipeError):
+                    os.write(self._control, word)
 
     def reap(self, seconds: float) -> int | None:
         """The watcher's return code; None when it does not end in time."""
@@ -187,11 +138,6 @@ class Child:
         except subprocess.TimeoutExpired:
             return None
 
-    def _tell(self, word: bytes) -> None:
-        if not self._over:
-            with contextlib.suppress(BrokenPipeError):
-                os.write(self._control, word)
-
 
 def run_command(
     argv: Sequence[str],
@@ -199,7 +145,7 @@ def run_command(
     limits: Mapping[str, float],
     log: Path,
     on_phase: Callable[[str], None],
-    tether: Tether | None = None,
+    place: Place | None = None,
 ) -> Ended:
     """Run `argv --progress-fd N` under a watcher (`watcher.py`) and leave nothing of it behind.
 
@@ -207,44 +153,39 @@ def run_command(
     phase, beginning with `start`, on a clock that stands still while the child is stopped. Standard
     output and error go to `log`, of which beginning and end are kept.
 
-    Raises:
-        OSError: the process cannot be started, or the log cannot be written.
-        StoppedError: `tether.stop` was set.
+    Raises OSError when the process or the log cannot be begun, StoppedError after `place.stop`.
     """
-    tether = tether or Tether()
+    place = place or Place()
     if not os.access(argv[0], os.X_OK):
         raise FileNotFoundError(errno.ENOENT, "no such program", argv[0])
-    kills_before = oom_kills()
+    kills_before, turn = oom_kills(), place.turn
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(BoundedLog(log))
-        pipes = stack.enter_context(_Pipes())
-        turn = tether.turn
-        own = [pipes.progress[1], *(() if turn is None else (turn.gate, turn.stopped))]
-        words = [*argv, "--progress-fd", str(own[0])]
-        if turn is not None:
-            words += ["--gate-fd", str(turn.gate), "--stopped-fd", str(turn.stopped)]
-        theirs = [pipes.control[0], pipes.status[1]]
-        about = [
-            *map(str, theirs),
-            ",".join(map(str, own)),
-            watcher.cgroup_of(tether.name),
-            tether.mark,
-        ]
-        with _on_cores(tether.cores):
+        progress, says = _pipe(stack)  # the trial's
+        status, tells = _pipe(stack)  # the watcher's
+        heeds, control = _pipe(stack)
+        own = [says.fileno(), *((turn.gate, turn.stopped) if turn else ())]
+        names = ("--progress-fd", "--gate-fd", "--stopped-fd")
+        words = [text for name, fd in zip(names, own, strict=False) for text in (name, str(fd))]
+        theirs = [heeds.fileno(), tells.fileno()]
+        about = [*map(str, theirs), ",".join(map(str, own)), watcher.cgroup_of(place.uid)]
+        about.append(f"{TRIAL_VARIABLE}={place.uid}" if place.uid else "")
+        with _on_cores(place.cores):
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", watcher.__file__, *about, *words],
+                [sys.executable, "-I", "-S", watcher.__file__, *about, *argv, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=output.write_fd,
                 stderr=subprocess.STDOUT,
                 env=dict(env),
-                pass_fds=[*theirs, *own, *tether.fds],
+                pass_fds=[*theirs, *own, *place.fds],
                 start_new_session=True,
             )
-        pipes.close(*theirs, pipes.progress[1])
+        for end in (heeds, tells, says):
+            end.close()
         output.close_write_end()
-        os.read(pipes.status[0], 1)  # before there is a program, nothing can be stopped
-        child = Child(process, pipes.control[1], None if turn is None else turn.stopped)
-        watch = _Watch(child, pipes, output, limits, on_phase, tether.stop)
+        os.read(status.fileno(), 1)  # before there is a program, nothing can be stopped
+        child = Child(process, control.fileno(), turn.stopped if turn else None)
+        watch = _Watch(child, progress, status, output, limits, on_phase, place.stop)
         try:
             if turn is not None:
                 turn.began(child)
@@ -260,37 +201,17 @@ def run_command(
     return watch.summary(oom_kills() > kills_before)
 
 
-class _Pipes:
-    """The three pipes of a child, each as its reading and its writing end.
-
-    `progress` is the trial's, `status` and `control` are the watcher's.
-    """
-
-    def __init__(self) -> None:
-        self.progress, self.status, self.control = os.pipe(), os.pipe(), os.pipe()
-        self._open = {*self.progress, *self.status, *self.control}
-
-    def __enter__(self) -> _Pipes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close(*self._open)
-
-    def close(self, *fds: int) -> None:
-        """Close some of them, once."""
-        for fd in fds:
-            self._open.remove(fd)
-            os.close(fd)
+def _pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
+    """A pipe's reading and writing end, closed with `stack` at the latest."""
+    read, write = os.pipe()
+    return stack.enter_context(FileIO(read)), stack.enter_context(FileIO(write, "w"))
 
 
 @contextlib.contextmanager
 def _on_cores(cores: Sequence[int]) -> Iterator[None]:
     """Keep this thread, and so what it starts, on `cores`; the child has them from the start."""
-    if not cores:
-        yield
-        return
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
+    os.sched_setaffinity(0, cores or before)
     try:
         yield
     finally:
@@ -302,11 +223,12 @@ class _Watch:
     """Reads what a child says, and ends it when a phase has run past its limit."""
 
     child: Child
-    pipes: _Pipes
+    progress: FileIO
+    status: FileIO
     output: BoundedLog
     limits: Mapping[str, float]
     on_phase: Callable[[str], None]
-    stop: Stop | None = None
+    stop: threading.Event | None = None
     phase: str = "start"
     exceeded: float | None = None
     stopped: bool = False
@@ -320,41 +242,38 @@ class _Watch:
 
     def __post_init__(self) -> None:
         self._began = self.child.clock()
-        for fd in (self.pipes.progress[0], self.pipes.status[0]):
-            os.set_blocking(fd, False)
+        for end in (self.progress, self.status):
+            os.set_blocking(end.fileno(), False)
 
     def until_end(self, turn: Turn | None) -> None:
         """Return when nothing of the child is left, or its phase ran past the limit."""
-        progress, status = self.pipes.progress[0], self.pipes.status[0]
         with selectors.DefaultSelector() as selector:
-            for fd in (progress, status, self.output.read_fd):
-                selector.register(fd, selectors.EVENT_READ)
-            if self.stop is not None:
-                selector.register(self.stop, selectors.EVENT_READ)
+            for each in (self.progress, self.status, self.output):
+                selector.register(each, selectors.EVENT_READ)
             while not self.gone:
-                if self.stop is not None and self.stop.is_set:
+                if self.stop is not None and self.stop.is_set():
                     self.stopped = True
                     return
                 remaining = self._began + self.limits[self.phase] - self.child.clock()
                 if self.child.paused:
-                    remaining = _PAUSED_POLL_SECONDS
+                    remaining = _POLL_SECONDS
                 elif remaining <= 0:
                     self.exceeded = self.limits[self.phase]
                     return
-                for key, _ in selector.select(min(remaining, _LONGEST_WAIT_SECONDS)):
-                    if key.fd == status:
+                for key, _ in selector.select(min(remaining, _POLL_SECONDS)):
+                    if key.fileobj is self.status:
                         self._look()
-                    elif (key.fd == progress and not self._read(turn)) or (
-                        key.fd == self.output.read_fd and not self.output.read()
+                    elif (key.fileobj is self.progress and not self._read(turn)) or (
+                        key.fileobj is self.output and not self.output.read()
                     ):
-                        selector.unregister(key.fd)
+                        selector.unregister(key.fileobj)
             self._read(None)
 
     def end(self) -> None:
         """End what is left, and reap the watcher."""
         try:
             if not self.gone:
-                self.child.terminate()
+                self.child.kill(b"T")
                 self._wait(GRACE_SECONDS)
         finally:
             if not self.gone:
@@ -368,24 +287,21 @@ class _Watch:
     def summary(self, oom_killed: bool) -> Ended:
         """How it ended."""
         self._book()
-        return Ended(
-            *(self.returncode, self.phase, dict(self._seconds), self.exceeded),
-            oom_killed=oom_killed,
-            left=self.left,
-        )
+        seconds = dict(self._seconds)
+        return Ended(self.returncode, self.phase, seconds, self.exceeded, oom_killed, self.left)
 
     def _wait(self, seconds: float) -> None:
         """Wait up to `seconds` until nothing is left."""
         deadline = time.monotonic() + seconds
         while not self.gone and time.monotonic() < deadline:
             self.output.drain()  # a full pipe would keep it from ending
-            select.select([self.pipes.status[0]], [], [], 0.02)
+            select.select([self.status], [], [], 0.02)
             self._look()
 
     def _look(self) -> None:
         """Read what the watcher says, whose end is the end of all."""
         with contextlib.suppress(BlockingIOError):
-            chunk = os.read(self.pipes.status[0], _LONGEST_LINE)
+            chunk = os.read(self.status.fileno(), _LONGEST_LINE)
             self._status += chunk
             self.gone = not chunk
         if self._status.endswith(b"\n"):
@@ -395,7 +311,7 @@ class _Watch:
     def _read(self, turn: Turn | None) -> bool:
         """Take what the child has written; False at the end of the pipe."""
         try:
-            chunk = os.read(self.pipes.progress[0], _LONGEST_LINE)
+            chunk = os.read(self.progress.fileno(), _LONGEST_LINE)
         except BlockingIOError:
             return True
         *lines, rest = (self._buffer + chunk).split(b"\n")
@@ -408,13 +324,12 @@ class _Watch:
                 turn.frees()
         return bool(chunk)
 
-    def _enter(self, phase: str | None) -> None:
+    def _enter(self, phase: object) -> None:
         """Begin a phase. Saying the same one again gives no more time."""
-        if phase is None or phase not in self.limits or phase == self.phase:
-            return
-        self._book()
-        self.phase = phase
-        self.on_phase(phase)
+        if isinstance(phase, str) and phase in self.limits and phase != self.phase:
+            self._book()
+            self.phase = phase
+            self.on_phase(phase)
 
     def _book(self) -> None:
         now = self.child.clock()
@@ -422,10 +337,55 @@ class _Watch:
         self._began = now
 
 
-def _phase_of(line: bytes) -> str | None:
+def _phase_of(line: bytes) -> object:
     try:
         message = json.loads(line)
     except ValueError:
         return None
-    phase = message.get("phase") if isinstance(message, dict) else None
-    return phase if isinstance(phase, str) else None
+    return message.get("phase") if isinstance(message, dict) else None
+
+
+def end_marked(uid: str) -> int:
+    """End this user's processes on this host that belong to trial `uid`; returns how many.
+
+    They are found by their cgroup, where there is one, below the trial's watcher, and by the mark
+    in their environment; a process number may belong to a stranger by now. Returns when they are
+    gone, or after a while when the kernel keeps them.
+    """
+    mark = f"{TRIAL_VARIABLE}={uid}".encode()
+    ended: set[int] = set()
+    deadline = time.monotonic() + _ORPHAN_SECONDS
+    while time.monotonic() < deadline:
+        own = [each for each in watcher.everybody() if each.is_ours()]
+        watchers = [each for each in own if mark in each.words("cmdline")]
+        found = [each for each in own if mark in each.words("environ")]
+        below = [each for root in watchers for each in watcher.descendants(root.pid)]
+        found += [each for each in below if each.lives]
+        if not found and not watchers:
+            break
+        # Again and again: one of them may have started another in between. A watcher ends by
+        # itself, unless it is stopped.
+        for each in found or watchers:
+            each.send(signal.SIGKILL)
+        ended |= {each.pid for each in found}
+        time.sleep(0.01)
+    return len(ended) + watcher.remove_cgroup(watcher.cgroup_of(uid))
+
+
+def oom_kills() -> int:
+    """How often the kernel's out-of-memory killer struck: on this host and in our cgroup."""
+    counters = [re.search(r"^oom_kill (\d+)$", watcher.text(path), re.M) for path in oom_files()]
+    return sum(int(found[1]) for found in counters if found)
+
+
+def oom_files() -> list[Path]:
+    """Files with a line `oom_kill COUNT`: the host's, and those of both kinds of cgroup."""
+    found = [_VMSTAT]
+    for line in watcher.text("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = Path("/sys/fs/cgroup") / controllers
+            folder = root / path.lstrip("/")
+            own = folder if folder.is_dir() else root
+            found += [own / "memory.events", own / "memory.oom_control"]
+    return found

@@ -4,6 +4,8 @@ A lease is a lock in a folder that all users of the host share, one file for eac
 and for each core of a CPU slot. Trials and their watchers inherit it, so a device is free only when
 what ran on it is gone, also when the controller was killed. A sweep keeps its lease as long as it
 has trials on the device; when another process waits, it starts no more, so that both take turns.
+
+All that asks for a lock here raises UserError when the folder of leases cannot be used.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -37,7 +39,7 @@ _FOLDER_MODE = 0o1777
 _FILE_MODE = 0o666
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 _WAIT_SECONDS = 0.25
-_PATIENCE_SECONDS = 2.0  # who waits looks four times a second
+PATIENCE_SECONDS = 2.0  # who waits looks four times a second
 DEVICE_HELP = (
     "the GPU for all processes, by index or UUID (default: the one of the study's newest "
     "confirmation, which may have to be continued, else a free one)"
@@ -66,6 +68,12 @@ class DeviceSettings(BaseModel):
         if not value or (isinstance(value, list) and "" in value):
             raise ValueError("name at least one GPU, or all")
         return value
+
+    @property
+    def text(self) -> str:
+        """`gpus` as it was typed."""
+        gpus = self.gpus
+        return "devices=" + (gpus if isinstance(gpus, str) else f"[{','.join(map(str, gpus))}]")
 
 
 @dataclass(frozen=True)
@@ -122,12 +130,7 @@ class Devices:
     _slots: dict[Device, list[Slot]] = field(default_factory=dict)
 
     def check(self, configs: Iterable[Config]) -> None:
-        """Refuse what `configs` could never run on, before anything begins.
-
-        Raises:
-            UserError: as `slots`; also GPUs that are named where everything runs on the CPU, and
-                a `platform.gpu` that is not among those used.
-        """
+        """Refuse what `configs` could never run on, before anything begins: raises UserError."""
         wanted = list(configs)
         kinds = {cfg.device for cfg in wanted}
         if self.settings.gpus != "all" and kinds == {"cpu"}:
@@ -138,12 +141,7 @@ class Devices:
             self._check_gpu(cfg)
 
     def slots(self, device: Device) -> list[Slot]:
-        """Slots of one kind, made when first asked for.
-
-        Raises:
-            UserError: `devices` names a GPU that is not there, one twice, several at once, GPUs of
-                different models, or more CPU slots than cores.
-        """
+        """Slots of one kind, made when first asked for; a UserError says what cannot be had."""
         if device not in self._slots:
             make = self._cpu_slots if device == "cpu" else self._gpu_slots
             self._slots[device] = make(device)
@@ -158,17 +156,14 @@ class Devices:
 
         On a CPU the cores are what is measured, so each has all of them; one at a time runs then.
         """
-        count = self.settings.prepare
-        if count == "auto":
-            count = prepared(slot)
-        shares = [_share(list(slot.cores), number, count) for number in range(count)]
+        asked = self.settings.prepare
+        count = prepared(slot) if asked == "auto" else asked
+        if count == 1:
+            return (slot,)
+        shares = [slot.cores] * count if slot.gpu is None else _shares(list(slot.cores), count)
         return tuple(
-            replace(
-                slot,
-                name=slot.name if count == 1 else f"{slot.name}, place {number + 1}",
-                cores=slot.cores if slot.gpu is None else share,
-            )
-            for number, share in enumerate(shares)
+            replace(slot, name=f"{slot.name}, place {number}", cores=share)
+            for number, share in enumerate(shares, start=1)
         )
 
     def gpu_index(self, device: Device) -> int:
@@ -177,20 +172,19 @@ class Devices:
         return 0 if gpu is None else self.machine.gpus_for(device).index(gpu)
 
     def _cpu_slots(self, device: Device) -> list[Slot]:
-        cores, count = _cores(), self.settings.cpu_slots
+        cores, count = usable_cores(), self.settings.cpu_slots
         most = self.machine.threads(len(cores))
         if count > most:
             raise UserError(
                 f"devices.cpu_slots={count}: this process may use {most} core(s), and every "
                 f"slot needs one of its own.\nUse devices.cpu_slots=1 to {most}."
             )
-        shares = [_share(cores, number, count) for number in range(count)]
+        shares = _shares(cores, count)
         return [Slot(f"CPU slot {n}", device, None, share) for n, share in enumerate(shares)]
 
     def _gpu_slots(self, device: Device) -> list[Slot]:
         gpus = self.machine.gpus_for(device)
-        self._check_names(gpus)
-        chosen = [gpu for gpu in gpus if self._is_chosen(gpu, gpus.index(gpu))]
+        chosen = self._chosen(gpus)
         same = [gpu for gpu in chosen if _model(gpu) == _model(chosen[0])]
         if len(same) < len(chosen):
             other = next(gpu for gpu in chosen if gpu not in same)
@@ -198,26 +192,50 @@ class Devices:
             if self.settings.gpus != "all":
                 raise UserError(f"devices: {text}.\nName GPUs of one model with devices=[...].")
             self.notes.append(f"{text}: only the {len(same)} of the first kind are used")
-        cores = _cores()
         # Shares of all GPUs of the host, not of those chosen: a trial has the same surroundings
         # whoever else is sweeping.
-        return [
-            Slot(f"GPU {gpu.index}", device, gpu, _share(cores, gpus.index(gpu), len(gpus)))
-            for gpu in same
-        ]
+        shares = _shares(usable_cores(), len(gpus))
+        return [Slot(f"GPU {gpu.index}", device, gpu, shares[gpus.index(gpu)]) for gpu in same]
+
+    def _chosen(self, gpus: tuple[Gpu, ...]) -> list[Gpu]:
+        """The GPUs that `devices` names, in the order of the machine."""
+        if self.settings.gpus == "all":
+            return list(gpus)
+        named: dict[str, int | str] = {}
+        for wanted in self.settings.gpus:
+            found = [
+                gpu
+                for number, gpu in enumerate(gpus)
+                if (number == wanted if isinstance(wanted, int) else gpu.uuid.startswith(wanted))
+            ]
+            if not found:
+                problem = f"there is no such GPU as {wanted}"
+            elif len(found) > 1:
+                problem = f"{wanted} is the beginning of {len(found)} UUIDs"
+            elif found[0].uuid in named:
+                problem = f"{named[found[0].uuid]} and {wanted} are the same GPU"
+            else:
+                named[found[0].uuid] = wanted
+                continue
+            there = ", ".join(f"{n} ({gpu.uuid})" for n, gpu in enumerate(gpus))
+            raise UserError(
+                f"{self.settings.text}: {problem}. There is {there or 'none of its kind'}.\n"
+                "Give each GPU once, by index or UUID: devices=[0,1], or devices=all."
+            )
+        return [gpu for gpu in gpus if gpu.uuid in named]
 
     def _no_use(self) -> str:
         """Why no GPU can be named here."""
-        given = f"devices={_text(self.settings.gpus)}"
         if not self.machine.gpus:
             return (
-                f"{given}: this machine has no GPU that is visible.\nLeave it out to run on the "
-                "CPU (devices.cpu_slots=N trials at a time), or check the driver and "
+                f"{self.settings.text}: this machine has no GPU that is visible.\nLeave it out to "
+                "run on the CPU (devices.cpu_slots=N trials at a time), or check the driver and "
                 "*_VISIBLE_DEVICES; python -m openpi_opt.doctor looks."
             )
         return (
-            f"{given} names GPUs, but every configuration here runs on the CPU.\nLeave it out, or "
-            "use platform=cuda or platform=rocm with a torch that was built for it."
+            f"{self.settings.text} names GPUs, but every configuration here runs on the CPU.\n"
+            "Leave it out, or use platform=cuda or platform=rocm with a torch that was built for "
+            "it."
         )
 
     def _check_gpu(self, cfg: Config) -> None:
@@ -233,54 +251,19 @@ class Devices:
                 f"{names}.\nName it with devices=[{number}], or leave platform.gpu out."
             )
 
-    def _is_chosen(self, gpu: Gpu, position: int) -> bool:
-        if self.settings.gpus == "all":
-            return True
-        return any(_names(wanted, gpu, position) for wanted in self.settings.gpus)
-
-    def _check_names(self, gpus: tuple[Gpu, ...]) -> None:
-        if self.settings.gpus == "all":
-            return
-        given = f"devices={_text(self.settings.gpus)}"
-        there = ", ".join(f"{n} ({gpu.uuid})" for n, gpu in enumerate(gpus)) or "none of its kind"
-        advice = "Give each GPU once, by index or UUID: devices=[0,1], or devices=all."
-        named: dict[str, int | str] = {}
-        for wanted in self.settings.gpus:
-            found = [gpu for n, gpu in enumerate(gpus) if _names(wanted, gpu, n)]
-            if not found:
-                problem = f"there is no such GPU as {wanted}"
-            elif len(found) > 1:
-                problem = f"{wanted} is the beginning of {len(found)} UUIDs"
-            elif found[0].uuid in named:
-                problem = f"{named[found[0].uuid]} and {wanted} are the same GPU"
-            else:
-                named[found[0].uuid] = wanted
-                continue
-            raise UserError(f"{given}: {problem}. There is {there}.\n{advice}")
-
 
 def lease(slot: Slot) -> Lease | None:
-    """Take a slot, or None while any part of it is in use.
-
-    Raises:
-        UserError: the folder of leases cannot be used.
-    """
+    """Take a slot, or None while any part of it is in use."""
     taken: list[Held] = []
-    about = _about()
-    with _errors() as folder:
-        try:
-            for key in slot.keys:
-                held = locks.take(folder / f"{key}.lock", about, _FILE_MODE)
-                if held is None:
-                    break
-                taken.append(held)
-        except BaseException:
-            Lease(slot, taken).release()
-            raise
-    if len(taken) == len(slot.keys):
-        return Lease(slot, taken)
-    Lease(slot, taken).release()
-    return None
+    with ExitStack() as given_back:
+        for key in slot.keys:
+            held = _take(f"{key}.lock")
+            if held is None:
+                return None
+            taken.append(held)
+            given_back.callback(held.release)
+        given_back.pop_all()
+    return Lease(slot, taken)
 
 
 class Queue:
@@ -296,11 +279,7 @@ class Queue:
         self._idle: dict[str, float] = {}  # slots that are free for another, since when
 
     def lease(self, slot: Slot) -> Lease | None:
-        """Take a slot; None while any part of it is in use, or somebody else is next.
-
-        Raises:
-            UserError: the folder of leases cannot be used.
-        """
+        """Take a slot; None while any part of it is in use, or somebody else is next."""
         for key in slot.keys:  # all processes ask in the same order
             if key not in self._next:
                 held = _take(f"{key}.next.lock")
@@ -313,13 +292,11 @@ class Queue:
         return taken
 
     def _pass_by(self, slot: Slot) -> Lease | None:
-        with _errors() as folder:
-            used = any(locks.is_held(folder / f"{key}.lock") for key in slot.keys)
-        if used:
+        if any(_is_held(f"{key}.lock") for key in slot.keys):
             self._idle.pop(slot.name, None)
             return None
         since = self._idle.setdefault(slot.name, time.monotonic())
-        return None if time.monotonic() - since < _PATIENCE_SECONDS else lease(slot)
+        return None if time.monotonic() - since < PATIENCE_SECONDS else lease(slot)
 
     def leave(self, slots: Iterable[Slot]) -> None:
         """Wait for these no more. Calling it twice has no effect."""
@@ -329,22 +306,12 @@ class Queue:
                 held.release()
 
     def is_wanted(self, slot: Slot) -> bool:
-        """Whether another process waits for the slot.
-
-        Raises:
-            UserError: the folder of leases cannot be used.
-        """
-        with _errors() as folder:
-            others = (key for key in slot.keys if key not in self._next)
-            return any(locks.is_held(folder / f"{key}.next.lock") for key in others)
+        """Whether another process waits for the slot."""
+        return any(_is_held(f"{key}.next.lock") for key in slot.keys if key not in self._next)
 
 
 def wait_for(slots: Sequence[Slot], busy: Callable[[], None]) -> Lease:
-    """Take one of these slots; `busy` is called whenever none is free, and pauses or raises.
-
-    Raises:
-        UserError: the folder of leases cannot be used.
-    """
+    """Take one of these slots; `busy` is called whenever none is free, and pauses or raises."""
     queue = Queue()
     try:
         while True:
@@ -358,11 +325,7 @@ def wait_for(slots: Sequence[Slot], busy: Callable[[], None]) -> Lease:
 
 
 def measure_lock() -> Held | None:
-    """The lock of those who want to measure alone on this host, or None while another has it.
-
-    Raises:
-        UserError: the folder of leases cannot be used.
-    """
+    """The lock of those who want to measure alone on this host, or None while another has it."""
     return _take("measure.lock")
 
 
@@ -372,21 +335,9 @@ def float32_seats(memory_mib: int | None) -> int:
 
 
 def float32_seat(gpu: Gpu) -> Held | None:
-    """The lock of one of them, or None while all are taken.
-
-    Raises:
-        UserError: the folder of leases cannot be used.
-    """
-    for number in range(float32_seats(gpu.memory_mib)):
-        held = _take(f"{gpu.uuid}.float32-{number}.lock")
-        if held is not None:
-            return held
-    return None
-
-
-def _take(name: str) -> Held | None:
-    with _errors() as folder:
-        return locks.take(folder / name, _about(), _FILE_MODE)
+    """The lock of one of them, or None while all are taken."""
+    names = (f"{gpu.uuid}.float32-{n}.lock" for n in range(float32_seats(gpu.memory_mib)))
+    return next((held for name in names if (held := _take(name)) is not None), None)
 
 
 def gpu_name(text: str) -> int | str:
@@ -407,62 +358,47 @@ def reserve(
     `wanted` names a GPU as `devices=` does. Without it, and without `platform.gpu`, it is the GPU
     of the newest confirmation in `records`, which may have to be continued; else one of those that
     the study ran on; else any of the first model.
-
-    Raises:
-        UserError: there is no such GPU, `cfg` names another, or the folder of leases cannot be
-            used.
+    Raises UserError when there is no such GPU, or `cfg` names another.
     """
-    slots = _admitted(cfg, machine, wanted, records)
-    told = False
+    names = _wanted(cfg, machine, wanted, records)
+    found = Devices(DeviceSettings(gpus=names), machine)
+    found.check([cfg])
+    slots, told = found.slots(cfg.device), False
 
     def busy() -> None:
         nonlocal told
         if not told:
             told = True
-            say(f"{in_use(slots)}{_hint(slots, wanted)}")
+            fixed = wanted is None and len(slots) == 1 and slots[0].gpu is not None
+            hint = "\n--device names another GPU, on which everything is measured anew"
+            say(f"{in_use(slots)}{hint if fixed else ''}")
         pause(_WAIT_SECONDS)
 
     return wait_for(slots, busy)
 
 
-def _hint(slots: Sequence[Slot], wanted: int | str | None) -> str:
-    if wanted is not None or len(slots) > 1 or slots[0].gpu is None:
-        return ""
-    return "\n--device names another GPU, on which everything is measured anew"
-
-
-def _admitted(
+def _wanted(
     cfg: Config, machine: Machine, wanted: int | str | None, records: Sequence[Record]
-) -> list[Slot]:
-    """The slots of which one is to be taken; a CPU is one slot."""
-    number = cfg.platform.gpu
-    if wanted is not None:
-        return _named(machine, wanted, cfg)
-    if number is not None:
-        return _named(machine, number, cfg)
+) -> Any:
+    """The GPUs of which one is to be taken, as in `devices=`; a CPU is one slot."""
+    for name in (wanted, cfg.platform.gpu):
+        if name is not None:
+            return [name]
     if cfg.device == "cpu":
-        return _named(machine, "all", cfg)
+        return "all"
     here = {gpu.uuid: gpu for gpu in machine.gpus_for(cfg.device)}
     confirmed = _seen([r for r in records if r.role == "confirm"], here)
     if confirmed:
-        return _named(machine, confirmed[-1].uuid, cfg)
+        return [confirmed[-1].uuid]
     seen = _seen(records, here)
     same = [gpu for gpu in seen if gpu.name == seen[-1].name]
-    chosen = [uuid for uuid, gpu in here.items() if gpu in same]
-    return _named(machine, chosen or "all", cfg)
+    return [uuid for uuid, gpu in here.items() if gpu in same] or "all"
 
 
 def _seen(records: Sequence[Record], here: dict[str, Gpu]) -> list[Gpu]:
     """The GPUs of this machine that records name, oldest first."""
     named = [record.result.fingerprint.get("gpu") for record in records]
     return [here[gpu["uuid"]] for gpu in named if gpu and gpu["uuid"] in here]
-
-
-def _named(machine: Machine, names: int | str | list[str], cfg: Config) -> list[Slot]:
-    gpus: Any = names if names == "all" or isinstance(names, list) else [names]
-    found = Devices(DeviceSettings(gpus=gpus), machine)
-    found.check([cfg])
-    return found.slots(cfg.device)
 
 
 def in_use(slots: Iterable[Slot]) -> str:
@@ -477,16 +413,16 @@ def holder(slot: Slot) -> str:
         for key in slot.keys:
             path = folder / f"{key}.lock"
             if locks.is_held(path):
-                return _described(locks.note(path))
+                try:
+                    about = json.loads(locks.note(path))
+                    return f"process {about['pid']} of user {about['user']}"
+                except (ValueError, KeyError, TypeError):
+                    return "another process"
     return "nobody"
 
 
 def leases_folder() -> Path:
-    """The folder that all users of this host share, made when absent.
-
-    Raises:
-        OSError: it cannot be made, or is no folder that can be written.
-    """
+    """The folder that all users of this host share, made when absent; OSError if it cannot be."""
     folder = Path(os.environ.get(LEASES_VARIABLE) or LEASES)
     try:
         folder.mkdir(mode=_FOLDER_MODE)
@@ -502,6 +438,21 @@ def leases_folder() -> Path:
     return folder
 
 
+def _take(name: str) -> Held | None:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    with _errors() as folder:
+        about = json.dumps({"user": user, "pid": os.getpid()})
+        return locks.take(folder / name, about, _FILE_MODE)
+
+
+def _is_held(name: str) -> bool:
+    with _errors() as folder:
+        return locks.is_held(folder / name)
+
+
 @contextmanager
 def _errors() -> Iterator[Path]:
     try:
@@ -514,34 +465,6 @@ def _errors() -> Iterator[Path]:
         ) from error
 
 
-def _described(text: str) -> str:
-    try:
-        about = json.loads(text)
-        return f"process {about['pid']} of user {about['user']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
-
-
-def _about() -> str:
-    return json.dumps({"user": _user(), "pid": os.getpid()})
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())
-
-
-def _names(wanted: int | str, gpu: Gpu, position: int) -> bool:
-    return position == wanted if isinstance(wanted, int) else gpu.uuid.startswith(wanted)
-
-
-def _text(gpus: Literal["all"] | list[int | str]) -> str:
-    """As it was typed."""
-    return gpus if isinstance(gpus, str) else f"[{','.join(map(str, gpus))}]"
-
-
 def _model(gpu: Gpu) -> tuple[str, str, str]:
     return gpu.name, gpu.arch, gpu.driver
 
@@ -552,7 +475,7 @@ def prepared(slot: Slot) -> int:
     return max(1, min(_MOST_PREPARED, len(slot.cores) // each))
 
 
-def _cores() -> list[int]:
+def usable_cores() -> list[int]:
     """The cores that this process may use, hardware threads of one core beside each other."""
     return sorted(os.sched_getaffinity(0), key=_place_of)
 
@@ -566,9 +489,9 @@ def _place_of(core: int) -> tuple[int, int, int]:
         return 0, core, core
 
 
-def _share(cores: list[int], number: int, count: int) -> tuple[int, ...]:
-    """Share `number` of `count`; with fewer cores than shares, one core for several of them."""
+def _shares(cores: list[int], count: int) -> list[tuple[int, ...]]:
+    """The cores in `count` equal parts; with fewer cores than parts, one core for several."""
     size = len(cores) // count
     if size == 0:
-        return (cores[number % len(cores)],)
-    return tuple(cores[number * size : (number + 1) * size])
+        return [(cores[number % len(cores)],) for number in range(count)]
+    return [tuple(cores[number * size : (number + 1) * size]) for number in range(count)]

@@ -91,11 +91,7 @@ _SECRET_VALUE = re.compile(
 def cleared_names(environ: Mapping[str, str] | None = None) -> list[str]:
     """Names in the environment that might change a trial and are kept from it."""
     source = os.environ if environ is None else environ
-    return sorted(
-        name
-        for name in source
-        if name in CACHES or (_is_decisive(name) and name not in ADMITTED_NAMES)
-    )
+    return sorted(name for name in source if name in CACHES or _is_decisive(name))
 
 
 def child_environment(
@@ -111,29 +107,33 @@ def child_environment(
     Only admitted variables of the controller's are in it, and those that knobs set.
     `gpu` is the one that it is to see, `threads` bounds those of OpenMP, and `caches` is where
     compilers find what they made before.
-
-    Raises:
-        ValueError: two knobs want one variable to have different values.
     """
     source = os.environ if environ is None else environ
     more = frozenset(filter(None, source.get(PASS_VARIABLE, "").split(",")))
     env = {
         name: value
         for name, value in source.items()
-        if not (_is_decisive(name) and name not in ADMITTED_NAMES)
-        and (name in more or _is_admitted(name, value))
+        if not _is_decisive(name) and (name in more or _is_admitted(name, value))
     }
     if threads is None and machine.quota is not None:
         threads = machine.cores
     if threads is not None:
         threads = machine.threads(threads)
-        env["OMP_NUM_THREADS"] = str(min(threads, _number(env.get("OMP_NUM_THREADS")) or threads))
+        # OpenMP also admits lists, whose first number counts.
+        given = re.match(r"\s*(\d+)\s*(,|$)", env.get("OMP_NUM_THREADS", ""))
+        env["OMP_NUM_THREADS"] = str(min(threads, (int(given[1]) if given else 0) or threads))
     if caches is not None:
         env.update({name: str(caches / folder) for name, folder in CACHES.items()})
     env.update(knob_variables(cfg))
-    env.update(_gpu_selection(cfg, machine, env, gpu))
     env["PYTHONUNBUFFERED"] = "1"
-    if not BY_DEVICE[cfg.device].is_gpu:
+    if (vendor := BY_DEVICE[cfg.device]).is_gpu:
+        # What is left of the user's choice would be applied on top, or to another's runtime.
+        for each in GPU_VENDORS:
+            for name in set(each.visibility) - set(each.outer_visibility):
+                env.pop(name, None)
+        shown = gpu or machine.gpus_for(cfg.device)[cfg.platform.gpu or 0]
+        env.update(vendor.selection(shown))
+    else:
         # A waiting OpenMP thread that spins keeps the core from the thread it waits for as soon as
         # anything else runs: 50 ms calls became 5 s beside one busy neighbour on two cores.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -153,45 +153,18 @@ def _is_admitted(name: str, value: str) -> bool:
 
 def _is_decisive(name: str) -> bool:
     """Whether a trial may depend on it; versions that a container was built with say nothing."""
-    return name in VARIABLES or (
-        name.startswith(DECISIVE_PREFIXES) and not name.endswith("_VERSION")
-    )
+    prefixed = name.startswith(DECISIVE_PREFIXES) and not name.endswith("_VERSION")
+    return (prefixed or name in VARIABLES) and name not in ADMITTED_NAMES
 
 
 def knob_variables(cfg: Config) -> dict[str, str]:
-    """What the knobs of `cfg` set.
-
-    Raises:
-        ValueError: two knobs want one variable to have different values.
-    """
+    """What the knobs of `cfg` set; ValueError when two want one variable to differ."""
     merged: dict[str, str] = {}
     for knob in (knob for knob in KNOBS if knob.acts(cfg)):
         for name, value in knob.environment(cfg).items():
             if merged.setdefault(name, value) != value:
                 raise ValueError(f"two knobs set {name}: {merged[name]!r} and {value!r}")
     return merged
-
-
-def _number(text: str | None) -> int | None:
-    """A whole number above 0; OpenMP also admits lists, whose first number counts."""
-    first = (text or "").split(",")[0].strip()
-    return int(first) if first.isdecimal() and int(first) > 0 else None
-
-
-def _gpu_selection(
-    cfg: Config, machine: Machine, env: dict[str, str], chosen: Gpu | None
-) -> dict[str, str]:
-    """Show the trial one GPU, in the way of its vendor."""
-    vendor = BY_DEVICE[cfg.platform.device]
-    if not vendor.is_gpu:
-        return {}
-    gpu = chosen or machine.gpus_for(cfg.platform.device)[cfg.platform.gpu or 0]
-    chosen_by = vendor.selection(gpu)
-    # What is left of the user's choice would be applied on top, or to another vendor's runtime.
-    for each in GPU_VENDORS:
-        for name in set(each.visibility) - set(each.outer_visibility):
-            env.pop(name, None)
-    return chosen_by
 
 
 def import_path(env: Mapping[str, str]) -> dict[str, str]:

@@ -55,9 +55,7 @@ class Held:
 def take(path: Path, note: str = "", mode: int = 0o644) -> Held | None:
     """Take the lock, or None while somebody holds it. `note` tells others who has it.
 
-    Raises:
-        OSError: no such folder, no permission, a link or other odd file in its place, or a file
-            system without locks.
+    Raises OSError where no lock can be, also for a link or another odd file in its place.
     """
     while True:
         fd, found = _open(path, mode)
@@ -132,27 +130,23 @@ class Claims:
     """
 
     def __init__(self, study_dir: Path):
-        self._folder = study_dir / "claims"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder = study_dir / "claims"
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def take(self, config_hash: str, machine_hash: str, space: str = "") -> Held | None:
         """Claim a configuration for a point of `space`, or None while somebody else has it."""
         about = json.dumps({"config_hash": config_hash, "space": space})
         return take(self.path(config_hash, machine_hash), about)
 
-    def is_held(self, config_hash: str, machine_hash: str) -> bool:
-        """Whether somebody measures it."""
-        return is_held(self.path(config_hash, machine_hash))
-
     def take_free(self) -> list[Held]:
         """Take every claim that a killed sweep left without removing it."""
-        found = (take(path) for path in self._folder.glob("*.lock"))
+        found = (take(path) for path in self.folder.glob("*.lock"))
         return [held for held in found if held is not None]
 
     def live(self, space: str) -> tuple[set[str], bool]:
         """Hashes of what is being measured for `space`, and whether a dead sweep left a claim."""
         found, left = set(), False
-        for path in self._folder.glob("*.lock"):
+        for path in self.folder.glob("*.lock"):
             try:
                 about = json.loads(note(path))
             except ValueError:  # taken this moment, or gone
@@ -167,31 +161,26 @@ class Claims:
 
     def path(self, config_hash: str, machine_hash: str) -> Path:
         """Where the claim of a configuration on a kind of machine is."""
-        return self._folder / f"{config_hash}-{machine_hash}.lock"
+        return self.folder / f"{config_hash}-{machine_hash}.lock"
 
 
 class Controllers:
-    """This sweep among those that work on a study: each holds a lock of its own while it lives.
+    """This sweep among those that work on a study: each holds a lock of its own until `leave`."""
 
-    Make it with `join`.
-    """
-
-    def __init__(self, folder: Path, name: str, held: Held):
-        self._folder = folder
-        self.name = name
-        self._held = held
-
-    @staticmethod
-    def join(study_dir: Path) -> Controllers:
-        """Say that this process works on the study, until `leave` or its end."""
-        folder = study_dir / "controllers"
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, study_dir: Path):
+        self._folder = study_dir / "controllers"
+        self._folder.mkdir(parents=True, exist_ok=True)
         host = re.sub(r"[^A-Za-z0-9.-]", "-", platform.node())[:60]
-        name = f"{host}-{os.getpid()}-{uuid4().hex[:8]}"
-        with FileLock(folder / "settle.lock"):  # or `others` may try the lock before it is taken
-            held = take(folder / f"{name}.lock")
-        assert held is not None  # nobody else has that name
-        return Controllers(folder, name, held)
+        self.name = f"{host}-{os.getpid()}-{uuid4().hex[:8]}"
+        path = self._folder / f"{self.name}.lock"
+        try:
+            with self.alone():  # or `others` may try the lock before it is taken
+                held = take(path)
+            assert held is not None  # nobody else has that name
+            self._held = held
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -216,6 +205,6 @@ class Controllers:
                 held.release(remove=True)
         return count
 
-    def leave(self) -> None:
+    def leave(self, remove: bool = True) -> None:
         """This sweep is over."""
-        self._held.release(remove=True)
+        self._held.release(remove)

@@ -21,12 +21,11 @@ class BoundedLog:
 
     def __init__(self, path: Path):
         self._file: BinaryIO = path.open("wb", buffering=0)
-        self.read_fd, self.write_fd = os.pipe()
-        os.set_blocking(self.read_fd, False)
+        self._read_fd, self.write_fd = os.pipe()
+        os.set_blocking(self._read_fd, False)
         self._room = HEAD_BYTES
         self._tail: deque[bytes] = deque()
-        self._tail_bytes = 0
-        self._left_out = 0
+        self._tail_bytes = self._left_out = 0
 
     def __enter__(self) -> BoundedLog:
         return self
@@ -39,8 +38,12 @@ class BoundedLog:
                 self._file.write(chunk)
         finally:
             self.close_write_end()
-            os.close(self.read_fd)
+            os.close(self._read_fd)
             self._file.close()
+
+    def fileno(self) -> int:
+        """A descriptor that can be read from when the child has printed something."""
+        return self._read_fd
 
     def close_write_end(self) -> None:
         """The child has its own copy."""
@@ -51,7 +54,7 @@ class BoundedLog:
     def read(self) -> bool:
         """Take some of what there is; False at its end."""
         try:
-            chunk = os.read(self.read_fd, _CHUNK)
+            chunk = os.read(self._read_fd, _CHUNK)
         except BlockingIOError:
             return True
         self._keep(chunk)
@@ -60,13 +63,8 @@ class BoundedLog:
     def drain(self) -> None:
         """Take what is left in the pipe. Whoever still writes to it does not hold this up."""
         for _ in range(TAIL_BYTES // _CHUNK):
-            try:
-                chunk = os.read(self.read_fd, _CHUNK)
-            except BlockingIOError:
+            if not self.read():
                 return
-            if not chunk:
-                return
-            self._keep(chunk)
 
     def _keep(self, chunk: bytes) -> None:
         head, rest = chunk[: self._room], chunk[self._room :]

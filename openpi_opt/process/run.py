@@ -8,24 +8,25 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import ValidationError
 
 from openpi_opt import result as results
 from openpi_opt.config import Config, Limits
+from openpi_opt.errors import UserError
 from openpi_opt.figures import LIMITS
+from openpi_opt.knobs import KNOBS
 from openpi_opt.machine import Machine, probe
 from openpi_opt.process import tools
-from openpi_opt.process.child import Ended, Stop, Tether, Turn, run_command
-from openpi_opt.process.devices import Slot
+from openpi_opt.process.child import Ended, Place, end_marked, run_command
 from openpi_opt.process.environment import child_environment
-from openpi_opt.process.leftovers import end_marked
-from openpi_opt.result import Failed, TrialResult
+from openpi_opt.result import Failed, Refused, TrialResult
 from openpi_opt.track import identity
+from openpi_opt.track.store import unusable
 
 _TAIL_BYTES = 8192
 _TAIL_LINES = 40
@@ -43,20 +44,19 @@ TRIAL_COMMAND = (sys.executable, "-m", "openpi_opt.trial")
 Failure = Literal["oom", "timeout", "crashed", "error"]
 
 
-@dataclass(frozen=True)
-class Place:
-    """What a trial gets from the sweep beside its configuration.
+class Run(Protocol):
+    """Runs one trial to its end: `run_trial`, and what stands in for it."""
 
-    `uid` marks its processes, `fds` are locks that are held until nothing is left of it, `caches`
-    is the folder of compiled code, and `stop` ends it. With a `turn` it asks before it measures.
-    """
-
-    slot: Slot
-    uid: str
-    caches: Path | None = None
-    fds: tuple[int, ...] = ()
-    stop: Stop | None = None
-    turn: Turn | None = None
+    def __call__(
+        self,
+        cfg: Config,
+        trial_dir: Path,
+        store_references: Path,
+        on_phase: Callable[[str], None],
+        machine: Machine | None = None,
+        place: Place | None = None,
+    ) -> TrialResult:
+        """The result of `cfg`, whatever became of it."""
 
 
 def run_trial(
@@ -73,10 +73,7 @@ def run_trial(
     `trial_dir` receives config.json, result.json and log.txt, with absolute paths whatever is
     given. `machine` spares looking at it again. Without `place` the trial has the whole machine.
     `command` is another program with the same arguments, for tests of the engine itself.
-
-    Raises:
-        OSError: the folder cannot be written or the process cannot be started.
-        StoppedError: `place.stop` was set.
+    Raises as `run_command`.
     """
     folder = trial_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,20 +84,17 @@ def run_trial(
     argv = [*tools.command(cfg.profile.tool, folder), *command]
     argv += ["--in-place", "--config", str(config)]
     argv += ["--result", str(result), "--references", str(store_references.resolve())]
-    limits, machine = phase_limits(cfg.limits), machine or probe()
-    started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    if place is None:
-        ended = run_command(argv, child_environment(cfg, machine), limits, log, on_phase)
-        return judge(cfg, ended, result, log, started_at)
-    slot = place.slot
-    env = child_environment(
-        cfg, machine, gpu=slot.gpu, threads=len(slot.cores), caches=place.caches
-    )
-    tether = Tether(place.uid, place.stop, place.fds, slot.cores, place.turn)
+    limits, machine, place = phase_limits(cfg.limits), machine or probe(), place or Place()
+    slot, own = place.slot, dict[str, Any]()
+    if slot is not None:
+        own = {"gpu": slot.gpu, "threads": len(slot.cores), "caches": place.caches}
+    started_at = _now()
     try:
-        ended = run_command(argv, env, limits, log, on_phase, tether)
+        env = child_environment(cfg, machine, **own)
+        ended = run_command(argv, env, limits, log, on_phase, place)
     finally:
-        end_marked(place.uid)  # also when the watcher was killed
+        if place.uid:
+            end_marked(place.uid)  # also when the watcher was killed
     return judge(cfg, ended, result, log, started_at)
 
 
@@ -110,31 +104,48 @@ def phase_limits(limits: Limits) -> dict[str, float]:
     return own | {phase: own[name] for phase, name in _BORROWED_LIMITS.items()} | _UNLIMITED
 
 
+def refused(cfg: Config, machine: Machine) -> Refused | None:
+    """The result without a process, when something says that `cfg` cannot run here."""
+    for check in (
+        *(partial(knob.check, cfg, machine) for knob in KNOBS),
+        partial(tools.refusal, cfg),
+    ):
+        refusal = check()
+        if refusal is not None:
+            about = _about(cfg, _now())
+            return Refused(outcome=refusal.outcome, reason=refusal.reason, **about)
+    return None
+
+
+def lost(cfg: Config, folder: Path, outcome: Failure, phase: str, reason: str) -> Failed:
+    """The result of a trial that went with the node or process that ran it."""
+    return _failed(cfg, folder / "log.txt", _now(), outcome, phase=phase, reason=reason)
+
+
+def cannot_run(folder: Path, error: OSError) -> UserError:
+    """The host that refuses a process or a file is the user's to mend."""
+    mend = "Free space, memory or permissions"
+    return unusable(f"run a trial in {folder}", folder, error, mend)
+
+
 def judge(cfg: Config, ended: Ended, result: Path, log: Path, started_at: str) -> TrialResult:
     """The document that the trial wrote, if it is a whole and fitting one, or why there is none."""
-    try:
-        document = result.read_bytes()
-    except FileNotFoundError:
-        document = None
-    problem = None
-    if document is not None:
-        parsed = parse_result(document, cfg)
-        if not isinstance(parsed, str):
-            return _with_note(parsed, ended)
-        problem = parsed
-    outcome, reason = _failure(ended, problem)
-    return Failed(
-        outcome=outcome,
-        reason=reason,
-        phase=ended.phase,
-        log_tail=log_tail(log),
-        config=cfg.dump(),
-        config_hash=cfg.hash(),
-        context_hash=cfg.context_hash(),
-        started_at=started_at,
-        phase_seconds=ended.phase_seconds,
-        files=identity.noted(result.parent),
-    )
+    found = read_result(result, cfg)
+    if found is None or isinstance(found, str):
+        outcome, reason = _failure(ended, found)
+        about = {"phase": ended.phase, "phase_seconds": ended.phase_seconds, "reason": reason}
+        return _failed(cfg, log, started_at, outcome, **about)
+    notes = []
+    if ended.returncode != 0:
+        notes.append(f"after writing its result the process {_how(ended)}")
+    if ended.left:
+        notes.append(f"it left processes behind, which were ended: {', '.join(ended.left)}")
+    return noted(found, *notes)
+
+
+def noted(result: TrialResult, *notes: str) -> TrialResult:
+    """The same result with notes behind its own."""
+    return result.model_copy(update={"notes": [*result.notes, *notes]}) if notes else result
 
 
 def log_tail(log: Path) -> str:
@@ -149,10 +160,12 @@ def log_tail(log: Path) -> str:
     return "\n".join(text.splitlines()[-_TAIL_LINES:])
 
 
-def parse_result(document: bytes, cfg: Config) -> TrialResult | str:
-    """The result of `cfg`, or what is wrong with the document."""
+def read_result(path: Path, cfg: Config) -> TrialResult | str | None:
+    """The result of `cfg` in a file, what is wrong with it, or None when there is none."""
     try:
-        parsed = identity.renewed(results.parse(document))
+        parsed = identity.renewed(results.parse(path.read_bytes()))
+    except FileNotFoundError:
+        return None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the document"
@@ -164,21 +177,28 @@ def parse_result(document: bytes, cfg: Config) -> TrialResult | str:
 
 def whole_result(folder: Path, cfg: Config) -> TrialResult | None:
     """The result that a trial of `cfg` left in its folder, if it is a whole and fitting one."""
-    try:
-        parsed = parse_result((folder / "result.json").read_bytes(), cfg)
-    except FileNotFoundError:
-        return None
-    return None if isinstance(parsed, str) else parsed
+    found = read_result(folder / "result.json", cfg)
+    return None if isinstance(found, str) else found
 
 
-def _with_note(parsed: TrialResult, ended: Ended) -> TrialResult:
-    """Keep a complete result whose process did not end in peace, and say so."""
-    notes = []
-    if ended.returncode != 0:
-        notes.append(f"after writing its result the process {_how(ended)}")
-    if ended.left:
-        notes.append(f"it left processes behind, which were ended: {', '.join(ended.left)}")
-    return parsed.model_copy(update={"notes": [*parsed.notes, *notes]}) if notes else parsed
+def _failed(cfg: Config, log: Path, started_at: str, outcome: Failure, **how: Any) -> Failed:
+    files = identity.noted(log.parent)
+    return Failed(
+        outcome=outcome, log_tail=log_tail(log), files=files, **how, **_about(cfg, started_at)
+    )
+
+
+def _about(cfg: Config, started_at: str) -> dict[str, Any]:
+    return {
+        "config": cfg.dump(),
+        "config_hash": cfg.hash(),
+        "context_hash": cfg.context_hash(),
+        "started_at": started_at,
+    }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _failure(ended: Ended, problem: str | None) -> tuple[Failure, str]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from openpi_opt.config import Config
 from openpi_opt.measure.roofline import stage_work
-from openpi_opt.process.child import Child, Stop, StoppedError
+from openpi_opt.process.child import Child, StoppedError
 from openpi_opt.process.devices import Slot, float32_seats
 from openpi_opt.result import Failed, Ok, TrialResult
 
@@ -98,32 +98,66 @@ class Room:
         return host <= self.host_mib and (self.device_mib is None or device <= self.device_mib)
 
 
-@dataclass(eq=False)
 class Turn:
-    """One process on the device. It inherits `gate` and `stopped` (`child.Turn`).
+    """A job's place in the line of its device, and its process there. Make it with `join`.
 
-    `beside`: others were there while it was. `withdrawn`: it was ended for others' sake.
-    `disturbed` names processes that ran while it had the device.
+    The process inherits `gate` and `stopped`: it asks by the phase `wait`, then reads a byte from
+    `gate`, and lets others have the device by the phase `report`; `stopped` holds for how many
+    seconds it stood still, as text. As a context the turn leaves the line at its end.
     """
 
-    gate: int
-    stopped: int
-    _schedule: Schedule
-    _entry: Entry
-    _need: Need
-    _write: int
-    alone: bool = False
-    beside: bool = False
-    withdrawn: bool = False
-    asked: bool = False
-    disturbed: list[str] = field(default_factory=list)
-    _child: Child | None = None
-    _since: float | None = None  # when it got the device
+    def __init__(self, schedule: Schedule):
+        self._schedule = schedule
+        self.alone = False  # nobody else is on the device, or is to be
+        self._reset()
+
+    def _reset(self) -> None:
+        self.gate = self.stopped = self.write = -1
+        self.need = Need(0, 0)
+        self.child: Child | None = None
+        self.on = self.asked = False  # on the device; and it wants the device for itself
+        self.beside = False  # others were there while it was
+        self.withdrawn = False  # it was ended for others' sake
+        self.disturbed: list[str] = []  # processes that ran while it had the device
+
+    def __enter__(self) -> Turn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._schedule.leave(self)
+
+    def run(self, cfg: Config, start: Callable[[Turn], TrialResult]) -> TrialResult:
+        """Run a process of `cfg` by `start`, and again alone when memory did not do beside others.
+
+        Raises DeviceLostError behind what cannot be killed, and StoppedError when all is to end.
+        """
+        try:
+            while True:
+                with self._schedule.process(self, cfg):
+                    result = start(self)
+                if not self.withdrawn:
+                    self._schedule.room.learn(result)
+                    out = isinstance(result, Failed) and result.outcome == "oom"
+                    if self.alone or not (out and self.beside):
+                        return self._noted(result)
+                    self.alone = True
+        finally:
+            self.alone = False
+
+    def _noted(self, result: TrialResult) -> TrialResult:
+        if isinstance(result, Failed) and result.outcome == "oom" and self.alone:
+            reason = f"{result.reason} (alone, after it had run out of memory beside other trials)"
+            return result.model_copy(update={"reason": reason})
+        if isinstance(result, Ok) and self.disturbed:
+            names = ", ".join(self.disturbed)
+            note = f"not all of its neighbours could be stopped while it was measured: {names}"
+            return result.model_copy(update={"notes": [*result.notes, note]})
+        return result
 
     def began(self, child: Child) -> None:
         """Its process is there."""
         with self._schedule.changed:
-            self._child = child
+            self.child = child
             if self.withdrawn:
                 child.kill()
             elif self._schedule.taken:  # since this process was let in
@@ -144,187 +178,133 @@ class Turn:
                 self._schedule.free(self)
 
     def ended(self, gone: bool) -> None:
-        """It is over. What cannot be killed may keep the device."""
+        """It is over; not `gone`: something of it cannot be killed, and may keep the device."""
         with self._schedule.changed:
-            self._child = None
+            self.child = None
             if not gone:
                 self._schedule.lose(self)
-
-
-@dataclass(eq=False)
-class Entry:
-    """A job's place in the line of its device, whatever becomes of its processes.
-
-    As a context it gives the place up at its end.
-    """
-
-    _schedule: Schedule
-
-    def __enter__(self) -> Entry:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._schedule.leave(self)
-
-    def run(self, cfg: Config, start: Callable[[Turn], TrialResult]) -> TrialResult:
-        """Run a process of `cfg` by `start`, and again alone when memory did not do beside others.
-
-        Raises:
-            DeviceLostError: a process that cannot be killed has the device.
-            StoppedError: all is to end.
-        """
-        alone = False
-        while True:
-            with self._schedule.process(self, cfg, alone) as turn:
-                result = start(turn)
-            if not turn.withdrawn:
-                self._schedule.room.learn(result)
-                out = isinstance(result, Failed) and result.outcome == "oom"
-                if alone or not (out and turn.beside):
-                    return _noted(result, turn)
-                alone = True
-            elif self._schedule.lost:
-                raise DeviceLostError("a process that cannot be killed has the device")
-
-
-def _noted(result: TrialResult, turn: Turn) -> TrialResult:
-    if isinstance(result, Failed) and result.outcome == "oom" and turn.alone:
-        reason = f"{result.reason} (alone, after it had run out of memory beside other trials)"
-        return result.model_copy(update={"reason": reason})
-    if isinstance(result, Ok) and turn.disturbed:
-        names = ", ".join(turn.disturbed)
-        note = f"not all of its neighbours could be stopped while it was measured: {names}"
-        return result.model_copy(update={"notes": [*result.notes, note]})
-    return result
 
 
 class Schedule:
     """The processes on one device. Every method may be called from any thread.
 
-    With `in_order` the device is given in the order of the entries, and else to the oldest that
-    asks. `stop` ends all of it.
+    With `in_order` the device is given in the order of the line, and else to the oldest that asks.
+    `stop` ends all of it.
     """
 
-    def __init__(self, stop: Stop, room: Room, in_order: bool = False):
+    def __init__(self, stop: threading.Event, room: Room, in_order: bool = False):
         self.room = room
         self.changed = threading.Condition(threading.RLock())
+        self.line: list[Turn] = []
         self.taken: Turn | None = None  # who has the device
         self.lost = False
         self.measured_seconds = 0.0
         self._stop, self._in_order = stop, in_order
-        self._entries: list[Entry] = []
-        self._turns: list[Turn] = []
-        self._alone: list[Turn] = []  # who wants to be, or is
+        self._since = 0.0  # when the device was taken
 
-    def join(self) -> Entry:
+    def join(self) -> Turn:
         """A place at the end of the line."""
         with self.changed:
-            self._entries.append(Entry(self))
-            return self._entries[-1]
+            self.line.append(Turn(self))
+            return self.line[-1]
 
-    def leave(self, entry: Entry) -> None:
+    def leave(self, turn: Turn) -> None:
         """Its job has ended."""
         with self.changed:
-            self._entries.remove(entry)
+            self.line.remove(turn)
             self.advance()
 
-    @contextlib.contextmanager
-    def process(self, entry: Entry, cfg: Config, alone: bool = False) -> Iterator[Turn]:
-        """Room for one process: waits while another has the device, or there is no memory left.
+    def on_device(self) -> list[Turn]:
+        """Who has a process there."""
+        return [turn for turn in self.line if turn.on]
 
-        Raises:
-            DeviceLostError: nobody gets on any more.
-            StoppedError: all is to end.
-        """
-        need = self.room.need(cfg)
-        gate, write = os.pipe()
-        stopped = os.memfd_create("stopped")
-        turn = Turn(gate, stopped, self, entry, need, write, alone)
+    @contextlib.contextmanager
+    def process(self, turn: Turn, cfg: Config) -> Iterator[None]:
+        """Room for one process: waits while another has the device, or there is no memory left."""
+        with self.changed:
+            turn._reset()
+            turn.need = self.room.need(cfg)
+            turn.gate, turn.write = os.pipe()
+            turn.stopped = os.memfd_create("stopped")
         try:
             with self.changed:
                 self._let_in(turn)
-            yield turn
+            yield
         finally:
             with self.changed:
-                self._remove(turn)
-                for fd in (gate, write, stopped):
+                turn.on = False
+                self.free(turn)
+                for fd in (turn.gate, turn.write, turn.stopped):
                     os.close(fd)
+        if turn.withdrawn and self.lost:
+            raise DeviceLostError("a process that cannot be killed has the device")
 
     def advance(self) -> None:
         """Give the device to the next that asks, and let all go on when none does."""
         self.changed.notify_all()
-        if self.taken is not None or self.lost or self._stop.is_set:
+        if self.taken is not None or self.lost or self._stop.is_set():
             return
         turn = self._next()
         if turn is None:
-            for each in self._turns:
-                if each._child is not None:
-                    each._child.resume()
+            for each in self.on_device():
+                if each.child is not None:
+                    each.child.resume()
             return
-        self.taken, turn._since = turn, time.monotonic()
-        others = [each._child for each in self._turns if each is not turn and each._child]
+        self.taken, self._since = turn, time.monotonic()
+        others = [each.child for each in self.on_device() if each is not turn and each.child]
         running = [child for child in others if not child.paused]
         for child in running:
             turn.disturbed += child.pause(_STOP_SECONDS)
         if running:
             time.sleep(_SETTLE_SECONDS)
-        if turn._child is not None:
-            turn._child.resume()
-        os.write(turn._write, bytes([min(len(others), 255)]))
+        if turn.child is not None:
+            turn.child.resume()
+        os.write(turn.write, bytes([min(len(others), 255)]))
 
     def free(self, turn: Turn) -> None:
         """Take the device back from a turn, if it has it, and give it to the next."""
         if self.taken is turn:
-            assert turn._since is not None
-            self.measured_seconds += time.monotonic() - turn._since
+            self.measured_seconds += time.monotonic() - self._since
             self.taken = None
         self.advance()
 
     def lose(self, by: Turn) -> None:
         """Something of `by` that cannot be killed is on the device: nobody gets it any more."""
         self.lost = True
-        self._withdraw([turn for turn in self._turns if turn not in (by, self.taken)])
+        self._withdraw([turn for turn in self.on_device() if turn not in (by, self.taken)])
         self.changed.notify_all()
 
     def _let_in(self, turn: Turn) -> None:
-        if turn.alone:
-            self._alone.append(turn)
         while not self._may_begin(turn):
             if self.lost:
                 raise DeviceLostError("a process that cannot be killed has the device")
-            if self._stop.is_set:
+            if self._stop.is_set():
                 raise StoppedError("ended before it had begun")
             self.changed.wait(_POLL_SECONDS)
-        for each in self._turns:
+        for each in self.on_device():
             each.beside = turn.beside = True
-        self._turns.append(turn)
+        turn.on = True
 
     def _may_begin(self, turn: Turn) -> bool:
-        if self.lost or self._stop.is_set or self.taken is not None:
+        if self.lost or self._stop.is_set() or self.taken is not None:
             return False
-        lonely = self._lonely()
-        head = self._in_order and self._entries[0] is turn._entry
+        # Who is alone, or is to be next; in order only the head of the line may.
+        may = self.line[:1] if self._in_order else self.line
+        lonely = next((each for each in may if each.alone), None)
+        head = self._in_order and self.line[0] is turn
+        there = self.on_device()
         if turn.alone:
             if lonely is turn and head:  # who is behind it in the line waits for it, too
-                self._withdraw(self._turns)
-            return lonely is turn and not self._turns
+                self._withdraw(there)
+            return lonely is turn and not there
         if lonely is not None:
             return False
-        return head or self.room.holds([*(each._need for each in self._turns), turn._need])
-
-    def _lonely(self) -> Turn | None:
-        """Who is alone, or is to be next; in order only the head of the line may."""
-        for turn in self._alone:
-            if not self._in_order or turn._entry is self._entries[0]:
-                return turn
-        return None
+        return head or self.room.holds([*(each.need for each in there), turn.need])
 
     def _next(self) -> Turn | None:
-        """Who gets the device: in the order of the entries."""
-        by_entry = {turn._entry: turn for turn in self._turns}
-        for entry in self._entries:
-            turn = by_entry.get(entry)
-            if turn is not None and turn.asked:
+        """Who gets the device, in the order of the line."""
+        for turn in self.line:
+            if turn.on and turn.asked:
                 return turn
             if self._in_order:
                 return None
@@ -333,11 +313,5 @@ class Schedule:
     def _withdraw(self, turns: list[Turn]) -> None:
         for turn in turns:
             turn.withdrawn = True
-            if turn._child is not None:
-                turn._child.kill()
-
-    def _remove(self, turn: Turn) -> None:
-        for turns in (self._turns, self._alone):
-            if turn in turns:
-                turns.remove(turn)
-        self.free(turn)
+            if turn.child is not None:
+                turn.child.kill()

@@ -20,11 +20,7 @@ _DEVICE = {"rocprofv3": "rocm", "ncu": "cuda", "nsys": "cuda"}
 
 
 def command(tool: str, trial_dir: Path) -> list[str]:
-    """The words before the trial's own; files go to `trial_dir`/profile, which is made.
-
-    Raises:
-        FileNotFoundError: the tool is not on PATH.
-    """
+    """The words before the trial's own; files go to `trial_dir`/profile, which is made."""
     if tool == "none":
         return []
     program = shutil.which(tool)

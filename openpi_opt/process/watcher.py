@@ -57,6 +57,22 @@ class Process:
         """Whether it has not ended."""
         return self.state not in "ZX"
 
+    def is_ours(self) -> bool:
+        """Whether it lives, is this user's, and is not this process itself."""
+        try:
+            owner = os.stat(f"/proc/{self.pid}").st_uid
+        except OSError:  # it is gone
+            return False
+        return owner == os.getuid() and self.pid != os.getpid() and self.lives
+
+    def words(self, name: str) -> list[bytes]:
+        """Its `cmdline` or `environ`; empty when it is gone, or not ours to look at."""
+        try:
+            with open(f"/proc/{self.pid}/{name}", "rb") as file:
+                return file.read().split(b"\0")
+        except OSError:
+            return []
+
     def send(self, number: signal.Signals) -> None:
         """Signal this very process; one that is gone, or not ours, gets nothing."""
         try:
@@ -80,17 +96,21 @@ class Process:
 
 def look(pid: int) -> Process | None:
     """A process by its number, or None when there is none; fields of proc(5)'s stat."""
-    stat = _text(f"/proc/{pid}/stat")
+    stat = text(f"/proc/{pid}/stat")
     return Process(pid, stat) if stat else None
+
+
+def everybody() -> list[Process]:
+    """All processes of this host, dead ones included."""
+    found = [look(int(entry)) for entry in os.listdir("/proc") if entry.isdecimal()]
+    return [each for each in found if each is not None]
 
 
 def descendants(root: int) -> list[Process]:
     """Everything below process `root`, itself left out, dead ones included."""
     children: dict[int, list[Process]] = {}
-    for entry in os.listdir("/proc"):
-        found = look(int(entry)) if entry.isdecimal() else None
-        if found is not None:
-            children.setdefault(found.parent, []).append(found)
+    for each in everybody():
+        children.setdefault(each.parent, []).append(each)
     below: list[Process] = []
     todo = [root]
     while todo:
@@ -128,9 +148,9 @@ def continue_below(root: int) -> None:
 
 def cgroup_of(name: str) -> str:
     """Where trial `name` has a cgroup of version 2, below this process's own; empty without one."""
-    mounts = map(str.split, _text("/proc/self/mounts").splitlines())
+    mounts = map(str.split, text("/proc/self/mounts").splitlines())
     points = [words[1] for words in mounts if words[2] == "cgroup2"]
-    groups = _text("/proc/self/cgroup").splitlines()
+    groups = text("/proc/self/cgroup").splitlines()
     own = [line[3:].strip("/") for line in groups if line.startswith("0::")]
     return os.path.join(points[0], own[0], f"openpi_opt-{name}") if name and points and own else ""
 
@@ -157,13 +177,13 @@ def remove_cgroup(folder: str) -> int:
 
 
 def _members(folder: str) -> list[int]:
-    return [int(line) for line in _text(f"{folder}/cgroup.procs").split()] if folder else []
+    return [int(line) for line in text(f"{folder}/cgroup.procs").split()] if folder else []
 
 
-def _text(path: str) -> str:
+def text(path: object) -> str:
     """What the kernel says there; empty when it says nothing."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(str(path), encoding="utf-8", errors="replace") as file:
             return file.read()
     except OSError:
         return ""

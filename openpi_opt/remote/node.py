@@ -1,41 +1,39 @@
-"""What runs on a node of another engine: it describes the node, and runs one trial there.
+"""What runs on a node of another engine, and what it and the sweep say to each other.
 
 The trial is a process of its own, supervised here exactly as on the sweep's own host: leased
 device, cleaned environment, phases with their limits, nothing left behind. Whatever ends this
 process ends the trial, which watches its pipe.
+
+Files pass through the store, which sweep and nodes share. Locks on it say who is alive. The sweep
+holds `alive.lock` of a trial, and removes it when it wants the trial no more. The node holds
+`node.lock` as long as it works on it. An order is void without the first, so a job that a queue
+starts late, or once more, measures nothing that was given up.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import os
 import platform as python_platform
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, Literal
 
 from openpi_opt.config import Config, Platform
-from openpi_opt.engine.recovery import NODE_LOCK
+from openpi_opt.engine.recovery import ALIVE, NODE_LOCK
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine, probe
 from openpi_opt.process import devices, locks
-from openpi_opt.process.child import Stop, StoppedError
-from openpi_opt.process.devices import Devices, Lease, Slot
-from openpi_opt.process.leftovers import end_marked
+from openpi_opt.process.child import Place, StoppedError, end_marked
+from openpi_opt.process.devices import Devices, DeviceSettings, Lease
 from openpi_opt.process.locks import Held
-from openpi_opt.process.run import Place, run_trial, whole_result
-from openpi_opt.remote.orders import (
-    Answer,
-    Description,
-    Order,
-    Question,
-    as_plain,
-    is_wanted,
-    write_note,
-)
+from openpi_opt.process.run import TRIAL_COMMAND, run_trial, whole_result
 from openpi_opt.result import TrialResult
-from openpi_opt.space.settings import DeviceSettings
 from openpi_opt.track.fingerprint import decisive, fingerprint, fingerprint_hash
 
 # How often to look whether the sweep still wants the trial, and for a device that others have.
@@ -44,72 +42,112 @@ _POLL_SECONDS = 1.0
 _PREDECESSOR_SECONDS = 20.0
 
 
-def describe(question: str) -> str:
-    """Answer a `Question` with a `Description`, both as JSON."""
-    asked = Question.model_validate_json(question)
-    machine = probe(hidden=True)
-    aiter = machine.aiter
-    return Description(
-        host=python_platform.node(),
-        machine=as_plain(machine),
-        aiter=aiter and dataclasses.asdict(aiter),
-        fingerprint=fingerprint(machine, Platform(device="cpu")),
-        problem=_store_problem(asked),
-    ).dumped()
+@dataclass(frozen=True)
+class Description:
+    """A node: its machine (all GPUs of the host), what is installed, and how it sees the store.
+
+    `fingerprint` is of a trial on its CPU; `problem` says why the node cannot be used.
+    """
+
+    host: str
+    machine: Machine
+    fingerprint: dict[str, Any]
+    problem: str = ""
 
 
-def _store_problem(asked: Question) -> str:
-    folder = asked.lock.parent
-    if locks.note(asked.lock) != asked.token:
-        return f"it does not see the store: {folder} is not the sweep's folder of that name there"
-    if not locks.is_held(asked.lock):
-        return f"locks in {folder} do not reach it (NFS: version 4, or mounted without nolock)"
-    return ""
+@dataclass(frozen=True)
+class Order:
+    """One trial to run. All paths are absolute and lie in the store.
+
+    `machine_hash` is of the fingerprint that was promised, `lost` are trials of this sweep whose
+    processes a dead node agent may have left, and `command` is the trial's program.
+    """
+
+    cfg: Config
+    uid: str
+    folder: Path
+    references: Path
+    caches: Path
+    machine_hash: str
+    cpu_slots: int = 1
+    lost: tuple[str, ...] = ()
+    command: tuple[str, ...] = TRIAL_COMMAND[1:]
 
 
-def run(order: str) -> str:
-    """Carry out an `Order` and return its `Answer`, both as JSON."""
-    asked = Order.model_validate_json(order)
+@dataclass(frozen=True)
+class Declined:
+    """An order without a result.
+
+    `refused`: this node cannot take it. `void`: it was given up, or somebody else is at it.
+    `failed`: the operating system refused.
+    """
+
+    kind: Literal["refused", "void", "failed"]
+    why: str
+
+
+def describe(lock: Path, token: str) -> Description:
+    """This node; `lock` in the store is held by the sweep, with `token` in it."""
+    machine, folder, problem = probe(hidden=True), lock.parent, ""
+    _ = machine.aiter  # found here, and kept with it
+    if locks.note(lock) != token:
+        problem = (
+            f"it does not see the store: {folder} is not the sweep's folder of that name there"
+        )
+    elif not locks.is_held(lock):
+        problem = f"locks in {folder} do not reach it (NFS: version 4, or mounted without nolock)"
+    seen = fingerprint(machine, Platform(device="cpu"))
+    return Description(python_platform.node(), machine, seen, problem)
+
+
+def run(order: Order) -> TrialResult | Declined:
+    """Carry out an order."""
+    held = host = None
     try:
-        return _answer(asked).dumped()
-    except OSError as error:
-        return Answer(kind="failed", text=str(error)).dumped()
-
-
-class _RefusedError(Exception):
-    """This node cannot take the order."""
-
-
-def _answer(order: Order) -> Answer:
-    held = _take_up(order)
-    if held is None:
-        return Answer(kind="void", text="given up by its sweep, or run by another process")
-    try:
+        held = _take_up(order)
+        if held is None:
+            return Declined("void", "given up by its sweep, or run by another process")
         host = python_platform.node()
         write_note(held, host, "wait")
         for uid in order.lost:
             end_marked(uid)
-        result = _carry_out(order, held, host)
-    except (_RefusedError, UserError) as error:
-        return Answer(kind="refused", text=f"{host}: {error}")
+        return _carry_out(order, held, host)
+    except OSError as error:
+        return Declined("failed", str(error))
+    except UserError as error:
+        return Declined("refused", f"{host}: {error}")
     except StoppedError:
-        return Answer(kind="void", text="its sweep ended it")
+        return Declined("void", "its sweep ended it")
     finally:
-        held.release()
-    return Answer(kind="result", text=result.model_dump_json())
+        if held is not None:
+            held.release()
+
+
+def is_wanted(folder: Path) -> bool:
+    """Whether a sweep still wants this trial. Raises OSError: the store cannot be reached."""
+    return locks.is_held(folder / ALIVE)
+
+
+def write_note(held: Held, host: str, phase: str) -> None:
+    """Say on the node's lock where a trial is; a reader on another host sees it when it opens."""
+    os.ftruncate(held.fd, 0)
+    os.pwrite(held.fd, json.dumps([host, phase]).encode(), 0)
+    os.fsync(held.fd)
+
+
+def read_note(folder: Path) -> tuple[str, str]:
+    """Host and phase of a trial; empty before a node has it."""
+    try:
+        host, phase = json.loads(locks.note(folder / NODE_LOCK))
+    except ValueError:  # not yet written, or this moment
+        return "", ""
+    return host, phase
 
 
 def _take_up(order: Order) -> Held | None:
-    """The node's lock of the trial, if it is still wanted.
-
-    Raises:
-        OSError: the trial's folder is not here.
-    """
+    """The node's lock of the trial, if it is still wanted."""
     deadline = time.monotonic() + _PREDECESSOR_SECONDS
-    while True:
-        held = locks.take(order.folder / NODE_LOCK)
-        if held is not None or time.monotonic() > deadline:
-            break
+    while (held := locks.take(order.folder / NODE_LOCK)) is None and time.monotonic() < deadline:
         time.sleep(0.1)
     # In this order: a sweep that recovers looks at the sweep's lock first, then at this one.
     if held is not None and not is_wanted(order.folder):
@@ -119,35 +157,27 @@ def _take_up(order: Order) -> Held | None:
 
 
 def _carry_out(order: Order, held: Held, host: str) -> TrialResult:
-    cfg = Config.load(order.config)
-    whole = probe(hidden=True)
-    visible = probe()
+    cfg, whole, visible = order.cfg, probe(hidden=True), probe()
     number = _own_gpu(cfg, whole, visible)
     seen = fingerprint(whole, Platform(device=cfg.device, gpu=number))
-    if fingerprint_hash(seen) != order.fingerprint_hash:
+    if fingerprint_hash(seen) != order.machine_hash:
         about = "; ".join(f"{key} {value}" for key, value in decisive(seen).items())
-        raise _RefusedError(f"another machine than the first node that was asked ({about})")
-    known = whole_result(order.folder, cfg)
-    if known is not None:  # of an earlier start of this job, which ended before it could answer
-        return known.model_copy(update={"fingerprint": seen})
-    with _watched(order) as stop:
-        lease = _lease(order, cfg, whole, visible, number, stop)
-        try:
-            place = Place(
-                slot=lease.slot,
-                uid=order.uid,
-                caches=order.caches,
-                fds=(held.fd, *lease.fds),
-                stop=stop,
-            )
-            result = run_trial(
-                *(cfg, order.folder, order.references),
-                lambda phase: write_note(held, host, phase),
-                *(visible, place),
-                command=(sys.executable, *order.command),
-            )
-        finally:
-            lease.release()
+        raise UserError(f"another machine than the first node that was asked ({about})")
+    result = whole_result(order.folder, cfg)
+    if result is None:  # else of an earlier start of this job, which ended before it could answer
+        with _watched(order) as stop:
+            lease = _lease(order, whole, visible, number, stop)
+            try:
+                fds = (held.fd, *lease.fds)
+                place = Place(lease.slot, order.uid, order.caches, fds, stop)
+                result = run_trial(
+                    *(cfg, order.folder, order.references),
+                    lambda phase: write_note(held, host, phase),
+                    *(visible, place),
+                    command=(sys.executable, *order.command),
+                )
+            finally:
+                lease.release()
     return result.model_copy(update={"fingerprint": seen})
 
 
@@ -157,7 +187,7 @@ def _own_gpu(cfg: Config, whole: Machine, visible: Machine) -> int | None:
         return None
     shown = visible.gpus_for(cfg.device)
     if not shown:
-        raise _RefusedError(
+        raise UserError(
             f"the engine gave it no {cfg.device.upper()} GPU that is visible "
             "(executor.gpus or executor.gres for slurm; ray start --num-gpus for ray)"
         )
@@ -166,20 +196,21 @@ def _own_gpu(cfg: Config, whole: Machine, visible: Machine) -> int | None:
 
 
 def _lease(
-    order: Order, cfg: Config, whole: Machine, visible: Machine, number: int | None, stop: Stop
+    order: Order, whole: Machine, visible: Machine, number: int | None, stop: Event
 ) -> Lease:
     """Lease the device on this host, waiting for who has it.
 
     A GPU comes with its share of the host's cores, as if the host's own sweep had chosen it.
     """
+    device = order.cfg.device
     if number is None:
         slots = Devices(DeviceSettings(cpu_slots=order.cpu_slots), whole).slots("cpu")
     else:
-        uuid = whole.gpus_for(cfg.device)[number].uuid
-        (slot,) = Devices(DeviceSettings(gpus=[uuid]), whole).slots(cfg.device)
+        uuid = whole.gpus_for(device)[number].uuid
+        (slot,) = Devices(DeviceSettings(gpus=[uuid]), whole).slots(device)
         # Its index as HIP counts in this process.
-        own = next(gpu for gpu in visible.gpus_for(cfg.device) if gpu.uuid == uuid)
-        slots = [Slot(slot.name, slot.device, own, slot.cores)]
+        own = next(gpu for gpu in visible.gpus_for(device) if gpu.uuid == uuid)
+        slots = [replace(slot, gpu=own)]
 
     def busy() -> None:
         if stop.wait(_POLL_SECONDS):
@@ -189,21 +220,21 @@ def _lease(
 
 
 @contextmanager
-def _watched(order: Order) -> Iterator[Stop]:
+def _watched(order: Order) -> Iterator[Event]:
     """A stop that is set when the sweep does not want the trial any more, or is gone."""
-    stop, over = Stop(), threading.Event()
+    stop, over = Event(), Event()
 
     def watch() -> None:
         while not over.wait(_POLL_SECONDS):
             try:
-                wanted = is_wanted(order.folder)
+                if is_wanted(order.folder):
+                    continue
             except OSError:  # the file server is away for a while
                 continue
-            if not wanted:
-                stop.set()
-                return
+            stop.set()
+            return
 
-    watcher = threading.Thread(target=watch, name="sweep", daemon=True)
+    watcher = Thread(target=watch, name="sweep", daemon=True)
     watcher.start()
     try:
         yield stop

@@ -1,6 +1,6 @@
 """Trials as tasks of a Ray cluster: one GPU each, wherever Ray has one free.
 
-Ray is given one function and JSON text, and is not asked to run anything again: a trial that was
+Ray is given one function and an order, and is not asked to run anything again: a trial that was
 lost is the sweep's to repeat.
 """
 
@@ -11,40 +11,36 @@ import math
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from openpi_opt.config import Config
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.executor import LostError
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Device
 from openpi_opt.process.environment import import_path
 from openpi_opt.remote import node
-from openpi_opt.remote.orders import Description, Order, Question
+from openpi_opt.remote.node import Description, Order
 from openpi_opt.space.settings import RaySettings
 
 _ANSWER_SECONDS = 120.0
 _REACH_SECONDS = 10.0
 _LOOK_AGAIN_SECONDS = 5.0
+_POLL_SECONDS = 0.5
 
 
 class RayEngine:
-    """A Ray cluster that runs already, as an `Engine`."""
+    """A Ray cluster that runs already, as a `remote.Engine`."""
 
     name = "ray"
 
     def __init__(self, settings: RaySettings, cpu_slots: int):
-        """Connect to it.
-
-        Raises:
-            UserError: there is none at that address.
-        """
-        self._settings = settings
-        self._cpu_slots = cpu_slots
+        """Connect to it. Raises UserError: there is none at that address."""
+        self._settings, self._cpu_slots = settings, cpu_slots
         self._looked = -math.inf
         self._known: list[dict[str, Any]] = []
         _reach(settings.address)
@@ -62,12 +58,8 @@ class RayEngine:
         finally:
             signal.signal(signal.SIGTERM, on_sigterm)  # ray puts its own there
 
-    def describe(self, question: Question, display: Display, folder: Path) -> list[Description]:
-        """Ask every node that has a GPU for a trial; if none has, every one with CPUs.
-
-        Raises:
-            UserError: there is no such node, or one does not answer.
-        """
+    def describe(self, lock: Path, token: str, display: Display) -> list[Description]:
+        """Ask every node that has a GPU for a trial; if none has, every one with CPUs."""
         nodes = self._with_gpus() or self._with_cpus()
         if not nodes:
             raise UserError(
@@ -75,21 +67,19 @@ class RayEngine:
                 f"(executor.resources={self._settings.resources}, "
                 f"executor.cpus={self._settings.cpus})."
             )
-        references = []
+        ask, tasks = ray.remote(node.describe), []
         for found in nodes:
             there = NodeAffinitySchedulingStrategy(found["NodeID"], soft=False)
-            asked = ray.remote(node.describe).options(
-                num_cpus=0, num_gpus=0, max_retries=0, scheduling_strategy=there
-            )
-            references.append(asked.remote(question.dumped()))
+            own = {"num_cpus": 0, "num_gpus": 0, "max_retries": 0, "scheduling_strategy": there}
+            tasks.append(ask.options(**own).remote(lock, token))
         try:
-            answers = ray.get(references, timeout=_ANSWER_SECONDS)
+            answers: list[Description] = ray.get(tasks, timeout=_ANSWER_SECONDS)
         except ray.exceptions.RayError as error:
             raise UserError(
                 f"executor=ray: a node did not say what it is: {_first_line(error)}.\n"
                 "It needs openpi_opt with its packages in the Python that runs Ray there."
             ) from error
-        return [Description.model_validate_json(answer) for answer in answers]
+        return answers
 
     def slots(self, device: Device) -> int:
         """What there is room for now, unless `executor.slots` says how many."""
@@ -99,16 +89,36 @@ class RayEngine:
             return self._cpu_slots * len(self._with_cpus())
         return sum(int(found["Resources"]["GPU"]) for found in self._with_gpus())
 
-    def submit(self, order: Order, cfg: Config) -> RayHandle:
-        """Queue it; Ray starts it where its resources are free."""
+    def run(self, order: Order, look: Callable[[], bool]) -> Any:
+        """Queue it; Ray starts it where its resources are free, and notices a dead node."""
+        device = order.cfg.device
         task = ray.remote(node.run).options(
-            num_cpus=self._cpus(cfg.device),
-            num_gpus=0 if cfg.device == "cpu" else 1,
+            num_cpus=self._cpus(device),
+            num_gpus=0 if device == "cpu" else 1,
             resources=self._settings.resources or None,
             max_retries=0,
             name=f"trial {order.uid[:12]}",
         )
-        return RayHandle(task.remote(order.dumped()))
+        reference = task.remote(order)
+        try:
+            while not ray.wait([reference], timeout=_POLL_SECONDS)[0]:
+                look()
+        except BaseException:
+            ray.cancel(reference)  # out of the queue; where it runs, the node sees by itself
+            raise
+        try:
+            return ray.get(reference)
+        except ray.exceptions.OutOfMemoryError as error:
+            raise LostError(_first_line(error), outcome="oom") from error
+        except ray.exceptions.RayTaskError:
+            raise  # of our own function: a defect, with the traceback of the node
+        except ray.exceptions.LocalRayletDiedError as error:
+            raise UserError(
+                f"executor=ray: the cluster is gone ({_first_line(error)}).\n"
+                "Start it, then run the same command again to continue."
+            ) from error
+        except ray.exceptions.RayError as error:
+            raise LostError(_first_line(error)) from error
 
     def close(self) -> None:
         """Disconnect. The cluster goes on."""
@@ -119,12 +129,10 @@ class RayEngine:
         if self._settings.cpus is not None:
             return self._settings.cpus
         if device == "cpu":
-            cpus = (found["Resources"]["CPU"] / self._cpu_slots for found in self._with_cpus())
+            cpus = [found["Resources"]["CPU"] / self._cpu_slots for found in self._with_cpus()]
         else:
-            cpus = (
-                found["Resources"].get("CPU", 0) / found["Resources"]["GPU"]
-                for found in self._with_gpus()
-            )
+            own = [found["Resources"] for found in self._with_gpus()]
+            cpus = [each.get("CPU", 0) / each["GPU"] for each in own]
         return math.floor(min(cpus, default=0))
 
     def _nodes(self) -> list[dict[str, Any]]:
@@ -148,50 +156,8 @@ class RayEngine:
         return [found for found in self._nodes() if found["Resources"].get("CPU", 0) >= least]
 
 
-class RayHandle:
-    """One task."""
-
-    def __init__(self, reference: Any):
-        self._reference = reference
-
-    def wait(self, seconds: float, gone: bool) -> bool:
-        """Wait for its end; Ray itself notices a dead node."""
-        done, _ = ray.wait([self._reference], timeout=seconds)
-        return bool(done)
-
-    def answer(self) -> str:
-        """What it returned.
-
-        Raises:
-            LostError: Ray, the node or the worker process ended it.
-            UserError: the node of the sweep itself has no Ray any more.
-        """
-        try:
-            text: str = ray.get(self._reference)
-        except ray.exceptions.OutOfMemoryError as error:
-            raise LostError(_first_line(error), outcome="oom") from error
-        except ray.exceptions.RayTaskError:
-            raise  # of our own function: a defect, with the traceback of the node
-        except ray.exceptions.LocalRayletDiedError as error:
-            raise UserError(
-                f"executor=ray: the cluster is gone ({_first_line(error)}).\n"
-                "Start it, then run the same command again to continue."
-            ) from error
-        except ray.exceptions.RayError as error:
-            raise LostError(_first_line(error)) from error
-        return text
-
-    def cancel(self) -> None:
-        """Take it out of the queue; where it runs, the node sees by itself."""
-        ray.cancel(self._reference)
-
-
 def _reach(address: str) -> None:
-    """Ray itself waits for many minutes for a host that does not answer.
-
-    Raises:
-        UserError: it is HOST:PORT and nothing listens there.
-    """
+    """Refuse HOST:PORT where nothing listens: Ray itself waits for many minutes."""
     host, _, port = address.rpartition(":")
     if "/" in address or not (host and port.isdecimal() and int(port) < 65_536):
         return

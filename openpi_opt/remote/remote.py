@@ -8,60 +8,33 @@ what is measured next stays with the sweep.
 from __future__ import annotations
 
 import shutil
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from openpi_opt import result as results
 from openpi_opt.config import Config
 from openpi_opt.engine.display import Display
-from openpi_opt.engine.executor import LostError, Task
+from openpi_opt.engine.executor import Executor, LostError, Task
 from openpi_opt.engine.recovery import ALIVE, NODE_LOCK
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Device, Machine
 from openpi_opt.process import locks
 from openpi_opt.process.child import StoppedError
 from openpi_opt.process.devices import Lease, Slot
-from openpi_opt.process.run import TRIAL_COMMAND, whole_result
-from openpi_opt.remote.orders import (
-    Answer,
-    Description,
-    Order,
-    Question,
-    read_note,
-)
+from openpi_opt.process.run import TRIAL_COMMAND, noted, whole_result
+from openpi_opt.remote.node import Declined, Description, Order, read_note
 from openpi_opt.result import TrialResult
 from openpi_opt.space.settings import ExecutorSettings, RaySettings, SlurmSettings
 from openpi_opt.track.fingerprint import described, differences, source_hash
 from openpi_opt.track.store import Store
 
-_POLL_SECONDS = 0.5
 # A node ends a trial within the grace of SIGTERM, or a second later when nobody holds the trial.
-_ENDING_SECONDS = 10.0
-_MOST_THREADS = 1024
-
-
-class Handle(Protocol):
-    """One call of a function on a node. Used from one thread."""
-
-    def wait(self, seconds: float, gone: bool) -> bool:
-        """Wait at most so long for its end; `gone`: the process on the node is known to be."""
-
-    def answer(self) -> str:
-        """What the function returned, after its end.
-
-        Raises:
-            LostError: the engine, the node or the process ended it.
-        """
-
-    def cancel(self) -> None:
-        """End it, wherever it is. After its end this does nothing."""
+ENDING_SECONDS = 10.0
 
 
 class Engine(Protocol):
@@ -69,21 +42,22 @@ class Engine(Protocol):
 
     name: str
 
-    def describe(self, question: Question, display: Display, folder: Path) -> list[Description]:
-        """Ask every kind of node that trials may run on. `folder` is for the engine's files.
+    def describe(self, lock: Path, token: str, display: Display) -> list[Description]:
+        """Ask every kind of node that trials may run on; the lock's folder is for the engine, too.
 
-        Raises:
-            UserError: no node can be asked.
+        Raises UserError: no node can be asked.
         """
 
     def slots(self, device: Device) -> int:
         """How many trials to have started or queued at a time."""
 
-    def submit(self, order: Order, cfg: Config) -> Handle:
-        """Start a trial, now or when there is room.
+    def run(self, order: Order, look: Callable[[], bool]) -> TrialResult | Declined:
+        """Run a trial, now or when there is room; what `node.run` returned.
 
-        Raises:
-            UserError: the engine does not take it.
+        Calls `look` several times in a second, which tells whether the process on the node is known
+        to be gone. What that raises ends the trial, wherever it is, and is raised. Raises
+        LostError: the engine, the node or the process ended it. UserError: the engine does not take
+        it, or is gone.
         """
 
     def close(self) -> None:
@@ -94,8 +68,7 @@ class Engine(Protocol):
 def connected(settings: ExecutorSettings, cpu_slots: int = 1) -> Iterator[Engine | None]:
     """The engine that `executor` names, let go of at the end; None for this host alone.
 
-    Raises:
-        UserError: its package is missing, or it cannot be reached.
+    Raises UserError: its package is missing, or it cannot be reached.
     """
     engine: Engine | None = None
     try:  # what an engine needs is imported only when it is named
@@ -142,9 +115,8 @@ class Nodes:
     ) -> Nodes:
         """Ask the nodes of `engine`; `command` is the trials' program, behind Python.
 
-        Raises:
-            UserError: there is none, one does not see the store or its locks, or they would
-                measure different things.
+        Raises UserError: there is none, one does not see the store or its locks, or they would
+        measure different things.
         """
         token = uuid4().hex
         folder = store.path / "nodes" / token
@@ -152,43 +124,40 @@ class Nodes:
         held = locks.take(folder / "probe.lock", token)
         assert held is not None  # the folder is new
         try:
-            question = Question(lock=held.path, token=token)
-            found = engine.describe(question, display, folder)
+            found = engine.describe(held.path, token, display)
         finally:
             held.release(remove=True)
             shutil.rmtree(folder, ignore_errors=True)  # an engine's files may be on their way
-        _check(engine, found)
-        with_gpu = [one for one in found if one.machine["gpus"]]
-        machine = (with_gpu or found)[0].as_machine()
+        for one in found:
+            _check(engine, one, found[0])
+        machine = next((one.machine for one in found if one.machine.gpus), found[0].machine)
         return Nodes(engine, found, machine, cpu_slots, tuple(command))
 
     def fingerprint(self, device: Device) -> dict[str, Any]:
         """Of a trial on these nodes, as they describe themselves.
 
-        Raises:
-            UserError: their GPUs are of different models.
+        Raises UserError: their GPUs are of different models.
         """
-        base = self.found[0].fingerprint
-        gpus = [gpu for one in self.found for gpu in one.as_machine().gpus_for(device)]
-        for gpu in gpus[1:]:
-            _same(self.engine, {**base, "gpu": described(gpus[0])}, {**base, "gpu": described(gpu)})
-        return {**base, "gpu": described(gpus[0]) if gpus else None}
+        gpus: list[Any] = [described(g) for one in self.found for g in one.machine.gpus_for(device)]
+        seen = [{**self.found[0].fingerprint, "gpu": gpu} for gpu in gpus or [None]]
+        for other in seen[1:]:
+            _same(self.engine, seen[0], other)
+        return seen[0]
 
 
-def _check(engine: Engine, found: Sequence[Description]) -> None:
-    for one in found:
-        if one.problem:
-            raise UserError(
-                f"executor={engine.name}: {one.host} cannot be used: {one.problem}.\n"
-                "Sweep and nodes need one file system with the store (store=DIR), with locks."
-            )
-        _same(engine, found[0].fingerprint, one.fingerprint)
-        if one.fingerprint["source_hash"] != source_hash():
-            raise UserError(
-                f"executor={engine.name}: {one.host} has another openpi_opt than this host "
-                f"(source {one.fingerprint['source_hash']}, here {source_hash()}).\n"
-                "Install the same one, or use one checkout on a shared file system."
-            )
+def _check(engine: Engine, one: Description, first: Description) -> None:
+    if one.problem:
+        raise UserError(
+            f"executor={engine.name}: {one.host} cannot be used: {one.problem}.\n"
+            "Sweep and nodes need one file system with the store (store=DIR), with locks."
+        )
+    _same(engine, first.fingerprint, one.fingerprint)
+    if one.fingerprint["source_hash"] != source_hash():
+        raise UserError(
+            f"executor={engine.name}: {one.host} has another openpi_opt than this host "
+            f"(source {one.fingerprint['source_hash']}, here {source_hash()}).\n"
+            "Install the same one, or use one checkout on a shared file system."
+        )
 
 
 def _same(engine: Engine, first: Mapping[str, Any], other: Mapping[str, Any]) -> None:
@@ -202,41 +171,35 @@ def _same(engine: Engine, first: Mapping[str, Any], other: Mapping[str, Any]) ->
         )
 
 
-@dataclass
 class _Ticket(Lease):
     """Room for one more trial at the engine; the device is leased on the node."""
 
-    locks: list[locks.Held] = field(default_factory=list)
-    taken: bool = True
+    def __init__(self, slot: Slot):
+        super().__init__(slot, [])
+        self._held = True
 
     @property
     def held(self) -> bool:
-        return self.taken
+        return self._held
 
     def release(self) -> None:
-        self.taken = False
+        self._held = False
 
 
-class RemoteExecutor:
+class RemoteExecutor(Executor):
     """The nodes of an engine as an `Executor`."""
 
     def __init__(self, nodes: Nodes, store: Store, display: Display, device: Device):
-        self._nodes = nodes
-        self._engine = nodes.engine
-        self._store = store
-        self._display = display
+        super().__init__(store, display)
+        self._nodes, self._engine = nodes, nodes.engine
         self._devices: list[Device] = [device]
         self._tickets: list[_Ticket] = []
         self._lost: list[str] = []
-        self._threads = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="trial")
-        self._stop = threading.Event()
-        self.contended = False
 
     def suits(self, slot: Slot, cfg: Config) -> bool:
         """Whether it is of the kind of device that the configuration names.
 
-        Raises:
-            UserError: it names one GPU of this host.
+        Raises UserError: it names one GPU of this host.
         """
         if cfg.platform.gpu is not None:
             raise UserError(
@@ -253,7 +216,7 @@ class RemoteExecutor:
 
     def free(self) -> Iterator[Lease]:
         """Room for more trials. It grows and shrinks with the engine."""
-        self._tickets = [ticket for ticket in self._tickets if ticket.taken]
+        self._tickets = [ticket for ticket in self._tickets if ticket.held]
         for device in self._devices:
             names = {ticket.slot.name for ticket in self._tickets}
             for number in range(self._engine.slots(device)):
@@ -263,76 +226,58 @@ class RemoteExecutor:
                     self._tickets.append(ticket)
                     yield ticket
 
-    def rest(self) -> None:
-        """Nothing: nobody waits for this sweep's places."""
-
     def start(self, task: Task, lease: Lease) -> Future[TrialResult]:
         """Give the trial to the engine, and watch it in a thread."""
         # Made here: a name that was looked for in vain stays absent for a while on NFS.
         (task.folder / NODE_LOCK).touch()
-        root = self._store
         order = Order(
-            config=task.cfg.dump(),
+            cfg=task.cfg,
             uid=task.uid,
             folder=task.folder.resolve(),
-            references=root.references.resolve(),
-            caches=root.caches.resolve() / task.machine_hash,
-            fingerprint_hash=task.machine_hash,
+            references=self.store.references.resolve(),
+            caches=self.store.caches.resolve() / task.machine_hash,
+            machine_hash=task.machine_hash,
             cpu_slots=self._nodes.cpu_slots,
             lost=tuple(self._lost),
             command=tuple(self._nodes.command),
         )
-        return self._threads.submit(self._watch, order, task.cfg, lease.slot.name)
+        return self.submit(self._watch, order, lease.slot.name)
 
-    def measured(self) -> dict[str, float]:
-        """Nothing: that is known on the nodes."""
-        return {}
+    def _watch(self, order: Order, slot: str) -> TrialResult:
+        shown = "", ""
 
-    def stop(self) -> None:
-        """End all trials."""
-        self._stop.set()
-
-    def close(self) -> None:
-        """Wait for all threads."""
-        self._threads.shutdown(wait=True)
-
-    def _watch(self, order: Order, cfg: Config, slot: str) -> TrialResult:
-        handle = self._engine.submit(order, cfg)
-        shown, gone = ("", ""), False
-        while not handle.wait(_POLL_SECONDS, gone):
-            if self._stop.is_set():
-                self._end(handle, order)
+        def look() -> bool:
+            nonlocal shown
+            if self.ending.is_set():
+                (order.folder / ALIVE).unlink(missing_ok=True)  # what nobody holds, nobody wants
                 raise StoppedError("the sweep ends")
             about = read_note(order.folder)
-            if about[0]:
-                gone = not locks.is_held(order.folder / NODE_LOCK)
             if about != shown:
                 shown = about
-                self._display.phase(slot, f"{about[1]} on {about[0]}")
+                self.display.phase(slot, f"{about[1]} on {about[0]}")
+            return bool(about[0]) and not locks.is_held(order.folder / NODE_LOCK)
+
         try:
-            answer = Answer.model_validate_json(handle.answer())
+            answer = self._engine.run(order, look)
+        except StoppedError:
+            deadline = time.monotonic() + ENDING_SECONDS
+            while locks.is_held(order.folder / NODE_LOCK) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            raise
         except LostError as error:
             self._lost.append(order.uid)
-            known = whole_result(order.folder, cfg)
+            known = whole_result(order.folder, order.cfg)
             if known is not None:
                 note = f"taken from disk: its node was lost afterwards ({error})"
-                return known.model_copy(update={"notes": [*known.notes, note[:500]]})
+                return noted(known, note[:500])
             raise LostError(str(error), read_note(order.folder)[1], error.outcome) from error
-        if answer.kind == "result":
+        if not isinstance(answer, Declined):
             (order.folder / NODE_LOCK).unlink(missing_ok=True)
-            return results.parse(answer.text)
+            return answer
         if answer.kind == "failed":
-            raise OSError(answer.text)
+            raise OSError(answer.why)
         if answer.kind == "refused":
-            raise UserError(f"executor={self._engine.name}: {answer.text}.")
-        if self._stop.is_set():
+            raise UserError(f"executor={self._engine.name}: {answer.why}.")
+        if self.ending.is_set():
             raise StoppedError("the sweep ends")
-        raise LostError(answer.text, read_note(order.folder)[1])
-
-    def _end(self, handle: Handle, order: Order) -> None:
-        """End a trial, and wait until its node has; nobody holds it for the node afterwards."""
-        (order.folder / ALIVE).unlink(missing_ok=True)  # what nobody holds, nobody wants
-        handle.cancel()
-        deadline = time.monotonic() + _ENDING_SECONDS
-        while locks.is_held(order.folder / NODE_LOCK) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        raise LostError(answer.why, read_note(order.folder)[1])

@@ -53,7 +53,7 @@ def _sync_optuna(store: Store, study_dir: Path, journal: Journal) -> None:
 
 def end_if_left(study_dir: Path, log: MlflowLog) -> None:
     """End the study's run in MLflow when no sweep works on it any more."""
-    controllers = Controllers.join(study_dir)
+    controllers = Controllers(study_dir)
     with controllers.alone():
         try:
             if controllers.others() == 0:

@@ -81,9 +81,9 @@ class Copies:
         )
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self._process.pid, _NICE)
-        self._write(json.dumps(order))
         self._thread = threading.Thread(target=self._listen, name="copies", daemon=True)
         self._thread.start()
+        self._write(json.dumps(order))  # last: without it nothing is begun that `close` has to end
 
     def close(self, records: int) -> None:
         """Let the process finish, within the time for that, and say what is missing. `records` is

@@ -1,11 +1,8 @@
 """Whatever a file holds: figures, or one message that names the file. Never a traceback."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,9 +77,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize(("content", "said"), DAMAGED.values(), ids=DAMAGED)
-def test_damage_is_said_with_the_name_of_the_file(
-    content: bytes, said: str, tmp_path: Path
-) -> None:
+def test_damage_is_said_with_the_name_of_the_file(content, said, tmp_path):
     path = tmp_path / "damaged.json.gz"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -92,7 +87,7 @@ def test_damage_is_said_with_the_name_of_the_file(
     assert len(str(caught.value)) < 1000
 
 
-def test_valid_events_may_be_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_events_may_be_a_bomb(tmp_path, monkeypatch):
     """A megabyte of gzip that holds hundreds of valid kernels: refused after the first 16."""
     one = json.dumps(KERNEL).encode() + b","
     path = tmp_path / "bomb.json.gz"
@@ -109,7 +104,7 @@ def test_valid_events_may_be_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         main([str(path)])
 
 
-def test_rocprofv3s_one_value_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rocprofv3s_one_value_is_bounded(tmp_path, monkeypatch):
     """It is decoded whole, to eight times its size; its rows in CSV are not."""
     monkeypatch.setattr(trace_file, "_SDK_MIB", 1)
     record = {"start_timestamp": 1, "end_timestamp": 2, "thread_id": 7}
@@ -120,15 +115,13 @@ def test_rocprofv3s_one_value_is_bounded(tmp_path: Path, monkeypatch: pytest.Mon
         main([str(path)])
 
 
-def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder(tmp_path):
     for path, said in ((tmp_path / "none.json", "No such file"), (tmp_path, "directory")):
         with pytest.raises(UserError, match=said):
             main([str(path)])
 
 
-def test_one_damaged_trace_of_two_is_not_passed_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_damaged_trace_of_two_is_not_passed_over(tmp_path, capsys):
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
     good.write_bytes(WHOLE)
     bad.write_bytes(WHOLE[:-9])
@@ -151,16 +144,14 @@ def test_one_damaged_trace_of_two_is_not_passed_over(
     ],
     ids=["mark", "spaces", "more keys", "unit", "nan beside", "no utf-8", "odd ids"],
 )  # fmt: skip
-def test_what_is_odd_and_harmless_is_read(content: bytes, tmp_path: Path) -> None:
+def test_what_is_odd_and_harmless_is_read(content, tmp_path):
     path = tmp_path / "t.json"
     path.write_bytes(content)
     assert len(read_trace(path).kernels()) >= 1
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_the_borders_of_the_buffer_do_not_matter(
-    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_borders_of_the_buffer_do_not_matter(chunk, tmp_path, monkeypatch):
     path = tmp_path / "t.json"
     umlaut = {**KERNEL, "name": "gemm für €", "ts": 12.25}
     path.write_text(json.dumps({"a": 123, "traceEvents": [umlaut, KERNEL], "b": -1}, indent=1))
@@ -170,7 +161,7 @@ def test_the_borders_of_the_buffer_do_not_matter(
     assert timeline.start_us.tolist() == [1.5, 12.25]
 
 
-def test_too_large_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_is_said(tmp_path, monkeypatch):
     path = tmp_path / "t.json.gz"
     path.write_bytes(gzip.compress(b"[" + b" " * 3 * 2**20 + b"]"))
     monkeypatch.setattr(trace_file, "MAX_FILE_MIB", 2)
@@ -190,7 +181,7 @@ SAMPLE = json.dumps({"traceEvents": uncaptured(Scene(scene().kernels[:6]))}).enc
     max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_any_damage_of_bytes_is_a_message(data: st.DataObject, tmp_path: Path) -> None:
+def test_any_damage_of_bytes_is_a_message(data, tmp_path):
     content = bytearray(SAMPLE if data.draw(st.booleans()) else gzip.compress(SAMPLE, mtime=0))
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(content) - 1))
@@ -245,7 +236,7 @@ EVENTS = ANYTHING | st.fixed_dictionaries(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(EVENTS, max_size=6))
-def test_any_events_are_a_message_or_sound_figures(events: list[Any]) -> None:
+def test_any_events_are_a_message_or_sound_figures(events):
     try:
         found = break_down(Recording.of(events), "t")
     except ProfileError:
@@ -273,7 +264,7 @@ VALID = st.builds(
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(VALID, min_size=1, max_size=12))
-def test_overlapping_calls_and_markers_are_read(events: list[dict[str, Any]]) -> None:
+def test_overlapping_calls_and_markers_are_read(events):
     recording = Recording.of(events)
     expected = sorted(
         (e["ts"], e["dur"]) for e in events if e["cat"] in ("kernel", "gpu")

@@ -16,7 +16,7 @@ from openpi_opt.confirm.fresh import FreshRuns
 from openpi_opt.confirm.rounds import Deadline
 from openpi_opt.errors import UserError
 from openpi_opt.pairs import Pairs
-from openpi_opt.process.run import Place
+from openpi_opt.process.child import Place
 from openpi_opt.result import TrialResult
 from openpi_opt.session import Session
 from openpi_opt.track.journal import Journal

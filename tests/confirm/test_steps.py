@@ -22,12 +22,12 @@ from openpi_opt.confirm.fresh import FreshRuns
 from openpi_opt.confirm.judge import Confirmed, Subject
 from openpi_opt.confirm.rounds import Deadline
 from openpi_opt.confirm.steps import NO_EFFECT, Target
-from openpi_opt.engine.trials import refused
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.knobs.base import Options
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.process.devices import LEASES_VARIABLE
+from openpi_opt.process.run import refused
 from openpi_opt.result import TrialResult
 from openpi_opt.session import Session, target_session
 from openpi_opt.track import plots

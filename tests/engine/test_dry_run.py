@@ -13,11 +13,10 @@ from search_samples import CPU, FakeRun, ok
 from space_samples import MACHINES, CommandLines, command_lines
 
 from openpi_opt.config import Config
-from openpi_opt.engine.display import Silent
+from openpi_opt.engine.display import Display, label
 from openpi_opt.engine.dry_run import print_dry_run
 from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.study import run_study
-from openpi_opt.engine.trials import label
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
 from openpi_opt.paths import package_dir
@@ -160,7 +159,7 @@ def test_what_the_journal_knows_is_said_and_nothing_is_touched(
     space, compose = lines(*words)
     settings = Settings.parse({"store": str(tmp_path / "store"), "n_trials": 3, "sampler": "grid"})
     fake = FakeRun(lambda cfg: ok(cfg, 12.5))
-    run_study(StudyRequest("s", space, settings, CPU), compose, Silent(), fake)
+    run_study(StudyRequest("s", space, settings, CPU), compose, Display(), fake)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     shown = text_of(lines, capsys, *words, store=str(tmp_path / "store"))
     assert "1  attention=sdpa compile.mode=off  [known: trial 1 ok 12.500 ms]" in shown
@@ -186,7 +185,7 @@ def test_dry_run_and_sweep_agree_on_what_runs(
     space, _ = prepare(space, compose, CPU, allow_lossy=False)
     settings = Settings.parse({"store": str(tmp_path / "store")})
     fake = FakeRun(lambda cfg: ok(cfg, 12.5))
-    outcome = run_study(StudyRequest("s", space, settings, CPU), compose, Silent(), fake)
+    outcome = run_study(StudyRequest("s", space, settings, CPU), compose, Display(), fake)
     listed = re.findall(r"^ +\d+  (\S.*)$", shown, re.MULTILINE)
     records = Journal.read(tmp_path / "store" / "studies" / "s").records()
     ran = [

@@ -13,8 +13,8 @@ import pytest
 from hosts import Host, wait_for
 
 from openpi_opt.process import locks, watcher
+from openpi_opt.process.child import end_marked
 from openpi_opt.process.environment import TRIAL_VARIABLE
-from openpi_opt.process.leftovers import end_marked
 from openpi_opt.result import Failed, Ok
 
 

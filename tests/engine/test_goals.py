@@ -14,8 +14,7 @@ from sweep_samples import compose as plain_compose
 
 from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria
-from openpi_opt.engine.goals import goals
-from openpi_opt.engine.plan import space_hash
+from openpi_opt.engine.plan import goals, space_hash
 from openpi_opt.errors import UserError
 from openpi_opt.result import Memory, Ok, TrialResult
 from openpi_opt.space import optimizer as module

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from search_samples import failed, ok
 
 from openpi_opt.config import Config
-from openpi_opt.engine.lessons import MIN_FAILURES, Lessons, way
+from openpi_opt.engine.findings import MIN_FAILURES, Lessons, way
 from openpi_opt.result import Failed, TrialResult
 
 KEYS = "abc"

@@ -11,7 +11,7 @@ from space_samples import MACHINES, CommandLines, command_lines
 
 from openpi_opt.config import Config
 from openpi_opt.criteria import Criteria
-from openpi_opt.engine.display import Silent
+from openpi_opt.engine.display import Display
 from openpi_opt.engine.plan import StudyRequest, make_plan, space_hash
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.result import TrialResult
@@ -31,7 +31,7 @@ def lines() -> CommandLines:
     return command_lines()
 
 
-class Screen(Silent):
+class Screen(Display):
     def __init__(self) -> None:
         self.notes: list[str] = []
 

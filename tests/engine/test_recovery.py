@@ -10,11 +10,14 @@ from filelock import FileLock, Timeout
 from search_samples import CPU, ok
 
 from openpi_opt.config import Config
-from openpi_opt.engine.display import Silent
+from openpi_opt.engine.display import Display
 from openpi_opt.engine.ledger import Ledger
+from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.recovery import Started, recover
 from openpi_opt.process import locks
 from openpi_opt.process.locks import Claims, Controllers, Held
+from openpi_opt.space.settings import Settings
+from openpi_opt.space.space import Space
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.store import Store
@@ -22,6 +25,7 @@ from openpi_opt.track.store import Store
 CFG = Config.parse({"weights": {"seed": 3}})
 UID = "0123456789abcdef" * 2
 SEEN = fingerprint(CPU)
+REQUEST = StudyRequest("s", Space.parse([]), Settings(), CPU)
 
 
 class Study:
@@ -30,7 +34,7 @@ class Study:
     def __init__(self, folder: Path):
         self.folder = folder
         self.journal = Journal.open(folder)
-        self.controllers = Controllers.join(folder)
+        self.controllers = Controllers(folder)
         self.claims = Claims(folder)
         self.said: list[str] = []
 
@@ -69,7 +73,7 @@ def finish(trial: Path) -> None:
 
 def test_what_a_living_sweep_gave_up_is_taken_and_what_it_holds_is_left(study: Study) -> None:
     """At Ctrl-C the trial's lock is free before the sweep has left: the others must not repeat."""
-    other = Controllers.join(study.folder)
+    other = Controllers(study.folder)
     trial, alive = study.begin(other.name)
     finish(trial)
     assert study.recover() == []
@@ -82,7 +86,7 @@ def test_what_a_living_sweep_gave_up_is_taken_and_what_it_holds_is_left(study: S
 
 def test_a_trial_that_was_journaled_meanwhile_is_not_taken_again(study: Study) -> None:
     """Its sweep journals first and lets go then; this one has read the journal before."""
-    other = Controllers.join(study.folder)
+    other = Controllers(study.folder)
     trial, alive = study.begin(other.name)
     finish(trial)
     theirs = Journal.open(study.folder)
@@ -115,7 +119,7 @@ def test_nothing_lies_about_after_a_kill(study: Study, moment: str) -> None:
 
 
 def test_what_another_sweep_is_about_to_begin_is_left_alone(study: Study) -> None:
-    other = Controllers.join(study.folder)
+    other = Controllers(study.folder)
     trial = study.folder / "trials" / UID[:12]
     trial.mkdir(parents=True)
     alive = locks.take(trial / "alive.lock")
@@ -124,15 +128,14 @@ def test_what_another_sweep_is_about_to_begin_is_left_alone(study: Study) -> Non
     assert claim is not None
     study.recover()
     assert (trial / "alive.lock").exists()
-    assert study.claims.is_held(CFG.hash(), fingerprint_hash(SEEN))
-    assert claim.path.exists()
+    assert locks.is_held(claim.path)
     other.leave()
 
 
 def test_what_a_dead_sweep_had_finished_counts_before_the_next_point_is_chosen(
     tmp_path: Path,
 ) -> None:
-    ledger = Ledger.open(Store.open(tmp_path), "s", (), CPU, Silent())
+    ledger = Ledger(Store.open(tmp_path), REQUEST, Display())
     study = Study(ledger.study_dir)
     running = study.claims.take("0123456789ab", fingerprint_hash(SEEN), "s")
     claim = study.claims.take(CFG.hash(), fingerprint_hash(SEEN), "s")
@@ -154,7 +157,7 @@ def test_nobody_looks_at_a_sweep_while_it_joins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between making the file and locking it, a look by others would take the lock away."""
-    Controllers.join(tmp_path)
+    Controllers(tmp_path)
     taken = locks.take
 
     def take(path: Path) -> Held | None:
@@ -163,4 +166,4 @@ def test_nobody_looks_at_a_sweep_while_it_joins(
         return taken(path)
 
     monkeypatch.setattr(locks, "take", take)
-    assert Controllers.join(tmp_path).name
+    assert Controllers(tmp_path).name

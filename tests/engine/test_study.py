@@ -169,6 +169,11 @@ def test_tpe_finds_the_fast_end_of_an_interval(sweep: Sweeps) -> None:
     assert sum(times[12:]) < sum(times[:12])
 
 
+def test_no_trial_begins_after_the_minutes(sweep: Sweeps) -> None:
+    outcome, run = sweep("weights.seed=range(0,9)", minutes=1e-9, baseline=False)
+    assert (outcome.ended, run.ran) == ("minutes=1e-09 are over", [])
+
+
 def test_wrong_values_are_found_before_anything_runs(sweep: Sweeps) -> None:
     for bad in ("measure.warmup=5,0", "measure.iterations=range(8,20)", "attention=sdpa,nope"):
         with pytest.raises(UserError):

@@ -1,9 +1,5 @@
 """Policies that cheat end as `wrong`, in trials: some of each kind of `benchmarks.attacks`."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from benchmarks.attacks import ATTACKS, attacked, config
@@ -35,14 +31,12 @@ IN_A_PROCESS = ("vision by content", "velocity within 0.02")
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def references(tmp_path_factory):
     return tmp_path_factory.mktemp("references")
 
 
 @pytest.mark.parametrize("name", SAYS)
-def test_a_policy_that_cheats_is_wrong(
-    name: str, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_policy_that_cheats_is_wrong(name, references, tmp_path, monkeypatch):
     if name in IN_A_PROCESS:
         document = trial_in_a_process(name, tmp_path, references)
     else:

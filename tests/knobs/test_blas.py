@@ -1,6 +1,5 @@
 import hashlib
 import types
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,7 @@ def with_results(path: Path) -> dict:
 
 
 @pytest.mark.parametrize("raw", [with_table, with_results])
-def test_a_file_of_the_users_counts_by_its_content(raw: Callable, tmp_path: Path) -> None:
+def test_a_file_of_the_users_counts_by_its_content(raw, tmp_path):
     one, other = tmp_path / "one.csv", tmp_path / "other.csv"
     one.write_text("a,b\n1,2\n")
     other.write_text("a,b\n1,2\n")
@@ -56,7 +55,7 @@ def test_a_file_of_the_users_counts_by_its_content(raw: Callable, tmp_path: Path
 
 
 @pytest.mark.parametrize("raw", [with_table, with_results])
-def test_a_file_that_is_not_there_is_invalid(raw: Callable, tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_invalid(raw, tmp_path):
     path = tmp_path / "missing.csv"
     refusal = KNOB.check(config(raw(path), MI300X), MI300X)
     assert refusal is not None
@@ -67,7 +66,7 @@ def test_a_file_that_is_not_there_is_invalid(raw: Callable, tmp_path: Path) -> N
     assert config(raw(path), MI300X).hash() != before
 
 
-def test_a_file_that_is_not_read_does_not_count(tmp_path: Path) -> None:
+def test_a_file_that_is_not_read_does_not_count(tmp_path):
     path = tmp_path / "results.csv"
     tune = {"blas": {"tunableop": {"mode": "tune", "file": str(path)}}}
     before = config(tune, MI300X).hash()
@@ -75,17 +74,17 @@ def test_a_file_that_is_not_read_does_not_count(tmp_path: Path) -> None:
     assert config(tune, MI300X).hash() == before
 
 
-def test_fp8_without_a_stage_is_refused() -> None:
+def test_fp8_without_a_stage_is_refused():
     with pytest.raises(UserError, match=r"blas\.fp8\.stages"):
         config({"blas": {"backend": "fp8", "fp8": {"stages": []}}})
 
 
-def test_searching_algorithms_times_kernels() -> None:
+def test_searching_algorithms_times_kernels():
     assert KNOB.times_kernels(config({"blas": {"algorithm": "searched"}}, H100))
     assert not KNOB.times_kernels(config({}, H100))
 
 
-def test_only_fp8_is_lossy_and_held_to_what_its_rounding_does() -> None:
+def test_only_fp8_is_lossy_and_held_to_what_its_rounding_does():
     aiter: dict = {"blas": {"backend": "fp8", "fp8": {"gemm": "aiter"}}}
     assert config(FP8, H100).lossy()
     assert config(aiter, MI300X).lossy()
@@ -119,12 +118,12 @@ def fp8_policy(cfg: Config) -> tuple[runtime.Prepared, float]:
 
 
 @pytest.fixture(autouse=True)
-def one_calibration_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_calibration_run(monkeypatch):
     monkeypatch.setattr(blas, "_CALIBRATION_SEEDS", range(7, 8))
 
 
 @pytest.mark.parametrize("stage", ["vision", "prefill", "denoise"])
-def test_fp8_replaces_the_layers_of_its_stage_and_stays_close(stage: str) -> None:
+def test_fp8_replaces_the_layers_of_its_stage_and_stays_close(stage):
     prepared, distance = fp8_policy(
         config({**WORKLOAD, "blas": {"backend": "fp8", "fp8": {"stages": [stage]}}})
     )
@@ -136,7 +135,7 @@ def test_fp8_replaces_the_layers_of_its_stage_and_stays_close(stage: str) -> Non
     assert 0.001 < distance < 0.1
 
 
-def test_fp8_reaches_fused_layers_and_the_files_names_stay() -> None:
+def test_fp8_reaches_fused_layers_and_the_files_names_stay():
     fusion = {"qkv": True, "gate_up": True, "vision_qkv": True}
     cfg = config({**WORKLOAD, **FP8, "fusion": fusion})
     names = set(runtime.build_policy(cfg, torch.device("cpu")).state_dict())
@@ -148,7 +147,7 @@ def test_fp8_reaches_fused_layers_and_the_files_names_stay() -> None:
     assert distance < 0.1
 
 
-def test_a_library_that_torch_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_torch_does_not_take_is_refused(monkeypatch):
     """Torch warns and keeps another one where the architecture is not supported."""
     chosen = torch._C._BlasBackend.Cublas
     monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", lambda name=None: chosen)
@@ -190,9 +189,7 @@ class FakeTunable(types.SimpleNamespace):
 
 
 @pytest.mark.parametrize("buffered", [True, False])
-def test_tuning_happens_in_the_first_call_only_and_leaves_a_file(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, buffered: bool
-) -> None:
+def test_tuning_happens_in_the_first_call_only_and_leaves_a_file(monkeypatch, tmp_path, buffered):
     monkeypatch.chdir(tmp_path)
     tunable = FakeTunable(True, (("GemmTunableOp", "x", "y", 0.1),), buffered)
     monkeypatch.setattr(torch.cuda, "tunable", tunable)
@@ -218,9 +215,7 @@ def test_tuning_happens_in_the_first_call_only_and_leaves_a_file(
     assert KNOB.check(config(use, MI300X), MI300X) is None, "what was tuned can be used"
 
 
-def test_tuning_that_leaves_no_file_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_tuning_that_leaves_no_file_is_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "tunable", FakeTunable(True, (("Gemm", "x", "y", 0.1),)))
     cfg = config({"blas": {"tunableop": {"mode": "tune"}}}, MI300X)
@@ -228,7 +223,7 @@ def test_tuning_that_leaves_no_file_is_refused(
         KNOB.wrap(lambda inputs: None, cfg)(None)  # type: ignore
 
 
-def test_tuning_that_tuned_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_that_tuned_nothing_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "tunable", FakeTunable(True, ()))
     cfg = config({"blas": {"tunableop": {"mode": "tune"}}}, MI300X)
     with pytest.raises(RefusedError, match="no product"):
@@ -236,7 +231,7 @@ def test_tuning_that_tuned_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("readable", [True, False])
-def test_a_file_for_another_gpu_is_refused(readable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_for_another_gpu_is_refused(readable, monkeypatch):
     tunable = FakeTunable(readable, ())
     monkeypatch.setattr(torch.cuda, "tunable", tunable)
     cfg = config({"blas": {"tunableop": {"mode": "use"}}}, MI300X)
@@ -248,7 +243,7 @@ def test_a_file_for_another_gpu_is_refused(readable: bool, monkeypatch: pytest.M
         KNOB.configure(cfg)
 
 
-def test_aiter_that_served_nothing_ends_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aiter_that_served_nothing_ends_the_trial(monkeypatch):
     from openpi_opt.kernels import tuned_gemm
 
     found = tuned_gemm.Lookups()
@@ -270,7 +265,7 @@ def test_aiter_that_served_nothing_ends_the_trial(monkeypatch: pytest.MonkeyPatc
         ("rocblas", "ROCBLAS_TENSILE_GEMM_OVERRIDE_PATH"),
     ],
 )
-def test_files_of_the_libraries_own_tuners(library: str, variable: str, tmp_path: Path) -> None:
+def test_files_of_the_libraries_own_tuners(library, variable, tmp_path):
     file = tmp_path / "solutions.txt"
     raw = {"blas": {"overrides": {library: str(file)}}}
     assert outcome(raw, MI300X) == "invalid"
@@ -284,7 +279,7 @@ def test_files_of_the_libraries_own_tuners(library: str, variable: str, tmp_path
     assert config(raw, MI300X).hash() != before, "by content"
 
 
-def test_aiter_gets_the_layers_of_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aiter_gets_the_layers_of_its_stages(monkeypatch):
     from openpi_opt.kernels import aiter as package
     from openpi_opt.kernels.tuned_gemm import TunedLinear
 
@@ -309,7 +304,7 @@ def test_aiter_gets_the_layers_of_its_stages(monkeypatch: pytest.MonkeyPatch) ->
 # --- padded rows ---------------------------------------------------------------------------------
 
 
-def test_padded_rows_change_addresses_and_nothing_else() -> None:
+def test_padded_rows_change_addresses_and_nothing_else():
     raw = {"precision": {"dtype": "float32"}, "fusion": {"qkv": True}, **WORKLOAD}
     actions, strides = [], []
     for pad in (False, True):
@@ -326,7 +321,7 @@ def test_padded_rows_change_addresses_and_nothing_else() -> None:
     torch.testing.assert_close(actions[0], actions[1], rtol=1e-5, atol=1e-5)
 
 
-def test_padding_without_anything_to_pad_is_refused() -> None:
+def test_padding_without_anything_to_pad_is_refused():
     """The small model's rows of 16 bits are no multiples of 512 bytes."""
     cfg = config({**WORKLOAD, "blas": {"pad_strides": True}})
     with pytest.raises(RefusedError, match="no weight of this model"):

@@ -45,9 +45,30 @@ def test_inert_options_have_no_reader_in_this_torch_and_the_others_have():
     assert set(module.INERT) == {"group_fusion", "benchmark_kernel"}
 
 
-def test_an_option_that_this_torch_lacks_ends_the_trial():
-    with pytest.raises(RuntimeError, match="Unexpected optimization option no_such_option"):
-        torch.compile(lambda x: x, options={"no_such_option": True})
+def test_names_are_read_from_the_source_without_importing_it() -> None:
+    source = """
+a: bool = 1
+b = c = 2
+class triton:
+    d = 3
+    def f(): g = 1
+class cpp:
+    e = 1
+"""
+    assert module.inductor_names(source) == {"a", "b", "c", "triton.d"}
+    installed = module._installed_names()
+    assert set(module.DEFAULTS) <= installed
+    assert "group_fusion" in installed
+
+
+def test_an_option_that_this_torch_lacks_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_installed_names", lambda: frozenset({"freezing"}))
+    assert KNOB.check(config(of(freezing=True)), CPU) is None
+    refusal = KNOB.check(config(of(freezing=True, cpp_wrapper=True)), CPU)
+    assert refusal is not None
+    assert refusal.outcome == "unavailable"
+    assert "compile.inductor.cpp_wrapper" in refusal.reason
+    assert "freezing" not in refusal.reason
 
 
 @pytest.mark.parametrize("backends", ["CK", "ATEN,CKTILE"])

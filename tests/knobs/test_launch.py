@@ -1,7 +1,5 @@
 """Launch parameters as options: they are the kernels', and what cannot fit is refused."""
 
-from __future__ import annotations
-
 import ast
 from dataclasses import replace
 from pathlib import Path
@@ -29,14 +27,14 @@ def fused(**launches: dict[str, int]) -> dict:
     return {**FUSED, "gemm": {"backend": "triton_skinny", **launches}}
 
 
-def test_the_parameters_are_those_that_the_kernel_reads() -> None:
+def test_the_parameters_are_those_that_the_kernel_reads():
     assert set(LinearLaunch.model_fields) <= set(kernels.LINEAR)
     assert set(AttentionLaunch.model_fields) <= {*kernels.DECODE, *kernels.FLASH}
     assert tuple(LINEARS) == expert.LINEARS
 
 
 @pytest.mark.parametrize("raw", [{}, {"fusion": {"expert_layer": False}}, {"gemm": {}}])
-def test_they_count_only_where_the_fused_layer_reads_them(raw: dict) -> None:
+def test_they_count_only_where_the_fused_layer_reads_them(raw):
     given = fused(launch_out={"block_n": 16})
     read = config({**given, **raw}, H100).canonical().knobs["gemm"].launches()["out"].given()
     assert read == ({"block_n": 16} if raw == {} else {})
@@ -46,7 +44,7 @@ def test_they_count_only_where_the_fused_layer_reads_them(raw: dict) -> None:
     assert config(given, H100).hash() != config(fused(), H100).hash()
 
 
-def test_the_guard_s_float32_form_leaves_them_to_the_kernels() -> None:
+def test_the_guard_s_float32_form_leaves_them_to_the_kernels():
     """Its tiles take twice the memory, and its structure is the same for all of them."""
     given = fused(launch_down={"block_n": 32, "block_k": 512, "num_stages": 5})
     assert KNOB.float32_form(config(given, H100)) == KNOB.float32_form(config(fused(), H100))
@@ -60,7 +58,7 @@ def test_the_guard_s_float32_form_leaves_them_to_the_kernels() -> None:
         ({"launch_out": {"block_k": 512, "split_k": 8}}, "splits 2048 inputs"),
     ],
 )
-def test_what_does_not_fit_is_invalid_with_the_reason(launch: dict, words: str) -> None:
+def test_what_does_not_fit_is_invalid_with_the_reason(launch, words):
     given = fused(**launch)
     if words == "sums a thread":
         given = {**given, "workload": {"horizon": 50}}
@@ -71,7 +69,7 @@ def test_what_does_not_fit_is_invalid_with_the_reason(launch: dict, words: str) 
     assert f"gemm.{next(iter(launch))}" in refusal.reason
 
 
-def test_the_limit_is_the_gpus() -> None:
+def test_the_limit_is_the_gpus():
     given = fused(launch_down={"block_n": 32, "block_k": 512, "num_stages": 5})
     assert KNOB.check(config(given, H100), H100) is None
     assert KNOB.check(config(given, A100), A100) is not None
@@ -89,9 +87,7 @@ def test_the_limit_is_the_gpus() -> None:
         ("denoise", {"block_n": 128, "blocks": 1, "num_stages": 3}, True),
     ],
 )
-def test_shared_memory_of_the_attention_is_what_the_compiler_takes(
-    stage: str, launch: dict[str, int], fits: bool
-) -> None:
+def test_shared_memory_of_the_attention_is_what_the_compiler_takes(stage, launch, fits):
     """Compiled for an H100, and by the formula of the option."""
     offline = pytest.importorskip("openpi_opt.kernels.offline")
     from openpi_opt.kernels import attention, shipped
@@ -119,7 +115,7 @@ def test_shared_memory_of_the_attention_is_what_the_compiler_takes(
     assert fits or "shared memory" in str(refusal)
 
 
-def test_what_a_study_found_gets_into_the_table(tmp_path: Path) -> None:
+def test_what_a_study_found_gets_into_the_table(tmp_path):
     """The entry is put over what was left to the table or the rule, and replaces its like."""
     pytest.importorskip("triton")
     from openpi_opt.kernels import triton_decode, triton_skinny_gemm, write_table

@@ -1,7 +1,5 @@
 """Tables over all knobs: where an option runs, what it contradicts, which settings count."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -87,9 +85,7 @@ RUNS: list[tuple[str, Raw, list[str]]] = [
 
 
 @pytest.mark.parametrize(("knob", "raw", "where"), RUNS)
-def test_an_option_runs_on_these_machines_and_no_others(
-    knob: str, raw: Raw, where: list[str]
-) -> None:
+def test_an_option_runs_on_these_machines_and_no_others(knob, raw, where):
     found = {name: BY_NAME[knob].check(config(raw, on), on) for name, on in ALL.items()}
     assert {name for name, refusal in found.items() if refusal is None} == set(where)
     refused = [refusal for refusal in found.values() if refusal is not None]
@@ -147,9 +143,7 @@ CONTRADICTIONS: list[tuple[str, Raw, Machine, str]] = [
 
 
 @pytest.mark.parametrize(("knob", "raw", "on", "words"), CONTRADICTIONS)
-def test_options_that_contradict_are_invalid_and_named(
-    knob: str, raw: Raw, on: Machine, words: str
-) -> None:
+def test_options_that_contradict_are_invalid_and_named(knob, raw, on, words):
     refusal = BY_NAME[knob].check(config(raw, on), on)
     assert refusal is not None
     assert refusal.outcome == "invalid"
@@ -174,11 +168,11 @@ COMPATIBLE: list[tuple[str, Raw, Machine]] = [
 
 
 @pytest.mark.parametrize(("knob", "raw", "on"), COMPATIBLE)
-def test_options_that_go_together(knob: str, raw: Raw, on: Machine) -> None:
+def test_options_that_go_together(knob, raw, on):
     assert BY_NAME[knob].check(config(raw, on), on) is None
 
 
-def test_a_buffer_means_nothing_to_the_expert_layer() -> None:
+def test_a_buffer_means_nothing_to_the_expert_layer():
     buffer: Raw = {"simplify": {"kv_buffer": True}}
     notes = BY_NAME["simplify"].notes
     assert "kv_buffer" in notes(config({**EXPERT, **buffer}, H100))[0]
@@ -189,7 +183,7 @@ def test_a_buffer_means_nothing_to_the_expert_layer() -> None:
     ("knob", "raw"),
     [("blas", BLAS_AITER), ("blas", FP8_AITER), ("elementwise", ELEMENTWISE_AITER)],
 )
-def test_an_aiter_that_cannot_be_imported_is_unavailable(knob: str, raw: Raw) -> None:
+def test_an_aiter_that_cannot_be_imported_is_unavailable(knob, raw):
     small: Raw = {"workload": {"steps": 1, "active_cameras": [True]}}
     policy = runtime.build_policy(config(small), torch.device("cpu"))
     with pytest.raises(RefusedError, match=f"{knob}.*importing AMD's aiter failed") as error:
@@ -257,10 +251,10 @@ OTHER: list[tuple[Raw, Raw, Machine]] = [
 
 
 @pytest.mark.parametrize(("raw", "same_as", "on"), SAME)
-def test_what_has_no_effect_does_not_count(raw: Raw, same_as: Raw, on: Machine) -> None:
+def test_what_has_no_effect_does_not_count(raw, same_as, on):
     assert config(raw, on).hash() == config(same_as, on).hash()
 
 
 @pytest.mark.parametrize(("raw", "other", "on"), OTHER)
-def test_what_has_an_effect_counts(raw: Raw, other: Raw, on: Machine) -> None:
+def test_what_has_an_effect_counts(raw, other, on):
     assert config(raw, on).hash() != config(other, on).hash()

@@ -2,8 +2,6 @@
 
 import gzip
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +36,7 @@ class Small(torch.nn.Module):
 
 
 @pytest.fixture
-def small() -> Callable[[torch.Tensor], torch.Tensor]:
+def small():
     torch.manual_seed(0)
     model = Small()
 
@@ -49,7 +47,7 @@ def small() -> Callable[[torch.Tensor], torch.Tensor]:
     return call
 
 
-def test_operator_calls_of_one_inference_on_a_cpu(small: Callable) -> None:
+def test_operator_calls_of_one_inference_on_a_cpu(small):
     found = profile_call(small, torch.randn(64, 64), "cpu")
 
     expected = ["aten::linear", "aten::gelu", "aten::layer_norm"]
@@ -72,7 +70,7 @@ def test_operator_calls_of_one_inference_on_a_cpu(small: Callable) -> None:
     assert found.notes == []
 
 
-def test_the_trace_is_what_was_counted(small: Callable, tmp_path: Path) -> None:
+def test_the_trace_is_what_was_counted(small, tmp_path):
     path = tmp_path / "trace.json.gz"
     found = profile_call(small, torch.randn(64, 64), "cpu", trace_path=path)
 
@@ -82,14 +80,14 @@ def test_the_trace_is_what_was_counted(small: Callable, tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["trace.json.gz"]
 
 
-def test_the_call_runs_twice_and_is_counted_once() -> None:
+def test_the_call_runs_twice_and_is_counted_once():
     model = Small()
     found = profile_call(model, torch.randn(64, 64), "cpu")
     assert model.calls == 2
     assert found.timeline.launched.count("aten::exp") == 1
 
 
-def test_without_markers_there_are_no_stages() -> None:
+def test_without_markers_there_are_no_stages():
     found = profile_call(torch.exp, torch.randn(8), "cpu")
     assert found.kernels.total == 1
     assert found.kernels.stage_ms == {}
@@ -98,7 +96,7 @@ def test_without_markers_there_are_no_stages() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_replay_has_the_kernels_and_stages_of_the_call(small: Callable) -> None:
+def test_a_replay_has_the_kernels_and_stages_of_the_call(small):
     x = torch.randn(64, 64, device="cuda")
     model = Small().cuda()
 

@@ -101,7 +101,7 @@ REPLAY = [
 ]
 
 
-def test_kernels_are_listed_in_order_of_their_start_with_the_stage_of_their_launch() -> None:
+def test_kernels_are_listed_in_order_of_their_start_with_the_stage_of_their_launch():
     found = kernels_in(EAGER)
     assert list(zip(found.launched, found.start_us, found.staged, strict=True)) == [
         (NVJET, 150.0, "vision"),
@@ -113,7 +113,7 @@ def test_kernels_are_listed_in_order_of_their_start_with_the_stage_of_their_laun
     ]
 
 
-def test_totals_of_an_uncaptured_call() -> None:
+def test_totals_of_an_uncaptured_call():
     found = profile_of(EAGER, "cuda")
 
     assert found.kernels.kind == "device_kernels"
@@ -132,14 +132,14 @@ def test_totals_of_an_uncaptured_call() -> None:
     assert found.notes == []
 
 
-def test_counts_per_stage_sum_to_the_total() -> None:
+def test_counts_per_stage_sum_to_the_total():
     found = profile_of(EAGER, "cuda").kernels
     assert found.by_stage == {"vision": 1, "prefill": 2, "denoise": 2, "other": 1}
     assert sum(found.by_stage.values()) == found.total
     assert profile_of(REPLAY, "cuda").kernels.by_stage == {}
 
 
-def test_idle_time_is_what_no_kernel_covers() -> None:
+def test_idle_time_is_what_no_kernel_covers():
     kernels = profile_of(EAGER, "cuda").kernels
     # 150-190, 200-220, 230-235, 250-253, 260-264, 310-320
     assert kernels.busy_ms == pytest.approx(0.082)
@@ -163,13 +163,13 @@ def spans(*pairs: tuple[float, float]) -> Timeline:
         (spans(), 0, []),
     ],
 )
-def test_gaps_over_all_streams(timeline: Timeline, busy: float, gaps: list[float]) -> None:
+def test_gaps_over_all_streams(timeline, busy, gaps):
     assert timeline.shares_us().sum() == busy
     assert timeline.gaps_us().tolist() == gaps
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9)), min_size=1, max_size=12))
-def test_busy_and_idle_against_counting_each_microsecond(pairs: list[tuple[int, int]]) -> None:
+def test_busy_and_idle_against_counting_each_microsecond(pairs):
     covered = {at for start, duration in pairs for at in range(start, start + duration)}
     first, last = min(s for s, _ in pairs), max(s + d for s, d in pairs)
     found = spans(*pairs)
@@ -177,7 +177,7 @@ def test_busy_and_idle_against_counting_each_microsecond(pairs: list[tuple[int, 
     assert len(covered) + found.gaps_us().sum() == last - first
 
 
-def test_on_rocm_a_replay_that_hides_its_kernels_is_counted_without_its_graph() -> None:
+def test_on_rocm_a_replay_that_hides_its_kernels_is_counted_without_its_graph():
     hidden = [runtime("hipGraphLaunch", 20.0, 2), copy(25.0, 1.0, 1), copy(112.0, 1.0, 3)]
     found = profile_of_replay_on_rocm(hidden, EAGER)
     eager = profile_of(EAGER, "rocm")
@@ -191,7 +191,7 @@ def test_on_rocm_a_replay_that_hides_its_kernels_is_counted_without_its_graph() 
     assert profile_of_replay_on_rocm(alone, EAGER).kernels == found.kernels
 
 
-def test_on_rocm_a_replay_that_shows_its_kernels_counts_itself() -> None:
+def test_on_rocm_a_replay_that_shows_its_kernels_counts_itself():
     found = profile_of_replay_on_rocm(REPLAY, EAGER)
     assert found.kernels.counted_on == "call"
     assert found.kernels.total == 8
@@ -200,12 +200,12 @@ def test_on_rocm_a_replay_that_shows_its_kernels_counts_itself() -> None:
 
 
 @pytest.mark.parametrize("without", [None, REPLAY])
-def test_on_rocm_a_capture_that_cannot_be_left_out_is_said(without: Any) -> None:
+def test_on_rocm_a_capture_that_cannot_be_left_out_is_said(without):
     found = profile_of_replay_on_rocm(REPLAY, without)
     assert "may be too low" in found.notes[-1]
 
 
-def test_table_has_the_longest_first() -> None:
+def test_table_has_the_longest_first():
     rows = table_of(kernels_in(EAGER), "cuda")
     assert [(row.name, row.category, row.calls) for row in rows] == [
         (NVJET, "gemm", 2),
@@ -216,7 +216,7 @@ def test_table_has_the_longest_first() -> None:
     assert rows[2].total_ms == pytest.approx(0.007)
 
 
-def test_a_replay_counts_all_kernels_of_the_graph_and_has_no_stages() -> None:
+def test_a_replay_counts_all_kernels_of_the_graph_and_has_no_stages():
     found = profile_of(REPLAY, "cuda")
     assert found.kernels.total == 8
     assert found.kernels.by_category["memory"] == 3
@@ -226,7 +226,7 @@ def test_a_replay_counts_all_kernels_of_the_graph_and_has_no_stages() -> None:
     assert "no marker" in found.notes[0]
 
 
-def test_a_replay_takes_its_stages_from_the_same_kernels_uncaptured() -> None:
+def test_a_replay_takes_its_stages_from_the_same_kernels_uncaptured():
     found = with_stages_of(profile_of(REPLAY, "cuda"), profile_of(EAGER, "cuda"))
 
     inner = ["vision", "prefill", "prefill", "denoise", "denoise", "other"]
@@ -239,7 +239,7 @@ def test_a_replay_takes_its_stages_from_the_same_kernels_uncaptured() -> None:
 
 
 @pytest.mark.parametrize("change", ["gone", "renamed", "swapped"])
-def test_a_replay_of_other_kernels_has_no_stages(change: str) -> None:
+def test_a_replay_of_other_kernels_has_no_stages(change):
     events = [dict(event) for event in REPLAY]
     if change == "gone":
         del events[4]
@@ -255,19 +255,19 @@ def test_a_replay_of_other_kernels_has_no_stages(change: str) -> None:
     assert "not the same" in found.notes[0]
 
 
-def test_no_stages_where_neither_has_markers() -> None:
+def test_no_stages_where_neither_has_markers():
     replay = profile_of(REPLAY, "cuda")
     found = with_stages_of(replay, replay)
     assert found.kernels == replay.kernels
     assert found.notes == ["No stages: the call without its graph has none either."]
 
 
-def test_a_graph_launched_inside_a_marker_belongs_to_its_stage() -> None:
+def test_a_graph_launched_inside_a_marker_belongs_to_its_stage():
     found = profile_of([marker("denoise", 15.0, 10.0), *REPLAY], "cuda")
     assert found.kernels.stage_ms == pytest.approx({"other": 0.002, "denoise": 0.075})
 
 
-def test_the_innermost_marker_decides() -> None:
+def test_the_innermost_marker_decides():
     events = [
         marker("denoise", 0.0, 100.0),
         marker("vision", 10.0, 20.0),
@@ -279,7 +279,7 @@ def test_the_innermost_marker_decides() -> None:
     assert kernels_in(events).staged == ["vision", "denoise"]
 
 
-def test_a_marker_of_another_thread_does_not_count() -> None:
+def test_a_marker_of_another_thread_does_not_count():
     events = [
         {**marker("vision", 0.0, 100.0), "tid": 200},
         marker("prefill", 50.0, 10.0),
@@ -289,7 +289,7 @@ def test_a_marker_of_another_thread_does_not_count() -> None:
     assert kernels_in(events).staged == ["other"]
 
 
-def test_the_operator_stands_in_for_a_launch_that_was_not_recorded() -> None:
+def test_the_operator_stands_in_for_a_launch_that_was_not_recorded():
     events = [
         marker("vision", 0.0, 100.0),
         operator("aten::mm", 10.0, 5.0, **{"External id": 9}),
@@ -298,7 +298,7 @@ def test_the_operator_stands_in_for_a_launch_that_was_not_recorded() -> None:
     assert kernels_in(events).staged == ["vision"]
 
 
-def test_one_kernel_of_unknown_launch_leaves_no_stages() -> None:
+def test_one_kernel_of_unknown_launch_leaves_no_stages():
     found = profile_of([*EAGER, kernel(ADD, 400.0, 1.0, 99)], "cuda")
     assert found.kernels.total == 7
     assert found.kernels.stage_ms == {}
@@ -308,17 +308,17 @@ def test_one_kernel_of_unknown_launch_leaves_no_stages() -> None:
 @pytest.mark.parametrize(
     "name", ["cudaLaunchKernel", "cuLaunchKernelEx", "hipGraphLaunch", "hipExtModuleLaunchKernel"]
 )
-def test_a_launch_without_a_kernel_is_noticed(name: str) -> None:
+def test_a_launch_without_a_kernel_is_noticed(name):
     found = profile_of([*EAGER, runtime(name, 305.0, 50)], "cuda")
     assert found.notes == ["Counts are too low: 1 launches have no kernel in the trace."]
 
 
-def test_calls_that_launch_nothing_are_not_missed() -> None:
+def test_calls_that_launch_nothing_are_not_missed():
     quiet = [runtime("cudaLaunchHostFunc", 305.0, 50), runtime("cudaStreamIsCapturing", 306.0, 51)]
     assert profile_of([*EAGER, *quiet], "cuda").notes == []
 
 
-def test_operator_calls_are_the_outermost_of_their_thread() -> None:
+def test_operator_calls_are_the_outermost_of_their_thread():
     events = [
         marker("vision", 0.0, 50.0),
         operator("aten::linear", 10.0, 30.0),
@@ -340,12 +340,12 @@ def test_operator_calls_are_the_outermost_of_their_thread() -> None:
     ]
 
 
-def test_operators_that_start_together_are_one_call() -> None:
+def test_operators_that_start_together_are_one_call():
     events = [operator("aten::zero_", 10.0, 3.0), operator("aten::zeros", 10.0, 5.0)]
     assert operators_in(events).launched == ["aten::zeros"]
 
 
-def test_nesting_is_exact_at_the_size_of_real_timestamps() -> None:
+def test_nesting_is_exact_at_the_size_of_real_timestamps():
     start = 4367755648225.761
     events = [
         operator("aten::mul", start, 0.239),
@@ -355,7 +355,7 @@ def test_nesting_is_exact_at_the_size_of_real_timestamps() -> None:
     assert operators_in(events).launched == ["aten::mul", "aten::view"]
 
 
-def test_generated_loops_on_a_cpu_are_said_to_be_missing() -> None:
+def test_generated_loops_on_a_cpu_are_said_to_be_missing():
     events = [
         operator("aten::mm", 10.0, 3.0),
         operator("## Call CompiledFxGraph fabc ##", 20.0, 3.0),
@@ -366,7 +366,7 @@ def test_generated_loops_on_a_cpu_are_said_to_be_missing() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_an_empty_profile_is_an_error(device: Any) -> None:
+def test_an_empty_profile_is_an_error(device):
     with pytest.raises(ProfileError, match=r"recorded no (operator call|device kernel)"):
         profile_of([marker("vision", 0.0, 10.0)], device)
 
@@ -374,12 +374,12 @@ def test_an_empty_profile_is_an_error(device: Any) -> None:
 @pytest.mark.parametrize(
     "damage", [{"dur": -1.0}, {"dur": None}, {"ts": "1"}, {"name": None}, {"dur": float("nan")}]
 )
-def test_a_damaged_event_is_an_error(damage: Event) -> None:
+def test_a_damaged_event_is_an_error(damage):
     with pytest.raises(ProfileError, match="Damaged event"):
         profile_of([*EAGER, {**kernel(ADD, 1.0, 1.0, 1), **damage}], "cuda")
 
 
-def test_one_unknown_stage_leaves_the_stages_empty() -> None:
+def test_one_unknown_stage_leaves_the_stages_empty():
     timeline = kernels_in([*EAGER, kernel(ADD, 400.0, 1.0, 99)])
     assert kernels_of(timeline, "cuda").stage_ms == {}
     assert kernels_of(timeline.rows(slice(-1)), "cuda").stage_ms != {}
@@ -393,9 +393,7 @@ NAMES = st.lists(st.sampled_from(["a", "b", "c", "Memset (Device)"]), min_size=1
     before=st.lists(st.sampled_from(sorted(COPIES)), max_size=4),
     after=st.lists(st.sampled_from(sorted(COPIES)), max_size=4),
 )
-def test_copies_around_a_replay_do_not_matter(
-    names: list[str], before: list[str], after: list[str]
-) -> None:
+def test_copies_around_a_replay_do_not_matter(names, before, after):
     reference = [(name, f"stage {i}") for i, name in enumerate(names)]
     stages = stage_by_sequence(reference, [*before, *names, *after], COPIES)
     known = [stage for _, stage in reference]
@@ -403,19 +401,19 @@ def test_copies_around_a_replay_do_not_matter(
 
 
 @given(names=NAMES, replayed=NAMES)
-def test_stages_need_the_same_kernels(names: list[str], replayed: list[str]) -> None:
+def test_stages_need_the_same_kernels(names, replayed):
     stages = stage_by_sequence([(name, "s") for name in names], replayed, COPIES)
     core = " ".join(names).replace("Memset (Device)", "").split()
     if core != " ".join(replayed).replace("Memset (Device)", "").split() or not core:
         assert stages is None
 
 
-def test_a_copy_inside_must_agree() -> None:
+def test_a_copy_inside_must_agree():
     reference = [("a", "s"), ("Memset (Device)", "s"), ("b", "t")]
     assert stage_by_sequence(reference, ["a", "b"], COPIES) is None
 
 
-def test_a_graph_runs_small_copies_as_kernels() -> None:
+def test_a_graph_runs_small_copies_as_kernels():
     """Seen on an H100: other names for copies and fills in the replay than on the stream."""
     reference = [("a", "vision"), (MEMCPY, "prefill"), ("Memset (Device)", "p"), ("b", "denoise")]
     replayed = [MEMCPY, "a", "memcpy32_post", "Memset (Unknown)", "b", MEMCPY]
@@ -426,7 +424,7 @@ def test_a_graph_runs_small_copies_as_kernels() -> None:
     assert stage_by_sequence(reference, exchanged, COPIES) is None
 
 
-def test_copies_at_the_border_of_the_call_itself_keep_their_stage() -> None:
+def test_copies_at_the_border_of_the_call_itself_keep_their_stage():
     copy_in, clear = sorted(COPIES)
     reference = [(clear, "vision"), ("a", "vision"), ("b", "denoise"), (clear, "denoise")]
     replayed = [copy_in, clear, "a", "b", clear, copy_in]
@@ -439,7 +437,7 @@ def test_copies_at_the_border_of_the_call_itself_keep_their_stage() -> None:
     ]  # fmt: skip
 
 
-def test_moments_of_overlapping_kernels_count_once() -> None:
+def test_moments_of_overlapping_kernels_count_once():
     """A kernel that starts beside its predecessor and waits for it is not busy twice."""
     timeline = spans((0.0, 10.0), (4.0, 9.0), (5.0, 2.0), (20.0, 5.0))
     assert timeline.shares_us().tolist() == [10.0, 3.0, 0.0, 5.0]

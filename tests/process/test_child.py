@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from uuid import uuid4
 import pytest
 from process_samples import LIMITS, SAY
 
-from openpi_opt.process import child, locks, oom, output, watcher
-from openpi_opt.process.child import Ended, Tether, run_command
+from openpi_opt.process import child, locks, output, watcher
+from openpi_opt.process.child import Ended, Place, run_command
+from openpi_opt.process.devices import Slot
 
 
 class Scripts:
@@ -30,14 +32,14 @@ class Scripts:
         body: str,
         limits: dict[str, float] | None = None,
         on_phase: Callable[[str], None] | None = None,
-        tether: Tether | None = None,
+        place: Place | None = None,
     ) -> Ended:
         script = self.folder / "child.py"
         script.write_text(SAY + textwrap.dedent(body))
         argv = [sys.executable, str(script)]
         hook = on_phase or self.phases.append
         return run_command(
-            argv, dict(os.environ), {**LIMITS, **(limits or {})}, self.log, hook, tether
+            argv, dict(os.environ), {**LIMITS, **(limits or {})}, self.log, hook, place
         )
 
 
@@ -136,8 +138,8 @@ def test_what_escapes_its_session_and_environment_ends_and_is_named(
         monkeypatch.setattr(watcher, "cgroup_of", lambda _: "")
     lock = locks.take(scripts.folder / "lease.lock")
     assert lock is not None
-    tether = Tether(name, fds=(lock.fd,))
-    ended = scripts.run(ESCAPE.format(closing=closing), tether=tether)
+    place = Place(uid=name, fds=(lock.fd,))
+    ended = scripts.run(ESCAPE.format(closing=closing), place=place)
     lock.release()
     assert (ended.returncode, ended.left) == (0, ("sleep",))
     assert not locks.is_held(scripts.folder / "lease.lock")
@@ -171,8 +173,7 @@ def test_a_kill_by_the_kernel_is_told_from_the_counter(
 ) -> None:
     counter = tmp_path / "vmstat"
     counter.write_text("nr_free_pages 7\noom_kill 4\n")
-    monkeypatch.setattr(oom, "_VMSTAT", counter)
-    monkeypatch.setattr(oom, "_cgroup_files", list)
+    monkeypatch.setattr(child, "oom_files", lambda: [counter])
     ended = scripts.run(
         f"open({str(counter)!r}, 'w').write('oom_kill 5'); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -242,9 +243,8 @@ def test_oom_kills_reads_both_kinds_of_cgroup(
     files = [tmp_path / "memory.events", tmp_path / "memory.oom_control", tmp_path / "absent"]
     files[0].write_text("low 0\noom 3\noom_kill 2\n")
     files[1].write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 5\n")
-    monkeypatch.setattr(oom, "_cgroup_files", lambda: files)
-    monkeypatch.setattr(oom, "_VMSTAT", tmp_path / "none")
-    assert oom.oom_kills() == 7
+    monkeypatch.setattr(child, "oom_files", lambda: files)
+    assert child.oom_kills() == 7
 
 
 def test_what_is_printed_is_kept_at_both_ends(
@@ -277,7 +277,7 @@ def test_a_stop_from_another_thread_ends_the_group(
     scripts: Scripts, monkeypatch: pytest.MonkeyPatch, deaf: bool
 ) -> None:
     monkeypatch.setattr(child, "GRACE_SECONDS", 1.0 if deaf else 60.0)
-    stop = child.Stop()
+    stop = threading.Event()
 
     def on_phase(phase: str) -> None:
         stop.set()
@@ -293,7 +293,7 @@ def test_a_stop_from_another_thread_ends_the_group(
             LIMITS,
             scripts.log,
             on_phase,
-            Tether(stop=stop),
+            Place(stop=stop),
         )
     assert wait_gone(int((scripts.folder / "pid").read_text()))
 
@@ -307,7 +307,7 @@ def test_a_child_has_its_cores_and_its_watcher_the_old_ones(tmp_path: Path) -> N
         LIMITS,
         tmp_path / "log.txt",
         print,
-        Tether(cores=(core,)),
+        Place(Slot("a core", "cpu", None, (core,))),
     )
     assert (tmp_path / "log.txt").read_text() == f"{{{core}}}\n"
     assert os.sched_getaffinity(0) == before

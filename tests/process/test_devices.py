@@ -11,7 +11,7 @@ from process_samples import gpu, machine
 from search_samples import CPU
 
 from openpi_opt.config import Config
-from openpi_opt.engine.display import Silent
+from openpi_opt.engine.display import Display
 from openpi_opt.engine.executor import LocalExecutor
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Gpu
@@ -31,7 +31,7 @@ def found(given: object, *gpus: Gpu) -> Devices:
 
 @pytest.fixture(autouse=True)
 def _sixteen_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(devices, "_cores", lambda: CORES)
+    monkeypatch.setattr(devices, "usable_cores", lambda: CORES)
     monkeypatch.setenv(LEASES_VARIABLE, str(tmp_path / "leases"))
 
 
@@ -58,7 +58,7 @@ def test_a_gpu_has_the_same_cores_whoever_else_is_used() -> None:
 
 
 def test_more_gpus_than_cores_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_cores", lambda: [5, 7])
+    monkeypatch.setattr(devices, "usable_cores", lambda: [5, 7])
     assert [slot.cores for slot in found("all").slots("cuda")] == [(5,), (7,), (5,), (7,)]
 
 
@@ -195,7 +195,7 @@ def test_a_folder_that_somebody_prepared_is_refused(tmp_path: Path) -> None:
 
 
 def test_who_has_all_devices_is_said_once(tmp_path: Path) -> None:
-    class Screen(Silent):
+    class Screen(Display):
         notes: list[str] = []  # noqa: RUF012
 
         def note(self, text: str) -> None:
@@ -232,5 +232,5 @@ def test_who_has_all_devices_is_said_once(tmp_path: Path) -> None:
 
 def test_the_real_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert sorted(devices._cores()) == sorted(os.sched_getaffinity(0))
+    assert sorted(devices.usable_cores()) == sorted(os.sched_getaffinity(0))
     assert DeviceSettings().gpus == "all"

@@ -22,8 +22,8 @@ from openpi_opt.errors import UserError
 from openpi_opt.machine import Gpu, Machine, TorchBuild
 from openpi_opt.paths import package_dir
 from openpi_opt.process import devices, locks, watcher
+from openpi_opt.process.child import Place
 from openpi_opt.process.devices import LEASES_VARIABLE, Devices, gpu_name, reserve
-from openpi_opt.process.run import Place
 from openpi_opt.result import TrialResult
 from openpi_opt.space.settings import DeviceSettings
 from openpi_opt.track.journal import Journal, Record

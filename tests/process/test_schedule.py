@@ -22,12 +22,12 @@ from process_samples import LIMITS, SAY, gpu, machine
 from search_samples import CPU, failed, ok
 
 from openpi_opt.config import Config
-from openpi_opt.engine.display import Silent
+from openpi_opt.engine.display import Display
 from openpi_opt.engine.executor import LocalExecutor, LostError, Task
 from openpi_opt.process import devices, locks, watcher
-from openpi_opt.process.child import Child, Stop, StoppedError, Tether, run_command
+from openpi_opt.process.child import Child, Place, StoppedError, run_command
 from openpi_opt.process.devices import LEASES_VARIABLE, Devices, DeviceSettings, Queue, reserve
-from openpi_opt.process.schedule import DeviceLostError, Entry, Need, Room, Schedule, Turn
+from openpi_opt.process.schedule import DeviceLostError, Need, Room, Schedule, Turn
 from openpi_opt.result import TrialResult
 from openpi_opt.track.store import Store
 
@@ -229,7 +229,7 @@ print(os.pread(int(sys.argv[sys.argv.index("--stopped-fd") + 1]), 64, 0).decode(
     limits, env, log = {**LIMITS, "load": 1.0}, dict(os.environ), tmp_path / "log.txt"
     began = time.monotonic()
     ended = run_command(
-        [sys.executable, str(script)], env, limits, log, turn.pause, Tether(turn=turn)
+        [sys.executable, str(script)], env, limits, log, turn.pause, Place(turn=turn)
     )
     assert time.monotonic() - began > 2.0
     assert (ended.exceeded == 1.0) == exceeds
@@ -283,14 +283,14 @@ class Killable:
         return
 
     def kill(self) -> None:
-        os.write(self.turn._write, b"k")
+        os.write(self.turn.write, b"k")
 
 
 class Jobs:
     """Jobs on a schedule, without processes: each asks, and goes on when it is told."""
 
     def __init__(self, room: Room = WIDE, in_order: bool = False):
-        self.stop = Stop()
+        self.stop = threading.Event()
         self.schedule = Schedule(self.stop, room, in_order)
         self.turns: dict[str, list[Turn]] = defaultdict(list)
         self.order: list[str] = []
@@ -298,7 +298,7 @@ class Jobs:
         self.threads: list[threading.Thread] = []
 
     def start(self, name: str, run: Callable[[Turn], TrialResult]) -> None:
-        entry = self.schedule.join()
+        place = self.schedule.join()
 
         def begin(turn: Turn) -> TrialResult:
             self.turns[name].append(turn)
@@ -306,8 +306,8 @@ class Jobs:
 
         def work() -> None:
             try:
-                with entry:
-                    self.results[name] = entry.run(CUDA, begin)
+                with place:
+                    self.results[name] = place.run(CUDA, begin)
             except (DeviceLostError, StoppedError) as error:
                 self.results[name] = error
 
@@ -341,8 +341,11 @@ def test_who_asks_first_has_it_or_who_is_first_in_the_line(in_order: bool) -> No
     wait_for(lambda: jobs.turns["a"])
     jobs.measure("b")
     wait_for(lambda: jobs.turns["b"] and jobs.turns["b"][0].asked)
-    time.sleep(0.1)
-    assert jobs.order == ([] if in_order else ["b"])
+    if in_order:
+        time.sleep(0.1)
+        assert jobs.order == []
+    else:
+        wait_for(lambda: jobs.order == ["b"])
     late.set()
     jobs.join()
     assert jobs.order == (["a", "b"] if in_order else ["b", "a"])
@@ -359,7 +362,7 @@ def test_who_runs_out_of_memory_beside_others_runs_again_alone(again: str, in_or
             assert go.wait(20)
         else:
             assert turn.alone
-            assert [each for each in jobs.schedule._turns if each is not turn] == []
+            assert jobs.schedule.on_device() == [turn]
             turn.asks()
             assert os.read(turn.gate, 1)
         return failed(CUDA, "oom") if outcomes.pop(0) == "oom" else ok(CUDA, 1.0)
@@ -437,14 +440,14 @@ def test_who_waits_to_begin_ends_with_all() -> None:
     jobs.stop.set()
     wait_for(lambda: "b" in jobs.results)
     assert isinstance(jobs.results["b"], StoppedError)
-    os.write(jobs.turns["a"][0]._write, b".")
+    os.write(jobs.turns["a"][0].write, b".")
     late.set()
     jobs.join()
 
 
 @pytest.fixture
 def leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(devices, "_cores", lambda: list(range(16)))
+    monkeypatch.setattr(devices, "usable_cores", lambda: list(range(16)))
     monkeypatch.setenv(LEASES_VARIABLE, str(tmp_path / "leases"))
     return tmp_path / "leases"
 
@@ -453,7 +456,7 @@ def made(folder: Path, run: Callable[..., TrialResult], count: int = 1) -> Local
     host = machine(*map(gpu, range(count)))
     found = Devices(DeviceSettings(prepare=2), host)
     found.slots("cuda")
-    return LocalExecutor(run, Store.open(folder / "store"), host, found, Silent())
+    return LocalExecutor(run, Store.open(folder / "store"), host, found, Display())
 
 
 @pytest.mark.usefixtures("leases")
@@ -509,7 +512,7 @@ def test_a_gpu_that_somebody_waits_for_is_given_up(
     assert list(there.free()) == [], "now the first one waits"
     theirs.release()
     assert list(there.free()) == []
-    monkeypatch.setattr(devices, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(devices, "PATIENCE_SECONDS", 0.0)
     (theirs,) = there.free()  # the other one takes nothing: it was stopped perhaps
     here.rest()  # has nothing to start any more
     (second,) = there.free()
@@ -556,8 +559,8 @@ def test_a_trial_of_a_lost_device_is_lost(tmp_path: Path) -> None:
 
 
 def test_an_entry_leaves_the_line_when_its_job_fails() -> None:
-    schedule = Schedule(Stop(), WIDE, in_order=True)
-    entry: Entry = schedule.join()
-    with pytest.raises(ValueError, match="bad"), entry:
+    schedule = Schedule(threading.Event(), WIDE, in_order=True)
+    turn = schedule.join()
+    with pytest.raises(ValueError, match="bad"), turn:
         raise ValueError("bad")
-    assert schedule._entries == []
+    assert schedule.line == []

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from openpi_opt.config import Config
-from openpi_opt.engine.trials import refused
 from openpi_opt.machine import probe
 from openpi_opt.measure import profile
 from openpi_opt.process import tools
-from openpi_opt.process.run import run_trial
+from openpi_opt.process.run import refused, run_trial
 from openpi_opt.result import Ok
 
 MINI = {

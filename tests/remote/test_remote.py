@@ -8,33 +8,38 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 from hosts import Host, wait_for
+from process_samples import gpu
 from search_samples import CPU
 from terminal_samples import Terminal
 
 from openpi_opt.config import Config, Platform
 from openpi_opt.engine import recovery
-from openpi_opt.engine.display import Display, Silent
-from openpi_opt.engine.ledger import Ledger
+from openpi_opt.engine.display import Display
+from openpi_opt.engine.ledger import Job, Ledger
+from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.recovery import ALIVE, NODE_LOCK
 from openpi_opt.errors import UserError
 from openpi_opt.machine import probe
 from openpi_opt.process import locks, watcher
 from openpi_opt.process.devices import LEASES_VARIABLE
 from openpi_opt.remote import node, remote
-from openpi_opt.remote.orders import Answer, Description, Order, Question, read_note
+from openpi_opt.remote.node import Declined, Description, Order, read_note
 from openpi_opt.remote.remote import Nodes, connected
 from openpi_opt.result import Failed, Ok
 from openpi_opt.space.settings import Settings
+from openpi_opt.space.space import Space
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.store import Store
 
@@ -149,7 +154,7 @@ def test_ctrl_c_ends_trials_on_the_nodes(fleet: Fleet) -> None:
     began = time.monotonic()
     sweep.send_signal(signal.SIGINT)
     _, err = sweep.communicate(timeout=30)
-    assert time.monotonic() - began < remote._ENDING_SECONDS  # the node was told
+    assert time.monotonic() - began < remote.ENDING_SECONDS  # the node was told
     assert sweep.returncode == 130, err
     assert "2 running ended" in err
     assert "Traceback" not in err
@@ -246,27 +251,26 @@ class Nowhere:
     def __init__(self, *found: Description):
         self._found = list(found)
 
-    def describe(self, question: Question, display: Display, folder: Path) -> list[Description]:
+    def describe(self, lock: Path, token: str, display: Display) -> list[Description]:
         return self._found
 
     def ask(self, folder: Path) -> Nodes:
-        return Nodes.ask(self, Store.open(folder), Silent())
+        return Nodes.ask(self, Store.open(folder), Display())
 
 
 @pytest.fixture
 def this_host(tmp_path: Path) -> Description:
     held = locks.take(tmp_path / "probe.lock", "token")
     assert held is not None
-    question = Question(lock=held.path, token="token")
-    described = Description.model_validate_json(node.describe(question.dumped()))
+    described = pickle.loads(pickle.dumps(node.describe(held.path, "token")))
     held.release()
     return described
 
 
 def test_a_node_describes_itself_as_this_host_sees_itself(this_host: Description) -> None:
     assert not this_host.problem
-    assert this_host.as_machine() == probe(hidden=True)
-    assert this_host.as_machine().aiter == probe().aiter
+    assert this_host.machine == probe(hidden=True)
+    assert vars(this_host.machine)["aiter"] == probe().aiter, "found there, and not here"
     assert this_host.fingerprint == fingerprint(probe(), Platform(device="cpu"))
 
 
@@ -274,16 +278,14 @@ def test_a_node_without_the_store_or_its_locks_is_refused(tmp_path: Path) -> Non
     """Without locks nobody could tell a live trial from a dead one."""
     for token, problem in (("other", "does not see the store"), ("token", "locks in")):
         (tmp_path / "probe.lock").write_text("token")
-        question = Question(lock=tmp_path / "probe.lock", token=token)
-        described = Description.model_validate_json(node.describe(question.dumped()))
+        described = node.describe(tmp_path / "probe.lock", token)
         with pytest.raises(UserError, match=problem):
             Nowhere(described).ask(tmp_path / "store")
 
 
 @pytest.mark.parametrize("what", ["cpu", "triton", "source_hash"])
 def test_nodes_of_two_kinds_are_refused(tmp_path: Path, this_host: Description, what: str) -> None:
-    fingerprint = {**this_host.fingerprint, what: "another"}
-    other = this_host.model_copy(update={"fingerprint": fingerprint})
+    other = replace(this_host, fingerprint={**this_host.fingerprint, what: "another"})
     problem = r"not of one kind \(.*-> another\)"
     if what == "source_hash":
         problem = "another openpi_opt than this host"
@@ -292,13 +294,9 @@ def test_nodes_of_two_kinds_are_refused(tmp_path: Path, this_host: Description, 
 
 
 def test_nodes_with_two_models_of_gpu_are_refused(tmp_path: Path, this_host: Description) -> None:
-    gpus = [
-        {"index": n, "uuid": f"GPU-{n}", "name": name, "vendor": "nvidia", "arch": "sm90"}
-        | {"memory_mib": 80_000, "driver": "1"}
-        for n, name in enumerate(("H100", "H100", "H200"))
-    ]
+    gpus = tuple(gpu(n, name) for n, name in enumerate(("H100", "H100", "H200")))
     one, other = (
-        this_host.model_copy(update={"machine": this_host.machine | {"gpus": found}})
+        replace(this_host, machine=replace(this_host.machine, gpus=found))
         for found in (gpus[:2], gpus[2:])
     )
     nodes = Nowhere(this_host, one).ask(tmp_path)
@@ -313,66 +311,68 @@ def test_nodes_with_two_models_of_gpu_are_refused(tmp_path: Path, this_host: Des
 def order(tmp_path: Path) -> Order:
     (tmp_path / "trial").mkdir()
     return Order(
-        config=Config().resolved(probe()).dump(),
+        cfg=Config().resolved(probe()),
         uid="0" * 32,
         folder=tmp_path / "trial",
         references=tmp_path,
         caches=tmp_path,
-        fingerprint_hash=fingerprint_hash(fingerprint(probe())),
+        machine_hash=fingerprint_hash(fingerprint(probe())),
         command=("-c", "raise SystemExit('never')"),
     )
 
 
-def carried_out(order: Order) -> Answer:
-    return Answer.model_validate_json(node.run(order.dumped()))
+def declined(order: Order) -> Declined:
+    answer = node.run(order)
+    assert isinstance(answer, Declined)
+    return answer
 
 
 def test_an_order_that_nobody_wants_any_more_is_void(order: Order) -> None:
-    assert carried_out(order).kind == "void"
+    assert declined(order).kind == "void"
     alive = locks.take(order.folder / ALIVE)
     assert alive is not None
     (order.folder / ALIVE).unlink()
-    assert carried_out(order).kind == "void"
+    assert declined(order).kind == "void"
     alive.release()
 
 
 def test_an_order_for_another_machine_is_refused(order: Order) -> None:
     alive = locks.take(order.folder / ALIVE)
     assert alive is not None
-    wrong = order.model_copy(update={"fingerprint_hash": "0" * 12})
-    answer = carried_out(wrong)
+    wrong = replace(order, machine_hash="0" * 12)
+    answer = declined(wrong)
     assert answer.kind == "refused"
-    assert "another machine than the first node that was asked (gpu none; cpu " in answer.text
+    assert "another machine than the first node that was asked (gpu none; cpu " in answer.why
     assert not (order.folder / "config.json").exists()
     alive.release()
 
 
 def test_a_store_that_is_gone_is_an_error_of_the_system(order: Order) -> None:
     order.folder.rmdir()
-    assert carried_out(order).kind == "failed"
+    assert declined(order).kind == "failed"
 
 
 def test_what_runs_on_a_node_without_its_sweep_is_not_measured_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A partition: the sweep was killed, and its node has not seen it yet."""
-    monkeypatch.setattr(recovery, "_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(recovery, "WAIT_SECONDS", 0.1)
     store, cfg = Store.open(tmp_path), Config.parse({}).resolved(CPU)
-    opening = (store, "s", [], CPU, Silent())
-    dead, ours = Ledger.open(*opening), Ledger.open(*opening)
-    claim = dead.claim(cfg, "s")
-    assert claim is not None
-    folder, alive = dead.started(cfg, "trial", {}, "s", "0" * 32, None)
-    on_node = locks.take(folder / NODE_LOCK)
+    request = StudyRequest("s", Space.parse([]), Settings(), CPU)
+    dead, ours = (Ledger(store, request, Display()) for _ in range(2))
+    job, again = Job(cfg, "trial"), Job(cfg, "trial")
+    assert dead.claim(job)
+    dead.start(job)
+    assert job.folder is not None
+    on_node = locks.take(job.folder / NODE_LOCK)
     assert on_node is not None
-    for held in (claim, alive, dead.controllers._held):  # as a kill does
-        held.release()
-    assert ours.claim(cfg, "s") is None
-    assert ours.claim(cfg, "s") is None
+    job.let_go()  # as a kill does
+    dead.controllers.leave(remove=False)
+    assert not ours.claim(again)
+    assert not ours.claim(again)
     on_node.release()
-    again = ours.claim(cfg, "s")
-    assert again is not None
-    again.release(remove=True)
+    assert ours.claim(again)
+    again.let_go(done=True)
     ours.close()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from openpi_opt.config import Config
 from openpi_opt.machine import Machine, TorchBuild
-from openpi_opt.process.run import Place
+from openpi_opt.process.child import Place
 from openpi_opt.result import (
     Check,
     Failed,

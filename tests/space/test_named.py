@@ -1,13 +1,10 @@
 """Spaces that have a name: what they add to a command line, and what they leave to it."""
 
-from __future__ import annotations
-
 import itertools
-from pathlib import Path
 
 import pytest
 import yaml
-from space_samples import MACHINES, CommandLines, command_lines
+from space_samples import MACHINES, command_lines
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
@@ -30,7 +27,7 @@ STEPS = NamedSpace(
 
 
 @pytest.fixture(scope="module")
-def lines() -> CommandLines:
+def lines():
     return command_lines()
 
 
@@ -38,7 +35,7 @@ def points(space: Space) -> list[list[str]]:
     return [space.overrides(point) for point in space.all()]
 
 
-def test_a_sweep_is_as_if_it_were_typed() -> None:
+def test_a_sweep_is_as_if_it_were_typed():
     named = NamedSpace(sweep=("attention=eager,sdpa", "compile=off,default"))
     typed = Space.parse([*named.sweep, "weights.seed=1"])
     joined = named.join(["weights.seed=1"])
@@ -58,7 +55,7 @@ def test_a_sweep_is_as_if_it_were_typed() -> None:
         (["~attention"], []),
     ],
 )
-def test_what_the_command_line_names_wins(typed: list[str], left: list[str]) -> None:
+def test_what_the_command_line_names_wins(typed, left):
     named = NamedSpace(
         sweep=("attention.vision=eager,sdpa", "attention.denoise=eager,sdpa", "seed_=1,2")
     )
@@ -67,12 +64,12 @@ def test_what_the_command_line_names_wins(typed: list[str], left: list[str]) -> 
     )
 
 
-def test_a_space_of_which_nothing_is_left() -> None:
+def test_a_space_of_which_nothing_is_left():
     with pytest.raises(UserError, match="Leave out an override"):
         NamedSpace(sweep=("attention=eager,sdpa",)).join(["attention=aiter"])
 
 
-def test_steps_keep_what_stood_before_and_replace_what_is_said_again() -> None:
+def test_steps_keep_what_stood_before_and_replace_what_is_said_again():
     assert points(STEPS.join([])) == [
         ["compile=default", "attention=sdpa"],
         ["compile=default", "attention=sdpa", "graph=manual"],
@@ -80,7 +77,7 @@ def test_steps_keep_what_stood_before_and_replace_what_is_said_again() -> None:
     ]
 
 
-def test_the_command_line_wins_over_steps_too_and_multiplies_them() -> None:
+def test_the_command_line_wins_over_steps_too_and_multiplies_them():
     space = STEPS.join(["graph=none", "workload=seed_b1,openpi"])
     assert points(space)[2:4] == [
         ["graph=none", "compile=default", "attention=sdpa", f"workload={w}"]
@@ -89,7 +86,7 @@ def test_the_command_line_wins_over_steps_too_and_multiplies_them() -> None:
     assert space.combinations() == 6
 
 
-def test_the_order_of_steps_is_no_part_of_the_identity_but_their_content_is() -> None:
+def test_the_order_of_steps_is_no_part_of_the_identity_but_their_content_is():
     turned = NamedSpace(steps={"b": ("graph=manual",), "a": ("compile=default",)}).join([])
     space = NamedSpace(steps={"a": ("graph=manual",)}).join([])
     other = NamedSpace(steps={"a": ("graph=none",)}).join([])
@@ -98,7 +95,7 @@ def test_the_order_of_steps_is_no_part_of_the_identity_but_their_content_is() ->
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_space_composes_on_every_machine(lines: CommandLines, file: Path) -> None:
+def test_every_space_composes_on_every_machine(lines, file):
     space, compose = lines(f"space={file.stem}")
     if file.stem == "none":
         assert not space.dimensions
@@ -117,7 +114,7 @@ def test_every_space_composes_on_every_machine(lines: CommandLines, file: Path) 
     )
 
 
-def test_every_start_runs_somewhere(lines: CommandLines) -> None:
+def test_every_start_runs_somewhere(lines):
     for file in FILES:
         space, compose = lines(f"space={file.stem}")
         ran = set()
@@ -131,7 +128,7 @@ def test_every_start_runs_somewhere(lines: CommandLines) -> None:
         assert {name for name, _ in ran} == set(space.start)
 
 
-def test_full_sweeps_every_knob_and_every_option_there_is(lines: CommandLines) -> None:
+def test_full_sweeps_every_knob_and_every_option_there_is(lines):
     space, _ = lines("space=full")
     heads = {key.split(".")[0] for key in space.dimensions}
     assert heads == {knob.name for knob in KNOBS}
@@ -147,9 +144,7 @@ def test_full_sweeps_every_knob_and_every_option_there_is(lines: CommandLines) -
             assert len(space.dimensions[key].texts()) == len(key_values(key)), key
 
 
-def test_full_sweeps_every_switch_of_a_knob_whose_options_it_does_not_sweep(
-    lines: CommandLines,
-) -> None:
+def test_full_sweeps_every_switch_of_a_knob_whose_options_it_does_not_sweep(lines):
     space, _ = lines("space=full")
     for knob in KNOBS:
         if knob.name not in space.dimensions:
@@ -157,7 +152,7 @@ def test_full_sweeps_every_switch_of_a_knob_whose_options_it_does_not_sweep(
             assert {key for key in keys if key_values(key)} <= set(space.dimensions)
 
 
-def test_the_ladder_has_the_seven_steps_of_the_seeds(lines: CommandLines) -> None:
+def test_the_ladder_has_the_seven_steps_of_the_seeds(lines):
     space, compose = lines("space=ladder", "platform=cuda")
     configs = [Points(space, compose, MACHINES["h100"]).config(params) for params in space.all()]
     changes = [
@@ -180,7 +175,7 @@ def lines_option(group: str, option: str) -> object:
     return Config.parse({group: values}).knobs[group]
 
 
-def test_dead_values_go_and_the_default_comes_first(lines: CommandLines) -> None:
+def test_dead_values_go_and_the_default_comes_first(lines):
     space, compose = lines("space=attention")
     ready, _ = prepare(space, compose, MACHINES["cpu"], allow_lossy=False)
     assert {key: list(d.texts()) for key, d in ready.dimensions.items()} == {
@@ -193,7 +188,7 @@ def test_dead_values_go_and_the_default_comes_first(lines: CommandLines) -> None
     assert ready.count == ready.combinations() == 128
 
 
-def test_lossy_options_take_part_only_when_asked(lines: CommandLines) -> None:
+def test_lossy_options_take_part_only_when_asked(lines):
     space, compose = lines("space=full", "platform=cuda")
     machine = MACHINES["h100"]
     without, _ = prepare(space, compose, machine, allow_lossy=False)
@@ -207,9 +202,7 @@ def test_lossy_options_take_part_only_when_asked(lines: CommandLines) -> None:
         require_some(typed, found)
 
 
-def test_what_a_knob_refuses_is_no_point_of_a_named_space_and_one_of_a_typed_one(
-    lines: CommandLines,
-) -> None:
+def test_what_a_knob_refuses_is_no_point_of_a_named_space_and_one_of_a_typed_one(lines):
     space, compose = lines("space=attention")
     refused = {**next(iter(space.all())), "graph": "manual"}
     with pytest.raises(NotSensibleError, match="graph=manual"):
@@ -226,7 +219,7 @@ def test_what_a_knob_refuses_is_no_point_of_a_named_space_and_one_of_a_typed_one
         ({"a": ("attention=triton",)}, "attention=triton"),
     ],
 )
-def test_a_start_that_the_space_does_not_sweep(lines: CommandLines, start: dict, word: str) -> None:
+def test_a_start_that_the_space_does_not_sweep(lines, start, word):
     _, compose = lines()
     named = NamedSpace(sweep=("attention=eager,sdpa",), start=start)
     with pytest.raises(UserError, match=word):
@@ -249,21 +242,21 @@ def test_a_start_that_the_space_does_not_sweep(lines: CommandLines, start: dict,
         ("nothing.at.all", []),
     ],
 )
-def test_values_of_a_key_come_from_the_schema(key: str, expected: list) -> None:
+def test_values_of_a_key_come_from_the_schema(key, expected):
     found = key_values(key)
     assert found[:1] == expected[:1]
     assert set(map(repr, found)) >= set(map(repr, expected))
     assert bool(found) == bool(expected)
 
 
-def test_glob_over_a_key() -> None:
+def test_glob_over_a_key():
     space = Space.parse(["compile.inductor.triton.multi_kernel=glob(*,exclude=[2,'3'])"])
     texts = space.dimensions["compile.inductor.triton.multi_kernel"].texts()
     assert list(texts) == ["null", "0", "1"]
     assert [parse_override(f"x={text}").value() for text in texts] == [None, 0, 1]
 
 
-def test_full_has_every_key_that_a_space_or_a_preset_uses(lines: CommandLines) -> None:
+def test_full_has_every_key_that_a_space_or_a_preset_uses(lines):
     """A key itself, or its whole group; a group that is chosen also by the keys below it."""
     full, compose = lines("space=full")
     keys = set(full.dimensions)
@@ -295,14 +288,12 @@ def _leaves(name: str, value: object, other: object = None) -> list[str]:
 
 
 @pytest.mark.parametrize("word", ["space.start={}", "space.start={captured:['graph=manual']}"])
-def test_start_points_of_the_command_line_replace_those_of_the_file(
-    lines: CommandLines, word: str
-) -> None:
+def test_start_points_of_the_command_line_replace_those_of_the_file(lines, word):
     space, _ = lines("space=full", word)
     assert space.start == ({} if "{}" in word else {"captured": {"graph": "manual"}})
 
 
-def test_starts_are_chosen_by_name(lines: CommandLines) -> None:
+def test_starts_are_chosen_by_name(lines):
     space, _ = lines("space=full")
     assert chosen_starts(space, None) is space
     assert chosen_starts(space, ()).start == {}

@@ -1,7 +1,5 @@
 """What is left of a space on a machine, and how many combinations it has."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import random
@@ -19,7 +17,7 @@ MOST_POINTS = 400
 
 
 @pytest.fixture(scope="module")
-def lines() -> CommandLines:
+def lines():
     return command_lines()
 
 
@@ -39,9 +37,7 @@ def some_space(lines: CommandLines, seed: int) -> Space:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_an_estimate_is_near_a_walk_and_no_value_that_can_run_is_dropped(
-    lines: CommandLines, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_estimate_is_near_a_walk_and_no_value_that_can_run_is_dropped(lines, seed, monkeypatch):
     space, (_, compose) = some_space(lines, seed), lines()
     for name in ("cpu", "h100", "mi300x"):
         _, walked = prepare(space, compose, MACHINES[name], allow_lossy=False)
@@ -56,9 +52,7 @@ def test_an_estimate_is_near_a_walk_and_no_value_that_can_run_is_dropped(
         assert walked.distinct * 0.4 <= guessed.distinct <= walked.distinct * 2.5 + 5, name
 
 
-def test_billions_are_estimated_and_every_sensible_sample_is_of_live_values(
-    lines: CommandLines,
-) -> None:
+def test_billions_are_estimated_and_every_sensible_sample_is_of_live_values(lines):
     space, compose = lines("space=full")
     chosen = random.Random(1)
     _, found = prepare(space, compose, MACHINES["h100"], allow_lossy=False)
@@ -78,7 +72,7 @@ def test_billions_are_estimated_and_every_sensible_sample_is_of_live_values(
         assert all(text in found.alive[key] for key, text in params.items())
 
 
-def test_a_continuum_has_no_number(lines: CommandLines) -> None:
+def test_a_continuum_has_no_number(lines):
     space, compose = lines("guard.cap=interval(0.1,0.2)", "attention=eager,triton")
     _, found = prepare(space, compose, MACHINES["cpu"], allow_lossy=False)
     assert found.raw is None

@@ -123,7 +123,7 @@ def test_two_options_that_only_gain_together_are_learned():
     assert [round(mean.milliseconds(on)) for on in pairs] == [20, 20, 20, 10]
 
 
-def test_any_option_may_take_away_the_time_outside_the_stages() -> None:
+def test_any_option_may_take_away_the_time_outside_the_stages():
     """A capture does, though it touches no kernel."""
 
     def seen(on: dict[str, str]) -> Seen:
@@ -137,7 +137,7 @@ def test_any_option_may_take_away_the_time_outside_the_stages() -> None:
     assert model.mean().milliseconds(both) == pytest.approx(5.2, rel=0.1)
 
 
-def test_a_known_point_is_predicted_as_it_was_measured() -> None:
+def test_a_known_point_is_predicted_as_it_was_measured():
     """Whatever its many options are taken to add; and its neighbours from there."""
     chosen = random.Random(0)
     keys = [f"fusion.{n}" for n in range(20)]
@@ -150,7 +150,7 @@ def test_a_known_point_is_predicted_as_it_was_measured() -> None:
     assert 10.0 < mean.milliseconds({k: fast[k] for k in keys[1:]}) < 17.0
 
 
-def test_what_is_known_of_an_option_is_believed_until_measured() -> None:
+def test_what_is_known_of_an_option_is_believed_until_measured():
     """A default that measuring found best is left for a good reason only."""
     model = StageModel(touched, expected_time)
     launch = "attention.launch_denoise.block_n"
