@@ -134,6 +134,7 @@ def test_a_sampler_begins_with_the_starts_that_can_run(
     shown = text_of(lines, capsys, "space=full", "platform=cuda", machine=MACHINES["h100"])
     begins = shown.split("begins with:\n")[1].split("then stages chooses from:\n")
     assert [line.split(":")[0].strip() for line in begins[0].splitlines()] == [
+        "searched",
         "expert_layer",
         "captured",
         "sdpa_compiled",
