@@ -726,7 +726,7 @@ KINDS: dict[str, dict[str, Attack]] = {
         "FP8 and a bias left out": fp8_layers(lambda m, f: (lambda x: f(x) - m.bias.to(x.dtype)) if
             m.bias is not None else f),
         "FP8 with 2% too much": fp8_layers(lambda m, f: lambda x: 1.02 * f(x)),
-        "FP8 with a scale for half the range": fp8_layers(lambda m, f: (m.input_scale.mul_(0.5),
+        "FP8 with a scale for half the range": fp8_layers(lambda m, f: (m.input_scale.mul_(0.25),
             f)[1]),
         "FP8 with weights 3% too large": fp8_layers(lambda m, f: (m.weight_scale.mul_(1.03), f)[1]),
         "FP8 with a row of weights left out": fp8_layers(lambda m, f: lambda x: F.pad(f(x)[..., 1:],

@@ -56,6 +56,8 @@ PROVOKED = ("ordinary 0", "next frame")  # cases that are asked of the second se
 LOCAL_FACTOR = 3.0
 # Weights in FP8 may be so many times as far away as rounding them with the best scale.
 FP8_FACTOR = 1.1
+# Rounding to e4m3's three bits moves a number by at most 2^-4 of it; more is a scale that clips.
+FP8_INPUT = 1.1 * 2**-4
 LOCAL_CASES = 2
 
 
@@ -355,6 +357,7 @@ def _judge_fp8(linear: Fp8Linear, name: str, judge: Judge) -> None:
             linear.bias = bias
             judge.compare("fp8 product", name, actual, _plain_product(linear, low, torch.float64))
             judge.compare("fp8 weight", name, *_weights(linear))
+            judge.compare("fp8 input", name, _rounded_input(linear, low), low.double(), FP8_INPUT)
         return linear.ops.linear(x, linear.weight, linear.bias)
 
     linear.forward = forward  # type: ignore[method-assign]
@@ -371,12 +374,17 @@ def _weights(linear: Fp8Linear) -> tuple[Tensor, Tensor, float]:
     return has, exact, FP8_FACTOR * _far(rounded, exact)
 
 
-def _plain_product(linear: Fp8Linear, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product of an FP8 layer's rounded operands, in `dtype`."""
+def _rounded_input(linear: Fp8Linear, x: Tensor) -> Tensor:
+    """What an FP8 layer makes of its input, in float64."""
     from openpi_opt.kernels.fp8 import quantise
 
-    rows = quantise(x, linear.input_scale, linear.weight_fp8.dtype)
-    rows = rows.to(dtype) * linear.input_scale.to(dtype)
+    scale = linear.input_scale
+    return quantise(x, scale, linear.weight_fp8.dtype).double() * scale.double()
+
+
+def _plain_product(linear: Fp8Linear, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product of an FP8 layer's rounded operands, in `dtype`."""
+    rows = _rounded_input(linear, x).to(dtype)
     out = rows @ (linear.weight_fp8.to(dtype) * linear.weight_scale.to(dtype)).T
     return out if linear.bias is None else out + linear.bias.to(dtype)
 

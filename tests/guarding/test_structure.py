@@ -66,7 +66,7 @@ def test_honest_structures_pass(model: str, knobs: dict[str, Any], tmp_path: Pat
     assert report.large_logits_rel_l2 is not None
     assert report.large_logits_rel_l2 < 1e-5
     assert [item.name for item in report.local] == (
-        ["fp8 product", "fp8 weight"] if "blas" in knobs else []
+        ["fp8 product", "fp8 weight", "fp8 input"] if "blas" in knobs else []
     )
     assert all((item.rel_l2 or 1.0) < item.tolerance for item in report.local)
 

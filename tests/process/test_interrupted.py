@@ -136,14 +136,15 @@ def test_one_press_ends_any_verb_with_a_line(desk, verb):
 
 def test_a_sweep_that_is_interrupted_at_any_moment_leaves_nothing(desk):
     """From about the end of the imports on, and before it is over."""
-    drawn = random.Random(0)
+    drawn, told = random.Random(0), ""
     for number in range(3):
         at = int(desk.events * drawn.uniform(0.5, 0.95))
         code, said = desk.run(*STUB, "--study", f"pressed-{number}", press_at=at)
         assert code == 130, (at, said)
         assert len(LINE.findall(said)) == 1, (at, said)
         assert "Traceback" not in said, (at, said)
-        desk.assert_nothing_left(said)
+        told += said  # a run that an earlier one left open stays so until `track sync`
+        desk.assert_nothing_left(told)
 
 
 def test_a_terminal_that_is_closed_ends_its_sweep(desk):
