@@ -38,11 +38,7 @@ _SAYS: dict[Verdict, str] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure with and without each knob, write table and plot. Returns 0.
-
-    Raises:
-        UserError: nothing to take away, or the configuration itself does not run.
-    """
+    """Measure with and without each knob, write table and plot. Returns 0."""
     arguments = _parser().parse_args(argv)
     found = target_session("ablate", arguments)
     with found.alone(arguments.device):
@@ -77,8 +73,7 @@ class Ablation:
 def measure(found: Session) -> Ablation:
     """The configuration with all and without each of its knobs, interleaved.
 
-    Raises:
-        UserError: the configuration itself does not run, or no knob can be taken away.
+    Raises UserError: the configuration itself does not run, or no knob can be taken away.
     """
     target = found.target
     moves = target.removals()

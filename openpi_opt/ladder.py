@@ -37,11 +37,7 @@ _HEADS = [
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Find the way, measure its rungs, write table and plot. Returns 0.
-
-    Raises:
-        UserError: nothing to add, or the baseline or the target does not run.
-    """
+    """Find the way, measure its rungs, write table and plot. Returns 0."""
     arguments = _parser().parse_args(argv)
     found = target_session("ladder", arguments)
     with found.alone(arguments.device):
@@ -83,11 +79,7 @@ class Ladder:
 
 
 def climb(found: Session, screening: int) -> Way:
-    """Find the order of the knobs, greedy by gain.
-
-    Raises:
-        UserError: the baseline does not run.
-    """
+    """Find the order of the knobs, greedy by gain. Raises UserError: the baseline does not run."""
     target, have = found.target, frozenset[str]()
     additions: list[Knobs] = []
     remarks: dict[str, str] = {}
@@ -135,8 +127,7 @@ def _best(
 def measure(found: Session, way: Way) -> Ladder:
     """All rungs again, in fresh interleaved processes.
 
-    Raises:
-        UserError: the baseline does not run.
+    Raises UserError: the baseline does not run.
     """
     target, have = found.target, frozenset[str]()
     configs = {BASELINE: target.having(have)}

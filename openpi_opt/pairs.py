@@ -66,11 +66,7 @@ class Pairs:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the rounds, or the rest of them; write table, figures and plot. Returns 0.
-
-    Raises:
-        UserError: A and B cannot be compared or run, or the time was too short for any statement.
-    """
+    """Run the rounds, or the rest of them; write table, figures and plot. Returns 0."""
     arguments = _parser().parse_args(argv)
     machine = cli.this_machine()
     a, b = (
@@ -90,8 +86,7 @@ def measure(session: Session, b: Config) -> Pairs:
 
     The time ends the rounds, never what they show. What the journal has is not run again.
 
-    Raises:
-        UserError: a process was not ok, or the time was too short for any statement.
+    Raises UserError: a process was not ok, or the time was too short for any statement.
     """
     planned, a = session.rounds, session.config
     stage = f"against {b.hash()}"

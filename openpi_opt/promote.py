@@ -31,11 +31,7 @@ _PRESET_TAG = "openpi_opt.preset"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Confirm, choose, write, tag. Returns 0 when a preset was written, 1 when limits forbid it.
-
-    Raises:
-        UserError: nothing to promote, an existing name, or a machine that cannot run it.
-    """
+    """Confirm, choose, write, tag. Returns 0 when a preset was written, 1 when limits forbid it."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--simulate" in words:
         return simulate.main(words)

@@ -59,8 +59,7 @@ def cases(
 ) -> list[Case]:
     """All cases of a workload; `count` of them are ordinary.
 
-    Raises:
-        UserError: `observations` names a file that does not fit the workload.
+    Raises UserError: `observations` names a file that does not fit the workload.
     """
     ordinary = [make_inputs(workload, config, seed + i, "cpu") for i in range(count)]
     other = make_inputs(workload, config, seed + _OTHER_SEEDS, "cpu")

@@ -53,8 +53,7 @@ def obtain(
     the plain actions of that precision are missing (then build another: knobs start from float32).
     One process computes, others wait for it.
 
-    Raises:
-        RefusedError: the plain policy overflows in this precision.
+    Raises RefusedError: the plain policy overflows in this precision.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key(cfg, arch, folder)}.safetensors"

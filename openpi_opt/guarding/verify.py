@@ -30,8 +30,7 @@ def passed_before(cfg: Config, machine: Machine, folder: Path) -> bool:
 def ask_first(cfg: Config, machine: Machine, folder: Path) -> question.Question:
     """Reference and structure, before the policy itself is built: its memory is free for them.
 
-    Raises:
-        UserError: the structure is wrong, or the plain policy overflows in this precision.
+    Raises UserError: the structure is wrong, or the plain policy overflows in this precision.
     """
     folder.mkdir(parents=True, exist_ok=True)
     device = runtime.torch_device(cfg)
@@ -53,8 +52,7 @@ def ask_policy(
 ) -> GuardReport:
     """The policy at its own precision; passing is remembered.
 
-    Raises:
-        UserError: its actions are wrong.
+    Raises UserError: its actions are wrong.
     """
     report = asked.check(prepared.call, prepared.policy.layout)
     if not report.passed:

@@ -31,11 +31,7 @@ _WIDTH = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table on stdout; 1 when a kernel has one of `faults`, else 0.
-
-    Raises:
-        UserError: an unknown architecture, or an installation that cannot compile for it.
-    """
+    """Print the table on stdout; 1 when a kernel has one of `faults`, else 0."""
     arguments = _parser().parse_args(argv)
     missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
     if missing:

@@ -43,8 +43,7 @@ _DECODE_ROWS = 32
 def core(device: str) -> Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]:
     """The flash kernel for `device` ("rocm" or "cuda").
 
-    Raises:
-        RefusedError: the package cannot be imported here.
+    Raises RefusedError: the package cannot be imported here.
     """
     flash = _mha_ck if device == "rocm" else _mha_triton
     _import_for(device)
@@ -96,8 +95,7 @@ def _import_for(device: str) -> None:
 def import_part(module: str, option: str) -> None:
     """Import a module of AMD's aiter that `option` needs.
 
-    Raises:
-        RefusedError: it cannot be imported here.
+    Raises RefusedError: it cannot be imported here.
     """
     keep_prebuilt()
     try:

@@ -49,8 +49,8 @@ def shipped(package: Path) -> list[Path]:
 def read_table(path: Path) -> list[Row]:
     """The rows of a table, with the column `gfx` that newer versions of aiter require.
 
-    Raises:
-        RefusedError: columns are missing, the architecture cannot be told, or a row cannot run.
+    Raises RefusedError: columns are missing, the architecture cannot be told, or a row cannot
+    run.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -70,8 +70,7 @@ def merged(package: Path, table: str | None) -> list[Row]:
 
     A row of `table` stands before aiter's own, and among aiter's own the fastest is taken.
 
-    Raises:
-        RefusedError: as `read_table`.
+    Raises RefusedError: as `read_table`.
     """
     best: dict[tuple[str, ...], Row] = {}
     for path in shipped(package):

@@ -141,8 +141,8 @@ def require_sdpa(
     dtype and device are those of `like`. What torch lets a backend take depends on widths, dtype,
     GPU, build and whether there is a mask, and only torch knows it.
 
-    Raises:
-        RefusedError: torch has no kernel of this backend for this call, with torch's reasons.
+    Raises RefusedError: torch has no kernel of this backend for this call, with torch's
+    reasons.
     """
     keys = like.new_zeros(k)
     mask = like.new_ones((q[0], 1, q[1], k[1]), dtype=torch.bool) if masked else None

@@ -69,8 +69,8 @@ LINEAR = ("block_n", "block_k", "split_k", "fused", "prefetch", *_OF_ALL)
 def encoded(names: Sequence[str], overrides: Mapping[str, int] | None) -> list[int]:
     """Overrides as an operator takes them: one number for each of `FIELDS`, -1 for the table's.
 
-    Raises:
-        ValueError: an override that is not among `names`, the parameters that the kernel reads.
+    Raises ValueError: an override that is not among `names`, the parameters that the kernel
+    reads.
     """
     overrides = overrides or {}
     unknown = set(overrides) - set(names)

@@ -40,8 +40,7 @@ def bounds(visibility: Visibility, keys: int) -> Bounds:
 
     Segments that are no such bounds (keys by index) are left to the mask, which says the same.
 
-    Raises:
-        ValueError: such segments come without a mask.
+    Raises ValueError: such segments come without a mask.
     """
     segments = visibility.segments
     if segments is None:

@@ -184,8 +184,8 @@ def lookups() -> Lookups:
 def install_table(table: str | None, package: Path) -> Path:
     """Give aiter its own tables merged with `table`, in a private file; before its import.
 
-    Raises:
-        RefusedError: `table` is not one of aiter's, or another one is in use in this process.
+    Raises RefusedError: `table` is not one of aiter's, or another one is in use in this
+    process.
     """
     rows = merged(package, table)
     if "aiter.tuned_gemm" in sys.modules:

@@ -36,11 +36,7 @@ class Entry(NamedTuple):
 
 
 def best(records: list[Record]) -> Record:
-    """The fastest ok trial that gave launch parameters.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The fastest ok trial that gave launch parameters. Raises UserError: there is none."""
     found = [
         (record.result.latency.mean_ms, record.number, record)
         for record in records
@@ -57,9 +53,8 @@ def best(records: list[Record]) -> Record:
 def entries(record: Record) -> list[Entry]:
     """What a trial gave, put over what the table or the rule of the kernel says.
 
-    Raises:
-        UserError: it ran more than one row of the batch, for which the table of the denoising
-            attention has no entries.
+    Raises UserError: it ran more than one row of the batch, for which the table of the
+    denoising attention has no entries.
     """
     from openpi_opt.kernels.launch import FIELDS
 
@@ -79,8 +74,7 @@ def entries(record: Record) -> list[Entry]:
 def write(path: Path, found: Mapping[tuple[str | int, ...], Launch], remark: str) -> None:
     """Put entries into the table of the module `path`, in the place of those with their keys.
 
-    Raises:
-        UserError: the file has no table, or cannot be written.
+    Raises UserError: the file has no table, or cannot be written.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     table = next(_tables(ast.parse("\n".join(lines))), None)

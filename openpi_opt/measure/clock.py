@@ -70,8 +70,7 @@ def time_calls(
     Inputs are made and waited for before the call's clocks start. The garbage collector is off in
     between. What the call returns, and its inputs, are freed after its time was taken.
 
-    Raises:
-        ValueError: fewer calls than `MIN_WARMUP` or `MIN_ITERATIONS`.
+    Raises ValueError: fewer calls than `MIN_WARMUP` or `MIN_ITERATIONS`.
     """
     if iterations < MIN_ITERATIONS:
         raise ValueError(f"iterations={iterations}: at least {MIN_ITERATIONS} are needed")
@@ -98,8 +97,7 @@ def warm_up(
     The first ones compile, tune and fill caches: these times say what starting costs and are
     never part of a latency.
 
-    Raises:
-        ValueError: no inputs, or `count` under `MIN_WARMUP`.
+    Raises ValueError: no inputs, or `count` under `MIN_WARMUP`.
     """
     if count < MIN_WARMUP:
         raise ValueError(f"warmup={count}: at least {MIN_WARMUP} calls are needed")

@@ -51,8 +51,7 @@ class Reference:
     def plain_distance(self, index: int) -> float:
         """Distance of the plain policy on one input; 0 in float32.
 
-        Raises:
-            ValueError: the plain policy's actions are not finite.
+        Raises ValueError: the plain policy's actions are not finite.
         """
         found = distance(self.plain[index], self.actions[index]).rel_l2
         if found is None:

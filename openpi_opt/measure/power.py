@@ -34,8 +34,7 @@ WARM_S = 1.0
 def require(cfg: Config, machine: Machine) -> None:
     """Refuse a trial that must tell its energy on a machine that does not.
 
-    Raises:
-        RefusedError: unavailable, with the reason.
+    Raises RefusedError: unavailable, with the reason.
     """
     if cfg.profile.energy is not True:
         return
@@ -74,8 +73,7 @@ def measure(
 def open_meter(cfg: Config, machine: Machine) -> Iterator[Meter]:
     """The meter of the device that `cfg` (resolved) runs on.
 
-    Raises:
-        NoMeterError: this machine does not tell, or does not let this user read it.
+    Raises NoMeterError: this machine does not tell, or does not let this user read it.
     """
     vendor = BY_DEVICE[cfg.device]
     gpu = machine.gpu(cfg.device, cfg.platform.gpu) if vendor.is_gpu else None

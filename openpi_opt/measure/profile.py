@@ -122,8 +122,7 @@ def profile_call(
     so. After all calls `recorded` is called; what follows takes seconds without the device.
     `trace_path` receives the Chrome trace of the call itself, gzipped.
 
-    Raises:
-        ProfileError: no kernel or operator call was recorded.
+    Raises ProfileError: no kernel or operator call was recorded.
     """
     with tempfile.TemporaryDirectory() as folder:
         own, plain = Path(folder) / "trace.json", Path(folder) / "uncaptured.json"
@@ -179,8 +178,7 @@ def profile_of_replay_on_rocm(
     `without_graph` is the trace of the same call without its graph: what it shows and the replay
     does not, the replay hides.
 
-    Raises:
-        ProfileError: there is nothing to count them on, or it recorded nothing.
+    Raises ProfileError: there is nothing to count them on, or it recorded nothing.
     """
     if without_graph is None or Recording.of(without_graph).replays_graph():
         # Inductor's own capture: the call without it cannot be had in this process.

@@ -44,9 +44,8 @@ def summarise(
     between order statistics (numpy's default, Hyndman and Fan type 7), std is the sample standard
     deviation (n - 1). No sample is dropped.
 
-    Raises:
-        ValueError: fewer than two samples, lists of different lengths, or a sample that is not a
-            positive finite number.
+    Raises ValueError: fewer than two samples, lists of different lengths, or a sample that is
+    not a positive finite number.
     """
     samples = _checked("samples_ms", samples_ms)
     wall = _checked("wall_samples_ms", wall_samples_ms)

@@ -153,9 +153,8 @@ class Recording:
     def add(self, event: Any) -> None:
         """Take what matters of one event.
 
-        Raises:
-            ProfileError: it is no event at all, or one that counts is damaged: no name, no times,
-                a time that is negative or not a number.
+        Raises ProfileError: it is no event at all, or one that counts is damaged: no name,
+        no times, a time that is negative or not a number.
         """
         self.events += 1
         if len(self._device.start_us) + len(self._operators.start_us) > MAX_LAUNCHES:

@@ -296,8 +296,7 @@ def fuse_expert_layers(
     `launches` go over the launch parameters of the kernels: of `attention`, and of each of
     `LINEARS`. Of more than `max_rows` rows the products are those of `Ops.linear`.
 
-    Raises:
-        ValueError: q, k, v or gate, up are not fused, or a launch parameter is unknown.
+    Raises ValueError: q, k, v or gate, up are not fused, or a launch parameter is unknown.
     """
     given = dict(launches or {})
     attend = cached_attention(given.pop("attention", None))
