@@ -77,7 +77,7 @@ class Reference:
             emulated = max(
                 [*self.lossy[: self._ordinary], *self.lossy[index : index + 1]], default=1
             )
-            return min(guard.factor * emulated, guard.lossy_cap)
+            return max(guard.floor, min(guard.factor * emulated, guard.lossy_cap))
         return tolerance(guard, max(self.plain_rel_l2, self.plain_distance(index)))
 
     def only(self, indices: Sequence[int]) -> Reference:

@@ -100,6 +100,8 @@ def test_only_fp8_is_lossy_and_held_to_what_its_rounding_does():
     known = guard.Reference(actions, actions, ordinary=2, lossy=[0.03, 0.04, 0.045])
     assert known.tolerance(limits, 2, lossy=True) == pytest.approx(2.0 * 0.045)
     assert guard.Reference(actions, actions).tolerance(limits, lossy=True) == 0.1, "not emulated"
+    known = guard.Reference(actions, actions, ordinary=2, lossy=[0.0, 0.0, 0.0])  # from a cache
+    assert known.tolerance(limits, lossy=True) == limits.floor
 
 
 # --- in the trial --------------------------------------------------------------------------------
