@@ -38,9 +38,10 @@ def aiter_problem(
     device = cfg.platform.device
     if device != "rocm" and not (elsewhere and device == "cuda"):
         more = ", or an NVIDIA GPU for its Triton kernels" if elsewhere else ""
+        here = "the CPU" if device == "cpu" else device
         return Refusal(
             "unavailable",
-            f"{option} needs an AMD GPU with ROCm{more}; this trial runs on {device}",
+            f"{option} needs an AMD GPU with ROCm{more}; this trial runs on {here}",
         )
     found = machine.aiter
     if found is None:
