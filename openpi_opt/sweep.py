@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def sweep(words: Sequence[str]) -> int:
     """The command line without experiments."""
     own, rest = _own_flags(words)
-    arguments = get_args_parser().parse_args(rest)
+    arguments = get_args_parser().parse_intermixed_args(rest)  # -m may stand behind overrides
     overrides = [_objective(_devices(word)) for word in arguments.overrides]
     arguments.overrides = resolve_auto(overrides, own.preset_dir)
     if arguments.help or arguments.hydra_help:

@@ -51,6 +51,7 @@ from openpi_opt.paths import package_dir
         (["-m", "--cfg", "job"], ["--multirun and --cfg"]),
         (["--config-dir", "/nonexistent"], ["/nonexistent"]),
         (["--config-name", "nope"], ["nope", "--config-name"]),
+        (["simplify=all", "-m", "attention=sdpa,sdqa"], ["attention=sdqa", "mean attention=sdpa"]),
         (["-m", "attention=sdpa,sdqa"], ["attention=sdqa", "mean attention=sdpa"]),
         (["-m", "attentoin=sdpa,eager"], ["attentoin", "mean attention?"]),
         (["-m", "measure.warmup=5,0"], ["measure.warmup=0", "at least 3"]),
