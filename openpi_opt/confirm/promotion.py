@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -50,25 +51,25 @@ class Schedule(BaseModel):
     promise: Promise | None
 
 
-class Bench:
+class Bench(ABC):
     """Measures, and remembers the schedule; this one neither remembers nor tells anything."""
 
+    @abstractmethod
     def means(self, stage: Stage, places: Iterable[Numbered]) -> Generator[Mean, None, None]:
         """Measure, as `rounds.Means` says."""
-        raise NotImplementedError
 
     def seconds(self, key: str) -> float:
         """What one process of this configuration takes, as far as is known."""
         return 1.0
 
-    def note(self, text: str) -> None:
+    def note(self, text: str) -> None:  # noqa: B027  not all tell
         """Tell the user."""
 
     def schedule(self) -> Schedule | None:
         """The schedule of this promotion, when it was interrupted after it had been drawn."""
         return None
 
-    def keep(self, schedule: Schedule) -> None:
+    def keep(self, schedule: Schedule) -> None:  # noqa: B027  not all remember
         """Remember it; called before the first confirmation run."""
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Task:
     fds: tuple[int, ...] = ()
 
 
-class Executor:
+class Executor(ABC):
     """Somewhere to run trials, used from one thread.
 
     `contended`: `free` would have yielded more, but others have them; ask again after a while.
@@ -65,27 +66,27 @@ class Executor:
         self._threads = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="trial")
         self._started: set[Future[TrialResult]] = set()
 
+    @abstractmethod
     def suits(self, slot: Slot, cfg: Config) -> bool:
         """Whether `cfg` can run there; makes room for its kind of device known."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count(self) -> int:
         """How many trials can have a device at a time, if nobody else uses the devices."""
-        raise NotImplementedError
 
+    @abstractmethod
     def free(self) -> Iterator[Lease]:
         """Places that are free now, each leased; to be released by the caller when not used."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start(self, task: Task, lease: Lease) -> Future[TrialResult]:
         """Run a trial there. The lease stays the caller's to release, when the future is done.
 
         The future raises `LostError` when another place can try it again, and `StoppedError` after
         `stop`.
         """
-        raise NotImplementedError
 
-    def rest(self) -> None:
+    def rest(self) -> None:  # noqa: B027  not all have others
         """There is nothing to start at the moment: others need not leave a place to this sweep."""
 
     def measured(self) -> dict[str, float]:
