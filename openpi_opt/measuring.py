@@ -171,11 +171,12 @@ class Measuring:
             )
             self.cfg = raced(self.cfg, self.folder)
             hopeless = _hopeless(prepared, witness, self.cfg)
-            if hopeless is not None:
-                counted = self._counted(prepared, inputs[0], last=True)
-                return {"outcome": "pruned", "guard": report, **first_call, **counted, **hopeless}
             compiled = compilation.graphs()
-            timed = self._timed(prepared, witness, inputs[0])
+            timed = None if hopeless else self._timed(prepared, witness, inputs[0])
+        if hopeless is not None:  # counted without the lock: who lets the device go may be stopped
+            counted = self._counted(prepared, inputs[0], last=True)
+            return {"outcome": "pruned", "guard": report, **first_call, **counted, **hopeless}
+        assert timed is not None
         latency = timed.latency
         compiled_in_all = compilation.found(late=compilation.graphs() - compiled)
         progress.enter("guard")

@@ -105,12 +105,16 @@ def test_a_hopeless_trial_waits_for_its_turn_and_ends_early(tmp_path, monkeypatc
         if phase == "wait":
             time.sleep(1.0)
             held.release()
+        if phase == "report":  # others have the device now, and stop this trial
+            free.append(measure_lock())
 
+    free: list[object] = []
     measure = {**SMALL["measure"], "iterations": 30, "exclusive": True}
     document = run(tmp_path, {"measure": measure, "limits": {"latency_ms": 1e-3}}, on_phase)
     assert document["seen_calls"] in (10, 30)  # 30 where the first 10 are too noisy to tell
     assert document["kernels"]["total"] > 0
     assert entered[-3:] == ["measure", "profile", "report"]
+    assert free[0] is not None
     assert "wait" in entered
     assert document["phase_seconds"]["wait"] >= 0.9
     assert document["outcome"] == "pruned"

@@ -56,7 +56,8 @@ PROVOKED = ("ordinary 0", "next frame")  # cases that are asked of the second se
 LOCAL_FACTOR = 3.0
 # Weights in FP8 may be so many times as far away as rounding them with the best scale.
 FP8_FACTOR = 1.1
-# Rounding to e4m3's three bits moves a number by at most 2^-4 of it; more is a scale that clips.
+# Rounding to e4m3's three bits moves a number by at most 2^-4 of it; more is a scale that clips, or
+# one so large that values fall below the format's range.
 FP8_INPUT = 1.1 * 2**-4
 LOCAL_CASES = 2
 
@@ -427,8 +428,10 @@ def _foreign() -> bool:
             continue
         folder, file = os.path.split(place)
         path = os.path.realpath(place) if os.path.islink(place) else f"{real(folder)}/{file}"
-        customised = name in ("sitecustomize", "usercustomize")
-        if not path.startswith(f"{standard}/" if customised else ours):
+        if name in ("sitecustomize", "usercustomize"):  # outside a venv all lies below `standard`
+            if os.path.dirname(path) != standard:
+                return True
+        elif not path.startswith(ours):
             return True
     return False
 

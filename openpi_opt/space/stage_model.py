@@ -4,7 +4,7 @@ For each stage (vision, prefill, denoise, and the time in which no kernel runs) 
 milliseconds is a sum of effects, one for each option that is not at its default, and a deviation
 that points with nearly the same options share: Bayesian linear regression on a Gaussian process
 over the number of options that differ (universal kriging: Rasmussen and Williams, Gaussian
-Processes for Machine Learning, 2.7). So the time of a known point is what was measured, and that of
+Processes for Machine Learning, 2.7). So the time of a known point is nearly what was measured, and that of
 its neighbours differs by the effects. The scale of the effects is learned for each key, so that a
 capture that saves 100 ms and a tile that saves 10 us are both told from noise (automatic relevance
 determination: MacKay, Neural Computation 4, 1992). Whether a trial fails is a regression of the
@@ -72,7 +72,7 @@ class Codes:
         self._table = np.asarray([self._code(row) for row in rows], dtype=np.int16)
 
     def near(self, point: Features) -> Array:
-        """By row, how much of its deviation the point shares: 1 for the same point."""
+        """By row, how much of its deviation the point shares: `1 - _OWN` for the same."""
         known = set(self.keys)
         more = sum(key not in known and self._is_read(key) for key in point)
         return self._shares((self._table != self._code(point)).sum(axis=1) + more)
