@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from threading import Event
@@ -47,8 +48,9 @@ _UNKNOWN_S = 60.0
 # Processes that prepare at a time, whatever the device has room for. What is measured next depends
 # on what was found, so some of them may turn out to be in vain.
 _MOST_PREPARED = 5
-# Phases that a confirmation leaves out.
-_LEFT_OUT = ("ceilings", "profile", "energy")
+# Phases in which a process has the device for itself, and those that a confirmation does not have.
+_ALONE = ("warmup", "guard", "measure", "profile", "energy", "ceilings")
+_ONCE = ("ceilings", "profile", "energy")
 
 
 @dataclass(frozen=True)
@@ -183,25 +185,19 @@ class FreshRuns:
     def seconds(self, cfg: Config) -> float:
         """What a process of `cfg` adds to a session, by the journal; 60 when it knows none.
 
-        Processes that prepare together share their time: each counts from the end of the one
-        before it. Those of `cfg` itself say most, and confirmations more than trials.
+        Its work with the device for itself is that of its last processes. The processes that
+        prepare together share the rest: the mean over the last ones of any configuration.
         """
-        took: dict[tuple[bool, bool], list[float]] = {}
-        free: datetime | None = None  # since when the device is, as far as confirmations tell
-        for record in self.journal.records():
-            result, confirms = record.result, record.role == "confirm"
-            began = datetime.fromisoformat(result.started_at)
-            ended = datetime.fromisoformat(record.created_at.replace("Z", "+00:00"))
-            began = max(began, free) if confirms and free else began
-            free = ended if confirms else free
-            if isinstance(result, Ok):
-                phases = result.phase_seconds
-                most = sum(phases.values()) + _UNKNOWN_S  # a host that was asleep took longer
-                lasted = min(max(0.0, (ended - began).total_seconds()), most)
-                lasted -= sum(phases.get(phase, 0.0) for phase in _LEFT_OUT)
-                kind = result.config_hash == cfg.hash(), confirms
-                took.setdefault(kind, []).append(max(0.0, lasted))
-        return fmean(took[max(took)][-2 * _MOST_PREPARED :]) if took else _UNKNOWN_S
+        ok = [record for record in self.journal.records() if isinstance(record.result, Ok)]
+        if not ok:
+            return _UNKNOWN_S
+        mine = [each for each in ok if each.result.config_hash == cfg.hash()][-3:] or ok[-3:]
+        confirming = [each for each in ok if each.role == "confirm"]
+        rest = [_beside_s(each) for each in confirming[:1] or mine]
+        rest += [_beside_s(each, _ended(before)) for before, each in pairwise(confirming)]
+        # A session that was killed or asleep took longer than its processes.
+        rest = [min(max(0.0, each), _UNKNOWN_S) for each in rest[-2 * _MOST_PREPARED :]]
+        return fmean(_alone_s(each, without=_ONCE) for each in mine) + fmean(rest)
 
     @contextmanager
     def alone(self, cfg: Config, wanted: int | str | None = None) -> Iterator[None]:
@@ -323,3 +319,20 @@ def _summary(result: TrialResult) -> str:
     if isinstance(result, Ok):
         return f"{result.latency.mean_ms:.3f} ms"
     return f"{result.outcome}: {result.reason.splitlines()[0] if result.reason else ''}"
+
+
+def _alone_s(record: Record, without: Sequence[str] = ()) -> float:
+    """Seconds in which a process had the device for itself, `without` some of these phases."""
+    phases = record.result.phase_seconds
+    return sum(phases.get(phase, 0.0) for phase in _ALONE if phase not in without)
+
+
+def _beside_s(record: Record, free: datetime | None = None) -> float:
+    """The other seconds that a process took, counted from when the device was free."""
+    began = datetime.fromisoformat(record.result.started_at)
+    took = _ended(record) - (began if free is None else max(began, free))
+    return took.total_seconds() - _alone_s(record)
+
+
+def _ended(record: Record) -> datetime:
+    return datetime.fromisoformat(record.created_at.replace("Z", "+00:00"))

@@ -173,9 +173,9 @@ class FailingClass:
 
     def text(self, left_out: int) -> str:
         """One line for people."""
-        shown = " ".join(f"{key}={value}" for key, value in sorted(self.pairs))
         return (
-            f"{shown}: all {self.seen} configurations that were tried with it ended {self.way}; "
+            f"{shown(dict(sorted(self.pairs)))}: all {self.seen} configurations that were tried "
+            f"with it ended {self.way}; "
             f"{left_out} more left out (--fresh begins anew)"
         )
 

@@ -108,9 +108,11 @@ def enumerated(request: StudyRequest, points: Points) -> Iterator[tuple[dict[str
             cfg = points.config(params)
         except UserError:
             continue
-        if cfg.hash() not in seen and len(seen) < request.settings.most_trials:
+        if cfg.hash() not in seen:
             seen.add(cfg.hash())
             yield params, cfg
+        if len(seen) >= request.settings.most_trials:
+            return
 
 
 def goals(objective: Objective, first: Config, machine: Machine) -> Criteria:

@@ -82,8 +82,9 @@ def recover(
     """
     free_claims = claims.take_free()
     running: set[Path] = set()  # claims of what could not be ended
-    single, adopted = controllers.others() == 0, []
+    adopted: list[Record] = []
     try:
+        single = controllers.others() == 0
         for folder, started in _folders(study_dir, journal):
             if started is None:
                 if single:

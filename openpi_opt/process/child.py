@@ -210,8 +210,11 @@ def _pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
 @contextlib.contextmanager
 def _on_cores(cores: Sequence[int]) -> Iterator[None]:
     """Keep this thread, and so what it starts, on `cores`; the child has them from the start."""
+    if not cores:
+        yield
+        return
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores or before)
+    os.sched_setaffinity(0, cores)
     try:
         yield
     finally:

@@ -116,6 +116,7 @@ class Turn:
         self.need = Need(0, 0)
         self.child: Child | None = None
         self.on = self.asked = False  # on the device; and it wants the device for itself
+        self.freed = False  # it has measured, and had the device for itself
         self.beside = False  # others were there while it was
         self.withdrawn = False  # it was ended for others' sake
         self.disturbed: list[str] = []  # processes that ran while it had the device
@@ -174,7 +175,7 @@ class Turn:
         """It needs the device no more; what it still computes stands still for the next."""
         with self._schedule.changed:
             if self._schedule.taken is self:
-                self.asked = False
+                self.asked, self.freed = False, True
                 self._schedule.free(self)
 
     def ended(self, gone: bool) -> None:
@@ -271,7 +272,8 @@ class Schedule:
     def lose(self, by: Turn) -> None:
         """Something of `by` that cannot be killed is on the device: nobody gets it any more."""
         self.lost = True
-        self._withdraw([turn for turn in self.on_device() if turn not in (by, self.taken)])
+        kept = by, self.taken  # and who has only to read what was recorded of it
+        self._withdraw([each for each in self.on_device() if each not in kept and not each.freed])
         self.changed.notify_all()
 
     def _let_in(self, turn: Turn) -> None:

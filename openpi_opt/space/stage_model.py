@@ -5,10 +5,10 @@ milliseconds is a sum of effects, one for each option that is not at its default
 that points with nearly the same options share: Bayesian linear regression on a Gaussian process
 over the number of options that differ (universal kriging: Rasmussen and Williams, Gaussian
 Processes for Machine Learning, 2.7). So the time of a known point is nearly what was measured, and
-that of its neighbours differs by the effects. The scale of the effects is learned for each key, so that a
-capture that saves 100 ms and a tile that saves 10 us are both told from noise (automatic relevance
-determination: MacKay, Neural Computation 4, 1992). Whether a trial fails is a regression of the
-same kind on 0 and 1, and the seconds that a trial takes are one more.
+that of its neighbours differs by the effects. The scale of the effects is learned for each key, so
+that a capture that saves 100 ms and a tile that saves 10 us are both told from noise (automatic
+relevance determination: MacKay, Neural Computation 4, 1992). Whether a trial fails is a regression
+of the same kind on 0 and 1, and the seconds that a trial takes are one more.
 
 `draw` samples all effects from their posterior: the point that is fastest under one draw is worth
 a trial (Thompson sampling: Russo and others, arXiv 1707.02038). `mean` takes the posterior means.

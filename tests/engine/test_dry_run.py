@@ -15,7 +15,7 @@ from space_samples import MACHINES, CommandLines, command_lines
 from openpi_opt.config import Config
 from openpi_opt.engine.display import Display, label
 from openpi_opt.engine.dry_run import print_dry_run
-from openpi_opt.engine.plan import StudyRequest
+from openpi_opt.engine.plan import StudyRequest, enumerated
 from openpi_opt.engine.study import run_study
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
@@ -168,6 +168,17 @@ def test_what_the_journal_knows_is_said_and_nothing_is_touched(
     assert re.search(r"4  attention=eager compile.mode=default$", shown, re.MULTILINE)
     assert "3 of 4 would be answered from the journal" in shown
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_no_more_is_composed_than_n_trials_ask_for(
+    lines: CommandLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, compose = lines("weights.seed=range(0,100000)")
+    request = StudyRequest("s", space, Settings.parse({"n_trials": 3, "sampler": "grid"}), CPU)
+    points, composed = Points(space, compose, CPU), []
+    config = points.config
+    monkeypatch.setattr(points, "config", lambda params: composed.append(params) or config(params))
+    assert len(list(enumerated(request, points))) == len(composed) == 3
 
 
 def test_a_value_that_no_schema_admits_is_an_error_as_in_the_sweep(lines: CommandLines) -> None:

@@ -412,6 +412,28 @@ def test_no_more_are_prepared_than_memory_holds() -> None:
     assert jobs.order == ["a", "b"]
 
 
+def test_what_has_measured_is_kept_when_the_device_is_lost() -> None:
+    jobs, go = Jobs(), threading.Event()
+
+    def stuck(turn: Turn) -> TrialResult:
+        assert go.wait(20)
+        turn.ended(gone=False)
+        return failed(CUDA, "crashed")
+
+    def reads(turn: Turn) -> TrialResult:
+        turn.asks()
+        turn.frees()
+        go.set()
+        wait_for(lambda: jobs.schedule.lost)
+        return failed(CUDA, "timeout")
+
+    jobs.start("stuck", stuck)
+    wait_for(lambda: jobs.turns["stuck"])
+    jobs.start("reads", reads)
+    jobs.join()
+    assert not isinstance(jobs.results["reads"], BaseException)
+
+
 def test_behind_what_cannot_be_killed_nobody_gets_the_device() -> None:
     jobs, go = Jobs(), threading.Event()
 
