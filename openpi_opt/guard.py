@@ -106,7 +106,8 @@ def table(power: Power) -> Table:
         mine = cells.setdefault(row.name, {})
         mine["float32"] = times(row.form)
         if row.own is not None:
-            mine[row.kind] = times(row.own) if row.enough else f"MISSED {times(row.own)}"
+            mark = "" if row.enough else "MISSED " if row.multiple < 1.0 else "weak "
+            mine[row.kind] = mark + times(row.own)
     columns = ["float32", *(kind for kind in kinds if kind != "float32")]
     found = Table(box=box.MARKDOWN)
     found.add_column("mutation", no_wrap=True, min_width=max(map(len, cells)))

@@ -120,9 +120,11 @@ def _said(rows: Sequence[Caught], kind: Kind) -> GuardPower:
 def measure_once(cfg: Config, arch: str, folder: Path, key: str) -> None:
     """Measure the power in the precision of `cfg`, unless the store has it for this reference."""
     with FileLock(f"{power_path(folder, key)}.lock"):
-        if stored(folder, key) is None:
-            dtype: Kind = cfg.knobs["precision"].dtype  # type: ignore[attr-defined]
-            Meter(cfg, arch, folder).measure([dtype])
+        dtype: Kind = cfg.knobs["precision"].dtype  # type: ignore[attr-defined]
+        found = stored(folder, key)
+        known = [] if found is None else list(found.plain_rel_l2)
+        if dtype not in known:
+            Meter(cfg, arch, folder).measure([*known, dtype])
     gc.collect()
 
 
