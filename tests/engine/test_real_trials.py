@@ -28,8 +28,11 @@ def test_a_sweep_and_the_same_again(terminal):
         ("trial", "sdpa", "ok"),
     ]
     assert "needs an AMD GPU with ROCm" in out
-    assert "best: trial 2 (attention=sdpa)" in out
-    assert "python -m openpi_opt.promote s --name NAME" in out
+    # Which of the two is faster is the machine's business, and a busy one may not tell.
+    if "nothing that was tried is faster" not in out:
+        assert "best: trial 2 (attention=sdpa)" in out
+        assert "python -m openpi_opt.promote s --name NAME" in out
+    assert "python -m openpi_opt.compare s" in out
     assert "model pi0_mini on cpu" in err
     assert [path.name for path in terminal.folder.iterdir()] == ["mlruns"]
 
