@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from openpi_opt.analysis.pattern import DENOISE, STAGES, STEPS, Pattern, find_pattern
+from openpi_opt.analysis.pattern import DENOISE, STAGES, STEPS, Pattern, categories, find_pattern
 from openpi_opt.analysis.trace_file import read_trace
 from openpi_opt.measure.categories import CATEGORIES, categorise
 from openpi_opt.measure.trace import OUTSIDE, ProfileError, Recording, Timeline
@@ -117,7 +117,7 @@ def break_down(recording: Recording, file: str) -> Breakdown:
     total = float(timeline.duration_us.sum())
     span = _span_us(timeline)
     _note_the_rest(recording, timeline, kind, total - busy, notes)
-    category = _categories(timeline)
+    category = categories(timeline)
     return Breakdown(
         file=file,
         kind="device_kernels" if kind == "device_kernels" else "operator_calls",
@@ -257,16 +257,6 @@ def _note_the_rest(
         notes.append(f"Kernels overlap for {overlap_us / 1e3:.3f} ms: the sums count this twice.")
 
 
-def _categories(timeline: Timeline) -> NDArray[np.int64]:
-    numbers = {category: i for i, category in enumerate(CATEGORIES)}
-    used = set(timeline.name.tolist())
-    of_name = np.array(
-        [numbers[categorise(n)] if i in used else -1 for i, n in enumerate(timeline.names)],
-        dtype=np.int64,
-    )
-    return of_name[timeline.name]
-
-
 def _parts(timeline: Timeline, group: NDArray[np.int64], names: list[str]) -> dict[str, Part]:
     chosen = group >= 0
     launches = np.bincount(group[chosen], minlength=len(names))
@@ -276,12 +266,10 @@ def _parts(timeline: Timeline, group: NDArray[np.int64], names: list[str]) -> di
 
 def _kernels(timeline: Timeline) -> list[KernelTotal]:
     """One row per name, the one with the most time first."""
-    launches = np.bincount(timeline.name, minlength=len(timeline.names))
-    us = np.bincount(timeline.name, timeline.duration_us, minlength=len(timeline.names))
     rows = [
-        KernelTotal(name, categorise(name), int(launches[i]), float(us[i]) / 1e3)
-        for i, name in enumerate(timeline.names)
-        if launches[i]
+        KernelTotal(name, categorise(name), part.launches, part.ms)
+        for name, part in _parts(timeline, timeline.name, timeline.names).items()
+        if part.launches
     ]
     return sorted(rows, key=lambda row: (-row.ms, row.name))
 
