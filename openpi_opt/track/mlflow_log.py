@@ -31,6 +31,7 @@ from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.left import TAGS_FILE, VERDICTS_FILE, append_line, read_lines
 from openpi_opt.track.link import note_page
 from openpi_opt.track.mlflow_study import ROLE_TAG, STUDY_TAG
+from openpi_opt.track.report import groups
 from openpi_opt.track.store import Store
 
 if TYPE_CHECKING:
@@ -90,7 +91,31 @@ class MlflowLog:
         """Log one record, once; returns the id of its run. A run of the same uid that is complete
         is left alone; one that a kill left open is completed."""
         with self._talking(record.study), _study_lock(study_dir):
-            return self._deliver(record, study_dir)
+            parent = self._parent(study_dir)
+            marked = self._marked(study_dir, parent)
+            if record.uid in marked:
+                return marked[record.uid]
+            run = self._run_of(record.uid)
+            if run is None:
+                run = self._connect().create_run(
+                    self._experiment(),
+                    start_time=_milliseconds(record.result.started_at, record.created_at),
+                    run_name=content.run_name(record),
+                    tags={
+                        PARENT_TAG: self._confirmation(record, parent)
+                        if record.role == "confirm"
+                        else parent,
+                        STUDY_TAG: record.study,
+                        UID_TAG: record.uid,
+                    },
+                )
+            run_id: str = run.info.run_id
+            if run.info.status == "RUNNING":
+                self._fill(record, study_dir, run_id)
+            marked[record.uid] = run_id
+            mark = {"uid": record.uid, "run_id": run_id, "parent": parent}
+            append_line(study_dir / "delivered.jsonl", mark)
+            return run_id
 
     def sync(
         self,
@@ -116,8 +141,7 @@ class MlflowLog:
             self._baselines = baselines(journal.records())
             told(len(missing))
             for left, record in zip(reversed(range(len(missing))), missing, strict=True):
-                with _study_lock(study_dir):  # for each, so that a running sweep need not wait
-                    self._deliver(record, study_dir)
+                self.deliver(record, study_dir)  # a lock for each: a running sweep need not wait
                 told(left)
         return len(missing)
 
@@ -133,22 +157,23 @@ class MlflowLog:
                 self._mark_trials(study_dir, given, records)
 
     def _show_study(self, study_dir: Path, journal: Journal, criteria: Criteria) -> None:
-        client, study, records = self._connect(), study_dir.name, journal.records()
-        parent = self._parent(study_dir)
-        for name, value in mlflow_study.metrics(records, criteria).items():
+        client, study, parent = self._connect(), study_dir.name, self._parent(study_dir)
+        records = [record for record in journal.records() if record.role != "confirm"]
+        found = groups(records, criteria=criteria)
+        for name, value in mlflow_study.metrics(records, found).items():
             client.log_metric(parent, name, value)
-        for step in study_plots.steps([r for r in records if r.role != "confirm"], criteria):
+        for step in study_plots.steps(records, criteria):
             at = _milliseconds(step.at)
             client.log_metric(parent, "best_so_far_ms", step.best_ms, at, step.number)
         known = client.get_run(parent).data.params
-        for name, text in mlflow_study.params(journal.header, records, criteria).items():
+        for name, text in mlflow_study.params(journal, criteria).items():
             if name not in known and text:  # MLflow keeps the first value of a parameter
                 client.log_param(parent, name, text[: content.MAX_PARAM])
         store = str(self.store.path)
-        text = mlflow_study.description(study, store, journal.header, records, criteria)
+        text = mlflow_study.description(study, store, journal.header, found)
         client.set_tag(parent, content.NOTE_TAG, text[: content.MAX_TAG])
         key = mlflow_study.VIEW_TAG + mlflow_study.view_key(study)
-        client.set_experiment_tag(self._experiment(), key, mlflow_study.view(study, records))
+        client.set_experiment_tag(self._experiment(), key, mlflow_study.view(study, found))
         note_page(study_dir, self.server, mlflow_study.page(self._experiment(), study))
         plots = study_plots.files(study_dir)
         for path in [*plots, *sorted(study_dir.glob("report/*"))]:
@@ -210,23 +235,6 @@ class MlflowLog:
             client.set_tag(above, "openpi_opt.preset", verdict["preset"])
             client.set_tag(above, content.NOTE_TAG, verdict["text"])
 
-    def _deliver(self, record: Record, study_dir: Path) -> str:
-        parent = self._parent(study_dir)
-        marked = self._marked(study_dir, parent)
-        if record.uid in marked:
-            return marked[record.uid]
-        run = self._run_of(record.uid)
-        if run is None:
-            under = self._confirmation(record, parent) if record.role == "confirm" else parent
-            run = self._create_run(record, under)
-        run_id: str = run.info.run_id
-        if run.info.status == "RUNNING":
-            self._fill(record, study_dir, run_id)
-        marked[record.uid] = run_id
-        mark = {"uid": record.uid, "run_id": run_id, "parent": parent}
-        append_line(study_dir / "delivered.jsonl", mark)
-        return run_id
-
     def _confirmation(self, record: Record, parent: str) -> str:
         """The run that processes of confirmations of one day hang below, found or made."""
         day = record.created_at[:10]
@@ -245,14 +253,6 @@ class MlflowLog:
                 client.set_terminated(above.info.run_id, "FINISHED")
             self._parents[key] = above.info.run_id
         return self._parents[key]
-
-    def _create_run(self, record: Record, parent: str) -> Run:
-        return self._connect().create_run(
-            self._experiment(),
-            start_time=_milliseconds(record.result.started_at, record.created_at),
-            run_name=content.run_name(record),
-            tags={PARENT_TAG: parent, STUDY_TAG: record.study, UID_TAG: record.uid},
-        )
 
     def _fill(self, record: Record, study_dir: Path, run_id: str) -> None:
         """Log everything of a record, then end its run: an ended run is a complete one. The time of
@@ -287,20 +287,16 @@ class MlflowLog:
             own = f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{ROLE_TAG}` = 'study'"
             found = list(self._search(own, deleted=True))
             active = [run for run in found if run.info.lifecycle_stage == "active"]
-            run = [*active, *found, None][0] or self._create_parent(study)
+            run = next(iter([*active, *found]), None)
+            if run is None:  # made as an ended one: only `begin_study` promises an end
+                tags = {STUDY_TAG: study, ROLE_TAG: "study"}
+                run = client.create_run(self._experiment(), run_name=study, tags=tags)
+                client.set_terminated(run.info.run_id, "FINISHED")
             if run.info.lifecycle_stage == "deleted":
                 # MLflow's dialog deletes a parent and leaves its trials (mlflow/mlflow#2347).
                 client.restore_run(run.info.run_id)
             self._parents[study] = run.info.run_id
         return self._parents[study]
-
-    def _create_parent(self, study: str) -> Run:
-        """Make the parent run, ended: only `begin_study` promises that somebody will end it."""
-        client, experiment = self._connect(), self._experiment()
-        tags = {STUDY_TAG: study, ROLE_TAG: "study"}
-        run = client.create_run(experiment, run_name=study, tags=tags)
-        client.set_terminated(run.info.run_id, "FINISHED")
-        return run
 
     def _run_of(self, uid: str) -> Run | None:
         """The run of a record, also one that was deleted in the UI: it stays deleted."""
@@ -335,7 +331,11 @@ class MlflowLog:
     def _marked(self, study_dir: Path, parent: str) -> dict[str, str]:
         """Run ids by uid of what was delivered under this parent run, read once from disk."""
         if parent not in self._delivered:
-            self._delivered[parent] = _read_marks(study_dir, parent)
+            self._delivered[parent] = {
+                mark["uid"]: mark["run_id"]
+                for mark in read_lines(study_dir / "delivered.jsonl")
+                if mark.get("parent") == parent and {"uid", "run_id"} <= mark.keys()
+            }
         return self._delivered[parent]
 
     def _connect(self) -> MlflowClient:
@@ -366,14 +366,12 @@ class MlflowLog:
         try:
             yield
         except unreachable as error:
-            raise TrackingError(self._line(study, content.one_line(str(error), 200))) from error
-
-    def _line(self, study: str, why: str) -> str:
-        line = (
-            f"MLflow at {self.server or self.store.mlflow_db}: {why}. Results are kept in the "
-            "journal; deliver them later: " + sync_command(self.store, study)
-        )
-        return masked(line)
+            line = (
+                f"MLflow at {self.server or self.store.mlflow_db}: "
+                f"{content.one_line(str(error), 200)}. Results are kept in the journal; deliver "
+                "them later: " + sync_command(self.store, study)
+            )
+            raise TrackingError(masked(line)) from error
 
 
 @contextmanager
@@ -433,8 +431,3 @@ def baselines(records: Sequence[Record]) -> dict[tuple[str, str], float]:
         for record in records
         if record.role == "baseline" and isinstance(record.result, Ok)
     }
-
-
-def _read_marks(study_dir: Path, parent: str) -> dict[str, str]:
-    marks = [m for m in read_lines(study_dir / "delivered.jsonl") if m.get("parent") == parent]
-    return {mark["uid"]: mark["run_id"] for mark in marks if {"uid", "run_id"} <= mark.keys()}
