@@ -22,7 +22,7 @@ from openpi_opt.measure.trace import ProfileError
 from openpi_opt.track.table import Table, grid, natural_width
 from openpi_opt.verbs import verb_parser
 
-_PIPE_WIDTH = 100
+PIPE_WIDTH = 100
 _TOP = 15
 # A name may take two lines: what tells one GEMM from another stands far behind in it.
 _NAME_LINES = 2
@@ -65,7 +65,7 @@ def _analyse(path: Path) -> Breakdown:
 
 
 def _print(found: Sequence[Breakdown], top: int) -> None:
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPE_WIDTH
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
     labels = _labels(len(found))
     for label, each in zip(labels, found, strict=True):
         print(_printable(f"{label}: {each.file}" if len(found) > 1 else each.file))

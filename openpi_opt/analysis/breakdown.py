@@ -113,9 +113,11 @@ def break_down(recording: Recording, file: str) -> Breakdown:
     timeline = _without_strays(timeline, notes)
     names, stage, source, found = _stages(recording, timeline, notes)
     inferences, steps = _counts(recording, source, found, notes)
-    busy, gaps = _busy_and_gaps(timeline)
     total = float(timeline.duration_us.sum())
-    span = _span_us(timeline)
+    span = float((timeline.start_us + timeline.duration_us).max() - timeline.start_us[0])
+    rest = timeline.gaps_us()
+    rest = np.where(rest > _TOUCHING_US, rest, 0.0)
+    busy = max(span - float(rest.sum()), 0.0)
     _note_the_rest(recording, timeline, kind, total - busy, notes)
     category = categories(timeline)
     return Breakdown(
@@ -137,8 +139,8 @@ def break_down(recording: Recording, file: str) -> Breakdown:
             for i, name in enumerate(names)
         },
         kernels=_kernels(timeline),
-        gaps=_classes(gaps[1]),
-        longest_gaps=_longest(timeline, *gaps),
+        gaps=_classes(rest[rest > 0]),
+        longest_gaps=_longest(timeline, rest),
         notes=notes,
     )
 
@@ -274,21 +276,6 @@ def _kernels(timeline: Timeline) -> list[KernelTotal]:
     return sorted(rows, key=lambda row: (-row.ms, row.name))
 
 
-def _span_us(timeline: Timeline) -> float:
-    return float((timeline.start_us + timeline.duration_us).max() - timeline.start_us[0])
-
-
-Gaps = tuple[NDArray[np.int64], NDArray[np.float64]]
-
-
-def _busy_and_gaps(timeline: Timeline) -> tuple[float, Gaps]:
-    """Time in which something ran, and the gaps: the row after each, and its length in us."""
-    end = np.maximum.accumulate(timeline.start_us + timeline.duration_us)
-    rest = timeline.start_us[1:] - end[:-1]
-    rows = np.flatnonzero(rest > _TOUCHING_US)
-    return max(_span_us(timeline) - float(rest[rows].sum()), 0.0), (rows + 1, rest[rows])
-
-
 def _classes(us: NDArray[np.float64]) -> list[GapClass]:
     bounds = np.array(GAP_BOUNDS_US)
     group = np.searchsorted(bounds, us, side="left") - 1
@@ -298,14 +285,15 @@ def _classes(us: NDArray[np.float64]) -> list[GapClass]:
     ]
 
 
-def _longest(timeline: Timeline, rows: NDArray[np.int64], us: NDArray[np.float64]) -> list[Gap]:
-    order = np.argsort(-us, kind="stable")[:_LONGEST_GAPS]
+def _longest(timeline: Timeline, rest: NDArray[np.float64]) -> list[Gap]:
+    """The longest of the gaps; `rest[i]` is the time between rows i and i + 1."""
+    rows = [i for i in np.argsort(-rest, kind="stable")[:_LONGEST_GAPS] if rest[i] > 0]
     return [
         Gap(
-            at_ms=float(timeline.start_us[rows[i]] - us[i] - timeline.start_us[0]) / 1e3,
-            us=float(us[i]),
-            after=timeline.names[timeline.name[rows[i] - 1]],
-            before=timeline.names[timeline.name[rows[i]]],
+            at_ms=float(timeline.start_us[i + 1] - rest[i] - timeline.start_us[0]) / 1e3,
+            us=float(rest[i]),
+            after=timeline.names[timeline.name[i]],
+            before=timeline.names[timeline.name[i + 1]],
         )
-        for i in order
+        for i in rows
     ]

@@ -28,10 +28,10 @@ MAX_RATIO, _RATIO_MIB = 64, 16
 MAX_VALUE_MIB = 16
 """One event, or one entry beside the events: kineto's largest have some ten KiB."""
 
-_CHUNK = 2**20
+CHUNK = 2**20
 _PATIENCE_SECONDS = 5.0
 _HEAD = 2**16
-_SDK_MIB = 48  # rocprofv3 writes all of a process as one value; decoded it takes 8 times as much
+SDK_MIB = 48  # rocprofv3 writes all of a process as one value; decoded it takes 8 times as much
 _GZIP_MAGIC = b"\x1f\x8b"
 _NO_SPACE = re.compile(r"[^ \t\n\r]")
 _EVENTS = "traceEvents"
@@ -82,7 +82,7 @@ def _events(text: _Text) -> Iterator[Any]:
                 raise ProfileError(f'"{_EVENTS}" is not a list')
             elif key == formats.SDK_TOOL and text.peek() == "[":
                 found = True
-                for tool in text.items(_SDK_MIB):
+                for tool in text.items(SDK_MIB):
                     yield from formats.sdk_events(tool)
             else:
                 text.value()
@@ -219,9 +219,9 @@ class _Text:
                 f"no JSON at {self.shown()}, or one value of more than {most_mib} MiB (with "
                 "rocprofv3 record --output-format csv, which is read row by row)"
             ) from error
-        self._fill(max(_CHUNK, held))
+        self._fill(max(CHUNK, held))
 
-    def _fill(self, size: int = _CHUNK) -> None:
+    def _fill(self, size: int = CHUNK) -> None:
         data = self._file.read(size)
         self._ended = not data
         self._buffer = self._buffer[self._at :] + self._characters.decode(data, final=not data)

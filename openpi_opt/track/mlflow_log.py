@@ -43,7 +43,7 @@ PARENT_TAG = "mlflow.parentRunId"
 DAY_TAG = "openpi_opt.day"
 # MLflow's own defaults let one call to a dead server block for four minutes, send usage statistics
 # out, and print links on stdout, which belongs to the verb. What the user has set stays.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
@@ -78,27 +78,27 @@ class MlflowLog:
     def begin_study(self, study_dir: Path) -> str:
         """Find or make the study's parent run and mark it running; returns its id."""
         with self._talking(study_dir.name), _study_lock(study_dir):
-            parent = self._parent(study_dir)
-            self._connect().update_run(parent, status="RUNNING")
+            parent = self.parent_of(study_dir)
+            self.client().update_run(parent, status="RUNNING")
             return parent
 
     def end_study(self, study_dir: Path) -> None:
         """Mark the study's parent run as finished."""
         with self._talking(study_dir.name), _study_lock(study_dir):
-            self._connect().set_terminated(self._parent(study_dir), "FINISHED")
+            self.client().set_terminated(self.parent_of(study_dir), "FINISHED")
 
     def deliver(self, record: Record, study_dir: Path) -> str:
         """Log one record, once; returns the id of its run. A run of the same uid that is complete
         is left alone; one that a kill left open is completed."""
         with self._talking(record.study), _study_lock(study_dir):
-            parent = self._parent(study_dir)
+            parent = self.parent_of(study_dir)
             marked = self._marked(study_dir, parent)
             if record.uid in marked:
                 return marked[record.uid]
-            run = self._run_of(record.uid)
+            run = self.run_of(record.uid)
             if run is None:
-                run = self._connect().create_run(
-                    self._experiment(),
+                run = self.client().create_run(
+                    self.experiment_id(),
                     start_time=_milliseconds(record.result.started_at, record.created_at),
                     run_name=content.run_name(record),
                     tags={
@@ -133,7 +133,7 @@ class MlflowLog:
         study = study_dir.name
         with self._talking(study):
             with _study_lock(study_dir):
-                parent = self._parent(study_dir)
+                parent = self.parent_of(study_dir)
             if verify:
                 self._delivered[parent] = self._complete_runs(study)
             marked = self._marked(study_dir, parent)
@@ -157,7 +157,7 @@ class MlflowLog:
                 self._mark_trials(study_dir, given, records)
 
     def _show_study(self, study_dir: Path, journal: Journal, criteria: Criteria) -> None:
-        client, study, parent = self._connect(), study_dir.name, self._parent(study_dir)
+        client, study, parent = self.client(), study_dir.name, self.parent_of(study_dir)
         records = [record for record in journal.records() if record.role != "confirm"]
         found = groups(records, criteria=criteria)
         for name, value in mlflow_study.metrics(records, found).items():
@@ -173,16 +173,16 @@ class MlflowLog:
         text = mlflow_study.description(study, store, journal.header, found)
         client.set_tag(parent, content.NOTE_TAG, text[: content.MAX_TAG])
         key = mlflow_study.VIEW_TAG + mlflow_study.view_key(study)
-        client.set_experiment_tag(self._experiment(), key, mlflow_study.view(study, found))
-        note_page(study_dir, self.server, mlflow_study.page(self._experiment(), study))
+        client.set_experiment_tag(self.experiment_id(), key, mlflow_study.view(study, found))
+        note_page(study_dir, self.server, mlflow_study.page(self.experiment_id(), study))
         plots = study_plots.files(study_dir)
         for path in [*plots, *sorted(study_dir.glob("report/*"))]:
-            _upload(client, parent, path)
+            upload(client, parent, path)
 
     def _mark_trials(self, study_dir: Path, criteria: Criteria, records: Sequence[Record]) -> None:
         """Bring the marks of the Pareto set and of limits up to date, on trials and on the study,
         for criteria that were given: a study of one objective that never had a limit has none."""
-        client, parent = self._connect(), self._parent(study_dir)
+        client, parent = self.client(), self.parent_of(study_dir)
         wanted = study_plots.marks(records, criteria)
         marked = {
             run.data.tags.get(UID_TAG, ""): run
@@ -193,7 +193,7 @@ class MlflowLog:
             if run.info.run_id != parent
         }
         for uid in wanted.keys() - marked.keys():
-            run = self._run_of(uid)
+            run = self.run_of(uid)
             if run is not None and run.info.lifecycle_stage == "active":
                 marked[uid] = run
         for uid, run in marked.items():
@@ -217,16 +217,16 @@ class MlflowLog:
     def _apply_tags(self, study_dir: Path) -> None:
         """Set the tags that verbs left with `leave_tag`, on the runs that are there."""
         for tag in read_lines(study_dir / TAGS_FILE):
-            run = self._run_of(tag["uid"])
+            run = self.run_of(tag["uid"])
             if run is not None and run.data.tags.get(tag["key"]) != tag["value"]:
                 value = tag["value"][: content.MAX_TAG]
-                self._connect().set_tag(run.info.run_id, tag["key"], value)
+                self.client().set_tag(run.info.run_id, tag["key"], value)
 
     def _apply_verdicts(self, study_dir: Path) -> None:
         """Show what promotions ended with, on the runs above their processes."""
-        client = self._connect()
+        client = self.client()
         for verdict in read_lines(study_dir / VERDICTS_FILE):
-            run = self._run_of(verdict["uid"])
+            run = self.run_of(verdict["uid"])
             above = run and run.data.tags.get(PARENT_TAG)
             if not above:
                 continue
@@ -240,7 +240,7 @@ class MlflowLog:
         day = record.created_at[:10]
         key = f"{record.study} {day}"
         if key not in self._parents:
-            client = self._connect()
+            client = self.client()
             of_day = (
                 f"tags.`{STUDY_TAG}` = '{record.study}' AND tags.`{ROLE_TAG}` = 'confirmation' "
                 f"AND tags.`{DAY_TAG}` = '{day}'"
@@ -249,7 +249,9 @@ class MlflowLog:
             if above is None:
                 tags = {STUDY_TAG: record.study, ROLE_TAG: "confirmation", DAY_TAG: day}
                 tags[PARENT_TAG] = parent
-                above = client.create_run(self._experiment(), run_name=f"confirm {day}", tags=tags)
+                above = client.create_run(
+                    self.experiment_id(), run_name=f"confirm {day}", tags=tags
+                )
                 client.set_terminated(above.info.run_id, "FINISHED")
             self._parents[key] = above.info.run_id
         return self._parents[key]
@@ -259,7 +261,7 @@ class MlflowLog:
         a metric is the record's, so logging a half-filled run again changes nothing."""
         from mlflow.entities import Metric, Param, RunTag
 
-        client = self._connect()
+        client = self.client()
         at = _milliseconds(record.created_at)
         ms = self._baselines.get((record.result.context_hash, record.fingerprint_hash))
         client.log_batch(
@@ -272,25 +274,25 @@ class MlflowLog:
         )
         with _scratch(study_dir) as folder:
             content.write_artifacts(record, folder)
-            _upload(client, run_id, folder)
+            upload(client, run_id, folder)
         for path in content.trial_files(record, study_dir):
-            _upload(client, run_id, path)
+            upload(client, run_id, path)
         client.set_terminated(
             run_id, "FINISHED" if record.result.outcome == "ok" else "FAILED", end_time=at
         )
 
-    def _parent(self, study_dir: Path) -> str:
+    def parent_of(self, study_dir: Path) -> str:
         """Id of the study's parent run, found or made (under the study's lock)."""
         study = study_dir.name
         if study not in self._parents:
-            client = self._connect()
+            client = self.client()
             own = f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{ROLE_TAG}` = 'study'"
             found = list(self._search(own, deleted=True))
             active = [run for run in found if run.info.lifecycle_stage == "active"]
             run = next(iter([*active, *found]), None)
             if run is None:  # made as an ended one: only `begin_study` promises an end
                 tags = {STUDY_TAG: study, ROLE_TAG: "study"}
-                run = client.create_run(self._experiment(), run_name=study, tags=tags)
+                run = client.create_run(self.experiment_id(), run_name=study, tags=tags)
                 client.set_terminated(run.info.run_id, "FINISHED")
             if run.info.lifecycle_stage == "deleted":
                 # MLflow's dialog deletes a parent and leaves its trials (mlflow/mlflow#2347).
@@ -298,7 +300,7 @@ class MlflowLog:
             self._parents[study] = run.info.run_id
         return self._parents[study]
 
-    def _run_of(self, uid: str) -> Run | None:
+    def run_of(self, uid: str) -> Run | None:
         """The run of a record, also one that was deleted in the UI: it stays deleted."""
         if not re.fullmatch("[0-9a-f]{32}", uid):
             raise ValueError(f"{uid!r} is not the uid of a record")
@@ -316,8 +318,8 @@ class MlflowLog:
 
         token: str | None = None
         while True:
-            page = self._connect().search_runs(
-                [self._experiment()],
+            page = self.client().search_runs(
+                [self.experiment_id()],
                 text,
                 ViewType.ALL if deleted else ViewType.ACTIVE_ONLY,
                 order_by=["attributes.start_time ASC"],
@@ -338,18 +340,20 @@ class MlflowLog:
             }
         return self._delivered[parent]
 
-    def _connect(self) -> MlflowClient:
+    def client(self) -> MlflowClient:
+        """The connection to MLflow, made at the first use."""
         if self._client is None:
-            for name, value in _ENVIRONMENT.items():
+            for name, value in ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             self._client = database.connect(self.server, self.store)
         return self._client
 
-    def _experiment(self) -> str:
+    def experiment_id(self) -> str:
+        """Id of the experiment that runs belong to, found or made."""
         if self._experiment_id is None:
             artifacts = None if self.server else self.store.artifacts.as_uri()
             self._experiment_id = database.find_or_create_experiment(
-                self._connect(), self.experiment, artifacts
+                self.client(), self.experiment, artifacts
             )
         return self._experiment_id
 
@@ -397,12 +401,12 @@ def _scratch(study_dir: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _upload(client: MlflowClient, run_id: str, path: Path) -> None:
+def upload(client: MlflowClient, run_id: str, path: Path) -> None:
     """Upload a file, or the files of a folder. Every kind of artifact store (S3, GCS, ...) has
     exceptions of its own library, so all of them are taken as a failed delivery here."""
     try:
-        upload = client.log_artifacts if path.is_dir() else client.log_artifact
-        upload(run_id, str(path))
+        put = client.log_artifacts if path.is_dir() else client.log_artifact
+        put(run_id, str(path))
     except Exception as error:
         raise OSError(f"uploading {path.name} failed: {error}") from error
 
