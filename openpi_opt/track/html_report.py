@@ -26,7 +26,7 @@ from openpi_opt.result import Ok
 from openpi_opt.track import study_plots, table
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.left import VERDICTS_FILE, read_lines
-from openpi_opt.track.plots import Panel, Point, Series
+from openpi_opt.track.plots import Panel, Point, Series, errors
 from openpi_opt.track.report import Group, Row, best_line, groups, mean_ms, what
 from openpi_opt.track.table import Table
 
@@ -308,9 +308,8 @@ def _horizontal(bars: Sequence[Point], x: str) -> str:
     """Bars with their intervals, the first on top."""
     trace: dict[str, Any] = {"type": "bar", "orientation": "h"}
     trace |= {"x": [bar.y for bar in bars], "y": [bar.x for bar in bars]}
-    intervals = [(bar.y - bar.low, bar.high - bar.y) for bar in bars if bar.low and bar.high]
-    if intervals:
-        below, above = zip(*intervals, strict=True)
+    if intervals := errors(bars):
+        below, above = intervals
         trace["error_x"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
     return _figure([trace], x, "", height=120 + 34 * len(bars), reverse=True)
 
