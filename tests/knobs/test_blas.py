@@ -121,7 +121,7 @@ def fp8_policy(cfg: Config) -> tuple[runtime.Prepared, float]:
 
 @pytest.fixture(autouse=True)
 def one_calibration_run(monkeypatch):
-    monkeypatch.setattr(blas, "_CALIBRATION_SEEDS", range(7, 8))
+    monkeypatch.setattr(blas, "CALIBRATION_SEEDS", range(7, 8))
 
 
 @pytest.mark.parametrize("stage", ["vision", "prefill", "denoise"])
@@ -153,9 +153,9 @@ def test_a_library_that_torch_does_not_take_is_refused(monkeypatch):
     """Torch warns and keeps another one where the architecture is not supported."""
     chosen = torch._C._BlasBackend.Cublas
     monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", lambda name=None: chosen)
-    blas._prefer("rocblas")
+    blas.prefer("rocblas")
     with pytest.raises(RefusedError, match="torch uses") as error:
-        blas._prefer("hipblaslt")
+        blas.prefer("hipblaslt")
     assert error.value.outcome == "unavailable"
 
 
@@ -292,7 +292,7 @@ def test_aiter_gets_the_layers_of_its_stages(monkeypatch):
             {**WORKLOAD, "blas": {"backend": "aiter", "aiter": {"stages": stages}}}, MI300X
         )
         policy = runtime.build_policy(cfg, torch.device("cpu"))
-        blas._route_to_aiter(policy, cfg, KNOB.of(cfg).aiter)
+        blas.route_to_aiter(policy, cfg, KNOB.of(cfg).aiter)
         found = [name for name, m in policy.named_modules() if isinstance(m, TunedLinear)]
         routed[stages[0], len(stages)] = set(found)
     vision, others, every = routed.values()
