@@ -100,7 +100,6 @@ class Fusion(Knob[FusionOptions]):
                 fuse(policy)
         if options.expert_layer:
             from openpi_opt.surgery.expert import fuse_expert_layers
-            from openpi_opt.surgery.lean import LeanPolicy
 
             gemm, device = cfg.knobs["gemm"], cfg.platform.device
             launches = {name: own.canonical(name, device) for name, own in gemm.launches().items()}
@@ -109,8 +108,7 @@ class Fusion(Knob[FusionOptions]):
             )
             given = {name: launch.given() for name, launch in launches.items()}
             fuse_expert_layers(policy, given, gemm.max_rows)
-            if isinstance(policy, LeanPolicy):
-                policy.derive()
+            policy.derive()
 
     def label(self, options: FusionOptions) -> str:
         """The switches that are on; `all` are the three of projections."""
