@@ -1,6 +1,5 @@
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -166,15 +165,10 @@ def test_captured_actions_are_a_copy():
 
 @pytest.mark.usefixtures("one_layer")
 @pytest.mark.parametrize(("scope", "graphs"), [("stage", 3), ("call", 1), ("layer", 3)])
-def test_the_small_model_compiles_and_computes_the_same(scope, graphs, monkeypatch):
+def test_the_small_model_compiles_and_computes_the_same(scope, graphs, request):
     """The stages by Inductor, for a C++ compiler takes its time; the other two are traced only."""
     if scope != "stage":
-        compile_ = torch.compile
-
-        def traced(function: Any, **settings: Any) -> Any:
-            return compile_(function, fullgraph=True, dynamic=False, backend="eager")
-
-        monkeypatch.setattr(torch, "compile", traced)
+        request.getfixturevalue("traced")
     cfg = config(
         {
             "precision": {"dtype": "float32"},
