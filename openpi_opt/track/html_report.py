@@ -35,6 +35,7 @@ _COLUMNS = ("ci95_ms", "p99_ms")
 _FEWEST = 8  # trials from which an importance is told
 _FEWEST_MINUTES = 0.1  # results that were read from a folder have no times of their own
 _MOST_FOR_IMPORTANCE = 1_000  # of the newest: Optuna adds them one at a time
+_ROUNDING = 1e-18  # a variance of logarithms as small as this is that of equal numbers
 _TEMPLATE = Path(__file__).with_name("report.html")
 # How plotly draws the series of a panel.
 _STAIRS = {"mode": "lines+markers", "line": {"shape": "hv"}}
@@ -110,7 +111,7 @@ def effect(options: Sequence[str], values: Sequence[float]) -> float:
     _, option = np.unique(options, return_inverse=True)
     means = np.bincount(option, logs) / np.bincount(option)
     whole = float(np.var(logs))
-    return float(np.var(means[option])) / whole if whole else 0.0
+    return float(np.var(means[option])) / whole if whole > _ROUNDING else 0.0
 
 
 def _study(journal: Journal) -> dict[str, Any]:
@@ -127,10 +128,11 @@ def _study(journal: Journal) -> dict[str, Any]:
     return {
         "name": folder.name,
         "sections": [
-            *_left(folder, "ladder", "Each step in interleaved fresh processes."),
+            *_left(folder, "ladder", "Ladder", "Each step in interleaved fresh processes."),
             *_left(
                 folder,
                 "ablate",
+                "Ablation",
                 "The best without each of its knobs, in interleaved fresh processes.",
             ),
         ],
@@ -258,7 +260,7 @@ def _pareto(group: Group) -> Iterator[Section]:
             yield _section("Pareto set", figure=_panel(panel, _SCATTER))
 
 
-def _left(folder: Path, verb: str, text: str) -> Iterator[Section]:
+def _left(folder: Path, verb: str, heading: str, text: str) -> Iterator[Section]:
     """The table and the plot that `ladder` or `ablate` left beside the study."""
     table_file, plot = (folder / verb / f"{verb}.{ending}" for ending in ("md", "svg"))
     if not table_file.exists():
@@ -269,7 +271,7 @@ def _left(folder: Path, verb: str, text: str) -> Iterator[Section]:
     numbers = re.compile(r"[-+\d.% to]*")
     columns = zip(heads, *body, strict=True)
     texts = [head for head, *column in columns if not all(map(numbers.fullmatch, column))]
-    section = _section(verb.capitalize(), text, Table(heads, body, frozenset(texts)))
+    section = _section(heading, text, Table(heads, body, frozenset(texts)))
     image = base64.b64encode(plot.read_bytes()).decode() if plot.exists() else ""
     yield {**section, "image": image}
 
