@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import signal
+from typing import Any
 
 import pytest
 from hosts import Host
@@ -102,6 +103,20 @@ def one_layer(monkeypatch):
 def two_layers(monkeypatch):
     """The small models have two layers a tower: the last one, and one that is not the last."""
     _layers(monkeypatch, 2)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile traces, and generates no code: a compiler takes its time."""
+    import torch
+
+    compile_ = torch.compile
+
+    def trace(function: Any, **settings: Any) -> Any:
+        return compile_(function, fullgraph=True, dynamic=False, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", trace)
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")
