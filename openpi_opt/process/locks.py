@@ -9,22 +9,25 @@ because its `FileLock` cannot be handed on to a child.
 from __future__ import annotations
 
 import fcntl
+import getpass
 import json
 import os
 import platform
 import re
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from filelock import FileLock, lock_descriptor
+from filelock import lock_descriptor
 
 # World-writable folders: never follow a link that somebody put there.
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _LONGEST_NOTE = 4096
+_SAID_AFTER_SECONDS = 2.0
 
 
 @dataclass
@@ -101,6 +104,30 @@ def note(path: Path) -> str:
         os.close(fd)
 
 
+def this_process() -> str:
+    """A note for people: which process has a lock."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    return f"process {os.getpid()} of user {user}"
+
+
+@contextmanager
+def having(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Have a lock, as soon as nobody else has it; `say` is told once who keeps this waiting."""
+    since: float | None = time.monotonic()
+    while (held := take(path, f"{this_process()} on {platform.node()}")) is None:
+        if since is not None and time.monotonic() - since > _SAID_AFTER_SECONDS:
+            since = None
+            say(f"waiting for {path.name}, which {note(path) or 'another process'} holds")
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        held.release()
+
+
 def _open(path: Path, mode: int) -> tuple[int, bool]:
     while True:
         found_it = True
@@ -165,9 +192,13 @@ class Claims:
 
 
 class Controllers:
-    """This sweep among those that work on a study: each holds a lock of its own until `leave`."""
+    """This sweep among those that work on a study: each holds a lock of its own until `leave`.
 
-    def __init__(self, study_dir: Path):
+    `say` is told who keeps it waiting.
+    """
+
+    def __init__(self, study_dir: Path, say: Callable[[str], None] = lambda _: None):
+        self._say = say
         self._folder = study_dir / "controllers"
         self._folder.mkdir(parents=True, exist_ok=True)
         host = re.sub(r"[^A-Za-z0-9.-]", "-", platform.node())[:60]
@@ -185,7 +216,7 @@ class Controllers:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """What only one sweep of the study does at a time: settling and beginning."""
-        with FileLock(self._folder / "settle.lock"):
+        with having(self._folder / "settle.lock", self._say):
             yield
 
     def is_alive(self, name: str) -> bool:

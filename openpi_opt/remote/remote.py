@@ -171,21 +171,6 @@ def _same(engine: Engine, first: Mapping[str, Any], other: Mapping[str, Any]) ->
         )
 
 
-class _Ticket(Lease):
-    """Room for one more trial at the engine; the device is leased on the node."""
-
-    def __init__(self, slot: Slot):
-        super().__init__(slot, [])
-        self._held = True
-
-    @property
-    def held(self) -> bool:
-        return self._held
-
-    def release(self) -> None:
-        self._held = False
-
-
 class RemoteExecutor(Executor):
     """The nodes of an engine as an `Executor`."""
 
@@ -193,7 +178,7 @@ class RemoteExecutor(Executor):
         super().__init__(store, display)
         self._nodes, self._engine = nodes, nodes.engine
         self._devices: list[Device] = [device]
-        self._tickets: list[_Ticket] = []
+        self._tickets: list[Lease] = []
         self._lost: list[str] = []
 
     def suits(self, slot: Slot, cfg: Config) -> bool:
@@ -222,7 +207,7 @@ class RemoteExecutor(Executor):
             for number in range(self._engine.slots(device)):
                 name = f"{self._engine.name} {device} {number}"
                 if name not in names:
-                    ticket = _Ticket(Slot(name, device, None, ()))
+                    ticket = Lease(Slot(name, device, None, ()))
                     self._tickets.append(ticket)
                     yield ticket
 
