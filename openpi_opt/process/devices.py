@@ -109,6 +109,8 @@ class Lease:
         for held in self.locks:
             held.release()
 
+    close = release
+
 
 @dataclass
 class Devices:

@@ -129,7 +129,19 @@ class Nodes:
             held.release(remove=True)
             shutil.rmtree(folder, ignore_errors=True)  # an engine's files may be on their way
         for one in found:
-            _check(engine, one, found[0])
+            if one.problem:
+                raise UserError(
+                    f"executor={engine.name}: {one.host} cannot be used: {one.problem}.\n"
+                    "Sweep and nodes need one file system with the store (store=DIR), with locks."
+                )
+            _same(engine, found[0].fingerprint, one.fingerprint)
+            there, here = one.fingerprint["source_hash"], source_hash()
+            if there != here:
+                raise UserError(
+                    f"executor={engine.name}: {one.host} has another openpi_opt than this host "
+                    f"(source {there}, here {here}).\n"
+                    "Install the same one, or use one checkout on a shared file system."
+                )
         machine = next((one.machine for one in found if one.machine.gpus), found[0].machine)
         return Nodes(engine, found, machine, cpu_slots, tuple(command))
 
@@ -143,21 +155,6 @@ class Nodes:
         for other in seen[1:]:
             _same(self.engine, seen[0], other)
         return seen[0]
-
-
-def _check(engine: Engine, one: Description, first: Description) -> None:
-    if one.problem:
-        raise UserError(
-            f"executor={engine.name}: {one.host} cannot be used: {one.problem}.\n"
-            "Sweep and nodes need one file system with the store (store=DIR), with locks."
-        )
-    _same(engine, first.fingerprint, one.fingerprint)
-    if one.fingerprint["source_hash"] != source_hash():
-        raise UserError(
-            f"executor={engine.name}: {one.host} has another openpi_opt than this host "
-            f"(source {one.fingerprint['source_hash']}, here {source_hash()}).\n"
-            "Install the same one, or use one checkout on a shared file system."
-        )
 
 
 def _same(engine: Engine, first: Mapping[str, Any], other: Mapping[str, Any]) -> None:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from openpi_opt.vendor.base import Gpu, Meter, NoMeterError, Vendor, millionths, read
-from openpi_opt.vendor.meters import CounterMeter
+from openpi_opt.vendor.base import Gpu, NoMeterError, Vendor, millionths, read
+from openpi_opt.vendor.meters import CounterMeter, Meter
 
 POWERCAP = Path("/sys/class/powercap")
 _CGROUPS = Path("/sys/fs/cgroup")
