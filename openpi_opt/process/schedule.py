@@ -23,6 +23,7 @@ from openpi_opt.config import Config
 from openpi_opt.measure.roofline import stage_work
 from openpi_opt.process.child import Child, StoppedError
 from openpi_opt.process.devices import Slot, float32_seats
+from openpi_opt.process.run import noted
 from openpi_opt.result import Failed, Ok, TrialResult
 
 # A process inside a driver call stops when that ends. One that takes longer is named in the result.
@@ -171,8 +172,9 @@ class Turn:
             return result.model_copy(update={"reason": reason})
         if isinstance(result, Ok) and self.disturbed:
             names = ", ".join(self.disturbed)
-            note = f"not all of its neighbours could be stopped while it was measured: {names}"
-            return result.model_copy(update={"notes": [*result.notes, note]})
+            return noted(
+                result, f"not all of its neighbours could be stopped while it was measured: {names}"
+            )
         return result
 
     def began(self, child: Child) -> None:
