@@ -17,7 +17,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -27,7 +27,7 @@ from filelock import lock_descriptor
 # World-writable folders: never follow a link that somebody put there.
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _LONGEST_NOTE = 4096
-_SAID_AFTER_SECONDS = 2.0
+SAID_AFTER_SECONDS = 2.0
 
 
 @dataclass
@@ -61,19 +61,29 @@ def take(path: Path, note: str = "", mode: int = 0o644) -> Held | None:
     Raises OSError where no lock can be, also for a link or another odd file in its place.
     """
     while True:
-        fd, found = _open(path, mode)
+        found = True
         try:
+            # Without O_CREAT first: Linux refuses it for a file of another user in a sticky folder.
+            fd = os.open(path, _FLAGS)
+        except FileNotFoundError:
+            try:
+                fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, mode)
+            except FileExistsError:
+                continue
+            os.fchmod(fd, mode)  # whatever the umask is
+            found = False
+        with ExitStack() as unless_held:
+            unless_held.callback(os.close, fd)
+            seen = os.fstat(fd)
+            if not stat.S_ISREG(seen.st_mode) or seen.st_nlink > 1:
+                raise OSError(f"{path} is not a lock file")
             if not lock_descriptor(fd, blocking=False):
-                os.close(fd)
                 return None
-            if os.fstat(fd).st_nlink == 1:
+            if os.fstat(fd).st_nlink == 1:  # else its last holder removed it: begin again
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, note.encode()[:_LONGEST_NOTE], 0)
+                unless_held.pop_all()
                 return Held(path, fd, found)
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)  # its last holder removed the file: begin again with the name
 
 
 def is_held(path: Path) -> bool:
@@ -118,7 +128,7 @@ def having(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Have a lock, as soon as nobody else has it; `say` is told once who keeps this waiting."""
     since: float | None = time.monotonic()
     while (held := take(path, f"{this_process()} on {platform.node()}")) is None:
-        if since is not None and time.monotonic() - since > _SAID_AFTER_SECONDS:
+        if since is not None and time.monotonic() - since > SAID_AFTER_SECONDS:
             since = None
             say(f"waiting for {path.name}, which {note(path) or 'another process'} holds")
         time.sleep(0.02)
@@ -126,26 +136,6 @@ def having(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         held.release()
-
-
-def _open(path: Path, mode: int) -> tuple[int, bool]:
-    while True:
-        found_it = True
-        try:
-            # Without O_CREAT first: Linux refuses it for a file of another user in a sticky folder.
-            fd = os.open(path, _FLAGS)
-        except FileNotFoundError:
-            try:
-                fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, mode)
-            except FileExistsError:
-                continue
-            os.fchmod(fd, mode)  # whatever the umask is
-            found_it = False
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            os.close(fd)
-            raise OSError(f"{path} is not a lock file")
-        return fd, found_it
 
 
 class Claims:

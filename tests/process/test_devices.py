@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import stat
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -186,3 +188,22 @@ def test_a_folder_that_somebody_prepared_is_refused(tmp_path: Path) -> None:
     (tmp_path / "leases").chmod(0o777)
     with pytest.raises(UserError, match="sticky"):
         lease(Slot("GPU 0", "cuda", gpu(0), (0,)))
+
+
+def test_who_waits_for_a_lock_says_once_who_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "SAID_AFTER_SECONDS", 0.1)
+    path, said = tmp_path / "plan.lock", list[str]()
+    with ExitStack() as first:
+        first.enter_context(locks.having(path, pytest.fail))
+
+        def say(text: str) -> None:
+            said.append(text)
+            time.sleep(0.3)
+            first.close()
+
+        with locks.having(path, say):
+            pass
+    (line,) = said
+    assert line.startswith(f"waiting for plan.lock, which process {os.getpid()} of user")
