@@ -15,7 +15,7 @@ from search_samples import CPU
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Gpu
-from openpi_opt.process import devices
+from openpi_opt.process import devices, locks
 from openpi_opt.process.devices import LEASES_VARIABLE, Devices, Slot, lease
 from openpi_opt.space.settings import Settings
 
