@@ -96,12 +96,12 @@ class Amd(Vendor):
     ) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
         """ROCr hides GPUs from HIP, which counts what is left from 0 again. HIP reads
         CUDA_VISIBLE_DEVICES where its own variable is not set (clr, `rocdevice.cpp`)."""
-        first = select(gpus, "ROCR_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES"))
-        shown = tuple(replace(gpu, index=index) for index, gpu in enumerate(first.gpus))
+        seen, troubles = select(gpus, "ROCR_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES"))
+        shown = tuple(replace(gpu, index=index) for index, gpu in enumerate(seen))
         own = "HIP_VISIBLE_DEVICES"
         own = own if own in environ else "CUDA_VISIBLE_DEVICES"
-        second = select(shown, own, environ.get(own) if shown else None)
-        return tuple(second.gpus), (*first.troubles, *second.troubles)
+        seen, more = select(shown, own, environ.get(own) if shown else None)
+        return seen, (*troubles, *more)
 
     def selection(self, gpu: Gpu) -> dict[str, str]:
         """By number: HIP knows no UUIDs."""

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -250,46 +250,37 @@ class Vendor:
         return torch.cuda
 
 
-@dataclass
-class Selected:
-    """What a list in a `*_VISIBLE_DEVICES` variable admits, read as the runtimes read it."""
+def select(
+    gpus: Iterable[Gpu], variable: str, value: str | None
+) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
+    """What a list in a `*_VISIBLE_DEVICES` variable admits, and what is wrong with it.
 
-    gpus: list[Gpu] = field(default_factory=list)
-    troubles: list[Trouble] = field(default_factory=list)
-
-
-def select(gpus: Iterable[Gpu], variable: str, value: str | None) -> Selected:
-    """Read such a list: ordinals or beginnings of UUIDs, up to the first that names no GPU.
-
-    An empty list, and -1 at its beginning, hide all GPUs on purpose. Any other list without a GPU
-    is a mistake, which is said. So is an entry that ends the list early.
+    It is read as the runtimes read it: ordinals or beginnings of UUIDs, up to the first that names
+    no GPU. An empty list, and -1 at its beginning, hide all GPUs on purpose. Any other list without
+    a GPU is a mistake, which is said. So is an entry that ends the list early.
 
     Sources: CUDA programming guide, CUDA environment variables ("if one of the indices is invalid,
     only the devices whose index precedes the invalid index are visible"); ROCR-Runtime,
     `RvdFilter::BuildUserDeviceList`, which ends at invalid and repeated entries, too.
     """
-    known = list(gpus)
+    known = tuple(gpus)
     if value is None:
-        return Selected(known)
-    found = Selected()
+        return known, ()
+    found: tuple[Gpu, ...] = ()
     items = [part.strip() for part in value.split(",")]
     for item in items:
         named = [gpu for gpu in known if _is_named(gpu, item)]
-        if len(named) == 1 and named[0] not in found.gpus:
-            found.gpus.append(named[0])
+        if len(named) == 1 and named[0] not in found:
+            found += (named[0],)
             continue
         if item in ("", "-1") and (item == "-1" or len(items) == 1):
             break  # on purpose
         there = ", ".join(str(gpu.index) for gpu in known)
         why = "is named twice" if len(named) == 1 else "names no GPU" if not named else "is unclear"
-        found.troubles.append(
-            Trouble(
-                f"{variable}={value}", f"{item!r} {why} (there is {there}), and ends the list",
-                f"name GPUs that exist, each once, or unset {variable}", hides=not found.gpus,
-            )
-        )  # fmt: skip
-        break
-    return found
+        what = f"{item!r} {why} (there is {there}), and ends the list"
+        mend = f"name GPUs that exist, each once, or unset {variable}"
+        return found, (Trouble(f"{variable}={value}", what, mend, hides=not found),)
+    return found, ()
 
 
 def _is_named(gpu: Gpu, item: str) -> bool:

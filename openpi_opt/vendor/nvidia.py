@@ -82,8 +82,7 @@ class Nvidia(Vendor):
         self, gpus: tuple[Gpu, ...], environ: Mapping[str, str]
     ) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
         """What CUDA_VISIBLE_DEVICES admits."""
-        found = select(gpus, _VARIABLE, environ.get(_VARIABLE))
-        return tuple(found.gpus), tuple(found.troubles)
+        return select(gpus, _VARIABLE, environ.get(_VARIABLE))
 
     def selection(self, gpu: Gpu) -> dict[str, str]:
         """By UUID; by number, in the order of the PCI bus, where the driver tells no UUID."""
