@@ -54,8 +54,9 @@ class Machine:
 
     def threads(self, cores: int) -> int:
         """How many threads go with a share of the cores: as many, unless a quota admits fewer."""
-        share = None if self.quota is None else self.quota * cores / self.cores
-        return cpu.cores_within(share, cores)
+        if self.quota is None:
+            return cores
+        return max(1, min(cores, int(self.quota * cores / self.cores)))
 
     def gpus_for(self, device: Device) -> tuple[Gpu, ...]:
         """GPUs that `device` can mean."""

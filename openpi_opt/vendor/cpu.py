@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,19 +74,6 @@ def _limit(folder: Path) -> float | None:
     except ValueError:  # max, or no such file
         return None
     return allowed / period if allowed > 0 and period > 0 else None
-
-
-def cores_within(quota: float | None, cores: int) -> int:
-    """How many of `cores` a process may keep busy: not more than its quota, and at least one."""
-    return cores if quota is None else max(1, min(cores, math.floor(quota)))
-
-
-def load() -> float | None:
-    """Processes that ran or waited for a core, the mean of the last minute."""
-    try:
-        return os.getloadavg()[0]
-    except OSError:
-        return None
 
 
 def rapl_meter(folder: Path) -> CounterMeter:
