@@ -28,7 +28,7 @@ from openpi_opt import machine as machines
 from openpi_opt.cli import run
 from openpi_opt.errors import RefusedError
 from openpi_opt.kernels.aiter_tables import read_table, shipped, usable
-from openpi_opt.machine import Machine
+from openpi_opt.machine import TRITON, Machine, installed
 from openpi_opt.paths import conf_dir, package_dir
 from openpi_opt.vendor import BY_NAME, GPU_VENDORS, VENDORS, base
 from openpi_opt.vendor.base import Finding, Gpu, Status, Vendor, version_numbers
@@ -39,8 +39,6 @@ _WIDTH = 100
 _INDENT = " " * 11
 PYTHONS = ((3, 10), (3, 14))
 """From, and below."""
-# ROCm and nightly builds of torch bring Triton under names of their own.
-_OTHER_NAMES = {"triton": ("pytorch-triton-rocm", "pytorch-triton", "triton-rocm")}
 _INSTALL = "make test or make sweep installs it into .venv; by hand: pip install -e ."
 _INSTALL_AITER = (
     "pip install --pre amd-aiter (a pre-release; `aiter` is another package), or build it from "
@@ -196,23 +194,16 @@ def _packages() -> Iterator[Finding]:
         yield Finding("packages", "conf", "problem", what, mend)
     has_triton = (platform.system(), platform.machine()) == ("Linux", "x86_64")
     for name, least in required().items():
-        found = [v for n in (name, *_OTHER_NAMES.get(name, ())) if (v := _version(n)) is not None]
+        found = installed(*(TRITON if name == "triton" else (name,)))
         if name == "triton" and not has_triton:
             continue
-        if not found:
+        if found is None:
             yield Finding("packages", name, "problem", "not installed", _INSTALL)
-        elif version_numbers(found[0]) < version_numbers(least):
-            what = f"{found[0]} is older than {least}"
+        elif version_numbers(found) < version_numbers(least):
+            what = f"{found} is older than {least}"
             yield Finding("packages", name, "problem", what, _INSTALL)
         else:
-            yield Finding("packages", name, "ok", found[0])
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+            yield Finding("packages", name, "ok", found)
 
 
 def _compilers(host: Host) -> Iterator[Finding]:
