@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 from openpi_opt.process import watcher
 from openpi_opt.process.environment import TRIAL_VARIABLE
+from openpi_opt.vendor.base import read
+from openpi_opt.vendor.cpu import own_cgroups
 
 if TYPE_CHECKING:
     from openpi_opt.process.devices import Slot
@@ -382,18 +384,12 @@ def end_marked(uid: str) -> int:
 
 def oom_kills() -> int:
     """How often the kernel's out-of-memory killer struck: on this host and in our cgroup."""
-    counters = [re.search(r"^oom_kill (\d+)$", watcher.text(path), re.M) for path in oom_files()]
+    counters = [re.search(r"^oom_kill (\d+)$", read(path), re.M) for path in oom_files()]
     return sum(int(found[1]) for found in counters if found)
 
 
 def oom_files() -> list[Path]:
     """Files with a line `oom_kill COUNT`: the host's, and those of both kinds of cgroup."""
-    found = [Path("/proc/vmstat")]
-    for line in watcher.text("/proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            root = Path("/sys/fs/cgroup") / controllers
-            folder = root / path.lstrip("/")
-            own = folder if folder.is_dir() else root
-            found += [own / "memory.events", own / "memory.oom_control"]
-    return found
+    groups = [group if group.is_dir() else root for root, group in own_cgroups("memory")]
+    names = "memory.events", "memory.oom_control"
+    return [Path("/proc/vmstat"), *(folder / name for folder in groups for name in names)]
