@@ -124,7 +124,7 @@ class Devices:
     def check(self, configs: Iterable[Config]) -> None:
         """Refuse what `configs` could never run on, before anything begins: raises UserError."""
         wanted = list(configs)
-        if self.settings.gpus != "all" and all(cfg.device == "cpu" for cfg in wanted):
+        if self.settings.gpus != "all" and {cfg.device for cfg in wanted} == {"cpu"}:
             raise UserError(f"{_as_typed(self.settings.gpus)}{self._no_use()}")
         for cfg in sorted(wanted, key=lambda cfg: cfg.device):
             used, number = self.slots(cfg.device), cfg.platform.gpu
