@@ -71,10 +71,7 @@ class RayEngine:
         try:
             answers: list[Description] = ray.get(tasks, timeout=_ANSWER_SECONDS)
         except ray.exceptions.RayError as error:
-            raise UserError(
-                f"executor=ray: a node did not say what it is: {_first_line(error)}.\n"
-                "It needs openpi_opt with its packages in the Python that runs Ray there."
-            ) from error
+            raise LostError(_first_line(error)) from error
         return answers
 
     def slots(self, device: Device) -> int:

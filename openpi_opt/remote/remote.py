@@ -45,7 +45,7 @@ class Engine(Protocol):
     def describe(self, lock: Path, token: str, display: Display) -> list[Description]:
         """Ask every kind of node that trials may run on; the lock's folder is for the engine, too.
 
-        Raises UserError: no node can be asked.
+        Raises UserError: no node can be asked. LostError: one did not answer.
         """
 
     def slots(self, device: Device) -> int:
@@ -125,6 +125,11 @@ class Nodes:
         assert held is not None  # the folder is new
         try:
             found = engine.describe(held.path, token, display)
+        except LostError as error:
+            raise UserError(
+                f"executor={engine.name}: a node did not say what it is: {error}.\n"
+                "It needs openpi_opt with its packages in the same place as here."
+            ) from error
         finally:
             held.release(remove=True)
             shutil.rmtree(folder, ignore_errors=True)  # an engine's files may be on their way
