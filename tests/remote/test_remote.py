@@ -104,20 +104,6 @@ class Fleet(Host):
     def start(self, *words: str) -> subprocess.Popen[str]:
         return super().start("--executor", json.dumps(self.executor), *words)
 
-    def processes(self) -> list[int]:
-        """Trials of this store that live, by the program and the store in their command line."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    words = (entry / "cmdline").read_bytes().decode(errors="replace")
-                except OSError:
-                    continue
-                ours = "stub_trial.py" in words and "watcher.py" not in words
-                if ours and str(self.store) in words:
-                    found.append(int(entry.name))
-        return found
-
 
 @pytest.fixture
 def fleet(tmp_path: Path, executor: dict) -> Iterator[Fleet]:
