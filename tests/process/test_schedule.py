@@ -25,7 +25,7 @@ from openpi_opt.config import Config
 from openpi_opt.engine.display import Display
 from openpi_opt.engine.executor import LocalExecutor, LostError, Task
 from openpi_opt.process import devices, locks, watcher
-from openpi_opt.process.child import Child, Place, StoppedError, run_command
+from openpi_opt.process.child import Ended, Place, StoppedError, run_command
 from openpi_opt.process.devices import LEASES_VARIABLE, Devices, DeviceSettings, Queue, reserve
 from openpi_opt.process.schedule import DeviceLostError, Need, Room, Schedule, Turn
 from openpi_opt.result import TrialResult
@@ -178,35 +178,6 @@ def test_ctrl_c_ends_what_measures_and_what_stands_still(host: Gpus) -> None:
     host.assert_all_free()
 
 
-class Pausing:
-    """A turn that lets its child stand still for a while, as soon as it says `load`."""
-
-    def __init__(self, seconds: float):
-        self.gate, self.write = os.pipe()
-        self.stopped = os.memfd_create("stopped")
-        self.seconds = seconds
-        self.child: Child | None = None
-
-    def began(self, child: Child) -> None:
-        self.child = child
-
-    def pause(self, phase: str) -> None:
-        def work() -> None:
-            assert self.child is not None
-            assert self.child.pause(5) == []
-            time.sleep(self.seconds)
-            self.child.resume()
-
-        if phase == "load":
-            threading.Thread(target=work).start()
-
-    def asks(self) -> None:
-        raise AssertionError
-
-    def ended(self, gone: bool) -> None:
-        assert gone
-
-
 @pytest.mark.parametrize(("sleeps", "exceeds"), [(0.3, False), (30, True)])
 def test_a_limit_and_the_childs_own_clock_stand_still_with_it(
     tmp_path: Path, sleeps: float, exceeds: bool
@@ -217,14 +188,30 @@ deadline = time.monotonic() + {sleeps}
 while time.monotonic() < deadline: time.sleep(0.01)
 print(os.pread(int(sys.argv[sys.argv.index("--stopped-fd") + 1]), 64, 0).decode())
 """
-    script, turn = tmp_path / "child.py", Pausing(2.0)
+    script, log = tmp_path / "child.py", tmp_path / "log.txt"
     script.write_text(SAY.replace("sys.argv[-1]", "sys.argv[2]") + body)
-    limits, env, log = {**LIMITS, "load": 1.0}, dict(os.environ), tmp_path / "log.txt"
-    began = time.monotonic()
-    ended = run_command(
-        [sys.executable, str(script)], env, limits, log, turn.pause, Place(turn=turn)
-    )
-    assert time.monotonic() - began > 2.0
+    argv, limits = [sys.executable, str(script)], {**LIMITS, "load": 1.0}
+    jobs, ends = Jobs(), list[Ended]()
+
+    def stands(turn: Turn) -> TrialResult:
+        place = Place(turn=turn)
+        ends.append(run_command(argv, os.environ, limits, log, on_phase, place))
+        return ok(CUDA, 1.0)
+
+    def measures(turn: Turn) -> TrialResult:
+        turn.asks()
+        assert os.read(turn.gate, 1)
+        time.sleep(2.0)
+        return ok(CUDA, 1.0)
+
+    def on_phase(phase: str) -> None:
+        if phase == "load":
+            jobs.start("measures", measures)
+
+    jobs.start("stands", stands)
+    wait_for(lambda: ends)
+    jobs.join()
+    (ended,) = ends
     assert (ended.exceeded == 1.0) == exceeds
     assert ended.phase_seconds["load"] < (2.0 if exceeds else 1.0)
     if not exceeds:
