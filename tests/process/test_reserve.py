@@ -155,7 +155,7 @@ class Sessions(Host):
         assert process.returncode == 0, err
         return err
 
-    def starts(self) -> list[int]:
+    def begun(self) -> list[int]:
         path = self.store / "starts.txt"
         return [int(line) for line in path.read_text().split()] if path.exists() else []
 
@@ -173,7 +173,7 @@ def sessions(tmp_path: Path) -> Sessions:
 
 def test_promotions_of_two_studies_take_turns(sessions: Sessions) -> None:
     first = sessions.session("a", 2, 0.4)
-    wait_for(sessions.starts)
+    wait_for(sessions.begun)
     second = sessions.session("b", 1, 0.01)
     sessions.end(first)
     said = sessions.end(second)
@@ -188,8 +188,8 @@ def test_promotions_of_two_studies_take_turns(sessions: Sessions) -> None:
 def test_a_killed_session_leaves_no_process_and_no_lease_to_the_next(sessions: Sessions) -> None:
     """Stopped with its watcher, the process does not end by itself, and it holds the lease."""
     session = sessions.session("a", 2, 0.5)
-    wait_for(sessions.starts)
-    (orphan,) = sessions.starts()
+    wait_for(sessions.begun)
+    (orphan,) = sessions.begun()
     found = watcher.look(orphan)
     assert found is not None
     for pid in (found.parent, orphan):
@@ -203,13 +203,13 @@ def test_a_killed_session_leaves_no_process_and_no_lease_to_the_next(sessions: S
     found = watcher.look(orphan)
     assert found is None or not found.lives
     assert [record.number for record in sessions.recorded("a")] == [0, 1]
-    assert len(sessions.starts()) == 3
+    assert len(sessions.begun()) == 3
     sessions.assert_free()
 
 
 def test_what_a_killed_session_had_finished_is_taken_from_disk(sessions: Sessions) -> None:
     session = sessions.session("a", 2, 0.3)
-    wait_for(sessions.starts)
+    wait_for(sessions.begun)
     session.send_signal(signal.SIGSTOP)
     wait_for(lambda: list(sessions.store.glob("studies/a/confirm/*/result.json")))
     session.kill()
@@ -219,5 +219,5 @@ def test_what_a_killed_session_had_finished_is_taken_from_disk(sessions: Session
     first, second = sessions.recorded("a")
     assert "taken from disk" in first.result.notes[-1]
     assert second.result.notes == []
-    assert len(sessions.starts()) == 2
+    assert len(sessions.begun()) == 2
     sessions.assert_free()
