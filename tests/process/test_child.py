@@ -75,14 +75,14 @@ def test_a_silent_child_is_seen_to_end_at_once(scripts: Scripts) -> None:
     began = time.monotonic()
     ended = scripts.run("os.close(int(sys.argv[-1])); time.sleep(0.3)")
     assert ended.returncode == 0
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_a_phase_past_its_limit_is_ended(scripts: Scripts) -> None:
     began = time.monotonic()
     ended = scripts.run("phase('load'); time.sleep(60)", {"load": 0.3})
     assert (ended.phase, ended.exceeded, ended.returncode) == ("load", 0.3, -signal.SIGTERM)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40
 
 
 def test_the_limit_of_the_start_counts_before_any_phase(scripts: Scripts) -> None:
@@ -90,8 +90,8 @@ def test_the_limit_of_the_start_counts_before_any_phase(scripts: Scripts) -> Non
 
 
 def test_each_phase_has_a_clock_of_its_own(scripts: Scripts) -> None:
-    body = "phase('load'); time.sleep(0.5); phase('measure'); time.sleep(0.5)"
-    assert scripts.run(body, {"load": 0.9, "measure": 0.9}).exceeded is None
+    body = "phase('load'); time.sleep(1.5); phase('measure'); time.sleep(1.5)"
+    assert scripts.run(body, {"load": 2.8, "measure": 2.8}).exceeded is None
 
 
 def test_saying_the_same_phase_again_gives_no_more_time(scripts: Scripts) -> None:
@@ -100,18 +100,23 @@ def test_saying_the_same_phase_again_gives_no_more_time(scripts: Scripts) -> Non
 
 
 @pytest.mark.parametrize(
-    ("body", "number"),
+    ("body", "number", "start", "grace"),
     [
-        ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", signal.SIGKILL),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", signal.SIGTERM),
+        ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", signal.SIGKILL, 60.0, 0.3),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", signal.SIGTERM, 1.0, 20.0),
     ],
     ids=["ignores SIGTERM", "stopped"],
 )
 def test_what_ignores_sigterm_is_killed_and_what_is_stopped_hears_it(
-    scripts: Scripts, body: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    scripts: Scripts,
+    body: str,
+    number: signal.Signals,
+    start: float,
+    grace: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(child, "GRACE_SECONDS", 0.3)
-    ended = scripts.run(f"{body}\nphase('load')\ntime.sleep(60)", {"start": 1.0, "load": 0.3})
+    monkeypatch.setattr(child, "GRACE_SECONDS", grace)
+    ended = scripts.run(f"{body}\nphase('load')\ntime.sleep(60)", {"start": start, "load": 0.3})
     assert ended.exceeded is not None
     assert ended.returncode == -number
 
