@@ -109,19 +109,6 @@ class Known:
         return {uid: identity.summary([names]) for uid, names in changed.items() if names}
 
 
-def measured_again(changes: Iterable[list[str]], sampled: bool) -> str | None:
-    """One line that says how many known results are not used, and why; None for none."""
-    found = list(changes)
-    if not found:
-        return None
-    plural = "s are" if len(found) > 1 else " is"
-    verb = "not used" if sampled else "measured again"
-    return (
-        f"{len(found)} known result{plural} {verb}: {identity.summary(found)} "
-        "(--keep-source answers from them)"
-    )
-
-
 class Ledger:
     """The records of one study, shared by the sweeps that work on it, until `close`.
 

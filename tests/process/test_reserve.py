@@ -134,7 +134,7 @@ def test_processes_of_another_gpu_are_no_answer(tmp_path: Path) -> None:
     for wanted in (1, 1, 2, None):
         runs = FreshRuns(store, journal, None, HOST, said.append, run)
         with runs.alone(on(), wanted):
-            runs.measure(Planned(on(), "x", ("tau", 0)))
+            next(runs.in_turn([Planned(on(), "x", ("tau", 0))]))
             seen = runs.fingerprint(on())["gpu"]["uuid"]
     assert ran == ["GPU-1a", "GPU-2a"]
     assert seen == "GPU-2a", "the one of the newest confirmation"

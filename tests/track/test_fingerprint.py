@@ -45,9 +45,9 @@ def test_imports_nothing_heavy_and_is_fast():
     found = machine.probe()
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         fingerprint(found)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.1
 
 

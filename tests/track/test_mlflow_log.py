@@ -311,7 +311,7 @@ def test_server_down_is_told_in_seconds_and_sync_delivers_later(store, study, mo
     start = time.monotonic()
     with pytest.raises(TrackingError) as caught:
         log.deliver(items[0], study)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     assert f"python -m openpi_opt.track sync {study.name} --store '{store.path}'" in message
