@@ -170,7 +170,8 @@ def _text(
         means = measured.means(role)
         processes.append([role, f"{fmean(means):.3f}", f"{power.spread(means).value:.3%}"])
     for role, each in compared.items():
-        added = _fine(each["change"]), interval(*each["ci95"], _fine)
+        low, high = each["ci95"]
+        added = _fine(each["change"]), interval(low, high, _fine)
         p_values = f"{each['p_value']:.2g}", f"{each['sign_flip_p_value']:.2g}"
         spread = f"{each['spread_between_processes']:.3%}"
         pairs.append([f"{role} - A", *added, *p_values, spread, each["verdict"]])
