@@ -31,12 +31,12 @@ from typing import Any
 import torch
 
 from openpi_opt import cli, runtime
-from openpi_opt.config import MIN_ITERATIONS, MIN_WARMUP, Config
+from openpi_opt.config import MIN_ITERATIONS, Config
 from openpi_opt.errors import RefusedError
 from openpi_opt.guarding import power, question
 from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.machine import Machine, probe
-from openpi_opt.measure import clock, guard
+from openpi_opt.measure import guard
 from openpi_opt.space.compose import compose
 
 COMPILED = 0.04  # of the runs: Inductor takes longer than all the rest
@@ -111,11 +111,8 @@ def run(cfg: Config, arch: str, folder: Path) -> tuple[str, dict[str, Any]]:
     except RefusedError as refusal:
         return "refused", {"reason": refusal.reason}
     if report.passed:
-        witness = asked.witness()
-        witness.begin(MIN_ITERATIONS, compared=True)
-        timing = clock.time_calls(
-            prepared.call, witness, MIN_WARMUP, MIN_ITERATIONS, asked.cfg.device
-        )
+        witness = asked.witness(prepared.policy.layout)
+        timing = witness.time(prepared.call, MIN_ITERATIONS, asked.cfg.device, compared=True)
         wall_ms = timing.wall_samples_ms
         report = asked.judge(witness, prepared.call, prepared.policy.layout, wall_ms)
     found = report.model_dump()

@@ -175,7 +175,7 @@ def test_a_verdict_is_kept_for_this_very_program(
     asked.structure()
     asked.structure()
     assert len(made) == 2, "a test is foreign code, which may have changed anything"
-    monkeypatch.setattr(structure, "_foreign", lambda: False)
+    monkeypatch.setattr(structure, "foreign_code", lambda: False)
     asked.structure()
     asked.structure()
     ask(config(compile={"mode": "default"}), tmp_path).structure()

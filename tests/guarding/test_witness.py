@@ -9,7 +9,6 @@ from torch import Tensor
 from openpi_opt.config import MIN_WARMUP
 from openpi_opt.guarding.cases import TIMED
 from openpi_opt.guarding.witness import Witness
-from openpi_opt.measure import clock
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.result import TimedReport
 
@@ -35,10 +34,11 @@ def right(given: Inputs) -> Tensor:
 
 def watched(call: Callable[[Inputs], Tensor], seed: int = 0, calls: int = CALLS) -> TimedReport:
     known = [inputs(1000 + i) for i in range(TIMED)]
-    witness = Witness([inputs(i) for i in range(3)], known, torch.device("cpu"), 50, seed)
-    witness.begin(calls, compared=True)
-    timing = clock.time_calls(call, witness, MIN_WARMUP, calls, "cpu")
-    return witness.verdict(call, [right(k) for k in known], 1e-5, 1e-5, timing.wall_samples_ms)
+    observations = [inputs(i) for i in range(3)]
+    witness = Witness(observations, known, torch.device("cpu"), 50, seed=seed)
+    timing = witness.time(call, calls, "cpu", compared=True)
+    actions, limits = [right(k) for k in known], [1e-5] * len(known)
+    return witness.verdict(call, actions, limits, 1e-5, timing.wall_samples_ms)
 
 
 @pytest.mark.parametrize("seed", range(5))
