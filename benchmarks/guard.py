@@ -213,12 +213,25 @@ def run_cost(options: argparse.Namespace) -> bool:
             guards = {name: spent.get(name, 0.0) for name in ("reference", "guard")}
             print(
                 f"{which}: {document['outcome']}, {total:.1f} s, of which "
-                + ", ".join(f"{k} {v:.2f} s ({v / total:.1%})" for k, v in guards.items()),
+                + ", ".join(f"{k} {v:.2f} s ({v / total:.1%})" for k, v in guards.items())
+                + held(document),
                 flush=True,
             )
             _add(options.out, {"which": which, "overrides": options.overrides, **document})
             right = right and document["outcome"] == "ok"
     return right
+
+
+def held(document: dict[str, Any]) -> str:
+    """What the guard kept of the timed calls, in words; nothing where there were none."""
+    timed = document.get("guard", {}).get("timed")
+    if timed is None:
+        return ""
+    return (
+        f"; of {timed['calls']} timed calls, {timed['other_masks']} with other masks, it held "
+        f"{timed['held_mib']:.2f} MiB on the device, and {timed['inputs_mib']:.1f} MiB of inputs "
+        "on the host"
+    )
 
 
 def context(model: str, batch: int, seed: int) -> dict[str, Any]:
