@@ -246,11 +246,14 @@ class StructureReport(_Part):
 class GuardPower(_Part):
     """What the guard sees with this model, weights and workload, where that was measured.
     `smallest` is the least multiple of its tolerance by which a mutation is caught, `mutation` says
-    which, `missed` what the guard cannot see. See `openpi_opt.guarding.power`."""
+    which, `missed` what the guard cannot see, of `asked` out of `known` mutations (None: all). See
+    `openpi_opt.guarding.power`."""
 
     smallest: float
     mutation: str
     missed: tuple[str, ...] = ()
+    asked: int | None = None
+    known: int | None = None
 
 
 class GuardReport(_Part):

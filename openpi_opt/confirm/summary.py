@@ -173,10 +173,11 @@ def _gain(winner: Confirmed) -> dict[str, Any] | None:
 
 
 def _worst_guard(processes: Sequence[Ok]) -> dict[str, Any]:
-    """The plain figures of the guard that was farthest from the reference."""
+    """The plain figures of the guard that was farthest from the reference, and what it sees."""
 
     def distance(guard: GuardReport) -> float:
         return np.inf if guard.rel_l2 is None else guard.rel_l2
 
     worst = max((ok.guard for ok in processes), key=distance).model_dump(mode="json")
-    return {name: value for name, value in worst.items() if isinstance(value, int | float)}
+    found = {name: value for name, value in worst.items() if isinstance(value, int | float)}
+    return found | ({} if worst["power"] is None else {"power": worst["power"]})

@@ -104,13 +104,14 @@ class Question:
         return found.model_copy(update={"structure": self.seen, "power": self.power()})
 
     def power(self) -> GuardPower | None:
-        """What was measured of this guard in the candidate's precision, or None."""
+        """What was measured of this guard in the candidate's precision, else of the structure."""
         path = power_path(self.folder, self.key)
         if not path.exists():
             return None
         found = GuardPowers.model_validate_json(path.read_text(encoding="utf-8"))
         dtype: str = self.cfg.knobs["precision"].dtype  # type: ignore[attr-defined]
-        return found.kinds.get("fp8" if self.cfg.lossy() else dtype)
+        # The structure is asked in float32, whatever the candidate's own precision.
+        return found.kinds.get("fp8" if self.cfg.lossy() else dtype) or found.kinds.get("float32")
 
     def wrong_structure(self) -> GuardReport:
         """The report of a candidate whose structure is wrong: nothing else of it was looked at."""
