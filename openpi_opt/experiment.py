@@ -131,8 +131,8 @@ def write_report(name: str, study_dir: Path, folder: Path) -> list[Path]:
     text = _markdown(experiment, study_dir.name, found, table)
     document = _document(name, experiment, study_dir.name, found, table)
     panels = _panels(experiment, found, series)
-    draw = plots.lines if experiment.plot == "lines" else plots.bars
-    figure = draw(_heading(experiment, found), panels) if panels else None
+    heading = _heading(experiment, found)
+    figure = plots.draw(experiment.plot, heading, panels) if panels else None
     mend = (
         f"The study is kept: python -m openpi_opt.experiment {name} {study_dir.name} --out FOLDER "
         "writes the report elsewhere."

@@ -154,10 +154,8 @@ class Question:
         remember meanwhile, or that knows its inputs by their address, is wrong there. `again` timed
         calls at least are made once more.
         """
-        tolerances = self._timed_tolerances(layout)
-        timed = witness.verdict(
-            call, self.reference.timed, tolerances, self.own_tolerance, wall_ms, again
-        )
+        admitted = self._timed_tolerances(layout), self.own_tolerance, self.cfg.guard.floor
+        timed = witness.verdict(call, self.reference.timed, *admitted, wall_ms, again)
         memory = upload(self.observations[0], self.device)
 
         def overwrite(inputs: Inputs) -> Inputs:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ _SCALARS = (str, int, float, bool, type(None))
 # Text that Hydra resolves or refuses.
 _SPECIAL = ("${", "???")
 _HYDRA = threading.RLock()
+_MOST_SECTIONS = 20_000  # kept as they were put together
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Composer:
             self.loader = ConfigLoaderImpl(path)
         self._bases: dict[tuple[str, ...], Composed | UserError] = {}
         self._options: dict[tuple[str, str], dict[str, Any] | None] = {}
+        self._sections: dict[tuple[Any, ...], dict[str, Any] | None] = {}
 
     def __call__(self, overrides: Sequence[str]) -> Config:
         """The configuration for these overrides. Raises UserError: unknown group, option or key; a
@@ -169,32 +172,40 @@ class Composer:
 
     def assembled(self, overrides: Sequence[str]) -> dict[str, Any] | None:
         """The sections and settings without Hydra, or None where only Hydra can tell."""
-        parsed = [parse_override(line) for line in overrides]
-        shared = tuple(o.input_line or "" for o in parsed if _section(o) is None)
+        lines: dict[str | None, list[str]] = {}
+        for line in overrides:
+            lines.setdefault(_section(line), []).append(line)
+        shared = tuple(lines.pop(None, ()))
         base = self._base(shared)
         if base is None:
             return None
         values = dict(base.values)
-        own = [override for override in parsed if _section(override) is not None]
-        choices = [override for override in own if override.key_or_group == _section(override)]
-        if len({override.key_or_group for override in choices}) < len(choices):
-            return None
-        for override in choices:
-            option = self._chosen(base, override)
-            if option is None:
+        for name, own in lines.items():
+            # Of thousands of points most share a section. Nobody changes what is kept here.
+            key = (shared, str(name), *own)
+            if key not in self._sections:
+                if len(self._sections) >= _MOST_SECTIONS:
+                    self._sections.clear()
+                self._sections[key] = self._put_together(base, str(name), own)
+            if (section := self._sections[key]) is None:
                 return None
-            values[override.key_or_group] = option
-        copied: set[str] = set()
-        for override in own:
-            if override in choices:
-                continue
-            name = str(_section(override))
-            if name not in copied:
-                values[name] = copy.deepcopy(values[name])
-                copied.add(name)
-            if not _set_key(values[name], override):
-                return None
+            values[str(name)] = section
         return values
+
+    def _put_together(
+        self, base: Composed, name: str, lines: Sequence[str]
+    ) -> dict[str, Any] | None:
+        """A section with the overrides that belong to it, or None where only Hydra can tell."""
+        own = [parse_override(line) for line in lines]
+        choices = [override for override in own if override.key_or_group == name]
+        if len(choices) > 1:
+            return None
+        chosen = self._chosen(base, choices[0]) if choices else base.values[name]
+        if chosen is None:
+            return None
+        section: dict[str, Any] = copy.deepcopy(chosen)
+        keys = [override for override in own if override.key_or_group != name]
+        return section if all(_set_key(section, override) for override in keys) else None
 
     def _base(self, shared: tuple[str, ...]) -> Composed | None:
         """What the overrides that belong to no section give, or None where that is not of use."""
@@ -280,8 +291,10 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
 
 
-def _section(override: Override) -> str | None:
+@lru_cache(maxsize=4096)
+def _section(line: str) -> str | None:
     """The section or knob that an override changes, or None if it is not one alone."""
+    override = parse_override(line)
     name = head(override)
     known = name in SECTIONS or name in BY_NAME
     return name if known and override.package is None else None

@@ -14,6 +14,7 @@ from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.result import TimedReport
 
 CALLS = 40
+OWN, FLOOR = 1e-2, 1e-5  # as of bfloat16
 
 
 def inputs(seed: int) -> Inputs:
@@ -42,8 +43,8 @@ def watched(call: Callable[[Inputs], Tensor], seed: int = 0, others: int = 0) ->
     cameras = (True, True)
     witness = Witness(observations, known, torch.device("cpu"), 50, others, cameras, seed)
     timing = witness.time(call, calls, "cpu", compared=True)
-    actions, limits = [right(k) for k in known], [1e-5] * len(known)
-    return witness.verdict(call, actions, limits, 1e-5, timing.wall_samples_ms)
+    actions, limits = [right(k) for k in known], [OWN] * len(known)
+    return witness.verdict(call, actions, limits, OWN, FLOOR, timing.wall_samples_ms)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -93,7 +94,7 @@ def test_a_policy_that_reads_masks_gets_others_outside_the_statistics():
     lengths = torch.stack([tokens.sum(1) for _, tokens in others]).flatten().tolist()
     assert {1, 5} <= set(lengths)
     assert sum(bool(cameras[:, 1].any()) for cameras, _ in others) <= OTHER_MASKS
-    report = witness.verdict(call, [right(k) for k in known], [1e-5] * len(known), 1e-5,
+    report = witness.verdict(call, [right(k) for k in known], [OWN] * len(known), OWN, FLOOR,
                              timing.wall_samples_ms)  # fmt: skip
     assert (report.problem, report.other_masks, report.compared) == (None, 10, TIMED + OTHER_MASKS)
     assert report.masks == "drawn"
@@ -164,3 +165,24 @@ def test_a_result_that_is_overwritten_is_no_result():
 
 def test_another_shape_is_wrong():
     assert "returned [2, 5, 4]" in str(watched(lambda given: right(given)[:, :5]).problem)
+
+
+def drifting(after: int, by: float, unsteady: float = 0.0) -> Callable[[Inputs], Tensor]:
+    """All calls from some number on are off by less than the own tolerance."""
+    count = 0
+
+    def call(given: Inputs) -> Tensor:
+        nonlocal count
+        count += 1
+        factor = 1.0 + by * (count > MIN_WARMUP + after)
+        return right(given) * (factor + unsteady * torch.rand(()))
+
+    return call
+
+
+def test_a_policy_that_answers_alike_may_not_change_after_many_calls():
+    assert "0.100% from what the same content gives" in str(watched(drifting(30, 1e-3)).problem)
+
+
+def test_a_policy_that_never_answers_alike_may_differ_by_its_own_tolerance():
+    assert watched(drifting(30, 0.0, unsteady=5e-3)).problem is None
