@@ -5,10 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 # Counters are refreshed every 1 to 100 ms; one that stands still this long is not waited for.
 _TICK_S = 0.5
 _SAMPLE_S = 0.02
+
+
+class Meter(Protocol):
+    """Something that tells energy. `start` begins, `stop` ends a measurement."""
+
+    method: str
+    limit_watt: float | None
+
+    def start(self) -> None:
+        """Begin."""
+
+    def stop(self, idle_watt: float) -> tuple[float, float]:
+        """Joules and seconds since `start`; `idle_watt` is drawn after the end of the run."""
 
 
 class CounterMeter:

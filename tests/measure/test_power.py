@@ -205,7 +205,9 @@ def test_amd_without_its_library_is_sampled_from_the_kernel(tmp_path, monkeypatc
     assert joule == pytest.approx(310 * seconds)
 
 
-@pytest.mark.parametrize(("unique_id", "words"), [("cd", "no device"), ("ab", "neither amdsmi")])
+@pytest.mark.parametrize(
+    ("unique_id", "words"), [("cd", "amdsmi, which"), ("ab", "^hwmon has no power1_av")]
+)
 def test_amd_that_tells_nothing_is_said(tmp_path, monkeypatch, unique_id, words):
     amd(tmp_path, unique_id)
     monkeypatch.setattr(vendor_amd, "DRM", tmp_path)

@@ -343,42 +343,11 @@ def test_what_the_user_set_stays(store, study, monkeypatch):
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
 
 
-@pytest.fixture
-def server(tmp_path):
-    """MLflow's server application, run by Flask: `mlflow server` takes 15 s to start here."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    environment = {
-        **os.environ,
-        "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{tmp_path}/server.db",
-        "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
-        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(tmp_path / "served"),
-        "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
-    }
-    command = [sys.executable, "-m", "flask", "--app", "mlflow.server:app", "run", "--port"]
-    with (tmp_path / "server.log").open("w") as out:
-        process = subprocess.Popen(
-            [*command, str(port)], stdout=out, stderr=out, cwd=tmp_path, env=environment
-        )
-    try:
-        for _ in range(400):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None, (tmp_path / "server.log").read_text()
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def test_real_server_and_sync_verb(store, study, server, monkeypatch, capsys):
+def test_real_server_and_sync_verb(store, study, mlflow_server, monkeypatch, capsys):
     """What was delivered locally is not on the server: the same study is delivered there too."""
     items = keep(study, record(), record(refused()))
     MlflowLog(store, Tracking()).deliver(items[0], study)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     arguments = ["sync", study.name, "--store", str(store.path)]
     assert MlflowLog(store, Tracking()).sync(study, Journal.read(study)) == 2
     keep(study, record(wrong()))
