@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capturing import replays
-from distances import distance
+from distances import attended, distance
 from torch import Tensor
 
 from openpi_opt.kernels import (
@@ -34,12 +34,6 @@ EPS = 1e-6
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(seed + sum(shape))
     return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
-
-
-def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    wide = [t.double().transpose(1, 2) for t in (q, k, v)]
-    out = F.scaled_dot_product_attention(*wide, attn_mask=mask, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2)
 
 
 Case = tuple[Callable[..., Any], tuple[Any, ...], Callable[..., Any]]
