@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "gfx942,gfx950,sm90"
 PROBLEM = 1
-_WIDTH = 100
+WIDTH = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps({"kernels": rows}, indent=1))
     else:
-        _print(rows)
+        show(rows)
     return PROBLEM if any(faults(row) for row in rows) else 0
 
 
@@ -136,8 +136,8 @@ def _architectures(names: str) -> list[Arch]:
     return archs
 
 
-def _print(rows: Sequence[dict[str, Any]]) -> None:
-    """The table, at most `_WIDTH` wide in a pipe; on a narrow terminal its lines run over."""
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """The table, at most `WIDTH` wide in a pipe; on a narrow terminal its lines run over."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -168,7 +168,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         )
     for line in body:
         table.add_row(*map(Text, line))
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, emoji=False)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, emoji=False)
     print_uncut(console, table)
     console.print()
     for row, differs in zip(rows, differences, strict=True):

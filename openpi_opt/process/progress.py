@@ -80,7 +80,10 @@ class Progress:
 
 
 def _age_seconds() -> float:
-    """Seconds since this process began: field 22 of proc(5)'s stat, after the name's bracket."""
+    """Seconds since this process began: field 22 of proc(5)'s stat, after the name's bracket.
+
+    Not by `watcher`: a result answers for the files that its trial imports.
+    """
     ticks = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace")
     started = int(ticks.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)

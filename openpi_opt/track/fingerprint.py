@@ -39,7 +39,7 @@ def fingerprint(machine: Machine, platform: Platform | None = None) -> dict[str,
         "optuna": installed("optuna"),
         "mlflow": installed("mlflow", "mlflow-skinny"),
         "openpi_opt": package_version(),
-        "git": _git_revision(),
+        "git": git_revision(),
         "source_hash": source_hash(),
     }
 
@@ -103,18 +103,15 @@ def source_hash() -> str:
 
 
 def _gpu(machine: Machine, platform: Platform | None) -> Gpu | None:
-    index = 0
-    if platform is not None and platform.device != "auto":
-        device, index = platform.device, platform.gpu or 0
-    else:
-        device = machine.usable_device()
-    gpus = machine.gpus_for(device)
-    if len(gpus) == 1:  # in a trial, which sees its own only
-        return gpus[0]
-    return gpus[index] if index < len(gpus) else None
+    if platform is None or platform.device == "auto":
+        platform = Platform(device=machine.usable_device())
+    try:
+        return machine.gpu(platform.device, platform.gpu)
+    except IndexError:
+        return None
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     """Revision of the checkout that holds the package, `-dirty` behind it when edited. None for an
     installed package: a repository further up is somebody else's."""
     checkout = package_dir().parent

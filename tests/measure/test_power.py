@@ -5,7 +5,6 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -58,7 +57,7 @@ class Clock:
 class Steps:
     """A counter of a machine that draws `WATT` all the time, told in steps of 20 ms."""
 
-    def __init__(self, clock: Any = time) -> None:
+    def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
     def __call__(self) -> float:
@@ -99,16 +98,16 @@ def test_samples_are_integrated_over_uneven_gaps(monkeypatch):
 
 
 def test_a_run_gives_joules_per_call_and_observations_per_joule(monkeypatch):
-    """Real calls of 30 ms on a machine that draws 250 W: 7.5 J each, whatever the batch."""
-    monkeypatch.setattr(power, "WARM_S", 0.05)
-    monkeypatch.setattr(power, "IDLE_SETTLE_S", 0.0)
-    monkeypatch.setattr(power, "IDLE_S", 0.2)
-    meter = meters.CounterMeter("nvml_counter", Steps(), limit_watt=500.0)
+    """Calls of 30 ms on a machine that draws 250 W: 7.5 J each, whatever the batch."""
+    clock = Clock()
+    monkeypatch.setattr(meters, "time", clock)
+    monkeypatch.setattr(power, "time", clock)
+    meter = meters.CounterMeter("nvml_counter", Steps(clock), limit_watt=500.0)
     seen: list[int] = []
 
     def call(number: int) -> None:
         seen.append(number)
-        time.sleep(0.03)
+        clock.sleep(0.03)
 
     found = power._measure(call, [1, 2, 3], config(batch=4), meter, throughput_hz=100.0)
     assert found.seconds >= 2

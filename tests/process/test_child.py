@@ -65,7 +65,7 @@ def test_a_silent_child_is_seen_to_end_at_once(scripts: Scripts) -> None:
     began = time.monotonic()
     ended = scripts.run("os.close(int(sys.argv[-1])); time.sleep(0.3)")
     assert ended.returncode == 0
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_a_silent_child_is_seen_to_end_at_once(scripts: Scripts) -> None:
         ("phase('load'); time.sleep(60)", {"load": 0.3}, 0.3),
         ("time.sleep(60)", {"start": 0.3}, 0.3),  # before any phase
         (
-            "phase('load'); time.sleep(0.5); phase('measure'); time.sleep(0.5)",
-            {"load": 0.9, "measure": 0.9},  # each has a clock of its own
+            "phase('load'); time.sleep(1.5); phase('measure'); time.sleep(1.5)",
+            {"load": 2.8, "measure": 2.8},  # each has a clock of its own
             None,
         ),
         ("while True: phase('load'); time.sleep(0.05)", {"load": 0.5}, 0.5),  # no more time
@@ -87,22 +87,27 @@ def test_a_phase_past_its_limit_is_ended(
     began = time.monotonic()
     ended = scripts.run(body, limits)
     assert (ended.exceeded, ended.returncode) == (exceeded, -signal.SIGTERM if exceeded else 0)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40
 
 
 @pytest.mark.parametrize(
-    ("body", "number"),
+    ("body", "number", "start", "grace"),
     [
-        ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", signal.SIGKILL),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", signal.SIGTERM),
+        ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", signal.SIGKILL, 60.0, 0.3),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", signal.SIGTERM, 1.0, 20.0),
     ],
     ids=["ignores SIGTERM", "stopped"],
 )
 def test_what_ignores_sigterm_is_killed_and_what_is_stopped_hears_it(
-    scripts: Scripts, body: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    scripts: Scripts,
+    body: str,
+    number: signal.Signals,
+    start: float,
+    grace: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(child, "GRACE_SECONDS", 0.3)
-    ended = scripts.run(f"{body}\nphase('load')\ntime.sleep(60)", {"start": 1.0, "load": 0.3})
+    monkeypatch.setattr(child, "GRACE_SECONDS", grace)
+    ended = scripts.run(f"{body}\nphase('load')\ntime.sleep(60)", {"start": start, "load": 0.3})
     assert ended.exceeded is not None
     assert ended.returncode == -number
 

@@ -123,10 +123,9 @@ def test_two_ctrl_c_end_now(tmp_path):
     shell.wait_for(lambda: ignores_sigterm(trial))
     shell.press_ctrl_c()
     shell.wait_for(lambda: "Ctrl-C again" in " ".join(shell.shown.split()))
-    time.sleep(0.5)
     assert list(trials_of(tmp_path)) == [trial], "it has its grace"
     shell.press_ctrl_c()
-    said = shell.end(30)
+    said = shell.end(60)
     assert shell.code == 130, said
     assert "Traceback" not in said
     wait_for(lambda: not list(trials_of(tmp_path)) and held(tmp_path) == [])
@@ -173,11 +172,11 @@ def interrupted_twice(host: Host, server: Server) -> None:
     assert sweep.stderr is not None
     said = next(line for line in sweep.stderr if line.startswith("interrupted"))
     assert "6 finished trial(s) are kept, and 1 running ended" in said
-    time.sleep(1)
+    time.sleep(0.2)
     assert sweep.poll() is None, "the first one waits for the trial"
     assert host.processes()
     sweep.send_signal(signal.SIGINT)
-    sweep.communicate(timeout=30)
+    sweep.communicate(timeout=60)
     assert sweep.returncode == 130
     wait_for(lambda: not host.processes() and held(host.folder) == [])
     server.signal(signal.SIGCONT)
