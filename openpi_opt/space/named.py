@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import KNOBS
-from openpi_opt.space.dimensions import Bundles
+from openpi_opt.space.dimensions import Dimension
 from openpi_opt.space.schema_keys import key_values
 from openpi_opt.space.space import Options, Space, parse_override
 
@@ -48,7 +48,7 @@ class NamedSpace(BaseModel):
         space = Space.parse([*kept, *arguments], options)
         dimensions = dict(space.dimensions)
         if self.steps:
-            dimensions = {STEP: Bundles.of(self._cumulative(taken)), **dimensions}
+            dimensions = {STEP: Dimension.of_bundles(self._cumulative(taken)), **dimensions}
         if not dimensions:
             raise UserError(
                 "the command line gives one value to all that the space sweeps.\n"
@@ -57,7 +57,7 @@ class NamedSpace(BaseModel):
         start = {
             name: _params(lines, taken, name) for name, lines in self._starts(arguments).items()
         }
-        return Space(dimensions, space.fixed, space.orders, sensible_only=True, start=start)
+        return Space(dimensions, space.fixed, sensible_only=True, start=start)
 
     def _lines(self) -> list[str]:
         """The sweeps: what the file says of a knob wins over the registry, in the knobs' order."""

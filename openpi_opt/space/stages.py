@@ -82,7 +82,7 @@ class Map:
     def __init__(self, space: Space, points: Points):
         self.space = space
         self._points = points
-        self.values = {key: tuple(d.texts()) for key, d in space.dimensions.items()}
+        self.values = {key: tuple(d.values) for key, d in space.dimensions.items()}
         self._examples: dict[tuple[str, str], Params] = {}
         self._with: dict[tuple[str, str], Params] = {}
         self._acted: dict[tuple[str, str], dict[str, str]] = {}
@@ -281,7 +281,7 @@ class StagesSampler(BaseSampler):
     ) -> Any:
         """A key that an enqueued point leaves out stands at its default."""
         dimension = self._space.dimensions[param_name]
-        return dimension.value(dimension.texts()[0])
+        return dimension.value(dimension.values[0])
 
     def propose(self, trials: Sequence[FrozenTrial]) -> Params:
         """The point that is worth a trial next."""

@@ -135,13 +135,13 @@ def test_full_sweeps_every_knob_and_every_option_there_is(lines):
     for head in heads & set(space.dimensions):
         options = {file.stem for file in (conf_dir() / head).glob("*.yaml")}
         # compile=seeds is a set of keys, each of which is swept.
-        assert set(space.dimensions[head].texts()) == options - {
+        assert set(space.dimensions[head].values) == options - {
             "seeds" if head == "compile" else ""
         }
     for key in set(space.dimensions) - heads:
         # A list, as blas.fp8.stages, has no values that the schema could name.
         if not key.startswith("compile.inductor") and ".launch_" not in key and key_values(key):
-            assert len(space.dimensions[key].texts()) == len(key_values(key)), key
+            assert len(space.dimensions[key].values) == len(key_values(key)), key
 
 
 def test_full_sweeps_every_switch_of_a_knob_whose_options_it_does_not_sweep(lines):
@@ -178,7 +178,7 @@ def lines_option(group: str, option: str) -> object:
 def test_dead_values_go_and_the_default_comes_first(lines):
     space, compose = lines("space=attention")
     ready, _ = prepare(space, compose, MACHINES["cpu"], allow_lossy=False)
-    assert {key: list(d.texts()) for key, d in ready.dimensions.items()} == {
+    assert {key: list(d.values) for key, d in ready.dimensions.items()} == {
         "attention.vision": ["eager", "sdpa", "flash", "math"],
         "attention.prefill": ["eager", "sdpa", "flash", "math"],
         "attention.denoise": ["eager", "sdpa", "flash", "math"],
@@ -193,8 +193,8 @@ def test_lossy_options_take_part_only_when_asked(lines):
     machine = MACHINES["h100"]
     without, _ = prepare(space, compose, machine, allow_lossy=False)
     allowed, _ = prepare(space, compose, machine, allow_lossy=True)
-    assert "fp8" not in without.dimensions["blas"].texts()
-    assert "fp8" in allowed.dimensions["blas"].texts()
+    assert "fp8" not in without.dimensions["blas"].values
+    assert "fp8" in allowed.dimensions["blas"].values
     typed, compose = lines("space=attention", "blas=fp8", "platform=cuda", "graph=none")
     _, found = prepare(typed, compose, machine, allow_lossy=False)
     assert {reason.kind for reason in found.left_out} >= {"lossy"}
@@ -251,7 +251,7 @@ def test_values_of_a_key_come_from_the_schema(key, expected):
 
 def test_glob_over_a_key():
     space = Space.parse(["compile.inductor.triton.multi_kernel=glob(*,exclude=[2,'3'])"])
-    texts = space.dimensions["compile.inductor.triton.multi_kernel"].texts()
+    texts = space.dimensions["compile.inductor.triton.multi_kernel"].values
     assert list(texts) == ["null", "0", "1"]
     assert [parse_override(f"x={text}").value() for text in texts] == [None, 0, 1]
 

@@ -203,7 +203,7 @@ def test_proposals_are_admitted_new_and_soon_fast(full):
 def test_a_value_brings_what_its_knob_asks_for(full):
     space, points = full
     atlas = Map(space, points)
-    plain = atlas.place({key: d.texts()[0] for key, d in space.dimensions.items()})
+    plain = atlas.place({key: d.values[0] for key, d in space.dimensions.items()})
     assert plain is not None
     found = atlas.changed(plain, "fusion.expert_layer", "true")
     assert found is not None
