@@ -7,7 +7,6 @@ what was composed by plain values and options alone is put together here.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,9 +25,8 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from packaging.version import Version
 
-from openpi_opt.config import SECTIONS, Config
+from openpi_opt.config import SCHEMAS, Config
 from openpi_opt.errors import UserError
-from openpi_opt.knobs import BY_NAME
 from openpi_opt.paths import conf_dir, user_conf_dir
 from openpi_opt.preset import check_name, resolve_auto
 from openpi_opt.space.errors import user_errors
@@ -170,30 +168,21 @@ class Composer:
     def assembled(self, overrides: Sequence[str]) -> dict[str, Any] | None:
         """The sections and settings without Hydra, or None where only Hydra can tell."""
         parsed = [parse_override(line) for line in overrides]
-        shared = tuple(o.input_line or "" for o in parsed if _section(o) is None)
-        base = self._base(shared)
+        base = self._base(tuple(o.input_line or "" for o in parsed if _section(o) is None))
         if base is None:
             return None
         values = dict(base.values)
-        own = [override for override in parsed if _section(override) is not None]
-        choices = [override for override in own if override.key_or_group == _section(override)]
-        if len({override.key_or_group for override in choices}) < len(choices):
+        own = [(name, override) for override in parsed if (name := _section(override))]
+        options = [name for name, override in own if override.key_or_group == name]
+        if len({*options}) < len(options):
             return None
-        for override in choices:
-            option = self._chosen(base, override)
-            if option is None:
+        # Options first: keys are those of the option that is chosen.
+        for name, override in sorted(own, key=lambda pair: pair[1].key_or_group != pair[0]):
+            is_option = override.key_or_group == name
+            found = self._chosen(base, override) if is_option else _with_key(values[name], override)
+            if found is None:
                 return None
-            values[override.key_or_group] = option
-        copied: set[str] = set()
-        for override in own:
-            if override in choices:
-                continue
-            name = str(_section(override))
-            if name not in copied:
-                values[name] = copy.deepcopy(values[name])
-                copied.add(name)
-            if not _set_key(values[name], override):
-                return None
+            values[name] = found
         return values
 
     def _base(self, shared: tuple[str, ...]) -> Composed | None:
@@ -283,32 +272,28 @@ def _plain(value: Any) -> Any:
 def _section(override: Override) -> str | None:
     """The section or knob that an override changes, or None if it is not one alone."""
     name = head(override)
-    known = name in SECTIONS or name in BY_NAME
-    return name if known and override.package is None else None
+    return name if name in SCHEMAS and override.package is None else None
 
 
-def _set_key(values: Any, override: Override) -> bool:
-    """Change one key of `values` (`a.b=1`, `a.b=[x,y]`) or add one (`+a.b=1`); False when it is not
-    plain."""
+def _with_key(values: Any, override: Override) -> dict[str, Any] | None:
+    """A copy of `values` with one key changed (`a.b=1`, `a.b=[x,y]`) or added (`+a.b=1`); None when
+    it is not plain."""
     value = override.value()
     parts = value if isinstance(value, list) else [value]
     special = any(mark in part for part in parts if isinstance(part, str) for mark in _SPECIAL)
-    if (
-        not all(isinstance(part, _SCALARS) for part in parts)
-        or special
-        or "[" in override.key_or_group
-    ):
-        return False
+    scalars = all(isinstance(part, _SCALARS) for part in parts)
+    if not isinstance(values, dict) or special or not scalars or "[" in override.key_or_group:
+        return None
     *path, last = override.key_or_group.split(".")[1:]
-    node: Any = values
+    changed = node = dict(values)
     for name in path:
-        node = node.get(name) if isinstance(node, dict) else None
-    if not isinstance(node, dict):
-        return False
+        if not isinstance(node.get(name), dict):
+            return None
+        node[name] = node = dict(node[name])
     same = isinstance(node.get(last), list) == isinstance(value, list)
     plain = last in node and same and not isinstance(node[last], dict)
     fits = {OverrideType.CHANGE: plain, OverrideType.ADD: last not in node}
     if override.type is None or not fits.get(override.type):
-        return False
+        return None
     node[last] = value
-    return True
+    return changed

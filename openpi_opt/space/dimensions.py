@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 import random
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+from openpi_opt.config import fields
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -115,3 +118,27 @@ class _Texts(Sequence[str]):
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         picked = self._values[index]
         return _Texts(picked) if isinstance(picked, range) else str(picked)
+
+
+def key_values(key: str) -> list[Any]:
+    """Every value of a switch or a choice such as `attention.denoise`; empty for other keys. The
+    default comes first."""
+    field = fields(key.split(".")[0]).get(key)
+    if field is None:
+        return []
+    return sorted(_admitted(field.annotation), key=lambda value: value != field.default)
+
+
+def _admitted(annotation: Any) -> list[Any]:
+    """The members of a Literal, of bool, of None, and of a union of these."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return list(get_args(annotation))
+    if origin is Annotated:
+        return _admitted(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        members = [_admitted(part) for part in get_args(annotation)]
+        return [value for part in members for value in part] if all(members) else []
+    if annotation is bool:
+        return [False, True]
+    return [None] if annotation is type(None) else []

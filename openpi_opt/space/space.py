@@ -31,8 +31,7 @@ from hydra.core.override_parser.types import (
 from hydra.errors import HydraException
 
 from openpi_opt.errors import UserError
-from openpi_opt.space.dimensions import Dimension
-from openpi_opt.space.schema_keys import key_values
+from openpi_opt.space.dimensions import Dimension, key_values
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

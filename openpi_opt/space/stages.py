@@ -316,7 +316,7 @@ class StagesSampler(BaseSampler):
         mean = self._model.mean()
 
         def cost(params: Params) -> float:
-            place = self._place(params)
+            place = self.place(params)
             return float("inf") if place is None else mean.cost(place.features)
 
         return cost
@@ -401,7 +401,7 @@ class StagesSampler(BaseSampler):
                 break
         return found.params if found else {key: t[0] for key, t in self._map.values.items()}
 
-    def _place(self, params: Params) -> Place | None:
+    def place(self, params: Params) -> Place | None:
         """As the map's, kept: the trials of a study are asked for again at every proposal."""
         key = tuple(params.values())
         if key not in self._places:
@@ -416,7 +416,7 @@ class StagesSampler(BaseSampler):
         for trial in trials:
             if trial.params.keys() != self._space.dimensions.keys():
                 continue
-            place = self._place(self._space.texts(trial.params))
+            place = self.place(self._space.texts(trial.params))
             if place is None:
                 continue
             if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
