@@ -22,7 +22,7 @@ from pathlib import Path
 
 from openpi_opt.criteria import Criteria
 from openpi_opt.result import Ok
-from openpi_opt.track import curve
+from openpi_opt.track import study_plots
 from openpi_opt.track.journal import Journal
 
 _EVERY_SECONDS = 10.0
@@ -76,7 +76,7 @@ def _report(store: Path, study: str, out: Path, seconds: float) -> list[str]:
         gzip.open(out / f"{study}.jsonl.gz", "wb") as packed,
     ):
         shutil.copyfileobj(plain, packed)
-    found = curve.steps(records, Criteria.load(folder) or Criteria())
+    found = study_plots.steps(records, Criteria.load(folder) or Criteria())
     outcomes = Counter(record.result.outcome for record in records)
     phases: Counter[str] = Counter()
     for record in records:

@@ -1,30 +1,33 @@
 """What the guard refuses and what it sees, over many configurations; each result as it comes.
 
     python -m benchmarks.guard honest --runs 200 --out honest.jsonl
+    python -m benchmarks.guard rounding --runs 60 --out rounding.jsonl
     python -m benchmarks.guard margins --seeds 0 1 2 3 --out margins.jsonl
     python -m benchmarks.guard own fp8 model=pi0 platform=cuda --out own.jsonl
     python -m benchmarks.guard cost preset=h100 --out cost.jsonl
 
 `honest` draws weights, workload, precision and knobs at random, builds the policy, and asks all
 that a trial is asked: structure, own precision, timed calls. Whatever ends as wrong is a false
-alarm. `margins` measures by how many times its tolerance each mutation is caught, with both small
-models, one row and three, and four seeds of weights and inputs; `own` asks each mutation in one
-precision by itself, with a model and workload as for a sweep. `cost` runs one configuration
-three times as a trial and says what share of it the guard took, at first and with the structure
-known. The exit code is 1 after a false alarm, or where a mutation is caught by less than is asked
-of it.
+alarm. `rounding` says how far honest configurations in FP8 are from float32, and how far their
+emulation is, on each of some inputs. `margins` measures by how many times its tolerance each
+mutation is caught, with both small models, one row and three, and four seeds of weights and inputs;
+`own` asks each mutation in one precision by itself, with a model and workload as for a sweep.
+`cost` runs one configuration three times as a trial and says what share of it the guard took, at
+first and with the structure known. The exit code is 1 after a false alarm, or where a mutation is
+caught by less than is asked of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +36,30 @@ import torch
 from openpi_opt import cli, runtime
 from openpi_opt.config import MIN_ITERATIONS, MIN_WARMUP, Config
 from openpi_opt.errors import RefusedError
-from openpi_opt.guarding import power, question
+from openpi_opt.guarding import power, question, reference, structure
 from openpi_opt.knobs import BY_NAME, KNOBS
-from openpi_opt.machine import Machine, probe
+from openpi_opt.machine import probe
 from openpi_opt.measure import clock, guard
+from openpi_opt.pi0.config import MODELS
+from openpi_opt.pi0.workload import make_inputs
+from openpi_opt.result import GuardReport
 from openpi_opt.space.compose import compose
 
-COMPILED = 0.04  # of the runs: Inductor takes longer than all the rest
+# Of the honest runs. Few are compiled: Inductor takes longer than all the rest.
+SHARES = {"flexible": 0.5, "compiled": 0.04, "lossy": 0.25}
+SCOPES = ("stage", "call", "layer")
+INPUTS = 24  # that the rounding of FP8 is looked at on
 KINDS: tuple[power.Kind, ...] = ("float32", "bfloat16", "fp8")
 ATTENTION = ("eager", "sdpa", "flash", "math", "efficient", "cudnn", "triton")
 
 
-def drawn(dice: random.Random, model: str, platform: str) -> dict[str, Any]:
-    """A configuration at random; what this machine refuses is drawn again by the caller."""
+def drawn(
+    dice: random.Random, model: str, platform: str, shares: Mapping[str, float] = SHARES
+) -> dict[str, Any]:
+    """A configuration at random; what this machine refuses is drawn again by the caller.
+
+    `shares` says how many are in a flexible layout, compiled, and in FP8.
+    """
     cameras = [dice.random() < 0.7 for _ in range(dice.choice([1, 1, 2, 3]))]
     cameras[dice.randrange(len(cameras))] = True
     slots = dice.choice([4, 6, 12, 28])
@@ -61,6 +75,7 @@ def drawn(dice: random.Random, model: str, platform: str) -> dict[str, Any]:
             "horizon": dice.choice([3, 5, 10]),
             "steps": dice.choice([1, 2, 4]),
             "batch_size": dice.choice([1, 1, 1, 2, 3]),
+            "layout": "flexible" if dice.random() < shares["flexible"] else "exact",
             "seed": dice.randrange(1000),
         },
         "precision": {"dtype": dice.choice(["bfloat16", "bfloat16", "float32", "float16"])},
@@ -77,22 +92,27 @@ def drawn(dice: random.Random, model: str, platform: str) -> dict[str, Any]:
         raw["elementwise"] = {"backend": "triton"}
     if dice.random() < 0.3:
         raw["gemm"] = {"backend": "triton_skinny"}
-    if dice.random() < 0.25:
+    if dice.random() < shares["lossy"]:
         raw |= {"blas": {"backend": "fp8"}, "precision": {"dtype": "bfloat16"}, "gemm": {}}
         raw["fusion"]["vision_mlp"] = False
-    if dice.random() < COMPILED:
-        raw["compile"] = {"mode": "default"}
+    if dice.random() < shares["compiled"]:
+        raw["compile"] = {"mode": "default", "scope": dice.choice(SCOPES)}
     if dice.random() < 0.5:
         raw["graph"] = {"mode": "manual"}
     return raw
 
 
-def honest(dice: random.Random, model: str, platform: str, machine: Machine) -> Config:
-    """A configuration that no knob refuses."""
+def honest(
+    options: argparse.Namespace, shares: Mapping[str, float]
+) -> Iterator[tuple[Config, str]]:
+    """Configurations that no knob refuses, with the name of the device's kind."""
+    machine, dice = probe(), random.Random(options.seed)
+    platform = options.platform if options.platform != "auto" else machine.usable_device()
+    gpus = machine.gpus_for(platform)
     while True:
-        cfg = Config.parse(drawn(dice, model, platform)).resolved(machine)
+        cfg = Config.parse(drawn(dice, options.model, platform, shares)).resolved(machine)
         if all(knob.check(cfg, machine) is None for knob in KNOBS):
-            return cfg
+            yield cfg, gpus[0].arch if gpus else machine.cpu
 
 
 def run(cfg: Config, arch: str, folder: Path) -> tuple[str, dict[str, Any]]:
@@ -118,10 +138,7 @@ def run(cfg: Config, arch: str, folder: Path) -> tuple[str, dict[str, Any]]:
         )
         wall_ms = timing.wall_samples_ms
         report = asked.judge(witness, prepared.call, prepared.policy.layout, wall_ms)
-    found = report.model_dump()
-    if not report.passed:
-        found["reason"] = guard.explain(report)
-    return ("ok" if report.passed else "wrong"), found
+    return ("ok" if report.passed else "wrong"), report.model_dump()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,13 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_honest(options: argparse.Namespace) -> bool:
     """Whether `options.runs` honest configurations pass."""
-    machine, dice = probe(), random.Random(options.seed)
     rows: list[dict[str, Any]] = []
-    platform = options.platform if options.platform != "auto" else machine.usable_device()
-    gpus = machine.gpus_for(platform)
-    arch = gpus[0].arch if gpus else machine.cpu
-    while sum(row["outcome"] != "refused" for row in rows) < options.runs:
-        cfg = honest(dice, options.model, platform, machine)
+    for cfg, arch in honest(options, {name: getattr(options, name) for name in SHARES}):
         with tempfile.TemporaryDirectory() as folder:
             outcome, report = run(cfg, arch, Path(folder))
         rows.append({"outcome": outcome, "labels": cfg.labels(), "report": report,
@@ -147,9 +159,41 @@ def run_honest(options: argparse.Namespace) -> bool:
                      "model": cfg.model.name, "weights": cfg.weights.seed})  # fmt: skip
         _add(options.out, rows[-1])
         if outcome == "wrong":
-            print("false alarm:", report.get("reason") or report["structure"]["problem"], rows[-1])
+            said = guard.explain(GuardReport.model_validate(report))
+            print("false alarm:", said, rows[-1], flush=True)
+        if sum(row["outcome"] != "refused" for row in rows) == options.runs:
+            break
     print(summary(rows))
     return all(row["outcome"] != "wrong" for row in rows)
+
+
+def run_rounding(options: argparse.Namespace) -> bool:
+    """Write how far honest policies in FP8 and their emulations are from float32, for inputs."""
+    drawing = honest(options, {"flexible": 0.0, "compiled": 0.0, "lossy": 1.0})
+    for cfg, _ in itertools.islice(drawing, options.runs):
+        device, workload = runtime.torch_device(cfg), runtime.workload_of(cfg)
+        seeds = range(cfg.workload.seed, cfg.workload.seed + INPUTS)
+        config = MODELS[cfg.model.name]
+        inputs = [make_inputs(workload, config, seed, "cpu") for seed in seeds]
+        exact = reference.plain_actions(runtime.build_policy(cfg, device), inputs)
+        judge = structure.Judge(torch.bfloat16, emulating=True)
+        form = structure.float32_form(cfg)
+        calls = {
+            "policy": runtime.apply_knobs(runtime.build_policy(cfg, device), cfg).call,
+            "emulation": structure.apply(runtime.build_policy(cfg, device), cfg, form, judge).call,
+        }
+        far = {
+            name: [
+                guard.distance(call(clock.upload(item, device)), actions).rel_l2
+                for item, actions in zip(inputs, exact, strict=True)
+            ]
+            for name, call in calls.items()
+        }
+        place = {"model": cfg.model.name, "weights": cfg.weights.seed}
+        labels, shape = cfg.labels(), cfg.workload.model_dump(mode="json")
+        _add(options.out, {**place, "labels": labels, "workload": shape, **far})
+        gc.collect()
+    return True
 
 
 def run_margins(options: argparse.Namespace) -> bool:
@@ -268,11 +312,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(required=True)
     runs = verbs.add_parser("honest", help="how often an honest configuration is refused")
-    runs.add_argument("--model", choices=("pi0_mini", "pi0"), default="pi0_mini")
-    runs.add_argument("--platform", choices=("auto", "cpu", "cuda", "rocm"), default="auto")
-    runs.add_argument("--runs", type=cli.at_least(1), default=200)
-    runs.add_argument("--seed", type=int, default=0)
+    for name, share in SHARES.items():
+        runs.add_argument(f"--{name}", type=float, default=share, help="share of the runs")
     runs.set_defaults(run=run_honest)
+    rounding = verbs.add_parser("rounding", help="how far honest ones in FP8 are from float32")
+    rounding.set_defaults(run=run_rounding)
+    for each in (runs, rounding):
+        each.add_argument("--model", choices=("pi0_mini", "pi0"), default="pi0_mini")
+        each.add_argument("--platform", choices=("auto", "cpu", "cuda", "rocm"), default="auto")
+        each.add_argument("--runs", type=cli.at_least(1), default=200)
+        each.add_argument("--seed", type=int, default=0)
     margins = verbs.add_parser("margins", help="how many times its tolerance a mistake is caught")
     margins.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     margins.add_argument("--models", nargs="+", default=["pi0_mini", "pi05_mini"])
@@ -285,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("kind", choices=KINDS[1:])
     own.add_argument("overrides", nargs="*", help="as for sweep")
     own.set_defaults(run=run_own)
-    for each in (runs, margins, own, cost):
+    for each in (runs, rounding, margins, own, cost):
         each.add_argument("--out", type=Path, required=True, help="a JSON line for each result")
     return parser
 

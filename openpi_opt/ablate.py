@@ -24,7 +24,7 @@ from openpi_opt.session import (
     target_parser,
     target_session,
 )
-from openpi_opt.track.plots import Bar
+from openpi_opt.track.plots import Point
 
 WHOLE = "all knobs"
 _HEADS = ["without", "mean ms", "interval", "time added", "interval", "the knob"]
@@ -106,7 +106,7 @@ def report(found: Session, ablation: Ablation) -> Report:
         share = [percent(added), interval(low, high), loss.says]
         rows.append([loss.knobs, *cells(loss.measured), *share])
         text = f"{percent(added)}, {loss.says}"
-        bars.append(Bar(f"without {loss.knobs}", 100 * added, 100 * low, 100 * high, text))
+        bars.append(Point(f"without {loss.knobs}", 100 * added, 100 * low, 100 * high, text))
         says = {"added": added, "ci95": [low, high], "verdict": loss.says}
         entries.append({"knobs": loss.knobs, **plain(loss.measured), **says})
     remarks = [f"{name}: {reason}" for name, reason in ablation.failed.items()]

@@ -22,16 +22,14 @@ PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
 _LARGEST_TEXT = 8_000_000
 _OWN_NAMES = re.compile(r"(model\.)?(paligemma_with_expert|state_proj|action_\w+|time_mlp_\w+)\.")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
+_CONVERTER = "openpi's examples/convert_jax_model_to_pytorch.py"
 # Folders and files of other formats, with what makes a readable checkpoint of them.
 _FOREIGN = {
     "adapter_config.json": "a LoRA adapter. Merge it into its base model (PEFT: "
     "`merge_and_unload()`, then `save_pretrained`)",
-    "_METADATA": "JAX parameters (orbax). Convert their folder with openpi's "
-    "examples/convert_jax_model_to_pytorch.py",
-    "_CHECKPOINT_METADATA": "a JAX checkpoint (orbax). Convert it with openpi's "
-    "examples/convert_jax_model_to_pytorch.py",
-    "params": "a JAX checkpoint (orbax). Convert it with openpi's "
-    "examples/convert_jax_model_to_pytorch.py",
+    "_METADATA": f"JAX parameters (orbax). Convert their folder with {_CONVERTER}",
+    "_CHECKPOINT_METADATA": f"a JAX checkpoint (orbax). Convert it with {_CONVERTER}",
+    "params": f"a JAX checkpoint (orbax). Convert it with {_CONVERTER}",
     "pretrained_model": "a training run of LeRobot. Give its folder pretrained_model",
 }
 
@@ -250,9 +248,9 @@ def _header(file: Path) -> tuple[int, dict[str, Any]]:
         return 8 + length + max(ends, default=0), tensors
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+    except CheckpointError:
+        raise
     except (RecursionError, KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         hint = "is not a safetensors file, or is damaged at its start"
         if start == b"version ":
             hint = "is a placeholder of Git LFS; fetch the file itself with `git lfs pull`"

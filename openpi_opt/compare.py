@@ -29,9 +29,9 @@ from openpi_opt.result import (
 )
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.link import where
-from openpi_opt.track.pareto import objectives
 from openpi_opt.track.report import Row, groups
 from openpi_opt.track.store import find_studies
+from openpi_opt.track.study_plots import objectives
 from openpi_opt.track.table import print_groups, print_side_by_side
 from openpi_opt.verbs import add_studies, verb_parser
 

@@ -150,13 +150,12 @@ def write_report(name: str, study_dir: Path, folder: Path) -> list[Path]:
         "rows": table,
     }
     panels = _panels(experiment, entries)
-    draw = plots.lines if experiment.plot == "lines" else plots.bars
     text = _markdown(experiment, [f"# {heading}", "", f"Study `{study_dir.name}`.", ""], entries)
     mend = (
         f"The study is kept: python -m openpi_opt.experiment {name} {study_dir.name} --out FOLDER "
         "writes the report elsewhere."
     )
-    figure = draw(heading, panels) if panels else None
+    figure = plots.draw(experiment.plot, heading, panels) if panels else None
     files = plots.write_report(folder, name, text, document, figure, mend)
     for file in files:
         cli.say(f"wrote {file}")

@@ -27,7 +27,7 @@ from openpi_opt.session import (
     target_session,
     why,
 )
-from openpi_opt.track.plots import Bar
+from openpi_opt.track.plots import Point
 
 BASELINE = "baseline"
 _HEADS = [
@@ -157,7 +157,7 @@ def report(found: Session, ladder: Ladder) -> Report:
             of_step = [percent(step.mean), interval(step.low, step.high), step.verdict]
             left, text = f"{1 - rung.total.mean:.2%}", f"{text}, {percent(-step.mean)} by the step"
         rows.append([rung.added, *cells(rung.measured), *of_step, left])
-        bars.append(Bar(rung.added, mean_ms, *rung.measured.ci95_ms(), text))
+        bars.append(Point(rung.added, mean_ms, *rung.measured.ci95_ms(), text))
         gains = {"step": _plain(step), "total": _plain(rung.total)}
         entries.append({"added": rung.added, **plain(rung.measured), **gains})
     way = ladder.way

@@ -276,7 +276,8 @@ def _figure(found: Pairs, compared: Mapping[str, Compared]) -> Any:
     ]
     title = "each process, with its own 95% interval"
     within = "within a round; mean and 95% interval"
-    return plots.dots(
+    return plots.draw(
+        "dots",
         f"A/A and A/B: {found.session.where()}\nA: {short(found.a)}\nB: {short(found.b)}",
         [
             plots.Panel(title, processes, "process, in order of time", "mean latency, ms"),

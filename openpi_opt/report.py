@@ -23,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of studies, given by their folders; without `out` into the first one. Raises
     UserError: a damaged study, or a file that cannot be written."""
-    from openpi_opt.track.html_report import Study, html
+    from openpi_opt.track.html_report import html
 
     path = out or folders[0] / "report" / "report.html"
-    text = html([Study.read(folder) for folder in folders])
+    text = html(folders)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)

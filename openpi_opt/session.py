@@ -214,7 +214,7 @@ class Session:
         remarks: Sequence[str],
         title: str,
         axis: str,
-        bars: Sequence[plots.Bar],
+        bars: Sequence[plots.Point],
     ) -> Report:
         """The report of `ladder` and `ablate`; the first of `rows` holds the heads."""
         lines = [f"{self.subtitle()}; intervals are 95%.", "", *table(*rows)]
@@ -230,7 +230,7 @@ class Session:
         return Report(
             {**about, **document},
             "\n".join(lines) + "\n",
-            lambda: plots.effects_figure(title, axis, bars),
+            lambda: plots.horizontal_bars(title, axis, bars),
         )
 
     def about(self) -> dict[str, Any]:

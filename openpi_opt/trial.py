@@ -25,6 +25,7 @@ from openpi_opt.machine import Machine, probe
 from openpi_opt.measure import audit, gpu_state, power
 from openpi_opt.process.environment import (
     CACHES,
+    KEPT_MEMORY,
     child_environment,
     cleared_names,
     knob_variables,
@@ -81,7 +82,8 @@ def _run(
         if refusal is not None:
             raise RefusedError(refusal.outcome, refusal.reason)
     power.require(cfg, machine)
-    decisive = [name for name in cleared_names() if name not in CACHES]  # the sweep sets those
+    of_sweep = {*CACHES, *(KEPT_MEMORY if cfg.device == "cpu" else ())}
+    decisive = [name for name in cleared_names() if name not in of_sweep]
     checks = audit.audit(cfg, machine, os.environ, knob_variables(cfg), decisive)
     gpus = machine.gpus_for(cfg.device)
     progress.enter("import")  # seconds in which the GPU is not wanted

@@ -1,13 +1,17 @@
 """What all tests share."""
 
+import contextlib
+import ctypes
 import dataclasses
 import signal
+from typing import Any
 
 import pytest
 from hosts import Host
 from hypothesis import settings
 
 from openpi_opt.process.devices import LEASES_VARIABLE
+from openpi_opt.process.environment import KEPT_MEMORY
 
 # A deadline for an example would fail on a machine that others use, too.
 settings.register_profile("openpi_opt", parent=settings(), deadline=None)
@@ -21,6 +25,11 @@ LONGEST = (
     "test_copies", "test_schedule", "test_interrupted", "test_engine_faults", "test_triton_compile",
     "test_compile", "test_trial", "test_known_results", "test_instances", "test_mlflow_log",
 )  # fmt: skip
+
+# As in a trial: page faults were a fifth of what a policy takes in tests. Numbers of malloc.h.
+for number, bytes_kept in zip((-3, -1), map(int, KEPT_MEMORY.values()), strict=True):
+    with contextlib.suppress(AttributeError):  # a libc without it
+        ctypes.CDLL(None).mallopt(number, bytes_kept)
 
 # A run in the background of a script, or by nohup, ignores these two, and so would all programs
 # that tests start. What is handled, and not ignored, begins in them as usual.
@@ -94,6 +103,20 @@ def one_layer(monkeypatch):
 def two_layers(monkeypatch):
     """The small models have two layers a tower: the last one, and one that is not the last."""
     _layers(monkeypatch, 2)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile traces, and generates no code: a compiler takes its time."""
+    import torch
+
+    compile_ = torch.compile
+
+    def trace(function: Any, **settings: Any) -> Any:
+        return compile_(function, fullgraph=True, dynamic=False, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", trace)
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

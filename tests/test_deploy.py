@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from openpi_opt import Observation, preset, runtime
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.pi0 import checkpoint, weights
-from openpi_opt.pi0.config import PI0_MINI, PI05_MINI
+from openpi_opt.pi0.config import PI0_MINI, PI05_MINI, Pi0Config
+from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.workload import make_inputs
 
 pytestmark = pytest.mark.usefixtures("home_of_our_own")
@@ -99,30 +101,23 @@ def test_openpi_observations():
         Observation.from_openpi({"image": {}, "tokenized_prompt": 0, "tokenized_prompt_mask": 0})
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    """With a checkpoint the model is pi0: the small one's file does not fit."""
-    policy = weights.build(PI0_MINI, "cpu")
-    weights.init_random(policy, 0)
-    checkpoint.save(policy, tmp_path / "model.safetensors")
-    cfg = Config.parse(
-        {"model": {"name": "pi0_mini"}, "weights": {"kind": "checkpoint", "path": str(tmp_path)}}
-    )
-    loaded = runtime.build_policy(cfg, torch.device("cpu"))
-    for name, tensor in policy.state_dict().items():
-        torch.testing.assert_close(loaded.state_dict()[name], tensor)
+def saved(folder: Path, model: Pi0Config = PI0_MINI) -> Pi0Policy:
+    """A policy of random weights, and its checkpoint in the folder."""
+    policy = weights.build(model, "cpu", steps=2)
+    weights.init_random(policy, 1)
+    checkpoint.save(policy, folder / "model.safetensors")
+    return policy
 
 
 def test_the_checkpoint_says_which_model_it_is(tmp_path):
     overrides = ["platform=cpu", "workload.steps=2", "workload.horizon=4", "precision=float32"]
     for model in (PI0_MINI, PI05_MINI):
-        saved = weights.build(model, "cpu", steps=2)
-        weights.init_random(saved, 1)
-        checkpoint.save(saved, tmp_path / "model.safetensors")
+        plain = saved(tmp_path, model)
         policy = load_policy(checkpoint=tmp_path, overrides=overrides)
         assert policy.config.model.name == model.name
         seen, noise = observation(policy)
         inputs = make_inputs(runtime.workload_of(policy.config), model, 5, "cpu")
-        torch.testing.assert_close(policy.sample_actions(seen, noise), saved.sample_actions(inputs))
+        torch.testing.assert_close(policy.sample_actions(seen, noise), plain.sample_actions(inputs))
 
 
 @pytest.mark.parametrize(
@@ -143,9 +138,7 @@ def test_what_cannot_be_loaded_says_why(arguments, words):
 
 @pytest.mark.parametrize("key", ["action_horizon", "chunk_size"])
 def test_the_horizon_is_the_checkpoints_unless_it_is_said(key, tmp_path):
-    saved = weights.build(PI0_MINI, "cpu", steps=2)
-    weights.init_random(saved, 1)
-    checkpoint.save(saved, tmp_path / "model.safetensors")
+    saved(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({key: 6}))
     with pytest.raises(UserError, match=r"trained to give 6 actions .*\.horizon=6 takes"):
         load_policy(checkpoint=tmp_path, overrides=["platform=cpu", "workload=openpi"])
@@ -154,16 +147,9 @@ def test_the_horizon_is_the_checkpoints_unless_it_is_said(key, tmp_path):
         assert policy.config.workload.horizon == horizon
 
 
-@pytest.mark.usefixtures("one_layer")
-def test_threads_share_a_compiled_policy(monkeypatch):
+@pytest.mark.usefixtures("one_layer", "traced")
+def test_threads_share_a_compiled_policy():
     """Traced by Dynamo, whose guards are what threads meet; code is generated in test_compile."""
-    compile_ = torch.compile
-
-    def traced(function: Any, **settings: Any) -> Any:
-        return compile_(function, fullgraph=True, dynamic=False, backend="eager")
-
-    monkeypatch.setattr(torch, "compile", traced)
-    torch._dynamo.reset()
     policy = load_policy(overrides=[*SMALL, "compile=default", "workload.steps=1"])
     seen, noise = observation(policy)
     states = [torch.full_like(seen.state, float(n)) for n in range(4)]
@@ -232,9 +218,7 @@ def test_arrays_bytes_and_short_prompts_mean_the_same(plain):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_what_the_callers_program_has_switched_changes_nothing(precision, tmp_path):
-    saved = weights.build(PI0_MINI, "cpu", steps=2)
-    weights.init_random(saved, 1)
-    checkpoint.save(saved, tmp_path / "model.safetensors")
+    saved(tmp_path)
     knobs = ["attention=sdpa", "simplify=all", f"precision={precision}", *SMALL[1:]]
 
     def load() -> openpi_opt.ReadyPolicy:
@@ -258,10 +242,9 @@ def test_what_the_callers_program_has_switched_changes_nothing(precision, tmp_pa
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
-    saved = weights.build(PI0_MINI, "cpu", steps=2)
-    weights.init_random(saved, 1)
-    saved.state_proj.weight[3, 2] = torch.inf
-    checkpoint.save(saved, tmp_path / "model.safetensors")
+    damaged = saved(tmp_path)
+    damaged.state_proj.weight[3, 2] = torch.inf
+    checkpoint.save(damaged, tmp_path / "model.safetensors")
     with pytest.raises(checkpoint.CheckpointError, match=r"state_proj\.weight holds NaN"):
         load_policy(checkpoint=tmp_path, overrides=SMALL[1:])
 
@@ -303,9 +286,8 @@ def test_a_flexible_policy_takes_any_prompt_and_admitted_camera():
     ],
 )
 def test_rotary_frequencies_are_those_of_the_checkpoints_origin(origin, rope, tmp_path):
-    saved = weights.build(PI0_MINI, "cpu", steps=2)
-    weights.init_random(saved, 1)
-    tensors = {origin.get("prefix", "") + name: t for name, t in saved.state_dict().items()}
+    state = saved(tmp_path).state_dict()
+    tensors = {origin.get("prefix", "") + name: t for name, t in state.items()}
     save_file(tensors, tmp_path / "model.safetensors")
     if "config" in origin:
         (tmp_path / "config.json").write_text(json.dumps(origin["config"]))

@@ -24,7 +24,7 @@ from openpi_opt.process.locks import Claims, Controllers, Held
 from openpi_opt.result import Pruned, Refused, TrialResult
 from openpi_opt.space.optimizer import Proposal
 from openpi_opt.space.points import left_out
-from openpi_opt.track import curve, identity, pareto
+from openpi_opt.track import identity, study_plots
 from openpi_opt.track.fingerprint import fingerprint, fingerprint_hash
 from openpi_opt.track.journal import Journal, Record, Role
 from openpi_opt.track.store import Store, unusable
@@ -254,8 +254,7 @@ class Ledger:
         """Leave plots and their data in the study's folder: the best so far, and Pareto sets."""
         self.journal.refresh()
         with self._user_errors():
-            pareto.write(self.study_dir, self.journal.records())
-            curve.write(self.study_dir, self.journal.records())
+            study_plots.write(self.study_dir, self.journal.records())
 
     def close(self) -> None:
         """Leave the study. No lock is waited for: its holder may be stopped."""

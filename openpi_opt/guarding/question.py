@@ -147,9 +147,8 @@ class Question:
         calls at least are made once more.
         """
         tolerance = self.reference.tolerance(self.cfg.guard, lossy=self.cfg.lossy())
-        timed = witness.verdict(
-            call, self.reference.timed, tolerance, self.own_tolerance, wall_ms, again
-        )
+        admitted = (tolerance, self.own_tolerance, self.cfg.guard.floor)
+        timed = witness.verdict(call, self.reference.timed, *admitted, wall_ms, again)
         memory = upload(self.observations[0], self.device)
 
         def overwrite(inputs: Inputs) -> Inputs:

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -143,15 +143,15 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
 
     heads = ["arch", "kernel", "warps", "regs", "spilled", "shared\nKiB", "waves", "limit",
              "blocks"]  # fmt: skip
+    differences = _differences(rows)
     body = []
     longest = max(len(row["kernel"]) for row in rows)
-    for row, differs in zip(rows, _differences(rows), strict=True):
+    for row, differs in zip(rows, differences, strict=True):
         occupancy = row["occupancy"]
-        shared = f"{row['shared_bytes'] / 1024:.1f}"
+        shared = f"{row['shared_bytes'] / 1024:.1f}{'' if row['fits'] else ' too much'}"
         body.append([
             row["arch"], row["kernel"], str(row["warps"]),
-            str(row["registers"]), str(row["spilled"]),
-            shared if row["fits"] else f"{shared} too much",
+            str(row["registers"]), str(row["spilled"]), shared,
             f"{occupancy['waves']:g} of {occupancy['most']}", occupancy["limit"],
             str(row["blocks"]),
         ])  # fmt: skip
@@ -159,7 +159,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
     texts = frozenset(["arch", "kernel", "limit"])
     print_table(Table(heads, body, texts), _WIDTH, unfolded=texts)
     print()
-    for row, differs in zip(rows, _differences(rows), strict=True):
+    for row, differs in zip(rows, differences, strict=True):
         if row["mix"]:
             name = " ".join(filter(None, [row["arch"], row["kernel"], differs]))
             print(f"{name}: {row['mix']}")
@@ -168,35 +168,30 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         wrong = Counter(fault for row in judged for fault in faults(row))
         listed = ", ".join(f"{count} with {fault}" for fault, count in wrong.items())
         print(f"{len(judged)} kernels for AMD: {listed or 'no spills, narrow loads or 32x32 MFMA'}")
-    units = ", ".join(f"{row['units']} on {row['arch']}" for row in _first_of_arch(rows))
+    units = {row["arch"]: row["units"] for row in rows}
+    processors = ", ".join(f"{count} on {arch}" for arch, count in units.items())
     said = (
         "waves: per SIMD on AMD, warps per multiprocessor on NVIDIA; limit: what keeps more from "
         "fitting; regs: per thread, on AMD with the accumulators; loads and LDS: instructions by "
         "bytes per lane, 16 is the most; blocks: of the launch, for processors to share ("
-        f"{units}); nothing was run"
+        f"{processors}); nothing was run"
     )
     print(textwrap.fill(said, _WIDTH))
 
 
-def _first_of_arch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list({row["arch"]: row for row in reversed(rows)}.values())[::-1]
-
-
 def _differences(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What tells a row from the others of its kernel and architecture."""
+    alike: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        alike[row["kernel"], row["arch"]].append(row["constants"])
     texts = []
     for row in rows:
-        others = [
-            r["constants"]
-            for r in rows
-            if r["kernel"] == row["kernel"] and r["arch"] == row["arch"]
-        ]
-        names = [
-            name
-            for name in sorted({name for constants in others for name in constants})
-            if len({constants.get(name) for constants in others}) > 1
-        ]
-        own = {name: row["constants"][name] for name in names if name in row["constants"]}
+        others = alike[row["kernel"], row["arch"]]
+        own = {
+            name: value
+            for name, value in sorted(row["constants"].items())
+            if any(other.get(name) != value for other in others)
+        }
         shown = [n if v == "True" else f"{n}={v}" for n, v in own.items() if v != "False"]
         texts.append(" ".join(shown))
     return texts

@@ -46,7 +46,9 @@ def core(device: str) -> Callable[[Tensor, Tensor, Tensor, float, Tensor | None]
     Raises RefusedError: the package cannot be imported here.
     """
     flash = _mha_ck if device == "rocm" else _mha_triton
-    _import_for(device)
+    # aiter.ops.mha defines torch.ops.aiter.mha_fwd.
+    part = "aiter.ops.mha" if device == "rocm" else "aiter.ops.triton.attention.mha"
+    import_part(part, "attention=aiter")
 
     def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         if mask is not None:
@@ -84,12 +86,6 @@ def _sink_size() -> list[Any]:
     """`sink_size` entered the signature on 2025-12-16 (aiter d917238748)."""
     schema = str(torch.ops.aiter.mha_fwd.default._schema)
     return [0] if "sink_size" in schema else []
-
-
-def _import_for(device: str) -> None:
-    # aiter.ops.mha defines torch.ops.aiter.mha_fwd.
-    part = "aiter.ops.mha" if device == "rocm" else "aiter.ops.triton.attention.mha"
-    import_part(part, "attention=aiter")
 
 
 def import_part(module: str, option: str) -> None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from openpi_opt.kernels.compiled import graphs_compiled
 from openpi_opt.pi0.inputs import Inputs
 
 _WARMUPS = 3
@@ -98,12 +99,8 @@ class CapturedCall:
 @contextmanager
 def nothing_compiled() -> Iterator[None]:
     """Nothing is compiled inside, or it raises: RuntimeError by Dynamo, or CaptureError."""
-    compiled = _graphs_compiled()
+    compiled = graphs_compiled()
     with torch.compiler.set_stance("fail_on_recompile"):
         yield
-    if _graphs_compiled() != compiled:
+    if graphs_compiled() != compiled:
         raise CaptureError("something was compiled during graph capture")
-
-
-def _graphs_compiled() -> int:
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -56,9 +56,9 @@ class CompiledCall:
         return actions.clone() if self._captured else actions
 
     def _first(self, inputs: Inputs) -> Tensor:
-        graphs, skips = _counter("stats", "unique_graphs"), _skipped_captures()
+        graphs, skips = graphs_compiled(), _skipped_captures()
         actions = self._call(inputs)
-        compiled = _counter("stats", "unique_graphs") - graphs
+        compiled = graphs_compiled() - graphs
         if compiled > self._parts:
             raise CompilationError(
                 f"{compiled} graphs were compiled for {self._parts} functions: there were graph "
@@ -73,9 +73,10 @@ class CompiledCall:
         return actions
 
 
-def _counter(group: str, name: str) -> int:
-    return int(torch._dynamo.utils.counters[group][name])
+def graphs_compiled() -> int:
+    """Graphs that Dynamo has compiled in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _skipped_captures() -> int:
-    return _counter("inductor", "cudagraph_skips")
+    return int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +98,10 @@ def _do(name: str, *arguments: object) -> None:
         raise RuntimeError(f"{name} failed with cublasStatus_t {status}")
 
 
+def _set(function: str, target: c_void_p, attribute: int, value: ctypes._SimpleCData[Any]) -> None:
+    _do(function, target, attribute, byref(value), c_size_t(ctypes.sizeof(value)))
+
+
 @cache
 def _handle(device: int) -> c_void_p:
     handle = c_void_p()
@@ -118,10 +122,7 @@ def _described(shape: Shape) -> Product:
     _do("cublasLtMatmulDescCreate", byref(descriptor), _COMPUTE_FLOAT, _FLOAT)
     epilogue = _EPILOGUES[shape.bias, shape.gelu]
     for attribute, value in ((_TRANSPOSE_A, c_int(1)), (_EPILOGUE, c_int(epilogue))):
-        _do(
-            "cublasLtMatmulDescSetAttribute", descriptor, attribute, byref(value),
-            c_size_t(ctypes.sizeof(value)),
-        )  # fmt: skip
+        _set("cublasLtMatmulDescSetAttribute", descriptor, attribute, value)
     layouts = []
     stride_x, stride_weight, stride_residual = shape.strides
     for rows, columns, stride in (
@@ -144,10 +145,7 @@ def _offered(product: Product, device: int) -> list[_Found]:
     """The algorithms of the heuristic in its order."""
     preference, limit = c_void_p(), c_size_t(WORKSPACE)
     _do("cublasLtMatmulPreferenceCreate", byref(preference))
-    _do(
-        "cublasLtMatmulPreferenceSetAttribute", preference, _MAX_WORKSPACE, byref(limit),
-        c_size_t(ctypes.sizeof(limit)),
-    )  # fmt: skip
+    _set("cublasLtMatmulPreferenceSetAttribute", preference, _MAX_WORKSPACE, limit)
     found, count = (_Found * CANDIDATES)(), c_int()
     _do(
         "cublasLtMatmulAlgoGetHeuristic", _handle(device), product.descriptor, *product.layouts,
@@ -173,10 +171,7 @@ class Operands(NamedTuple):
 def _launch(product: Product, algorithm: _Found, o: Operands, device: int) -> None:
     if o.bias is not None:
         pointer = c_void_p(o.bias.data_ptr())
-        _do(
-            "cublasLtMatmulDescSetAttribute", product.descriptor, _BIAS, byref(pointer),
-            c_size_t(ctypes.sizeof(pointer)),
-        )  # fmt: skip
+        _set("cublasLtMatmulDescSetAttribute", product.descriptor, _BIAS, pointer)
     weight, x, residual, out = product.layouts
     one, added = c_float(1.0), c_float(0.0 if o.residual is None else 1.0)
     third = o.out if o.residual is None else o.residual

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from openpi_opt.kernels.operators import operator
+from openpi_opt.pi0 import layers
 from openpi_opt.pi0.layers import Linear
 
 # The exponent of e4m3 reaches over 2^15, so headroom for values larger than in calibration costs
@@ -31,7 +32,6 @@ from openpi_opt.pi0.layers import Linear
 HEADROOM = 2.0
 MULTIPLE = 16  # of K and N, required by cuBLASLt and hipBLASLt
 _FNUZ_ARCHS = ("gfx940", "gfx941", "gfx942")
-_SPECIALISED: dict[tuple[type[Linear], type[Linear]], type[Linear]] = {}
 
 
 def fp8_dtype(arch: str) -> torch.dtype:
@@ -87,19 +87,18 @@ def become(
     linear: Linear, largest_input: Tensor, dtype: torch.dtype, fast_accum: bool = True
 ) -> Fp8Linear:
     """Turn `linear` into an FP8 layer in place, with `largest_input` [] from calibration."""
+    buffers = _scaled(linear, largest_input, dtype)
+    return layers.become(linear, Fp8Linear, buffers, fast_accum=fast_accum)
+
+
+def _scaled(linear: Linear, largest_input: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     weight = linear.weight.detach()
-    weight_scale = scale_for(weight.abs().amax(), dtype)
-    buffers = {
-        "weight_fp8": quantise(weight, weight_scale, dtype),
-        "weight_scale": weight_scale,
+    scale = scale_for(weight.abs().amax(), dtype)
+    return {
+        "weight_fp8": quantise(weight, scale, dtype),
+        "weight_scale": scale,
         "input_scale": scale_for(largest_input * HEADROOM, dtype),
     }
-    for name, value in buffers.items():
-        linear.register_buffer(name, value, persistent=False)
-    linear.__class__ = specialised(Fp8Linear, type(linear))
-    assert isinstance(linear, Fp8Linear)
-    linear.fast_accum = fast_accum
-    return linear
 
 
 @operator(
@@ -143,16 +142,10 @@ class AiterFp8Linear(Fp8Linear):
 
 def become_aiter(linear: Linear, seen: Seen, dtype: torch.dtype) -> AiterFp8Linear:
     """As `become`, with aiter's kernel for at most `seen.rows` rows."""
-    base = type(linear)
-    plain = become(linear, seen.largest, dtype)
-    for name, scale, count in (
-        ("input_scales", plain.input_scale, seen.rows),
-        ("weight_scales", plain.weight_scale, linear.out_features),
-    ):
-        linear.register_buffer(name, scale.expand(count, 1).contiguous(), persistent=False)
-    linear.__class__ = specialised(AiterFp8Linear, base)
-    assert isinstance(linear, AiterFp8Linear)
-    return linear
+    buffers = _scaled(linear, seen.largest, dtype)
+    for name, count in (("input_scale", seen.rows), ("weight_scale", linear.out_features)):
+        buffers[f"{name}s"] = buffers[name].expand(count, 1).contiguous()
+    return layers.become(linear, AiterFp8Linear, buffers)
 
 
 @dataclass(frozen=True)
@@ -161,18 +154,6 @@ class Seen:
 
     largest: Tensor
     rows: int
-
-
-def specialised(kind: type[Linear], base: type[Linear]) -> type[Linear]:
-    """`kind` on top of `base`: computes like the one, loads and saves like the other.
-
-    One class per pair, however many layers: torch.compile tells modules apart by their class.
-    """
-    if base is Linear:
-        return kind
-    if (kind, base) not in _SPECIALISED:
-        _SPECIALISED[kind, base] = type(kind.__name__ + base.__name__, (kind, base), {})
-    return _SPECIALISED[kind, base]
 
 
 def convert(

@@ -88,6 +88,36 @@ def _turned(a, b, cos, sin, token, stride, live, half: tl.constexpr, block: tl.c
 
 
 @triton.jit
+def _visible(
+    key, inside, seen, token, live, mask, length, padding_end, offset, stride_mq, stride_mk,
+    masked: tl.constexpr, padded_keys: tl.constexpr,
+):  # fmt: skip
+    """Which of the keys [N] each row [R] sees -> [R, N]; `offset` keys are numbered before them."""
+    visible = inside[None, :] & (key[None, :] < seen[:, None])
+    if padded_keys:
+        number = key + offset
+        visible = visible & ((number < length) | (number >= padding_end))[None, :]
+    if masked:
+        place = token[:, None] * stride_mq + (key + offset)[None, :] * stride_mk
+        allowed = tl.load(mask + place, mask=visible & live[:, None], other=0)
+        visible = visible & (allowed != 0)
+    return visible
+
+
+@triton.jit
+def _summed(acc, total, top, logits, values, visible):
+    """The sums over keys with those of logits [R, N] and values [N, D]: what `_split` carries."""
+    logits = tl.where(visible, logits, LOWEST)
+    higher = tl.maximum(top, tl.max(logits, 1))
+    weights = tl.where(visible, tl.exp2(logits - higher[:, None]), 0.0)
+    shrink = tl.exp2(top - higher)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+    return acc, total, higher
+
+
+@triton.jit
 def _split(
     q, past_k, past_v, new_k, new_v, cos, sin, mask, lengths, out, partial, sums, counter,
     past_keys, new_keys, past_splits, padding_end, rows, rows_padded, group, lead, lead_keys, scale,
@@ -100,6 +130,12 @@ def _split(
     block_m: tl.constexpr, block_n: tl.constexpr, block_h: tl.constexpr, block_d: tl.constexpr,
     blocks: tl.constexpr,
 ):  # fmt: skip
+    """One tile of rows and one split of the keys: running maximum, weight sum, weighted values.
+
+    The operands are those of `decode_attention`; `mask` [B, S, T] is read with `masked`, `lengths`
+    [B] with `padded_keys`, cos and sin with `rotating`. partial [pairs, splits, rows_padded, D] and
+    sums [.., 2] are float32. With `fused` the last block of a tile writes `out` [B, S, Hq, D].
+    """
     half: tl.constexpr = width // 2
     split, row_block, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, kv_head = pair // kv_heads, pair % kv_heads
@@ -116,6 +152,7 @@ def _split(
         prefetch_rows(past_v + batch * stride_pvb + kv_head * stride_pvh, ahead, stride_pvs, 0,
                       width, prefetch)  # fmt: skip
     follow(dependent)
+    length = 0
     if padded_keys:  # loaded beside queries and keys: only what they yield is compared with it
         length = tl.load(lengths + batch)
     # Heads in halves: the rotary embedding turns one against the other.
@@ -153,24 +190,11 @@ def _split(
                                    half, block_h)  # fmt: skip
         logits = tl.dot(left, tl.trans(keys), input_precision="ieee")
         logits = tl.dot(right, tl.trans(others), logits, input_precision="ieee") * scale
-        visible = inside[None, :] & (key[None, :] < seen[:, None])
-        if padded_keys:
-            number = key + offset
-            visible = visible & ((number < length) | (number >= padding_end))[None, :]
-        if masked:
-            place = token[:, None] * stride_mq + (key + offset)[None, :] * stride_mk
-            allowed = tl.load(
-                mask + batch * stride_mb + place, mask=visible & live[:, None], other=0
-            )
-            visible = visible & (allowed != 0)
-        logits = tl.where(visible, logits, LOWEST)
-        higher = tl.maximum(top, tl.max(logits, 1))
-        weights = tl.where(visible, tl.exp2(logits - higher[:, None]), 0.0)
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
-        top = higher
+        visible = _visible(
+            key, inside, seen, token, live, mask + batch * stride_mb, length, padding_end, offset,
+            stride_mq, stride_mk, masked, padded_keys,
+        )  # fmt: skip
+        acc, total, top = _summed(acc, total, top, logits, values, visible)
     place = (pair * splits + split) * rows_padded + row
     column = tl.arange(0, block_d)
     keep = live[:, None] & (column < width)[None, :]
@@ -229,52 +253,64 @@ def default_launch(q: Tensor, kv_heads: int) -> Launch:
     return launch
 
 
-def _run(
-    q: Tensor, past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor] | None, lead: int,
-    lead_keys: int, past_keys: int, mask: Tensor | None, scale: float, launch: Launch,
-    padding: tuple[Tensor | None, int], rope: tuple[Tensor, Tensor] | None = None,
+# A custom operator takes tensors and numbers only, so it has an argument for each.
+@operator("triton_decode_attention")
+def decode_attention(
+    q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor | None, new_v: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, lead: int, lead_keys: int, past_keys: int,
+    mask: Tensor | None, scale: float, launch: Sequence[int], padding: Tensor | None = None,
+    padding_end: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Both public operators; `past_keys` keys of `past` are used, and all of `new`.
+    """q [B, S, Hq, D], cached keys [B, P, Hkv, D], new ones [B, T - P, Hkv, D] -> [B, S, Hq, D].
 
-    With `rope` queries and new keys are rotated on the way, by cosines and sines [B or 1, S, D/2].
+    The first `past_keys` cached keys are used, and all of the new ones. The first `lead` queries
+    see `lead_keys` keys, the others all. mask: bool [B, T], or broadcastable to [B, 1, S, T], or
+    None. A query that sees no key gets zeros. padding: [B] int32, read on the device: no query sees
+    the keys [padding[b], padding_end), which must be finite. These count cached keys first.
+
+    With cos and sin [B or 1, S, D/2], q and the new keys come before their rotary embedding and are
+    rotated on the way, rounded as by `triton_rotary`; cached keys are rotated already. `launch`:
+    see `launch.encoded`.
     """
+    chosen = applied(default_launch(q, past_k.shape[2]), launch)
     batch, tokens, heads, width = q.shape
-    kv_heads = past[0].shape[2]
+    kv_heads = past_k.shape[2]
     group = heads // kv_heads
-    q, k, v = (unit_stride(t) for t in (q, *past))
-    new_k, new_v = (k, v) if new is None else (unit_stride(t) for t in new)
-    new_keys = 0 if new is None else new_k.shape[1]
-    span = launch.block_n * launch.blocks
+    new_keys = 0 if new_k is None else new_k.shape[1]
+    q, k, v = (unit_stride(t) for t in (q, past_k, past_v))
+    new_k, new_v = (k, v) if new_k is None or new_v is None else map(unit_stride, (new_k, new_v))
+    span = chosen.block_n * chosen.blocks
     past_splits, rows = triton.cdiv(past_keys, span), tokens * group
     splits = past_splits + triton.cdiv(new_keys, span)
-    row_blocks = triton.cdiv(rows, launch.block_m)
-    rows_padded, pairs = row_blocks * launch.block_m, batch * kv_heads
+    row_blocks = triton.cdiv(rows, chosen.block_m)
+    rows_padded, pairs = row_blocks * chosen.block_m, batch * kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     places = pairs * splits * rows_padded
     partial = torch.empty(places * width, dtype=torch.float32, device=q.device)
     sums = torch.empty(places * 2, dtype=torch.float32, device=q.device)
-    counter = counters(q.device, pairs * row_blocks) if launch.fused else sums
-    cos, sin = (q, q) if rope is None else (t.contiguous() for t in rope)
-    turns = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)) if rope else (0, 0)
+    counter = counters(q.device, pairs * row_blocks) if chosen.fused else sums
+    rotating = cos is not None
+    cos, sin = (q, q) if cos is None or sin is None else (cos.contiguous(), sin.contiguous())
+    turns = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)) if rotating else (0, 0)
     seen, *mask_strides = mask_arguments(mask, batch, tokens, past_keys + new_keys, q)
     _split[(splits, row_blocks, pairs)](
-        q, k, v, new_k, new_v, cos, sin, seen, q if padding[0] is None else padding[0], out,
-        partial, sums, counter, past_keys, new_keys, past_splits, padding[1], rows,
+        q, k, v, new_k, new_v, cos, sin, seen, q if padding is None else padding, out,
+        partial, sums, counter, past_keys, new_keys, past_splits, padding_end, rows,
         rows_padded, group, lead, lead_keys, scale * LOG2_E,
         *(s for t in (q, k, v, new_k, new_v) for s in t.stride()[:3]), *mask_strides,
         *turns, width=width, kv_heads=kv_heads, masked=mask is not None,
-        rotating=rope is not None, padded_keys=padding[0] is not None,
-        fused=bool(launch.fused), dependent=launch.dependent,
-        prefetch=_prefetch(k, v, launch), splits=splits, block_m=launch.block_m,
-        block_n=launch.block_n, block_h=padded(width // 2), block_d=padded(width),
-        blocks=launch.blocks, **launch.options(),
+        rotating=rotating, padded_keys=padding is not None,
+        fused=bool(chosen.fused), dependent=chosen.dependent,
+        prefetch=_prefetch(k, v, chosen), splits=splits, block_m=chosen.block_m,
+        block_n=chosen.block_n, block_h=padded(width // 2), block_d=padded(width),
+        blocks=chosen.blocks, **chosen.options(),
     )  # fmt: skip
-    if not launch.fused:
+    if not chosen.fused:
         _add_splits[(rows, pairs)](
             partial, sums, out, rows, rows_padded, group, splits=splits, width=width,
             kv_heads=kv_heads, block_s=triton.next_power_of_2(splits),
-            block_d=triton.next_power_of_2(width), dependent=launch.dependent,
-            **dataclasses.replace(launch, num_warps=4, num_stages=1).options(),
+            block_d=triton.next_power_of_2(width), dependent=chosen.dependent,
+            **dataclasses.replace(chosen, num_warps=4, num_stages=1).options(),
         )  # fmt: skip
     return out
 
@@ -285,44 +321,6 @@ def _prefetch(k: Tensor, v: Tensor, launch: Launch) -> int:
     return 128 if launch.dependent and whole and k.shape[1] > 0 else 0
 
 
-@operator("triton_decode_attention")
-def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, lead: int, lead_keys: int, keys: int, mask: Tensor | None,
-    scale: float, launch: Sequence[int], padding: Tensor | None = None, padding_end: int = 0,
-) -> Tensor:  # fmt: skip
-    """q [B, S, Hq, D], k and v [B, T, Hkv, D] -> [B, S, Hq, D].
-
-    The first `lead` queries see `lead_keys` keys, the others `keys`. mask: bool [B, T], or
-    broadcastable to [B, 1, S, T], or None. A query that sees no key gets
-    zeros. padding: [B] int32, read on the device: no query sees the keys [padding[b],
-    padding_end), which must be finite. `launch`: see `launch.encoded`.
-    """
-    chosen = applied(default_launch(q, k.shape[2]), launch)
-    full = mask if mask is None or keys == k.shape[1] else mask[..., :keys]
-    padded_keys = (padding, padding_end)
-    return _run(q, (k, v), None, lead, lead_keys, keys, full, scale, chosen, padded_keys)
-
-
-@operator("triton_decode_attention_rotary")
-def decode_attention_rotary(
-    q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, cos: Tensor,
-    sin: Tensor, lead: int, lead_keys: int, mask: Tensor | None, scale: float,
-    launch: Sequence[int], padding: Tensor | None = None, padding_end: int = 0,
-) -> Tensor:  # fmt: skip
-    """As `decode_attention`, with cached keys [B, P, Hkv, D] and new ones [B, T - P, Hkv, D] apart.
-
-    q and the new keys come before their rotary embedding (cos and sin [B or 1, S, D/2]) and are
-    rotated on the way, rounded as by `triton_rotary`; cached keys are rotated already. `lead_keys`,
-    padding and mask count cached keys first, then new ones.
-    """
-    chosen = applied(default_launch(q, past_k.shape[2]), launch)
-    past, new = (past_k, past_v), (new_k, new_v)
-    keys = past_k.shape[1]
-    padded_keys = (padding, padding_end)
-    rope = (cos, sin)
-    return _run(q, past, new, lead, lead_keys, keys, mask, scale, chosen, padded_keys, rope)
-
-
 def attention(overrides: Mapping[str, int] | None = None) -> Attention:
     """The kernel behind the signature of `eager_attention`; `overrides` replace table entries."""
     launch = encoded(DECODE, overrides)
@@ -330,8 +328,9 @@ def attention(overrides: Mapping[str, int] | None = None) -> Attention:
     def decode(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
         seen = bounds(visibility, k.shape[1])
         return decode_attention(
-            q, k, v, seen.lead, seen.lead_keys, seen.keys, seen.mask, scale, launch, *seen.padded
-        )
+            q, k, v, None, None, None, None, seen.lead, seen.lead_keys, seen.keys, seen.mask, scale,
+            launch, *seen.padded,
+        )  # fmt: skip
 
     return decode
 
@@ -356,21 +355,13 @@ def cached_attention(overrides: Mapping[str, int] | None = None) -> CachedAttent
         visibility: Visibility,
         scale: float,
     ) -> Tensor:
-        keys = past[0].shape[1] + new[0].shape[1]
+        kept, keys = past[0].shape[1], past[0].shape[1] + new[0].shape[1]
         seen = bounds(visibility, keys)
         if seen.keys != keys:
             raise ValueError(f"the last queries must see all {keys} keys, not {seen.keys}")
-        return decode_attention_rotary(
-            q,
-            *past,
-            *new,
-            *rope,
-            seen.lead,
-            seen.lead_keys,
-            seen.mask,
-            scale,
-            launch,
+        return decode_attention(
+            q, *past, *new, *rope, seen.lead, seen.lead_keys, kept, seen.mask, scale, launch,
             *seen.padded,
-        )
+        )  # fmt: skip
 
     return decode

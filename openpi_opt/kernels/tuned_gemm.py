@@ -30,8 +30,8 @@ from torch import Tensor
 
 from openpi_opt.errors import RefusedError
 from openpi_opt.kernels.aiter_tables import merged, write_table
-from openpi_opt.kernels.fp8 import specialised
 from openpi_opt.kernels.operators import of_product, operator
+from openpi_opt.pi0 import layers
 from openpi_opt.pi0.layers import Linear
 
 TABLE_VARIABLE = "AITER_CONFIG_GEMM_BF16"
@@ -89,11 +89,13 @@ def become(
     plain: Linear, max_rows: int | None, shuffled: Tensor | None, shuffled_min_rows: int
 ) -> TunedLinear:
     """Turn `plain` into a layer that aiter computes, in place."""
-    plain.register_buffer("shuffled", shuffled, persistent=False)
-    plain.__class__ = specialised(TunedLinear, type(plain))
-    assert isinstance(plain, TunedLinear)
-    plain.max_rows, plain.shuffled_min_rows = max_rows, shuffled_min_rows
-    return plain
+    return layers.become(
+        plain,
+        TunedLinear,
+        {"shuffled": shuffled},
+        max_rows=max_rows,
+        shuffled_min_rows=shuffled_min_rows,
+    )
 
 
 def shuffled_weight(plain: Linear, multiple: int) -> Tensor | None:

@@ -17,6 +17,7 @@ from unittest import mock
 
 from openpi_opt.config import Config
 from openpi_opt.errors import UserError
+from openpi_opt.knobs.base import Configuration
 from openpi_opt.knobs.launch import LINEARS
 from openpi_opt.result import Ok, write_atomic
 from openpi_opt.track.journal import Record
@@ -74,12 +75,16 @@ def entries(record: Record) -> list[Entry]:
 def write(path: Path, found: Mapping[tuple[str | int, ...], Launch], remark: str) -> None:
     """Put entries into the table of the module `path`, in the place of those with their keys.
 
-    Raises UserError: the file has no table, or cannot be written.
+    Raises UserError: the file cannot be written.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
-    table = next(_tables(ast.parse("\n".join(lines))), None)
-    if table is None:
-        raise UserError(f"{path} has no TABLE to write into.")
+    body = ast.parse("\n".join(lines)).body
+    table = next(
+        node.value
+        for node in body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "TABLE"
+    )
+    assert isinstance(table, ast.Dict)
     for key, value in reversed(list(zip(table.keys, table.values, strict=True))):
         assert key is not None
         if ast.literal_eval(key) in found:
@@ -94,14 +99,6 @@ def write(path: Path, found: Mapping[tuple[str | int, ...], Launch], remark: str
         write_atomic(path, text)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}.") from error
-
-
-def _tables(tree: ast.Module) -> Iterator[ast.Dict]:
-    for node in tree.body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.value, ast.Dict):
-            continue
-        if ast.unparse(node.target) == "TABLE":
-            yield node.value
 
 
 def _lines(key: tuple[str | int, ...], launch: Launch) -> list[str]:
@@ -122,9 +119,9 @@ def _lines(key: tuple[str | int, ...], launch: Launch) -> list[str]:
 
 def _given(record: Record) -> Iterator[tuple[str, dict[str, int]]]:
     """By product or stage, the parameters that the trial gave and a kernel read."""
-    knobs = Config.load(record.result.config).canonical().knobs
-    launches = knobs["gemm"].launches()  # type: ignore[attr-defined]
-    launches |= {s: knobs["attention"].launch(s) for s in ("vision", "prefill", "denoise")}  # type: ignore[attr-defined]
+    knobs: Mapping[str, Any] = Config.load(record.result.config).canonical().knobs
+    launches = knobs["gemm"].launches()
+    launches |= {s: knobs["attention"].launch(s) for s in ("vision", "prefill", "denoise")}
     for name, launch in launches.items():
         if launch.given():
             yield name, launch.given()
@@ -170,7 +167,7 @@ def _attention(stage: str, cfg: Config, arch: str) -> tuple[ModuleType, Any, Any
     return triton_decode, key, lambda: triton_decode.default_launch(q, expert.kv_heads)
 
 
-def _tokens(cfg: Config) -> int:
+def _tokens(cfg: Configuration) -> int:
     """Tokens of a denoising step for each row of the batch."""
-    state = cfg.model.family == "pi0" and not cfg.knobs["simplify"].state_once  # type: ignore[attr-defined]
+    state = cfg.model.family == "pi0" and not cfg.knobs["simplify"].state_once
     return cfg.workload.horizon + state

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 from openpi_opt.knobs.launch import AttentionLaunch, arch_of
-from openpi_opt.knobs.refusals import aiter_problem, sixteen_bits_problem, triton_problem
+from openpi_opt.knobs.refusals import aiter_refusals, sixteen_bits_refusals, triton_refusals
 
 if TYPE_CHECKING:
     from openpi_opt.machine import Machine
@@ -70,23 +70,27 @@ class Attention(Knob[AttentionOptions]):
     }
     tuned: ClassVar = tuple(f"launch_{stage}" for stage in STAGES)
 
-    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
+    def refusals(self, cfg: Configuration, machine: Machine) -> Iterator[Refusal]:
         """Triton kernels need a GPU; AMD's aiter also the package and a 16-bit precision."""
+        device, chosen = cfg.platform.device, self._backends(cfg)
         for name, devices in SDPA_DEVICES.items():
-            problem = _sdpa_problem(name, devices, cfg) if name in self._backends(cfg) else None
+            if name in chosen and device not in devices:
+                where = f"is a backend of torch on {' or '.join(devices)}, not on {device}"
+                yield Refusal("unavailable", f"attention={name} {where}")
+            if name in chosen and name in _SIXTEEN_BITS and device != "cpu":
+                yield from sixteen_bits_refusals(f"attention={name}", cfg)
+        yield from _mask_refusals(self.of(cfg), cfg)
+        if "triton" in chosen:
+            yield from triton_refusals("attention=triton", cfg)
+        # Launch parameters that no processor of this architecture can hold.
+        size = 4 if cfg.knobs["precision"].dtype == "float32" else 2
+        for stage in STAGES:
+            launch = self.canonical(cfg).launch(stage)
+            problem = launch.problem(stage, arch_of(cfg, machine), size) if launch.given() else None
             if problem is not None:
-                return problem
-        if (problem := _no_mask(self.of(cfg), cfg)) is not None:
-            return problem
-        if "triton" in self._backends(cfg):
-            problem = triton_problem("attention=triton", cfg)
-            if problem is not None:
-                return problem
-        if (problem := _misfit(self.canonical(cfg), cfg, arch_of(cfg, machine))) is not None:
-            return problem
-        if "aiter" not in self._backends(cfg):
-            return None
-        return aiter_problem("attention=aiter", cfg, machine, elsewhere=True)
+                yield Refusal("invalid", f"attention.launch_{stage} {problem}")
+        if "aiter" in chosen:
+            yield from aiter_refusals("attention=aiter", cfg, machine, elsewhere=True)
 
     def canonical(self, cfg: Configuration) -> AttentionOptions:
         """Without launch parameters that no kernel reads."""
@@ -152,29 +156,6 @@ class Attention(Knob[AttentionOptions]):
         return {options.vision, options.prefill, options.denoise}
 
 
-def _sdpa_problem(name: str, devices: tuple[str, ...], cfg: Configuration) -> Refusal | None:
-    device = cfg.platform.device
-    if device not in devices:
-        where = " or ".join(devices)
-        return Refusal(
-            "unavailable", f"attention={name} is a backend of torch on {where}, not on {device}"
-        )
-    if name in _SIXTEEN_BITS and device != "cpu":
-        return sixteen_bits_problem(f"attention={name}", cfg)
-    return None
-
-
-def _misfit(options: AttentionOptions, cfg: Configuration, arch: str) -> Refusal | None:
-    """Launch parameters that no processor of `arch` can hold."""
-    wide = cfg.knobs["precision"].dtype == "float32"  # type: ignore[attr-defined]
-    for stage in STAGES:
-        launch = options.launch(stage)
-        found = launch.problem(stage, arch, 4 if wide else 2) if launch.given() else None
-        if found is not None:
-            return Refusal("invalid", f"attention.launch_{stage} {found}")
-    return None
-
-
 def _require(policy: Pi0Policy, cfg: Configuration, stage: str, name: str) -> None:
     """Let torch say whether it has the kernel for the calls of a stage."""
     from openpi_opt.kernels.attention import require_sdpa
@@ -199,16 +180,13 @@ def _require(policy: Pi0Policy, cfg: Configuration, stage: str, name: str) -> No
         require_sdpa(name, stage, q, k, like, masked)
 
 
-def _no_mask(options: AttentionOptions, cfg: Configuration) -> Refusal | None:
+def _mask_refusals(options: AttentionOptions, cfg: Configuration) -> Iterator[Refusal]:
     """Backends without a mask cannot leave out what only the device knows."""
-    if cfg.workload.layout == "exact":
-        return None
     for stage in ("prefill", "denoise"):
         name = getattr(options, stage)
-        if name in _WITHOUT_MASK:
-            return Refusal(
+        if cfg.workload.layout == "flexible" and name in _WITHOUT_MASK:
+            yield Refusal(
                 "invalid",
                 f"attention.{stage}={name} takes no mask, which workload.layout=flexible needs; "
                 f"use attention.{stage}=triton or sdpa, or workload.layout=exact",
             )
-    return None

@@ -6,7 +6,7 @@ context, so they import torch only inside the methods that run in a trial.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
@@ -64,7 +64,7 @@ class Configuration(Protocol):
     """What a knob may read of a configuration, of which `openpi_opt.config.Config` is one."""
 
     @property
-    def knobs(self) -> Mapping[str, Options]:
+    def knobs(self) -> Mapping[str, Any]:
         """The options of every knob, by its name."""
 
     @property
@@ -101,9 +101,9 @@ class Refusal:
 class Knob(Generic[O]):
     """One dimension of choice. Subclasses override what they need.
 
-    `check`, `canonical`, `environment` and `label` run in the controller (no torch); `configure`,
-    `fold`, `transform` and `wrap` run in the trial, in this order, over the knobs that act, in the
-    order of `openpi_opt.knobs.KNOBS`.
+    `refusals`, `canonical`, `environment` and `label` run in the controller (no torch);
+    `configure`, `fold`, `transform` and `wrap` run in the trial, in this order, over the knobs that
+    act, in the order of `openpi_opt.knobs.KNOBS`.
     """
 
     name: ClassVar[str]
@@ -133,9 +133,13 @@ class Knob(Generic[O]):
         """This knob's options in `cfg`."""
         return cast("O", cfg.knobs[self.name])
 
+    def refusals(self, cfg: Configuration, machine: Machine) -> Iterator[Refusal]:
+        """The reasons why this cannot run here or contradicts another option."""
+        yield from ()
+
     def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
-        """The reason why this cannot run here or contradicts another option, or None."""
-        return None
+        """The first of `refusals`, or None."""
+        return next(self.refusals(cfg, machine), None)
 
     def canonical(self, cfg: Configuration) -> O:
         """Options with everything that has no effect under `cfg` set to its neutral value."""
@@ -193,20 +197,24 @@ class Knob(Generic[O]):
         return []
 
     def label(self, options: O) -> str:
-        """Short text for tables: differing values only, in the order of the fields."""
-        changed = {
-            key: value
-            for key, value in options.model_dump().items()
-            if value != type(options).model_fields[key].default
-        }
-        return " ".join(f"{key}={value}" for key, value in changed.items()) or "default"
+        """Short text for tables: the value of the first field, then the fields that differ from
+        their defaults, of nested options too; a switch that is on by its name alone."""
+        head = next(iter(type(options).model_fields))
+        words = [str(getattr(options, head))]
+        for name, value in _differing(options):
+            if name != head:
+                words.append(name if value is True else f"{name}={value}")
+        return " ".join(words)
 
 
-def switches_label(options: Options) -> str:
-    """Label of options that are switches only: "none", "all", or those that are on."""
-    switches = options.model_dump()
-    on = [name for name, value in switches.items() if value]
-    return "all" if len(on) == len(switches) else "+".join(on) or "none"
+def _differing(options: Options) -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of each field that is not its default, in the order of the fields."""
+    for name, field in type(options).model_fields.items():
+        value = getattr(options, name)
+        if isinstance(value, Options):
+            yield from ((f"{name}.{key}", found) for key, found in _differing(value))
+        elif value != field.default:
+            yield name, value
 
 
 AnyKnob = Knob[Any]

@@ -7,16 +7,17 @@ FP8 in the vision tower and the prefix with the own kernel in the denoising step
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from openpi_opt.errors import RefusedError
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
-from openpi_opt.knobs.refusals import aiter_problem, sixteen_bits_problem
+from openpi_opt.knobs.refusals import aiter_refusals, sixteen_bits_refusals
 from openpi_opt.paths import content_of
 
 if TYPE_CHECKING:
@@ -49,7 +50,21 @@ _CHANNEL_BYTES = 512
 _AITER_FP8_ARCHS = ("gfx942", "gfx950")
 _FP8_ARCHS = ("gfx940", "gfx941", "gfx942", "gfx950", "gfx1200", "gfx1201")
 # Other seeds than any workload's: calibrating on the guard's inputs would flatter FP8.
-_CALIBRATION_SEEDS = range(1_000_003, 1_000_007)
+CALIBRATION_SEEDS = range(1_000_003, 1_000_007)
+# By option, who writes such a file.
+_WRITTEN_BY = {
+    "aiter.table": "aiter's gemm_a16w16_tune.py writes such a table; leave it out for aiter's own",
+    "tunableop.file": "write it with blas.tunableop.mode=tune",
+    "overrides.hipblaslt": "hipblaslt-bench writes such a file",
+    "overrides.rocblas": "rocblas-bench writes such a file",
+}
+
+
+def _in_order(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    return tuple(stage for stage in STAGES if stage in stages)
+
+
+Stages = Annotated[tuple[Stage, ...], Field(min_length=1), AfterValidator(_in_order)]
 
 
 class AiterOptions(Options):
@@ -61,7 +76,7 @@ class AiterOptions(Options):
     `preshuffle_multiple`, for products of at least `preshuffle_min_rows` rows.
     """
 
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = STAGES
+    stages: Stages = STAGES
     max_rows: Annotated[int, Field(ge=1)] | None = None
     table: str | None = None
     preshuffle: bool = False
@@ -89,7 +104,7 @@ class Fp8Options(Options):
     `fast_accum` skips promotions of sums on NVIDIA.
     """
 
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = STAGES
+    stages: Stages = STAGES
     gemm: Literal["torch", "aiter"] = "torch"
     fast_accum: bool = True
 
@@ -145,52 +160,53 @@ class Blas(Knob[BlasOptions]):
     name = "blas"
     options_type = BlasOptions
 
-    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
+    def refusals(self, cfg: Configuration, machine: Machine) -> Iterator[Refusal]:
         """Each library belongs to a vendor, FP8 to recent architectures."""
         options = self.of(cfg)
-        problems = [
-            _library_problem(cfg, options),
-            _algorithm_problem(cfg, options),
-            _tunableop_problem(cfg, options.tunableop),
-            _aiter_problem(cfg, options.aiter, machine) if options.backend == "aiter" else None,
-            _fp8_problem(cfg, options.fp8, machine) if options.backend == "fp8" else None,
-            _nothing_left_for_gemm(cfg, options),
-            _padding_problem(cfg, options),
-            _override_problem(cfg, options.overrides),
-        ]
-        return next((problem for problem in problems if problem is not None), None)
+        yield from _torch_refusals(cfg, options)
+        if options.backend == "aiter":
+            yield from aiter_refusals("blas=aiter", cfg, machine)
+        if options.backend == "fp8":
+            yield from _fp8_refusals(cfg, options.fp8, machine)
+        yield from _rival_refusals(cfg, options)
+        for library, path in options.overrides.model_dump().items():
+            if path is not None and LIBRARIES[library][0] != cfg.platform.device:
+                yield Refusal(
+                    "unavailable", f"blas.overrides.{library} needs ROCm, where {library} is"
+                )
+        for key, path in self.files(cfg).items():
+            exists = Path(path).is_file()
+            if not exists or not os.access(path, os.R_OK):
+                problem = "cannot be read" if exists else "does not exist"
+                yield Refusal("invalid", f"blas.{key}={path} {problem}; {_WRITTEN_BY[key]}")
 
     def canonical(self, cfg: Configuration) -> BlasOptions:
         """Without the settings of backends that are not chosen."""
         options = self.of(cfg)
-        aiter = options.aiter if options.backend == "aiter" else AiterOptions()
-        routed = tuple(stage for stage in STAGES if stage in aiter.stages)
-        aiter = aiter.model_copy(update={"stages": routed})
-        if not aiter.preshuffle:
-            aiter = AiterOptions(stages=routed, max_rows=aiter.max_rows, table=aiter.table)
-        fp8 = options.fp8 if options.backend == "fp8" else Fp8Options()
-        ordered = tuple(stage for stage in STAGES if stage in fp8.stages)
-        fast = fp8.fast_accum if cfg.platform.device == "cuda" else True
-        tunable = options.tunableop
-        if tunable.mode == "off":
-            tunable = TunableOpOptions()
-        elif tunable.mode == "use":
-            tunable = TunableOpOptions(mode="use", file=tunable.file)
-        fp8 = Fp8Options(stages=ordered, gemm=fp8.gemm, fast_accum=fast)
-        return options.model_copy(update={"aiter": aiter, "tunableop": tunable, "fp8": fp8})
+        aiter, tunableop, fp8 = options.aiter, options.tunableop, options.fp8
+        if options.backend != "aiter":
+            aiter = AiterOptions()
+        elif not aiter.preshuffle:
+            aiter = AiterOptions(stages=aiter.stages, max_rows=aiter.max_rows, table=aiter.table)
+        if options.backend != "fp8":
+            fp8 = Fp8Options()
+        elif cfg.platform.device != "cuda":
+            fp8 = fp8.model_copy(update={"fast_accum": True})
+        if tunableop.mode == "off":
+            tunableop = TunableOpOptions()
+        elif tunableop.mode == "use":
+            tunableop = TunableOpOptions(mode="use", file=tunableop.file)
+        return options.model_copy(update={"aiter": aiter, "tunableop": tunableop, "fp8": fp8})
 
     def files(self, cfg: Configuration) -> Mapping[str, str]:
-        """Aiter's table of tuned shapes, and the TunableOp results that are used."""
+        """Aiter's table of tuned shapes, TunableOp results that are used, and overrides."""
         options = self.canonical(cfg)
-        found = {}
-        if options.aiter.table is not None:
-            found["aiter.table"] = options.aiter.table
-        if options.tunableop.mode == "use":
-            found["tunableop.file"] = options.tunableop.file
-        for library, path in options.overrides.model_dump().items():
-            if path is not None:
-                found[f"overrides.{library}"] = path
-        return found
+        found = {f"overrides.{name}": path for name, path in options.overrides.model_dump().items()}
+        found["aiter.table"] = options.aiter.table
+        found["tunableop.file"] = (
+            options.tunableop.file if options.tunableop.mode == "use" else None
+        )
+        return {key: path for key, path in found.items() if path is not None}
 
     def lossy(self, cfg: Configuration) -> bool:
         """FP8 has 3 bits of mantissa."""
@@ -198,10 +214,8 @@ class Blas(Knob[BlasOptions]):
 
     def environment(self, cfg: Configuration) -> Mapping[str, str]:
         """Let aiter log each lookup: that is how a silent fallback to torch is noticed."""
-        found = {}
-        for library, path in self.of(cfg).overrides.model_dump().items():
-            if path is not None:
-                found[_OVERRIDES[library]] = str(Path(path).absolute())
+        files = self.of(cfg).overrides.model_dump(exclude_none=True)
+        found = {_OVERRIDES[library]: str(Path(path).absolute()) for library, path in files.items()}
         if self._uses_aiter(cfg):
             found |= {"AITER_LOG_TUNED_CONFIG": "1", "AITER_LOG_LEVEL": "INFO"}
         return found
@@ -214,7 +228,7 @@ class Blas(Knob[BlasOptions]):
         """Torch's library, TunableOp, and aiter's table, which it reads when it is imported."""
         options = self.of(cfg)
         if options.library != "default":
-            _prefer(options.library)
+            prefer(options.library)
         if options.tunableop.mode != "off":
             _start_tunableop(options.tunableop)
         if self._uses_aiter(cfg):
@@ -228,14 +242,14 @@ class Blas(Knob[BlasOptions]):
         """Replace the linear layers; the parameters stay under their names."""
         options = self.of(cfg)
         if options.backend == "aiter":
-            _route_to_aiter(policy, cfg, options.aiter)
+            route_to_aiter(policy, cfg, options.aiter)
         elif options.backend == "fp8":
             _to_fp8(policy, cfg, options.fp8)
         if options.algorithm == "searched":
             from openpi_opt.kernels import cublaslt
 
             gemm = cfg.knobs["gemm"]
-            few = 0 if gemm.backend == "torch" else gemm.max_rows  # type: ignore[attr-defined]
+            few = 0 if gemm.backend == "torch" else gemm.max_rows
             policy.ops.linear = cublaslt.linear(policy.ops.linear, few)
             policy.ops.linear_gelu = cublaslt.linear_gelu
             policy.ops.linear_add = cublaslt.linear_add
@@ -277,156 +291,90 @@ class Blas(Knob[BlasOptions]):
         return notes + lookups().notes()
 
     def label(self, options: BlasOptions) -> str:
-        """Backend and library, then what differs from the defaults."""
-        words: list[str] = [options.backend]
-        if options.library != "default":
-            words.append(options.library)
-        if options.algorithm != "heuristic":
-            words.append(options.algorithm)
-        if options.pad_strides:
-            words.append("pad_strides")
-        for name in ("aiter", "tunableop", "fp8", "overrides"):
-            group = getattr(options, name)
-            default = type(group)()
-            words += [
-                f"{name}.{key}={value}"
-                for key, value in group.model_dump().items()
-                if value != getattr(default, key)
-            ]
-        return " ".join(words)
+        """Backend, library and algorithm, then what else differs from the defaults."""
+        words = super().label(options).split(" ")
+        return " ".join(re.sub("^(library|algorithm)=", "", word) for word in words)
 
 
-def _library_problem(cfg: Configuration, options: BlasOptions) -> Refusal | None:
-    if options.library == "default":
-        return None
-    device = LIBRARIES[options.library][0]
-    if device != cfg.platform.device:
-        return Refusal(
-            "unavailable",
-            f"blas.library={options.library} exists on {device}; this trial runs on "
-            f"{cfg.platform.device}",
-        )
-    variables = cfg.knobs["environment"].variables  # type: ignore[attr-defined]
-    rival = [name for name in variables if name.startswith("TORCH_BLAS_PREFER_")]
-    if rival:
-        return Refusal(
-            "invalid", f"blas.library and environment.variables.{rival[0]} both choose; give one"
-        )
-    return None
-
-
-def _algorithm_problem(cfg: Configuration, options: BlasOptions) -> Refusal | None:
-    if options.algorithm == "heuristic":
-        return None
-    wanted = "blas.algorithm=searched"
-    if cfg.platform.device != "cuda":
-        return Refusal(
-            "unavailable",
-            f"{wanted} asks NVIDIA's cuBLASLt; on AMD use blas.tunableop.mode=tune",
-        )
-    if options.library != "default":
-        return Refusal("invalid", f"{wanted} and blas.library={options.library} both choose")
-    if options.backend != "torch" and cfg.knobs["fusion"].residuals:  # type: ignore[attr-defined]
-        return Refusal("invalid", f"fusion.residuals leaves no product to blas={options.backend}")
-    return sixteen_bits_problem(wanted, cfg)
-
-
-def _tunableop_problem(cfg: Configuration, options: TunableOpOptions) -> Refusal | None:
-    if options.mode == "off":
-        return None
-    if cfg.platform.device != "rocm":
-        return Refusal(
+def _torch_refusals(cfg: Configuration, options: BlasOptions) -> Iterator[Refusal]:
+    """Of torch's library, the search among its algorithms, and TunableOp."""
+    device, library = cfg.platform.device, options.library
+    if library != "default":
+        if LIBRARIES[library][0] != device:
+            where = f"exists on {LIBRARIES[library][0]}; this trial runs on {device}"
+            yield Refusal("unavailable", f"blas.library={library} {where}")
+        for name in cfg.knobs["environment"].variables:
+            if name.startswith("TORCH_BLAS_PREFER_"):
+                rival = f"environment.variables.{name}"
+                yield Refusal("invalid", f"blas.library and {rival} both choose; give one")
+    if options.algorithm == "searched":
+        wanted = "blas.algorithm=searched"
+        if device != "cuda":
+            yield Refusal(
+                "unavailable",
+                f"{wanted} asks NVIDIA's cuBLASLt; on AMD use blas.tunableop.mode=tune",
+            )
+        if library != "default":
+            yield Refusal("invalid", f"{wanted} and blas.library={library} both choose")
+        if options.backend != "torch" and cfg.knobs["fusion"].residuals:
+            yield Refusal(
+                "invalid", f"fusion.residuals leaves no product to blas={options.backend}"
+            )
+        yield from sixteen_bits_refusals(wanted, cfg)
+    if options.tunableop.mode != "off" and device != "rocm":
+        yield Refusal(
             "unavailable",
             "blas.tunableop needs ROCm: on NVIDIA torch offers it a single solution, on a CPU none",
         )
-    if options.mode == "use":
-        how = "write it with blas.tunableop.mode=tune"
-        return _file_problem("blas.tunableop.file", options.file, how)
-    return None
 
 
-def _override_problem(cfg: Configuration, options: OverrideOptions) -> Refusal | None:
-    for library, path in options.model_dump().items():
-        if path is None:
-            continue
-        key = f"blas.overrides.{library}"
-        if LIBRARIES[library][0] != cfg.platform.device:
-            return Refusal("unavailable", f"{key} needs ROCm, where {library} is")
-        problem = _file_problem(key, path, f"{library}-bench writes such a file")
-        if problem is not None:
-            return problem
-    return None
-
-
-def _file_problem(key: str, path: str, advice: str) -> Refusal | None:
-    """Why a file of the user's cannot be read, or None."""
-    if not Path(path).is_file():
-        return Refusal("invalid", f"{key}={path} does not exist; {advice}")
-    if not os.access(path, os.R_OK):
-        return Refusal("invalid", f"{key}={path} cannot be read; {advice}")
-    return None
-
-
-def _aiter_problem(cfg: Configuration, options: AiterOptions, machine: Machine) -> Refusal | None:
-    problem = aiter_problem("blas=aiter", cfg, machine)
-    if problem is None and options.table is not None:
-        how = "aiter's gemm_a16w16_tune.py writes such a table; leave it out for aiter's own"
-        problem = _file_problem("blas.aiter.table", options.table, how)
-    return problem
-
-
-def _nothing_left_for_gemm(cfg: Configuration, options: BlasOptions) -> Refusal | None:
-    """Layers that are routed here do not reach the kernel of knob `gemm`; some must be left."""
-    if cfg.knobs["gemm"].backend == "torch":  # type: ignore[attr-defined]
-        return None
-    all_fp8 = options.backend == "fp8" and len(set(options.fp8.stages)) == len(STAGES)
-    every_stage = len(set(options.aiter.stages)) == len(STAGES)
-    all_aiter = options.backend == "aiter" and options.aiter.max_rows is None and every_stage
-    if not (all_fp8 or all_aiter):
-        return None
-    lever = "blas.fp8.stages" if all_fp8 else "blas.aiter.max_rows"
-    return Refusal(
-        "invalid",
-        f"blas={options.backend} takes every linear layer and leaves none to the kernel of gemm; "
-        f"use gemm=torch or restrict {lever}",
-    )
-
-
-def _padding_problem(cfg: Configuration, options: BlasOptions) -> Refusal | None:
-    """Own kernels and aiter read rows without gaps."""
-    if not options.pad_strides:
-        return None
-    rivals = [
-        *([f"blas={options.backend}"] if options.backend != "torch" else []),
-        *(["gemm=triton_skinny"] if cfg.knobs["gemm"].backend != "torch" else []),  # type: ignore[attr-defined]
-        *(["fusion.expert_layer=true"] if cfg.knobs["fusion"].expert_layer else []),  # type: ignore[attr-defined]
-    ]
-    if not rivals:
-        return None
-    return Refusal(
-        "invalid", f"blas.pad_strides is for torch's products; {rivals[0]} reads dense weights"
-    )
-
-
-def _fp8_problem(cfg: Configuration, options: Fp8Options, machine: Machine) -> Refusal | None:
-    if cfg.knobs["precision"].dtype == "float32":  # type: ignore[attr-defined]
-        return Refusal("invalid", "blas=fp8 returns 16 bits; use precision=bfloat16")
+def _fp8_refusals(cfg: Configuration, options: Fp8Options, machine: Machine) -> Iterator[Refusal]:
+    if cfg.knobs["precision"].dtype == "float32":
+        yield Refusal("invalid", "blas=fp8 returns 16 bits; use precision=bfloat16")
     if options.gemm == "aiter":
-        missing = aiter_problem("blas.fp8.gemm=aiter", cfg, machine)
-        if missing is not None:
-            return missing
+        yield from aiter_refusals("blas.fp8.gemm=aiter", cfg, machine)
     if cfg.platform.device == "cpu":
-        return None
+        return
     arch = machine.gpu(cfg.device, cfg.platform.gpu).arch
     if cfg.platform.device == "cuda":
         able, needed = int(arch.removeprefix("sm")) >= _FP8_MIN_SM, f"sm{_FP8_MIN_SM} or newer"
     else:
         archs = _AITER_FP8_ARCHS if options.gemm == "aiter" else _FP8_ARCHS
         able, needed = arch in archs, f"one of {', '.join(archs)}"
-    return None if able else Refusal("unavailable", f"blas=fp8 needs {needed}; this GPU is {arch}")
+    if not able:
+        yield Refusal("unavailable", f"blas=fp8 needs {needed}; this GPU is {arch}")
 
 
-def _prefer(library: str) -> None:
+def _rival_refusals(cfg: Configuration, options: BlasOptions) -> Iterator[Refusal]:
+    """Of other kernels for the same layers."""
+    skinny = cfg.knobs["gemm"].backend != "torch"
+    all_fp8 = options.backend == "fp8" and options.fp8.stages == STAGES
+    all_aiter = (
+        options.backend == "aiter"
+        and options.aiter.max_rows is None
+        and options.aiter.stages == STAGES
+    )
+    if skinny and (all_fp8 or all_aiter):
+        lever = "blas.fp8.stages" if all_fp8 else "blas.aiter.max_rows"
+        yield Refusal(
+            "invalid",
+            f"blas={options.backend} takes every linear layer and leaves none to the kernel of "
+            f"gemm; use gemm=torch or restrict {lever}",
+        )
+    rivals = {
+        f"blas={options.backend}": options.backend != "torch",
+        "gemm=triton_skinny": skinny,
+        "fusion.expert_layer=true": cfg.knobs["fusion"].expert_layer,
+    }
+    rival = next((name for name, chosen in rivals.items() if chosen), None)
+    if options.pad_strides and rival:
+        yield Refusal(
+            "invalid", f"blas.pad_strides is for torch's products; {rival} reads dense weights"
+        )
+
+
+def prefer(library: str) -> None:
+    """Choose torch's BLAS library. Raises RefusedError: torch has it not, or uses another."""
     import torch
 
     wanted = LIBRARIES[library][1]
@@ -491,7 +439,8 @@ def _aiter_package() -> Path:
     return Path(found.location)
 
 
-def _route_to_aiter(policy: Pi0Policy, cfg: Configuration, options: AiterOptions) -> None:
+def route_to_aiter(policy: Pi0Policy, cfg: Configuration, options: AiterOptions) -> None:
+    """Turn the linear layers that run in `options.stages` into aiter's, in place."""
     from openpi_opt.kernels import fp8, tuned_gemm
     from openpi_opt.kernels.aiter import import_part
 
@@ -502,7 +451,7 @@ def _route_to_aiter(policy: Pi0Policy, cfg: Configuration, options: AiterOptions
     towers = _towers(policy)
     routed = {m for stage in options.stages for tower in towers[stage] for m in tower.modules()}
     for plain in reached:
-        if plain not in routed and len(set(options.stages)) < len(STAGES):
+        if plain not in routed and options.stages != STAGES:
             continue
         shuffled = None
         if options.preshuffle:
@@ -550,7 +499,7 @@ def _to_fp8(policy: Pi0Policy, cfg: Configuration, options: Fp8Options) -> None:
     chosen = [tower for stage in options.stages for tower in towers[stage]]
 
     def run() -> None:
-        _calibration_runs(policy, cfg, len(_CALIBRATION_SEEDS))
+        _calibration_runs(policy, cfg, len(CALIBRATION_SEEDS))
 
     aiter = options.gemm == "aiter"
     if aiter:
@@ -566,7 +515,7 @@ def _calibration_runs(policy: Pi0Policy, cfg: Configuration, count: int) -> None
     from openpi_opt.runtime import workload_of
 
     with torch.no_grad():
-        for seed in _CALIBRATION_SEEDS[:count]:
+        for seed in CALIBRATION_SEEDS[:count]:
             inputs = make_inputs(workload_of(cfg), policy.config, seed, policy.device)
             policy.sample_actions(inputs)
 

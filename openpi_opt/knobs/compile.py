@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -137,19 +137,13 @@ class Compile(Knob[CompileOptions]):
     quick: ClassVar = {"scope": "layer"}
     tuned: ClassVar = ("scope",)  # by layer a call is 1.3 to 4.7% slower (H100)
 
-    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
+    def refusals(self, cfg: Configuration, machine: Machine) -> Iterator[Refusal]:
         """Inductor needs a host compiler, its graph capture a GPU, and each option this torch."""
         options = self.of(cfg)
-        if options.mode == "off":
-            return None
-        reasons = (
-            _double_capture(cfg, options),
-            _missing_option(options.inductor),
-            _missing_ck(cfg, options.inductor),
-            _missing_compiler(cfg, options),
-            _cpp_wrapper(cfg, options),
-        )
-        return next((reason for reason in reasons if reason is not None), None)
+        if options.mode != "off":
+            yield from _capture_refusals(cfg, options)
+            yield from _torch_refusals(cfg, options.inductor)
+            yield from _compiler_refusals(cfg, options)
 
     def canonical(self, cfg: Configuration) -> CompileOptions:
         """No options where nothing is compiled; none that restate a default or are not read."""
@@ -213,115 +207,92 @@ class Compile(Knob[CompileOptions]):
         return " ".join([*words, *(f"{k}={v}" for k, v in options.inductor.chosen().items())])
 
 
-def inductor_names(source: str) -> frozenset[str]:
-    """The options in the text of `torch/_inductor/config.py`, those of `triton` with a dot."""
-    body = ast.parse(source).body
-    names = set(_assigned(body))
-    for statement in body:
-        if isinstance(statement, ast.ClassDef) and statement.name == "triton":
-            names |= {f"triton.{name}" for name in _assigned(statement.body)}
-    return frozenset(names)
-
-
 @cache
-def _installed_names() -> frozenset[str]:
-    """Read as text, because importing torch takes seconds."""
+def inductor_source() -> str:
+    """The text of `torch/_inductor/config.py`: importing torch takes seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        return frozenset()
-    path = Path(spec.origin).parent / "_inductor" / "config.py"
-    return inductor_names(path.read_text(encoding="utf-8"))
+        return ""
+    return (Path(spec.origin).parent / "_inductor" / "config.py").read_text(encoding="utf-8")
 
 
-def _assigned(body: list[ast.stmt]) -> list[str]:
-    targets: list[ast.expr] = []
-    for statement in body:
-        if isinstance(statement, ast.Assign):
-            targets += statement.targets
-        elif isinstance(statement, ast.AnnAssign):
-            targets.append(statement.target)
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+def is_inductor_option(name: str) -> bool:
+    """Whether the installed torch assigns the option; `triton.NAME` in its class of that name."""
+    of_triton, _, last = name.rpartition(".")
+    source, indent = inductor_source(), ""
+    if of_triton:
+        source, indent = source.partition("\nclass triton:")[2].partition("\nclass ")[0], "    "
+    return re.search(rf"^{indent}{last}\b *[:=]", source, re.MULTILINE) is not None
 
 
-def _double_capture(cfg: Configuration, options: CompileOptions) -> Refusal | None:
+def _capture_refusals(cfg: Configuration, options: CompileOptions) -> Iterator[Refusal]:
+    """Of the modes in which Inductor captures graphs itself."""
     if options.mode not in CAPTURING:
-        return None
+        return
     if options.scope == "layer":
-        return Refusal(
+        yield Refusal(
             "invalid",
             f"compile={options.mode} would capture each layer by itself with compile.scope=layer; "
             "use compile.scope=stage, or compile=default with graph=manual",
         )
     if cfg.platform.device == "cpu":
-        return Refusal(
+        yield Refusal(
             "unavailable",
             f"compile={options.mode} captures CUDA or HIP graphs; this trial runs on the CPU. "
             "Use compile=default or compile=max_autotune_no_cudagraphs",
         )
-    if cfg.knobs["graph"].mode != "none":  # type: ignore[attr-defined]
-        return Refusal(
+    if cfg.knobs["graph"].mode != "none":
+        yield Refusal(
             "invalid",
             f"compile={options.mode} and graph=manual both capture the call; use graph=none, or "
             "compile=default or compile=max_autotune_no_cudagraphs",
         )
-    return None
-
-
-def _cpp_wrapper(cfg: Configuration, options: CompileOptions) -> Refusal | None:
-    """What failed on an H100 with torch 2.11: four trials of four, and one of one."""
-    if not options.inductor.cpp_wrapper:
-        return None
-    if options.mode in CAPTURING:
-        return Refusal(
+    if options.inductor.cpp_wrapper:
+        yield Refusal(
             "invalid",
             f"compile.inductor.cpp_wrapper: Inductor captures no graphs then, as "
             f"compile={options.mode} asks; use compile=default with graph=manual",
         )
-    if cfg.knobs["gemm"].backend == "triton_skinny":  # type: ignore[attr-defined]
-        return Refusal(
-            "invalid",
-            "compile.inductor.cpp_wrapper cannot pass the list of launch parameters that "
-            "gemm=triton_skinny takes (arg type List[int] is not supported); use one of the two",
-        )
-    return None
 
 
-def _missing_option(inductor: InductorOptions) -> Refusal | None:
-    known = _installed_names()
-    missing = [key for key in inductor.chosen() if key not in known and key not in INERT]
-    if not missing:
-        return None
-    names = ", ".join(f"compile.inductor.{key}" for key in missing)
-    return Refusal("unavailable", f"the installed torch has no such Inductor option: {names}")
-
-
-def _missing_ck(cfg: Configuration, inductor: InductorOptions) -> Refusal | None:
-    """Inductor leaves CK out without a word where it cannot be had, and fails where it is alone."""
+def _torch_refusals(cfg: Configuration, inductor: InductorOptions) -> Iterator[Refusal]:
+    """Of options that this torch lacks, and of CK, which Inductor leaves out without a word where
+    it cannot be had, and fails on where it is alone."""
+    chosen = inductor.chosen()
+    missing = [key for key in chosen if key not in INERT and not is_inductor_option(key)]
+    if missing:
+        names = ", ".join(f"compile.inductor.{key}" for key in missing)
+        yield Refusal("unavailable", f"the installed torch has no such Inductor option: {names}")
     if not re.search(r"\bCK", inductor.max_autotune_gemm_backends or ""):
-        return None
+        return
     wanted = f"compile.inductor.max_autotune_gemm_backends={inductor.max_autotune_gemm_backends}"
     if not BY_DEVICE[cfg.device].has_aiter:
-        return Refusal("unavailable", f"{wanted}: Composable Kernel is AMD's, for ROCm")
+        yield Refusal("unavailable", f"{wanted}: Composable Kernel is AMD's, for ROCm")
     if importlib.util.find_spec("ck4inductor") is None:
-        return Refusal(
-            "unavailable",
-            f"{wanted} needs the package ck4inductor (pip install git+https://github.com/rocm/composable_kernel)",
+        where = "https://github.com/rocm/composable_kernel"
+        yield Refusal(
+            "unavailable", f"{wanted} needs the package ck4inductor (pip install git+{where})"
         )
-    return None
 
 
-def _missing_compiler(cfg: Configuration, options: CompileOptions) -> Refusal | None:
+def _compiler_refusals(cfg: Configuration, options: CompileOptions) -> Iterator[Refusal]:
     """C++ for code on the CPU and for the C++ wrapper; C for Triton's launchers on a GPU."""
     needs_cxx = cfg.platform.device == "cpu" or options.inductor.cpp_wrapper
     variable, names = ("CXX", ["g++", "clang++"]) if needs_cxx else ("CC", ["gcc", "clang", "cc"])
     candidates = [os.environ[variable]] if variable in os.environ else names
-    if any(shutil.which(name) for name in candidates):
-        return None
-    return Refusal(
-        "unavailable",
-        f"compile={options.mode} needs a host compiler and found none of "
-        f"{', '.join(candidates)}; install one or set {variable}",
-    )
+    if not any(shutil.which(name) for name in candidates):
+        yield Refusal(
+            "unavailable",
+            f"compile={options.mode} needs a host compiler and found none of "
+            f"{', '.join(candidates)}; install one or set {variable}",
+        )
+    # Failed on an H100 with torch 2.11.
+    if options.inductor.cpp_wrapper and cfg.knobs["gemm"].backend == "triton_skinny":
+        yield Refusal(
+            "invalid",
+            "compile.inductor.cpp_wrapper cannot pass the list of launch parameters that "
+            "gemm=triton_skinny takes (arg type List[int] is not supported); use one of the two",
+        )
 
 
 def _matters(key: str, value: object, options: CompileOptions, device: str) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
-from openpi_opt.knobs.refusals import aiter_problem, triton_problem
+from openpi_opt.knobs.refusals import aiter_refusals, triton_refusals
 
 if TYPE_CHECKING:
     from openpi_opt.machine import Machine
@@ -38,13 +39,12 @@ class Elementwise(Knob[ElementwiseOptions]):
     name = "elementwise"
     options_type = ElementwiseOptions
 
-    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
+    def refusals(self, cfg: Configuration, machine: Machine) -> Iterator[Refusal]:
         """Triton compiles for GPUs only, aiter for AMD's and 16 bits."""
         if self.of(cfg).backend == "aiter":
-            return aiter_problem("elementwise=aiter", cfg, machine)
-        if "triton" in self.of(cfg).model_dump().values():
-            return triton_problem("elementwise=triton", cfg)
-        return None
+            yield from aiter_refusals("elementwise=aiter", cfg, machine)
+        elif "triton" in self.of(cfg).model_dump().values():
+            yield from triton_refusals("elementwise=triton", cfg)
 
     def canonical(self, cfg: Configuration) -> ElementwiseOptions:
         """The own backend has the own kernels already."""
@@ -80,7 +80,3 @@ class Elementwise(Knob[ElementwiseOptions]):
         """Aiter's kernels take 16 bits only."""
         options = self.of(cfg)
         return ElementwiseOptions() if options.backend == "aiter" else options
-
-    def label(self, options: ElementwiseOptions) -> str:
-        """The backend, and the kernel that is not its own."""
-        return options.backend + (" rotary=triton" if options.rotary == "triton" else "")

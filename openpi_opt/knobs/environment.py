@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from openpi_opt.machine import Machine
 
 Vendor = Literal["amd", "nvidia", "gpu", "any"]
+_SERVED: dict[Vendor, tuple[str, ...]] = {
+    "any": ("cpu", "cuda", "rocm"),
+    "gpu": ("cuda", "rocm"),
+    "amd": ("rocm",),
+    "nvidia": ("cuda",),
+}
 
 FLAG = "0|1"
 AMD_GUIDE = "AMD workload tuning guide for MI300X"
@@ -190,23 +196,19 @@ class Environment(Knob[EnvironmentOptions]):
     name = "environment"
     options_type = EnvironmentOptions
 
-    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
+    def refusals(self, cfg: Configuration, machine: Machine) -> Iterator[Refusal]:
         """A variable of the other vendor would be ignored, and called a result."""
-        device = cfg.platform.device
-        foreign = [
-            name for name in self.of(cfg).variables if not _serves(VARIABLES[name].vendor, device)
-        ]
+        given, device = self.of(cfg).variables, cfg.platform.device
+        kinds = {"amd": "AMD GPU", "nvidia": "NVIDIA GPU", "gpu": "GPU"}
+        vendors = {name: VARIABLES[name].vendor for name in given}
+        foreign = {name: v for name, v in vendors.items() if device not in _SERVED[v]}
         if foreign:
-            kind = {"amd": "AMD GPU", "nvidia": "NVIDIA GPU", "gpu": "GPU"}
-            what = ", ".join(f"{name} ({kind[VARIABLES[name].vendor]})" for name in foreign)
-            return Refusal(
-                "unavailable", f"this trial runs on {device}, which does not read {what}"
-            )
+            what = ", ".join(f"{name} ({kinds[vendor]})" for name, vendor in foreign.items())
+            yield Refusal("unavailable", f"this trial runs on {device}, which does not read {what}")
         for names in _SPELLINGS:
-            given = [name for name in names if name in self.of(cfg).variables]
-            if len(given) > 1:
-                return Refusal("invalid", f"{' and '.join(given)} are the same setting; give one")
-        return None
+            same = [name for name in names if name in given]
+            if len(same) > 1:
+                yield Refusal("invalid", f"{' and '.join(same)} are the same setting; give one")
 
     def canonical(self, cfg: Configuration) -> EnvironmentOptions:
         """Without the variables that nothing reads."""
@@ -229,19 +231,9 @@ class Environment(Knob[EnvironmentOptions]):
 
 def _why_inert(name: str, cfg: Configuration) -> str | None:
     """Why nothing reads a variable under `cfg`, or None."""
-    if VARIABLES[name].source == TUNABLE_OP and cfg.knobs["blas"].tunableop.mode != "tune":  # type: ignore[attr-defined]
+    if VARIABLES[name].source == TUNABLE_OP and cfg.knobs["blas"].tunableop.mode != "tune":
         return "it is read while tuning only, blas.tunableop.mode=tune"
     return VARIABLES[name].inert
-
-
-def _serves(vendor: Vendor, device: str) -> bool:
-    devices = {
-        "any": ("cpu", "cuda", "rocm"),
-        "gpu": ("cuda", "rocm"),
-        "amd": ("rocm",),
-        "nvidia": ("cuda",),
-    }
-    return device in devices[vendor]
 
 
 def _problem(name: str, value: str) -> str | None:
@@ -251,7 +243,7 @@ def _problem(name: str, value: str) -> str | None:
     for pattern, reason in REFUSED.items() if known is None or name in REFUSED else ():
         if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
             return f"{name} is refused: it {reason}"
-    if name not in VARIABLES:
-        known_names = ", ".join(VARIABLES)
-        return f"unknown variable {name}; known are {known_names}.{near(name, VARIABLES)}"
-    return f"{name}={value!r}: allowed is {VARIABLES[name].values} ({VARIABLES[name].meaning})"
+    if known is None:
+        names = ", ".join(VARIABLES)
+        return f"unknown variable {name}; known are {names}.{near(name, VARIABLES)}"
+    return f"{name}={value!r}: allowed is {known.values} ({known.meaning})"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
-from openpi_opt.knobs.refusals import triton_problem
+from openpi_opt.knobs.refusals import triton_refusals
 
 if TYPE_CHECKING:
     from openpi_opt.machine import Machine
@@ -73,52 +74,41 @@ class Fusion(Knob[FusionOptions]):
         "expert_layer": ("prefill", "denoise"),
     }
 
-    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
+    def refusals(self, cfg: Configuration, machine: Machine) -> Iterator[Refusal]:
         """The fused expert layer needs a GPU, and its parts among the other options."""
-        options = self.of(cfg)
-        if options.vision_mlp and (problem := _vision_mlp_contradiction(cfg)):
-            return Refusal("invalid", f"fusion.vision_mlp {problem}")
-        if options.expert_layer and (refusal := triton_problem("fusion.expert_layer", cfg)):
-            return refusal
-        if options.expert_layer and (problem := _layer_contradiction(cfg, options)):
-            return Refusal("invalid", f"fusion.expert_layer {problem}")
-        if options.residuals and cfg.knobs["blas"].algorithm != "searched":  # type: ignore[attr-defined]
-            return Refusal(
+        options, blas = self.of(cfg), cfg.knobs["blas"]
+        if options.vision_mlp:
+            for problem in _left_by(blas, "vision", "no product of SigLIP's fc1"):
+                yield Refusal("invalid", f"fusion.vision_mlp {problem}")
+        if options.expert_layer:
+            yield from triton_refusals("fusion.expert_layer", cfg)
+            for problem in _layer_contradictions(cfg, options):
+                yield Refusal("invalid", f"fusion.expert_layer {problem}")
+        if options.residuals and blas.algorithm != "searched":
+            yield Refusal(
                 "invalid",
                 "fusion.residuals leaves residuals to the products of blas.algorithm=searched",
             )
-        return None
 
     def transform(self, policy: Pi0Policy, cfg: Configuration) -> None:
         """Fuse the weights as cast by `precision`, which comes before."""
         from openpi_opt.surgery import fused
 
         options = self.of(cfg)
-        if options.qkv:
-            fused.fuse_qkv(policy)
-        if options.gate_up:
-            fused.fuse_gate_up(policy)
-        if options.vision_qkv:
-            fused.fuse_vision_qkv(policy)
-        if options.vision_mlp:
-            fused.fuse_vision_mlp(policy)
-        if options.vision_patches:
-            fused.fuse_vision_patches(policy)
-        if options.residuals:
-            fused.fuse_residuals(policy)
+        for switch, fuse in fused.FUSIONS.items():
+            if getattr(options, switch):
+                fuse(policy)
         if options.expert_layer:
             from openpi_opt.surgery.expert import fuse_expert_layers
-            from openpi_opt.surgery.lean import LeanPolicy
 
-            launch = cfg.knobs["attention"].launch("denoise")  # type: ignore[attr-defined]
             gemm, device = cfg.knobs["gemm"], cfg.platform.device
-            launches = {
-                "attention": launch.canonical("denoise", cfg.platform.device).given(),
-                **{n: own.canonical(n, device).given() for n, own in gemm.launches().items()},  # type: ignore[attr-defined]
-            }
-            fuse_expert_layers(policy, launches, gemm.max_rows)  # type: ignore[attr-defined]
-            if isinstance(policy, LeanPolicy):
-                policy.derive()
+            launches = {name: own.canonical(name, device) for name, own in gemm.launches().items()}
+            launches["attention"] = cfg.knobs["attention"].launch_denoise.canonical(
+                "denoise", device
+            )
+            given = {name: launch.given() for name, launch in launches.items()}
+            fuse_expert_layers(policy, given, gemm.max_rows)
+            policy.derive()
 
     def label(self, options: FusionOptions) -> str:
         """The switches that are on; `all` are the three of projections."""
@@ -128,35 +118,26 @@ class Fusion(Knob[FusionOptions]):
         return "+".join([*words, *more]) or "none"
 
 
-def _vision_mlp_contradiction(cfg: Configuration) -> str | None:
-    """Who else wants to compute SigLIP's first MLP product, or None."""
-    blas = cfg.knobs["blas"]
-    if blas.backend == "aiter":  # type: ignore[attr-defined]
-        return "leaves no product of SigLIP's fc1 to aiter; use another blas"
-    if blas.backend == "fp8" and "vision" in blas.fp8.stages:  # type: ignore[attr-defined]
-        return "leaves no product of SigLIP's fc1 to FP8; take vision out of blas.fp8.stages"
-    return None
+def _left_by(blas: Any, stage: str, what: str) -> Iterator[str]:
+    """Who else computes the products of `stage`: aiter, or FP8."""
+    if blas.backend == "aiter":
+        yield f"leaves {what} to aiter; use another blas"
+    if blas.backend == "fp8" and stage in blas.fp8.stages:
+        yield f"leaves {what} to FP8; take {stage} out of blas.fp8.stages"
 
 
-def _layer_contradiction(cfg: Configuration, options: FusionOptions) -> str | None:
-    """What among the options keeps the expert's layers from being fused, or None."""
-    attention, gemm, blas, precision, simplify = (
-        cfg.knobs[name] for name in ("attention", "gemm", "blas", "precision", "simplify")
-    )
+def _layer_contradictions(cfg: Configuration, options: FusionOptions) -> Iterator[str]:
+    """What among the options keeps the expert's layers from being fused."""
+    knobs = cfg.knobs
     if not (options.qkv and options.gate_up):
-        return "needs fusion.qkv and fusion.gate_up"
-    if precision.dtype == "float32":  # type: ignore[attr-defined]
-        return "is made for 16-bit weights; precision=float32 contradicts it"
-    if attention.denoise != "triton":  # type: ignore[attr-defined]
-        return (
-            "computes the expert's attention by the own Triton kernel; use attention.denoise=triton"
-        )
-    if gemm.backend != "triton_skinny":  # type: ignore[attr-defined]
-        return "computes the expert's products by the own Triton kernel; use gemm=triton_skinny"
-    if blas.backend == "aiter":  # type: ignore[attr-defined]
-        return "leaves none of the expert's products to aiter; use another blas"
-    if blas.backend == "fp8" and "denoise" in blas.fp8.stages:  # type: ignore[attr-defined]
-        return "leaves none of the expert's products to FP8; take denoise out of blas.fp8.stages"
-    if cfg.model.family == "pi05" and not simplify.time_mlp:  # type: ignore[attr-defined]
-        return "needs the constants of each step of pi05; use simplify.time_mlp=true"
-    return None
+        yield "needs fusion.qkv and fusion.gate_up"
+    if knobs["precision"].dtype == "float32":
+        yield "is made for 16-bit weights; precision=float32 contradicts it"
+    own = "by the own Triton kernel; use"
+    if knobs["attention"].denoise != "triton":
+        yield f"computes the expert's attention {own} attention.denoise=triton"
+    if knobs["gemm"].backend != "triton_skinny":
+        yield f"computes the expert's products {own} gemm=triton_skinny"
+    yield from _left_by(knobs["blas"], "denoise", "none of the expert's products")
+    if cfg.model.family == "pi05" and not knobs["simplify"].time_mlp:
+        yield "needs the constants of each step of pi05; use simplify.time_mlp=true"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
-from openpi_opt.knobs.launch import LINEARS, LinearLaunch, arch_of, linears_problem
-from openpi_opt.knobs.refusals import triton_problem
+from openpi_opt.knobs.launch import LINEARS, LinearLaunch, arch_of
+from openpi_opt.knobs.refusals import triton_refusals
 
 if TYPE_CHECKING:
     from openpi_opt.machine import Machine
@@ -51,22 +52,23 @@ class Gemm(Knob[GemmOptions]):
 
     tuned: ClassVar = tuple(f"launch_{name}" for name in LINEARS)
 
-    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
-        """Triton compiles for GPUs only."""
+    def refusals(self, cfg: Configuration, machine: Machine) -> Iterator[Refusal]:
+        """Triton compiles for GPUs only; launch parameters must fit the processor."""
         if self.of(cfg).backend == "triton_skinny":
-            refusal = triton_problem("gemm=triton_skinny", cfg)
-            if refusal is not None:
-                return refusal
-        options = self.canonical(cfg)
-        problem = linears_problem(options.launches(), _rows(cfg), arch_of(cfg, machine))
-        return None if problem is None else Refusal("invalid", problem)
+            yield from triton_refusals("gemm=triton_skinny", cfg)
+        for name, launch in self.canonical(cfg).launches().items():
+            if not launch.given():
+                continue
+            problem = launch.problem(name, _rows(cfg), arch_of(cfg, machine))
+            if problem is not None:
+                yield Refusal("invalid", f"gemm.launch_{name} {problem}")
 
     def canonical(self, cfg: Configuration) -> GemmOptions:
         """`max_rows` means nothing to torch, launch parameters nothing without fused layers."""
         options = self.of(cfg)
         if options.backend == "torch":
             return GemmOptions()
-        fused = cfg.knobs["fusion"].expert_layer  # type: ignore[attr-defined]
+        fused = cfg.knobs["fusion"].expert_layer
         read = bool(fused) and _rows(cfg) <= options.max_rows
         device = cfg.platform.device
         launches = {
@@ -90,17 +92,12 @@ class Gemm(Knob[GemmOptions]):
         policy.ops.linear = triton_skinny_gemm.linear(options.max_rows)
 
     def label(self, options: GemmOptions) -> str:
-        """The backend, the threshold if it is not the kernel's own, and launch parameters."""
-        words: list[str] = [options.backend]
-        if options.max_rows != type(options)().max_rows:
-            words.append(f"max_rows={options.max_rows}")
-        for name, launch in options.launches().items():
-            words += [f"{name}.{key}={value}" for key, value in launch.given().items()]
-        return " ".join(words)
+        """As of all knobs, without `launch_` before the names of products."""
+        return super().label(options).replace("launch_", "")
 
 
 def _rows(cfg: Configuration) -> int:
     """Rows of a denoising step's products."""
-    once = cfg.knobs["simplify"].state_once  # type: ignore[attr-defined]
+    once = cfg.knobs["simplify"].state_once
     state = cfg.model.family == "pi0" and not once
     return cfg.workload.batch_size * (cfg.workload.horizon + state)

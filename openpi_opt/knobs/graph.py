@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
@@ -29,13 +30,12 @@ class Graph(Knob[GraphOptions]):
     options_type = GraphOptions
     quick: ClassVar = {"mode": "manual"}  # a call of 200 ms is measured for half a minute
 
-    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
+    def refusals(self, cfg: Configuration, machine: Machine) -> Iterator[Refusal]:
         """Graphs exist on GPUs only."""
         if self.of(cfg).mode == "manual" and cfg.platform.device == "cpu":
-            return Refusal(
+            yield Refusal(
                 "unavailable", "graph=manual needs a CUDA or HIP graph; this trial runs on the CPU"
             )
-        return None
 
     def wrap(self, call: Call, cfg: Configuration) -> Call:
         """Capture at the first call, replay from then on."""
@@ -48,7 +48,3 @@ class Graph(Knob[GraphOptions]):
     def float32_form(self, cfg: Configuration) -> GraphOptions:
         """A replay runs what was captured."""
         return GraphOptions()
-
-    def label(self, options: GraphOptions) -> str:
-        """The mode."""
-        return options.mode

@@ -8,7 +8,6 @@ and sm90), in which what is left to the table counts as the least there is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from openpi_opt.knobs.base import Configuration, Options
@@ -137,15 +136,6 @@ class AttentionLaunch(_Launch):
         if stage != "denoise" and sums > _REGISTERS:
             return f"holds {sums:.0f} sums a thread; use more warps or smaller blocks"
         return None
-
-
-def linears_problem(launches: Mapping[str, LinearLaunch], rows: int, arch: str) -> str | None:
-    """The first of the products that cannot have its launch parameters, with the reason."""
-    for name, launch in launches.items():
-        found = launch.problem(name, rows, arch) if launch.given() else None
-        if found is not None:
-            return f"gemm.launch_{name} {found}"
-    return None
 
 
 def arch_of(cfg: Configuration, machine: Machine) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from openpi_opt.knobs.base import Configuration, Knob, Options, Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from openpi_opt.machine import Machine
     from openpi_opt.pi0.policy import Pi0Policy
@@ -41,19 +41,17 @@ class Precision(Knob[PrecisionOptions]):
     options_type = PrecisionOptions
     quick: ClassVar = {"dtype": "bfloat16"}  # float32 takes four times as long, and more memory
 
-    def check(self, cfg: Configuration, machine: Machine) -> Refusal | None:
+    def refusals(self, cfg: Configuration, machine: Machine) -> Iterator[Refusal]:
         """TF32 exists on some GPUs; a CPU multiplies float32 in float32."""
         if not self.of(cfg).tf32 or cfg.platform.device == "cpu":
-            return None
+            return
         arch = machine.gpu(cfg.device, cfg.platform.gpu).arch
-        if cfg.platform.device == "cuda" and int(arch.removeprefix("sm")) < _TF32_MIN_SM:
-            return Refusal("unavailable", f"precision.tf32 needs sm80 or newer; this GPU is {arch}")
-        if cfg.platform.device == "rocm" and arch not in _XF32_ARCHS:
-            return Refusal(
-                "unavailable",
-                f"precision.tf32 needs one of {', '.join(_XF32_ARCHS)}; this GPU is {arch}",
-            )
-        return None
+        if cfg.platform.device == "cuda":
+            able, needed = int(arch.removeprefix("sm")) >= _TF32_MIN_SM, "sm80 or newer"
+        else:
+            able, needed = arch in _XF32_ARCHS, f"one of {', '.join(_XF32_ARCHS)}"
+        if not able:
+            yield Refusal("unavailable", f"precision.tf32 needs {needed}; this GPU is {arch}")
 
     def canonical(self, cfg: Configuration) -> PrecisionOptions:
         """A CPU has no TF32."""
@@ -97,7 +95,3 @@ class Precision(Knob[PrecisionOptions]):
         if self.of(cfg).tf32 and not self.canonical(cfg).tf32:
             return ["precision.tf32 has no effect on a CPU."]
         return []
-
-    def label(self, options: PrecisionOptions) -> str:
-        """The format."""
-        return options.dtype + (" tf32" if options.tf32 else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from openpi_opt.knobs.base import Configuration, Knob, Options, switches_label
+from openpi_opt.knobs.base import Configuration, Knob, Options
 
 if TYPE_CHECKING:
     from openpi_opt.pi0.policy import Pi0Policy
@@ -62,7 +62,7 @@ class Simplify(Knob[SimplifyOptions]):
     def canonical(self, cfg: Configuration) -> SimplifyOptions:
         """A fused expert layer needs no buffer; pi05 has no state token to run once."""
         options = self.of(cfg)
-        fused = cfg.knobs["fusion"].expert_layer  # type: ignore[attr-defined]
+        fused = cfg.knobs["fusion"].expert_layer
         return options.model_copy(
             update={
                 "kv_buffer": options.kv_buffer and not fused,
@@ -110,5 +110,6 @@ class Simplify(Knob[SimplifyOptions]):
         return notes
 
     def label(self, options: SimplifyOptions) -> str:
-        """The switches that are on."""
-        return switches_label(options)
+        """The switches that are on, `all` or `none`."""
+        on = [name for name, value in options.model_dump().items() if value]
+        return "all" if len(on) == len(SimplifyOptions.model_fields) else "+".join(on) or "none"

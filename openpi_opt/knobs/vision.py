@@ -63,7 +63,3 @@ class Vision(Knob[VisionOptions]):
             separate_cameras=options.cameras == "separate",
             skip_masked=options.skip_masked,
         )
-
-    def label(self, options: VisionOptions) -> str:
-        """The way of the cameras, and whether masked ones are skipped."""
-        return options.cameras + (" skip_masked" if options.skip_masked else "")

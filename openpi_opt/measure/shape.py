@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy  # its `stats` takes half a second to load, so when it is used
 from numpy.typing import NDArray
-from scipy import stats
 
 Array = NDArray[np.float64]
 
@@ -83,7 +83,9 @@ def trend(samples: Array) -> Finding | None:
     if np.ptp(medians) == 0:
         return None
     time = np.arange(len(medians), dtype=np.float64)
-    slope, intercept = stats.theilslopes(medians, time)[:2]
+    later, earlier = np.tril_indices(len(medians), -1)
+    slope = float(np.median((medians[later] - medians[earlier]) / (time[later] - time[earlier])))
+    intercept = np.median(medians) - slope * np.median(time)
     at, jump, step_squares = _best_step(medians)
     line_squares = float(((medians - intercept - slope * time) ** 2).sum())
     level = float(np.median(samples))
@@ -91,11 +93,10 @@ def trend(samples: Array) -> Finding | None:
     if step_squares < line_squares / 2 and abs(jump) > CLEAR_STEP * left:
         text = f"a step {_direction(jump)} of {abs(jump) / level:.1%} after {at:.0%} of the run"
         return Finding("drift", text) if abs(jump) >= LEAST_CHANGE * level else None
-    if stats.kendalltau(time, medians).pvalue > CERTAINTY:
+    change = slope * len(medians) / level
+    if abs(change) < LEAST_CHANGE or scipy.stats.kendalltau(time, medians).pvalue > CERTAINTY:
         return None
-    change = float(slope) * len(medians) / level
-    text = f"drifting {_direction(change)} {abs(change):.1%} over the run"
-    return Finding("drift", text) if abs(change) >= LEAST_CHANGE else None
+    return Finding("drift", f"drifting {_direction(change)} {abs(change):.1%} over the run")
 
 
 def _best_step(medians: Array) -> tuple[float, float, float]:
@@ -179,7 +180,9 @@ def _has_valley(lower: Array, upper: Array, low: float, high: float) -> bool:
 
 
 def _silverman(values: Array) -> float:
-    spread = min(float(values.std()), float(stats.iqr(values)) / 1.349) or float(values.std())
+    first, third = np.percentile(values, [25, 75])
+    std = float(values.std())
+    spread = min(std, float(third - first) / 1.349) or std
     return float(0.9 * spread * len(values) ** -0.2)
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special  # not `stats`, which every trial would load for half a second
 
 from openpi_opt.measure.shape import findings
 from openpi_opt.result import Latency
@@ -120,7 +120,7 @@ def mean_half_width(samples: Array) -> float:
     count = len(samples)
     k = inefficiency(samples)
     variance = float(((samples - samples.mean()) ** 2).sum()) / (count - k)
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count / k - 1))
+    quantile = float(special.stdtrit(count / k - 1, (1 + CONFIDENCE) / 2))
     return quantile * math.sqrt(variance * k / count)
 
 
@@ -135,10 +135,16 @@ def median_interval(samples: Array) -> tuple[float, float]:
     middle = np.median(samples)
     sides = (samples < middle).astype(np.float64) + 0.5 * (samples == middle)
     worth = max(1, int(count / inefficiency(sides)))
-    rank = float(stats.binom.ppf((1 - CONFIDENCE) / 2, worth, 0.5)) * count / worth
+    rank = _binomial_rank(worth) * count / worth
     ordered = np.sort(samples)
     index = max(math.floor(rank), 1) - 1
     return float(ordered[index]), float(ordered[count - 1 - index])
+
+
+def _binomial_rank(count: int) -> int:
+    """The lower 2.5% quantile of the successes in `count` throws of a coin."""
+    level = (1 - CONFIDENCE) / 2
+    return int(np.searchsorted(special.bdtr(np.arange(count + 1.0), count, 0.5), level))
 
 
 def relative_half_width(samples: Array) -> float:

@@ -23,28 +23,16 @@ from openpi_opt.pi0.policy import Pi0Policy
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
-TIED = "paligemma_with_expert.paligemma.lm_head.weight"
-EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
-
+_PALIGEMMA = "paligemma_with_expert.paligemma."
+TIED = _PALIGEMMA + "lm_head.weight"
+EMBEDDING = _PALIGEMMA + "model.language_model.embed_tokens.weight"
 # LeRobot up to 0.3 nested PaliGemma as transformers did before 4.52.
-LEGACY_NAMES = (
-    (
-        "paligemma_with_expert.paligemma.language_model.model.",
-        "paligemma_with_expert.paligemma.model.language_model.",
-    ),
-    (
-        "paligemma_with_expert.paligemma.language_model.lm_head.",
-        "paligemma_with_expert.paligemma.lm_head.",
-    ),
-    (
-        "paligemma_with_expert.paligemma.vision_tower.",
-        "paligemma_with_expert.paligemma.model.vision_tower.",
-    ),
-    (
-        "paligemma_with_expert.paligemma.multi_modal_projector.",
-        "paligemma_with_expert.paligemma.model.multi_modal_projector.",
-    ),
-)
+LEGACY_NAMES = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
 # transformers 5 has no level `vision_model` in PaliGemma's tower.
 NEWER_VISION = re.compile(
     r"(paligemma_with_expert\.paligemma\.(?:model\.)?vision_tower\.)"
@@ -143,9 +131,9 @@ def openpi_name(stored: str) -> str | None:
     if LEGACY_STATISTICS.fullmatch(stored):
         return None
     name = NEWER_VISION.sub(r"\1vision_model.", stored.removeprefix("model."))
-    for old, new in LEGACY_NAMES:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
+    for old, new in LEGACY_NAMES.items():
+        if name.startswith(_PALIGEMMA + old):
+            return _PALIGEMMA + new + name.removeprefix(_PALIGEMMA + old)
     return name
 
 
@@ -183,23 +171,19 @@ def _check_family(path: Path, entries: Mapping[str, Entry], config: Pi0Config) -
 
 def _check(path: Path, entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError unless `entries` fill `shapes` exactly."""
-    problems = []
-    if missing := [name for name in shapes if name not in entries]:
-        problems.append(f"{len(missing)} missing{some(missing)}")
-    if unexpected := [entry.stored_name for name, entry in entries.items() if name not in shapes]:
-        problems.append(f"{len(unexpected)} unexpected{some(unexpected)}")
     known = {name: entry for name, entry in entries.items() if name in shapes}
-    if misshapen := [
-        f"{entry.stored_name} {list(entry.shape)} instead of {list(shapes[name])}"
-        for name, entry in known.items()
-        if entry.shape != shapes[name]
-    ]:
-        problems.append(f"{len(misshapen)} of another shape{some(misshapen)}")
-    if wrong := [
-        f"{entry.stored_name} {entry.dtype}"
-        for entry in known.values()
-        if entry.dtype not in FLOATS
-    ]:
-        problems.append(f"{len(wrong)} of a type that is no float{some(wrong)}")
-    if problems:
-        raise CheckpointError(f"{path} does not fit the model: " + "; ".join(problems) + ".")
+    wrong = {
+        "missing": [name for name in shapes if name not in entries],
+        "unexpected": [e.stored_name for name, e in entries.items() if name not in shapes],
+        "of another shape": [
+            f"{entry.stored_name} {list(entry.shape)} instead of {list(shapes[name])}"
+            for name, entry in known.items()
+            if entry.shape != shapes[name]
+        ],
+        "of a type that is no float": [
+            f"{e.stored_name} {e.dtype}" for e in known.values() if e.dtype not in FLOATS
+        ],
+    }
+    if any(wrong.values()):
+        said = [f"{len(names)} {what}{some(names)}" for what, names in wrong.items() if names]
+        raise CheckpointError(f"{path} does not fit the model: {'; '.join(said)}.")

@@ -6,17 +6,10 @@ its successor of 3.6 B. `PI0_MINI` and `PI05_MINI` are the same graphs with smal
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 RopeFrequencies = Literal["bfloat16", "float32"]
 Family = Literal["pi0", "pi05"]
-
-
-def _require_positive(owner: object) -> None:
-    """Raise ValueError when an integer field of the dataclass instance `owner` is below one."""
-    for name, value in vars(owner).items():
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"{type(owner).__name__}.{name} is {value}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -29,14 +22,6 @@ class VisionConfig:
     mlp_width: int
     image_size: int = 224
     patch_size: int = 14
-
-    def __post_init__(self) -> None:
-        _require_positive(self)
-        if self.width % self.heads or self.image_size % self.patch_size:
-            raise ValueError(
-                f"VisionConfig: width {self.width} must be a multiple of heads {self.heads}, and "
-                f"image_size {self.image_size} one of patch_size {self.patch_size}."
-            )
 
     @property
     def head_dim(self) -> int:
@@ -51,7 +36,11 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class GemmaConfig:
-    """Sizes of one Gemma tower; the query width `heads * head_dim` may differ from `width`."""
+    """Sizes of one Gemma tower; the query width `heads * head_dim` may differ from `width`.
+
+    `heads` is a multiple of `kv_heads`, and `head_dim` even. Both towers of a policy have the same
+    depth, `kv_heads` and `head_dim`: a layer of the expert reads the prefix keys of its like.
+    """
 
     width: int
     depth: int
@@ -59,14 +48,6 @@ class GemmaConfig:
     kv_heads: int
     head_dim: int
     mlp_width: int
-
-    def __post_init__(self) -> None:
-        _require_positive(self)
-        if self.heads % self.kv_heads or self.head_dim % 2:
-            raise ValueError(
-                f"GemmaConfig: heads {self.heads} must be a multiple of kv_heads {self.kv_heads}, "
-                f"and head_dim {self.head_dim} must be even for the rotary embedding."
-            )
 
 
 @dataclass(frozen=True)
@@ -91,30 +72,6 @@ class Pi0Config:
     action_dim: int = 32
     rope_frequencies: RopeFrequencies = "bfloat16"
     family: Family = "pi0"
-
-    def __post_init__(self) -> None:
-        _require_positive(self)
-        if self.rope_frequencies not in get_args(RopeFrequencies):
-            raise ValueError(
-                f"rope_frequencies is {self.rope_frequencies!r}; "
-                f"allowed are {', '.join(get_args(RopeFrequencies))}."
-            )
-        if self.family not in get_args(Family):
-            raise ValueError(
-                f"family is {self.family!r}; allowed are {', '.join(get_args(Family))}."
-            )
-        if self.expert.width < 4 or self.expert.width % 2:
-            raise ValueError(
-                f"The expert's width is {self.expert.width}; the time features (half sines, half "
-                "cosines, at least two periods) need an even width of 4 or more."
-            )
-        for field in ("depth", "kv_heads", "head_dim"):
-            prefix, suffix = getattr(self.language, field), getattr(self.expert, field)
-            if prefix != suffix:
-                raise ValueError(
-                    f"language.{field} is {prefix} and expert.{field} is {suffix}; they must be "
-                    "equal because each expert layer reads the prefix keys of the same layer."
-                )
 
     @property
     def state_tokens(self) -> int:

@@ -182,8 +182,7 @@ class Pi0Policy(nn.Module):
         table = time_features(self.steps, config.expert.width)
         self.register_buffer("frequencies", frequencies.to(device), persistent=False)
         self.register_buffer("time_table", table.to(device), persistent=False)
-        if self.layout is not None:
-            self.declare_layout(self.layout)
+        self.derive()
 
     def declare_layout(self, layout: Layout | None) -> None:
         """Promise that every later batch has the masks of `layout`; None takes the promise back.
@@ -201,6 +200,17 @@ class Pi0Policy(nn.Module):
                 f"The layout has {layout.tokens_per_camera} tokens a camera; "
                 f"{self.config.name} has {self.config.vision.tokens}."
             )
+        self.layout = layout
+        self.derive()
+
+    @property
+    def prefix_layout(self) -> Layout | None:
+        """What of the declared layout enters the language model: all of it."""
+        return self.layout
+
+    def derive(self) -> None:
+        """Compute what follows from the layout, on the policy's device."""
+        layout = self.prefix_layout
         if layout is not None and not layout.flexible:
             index = torch.tensor(layout.valid_index())
             mask = torch.zeros(1, layout.prefix_slots, dtype=torch.bool)
@@ -212,7 +222,6 @@ class Pi0Policy(nn.Module):
                 ("layout_count", mask.sum(1)),
             ):
                 self.register_buffer(name, value.to(self.device), persistent=False)
-        self.layout = layout
 
     def encode_images(self, images: Tensor) -> Tensor:
         """[B, C, 3, 224, 224] float32 in [-1, 1] -> image tokens [B, C*256, W], not scaled."""
@@ -226,17 +235,26 @@ class Pi0Policy(nn.Module):
         return F.embedding(tokens, table) * math.sqrt(self.config.language.width)
 
     def prefill(
-        self, image_tokens: Tensor, tokens: Tensor, image_mask: Tensor, token_mask: Tensor
+        self,
+        image_tokens: Tensor,
+        tokens: Tensor,
+        image_mask: Tensor,
+        token_mask: Tensor,
+        state: Tensor,
     ) -> PrefixCache:
-        """Image tokens [B, C*256, W], prompt [B, L] and their masks -> the prefix cache."""
+        """Image tokens [B, C*256, W], prompt [B, L] and their masks -> the prefix cache.
+
+        The state [B, A] is for who lets its token belong to the prefix.
+        """
         x = torch.cat((image_tokens, self.embed_prompt(tokens)), dim=1)
         x, positions, count, mask = self.arrange(x, image_mask, token_mask)
-        rope = rope_at(positions, self.frequencies, self.dtype)
-        how = Attending(rope, self.prefix_visibility(mask, count), self.ops.attention_prefill)
+        visibility = self.prefix_visibility(mask, count)
+        how = Attending(self.prefix_rope(positions), visibility, self.ops.attention_prefill)
         _, caches = self.language(x, how)
-        if self.layout is None or self.layout.flexible:
+        layout = self.prefix_layout
+        if layout is None or layout.flexible:
             return PrefixCache(caches, count, mask)
-        if not self.layout.all_valid:
+        if not layout.all_valid:
             caches = [
                 KeysValues(*(tensor.index_select(1, self.layout_index) for tensor in cache))
                 for cache in caches
@@ -245,11 +263,16 @@ class Pi0Policy(nn.Module):
 
     def prefill_of(self, inputs: Inputs, image_tokens: Tensor) -> PrefixCache:
         """`prefill` of a batch of observations, given its image tokens [B, C*256, W]."""
-        return self.prefill(image_tokens, inputs.tokens, inputs.image_mask, inputs.token_mask)
+        masks = inputs.image_mask, inputs.token_mask
+        return self.prefill(image_tokens, inputs.tokens, *masks, inputs.state)
+
+    def prefix_rope(self, positions: Tensor) -> Rope:
+        """The rotary tables of prefix tokens at positions [B or 1, P]."""
+        return rope_at(positions, self.frequencies, self.dtype)
 
     def arrange(self, x: Tensor, image_mask: Tensor, token_mask: Tensor) -> Prefix:
         """Tokens [B, P, W], masks [B, C] and [B, L] -> the prefix as the layout has it."""
-        layout = self.layout
+        layout = self.prefix_layout
         if layout is not None and not layout.flexible:
             return Prefix(x, self.layout_positions, self.layout_count, self.layout_mask)
         camera_mask = image_mask.repeat_interleave(self.config.vision.tokens, dim=1)
@@ -262,7 +285,7 @@ class Pi0Policy(nn.Module):
 
     def prefix_visibility(self, mask: Tensor, count: Tensor) -> Visibility:
         """Every prefix query sees the `count` [B or 1] valid tokens; mask [B or 1, P] bool."""
-        layout, slots = self.layout, mask.shape[1]
+        layout, slots = self.prefix_layout, mask.shape[1]
         if layout is None:
             return Visibility(mask[:, None, None, :], None)
         if layout.flexible:
@@ -276,44 +299,50 @@ class Pi0Policy(nn.Module):
     def suffix_visibility(self, cache: PrefixCache, horizon: int) -> Visibility:
         """The state sees the valid prefix and itself; actions see those and all actions."""
         if self.config.state_tokens == 0:
-            if cache.mask is None:
-                return Visibility(None, (Segment(0, horizon, None),))
-            return self.padded_visibility(cache, None, (Segment(0, horizon, None),), horizon)
+            return self.seen(cache, None, (Segment(0, horizon, None),), horizon)
         prefix = cache.layers[0].keys.shape[1]
         queries = torch.arange(horizon + 1, device=self.device)
         keys = torch.arange(prefix + horizon + 1, device=self.device)
         mask = (queries[:, None] > 0) | (keys[None, :] <= prefix)
         segments = (Segment(0, 1, prefix + 1), Segment(1, horizon + 1, None))
-        if cache.mask is None:
-            return Visibility(mask[None, None], segments)
-        return self.padded_visibility(cache, mask[None, None], segments, horizon + 1)
+        return self.seen(cache, mask[None, None], segments, horizon + 1)
 
-    def padded_visibility(
+    def seen(
         self, cache: PrefixCache, mask: Tensor | None, segments: tuple[Segment, ...], more: int
     ) -> Visibility:
-        """What queries see of a prefix of which `cache.mask` is valid, and of `more` keys after.
+        """What queries see of the prefix, and of `more` keys after it.
 
         `mask` (broadcastable to [B, 1, S, N + more]) and `segments` say it for a prefix that is
-        valid as a whole.
+        valid as a whole; `cache.mask` says what of it is.
         """
-        assert cache.mask is not None
+        if cache.mask is None:
+            return Visibility(mask, segments)
         seen = F.pad(cache.mask, (0, more), value=True)[:, None, None, :]
         seen = seen if mask is None else seen & mask
         if self.layout is None:
             return Visibility(seen, None)
         return Visibility(seen, segments, Padding(cache.valid_count, cache.mask.shape[1]))
 
+    def suffix_rope(self, cache: PrefixCache, start: int, stop: int) -> Rope:
+        """The rotary tables of the suffix tokens [start, stop), behind the valid prefix."""
+        positions = cache.valid_count[:, None] + torch.arange(start, stop, device=self.device)
+        return rope_at(positions, self.frequencies, self.dtype)
+
     def embed_suffix(self, x_t: Tensor, features: Tensor, state: Tensor) -> Tensor:
         """x_t [B, H, A], time features [E], state token [B, 1, E] -> tokens [B, S, E], all float32.
 
         The tokens of pi05 are the actions; time and state reach it by other ways.
         """
-        action = self.action_in_proj(x_t)
         if self.config.family == "pi05":
-            return action
-        timed = torch.cat((action, features.expand_as(action)), dim=-1)
-        mixed = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(timed)))
+            return self.action_in_proj(x_t)
+        mixed = self.action_time_mlp_out(F.silu(self.timed(x_t, features)))
         return torch.cat((state, mixed), dim=1)
+
+    def timed(self, x_t: Tensor, features: Tensor) -> Tensor:
+        """Actions [B, H, A] and the time [E], as pi0 mixes them -> [B, H, E]."""
+        action = self.action_in_proj(x_t)
+        features = features.expand_as(action)
+        return self.action_time_mlp_in(torch.cat((action, features), dim=-1))
 
     def embed_state(self, state: Tensor) -> Tensor:
         """State [B, A] -> its token [B, 1, E], float32; pi05 has none, and reads nothing of it."""
@@ -351,11 +380,9 @@ class Pi0Policy(nn.Module):
         """
         horizon = x_t.shape[1]
         suffix = self.embed_suffix(x_t, features, state).to(self.dtype)
-        offsets = torch.arange(suffix.shape[1], device=self.device)
-        positions = cache.valid_count[:, None] + offsets
-        rope = rope_at(positions, self.frequencies, self.dtype)
-        visibility = self.suffix_visibility(cache, horizon)
-        how = Attending(rope, visibility, self.ops.attention_denoise)
+        stop = self.config.state_tokens + horizon
+        rope = self.suffix_rope(cache, stop - suffix.shape[1], stop)
+        how = Attending(rope, self.suffix_visibility(cache, horizon), self.ops.attention_denoise)
         hidden = self.run_expert(suffix, features, how, cache.layers, horizon)
         return self.advance(x_t, hidden, features)
 

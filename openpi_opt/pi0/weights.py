@@ -165,60 +165,41 @@ def _fill_vision(
     config: VisionConfig, module: str, kind: str, parameter: Tensor, generator: torch.Generator
 ) -> None:
     """SigLIP: `module` and `kind` are the last two parts of the name ("q_proj", "weight")."""
+    unit, dims = _unit(parameter), config.head_dim // 4
+    branch, bonus = unit / math.sqrt(2.0 * config.depth), _bonus_level(config.head_dim, dims)
     if "norm" in module:
         _draw(parameter, LAYER_NORM_STD if kind == "weight" else 0.1, generator)
         if kind == "weight":
             parameter += 1.0
-    elif kind == "bias":
-        _fill_vision_bias(config, module, parameter, generator)
     elif module == "position_embedding":
         _draw(parameter, 1.0, generator)
         parameter[:, KIND] = -LEVEL
         parameter[FAVOURED_PATCHES, KIND] = LEVEL
-    elif module == "patch_embedding":
-        # Uniform pixels in [-1, 1] have the variance 1/3.
-        _draw(parameter, math.sqrt(3.0) * _unit(parameter), generator)
-        parameter[KIND] = 0.0
+    elif kind == "bias":
+        _draw(parameter, BIAS_STD, generator, mean=GELU_CENTRE if module == "fc1" else 0.0)
+        if module == "q_proj":
+            parameter.view(config.heads, -1)[:, :dims] = QUERY_LEVEL * bonus
     else:
-        _fill_vision_linear(config, module, parameter, generator)
-
-
-def _fill_vision_bias(
-    config: VisionConfig, module: str, parameter: Tensor, generator: torch.Generator
-) -> None:
-    _draw(parameter, BIAS_STD, generator, mean=GELU_CENTRE if module == "fc1" else 0.0)
-    if module == "q_proj":
-        dims = config.head_dim // 4
-        level = QUERY_LEVEL * _bonus_level(config.head_dim, dims)
-        parameter.view(config.heads, -1)[:, :dims] = level
-    elif module in ("patch_embedding", "out_proj", "fc2"):
-        parameter[KIND] = 0.0
-
-
-def _fill_vision_linear(
-    config: VisionConfig, module: str, parameter: Tensor, generator: torch.Generator
-) -> None:
-    branch = _unit(parameter) / math.sqrt(2.0 * config.depth)
-    if module == "out_proj":
-        _draw(parameter, VISION_ATTENTION_GAIN * branch, generator)
-        parameter[KIND] = 0.0
-    elif module == "fc2":
-        _draw(parameter, branch / GELU_STD, generator)
-        # GELU's mean is not 0: pairs of opposite columns keep it from piling up in the stream.
-        parameter[:, 1::2] = -parameter[:, : parameter.shape[1] // 2 * 2 : 2]
-        parameter[KIND] = 0.0
-    elif module == "v_proj":
-        _draw(parameter, _unit(parameter), generator)
-        parameter[:, KIND] *= VISION_KIND_VALUE_GAIN
-    else:
-        gain = MLP_IN_GAIN if module == "fc1" else LOGIT_GAIN
-        _draw(parameter, gain * _unit(parameter), generator)
-        parameter[:, KIND] = 0.0
+        stds = {
+            "patch_embedding": math.sqrt(3.0) * unit,  # pixels in [-1, 1] have the variance 1/3
+            "out_proj": VISION_ATTENTION_GAIN * branch,
+            "fc2": branch / GELU_STD,
+            "v_proj": unit,
+            "fc1": MLP_IN_GAIN * unit,
+        }
+        _draw(parameter, stds.get(module, LOGIT_GAIN * unit), generator)
+        if module == "fc2":
+            # GELU's mean is not 0: pairs of opposite columns keep it from piling up in the stream.
+            parameter[:, 1::2] = -parameter[:, : parameter.shape[1] // 2 * 2 : 2]
+        if module == "v_proj":
+            parameter[:, KIND] *= VISION_KIND_VALUE_GAIN
+        elif module in ("fc1", "q_proj", "k_proj"):
+            parameter[:, KIND] = 0.0
         if module == "k_proj":
-            dims = config.head_dim // 4
-            level = PATCH_BONUS / QUERY_LEVEL / 2.0 * _bonus_level(config.head_dim, dims)
             rows = parameter.view(config.heads, -1, config.width)[:, :dims]
-            rows[:, :, KIND] = _read(level, config.width)
+            rows[:, :, KIND] = _read(PATCH_BONUS / QUERY_LEVEL / 2.0 * bonus, config.width)
+    if module in ("patch_embedding", "out_proj", "fc2"):
+        parameter[KIND] = 0.0
 
 
 def _fill_gemma(
@@ -228,39 +209,32 @@ def _fill_gemma(
     generator: torch.Generator,
     bonus: tuple[float, float],
 ) -> None:
-    """A layer's linear `module`; `bonus` on the logits of positive and of negative kind."""
-    branch = _unit(parameter) / math.sqrt(2.0 * config.depth)
-    if module == "o_proj":
-        _draw(parameter, ATTENTION_GAIN * branch, generator)
-    elif module == "down_proj":
-        _draw(parameter, branch / GELU_RMS, generator)
-    elif module in ("q_proj", "k_proj"):
-        _draw(parameter, LOGIT_GAIN * _unit(parameter), generator)
-    else:
-        _draw(
-            parameter, (MLP_IN_GAIN if module == "gate_proj" else 1.0) * _unit(parameter), generator
-        )
+    """A layer's linear `module`; `bonus` on the logits of positive and of negative kind. It is
+    written into the head dims that rotate least: it hardly depends on place."""
+    unit = _unit(parameter)
+    branch = unit / math.sqrt(2.0 * config.depth)
+    stds = {
+        "o_proj": ATTENTION_GAIN * branch,
+        "down_proj": branch / GELU_RMS,
+        "q_proj": LOGIT_GAIN * unit,
+        "k_proj": LOGIT_GAIN * unit,
+        "gate_proj": MLP_IN_GAIN * unit,
+    }
+    _draw(parameter, stds.get(module, unit), generator)
     if module in ("o_proj", "down_proj"):
         parameter[BIAS] = 0.0
         parameter[KIND] = 0.0
         return
     parameter[:, BIAS] = _read(GELU_CENTRE, config.width) if module == "gate_proj" else 0.0
     parameter[:, KIND] *= KIND_VALUE_GAIN if module == "v_proj" else 0.0
-    if module in ("q_proj", "k_proj"):
-        _give_bonus(config, module, parameter, bonus)
-
-
-def _give_bonus(
-    config: GemmaConfig, module: str, parameter: Tensor, bonus: tuple[float, float]
-) -> None:
-    """Write the logit bonus into the head dims that rotate least: it hardly depends on place."""
     size = config.head_dim
     slow = slice(3 * size // 8, size // 2)
     level = _bonus_level(size, slow.stop - slow.start)
-    rows = parameter.view(-1, size, config.width)[:, slow]
     if module == "q_proj":
+        rows = parameter.view(-1, size, config.width)[:, slow]
         rows[:, :, BIAS] = _read(QUERY_LEVEL * level, config.width)
-    else:
+    elif module == "k_proj":
+        rows = parameter.view(-1, size, config.width)[:, slow]
         level /= QUERY_LEVEL
         rows[:, :, BIAS] = _read(level * (bonus[0] + bonus[1]) / 2.0, config.width)
         rows[:, :, KIND] = _read(level * (bonus[0] - bonus[1]) / 2.0, config.width)

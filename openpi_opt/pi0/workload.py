@@ -28,21 +28,6 @@ class Workload:
     batch_size: int
     flexible: bool = False
 
-    def __post_init__(self) -> None:
-        for name in ("prompt_slots", "prompt_tokens", "horizon", "steps", "batch_size"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"workload {name} is {value}; it must be at least 1.")
-        if self.prompt_tokens > self.prompt_slots:
-            raise ValueError(
-                f"workload prompt_tokens is {self.prompt_tokens}; "
-                f"at most prompt_slots, {self.prompt_slots}, are allowed."
-            )
-        if not any(self.active_cameras):
-            raise ValueError(
-                f"workload active_cameras is {self.active_cameras}; at least one must be active."
-            )
-
     @property
     def layout(self) -> Layout:
         """The masks of every batch of this workload, or their bounds; 256 tokens a camera."""

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ _SCALARS = (str, int, float, bool, type(None))
 # Text that Hydra resolves or refuses.
 _SPECIAL = ("${", "???")
 _HYDRA = threading.RLock()
+_MOST_SECTIONS = 20_000  # kept as they were put together
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Composer:
             self.loader = ConfigLoaderImpl(path)
         self._bases: dict[tuple[str, ...], Composed | UserError] = {}
         self._options: dict[tuple[str, str], dict[str, Any] | None] = {}
+        self._sections: dict[tuple[Any, ...], dict[str, Any] | None] = {}
 
     def __call__(self, overrides: Sequence[str]) -> Config:
         """The configuration for these overrides. Raises UserError: unknown group, option or key; a
@@ -167,23 +170,39 @@ class Composer:
 
     def assembled(self, overrides: Sequence[str]) -> dict[str, Any] | None:
         """The sections and settings without Hydra, or None where only Hydra can tell."""
-        parsed = [parse_override(line) for line in overrides]
-        base = self._base(tuple(o.input_line or "" for o in parsed if _section(o) is None))
+        lines: dict[str | None, list[str]] = {}
+        for line in overrides:
+            lines.setdefault(_section(line), []).append(line)
+        shared = tuple(lines.pop(None, ()))
+        base = self._base(shared)
         if base is None:
             return None
         values = dict(base.values)
-        own = [(name, override) for override in parsed if (name := _section(override))]
-        options = [name for name, override in own if override.key_or_group == name]
-        if len({*options}) < len(options):
-            return None
-        # Options first: keys are those of the option that is chosen.
-        for name, override in sorted(own, key=lambda pair: pair[1].key_or_group != pair[0]):
-            is_option = override.key_or_group == name
-            found = self._chosen(base, override) if is_option else _with_key(values[name], override)
-            if found is None:
+        for name, own in lines.items():
+            # Of thousands of points most share a section. Nobody changes what is kept here.
+            key = (shared, str(name), *own)
+            if key not in self._sections:
+                if len(self._sections) >= _MOST_SECTIONS:
+                    self._sections.clear()
+                self._sections[key] = self._put_together(base, str(name), own)
+            if (section := self._sections[key]) is None:
                 return None
-            values[name] = found
+            values[str(name)] = section
         return values
+
+    def _put_together(
+        self, base: Composed, name: str, lines: Sequence[str]
+    ) -> dict[str, Any] | None:
+        """A section with the overrides that belong to it, or None where only Hydra can tell."""
+        own = [parse_override(line) for line in lines]
+        choices = [override for override in own if override.key_or_group == name]
+        if len(choices) > 1:
+            return None
+        section = self._chosen(base, choices[0]) if choices else base.values[name]
+        for override in own:
+            if section is not None and override.key_or_group != name:
+                section = _with_key(section, override)
+        return section
 
     def _base(self, shared: tuple[str, ...]) -> Composed | None:
         """What the overrides that belong to no section give, or None where that is not of use."""
@@ -269,8 +288,10 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
 
 
-def _section(override: Override) -> str | None:
+@lru_cache(maxsize=4096)
+def _section(line: str) -> str | None:
     """The section or knob that an override changes, or None if it is not one alone."""
+    override = parse_override(line)
     name = head(override)
     return name if name in SCHEMAS and override.package is None else None
 

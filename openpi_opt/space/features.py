@@ -6,6 +6,7 @@ of a kernel are features only where that kernel runs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ def features(cfg: Config, space: Space, params: Mapping[str, str]) -> dict[str, 
     found = {
         f"{name}.{key}": text
         for name, options in cfg.canonical().knobs.items()
-        for key, text in _changed(options, type(options)(), "")
+        for key, text in _changed(options, _default(type(options)), "")
     }
     for key, text in params.items():
         if key.split(".")[0] not in BY_NAME and text != space.dimensions[key].values[0]:
@@ -40,6 +41,7 @@ def features(cfg: Config, space: Space, params: Mapping[str, str]) -> dict[str, 
     return found
 
 
+@functools.cache
 def touched(key: str) -> tuple[str, ...]:
     """The stages that a feature can change: as its knob declares, else all."""
     name, _, option = key.partition(".")
@@ -55,12 +57,14 @@ def is_slow(found: Mapping[str, str]) -> bool:
     )
 
 
+@functools.cache
 def is_tuned(key: str) -> bool:
     """Whether the default of a feature is what measuring found best, as its knob declares."""
     name, _, option = key.partition(".")
     return name in BY_NAME and option.split(".")[0] in BY_NAME[name].tuned
 
 
+@functools.cache
 def quick_values() -> dict[str, str]:
     """By key, the values with which a trial is short."""
     return {f"{k.name}.{option}": text for k in KNOBS for option, text in k.quick.items()}
@@ -102,6 +106,9 @@ def seconds(result: TrialResult) -> float:
     return sum(
         spent for phase, spent in result.phase_seconds.items() if phase not in ("wait", "queue")
     )
+
+
+_default = functools.cache(lambda kind: kind())
 
 
 def _changed(options: BaseModel, default: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:

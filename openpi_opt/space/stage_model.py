@@ -59,35 +59,58 @@ class Seen:
 
 
 class Codes:
-    """Points as rows of numbers, one column for each key, to count in how many they differ."""
+    """Points as the options that they have, to count in how many keys two differ."""
 
     def __init__(self, rows: Sequence[Features], is_read: Callable[[str], bool]):
-        self.keys = sorted({key for row in rows for key in row if is_read(key)})
-        self._numbers: list[dict[str, int]] = [{} for _ in self.keys]
-        for row in rows:
-            for numbers, key in zip(self._numbers, self.keys, strict=True):
-                if key in row:
-                    numbers.setdefault(row[key], len(numbers) + 1)
-        self._is_read = is_read
-        self._table = np.asarray([self._code(row) for row in rows], dtype=np.int16)
+        self._rows, self._is_read = rows, is_read
+        self.pairs = sorted({pair for row in rows for pair in row.items() if is_read(pair[0])})
+        self._number = {pair: number for number, pair in enumerate(self.pairs)}
+        self.has = np.zeros((len(rows), len(self.pairs)))
+        for here, row in zip(self.has, rows, strict=True):
+            here[[self._number[pair] for pair in row.items() if pair in self._number]] = 1.0
+        # Two points differ in the keys that one of them has, less those with the same option.
+        keys = sorted({key for key, _ in self.pairs})
+        of = {key: number for number, key in enumerate(keys)}
+        self._has_key = np.zeros((len(rows), len(keys)))
+        for number, (key, _) in enumerate(self.pairs):
+            self._has_key[:, of[key]] += self.has[:, number]
+        self._of = of
+        self._more: dict[Pair, NDArray[np.int64] | None] = {}
+        self._counts = self.has.sum(axis=1).astype(np.int64)
+        self._share = (1 - _OWN) * np.exp(-np.arange(len(keys) + 1) / _LENGTH)
 
     def near(self, point: Features) -> Array:
         """By row, how much of its deviation the point shares: `1 - _OWN` for the same."""
-        known = set(self.keys)
-        more = sum(key not in known and self._is_read(key) for key in point)
-        return self._shares((self._table != self._code(point)).sum(axis=1) + more)
+        apart = self._counts.copy()
+        for pair in point.items():
+            more = self._more[pair] if pair in self._more else self._look(pair)
+            if more is not None:
+                apart += more
+        return self._shares(apart)
 
     def among(self) -> Array:
         """The same for all rows with each other."""
-        return self._shares((self._table[:, None, :] != self._table[None]).sum(axis=2))
+        same = self._has_key @ self._has_key.T + self.has @ self.has.T
+        counts = self._counts
+        return self._shares(counts[:, None] + counts[None] - same.astype(np.int64))
+
+    def _look(self, pair: Pair) -> NDArray[np.int64] | None:
+        """By row, how many more keys differ with this option; None where nothing reads it."""
+        found: NDArray[np.int64] | None = None
+        if self._is_read(pair[0]):
+            found = np.ones(len(self._rows), dtype=np.int64)
+            if pair[0] in self._of:
+                found -= self._has_key[:, self._of[pair[0]]].astype(np.int64)
+            if pair in self._number:
+                found -= self.has[:, self._number[pair]].astype(np.int64)
+        self._more[pair] = found
+        return found
 
     def _shares(self, apart: NDArray[np.int64]) -> Array:
-        shares: Array = (1 - _OWN) * np.exp(-apart / _LENGTH)
-        return shares
-
-    def _code(self, row: Features) -> NDArray[np.int16]:
-        pairs = zip(self._numbers, self.keys, strict=True)
-        return np.asarray([n.get(row[k], -1) if k in row else 0 for n, k in pairs], dtype=np.int16)
+        most = int(apart.max(initial=0))
+        if most >= len(self._share):
+            self._share = (1 - _OWN) * np.exp(-np.arange(most + 1) / _LENGTH)
+        return self._share[apart]
 
 
 class Effects:
@@ -109,17 +132,12 @@ class Effects:
         """Learn from values; none at all leaves the prior."""
         if not rows:
             return
-        self._pairs = sorted(
-            {pair for row in rows for pair in row.items() if self._is_read(pair[0])}
-        )
-        self._x = np.zeros((len(rows), len(self._pairs) + 1))
-        self._x[:, 0] = 1.0
-        for n, row in enumerate(rows):
-            self._x[n, 1:] = [row.get(key) == text for key, text in self._pairs]
+        self._codes = Codes(rows, self._is_read)
+        self._pairs = self._codes.pairs
+        self._x = np.hstack([np.ones((len(rows), 1)), self._codes.has])
         y = np.asarray(values, dtype=float)
         self._centre = float(np.median(y))
         self._y = y - self._centre
-        self._codes = Codes(rows, self._is_read)
         # Whitened by what rows share, effects are those of an ordinary regression.
         self._root = np.linalg.cholesky(self._codes.among() + _OWN * np.eye(len(rows)))
         self._learn(np.linalg.solve(self._root, self._x), np.linalg.solve(self._root, self._y))
@@ -234,7 +252,8 @@ class Guess:
         """What is minimised: log milliseconds, more where trials are long or likely fail."""
         likely = min(max(self.fails(features), 0.0), 0.98)
         time = float(np.log(self.milliseconds(features)))
-        return time - float(np.log1p(-likely)) + self.patience * self.seconds(features)
+        waited = self.patience * self.seconds(features) if self.patience else 0.0
+        return time - float(np.log1p(-likely)) + waited
 
 
 class StageModel:

@@ -135,8 +135,9 @@ class Map:
         return {**kept, **acted}
 
     def _note(self, place: Place, other: Place, key: str, text: str) -> None:
-        gone = dict(place.features.items() - other.features.items())
-        come = dict(other.features.items() - place.features.items())
+        # In the order of the features: a set's would differ from one process to the next.
+        gone = {k: v for k, v in place.features.items() if other.features.get(k) != v}
+        come = {k: v for k, v in other.features.items() if place.features.get(k) != v}
         if gone or come:  # else nothing reads it here, which says nothing of elsewhere
             self._owned.setdefault(key, set()).update(gone, come)
             self._acted[key, text] = come

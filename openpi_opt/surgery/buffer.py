@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from openpi_opt.pi0.gemma import KeysValues
+from openpi_opt.pi0.gemma import KeysValues, Past
 
 
 class BufferedKeysValues(NamedTuple):
@@ -36,7 +36,7 @@ class BufferedKeysValues(NamedTuple):
         return KeysValues(self.keys[:, :end], self.values[:, :end])
 
 
-def with_room(cache: KeysValues, rows: int) -> BufferedKeysValues:
+def with_room(cache: Past, rows: int) -> BufferedKeysValues:
     """Copy `cache`, [B, N, Hkv, D] each, once, into a buffer with `rows` more rows."""
     filled = cache.keys.shape[1]
     return BufferedKeysValues(_padded(cache.keys, rows), _padded(cache.values, rows), filled)

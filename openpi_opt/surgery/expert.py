@@ -33,7 +33,7 @@ from openpi_opt.kernels.launch import LINEAR, encoded
 from openpi_opt.kernels.triton_decode import CachedAttention, cached_attention
 from openpi_opt.kernels.triton_rotary import rotary
 from openpi_opt.kernels.triton_skinny_gemm import MAX_ROWS, skinny_linear, skinny_linear_onward
-from openpi_opt.pi0.adaptive import AdaptiveLayer, AdaptiveTower
+from openpi_opt.pi0.adaptive import AdaptiveTower
 from openpi_opt.pi0.gemma import (
     EPS,
     Attending,
@@ -96,20 +96,20 @@ def entering(kernels: Kernels, x: Tensor, gain: Tensor | None) -> Stream:
     return Stream(x, scaled, wide.square().sum(-1).view(1, -1))
 
 
-def _step(
+def step(
     layer: LayerParts,
-    kernels: Kernels,
     stream: Stream,
     how: Attending,
     past: Past | None,
     c: Constants,
     next_gain: Tensor | None,
 ) -> tuple[Stream, KeysValues]:
-    """-> the stream for a norm with `next_gain`, and the call's own keys and values.
+    """A layer -> the stream for a norm with `next_gain`, and the call's own keys and values.
 
     These keys [B, S, Hkv, D] are before their rotary embedding, which the attention kernel does on
     the way.
     """
+    kernels = cast(Kernels, layer.kernels)
     attention, mlp = cast(FusedAttention, layer.self_attn), cast(FusedMlp, layer.mlp)
     qkv = _normed(kernels, "qkv", attention.qkv_proj, stream, c.gain_in, c.bias_qkv)
     heads = qkv.view(*stream.x.shape[:-1], -1, attention.head_dim)
@@ -170,22 +170,35 @@ class FusedExpertLayer(GemmaLayer):
     are never rounded, and a sum with its residual is rounded once.
     """
 
-    kernels: Kernels
-
-    def step(
-        self, stream: Stream, how: Attending, past: Past | None, next_gain: Tensor | None
-    ) -> tuple[Stream, KeysValues]:
-        """As `_step`; the gains are constants of the model."""
+    @property
+    def constants(self) -> Constants:
+        """The gains, which are constants of the model."""
         gains = [norm_gain(norm) for norm in (self.input_layernorm, self.post_attention_layernorm)]
-        constants = Constants(gains[0], None, None, gains[1], None, None)
-        return _step(self, self.kernels, stream, how, past, constants, next_gain)
+        return Constants(gains[0], None, None, gains[1], None, None)
 
     def forward(self, x: Tensor, how: Attending, past: Past | None) -> tuple[Tensor, KeysValues]:
         """As in `GemmaLayer`; `how.attend` is not called, its cached form is the layer's own."""
-        stream = entering(self.kernels, x, norm_gain(self.input_layernorm))
-        stream, own = self.step(stream, how, past, None)
+        constants = self.constants
+        stream = entering(cast(Kernels, self.kernels), x, constants.gain_in)
+        stream, own = step(self, stream, how, past, constants, None)
         own = KeysValues(rotary(own.keys, *how.rope), own.values)
         return stream.x, own if past is None else past.joined(*own)
+
+
+def _layered(
+    layers: Sequence[LayerParts],
+    x: Tensor,
+    how: Attending,
+    past: Sequence[Past] | None,
+    constants: Sequence[Constants],
+) -> Tensor:
+    """The layers of a tower, each with its constants."""
+    gains = [*(c.gain_in for c in constants), None]
+    stream = entering(cast(Kernels, layers[0].kernels), x, gains[0])
+    for index, layer in enumerate(layers):
+        before = None if past is None else past[index]
+        stream, _ = step(layer, stream, how, before, constants[index], gains[index + 1])
+    return stream.x
 
 
 class FusedExpertTower(GemmaTower):
@@ -198,19 +211,8 @@ class FusedExpertTower(GemmaTower):
         self, x: Tensor, how: Attending, past: Sequence[Past] | None = None
     ) -> tuple[Tensor, list[KeysValues]]:
         """As in `GemmaTower`, but no keys and values are returned."""
-        layers = [cast(FusedExpertLayer, layer) for layer in self.layers]
-        gains = [norm_gain(layer.input_layernorm) for layer in layers] + [None]
-        stream = entering(layers[0].kernels, x, gains[0])
-        for index, layer in enumerate(layers):
-            before = None if past is None else past[index]
-            stream, _ = layer.step(stream, how, before, gains[index + 1])
-        return stream.x, []
-
-
-class FusedAdaptiveLayer(AdaptiveLayer):
-    """A layer of pi05's expert as the same chain of kernels, which `FusedAdaptiveTower` runs."""
-
-    kernels: Kernels
+        constants = [cast(FusedExpertLayer, layer).constants for layer in self.layers]
+        return _layered(expert_layers(self), x, how, past, constants), []
 
 
 class FusedAdaptiveTower(AdaptiveTower):
@@ -244,24 +246,12 @@ class FusedAdaptiveTower(AdaptiveTower):
     ) -> tuple[Tensor, list[KeysValues]]:
         """As in `AdaptiveTower`, of a row [C] of `constants`; no keys and values are returned."""
         x = self.layered(x, how, past, modulations)
-        scale, shift = self.last_norm(modulations)
+        scale, shift = modulations[-2 * self.norm.dense.in_features :].chunk(2)
         return self.norm.ops.adaptive_rms_norm(x, scale, shift, EPS), []
 
     def layered(self, x: Tensor, how: Attending, past: Sequence[Past], row: Tensor) -> Tensor:
         """The layers without the final norm, of a row [C] of `constants`."""
-        layers, constants = expert_layers(self), self._rows(row)
-        kernels = cast(FusedAdaptiveLayer, layers[0]).kernels
-        gains = [*(c.gain_in for c in constants), None]
-        stream = entering(kernels, x, gains[0])
-        for layer, before, c, gain in zip(layers, past, constants, gains[1:], strict=True):
-            stream, _ = _step(layer, kernels, stream, how, before, c, gain)
-        return stream.x
-
-    def last_norm(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift [W] of the final norm, of a row [C] of `constants`."""
-        width = self.norm.dense.in_features
-        scale, shift = row[-2 * width :].chunk(2)
-        return scale, shift
+        return _layered(expert_layers(self), x, how, past, self._rows(row))
 
     def _rows(self, row: Tensor) -> list[Constants]:
         """The constants of each layer: views of a row [C]."""
@@ -313,6 +303,7 @@ def fuse_expert_layers(
         raise ValueError("fuse_qkv and fuse_gate_up come before fuse_expert_layers")
     adaptive = isinstance(policy.expert, AdaptiveTower)
     for layer in layers:
-        layer.__class__ = FusedAdaptiveLayer if adaptive else FusedExpertLayer
-        cast(FusedExpertLayer, layer).kernels = kernels
+        layer.kernels = kernels  # type: ignore[assignment]
+        if not adaptive:
+            layer.__class__ = FusedExpertLayer
     policy.expert.__class__ = FusedAdaptiveTower if adaptive else FusedExpertTower

@@ -7,7 +7,7 @@ original weight acts on the fused one.
 Letters: B batch, S tokens, W width, Hq query heads, Hkv key/value heads, D head dim, F MLP width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -195,3 +195,14 @@ def fuse_residuals(policy: Pi0Policy) -> None:
 def fuse_vision_patches(policy: Pi0Policy) -> None:
     """SigLIP's patch convolution as a product of float32, or of TF32 where that is on."""
     policy.vision.embeddings.__class__ = PatchProduct
+
+
+FUSIONS: dict[str, Callable[[Pi0Policy], None]] = {
+    "qkv": fuse_qkv,
+    "gate_up": fuse_gate_up,
+    "vision_qkv": fuse_vision_qkv,
+    "vision_mlp": fuse_vision_mlp,
+    "vision_patches": fuse_vision_patches,
+    "residuals": fuse_residuals,
+}
+"""By the switch of knob `fusion`."""

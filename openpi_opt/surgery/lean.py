@@ -5,15 +5,14 @@ language width, E expert width, D head dim.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openpi_opt.pi0.adaptive import AdaptiveTower
-from openpi_opt.pi0.gemma import Attending, GemmaTower, KeysValues, Past, Rope, rope_at
-from openpi_opt.pi0.inputs import Inputs, Layout
+from openpi_opt.pi0.gemma import Attending, GemmaTower, Past, Rope
+from openpi_opt.pi0.inputs import Layout
 from openpi_opt.pi0.ops import Segment, Visibility
 from openpi_opt.pi0.policy import Pi0Policy, PrefixCache
 from openpi_opt.pi0.schedule import time_features
@@ -51,64 +50,31 @@ class Plan:
         return self.skip_masked or self.state_once or self.kv_buffer or self.rope_tables
 
 
-class FixedRope(nn.Module):
-    """The rotary tables of positions [1, S] that never change, stored or computed each time."""
-
-    positions: Tensor
-    frequencies: Tensor
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, positions: Tensor, policy: Pi0Policy, stored: bool) -> None:
-        super().__init__()
-        self.stored = stored
-        self.dtype = policy.dtype
-        rope = rope_at(positions, policy.frequencies, policy.dtype)
-        for name, value in (
-            ("positions", positions),
-            ("frequencies", policy.frequencies),
-            ("cos", rope.cos),
-            ("sin", rope.sin),
-        ):
-            self.register_buffer(name, value, persistent=False)
-
-    def forward(self, start: int = 0, stop: int | None = None) -> Rope:
-        """Cosines and sines [1, S, D/2], or the rows [start, stop) of them."""
-        rows = slice(start, stop)
-        if self.stored:
-            return Rope(self.cos[:, rows], self.sin[:, rows])
-        return rope_at(self.positions[:, rows], self.frequencies, self.dtype)
-
-    def at(self, positions: Tensor) -> Rope:
-        """Of these positions [B, S] among the table's, which begins at 0."""
-        if self.stored:
-            return Rope(self.cos[0, positions], self.sin[0, positions])
-        return rope_at(positions, self.frequencies, self.dtype)
-
-
 class LeanPolicy(Pi0Policy):
     """A `Pi0Policy` that follows a `Plan`; `lean` makes one of a policy in place."""
 
     plan: Plan
-    prefix_rope: FixedRope
-    rope: FixedRope
     slots: int
+    prefix_cos: Tensor
+    prefix_sin: Tensor
+    cos: Tensor
+    sin: Tensor
     suffix_mask: Tensor
     action_weight: Tensor
     modulation_table: Tensor
 
-    def fill_buffers(self) -> None:
-        """As in `Pi0Policy`, and compute anew what the plan replaces."""
-        super().fill_buffers()
-        self.derive()
-
-    def declare_layout(self, layout: Layout | None) -> None:
-        """As in `Pi0Policy`, and compute anew what follows from the layout."""
-        super().declare_layout(layout)
-        self.derive()
+    @property
+    def prefix_layout(self) -> Layout | None:
+        """Without what is skipped."""
+        layout = self.layout
+        if layout is None or not self.plan.skip_masked:
+            return layout
+        cameras, tokens = (True,) * sum(layout.cameras), layout.prompt_tokens
+        return dataclasses.replace(layout, cameras=cameras, prompt_slots=tokens)
 
     def derive(self) -> None:
-        """Compute the constants of the plan for the present layout, dtype and weights."""
+        """As in `Pi0Policy`, and the constants of the plan for this layout, dtype and weights."""
+        super().derive()
         if self.plan.time_mlp:
             if self.config.family == "pi0":
                 self._fold_time()
@@ -117,26 +83,24 @@ class LeanPolicy(Pi0Policy):
                 self.time_table = self.expert.constants(self.modulation_table)
         if not self.plan.fixed_layout:
             return
-        layout, horizon = self.layout, self.plan.horizon
+        layout, horizon, states = self.prefix_layout, self.plan.horizon, self.config.state_tokens
         if layout is None or horizon < 1:
             raise ValueError(
                 f"{self.plan} needs a declared layout and a horizon: batches of one kind, with "
                 "the same masks in every element. Leave these simplifications out for others."
             )
-        stored = self.plan.rope_tables
-        # N: what is not skipped, or is behind a length that only the device knows, stays.
-        kept = layout.flexible and not self.plan.skip_masked
-        self.slots = valid = layout.prefix_slots if kept else layout.prefix_valid
-        states = self.config.state_tokens
         if self.plan.state_once and not states:
             raise ValueError(f"{self.plan}: {self.config.name} has no state token to run once.")
+        # N: what is behind a length that only the device knows stays.
+        self.slots = valid = layout.prefix_slots if layout.flexible else layout.prefix_valid
         positions = torch.arange(valid + states + horizon, device=self.device)[None]
-        packed = self.plan.skip_masked or layout.flexible
-        prefix = positions[:, :valid] if packed else self.layout_positions
-        self.prefix_rope = FixedRope(prefix, self, stored)
-        self.rope = FixedRope(positions, self, stored)
+        prefix = positions[:, :valid] if layout.flexible else self.layout_positions
         mask = (positions[0, valid:, None] > valid) | (positions <= valid)
-        self.register_buffer("suffix_mask", mask[None, None], persistent=False)
+        tables = (*super().prefix_rope(prefix), *super().prefix_rope(positions), mask[None, None])
+        for name, value in zip(
+            ("prefix_cos", "prefix_sin", "cos", "sin", "suffix_mask"), tables, strict=True
+        ):
+            self.register_buffer(name, value, persistent=False)
 
     def _fold_time(self) -> None:
         """Split action_time_mlp_in in two halves: W_a W_in [E, A], and per step W_t phi + biases.
@@ -177,63 +141,45 @@ class LeanPolicy(Pi0Policy):
         tokens: Tensor,
         image_mask: Tensor,
         token_mask: Tensor,
-        state: Tensor | None = None,
+        state: Tensor,
     ) -> PrefixCache:
-        """As in `Pi0Policy`; with `state_once` the cache holds the state [B, A], too.
-
-        The masks are read in a flexible layout only; another one says what they are.
-        """
-        if not self.plan.fixed_layout:
-            return super().prefill(image_tokens, tokens, image_mask, token_mask)
-        assert self.layout is not None
-        if self.plan.skip_masked:
+        """As in `Pi0Policy`; with `state_once` the cache holds the state [B, A], too."""
+        plan = self.plan
+        if plan.skip_masked:
+            assert self.layout is not None
             tokens = tokens[:, : self.layout.prompt_tokens]
             image_mask = self._active(image_mask)
-        x = torch.cat((image_tokens, self.embed_prompt(tokens)), dim=1)
-        x, _, count, mask = self.arrange(x, image_mask, token_mask)
-        visibility = self.prefix_visibility(mask, count)
-        how = Attending(self.prefix_rope(), visibility, self.ops.attention_prefill)
-        _, own = self.language(x, how)
-        if not (self.layout.flexible or self.plan.skip_masked or self.layout.all_valid):
-            index = self.layout_index
-            own = [
-                KeysValues(c.keys.index_select(1, index), c.values.index_select(1, index))
-                for c in own
-            ]
-        caches: Sequence[Past] = own
-        if self.plan.kv_buffer:
-            rows = self.config.state_tokens + self.plan.horizon
-            caches = [with_room(cache, rows) for cache in own]
-        cache = PrefixCache(caches, count, mask if self.layout.flexible else None)
-        if self.plan.state_once:
-            assert state is not None
-            caches = self._with_state(cache, state)
-        looked_up = self.layout.flexible and self.plan.rope_tables
-        rope = self._rope_after(count, self.plan.state_once) if looked_up else None
-        return PrefixCache(caches, count, cache.mask, rope)
+        cache = super().prefill(image_tokens, tokens, image_mask, token_mask, state)
+        # Not `_replace`, here and below: Dynamo of torch 2.11 cannot return what that makes.
+        if plan.kv_buffer:
+            rows = self.config.state_tokens + plan.horizon
+            buffers = [with_room(layer, rows) for layer in cache.layers]
+            cache = PrefixCache(buffers, cache.valid_count, cache.mask)
+        layers = self._with_state(cache, state) if plan.state_once else cache.layers
+        rope = None
+        if plan.rope_tables and self.layout is not None and self.layout.flexible:
+            stop = self.config.state_tokens + plan.horizon
+            rope = self.suffix_rope(cache, int(plan.state_once), stop)
+        return PrefixCache(layers, cache.valid_count, cache.mask, rope)
 
-    def prefill_of(self, inputs: Inputs, image_tokens: Tensor) -> PrefixCache:
-        """As in `Pi0Policy`; a state token that is run once belongs to the prefill."""
-        if not self.plan.state_once:
-            return super().prefill_of(inputs, image_tokens)
-        return self.prefill(
-            image_tokens, inputs.tokens, inputs.image_mask, inputs.token_mask, inputs.state
-        )
+    def prefix_rope(self, positions: Tensor) -> Rope:
+        """As in `Pi0Policy`, from the table."""
+        if not self.plan.rope_tables:
+            return super().prefix_rope(positions)
+        return Rope(self.prefix_cos, self.prefix_sin)
 
-    def prefix_visibility(self, mask: Tensor, count: Tensor) -> Visibility:
-        """Without masked tokens every query sees every key."""
-        if not self.plan.skip_masked or self.layout is None or self.layout.flexible:
-            return super().prefix_visibility(mask, count)
-        return Visibility(None, (Segment(0, self.layout.prefix_valid, None),))
-
-    def _rope_after(self, count: Tensor, start: int, stop: int | None = None) -> Rope:
-        """Rotary tables of the suffix tokens [start, stop), the first of which follows `count`."""
+    def suffix_rope(self, cache: PrefixCache, start: int, stop: int) -> Rope:
+        """As in `Pi0Policy`, from the table; in a flexible layout once a call."""
+        if cache.rope is not None:
+            return cache.rope
+        if not self.plan.rope_tables:
+            return super().suffix_rope(cache, start, stop)
         assert self.layout is not None
-        total = self.config.state_tokens + self.plan.horizon
-        stop = total if stop is None else stop
         if not self.layout.flexible:
-            return self.rope(self.slots + start, self.slots + stop)
-        return self.rope.at(count[:, None] + torch.arange(start, stop, device=self.device))
+            rows = slice(self.slots + start, self.slots + stop)
+            return Rope(self.cos[:, rows], self.sin[:, rows])
+        positions = cache.valid_count[:, None] + torch.arange(start, stop, device=self.device)
+        return Rope(self.cos[0, positions], self.sin[0, positions])
 
     def _with_state(self, cache: PrefixCache, state: Tensor) -> list[Past]:
         """Append the state's keys and values to each layer's; its last layer needs no more.
@@ -241,8 +187,8 @@ class LeanPolicy(Pi0Policy):
         It sees the prefix and itself, and nothing in it depends on time or actions.
         """
         x = self.state_proj(state)[:, None].to(self.dtype)
-        itself = self._seen(cache, None, (Segment(0, 1, None),), 1)
-        rope = self._rope_after(cache.valid_count, 0, 1)
+        itself = self.seen(cache, None, (Segment(0, 1, None),), 1)
+        rope = self.suffix_rope(cache, 0, 1)
         how = Attending(rope, itself, self.ops.attention_denoise)
         caches = cache.layers
         assert isinstance(self.expert, GemmaTower)
@@ -253,7 +199,6 @@ class LeanPolicy(Pi0Policy):
             joined.append(own)
         k, v = keys_values(last, last.input_layernorm(x))
         joined.append(caches[-1].joined(self.ops.rotary(k, *how.rope), v))
-        # Not `_replace`: Dynamo of torch 2.11 cannot return what that makes.
         buffered = [past for past in caches if isinstance(past, BufferedKeysValues)]
         return [BufferedKeysValues(p.keys, p.values, p.filled + 1) for p in buffered] or joined
 
@@ -273,49 +218,24 @@ class LeanPolicy(Pi0Policy):
         if plan.time_mlp:
             hidden = F.linear(x_t, self.action_weight, features)
         else:
-            action = self.action_in_proj(x_t)
-            timed = torch.cat((action, features.expand_as(action)), dim=-1)
-            hidden = self.action_time_mlp_in(timed)
+            hidden = self.timed(x_t, features)
         mixed = self.action_time_mlp_out(F.silu(hidden))
-        if plan.state_once:
-            return mixed
-        return torch.cat((state, mixed), dim=1)
+        return mixed if plan.state_once else torch.cat((state, mixed), dim=1)
 
-    def denoise_step(
-        self, x_t: Tensor, features: Tensor, state: Tensor, cache: PrefixCache
-    ) -> Tensor:
-        """As in `Pi0Policy`, with the constants of the layout."""
-        plan = self.plan
+    def suffix_visibility(self, cache: PrefixCache, horizon: int) -> Visibility:
+        """As in `Pi0Policy`; without a state among them, tokens see all there is.
+
+        Raises ValueError: a layout's constants are for another horizon.
+        """
+        plan, states = self.plan, self.config.state_tokens
         if not plan.fixed_layout:
-            return super().denoise_step(x_t, features, state, cache)
-        if x_t.shape[1] != plan.horizon:
-            raise ValueError(
-                f"The horizon is {x_t.shape[1]}; this policy was built for {plan.horizon}."
-            )
-        suffix = self.embed_suffix(x_t, features, state).to(self.dtype)
-        rope = cache.rope
-        if rope is None:
-            rope = self._rope_after(cache.valid_count, plan.state_once)
-        visibility = self._suffix_visibility(cache)
-        how = Attending(rope, visibility, self.ops.attention_denoise)
-        hidden = self.run_expert(suffix, features, how, cache.layers, plan.horizon)
-        return self.advance(x_t, hidden, features)
-
-    def _suffix_visibility(self, cache: PrefixCache) -> Visibility:
-        """As `suffix_visibility`; without a state among them, tokens see all there is."""
-        horizon, states = self.plan.horizon, self.config.state_tokens
-        if self.plan.state_once or not states:
-            return self._seen(cache, None, (Segment(0, horizon, None),), states + horizon)
+            return super().suffix_visibility(cache, horizon)
+        if horizon != plan.horizon:
+            raise ValueError(f"The horizon is {horizon}; this policy was built for {plan.horizon}.")
+        if plan.state_once or not states:
+            return self.seen(cache, None, (Segment(0, horizon, None),), states + horizon)
         segments = (Segment(0, 1, self.slots + 1), Segment(1, horizon + 1, None))
-        return self._seen(cache, self.suffix_mask, segments, 1 + horizon)
-
-    def _seen(
-        self, cache: PrefixCache, mask: Tensor | None, segments: tuple[Segment, ...], more: int
-    ) -> Visibility:
-        """`padded_visibility` where there is padding."""
-        if cache.mask is None:
-            return Visibility(mask, segments)
-        return self.padded_visibility(cache, mask, segments, more)
+        return self.seen(cache, self.suffix_mask, segments, 1 + horizon)
 
 
 def tabulate_modulations(policy: Pi0Policy) -> None:

@@ -10,20 +10,21 @@ import importlib.util
 import itertools
 import json
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError
 from openpi_opt.figures import FIGURES
-from openpi_opt.track import curve, table
-from openpi_opt.track.journal import Journal, Record
+from openpi_opt.result import Ok
+from openpi_opt.track import study_plots, table
+from openpi_opt.track.journal import Journal
 from openpi_opt.track.left import VERDICTS_FILE, read_lines
-from openpi_opt.track.pareto import panels
+from openpi_opt.track.plots import Panel, Point, Series
 from openpi_opt.track.report import Group, Row, best_line, groups, mean_ms, what
 from openpi_opt.track.table import Table
 
@@ -33,52 +34,34 @@ _FEWEST = 8  # trials from which an importance is told
 _FEWEST_MINUTES = 0.1  # results that were read from a folder have no times of their own
 _MOST_FOR_IMPORTANCE = 1_000  # of the newest: Optuna adds them one at a time
 _TEMPLATE = Path(__file__).with_name("report.html")
+# How plotly draws the series of a panel.
+_STAIRS = {"mode": "lines+markers", "line": {"shape": "hv"}}
+_SCATTER = {"mode": "markers"}
+_BARS = {"type": "bar", "textposition": "outside", "cliponaxis": False}
 
 Section = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Study:
-    """A study as a report shows it."""
-
-    folder: Path
-    journal: Journal
-    criteria: Criteria
-
-    @staticmethod
-    def read(study_dir: Path) -> Study:
-        """The study of a folder. Raises UserError: a damaged journal."""
-        criteria = Criteria.load(study_dir) or Criteria()
-        return Study(study_dir, Journal.read(study_dir, brief=True), criteria)
-
-    @property
-    def trials(self) -> list[Record]:
-        """All records but those of confirmations."""
-        return [record for record in self.journal.records() if record.role != "confirm"]
-
-
-def html(studies: Sequence[Study]) -> str:
-    """The whole report as text. Studies that share a context and a fingerprint share a table;
-    others are shown side by side. Raises UserError: plotly's script is not installed."""
+def html(folders: Sequence[Path]) -> str:
+    """The whole report of the studies in `folders` as text. Studies that share a context and a
+    fingerprint share a table; others are shown side by side. Raises UserError: a damaged study, or
+    plotly's script is not installed."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    several = len(studies) > 1
-    criteria = studies[0].criteria
-    records = [record for study in studies for record in study.trials]
+    journals = [Journal.read(folder, brief=True) for folder in folders]
+    criteria = Criteria.load(folders[0]) or Criteria()
+    records = [r for journal in journals for r in journal.records() if r.role != "confirm"]
+    several = len(journals) > 1
     found = groups(records, criteria=criteria, apart=several)
-    names = ", ".join(study.folder.name for study in studies)
-
-    asked = f"Minimised: {criteria.objectives_text()}" + (
-        f". Limits: {criteria.limits_text()}." if criteria.limits else "."
-    )
+    limits = f". Limits: {criteria.limits_text()}." if criteria.limits else "."
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        title=f"openpi_opt: {names}",
-        asked=asked,
+        title=f"openpi_opt: {', '.join(folder.name for folder in folders)}",
+        asked=f"Minimised: {criteria.objectives_text()}{limits}",
         script=_script(),
         overview=_overview(found) if several and found else None,
         parts=[_part(group) for group in found],
-        studies=[_study(study) for study in studies],
+        studies=[_study(journal) for journal in journals],
         next_id=itertools.count().__next__,
     )
 
@@ -95,21 +78,21 @@ def importance(rows: Sequence[Row]) -> dict[str, float]:
     """The share of each knob in the differences of the log time, by Optuna's PED-ANOVA. Source:
     Watanabe et al., PED-ANOVA, IJCAI 2023. Empty with fewer than 8 trials."""
     timed = [row for row in rows if row.ok][-_MOST_FOR_IMPORTANCE:]
-    keys = _varying(timed)
-    if len(timed) < _FEWEST or not keys:
+    if len(timed) < _FEWEST:
+        return {}
+    options = {key: sorted({row.differs[key] for row in timed}) for key in timed[0].differs}
+    options = {key: texts for key, texts in options.items() if len(texts) > 1}
+    if not options:
         return {}
     import optuna
-    from optuna.distributions import CategoricalDistribution
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    kinds = {
-        key: CategoricalDistribution(sorted({row.differs[key] for row in timed})) for key in keys
-    }
+    categorical = optuna.distributions.CategoricalDistribution
     study = optuna.create_study()
     study.add_trials(
         optuna.trial.create_trial(
-            params={key: row.differs[key] for key in keys},
-            distributions=dict(kinds),
+            params={key: row.differs[key] for key in options},
+            distributions={key: categorical(texts) for key, texts in options.items()},
             value=math.log(mean_ms(row)),
         )
         for row in timed
@@ -118,29 +101,18 @@ def importance(rows: Sequence[Row]) -> dict[str, float]:
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
-def effect(rows: Sequence[Row], key: str, value: Callable[[Row], float]) -> float:
-    """Share of the variance of the log of `value` that knob `key` explains alone, 0 to 1. The
-    correlation ratio (Fisher): variance of the means of its options by the whole variance."""
-    by_option: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        by_option[row.differs[key]].append(math.log(value(row)))
-    every = [number for numbers in by_option.values() for number in numbers]
-    mean = math.fsum(every) / len(every)
-    whole = math.fsum((number - mean) ** 2 for number in every)
-    between = math.fsum(
-        len(numbers) * (math.fsum(numbers) / len(numbers) - mean) ** 2
-        for numbers in by_option.values()
-    )
-    return between / whole if whole else 0.0
+def effect(options: Sequence[str], values: Sequence[float]) -> float:
+    """Share of the variance of the log of `values` that the option of each explains alone, 0 to 1.
+    The correlation ratio (Fisher): variance of the means of options by the whole variance."""
+    logs = np.log(values)
+    _, option = np.unique(options, return_inverse=True)
+    means = np.bincount(option, logs) / np.bincount(option)
+    whole = float(np.var(logs))
+    return float(np.var(means[option])) / whole if whole else 0.0
 
 
-def _varying(rows: Sequence[Row]) -> list[str]:
-    keys = list(rows[0].differs) if rows else []
-    return [key for key in keys if len({row.differs[key] for row in rows}) > 1]
-
-
-def _study(study: Study) -> dict[str, Any]:
-    header, records = study.journal.header, study.journal.records()
+def _study(journal: Journal) -> dict[str, Any]:
+    folder, header, records = journal.study_dir, journal.header, journal.records()
     seen: Mapping[str, Any] = records[-1].result.fingerprint if records else {}
     versions = {
         "torch": (seen.get("torch") or {}).get("version"),
@@ -149,12 +121,11 @@ def _study(study: Study) -> dict[str, Any]:
         "openpi_opt": seen.get("openpi_opt"),
         "git": seen.get("git"),
     }
+    verdicts = read_lines(folder / VERDICTS_FILE)
     return {
-        "name": study.folder.name,
-        "sections": [*_ladder(study.folder), *_ablation(study.folder)],
-        "confirmed": [
-            line["text"].replace("**", "") for line in read_lines(study.folder / VERDICTS_FILE)
-        ],
+        "name": folder.name,
+        "sections": [*_ladder(folder), *_ablation(folder)],
+        "confirmed": [line["text"].replace("**", "") for line in verdicts],
         "command": "python -m openpi_opt.sweep " + " ".join(header.command if header else []),
         "versions": ", ".join(f"{name} {text}" for name, text in versions.items() if text),
     }
@@ -163,7 +134,7 @@ def _study(study: Study) -> dict[str, Any]:
 def _overview(found: Sequence[Group]) -> Section:
     """The best of each context on each machine: not compared where machines differ."""
     bars = [
-        (group.title, latency.mean_ms, latency.ci95_low_ms, latency.ci95_high_ms)
+        Point(group.title, latency.mean_ms, latency.ci95_low_ms, latency.ci95_high_ms)
         for group in found
         if group.best and group.best.ok and (latency := group.best.ok.latency)
     ]
@@ -182,6 +153,7 @@ def _part(group: Group) -> dict[str, Any]:
     driver = f"driver {gpu['driver']}" if gpu.get("driver") else None
     cores = f"{fingerprint['cores']} cores" if fingerprint.get("cores") else None
     machine = [gpu.get("name"), driver, fingerprint.get("cpu"), cores]
+    best = group.best.ok if group.best else None
     return {
         "title": group.title,
         "best": best_line(group),
@@ -189,8 +161,7 @@ def _part(group: Group) -> dict[str, Any]:
         "sections": [
             *_progress(group),
             *_trials(group, rows),
-            *_stages(group.best),
-            *_categories(group.best),
+            *(_kernels(best) if best else ()),
             *_importance(rows),
             *_pareto(group),
         ],
@@ -209,46 +180,34 @@ def _trials(group: Group, rows: Sequence[Row]) -> Iterator[Section]:
 
 def _progress(group: Group) -> Iterator[Section]:
     records = sorted((row.record for row in group.rows), key=lambda record: record.created_at)
-    found = curve.steps(records, group.criteria)
+    found = study_plots.steps(records, group.criteria)
     if len(found) < 2 or group.studies > 1 or found[-1].minutes < _FEWEST_MINUTES:
         return
     names = {row.record.number: what(row, group) for row in group.rows}
-    trace = {
-        "x": [step.minutes for step in found],
-        "y": [step.best_ms for step in found],
-        "text": [names[step.number] for step in found],
-        "mode": "lines+markers",
-        "line": {"shape": "hv"},
-    }
-    figure = _figure([trace], "minutes of the sweep", "best so far, ms")
-    yield _section("Best so far", figure=figure)
+    panel = study_plots.curve_panel(found, lambda step: names[step.number])
+    yield _section("Best so far", figure=_panel(panel, _STAIRS))
 
 
-def _stages(best: Row | None) -> Iterator[Section]:
-    ok = best.ok if best else None
-    if ok is None or ok.kernels is None or not ok.kernels.stage_ms:
+def _kernels(best: Ok) -> Iterator[Section]:
+    """Time of the stages and of the categories of kernels in the best trial."""
+    if best.kernels is None:
         return
-    took = ok.kernels.stage_ms
-    floors = {
-        name: stage.floor_ms
-        for name, stage in (ok.roofline.stages if ok.roofline else {}).items()
-        if stage.floor_ms is not None and name in took
-    }
-    bars = [_bar("took", took), *([_bar("floor", floors)] if floors else [])]
-    text = "Time of each stage in the best trial, beside the least that its work needs here."
-    yield _section("Stages against the floor", text, figure=_figure(bars, "", "ms"))
-
-
-def _categories(best: Row | None) -> Iterator[Section]:
-    ok = best.ok if best else None
-    if ok is None or ok.kernels is None or not ok.kernels.category_ms:
-        return
-    spent = dict(sorted(ok.kernels.category_ms.items(), key=lambda entry: -entry[1]))
-    bar = _bar("", spent)
-    bar |= {"textposition": "outside", "cliponaxis": False}
-    bar["text"] = [f"{ok.kernels.by_category.get(name, 0)} calls" for name in spent]
-    heading = "Kernel categories of the best trial"
-    yield _section(heading, figure=_figure([bar], "", "ms"))
+    took, floors = best.kernels.stage_ms, best.roofline.stages if best.roofline else {}
+    known = [(name, floor.floor_ms) for name, floor in floors.items() if name in took]
+    series = [
+        Series("took", [Point(name, ms) for name, ms in took.items()]),
+        Series("floor", [Point(name, ms) for name, ms in known if ms is not None]),
+    ]
+    if took:
+        text = "Time of each stage in the best trial, beside the least that its work needs here."
+        panel = Panel("", [each for each in series if each.points], y_label="ms")
+        yield _section("Stages against the floor", text, figure=_panel(panel, _BARS))
+    spent = sorted(best.kernels.category_ms.items(), key=lambda entry: -entry[1])
+    calls = best.kernels.by_category
+    points = [Point(name, ms, text=f"{calls.get(name, 0)} calls") for name, ms in spent]
+    if points:
+        panel = Panel("", [Series("", points)], y_label="ms")
+        yield _section("Kernel categories of the best trial", figure=_panel(panel, _BARS))
 
 
 def _importance(rows: Sequence[Row]) -> Iterator[Section]:
@@ -256,27 +215,21 @@ def _importance(rows: Sequence[Row]) -> Iterator[Section]:
     if not shares:
         return
     text = "Share of each knob in what sets the fastest trials apart (Optuna's PED-ANOVA)."
-    bars = [(key, share, share, share) for key, share in shares.items()]
-    yield _section("Importance of knobs", text, figure=_horizontal(bars, "share"))
-    timed = [row for row in rows if row.ok and row.ok.kernels and row.ok.kernels.stage_ms]
-    stages = dict.fromkeys(n for r in timed if r.ok and r.ok.kernels for n in r.ok.kernels.stage_ms)
-    shares_of: dict[str, list[float]] = {}
-    for stage in stages:
-
-        def took(row: Row, stage: str = stage) -> float:
-            assert row.ok is not None
-            assert row.ok.kernels is not None
-            return row.ok.kernels.stage_ms.get(stage, 0.0)
-
-        known = [row for row in timed if took(row) > 0]
+    figure = _horizontal([Point(key, share) for key, share in shares.items()], "share")
+    yield _section("Importance of knobs", text, figure=figure)
+    times = [(row, row.ok.kernels.stage_ms) for row in rows if row.ok and row.ok.kernels]
+    by_stage: dict[str, list[float]] = {}
+    for stage in dict.fromkeys(name for _, stage_ms in times for name in stage_ms):
+        known = [(row.differs, ms[stage]) for row, ms in times if ms.get(stage, 0.0) > 0]
         if len(known) >= _FEWEST:
-            shares_of[stage] = [effect(known, key, took) for key in shares]
-    if shares_of:
+            took = [ms for _, ms in known]
+            by_stage[stage] = [effect([row[key] for row, _ in known], took) for key in shares]
+    if by_stage:
         heat = {
             "type": "heatmap",
-            "x": list(shares_of),
+            "x": list(by_stage),
             "y": list(shares),
-            "z": [list(column) for column in zip(*shares_of.values(), strict=True)],
+            "z": [list(column) for column in zip(*by_stage.values(), strict=True)],
             "texttemplate": "%{z:.0%}",
             "colorscale": "Blues",
             "zmin": 0,
@@ -289,19 +242,11 @@ def _importance(rows: Sequence[Row]) -> Iterator[Section]:
 
 def _pareto(group: Group) -> Iterator[Section]:
     """The plots that stand beside the study, to be pointed at."""
-    names = {str(row.record.number): what(row, group) for row in group.rows}
-    for panel in panels(group) if group.criteria.several else ():
-        traces = [
-            {
-                "name": series.label,
-                "mode": "markers",
-                "x": [point.x for point in series.points],
-                "y": [point.y for point in series.points],
-                "text": [f"{point.text}: {names[point.text]}" for point in series.points],
-            }
-            for series in panel.series
-        ]
-        yield _section("Pareto set", figure=_figure(traces, panel.x_label, panel.y_label))
+    if group.criteria.several:
+        for panel in study_plots.pareto_panels(
+            group, lambda row: f"{row.record.number}: {what(row, group)}"
+        ):
+            yield _section("Pareto set", figure=_panel(panel, _SCATTER))
 
 
 def _ladder(folder: Path) -> Iterator[Section]:
@@ -315,7 +260,7 @@ def _ladder(folder: Path) -> Iterator[Section]:
         saved = [f"{step['mean']:+.2%}", _percents(step["ci95"]), step["verdict"]] if step else []
         cells = [rung["added"], f"{rung['mean_ms']:.3f}", f"{low:.3f} to {high:.3f}"]
         body.append([*cells, *(saved or [""] * 3)])
-    bars = [(rung["added"], rung["mean_ms"], *rung["ci95_ms"]) for rung in found["rungs"]]
+    bars = [Point(rung["added"], rung["mean_ms"], *rung["ci95_ms"]) for rung in found["rungs"]]
     heads = ["added", "mean ms", "95% interval", "saved by the step", "its 95% interval", "verdict"]
     text = "Each step in interleaved fresh processes."
     steps = Table(heads, body, frozenset(["added", "verdict"]))
@@ -364,21 +309,29 @@ def _section(
     return {"heading": heading, "text": text, "table": shown, "figure": figure}
 
 
-def _bar(name: str, values: Mapping[str, float | None]) -> dict[str, Any]:
-    return {"type": "bar", "name": name, "x": list(values), "y": list(values.values())}
+def _panel(panel: Panel, style: Mapping[str, Any]) -> str:
+    """A panel with its series in the style of plotly's traces; texts are seen on pointing."""
+    traces = [
+        {
+            "name": series.label,
+            "x": [point.x for point in series.points],
+            "y": [point.y for point in series.points],
+            "text": [point.text for point in series.points],
+            **style,
+        }
+        for series in panel.series
+    ]
+    return _figure(traces, panel.x_label, panel.y_label)
 
 
-def _horizontal(bars: Sequence[tuple[str, float, float, float]], x: str) -> str:
+def _horizontal(bars: Sequence[Point], x: str) -> str:
     """Bars with their intervals, the first on top."""
     trace: dict[str, Any] = {"type": "bar", "orientation": "h"}
-    trace |= {"x": [value for _, value, _, _ in bars], "y": [name for name, *_ in bars]}
-    if any(low != high for _, _, low, high in bars):
-        trace["error_x"] = {
-            "type": "data",
-            "symmetric": False,
-            "array": [high - value for _, value, _, high in bars],
-            "arrayminus": [value - low for _, value, low, _ in bars],
-        }
+    trace |= {"x": [bar.y for bar in bars], "y": [bar.x for bar in bars]}
+    intervals = [(bar.y - bar.low, bar.high - bar.y) for bar in bars if bar.low and bar.high]
+    if intervals:
+        below, above = zip(*intervals, strict=True)
+        trace["error_x"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
     return _figure([trace], x, "", height=120 + 34 * len(bars), reverse=True)
 
 

@@ -23,9 +23,9 @@ from openpi_opt.config import Tracking
 from openpi_opt.criteria import Criteria
 from openpi_opt.errors import UserError, masked
 from openpi_opt.result import Ok
-from openpi_opt.track import curve, mlflow_study, pareto
 from openpi_opt.track import mlflow_content as content
 from openpi_opt.track import mlflow_database as database
+from openpi_opt.track import mlflow_study, study_plots
 from openpi_opt.track.copies import sync_command
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.left import TAGS_FILE, VERDICTS_FILE, append_line, read_lines
@@ -137,7 +137,7 @@ class MlflowLog:
         parent = self._parent(study_dir)
         for name, value in mlflow_study.metrics(records, criteria).items():
             client.log_metric(parent, name, value)
-        for step in curve.steps([r for r in records if r.role != "confirm"], criteria):
+        for step in study_plots.steps([r for r in records if r.role != "confirm"], criteria):
             at = _milliseconds(step.at)
             client.log_metric(parent, "best_so_far_ms", step.best_ms, at, step.number)
         known = client.get_run(parent).data.params
@@ -150,7 +150,7 @@ class MlflowLog:
         key = mlflow_study.VIEW_TAG + mlflow_study.view_key(study)
         client.set_experiment_tag(self._experiment(), key, mlflow_study.view(study, records))
         note_page(study_dir, self.server, mlflow_study.page(self._experiment(), study))
-        plots = [*curve.files(study_dir), *pareto.files(study_dir)]
+        plots = study_plots.files(study_dir)
         for path in [*plots, *sorted(study_dir.glob("report/*"))]:
             _upload(client, parent, path)
 
@@ -158,10 +158,10 @@ class MlflowLog:
         """Bring the marks of the Pareto set and of limits up to date, on trials and on the study,
         for criteria that were given: a study of one objective that never had a limit has none."""
         client, parent = self._connect(), self._parent(study_dir)
-        wanted = pareto.marks(records, criteria)
+        wanted = study_plots.marks(records, criteria)
         marked = {
             run.data.tags.get(UID_TAG, ""): run
-            for tag in (pareto.PARETO_TAG, pareto.OVER_TAG)
+            for tag in (study_plots.PARETO_TAG, study_plots.OVER_TAG)
             for run in self._search(
                 f"tags.`{STUDY_TAG}` = '{study_dir.name}' AND tags.`{tag}` LIKE '%'"
             )
@@ -172,19 +172,21 @@ class MlflowLog:
             if run is not None and run.info.lifecycle_stage == "active":
                 marked[uid] = run
         for uid, run in marked.items():
-            for tag in (pareto.PARETO_TAG, pareto.OVER_TAG):
+            for tag in (study_plots.PARETO_TAG, study_plots.OVER_TAG):
                 before, after = run.data.tags.get(tag), wanted.get(uid, {}).get(tag)
                 if after is not None and after != before:
                     client.set_tag(run.info.run_id, tag, after[: content.MAX_TAG])
                 elif after is None and before is not None:
                     client.delete_tag(run.info.run_id, tag)
-        client.set_tag(parent, pareto.OBJECTIVES_TAG, ",".join(criteria.objectives))
-        client.set_tag(parent, pareto.LIMITS_TAG, criteria.limits_text() or "none")
-        over = sum(pareto.OVER_TAG in tags for tags in wanted.values())
+        client.set_tag(parent, study_plots.OBJECTIVES_TAG, ",".join(criteria.objectives))
+        client.set_tag(parent, study_plots.LIMITS_TAG, criteria.limits_text() or "none")
+        over = sum(study_plots.OVER_TAG in tags for tags in wanted.values())
         client.log_metric(parent, "limits/trials_over", over)
         if criteria.several:
-            front = [str(r.number) for r in records if pareto.PARETO_TAG in wanted.get(r.uid, {})]
-            client.set_tag(parent, pareto.PARETO_TAG, ", ".join(front)[: content.MAX_TAG])
+            front = [
+                str(r.number) for r in records if study_plots.PARETO_TAG in wanted.get(r.uid, {})
+            ]
+            client.set_tag(parent, study_plots.PARETO_TAG, ", ".join(front)[: content.MAX_TAG])
             client.log_metric(parent, "pareto/trials", len(front))
 
     def _apply_tags(self, study_dir: Path) -> None:

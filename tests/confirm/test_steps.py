@@ -32,7 +32,7 @@ from openpi_opt.result import TrialResult
 from openpi_opt.session import Session, target_session
 from openpi_opt.track import plots
 from openpi_opt.track.journal import Journal
-from openpi_opt.track.plots import Bar
+from openpi_opt.track.plots import Point
 from openpi_opt.track.store import Store
 
 H100 = Machine(
@@ -347,8 +347,8 @@ def test_no_interval_of_a_latency_goes_below_zero() -> None:
 
 
 def test_bars_take_intervals_that_do_not_hold_the_value(tmp_path: Path) -> None:
-    rows = [Bar("same", 1.0, 1.0, 1.0), Bar("negative", -2.0, -1.0, -3.0, "odd")]
-    png, _ = plots.save(plots.effects_figure("title", "axis", rows), tmp_path, "a")
+    rows = [Point("same", 1.0, 1.0, 1.0), Point("negative", -2.0, -1.0, -3.0, "odd")]
+    png, _ = plots.save(plots.horizontal_bars("title", "axis", rows), tmp_path, "a")
     assert png.stat().st_size > 1000
 
 

@@ -63,32 +63,46 @@ def test_tf32_is_between_float32_and_bfloat16() -> None:
     assert max(tf32) < 0.01
 
 
-@pytest.mark.parametrize("graph", ["none", "manual"])
-def test_fp8_with_compile_and_graph(graph: str) -> None:
-    raw = {"blas": {"backend": "fp8"}, "compile": {"mode": "default"}, "graph": {"mode": graph}}
-    _, _, distances = plain_and_candidate(raw)
-    assert max(distances) < 0.1
-
-
-PI05 = {
-    "compiled, captured": {"compile": {"mode": "default"}, "graph": {"mode": "manual"}},
-    "own kernels, captured": {
-        "attention": dict.fromkeys(SDPA, "triton"),
-        "elementwise": {"backend": "triton"},
-        "gemm": {"backend": "triton_skinny"},
-        "fusion": {"qkv": True, "gate_up": True, "vision_qkv": True},
-        "graph": {"mode": "manual"},
-    },
+SWITCHES = BY_NAME["simplify"].options_type.model_fields
+ONCE = {"state_once": True, "last_layer": True, "rope_tables": True}
+OWN = {"denoise": "triton"}
+SKINNY = {"backend": "triton_skinny"}
+QKV = {"qkv": True, "gate_up": True, "vision_qkv": True}
+EXPERT = {"fusion": {**QKV, "expert_layer": True}, "attention": {**SDPA, **OWN}, "gemm": SKINNY}
+KERNELS = {
+    "attention": dict.fromkeys(SDPA, "triton"), "elementwise": {"backend": "triton"},
+    "gemm": SKINNY, "fusion": QKV,
+}  # fmt: skip
+COMPILED, CAPTURED = {"compile": {"mode": "default"}}, {"graph": {"mode": "manual"}}
+RUNS = {"eager": {}, "captured": CAPTURED, "compiled": COMPILED, "both": {**COMPILED, **CAPTURED}}
+PI05 = {"model": {"name": "pi05_mini"}}
+FOLLOWING: dict[str, tuple[dict[str, Any], float]] = {
+    f"expert layers {run}, {simplify}": ({**EXPERT, **RUNS[run], "simplify": switches}, 0.01)
+    for run in RUNS
+    for simplify, switches in {
+        "none": {},
+        "once": ONCE,
+        "buffer": {"kv_buffer": True},
+        "all": dict.fromkeys(SWITCHES, True),
+    }.items()
+}
+FOLLOWING |= {
+    f"pi05 {name}, simplify {on}": (
+        {**PI05, **raw, "simplify": dict.fromkeys(SWITCHES, on), **CAPTURED}, 0.02
+    )
+    for name, raw in {"compiled": COMPILED, "own kernels": KERNELS}.items()
+    for on in (False, True)
+}  # fmt: skip
+FOLLOWING |= {
+    f"fp8 {run}": ({"blas": {"backend": "fp8"}, **RUNS[run]}, 0.1) for run in ("compiled", "both")
 }
 
 
-@pytest.mark.parametrize("simplify", [False, True])
-@pytest.mark.parametrize("run", PI05)
-def test_pi05_follows_new_inputs(run: str, simplify: bool) -> None:
-    switches = dict.fromkeys(BY_NAME["simplify"].options_type.model_fields, simplify)
-    raw = {"model": {"name": "pi05_mini"}, "simplify": switches, **PI05[run]}
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_policies_follow_new_inputs(name: str) -> None:
+    raw, limit = FOLLOWING[name]
     _, _, distances = plain_and_candidate(raw)
-    assert max(distances) < 0.02
+    assert max(distances) < limit
 
 
 @pytest.mark.parametrize("rows", [1, 11, 532, 788])

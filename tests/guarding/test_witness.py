@@ -14,6 +14,7 @@ from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.result import TimedReport
 
 CALLS = 40
+OWN, FLOOR = 1e-2, 1e-5  # as of bfloat16
 
 
 def inputs(seed: int) -> Inputs:
@@ -38,7 +39,8 @@ def watched(call: Callable[[Inputs], Tensor], seed: int = 0, calls: int = CALLS)
     witness = Witness([inputs(i) for i in range(3)], known, torch.device("cpu"), 50, seed)
     witness.begin(calls, compared=True)
     timing = clock.time_calls(call, witness, MIN_WARMUP, calls, "cpu")
-    return witness.verdict(call, [right(k) for k in known], 1e-5, 1e-5, timing.wall_samples_ms)
+    actions = [right(item) for item in known]
+    return witness.verdict(call, actions, OWN, OWN, FLOOR, timing.wall_samples_ms)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -120,3 +122,24 @@ def test_a_result_that_is_overwritten_is_no_result():
 
 def test_another_shape_is_wrong():
     assert "returned [2, 5, 4]" in str(watched(lambda given: right(given)[:, :5]).problem)
+
+
+def drifting(after: int, by: float, unsteady: float = 0.0) -> Callable[[Inputs], Tensor]:
+    """All calls from some number on are off by less than the own tolerance."""
+    count = 0
+
+    def call(given: Inputs) -> Tensor:
+        nonlocal count
+        count += 1
+        factor = 1.0 + by * (count > MIN_WARMUP + after)
+        return right(given) * (factor + unsteady * torch.rand(()))
+
+    return call
+
+
+def test_a_policy_that_answers_alike_may_not_change_after_many_calls():
+    assert "0.100% from what the same content gives" in str(watched(drifting(30, 1e-3)).problem)
+
+
+def test_a_policy_that_never_answers_alike_may_differ_by_its_own_tolerance():
+    assert watched(drifting(30, 0.0, unsteady=5e-3)).problem is None

@@ -242,18 +242,11 @@ LIMITS = {"float32": 1e-5, "float16": 3e-3}
 
 
 @pytest.fixture
-def shallow(monkeypatch):
+def shallow(monkeypatch, traced):
     """Two layers instead of four, and a compiler that only traces."""
-    compile_ = torch.compile
-
-    def traced(function: Any, **settings: Any) -> Any:
-        return compile_(function, fullgraph=True, dynamic=False, backend="aot_eager")
-
     for family in ("pi0", "pi05"):
         config = dataclasses.replace(SHALLOW, name=f"{family}_mini", family=family)
         monkeypatch.setitem(MODELS, config.name, config)
-    monkeypatch.setattr(torch, "compile", traced)
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("shallow")

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from distances import distance
 from torch import Tensor, nn
 
 from openpi_opt.kernels import fp8
-from openpi_opt.pi0.layers import Linear
+from openpi_opt.pi0.layers import Linear, on_top
 from openpi_opt.pi0.ops import Ops
 
 FORMATS = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
@@ -25,10 +26,6 @@ def linear(k: int, n: int, bias: bool = True) -> Linear:
 
 def rows(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 @pytest.mark.parametrize(
@@ -80,7 +77,7 @@ def test_layer_against_the_float_product(shape, bias, dtype):
     out = fp8.become(layer, x.abs().amax().float(), dtype)(x)
     assert out.dtype == torch.bfloat16
     assert out.shape == expected.shape
-    assert 0.001 < relative(out, expected) < TOLERANCE  # not zero: it did compute in FP8
+    assert 0.001 < distance(out, expected) < TOLERANCE  # not zero: it did compute in FP8
 
 
 def test_scales_are_static():
@@ -89,8 +86,8 @@ def test_scales_are_static():
     x = rows(8, 96)
     expected = nn.functional.linear(x.float(), layer.weight.float())
     fp8.become(layer, x.abs().amax().float(), torch.float8_e4m3fn)
-    assert relative(layer(x * 2), expected * 2) < TOLERANCE
-    assert relative(layer(x * 16), expected * 16) > 3 * TOLERANCE
+    assert distance(layer(x * 2), expected * 2) < TOLERANCE
+    assert distance(layer(x * 16), expected * 16) > 3 * TOLERANCE
 
 
 def test_names_values_and_one_class_per_kind():
@@ -105,7 +102,7 @@ def test_names_values_and_one_class_per_kind():
     class Stacked(Linear):
         """As a fused layer: something else to load and save."""
 
-    kinds = {fp8.specialised(fp8.Fp8Linear, Stacked) for _ in range(2)}
+    kinds = {on_top(fp8.Fp8Linear, Stacked) for _ in range(2)}
     assert len(kinds) == 1
     (kind,) = kinds
     assert issubclass(kind, Stacked)

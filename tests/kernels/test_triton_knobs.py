@@ -57,8 +57,10 @@ EXPERT: dict[str, Any] = {
 
 def test_the_label_names_the_expert_layer_beside_the_projections():
     partial = {**ALL_FUSED, "vision_qkv": False}
-    labels = [config({"fusion": f}).labels()["fusion"] for f in (ALL_FUSED, partial)]
-    assert labels == ["all+expert_layer", "qkv+gate_up+expert_layer"]
+    three = {**ALL_FUSED, "expert_layer": False}
+    given = ({}, {"qkv": True}, three, ALL_FUSED, partial)
+    labels = [config({"fusion": f}).labels()["fusion"] for f in given]
+    assert labels == ["none", "qkv", "all", "all+expert_layer", "qkv+gate_up+expert_layer"]
 
 
 def test_the_expert_becomes_fused_layers_under_the_original_names():

@@ -376,7 +376,7 @@ OPERATORS = {
     ),
     "decode": lambda: (
         triton_decode.decode_attention,
-        (*qkv(SHAPES[0], FULL), 1, 9, 37, None, 0.3, []),
+        (*qkv(SHAPES[0], FULL), None, None, None, None, 1, 9, 37, None, 0.3, []),
     ),
     "skinny": lambda: (
         skinny_linear,

@@ -1,6 +1,7 @@
 """The options of every knob, and mini configurations for a CPU to run them in."""
 
 import copy
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from openpi_opt.config import Config
 from openpi_opt.machine import Machine, TorchBuild
 from openpi_opt.pi0.config import MODELS, Pi0Config
 from openpi_opt.pi0.inputs import Inputs
+from openpi_opt.pi0.ops import Visibility
 from openpi_opt.pi0.policy import Pi0Policy
 from openpi_opt.pi0.precision import cast
 from openpi_opt.pi0.workload import make_inputs
@@ -81,7 +83,21 @@ def plain_actions(cfg: Config, inputs: Inputs, dtype: str = "float32") -> Tensor
         return policy.sample_actions(inputs)
 
 
-def relative(actual: Tensor, reference: Tensor) -> float:
-    """Relative L2 distance."""
-    difference = (actual.double() - reference.double()).norm()
-    return float(difference / reference.double().norm())
+def attention_calls(
+    prepared: runtime.Prepared, stage: str, inputs: Inputs, seen: Callable[..., Any]
+) -> list[Any]:
+    """What `seen` makes of q, k, v, visibility and scale of each attention of a stage in a call."""
+    attend, found = getattr(prepared.policy.ops, f"attention_{stage}"), []
+
+    def spied(*given: Any) -> Tensor:
+        found.append(seen(*given))
+        return attend(*given)
+
+    setattr(prepared.policy.ops, f"attention_{stage}", spied)
+    prepared.call(inputs)
+    return found
+
+
+def sizes(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> tuple[Any, ...]:
+    """Queries, keys, whether there is no mask, and the segments."""
+    return q.shape[1], k.shape[1], visibility.mask is None, visibility.segments

@@ -1,6 +1,5 @@
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -45,24 +44,16 @@ def test_inert_options_have_no_reader_in_this_torch_and_the_others_have():
     assert set(module.INERT) == {"group_fusion", "benchmark_kernel"}
 
 
-def test_names_are_read_from_the_source_without_importing_it() -> None:
-    source = """
-a: bool = 1
-b = c = 2
-class triton:
-    d = 3
-    def f(): g = 1
-class cpp:
-    e = 1
-"""
-    assert module.inductor_names(source) == {"a", "b", "c", "triton.d"}
-    installed = module._installed_names()
-    assert set(module.DEFAULTS) <= installed
-    assert "group_fusion" in installed
+def test_names_are_read_from_the_source_without_importing_it(monkeypatch) -> None:
+    assert all(map(module.is_inductor_option, module.DEFAULTS))
+    source = "a: bool = 1\nb = 2\nclass triton:\n    d: int = (\n    )\nclass cpp:\n    e = 1\n"
+    monkeypatch.setattr(module, "inductor_source", lambda: source)
+    names = ("a", "b", "d", "e", "triton.a", "triton.d", "triton.e")
+    assert [name for name in names if module.is_inductor_option(name)] == ["a", "b", "triton.d"]
 
 
 def test_an_option_that_this_torch_lacks_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_installed_names", lambda: frozenset({"freezing"}))
+    monkeypatch.setattr(module, "inductor_source", lambda: "freezing = False\n")
     assert KNOB.check(config(of(freezing=True)), CPU) is None
     refusal = KNOB.check(config(of(freezing=True, cpp_wrapper=True)), CPU)
     assert refusal is not None
@@ -174,15 +165,10 @@ def test_captured_actions_are_a_copy():
 
 @pytest.mark.usefixtures("one_layer")
 @pytest.mark.parametrize(("scope", "graphs"), [("stage", 3), ("call", 1), ("layer", 3)])
-def test_the_small_model_compiles_and_computes_the_same(scope, graphs, monkeypatch):
+def test_the_small_model_compiles_and_computes_the_same(scope, graphs, request):
     """The stages by Inductor, for a C++ compiler takes its time; the other two are traced only."""
     if scope != "stage":
-        compile_ = torch.compile
-
-        def traced(function: Any, **settings: Any) -> Any:
-            return compile_(function, fullgraph=True, dynamic=False, backend="eager")
-
-        monkeypatch.setattr(torch, "compile", traced)
+        request.getfixturevalue("traced")
     cfg = config(
         {
             "precision": {"dtype": "float32"},

@@ -124,15 +124,8 @@ def _gain(
 
 
 @pytest.fixture(autouse=True)
-def _process_settings(monkeypatch):
-    """torch.compile traces but generates no code, and what knobs configure is undone."""
-    compile_ = torch.compile
-
-    def traced(function: Any, **settings: Any) -> Any:
-        return compile_(function, fullgraph=True, dynamic=settings["dynamic"], backend="eager")
-
-    monkeypatch.setattr(torch, "compile", traced)
-    torch._dynamo.reset()
+def _process_settings(traced):
+    """What knobs configure is undone."""
     precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
     torch.set_float32_matmul_precision(precision)

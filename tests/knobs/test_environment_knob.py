@@ -89,11 +89,6 @@ def test_how_tunableop_tunes_matters_while_it_tunes():
     }
 
 
-def test_the_named_sets_that_the_field_speaks_of_exist():
-    found = {file.stem for file in (conf_dir() / "environment").glob("*.yaml")}
-    assert {"stock", "rocm_recommended", "tunableop", "hipblaslt", "miopen_find"} <= found
-
-
 def test_every_variable_of_the_table_is_kept_out_of_a_trials_environment():
     kept = set(VARIABLES) - set(cleared_names(dict.fromkeys(VARIABLES, "1")))
     assert kept == {"OMP_NUM_THREADS"}  # says how many cores this process may have

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from mini_policies import PI05, config, plain_actions, prepare, relative, sample_inputs
+from distances import distance
+from mini_policies import PI05, attention_calls, config, plain_actions, prepare, sample_inputs
 from torch import Tensor
 
 from openpi_opt.knobs import BY_NAME
@@ -48,7 +49,7 @@ def test_one_policy_serves_every_call(name, model):
         inputs = with_masks(sample_inputs(cfg), call)
         spoilt = inputs.images.masked_fill(~inputs.image_mask[..., None, None, None], torch.nan)
         actions = prepared.call(inputs._replace(images=spoilt))
-        assert relative(actions, plain_actions(cfg, inputs)) < 1e-5
+        assert distance(actions, plain_actions(cfg, inputs)) < 1e-5
 
 
 def test_nothing_but_tensors_depends_on_the_masks():
@@ -65,7 +66,7 @@ def test_nothing_but_tensors_depends_on_the_masks():
     prepared.call(with_masks(inputs, CALLS[0]))
     with torch.compiler.set_stance("fail_on_recompile"):
         other = with_masks(inputs, CALLS[1])
-        assert relative(prepared.call(other), plain_actions(cfg, other)) < 1e-5
+        assert distance(prepared.call(other), plain_actions(cfg, other)) < 1e-5
 
 
 def test_rotary_tables_are_looked_up_once_a_call():
@@ -80,16 +81,13 @@ def test_kernels_get_lengths():
     """What a kernel without a mask is told: every slot, and where each element's padding begins."""
     cfg = config(FLEXIBLE, attention={"denoise": "sdpa"}, vision={"skip_masked": True})
     prepared = prepare(cfg)
-    attend, seen = prepared.policy.ops.attention_prefill, set()
 
-    def spied(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
+    def told(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Any:
         assert visibility.padding is not None
         start, stop = visibility.padding
-        seen.add((q.shape[1], visibility.segments, tuple(start.tolist()), start.dtype, stop))
-        return attend(q, k, v, visibility, scale)
+        return q.shape[1], visibility.segments, tuple(start.tolist()), start.dtype, stop
 
-    prepared.policy.ops.attention_prefill = spied
-    prepared.call(with_masks(sample_inputs(cfg), CALLS[0]))
+    seen = set(attention_calls(prepared, "prefill", with_masks(sample_inputs(cfg), CALLS[0]), told))
     assert seen == {(518, ((0, 518, None),), (518, 257), torch.int32, 518)}
 
 

@@ -4,20 +4,20 @@ import dataclasses
 
 import pytest
 import torch
+from distances import distance
 from mini_policies import (
     MASKED,
+    attention_calls,
     config,
     plain_actions,
     plain_policy,
     prepare,
-    relative,
     sample_inputs,
+    sizes,
 )
-from torch import Tensor
 
 from openpi_opt.knobs import BY_NAME
 from openpi_opt.knobs.vision import VisionOptions
-from openpi_opt.pi0.ops import Visibility
 from openpi_opt.surgery.lean import lean
 
 SKIP = {"skip_masked": True}
@@ -38,7 +38,7 @@ def test_same_actions(workload, vision, attention):
     stages = dict.fromkeys(("vision", "prefill", "denoise"), attention)
     cfg = config({**workload, "batch_size": 2}, vision=vision, attention=stages)
     inputs = sample_inputs(cfg)
-    assert relative(prepare(cfg).call(inputs), plain_actions(cfg, inputs)) < 1e-5
+    assert distance(prepare(cfg).call(inputs), plain_actions(cfg, inputs)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -61,16 +61,8 @@ def test_passes_of_the_tower(vision, passes):
 
 def test_skipping_leaves_a_prefix_of_valid_tokens_without_a_mask():
     cfg = config(GAP, vision=SKIP)
-    prepared = prepare(cfg)
-    attend, seen = prepared.policy.ops.attention_prefill, set()
-
-    def spied(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
-        seen.add((q.shape[1], k.shape[1], visibility.mask is None, visibility.segments))
-        return attend(q, k, v, visibility, scale)
-
-    prepared.policy.ops.attention_prefill = spied
-    prepared.call(sample_inputs(cfg))
-    assert seen == {(515, 515, True, ((0, 515, None),))}
+    seen = attention_calls(prepare(cfg), "prefill", sample_inputs(cfg), sizes)
+    assert set(seen) == {(515, 515, True, ((0, 515, None),))}
 
 
 def test_nothing_of_what_is_skipped_is_read():
@@ -84,16 +76,13 @@ def test_nothing_of_what_is_skipped_is_read():
     )
 
 
-def test_the_layout_is_declared_for_whoever_checks_the_masks():
+@pytest.mark.parametrize("change", ["skip_masked", "state_once", "kv_buffer", "rope_tables"])
+def test_a_layout_is_needed(change):
+    with pytest.raises(ValueError, match="needs a declared layout"):
+        lean(plain_policy(config()), horizon=3, **{change: True})
     policy = prepare(config(MASKED, vision=SKIP)).policy
     assert policy.layout is not None
     assert (policy.layout.cameras, policy.layout.prompt_slots) == ((False, True), 6)
-
-
-def test_skipping_needs_a_layout():
-    with pytest.raises(ValueError, match="needs a declared layout"):
-        lean(plain_policy(config()), horizon=3, skip_masked=True)
-    policy = prepare(config(MASKED, vision=SKIP)).policy
     with pytest.raises(ValueError, match="needs a declared layout"):
         policy.declare_layout(None)
 
@@ -102,14 +91,15 @@ def test_the_layout_can_be_declared_anew():
     cfg = config(GAP, vision=SKIP)
     prepared, inputs = prepare(config(MASKED, vision=SKIP)), sample_inputs(cfg)
     prepared.policy.declare_layout(dataclasses.replace(prepare(cfg).policy.layout))
-    assert relative(prepared.call(inputs), plain_actions(cfg, inputs)) < 1e-5
+    assert distance(prepared.call(inputs), plain_actions(cfg, inputs)) < 1e-5
 
 
-def test_another_horizon_is_refused():
-    cfg = config(MASKED, vision=SKIP)
-    inputs = sample_inputs(cfg)
-    with pytest.raises(ValueError, match="horizon is 1; this policy was built for 3"):
-        prepare(cfg).call(inputs._replace(noise=inputs.noise[:, :1]))
+@pytest.mark.parametrize("knobs", [{"vision": SKIP}, {"simplify": {"kv_buffer": True}}])
+@pytest.mark.parametrize("horizon", [1, 4])
+def test_another_horizon_is_refused(horizon, knobs):
+    inputs = sample_inputs(config({**MASKED, "horizon": horizon}))
+    with pytest.raises(ValueError, match=f"horizon is {horizon}; this policy was built for 3"):
+        prepare(config(MASKED, **knobs)).call(inputs)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -104,15 +102,6 @@ def test_values_take_the_dtype_of_the_policy(tmp_path, tensors):
     assert_same(policy, {name: tensor.float() for name, tensor in stored.items()})
 
 
-def test_lerobot_files_have_a_prefix_and_their_embedding_wins(tmp_path, tensors):
-    stored = {"model." + name: tensor for name, tensor in tensors.items()}
-    stored["model." + checkpoint.EMBEDDING] = tensors[checkpoint.TIED] + 1
-    save_file(stored, tmp_path / "model.safetensors")
-    policy = filled(seed=1)
-    load(policy, tmp_path)
-    assert_same(policy, tensors | {checkpoint.TIED: tensors[checkpoint.TIED] + 1})
-
-
 def legacy(name: str) -> str:
     """The names that LeRobot 0.3 gave, by the nesting of its modules."""
     name = name.replace(W + "paligemma.lm_head.", W + "paligemma.language_model.lm_head.")
@@ -121,24 +110,33 @@ def legacy(name: str) -> str:
     return "model." + name.replace("paligemma.model.multi_modal", "paligemma.multi_modal")
 
 
-def test_legacy_lerobot_files_load_without_their_statistics(tmp_path, tensors):
-    stored = {legacy(name): tensor for name, tensor in tensors.items()}
-    stored["normalize_inputs.buffer_observation_state.mean"] = torch.zeros(7)
-    stored["normalize_targets.buffer_action.std"] = torch.zeros(7)
-    stored["unnormalize_outputs.buffer_action.mean"] = torch.zeros(7)
-    save_file(stored, tmp_path / "model.safetensors")
-    policy = filled(seed=1)
-    load(policy, tmp_path)
-    assert_same(policy, tensors)
+STATISTICS = (
+    "normalize_inputs.buffer_observation_state.mean",
+    "normalize_targets.buffer_action.std",
+)
 
 
-def test_names_of_transformers_5_load(tmp_path, tensors):
-    stored = {name.replace(".vision_model.", "."): tensor for name, tensor in tensors.items()}
+@pytest.mark.parametrize(
+    "renamed",
+    [lambda name: "model." + name, legacy, lambda name: name.replace(".vision_model.", ".")],
+    ids=["LeRobot", "LeRobot 0.3", "transformers 5"],
+)
+def test_names_of_other_programs_load(tmp_path, tensors, renamed):
+    """Without the statistics that LeRobot 0.3 kept with the policy."""
+    stored = {renamed(name): tensor for name, tensor in tensors.items()}
     assert stored.keys() != tensors.keys()
+    if renamed is legacy:
+        stored |= {name: torch.zeros(7) for name in STATISTICS}
     save_file(stored, tmp_path / "model.safetensors")
     policy = filled(seed=1)
     load(policy, tmp_path)
     assert_same(policy, tensors)
+    if renamed is legacy:
+        return
+    stored[renamed(checkpoint.EMBEDDING)] = tensors[checkpoint.TIED] + 1
+    save_file(stored, tmp_path / "model.safetensors")
+    load(policy, tmp_path)
+    assert_same(policy, tensors | {checkpoint.TIED: tensors[checkpoint.TIED] + 1})
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -209,21 +207,9 @@ def test_misfits_are_named_and_change_nothing(tmp_path, tensors, change, message
     assert_same(policy, before)
 
 
-@pytest.fixture(scope="module")
-def stored_bytes(tmp_path_factory):
-    path = tmp_path_factory.mktemp("stored") / "model.safetensors"
-    save(filled(), path)
-    return path.read_bytes()
-
-
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_any_truncation_is_reported(tmp_path, stored_bytes, data):
-    length = data.draw(st.integers(0, len(stored_bytes) - 1))
+def test_a_truncated_file_is_reported(tmp_path):
     path = tmp_path / "model.safetensors"
-    path.write_bytes(stored_bytes[:length])
-    with pytest.raises(CheckpointError, match="not a complete safetensors file") as caught:
+    save(filled(), path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         load(filled(), path)
-    assert str(path) in str(caught.value)

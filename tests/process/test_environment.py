@@ -10,7 +10,7 @@ from openpi_opt.config import Config
 from openpi_opt.machine import Gpu, TorchBuild
 from openpi_opt.paths import package_dir
 from openpi_opt.process import environment
-from openpi_opt.process.environment import CACHES, child_environment, cleared_names
+from openpi_opt.process.environment import CACHES, KEPT_MEMORY, child_environment, cleared_names
 
 PLAIN = {"PATH": "/bin", "HOME": "/home/x", "LD_LIBRARY_PATH": "/lib", "TMPDIR": "/tmp"}
 KEPT = ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "AITER_JIT_DIR", "TRITON_PTXAS_PATH"]
@@ -44,8 +44,9 @@ def gpus(vendor: str) -> tuple[Gpu, ...]:
 
 def test_variables_that_change_a_trial_are_taken_out():
     given = PLAIN | dict.fromkeys(KEPT + CLEARED, "1")
-    env = child_environment(on("cpu"), CPU, given)
+    env = child_environment(on("cpu"), CPU, given | {"MALLOC_TRIM_THRESHOLD_": "1"})
     assert not set(CLEARED) & set(env)
+    assert env.items() >= KEPT_MEMORY.items()
     assert (PLAIN | dict.fromkeys(KEPT, "1")).items() <= env.items()
     places = [name for name in KEPT if name in CACHES]
     assert len(places) == 3  # a trial by hand keeps them, a sweep has folders of its own

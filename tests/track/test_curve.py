@@ -5,7 +5,7 @@ import json
 from track_samples import config, failed, ok, record
 
 from openpi_opt.criteria import Criteria
-from openpi_opt.track import curve
+from openpi_opt.track import study_plots
 from openpi_opt.track.journal import Record
 
 
@@ -22,13 +22,13 @@ def study() -> list[Record]:
 
 
 def test_only_what_may_win_is_the_best_and_pauses_do_not_count():
-    found = curve.steps(study(), Criteria())
+    found = study_plots.steps(study(), Criteria())
     assert [(step.number, step.best_ms, step.minutes) for step in found] == [
         (0, 20.0, 1.0),
         (2, 10.0, 3.0),
         (4, 10.0, 4.0),
     ]
-    assert [step.number for step in curve.steps(study(), Criteria(allow_lossy=True))] == [
+    assert [step.number for step in study_plots.steps(study(), Criteria(allow_lossy=True))] == [
         0,
         2,
         3,
@@ -37,8 +37,8 @@ def test_only_what_may_win_is_the_best_and_pauses_do_not_count():
 
 
 def test_the_plot_stands_in_the_studys_folder(tmp_path):
-    assert curve.write(tmp_path, study()[:1]) == []
-    written = curve.write(tmp_path, study())
-    assert sorted(written) == curve.files(tmp_path)
-    assert [path.suffix for path in curve.files(tmp_path)] == [".json", ".png", ".svg"]
+    assert study_plots.write(tmp_path, study()[:1]) == []
+    written = study_plots.write(tmp_path, study())
+    assert sorted(written) == study_plots.files(tmp_path)
+    assert [path.suffix for path in study_plots.files(tmp_path)] == [".json", ".png", ".svg"]
     assert len(json.loads((tmp_path / "best_so_far.json").read_text())) == 3

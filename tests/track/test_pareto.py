@@ -15,7 +15,7 @@ from openpi_opt.config import Config, Tracking
 from openpi_opt.criteria import Criteria
 from openpi_opt.result import Memory, Ok
 from openpi_opt.track import __main__ as verb
-from openpi_opt.track import pareto, plots
+from openpi_opt.track import plots, study_plots
 from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.mlflow_log import MlflowLog
 from openpi_opt.track.report import groups, rows
@@ -154,28 +154,29 @@ def test_compare_judges_as_the_sweep_did_or_as_it_is_told(kept, capsys):
 
 def test_data_and_plots_lie_in_the_study(kept):
     journal = Journal.open(kept)
-    files = pareto.write(kept, journal.records())
+    files = study_plots.write(kept, journal.records())
     assert [file.name for file in files] == ["pareto.json", "pareto.png", "pareto.svg"]
-    assert pareto.files(kept) == sorted(files)
+    assert study_plots.files(kept) == sorted(files)
     document = json.loads(files[0].read_text())
     (context,) = document["contexts"]
     assert [entry["number"] for entry in context["pareto"]] == [0, 1]
     assert document["objectives"] == ["latency", "memory"]
     large = config(workload={"name": "seed_b1", "batch_size": 8})
     journal.append(record(sized(99, 990, large)))
-    names = {file.name for file in pareto.write(kept, journal.records())}
+    names = {file.name for file in study_plots.write(kept, journal.records())}
     assert {f"pareto-{large.context_hash()}.png", "pareto.json"} <= names
     Criteria(limits={"peak_mib": 1.0}).save(kept)
-    assert pareto.write(kept, journal.records()) == [], "one objective has no set"
+    assert study_plots.write(kept, journal.records()) == [], "one objective has no set"
 
 
 def test_the_plot_shows_every_trial_where_it_is():
     limited = BOTH.model_copy(update={"limits": {"peak_mib": 800.0}})
     (group,) = groups(study((10, 900), (20, 500), (30, 600)), criteria=limited)
-    (panel,) = pareto.panels(group)
-    (axes,) = plots.scatter("t", [panel]).axes
+    (panel,) = study_plots.pareto_panels(group, lambda row: str(row.record.number))
+    (axes,) = plots.draw("scatter", "t", [panel]).axes
     drawn = {
-        str(line.get_label()): np.column_stack(line.get_data()).tolist() for line in axes.lines
+        str(each.get_label()): np.column_stack(each.lines[0].get_data()).tolist()
+        for each in axes.containers
     }
     assert drawn == {
         "Pareto set": [[20, 500]],
@@ -199,7 +200,7 @@ def test_marks_in_mlflow_follow_what_is_judged(kept, monkeypatch, capsys):
         own = [(t.get("openpi_opt.pareto", ""), t.get("openpi_opt.over_limit", "")) for t in trials]
         return next(t for t in tags if t.get("openpi_opt.role") == "study"), own
 
-    pareto.write(kept, journal.records())
+    study_plots.write(kept, journal.records())
     assert log.sync(kept, journal) == 3
     log.show(kept, journal)
     parent, trials = marks()
