@@ -25,6 +25,7 @@ from openpi_opt.space.space import Space
 
 MAX_WALK = 20_000
 SAMPLE = 2_000
+_LEAST_SAMPLE = 50
 # Of processor time, for each of the two estimates.
 SAMPLE_SECONDS = 0.75
 # A list with more values than this is not looked through value by value.
@@ -182,11 +183,11 @@ def _count(space: Space, points: Points, found: Count) -> None:
 
 
 def _drawn(space: Space) -> Iterator[Params]:
-    """Random combinations, as many as time allows, and at least one."""
+    """Random combinations, as many as time allows, and never too few to say something."""
     chosen = random.Random(0)
     end = time.process_time() + SAMPLE_SECONDS
     for number in range(SAMPLE):
-        if number and time.process_time() > end:
+        if number >= _LEAST_SAMPLE and time.process_time() > end:
             return
         yield {key: _any_text(d, chosen) for key, d in space.dimensions.items()}
 
