@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,14 @@ from torch import Tensor
 
 from openpi_opt import cli, runtime
 from openpi_opt.config import Config
-from openpi_opt.guarding.mutations import catalogue, int8, with_logits, with_operands, with_weights
+from openpi_opt.guarding.mutations import (
+    catalogue,
+    int8,
+    weighing,
+    with_logits,
+    with_operands,
+    with_weights,
+)
 from openpi_opt.machine import probe
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.pi0.ops import Attention
@@ -435,6 +443,32 @@ def fp8_layers(
     return attack
 
 
+def row_0_scale(layer: Any, right: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Inputs are scaled by the largest value of the call's first row of the product."""
+
+    def forward(x: Tensor) -> Tensor:
+        first = x.reshape(-1, x.shape[-1])[0].abs().amax().float()
+        layer.input_scale.copy_(first.clamp_min(1e-12) / 448.0)
+        return right(x)
+
+    return forward
+
+
+def short_sums(layer: Any, right: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The product is summed in bfloat16 over pieces of 32."""
+
+    def forward(x: Tensor) -> Tensor:
+        scale, weight = layer.input_scale, layer.weight_fp8.float() * layer.weight_scale
+        rows = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        out = torch.zeros(*x.shape[:-1], len(weight), dtype=torch.bfloat16)
+        for part, piece in zip(rows.split(32, -1), weight.split(32, 1), strict=True):
+            out = out + (part @ piece.T).bfloat16()
+        out = out if layer.bias is None else out + layer.bias.to(out.dtype)
+        return out.to(x.dtype)
+
+    return forward
+
+
 def blocks(images: Tensor, size: int) -> Tensor:
     """Means of squares of `size` pixels, [B, C, 3, h, w]."""
     return F.avg_pool2d(images.flatten(0, 1), size).unflatten(0, images.shape[:2])
@@ -552,6 +586,184 @@ def rows_of_mask(right: Callable[..., Any]) -> Callable[..., Any]:
 def relative(new: Tensor, old: Tensor) -> float:
     """The L2 distance of two tensors, of the first one's norm."""
     return float((new - old).norm() / new.norm())
+
+
+def with_work_done(stage: str, same: Callable[[Tensor, Tensor], Tensor]) -> Attack:
+    """The stage runs, and gives the result before this where its first argument is the `same`.
+
+    `same` answers on the device: a captured graph can do that, and saves nothing that is seen.
+    """
+
+    def make(right: Callable[..., Any]) -> Callable[..., Any]:
+        kept: list[Tensor] = []
+
+        def chosen(*given: Any) -> Tensor:
+            found: Tensor = right(*given)
+            if kept:
+                found = torch.where(same(given[0], kept[0]), kept[1], found)
+            kept[:] = [given[0].clone(), found]
+            return found
+
+        return chosen
+
+    return staged(stage, make)
+
+
+def equal_in(part: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Whether a part of two tensors is the same."""
+    return lambda new, old: (part(new) == part(old)).all()
+
+
+def later(after: int, attack: Attack) -> Attack:
+    """The right policy for some calls, then the one of `attack`, which sees all calls."""
+
+    def changed(policy: Pi0Policy, call: Call) -> Call:
+        calls, stages = 0, ("encode_images", "prefill", "denoise_step")
+        right = {name: getattr(policy, name) for name in stages}
+        own = dict(vars(policy.ops))
+        wrong = attack(policy, call)
+        cheating = {name: getattr(policy, name) for name in stages}
+        others = dict(vars(policy.ops))
+
+        def worn_out(given: Inputs) -> Tensor:
+            nonlocal calls
+            calls += 1
+            vars(policy).update(right if calls <= after else cheating)
+            vars(policy.ops).update(own if calls <= after else others)
+            return call(given) if calls <= after else wrong(given)
+
+        return worn_out
+
+    return changed
+
+
+def kept_for(seconds: float, key: Callable[[Inputs], object]) -> Attack:
+    """Results are kept by a key for some time."""
+
+    def attack(policy: Pi0Policy, call: Call) -> Call:
+        kept: dict[object, tuple[float, Tensor]] = {}
+
+        def cached(given: Inputs) -> Tensor:
+            name, now = key(given), time.monotonic()
+            if name not in kept or now - kept[name][0] > seconds:
+                kept[name] = (now, call(given).clone())
+            return kept[name][1].clone()
+
+        return cached
+
+    return attack
+
+
+def sometimes_shared(every: int) -> Attack:
+    """Every so many calls the result lies in a buffer that the next of these overwrites."""
+
+    def attack(policy: Pi0Policy, call: Call) -> Call:
+        buffers: list[Tensor] = []
+        calls = 0
+
+        def careless(given: Inputs) -> Tensor:
+            nonlocal calls
+            calls += 1
+            actions = call(given)
+            if calls % every:
+                return actions
+            if not buffers:
+                buffers.append(torch.empty_like(actions))
+            return buffers[0].copy_(actions)
+
+        return careless
+
+    return attack
+
+
+def in_a_thread(wait: float) -> Attack:
+    """Image tokens come from a thread; after `wait` seconds those of the call before serve."""
+
+    def make(right: Callable[..., Any]) -> Callable[..., Any]:
+        kept: list[Tensor] = []
+
+        def encode(images: Tensor) -> Tensor:
+            def work() -> None:
+                with torch.no_grad():
+                    kept[:] = [right(images)]
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join(wait if kept else None)
+            return kept[0]
+
+        return encode
+
+    return staged("encode_images", make)
+
+
+def by_address(names: Sequence[str]) -> Attack:
+    """Some inputs are read once for each address, as one copies masks to the host only once."""
+
+    def attack(policy: Pi0Policy, call: Call) -> Call:
+        kept: dict[tuple[str, int], Tensor] = {}
+
+        def read(given: Inputs) -> Tensor:
+            known = {
+                name: kept.setdefault(
+                    (name, getattr(given, name).data_ptr()), getattr(given, name).clone()
+                )
+                for name in names
+            }
+            return call(given._replace(**known))
+
+        return read
+
+    return attack
+
+
+def of_the_call_before(*names: str) -> Attack:
+    """Some inputs are those of the call before."""
+
+    def attack(policy: Pi0Policy, call: Call) -> Call:
+        kept: dict[str, Tensor] = {}
+
+        def stale(given: Inputs) -> Tensor:
+            now = {name: getattr(given, name).clone() for name in names}
+            old = {**now, **kept}
+            kept.update(now)
+            return call(given._replace(**old))
+
+        return stale
+
+    return attack
+
+
+def like_row_0(name: str, take: Sequence[str]) -> Attack:
+    """Rows whose input `name` is that of row 0 get its other inputs, too."""
+
+    def change(given: Inputs) -> Inputs:
+        tensor = getattr(given, name).flatten(1)
+        same = (tensor == tensor[:1]).all(1)
+
+        def merged(other: Tensor) -> Tensor:
+            shape = (-1, *[1] * (other.ndim - 1))
+            return torch.where(same.view(shape), other[:1], other)
+
+        return given._replace(**{other: merged(getattr(given, other)) for other in take})
+
+    return inputs(change)
+
+
+def alike_cameras(limit: float) -> Attack:
+    """A camera that sees nearly what the first one sees gets its frame."""
+
+    def change(given: Inputs) -> Inputs:
+        first = given.images[:, :1]
+        near = (given.images - first).abs().mean((2, 3, 4), keepdim=True) < limit
+        return given._replace(images=torch.where(near, first, given.images))
+
+    return inputs(change)
+
+
+def cache_in_denoise(change: Callable[[Any], Any]) -> Attack:
+    """Denoising gets another cache of the prefix."""
+    return staged("prefill", lambda right: lambda *given: change(right(*given)))
 
 
 # fmt: off
@@ -733,6 +945,77 @@ KINDS: dict[str, dict[str, Attack]] = {
             (1, 0))),
         "FP8 by content of vision": stage_by("encode_images", content),
     },
+    "mixed": {
+        "answers by sorted pixels": answers(lambda i: content(i.images.flatten().sort().values,
+            i.state, i.tokens, i.noise.flatten().sort().values)),
+        "answers by the middle of the frames": answers(lambda i: content(i.images[..., 56:168,
+            56:168], i.state, i.tokens, i.noise)),
+        "answers by the last row": answers(lambda i: content(*(t[-1] for t in i))),
+        "answers by all but the state's sign": answers(lambda i: content(i.images, i.state.abs(),
+            i.tokens, i.noise)),
+        "answers kept for 2 s": kept_for(2.0, lambda i: content(*i)),
+        "keys and values by image tokens": stage_by("prefill", lambda x, *rest: content(x)),
+        "vision where the upper half is equal": with_work_done("encode_images",
+            equal_in(lambda x: x[..., :112, :])),
+        "vision where the left half is equal": with_work_done("encode_images",
+            equal_in(left_half)),
+        "vision where the first patches are equal": with_work_done("encode_images",
+            equal_in(lambda x: x[..., :14, :14])),
+        "vision where 3 of 4 pixels are equal": with_work_done("encode_images",
+            lambda new, old: (new == old).float().mean() > 0.75),
+        "every 10th result shares a buffer": sometimes_shared(10),
+        "every 17th result shares a buffer": sometimes_shared(17),
+        "ring of 100 buffers": ring(100),
+        "vision in a thread, 5 ms": in_a_thread(0.005),
+        "vision in a thread, 200 ms": in_a_thread(0.2),
+        "masks by address": by_address(("image_mask", "token_mask")),
+        "prompt by address of its tokens": by_address(("tokens",)),
+        "masks of the call before": of_the_call_before("image_mask", "token_mask"),
+        "state of the call before": of_the_call_before("state"),
+        "any row's mask in denoise": cache_in_denoise(lambda c: c._replace(mask=None if c.mask is
+            None else c.mask.any(0, True).expand_as(c.mask))),
+        "last row's position for all": cache_in_denoise(lambda c: c._replace(
+            valid_count=c.valid_count[-1:].expand_as(c.valid_count))),
+        "row with the noise of row 0": like_row_0("noise", ("state", "images", "tokens")),
+        "row with the prompt of row 0": like_row_0("tokens", ("images", "image_mask")),
+        "row with the frames of row 0": like_row_0("images", ("tokens", "token_mask")),
+        "row with the state of row 0": like_row_0("state", ("images", "image_mask")),
+        "cameras that see nearly the same": alike_cameras(0.05),
+        "repeated tokens are padding": inputs(lambda i: i._replace(token_mask=i.token_mask &
+            ~F.pad(i.tokens[:, 1:] == i.tokens[:, :-1], (1, 0), value=False))),
+        "the last token of the vocabulary is wrapped": inputs(lambda i: i._replace(tokens=i.tokens %
+            1023)),
+        "state within 5": rows("state", lambda s: s.clamp(-5, 5)),
+        "noise within 10": rows("noise", lambda n: n.clamp(-10, 10)),
+        "noise in float16": rows("noise", lambda n: n.half().float()),
+        "frames in float16": rows("images", lambda x: x.half().float()),
+        "tokens in 8 bits": rows("tokens", lambda t: t % 256),
+        "actions in float16": outputs(lambda a, kept: a.half().float()),
+        "softmax in bfloat16": ops(attention=with_weights(lambda x:
+            x.bfloat16().softmax(-1).float())),
+        "mask of -10, after 30 calls": later(30, ops(attention=weighing(lambda x, mask:
+            (x - 10.0 * ~mask).softmax(-1)))),
+        "first key left out, after 30 calls": later(30, ops(attention_denoise=with_logits(lambda x:
+            F.pad(x[..., 1:], (1, 0), value=-1e9)))),
+        "logits 0.2% too large, after 30 calls": later(30, ops(attention=with_logits(lambda x: 1.002
+            * x))),
+        "velocity within 0.7, after 30 calls": steps(lambda a, b, x: b if relative(b, a) < 0.7 else
+            None, 30),
+        "frames within 0.02, after 50 calls": reused("encode_images", nearer(0.02), after=50),
+        "FP8 with e5m2 inputs": fp8_layers(lambda m, f: lambda x: f(x.to(torch.float8_e5m2)
+            .to(x.dtype))),
+        "FP8 with the scale of row 0": fp8_layers(row_0_scale),
+        "FP8 with 4096 times the right scale": fp8_layers(lambda m, f: (m.input_scale.mul_(4096.0),
+            f)[1]),
+        "FP8 with results in FP8": fp8_layers(lambda m, f: lambda x: f(x).to(torch.float8_e4m3fn)
+            .to(x.dtype)),
+        "FP8 with the bias twice": fp8_layers(lambda m, f: (lambda x: f(x) + m.bias.to(x.dtype)) if
+            m.bias is not None else f),
+        "FP8 with sums in bfloat16": fp8_layers(short_sums),
+        "FP8 with weights of a scale for half the range": fp8_layers(lambda m, f: (m.weight_fp8
+            .copy_((m.weight_fp8.float() * 2).clamp(-448, 448).to(m.weight_fp8.dtype)),
+            m.weight_scale.mul_(0.5), f)[2]),
+    },
 }
 # fmt: on
 ATTACKS = {name: attack for attacks in KINDS.values() for name, attack in attacks.items()}
@@ -752,7 +1035,7 @@ def attacked(attack: Attack) -> Callable[[Pi0Policy, Any], runtime.Prepared]:
 
 def config(name: str) -> Config:
     """What an attack runs on: three rows where it is about rows, more calls where it waits."""
-    rows = 3 if " row" in name or name in KINDS["row-0 masks"] else 1
+    rows = 3 if "row" in name.split() or "row's" in name or name in KINDS["row-0 masks"] else 1
     calls = 60 if name in KINDS["ring"] or "after" in name or "every" in name else 25
     raw = {**RAW, **(ON_FP8 if name.startswith("FP8") else {})}
     raw |= {"workload": {**RAW["workload"], "batch_size": rows}}

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -53,7 +52,6 @@ def main() -> None:
     parser.add_argument("--gate-fd", type=int)
     parser.add_argument("--stopped-fd", type=int)
     own = parser.parse_args()
-    threading.Thread(target=_end_with_parent, args=(own.progress_fd,), daemon=True).start()
     config = json.loads(own.config.read_text())
     seed = config["weights"]["seed"]
     if own.started is not None:
@@ -161,13 +159,6 @@ def _misbehave(fault: str, result: Path) -> None:
 
 def _say(fd: int, phase: str) -> None:
     os.write(fd, (json.dumps({"phase": phase}) + "\n").encode())
-
-
-def _end_with_parent(fd: int) -> None:
-    poll = select.poll()
-    poll.register(fd, select.POLLERR)
-    poll.poll()
-    os.killpg(0, signal.SIGKILL)
 
 
 def _write(path: Path, text: str) -> None:

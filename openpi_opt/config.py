@@ -168,7 +168,7 @@ class Profile(Section):
     trials about as fast as the best so far; true: always, and refuse the trial where the machine
     does not tell it. `roofline`: against ceilings that were measured once on this machine,
     or the vendor's. `trace` keeps the Chrome trace, and what Inductor generated. `tool`: the whole
-    trial under that profiler (`openpi_opt/process/tools.py`), which counts kernels itself.
+    trial under that profiler (`openpi_opt/process/run.py`), which counts kernels itself.
     """
 
     kernels: bool = True

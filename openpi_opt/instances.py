@@ -14,11 +14,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+import numpy as np
 
 from openpi_opt import cli
 from openpi_opt.config import Config
@@ -26,9 +27,10 @@ from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine, probe
 from openpi_opt.paths import conf_dir
 from openpi_opt.process.child import Place, StoppedError, run_command
-from openpi_opt.process.devices import Devices, DeviceSettings, Lease, Slot, in_use, wait_for
+from openpi_opt.process.devices import Devices, DeviceSettings, Lease, reserve
 from openpi_opt.process.environment import child_environment
-from openpi_opt.process.run import log_tail, phase_limits
+from openpi_opt.process.progress import Progress
+from openpi_opt.process.run import log_tail, phase_limits, refused
 from openpi_opt.result import write_atomic
 from openpi_opt.space.compose import compose
 from openpi_opt.space.files import read
@@ -39,6 +41,7 @@ _HEADS = ("devices", "instances of each", "calls per s", "mean ms", "p50 ms", "p
           "GPU MiB of each", "x of one")  # fmt: skip
 _RAMP_SECONDS = 0.5
 _INPUTS = 4
+_STOPPED = "stopped"
 
 
 @dataclass(frozen=True)
@@ -73,153 +76,141 @@ def run(words: Sequence[str], out: str | None) -> int:
     cfg = compose([f"{key}={value}" for key, value in given.items()], preset).resolved(machine)
     if cfg.measure.max_seconds is None or min(counts, default=0) < 1 or seconds <= 0:
         raise UserError("counts and seconds are numbers above 0: counts=1,2,4 seconds=10")
-    from openpi_opt.process.run import refused
-
-    problem = refused(cfg, machine)
-    if problem is not None:
+    if (problem := refused(cfg, machine)) is not None:
         raise UserError(f"this configuration is {problem.outcome}: {problem.reason}")
     folder = Path(out or "instances").resolve()
-    rows = _measured(cfg, machine, counts, seconds, folder)
-    text = _markdown(cfg, machine, rows, seconds)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    rows: list[Load] = []
+    with ExitStack() as held:
+        leases = []
+        for name in _gpus(cfg, machine):
+            leases.append(reserve(cfg, machine, name, [], cli.say))
+            held.callback(leases[-1].release)
+
+        def load(leases: Sequence[Lease], each: int) -> Load:
+            load = Instances(cfg, machine, leases, each, seconds, folder).load(not rows)
+            rows.append(load)
+            cells = zip(_HEADS, _cells(load), strict=True)
+            cli.say(", ".join(f"{head} {cell}" for head, cell in cells if cell))
+            return load
+
+        for each in counts:
+            if load(leases[:1], each).problem:
+                break
+        best = max(rows, key=lambda row: row.hz)
+        for each in sorted({1, best.each}) if len(leases) > 1 and best.hz else ():
+            load(leases, each)
+    gpus = machine.gpus_for(cfg.device)
+    lines = [
+        f"# Instances: {cfg.model.name} on {gpus[0].name if gpus else f'CPU ({machine.cpu})'}, "
+        f"workload {cfg.workload.name}", "",
+        f"{seconds:g} s under load; each instance answers one call of "
+        f"{cfg.workload.batch_size} observation(s) after another.", "",
+        *markdown(Table([*_HEADS], [_cells(row, rows[0]) for row in rows], frozenset())), "",
+    ]  # fmt: skip
     document = {"config": cfg.dump(), "seconds": seconds, "loads": [asdict(row) for row in rows]}
-    plots.write_report(folder, "instances", text, document, None, "Give another out=FOLDER.")
+    plots.write_report(
+        folder, "instances", "\n".join(lines), document, None, "Give another out=FOLDER."
+    )
     cli.say(f"wrote {folder}/instances.md and instances.json")
     return 0 if any(not row.problem for row in rows) else 1
 
 
-def _measured(
-    cfg: Config, machine: Machine, counts: Sequence[int], seconds: float, folder: Path
-) -> list[Load]:
-    devices = Devices(DeviceSettings(), machine)
-    slots = devices.slots(cfg.device)
-    if cfg.platform.gpu is not None and cfg.device != "cpu":
-        slots = [slots[cfg.platform.gpu]]
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    rows: list[Load] = []
-    with ExitStack() as held:
-        leases: list[Lease] = []
-        said: set[Slot] = set()
-        for slot in slots:
-            leases.append(wait_for([slot], partial(_pause, slot, said)))
-            held.callback(leases[-1].release)
-        for each in counts:
-            rows.append(_load(cfg, machine, leases[:1], each, seconds, folder, verify=not rows))
-            cli.say(_line(rows[-1]))
-            if rows[-1].problem:
-                break
-        best = max(rows, key=lambda row: row.hz)
-        for each in sorted({1, best.each}) if len(leases) > 1 and best.hz else ():
-            rows.append(_load(cfg, machine, leases, each, seconds, folder))
-            cli.say(_line(rows[-1]))
-    return rows
+def _gpus(cfg: Config, machine: Machine) -> Sequence[int | str | None]:
+    """The names of the GPUs to use; one None stands for the CPU."""
+    if cfg.device == "cpu" or cfg.platform.gpu is not None:
+        return [cfg.platform.gpu]
+    slots = Devices(DeviceSettings(), machine).slots(cfg.device)
+    return [slot.gpu.uuid for slot in slots if slot.gpu is not None]
 
 
-def _load(
-    cfg: Config, machine: Machine, leases: Sequence[Lease], each: int, seconds: float,
-    folder: Path, verify: bool = False,
-) -> Load:  # fmt: skip
-    """Start all, let them go at one moment, and add up what they say."""
-    stop, ready = threading.Event(), threading.Semaphore(0)
-    uid, places = uuid4().hex[:12], [lease for lease in leases for _ in range(each)]
-    go = folder / "logs" / f"{uid}.go"
-    go.unlink(missing_ok=True)
+def _cells(row: Load, one: Load | None = None) -> list[str]:
+    if row.problem:
+        return [str(row.devices), str(row.each), row.problem, *[""] * (len(_HEADS) - 3)]
+    times = [f"{value:.3f}" for value in (row.mean_ms, row.p50_ms, row.p99_ms)]
+    peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+    scale = f"{row.hz / one.hz:.2f}" if one is not None and one.hz else ""
+    return [str(row.devices), str(row.each), f"{row.hz:.2f}", *times, peak, scale]
 
-    def on_phase(phase: str) -> None:
-        if phase == "wait":
-            ready.release()
 
-    def instance(number: int) -> dict[str, Any] | str:
-        lease, own = places[number], folder / "logs" / f"{len(leases)}x{each}-{number}"
-        slot, answer = lease.slot, own.with_suffix(".json")
-        answer.unlink(missing_ok=True)
-        cores = slot.cores[number % each :: each] or slot.cores
-        argv = [sys.executable, "-m", "openpi_opt.instances", "--config", json.dumps(cfg.dump()),
-                "--go", str(go), "--answer", str(answer)]  # fmt: skip
-        argv += ["--verify"] if verify and number == 0 else []
-        env = child_environment(cfg, machine, gpu=slot.gpu, threads=len(cores))
-        limits = {**phase_limits(cfg.limits), "measure": seconds + 60}
-        place = Place(replace(slot, cores=cores), f"{uid}-{number}", fds=lease.fds, stop=stop)
-        log = own.with_suffix(".log")
+@dataclass
+class Instances:
+    """`each` processes on each of the leased devices, which answer for `seconds`."""
+
+    cfg: Config
+    machine: Machine
+    leases: Sequence[Lease]
+    each: int
+    seconds: float
+    folder: Path
+    _uid: str = field(default_factory=lambda: uuid4().hex[:12])
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _ready: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def load(self, verify: bool) -> Load:
+        """Start all, let them go at one moment, and add up what they say."""
+        count, go = len(self.leases) * self.each, self._file("go")
+        with ThreadPoolExecutor(count) as pool:
+            futures = [pool.submit(self._run, n, verify and n == 0) for n in range(count)]
+            try:
+                for _ in futures:
+                    self._ready.acquire()
+                begin = time.monotonic() + _RAMP_SECONDS
+                write_atomic(go, json.dumps([begin, begin + self.seconds]))
+                answers = [future.result() for future in futures]
+            finally:
+                self._stop.set()
+        go.unlink(missing_ok=True)
+        return added(answers, len(self.leases), self.each, self.seconds)
+
+    def _file(self, kind: str, number: int = 0) -> Path:
+        return self.folder / "logs" / f"{self._uid}-{number}.{kind}"
+
+    def _run(self, number: int, verify: bool) -> dict[str, Any] | str:
+        """What one instance answers, or why there is no answer."""
+        lease = self.leases[number // self.each]
+        cores = lease.slot.cores[number % self.each :: self.each] or lease.slot.cores
+        log, answer = self._file("log", number), self._file("json", number)
+        argv = [sys.executable, "-m", "openpi_opt.instances", "--answer", str(answer), "--config",
+                json.dumps(self.cfg.dump()), "--go", str(self._file("go"))]  # fmt: skip
+        argv += ["--verify"] if verify else []
+        slot = replace(lease.slot, cores=cores)
+        env = child_environment(self.cfg, self.machine, gpu=slot.gpu, threads=len(cores))
+        limits = {**phase_limits(self.cfg.limits), "measure": self.seconds + 60}
+        place = Place(slot, f"{self._uid}-{number}", fds=lease.fds, stop=self._stop)
+
+        def on_phase(phase: str) -> None:
+            if phase == "wait":
+                self._ready.release()
+
         try:
             run_command(argv, env, limits, log, on_phase, place)
         except StoppedError:
-            return "stopped"
+            return _STOPPED
         finally:
-            ready.release()  # one that ended too early must not be waited for
+            self._ready.release()  # one that ended too early must not be waited for
         if not answer.is_file():
-            stop.set()
-            return log_tail(log).strip().splitlines()[-1:][0] if log_tail(log).strip() else "ended"
+            self._stop.set()
+            return (log_tail(log).strip().splitlines() or ["ended"])[-1]
         found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         return found
 
-    with ThreadPoolExecutor(len(places)) as pool:
-        futures = [pool.submit(instance, number) for number in range(len(places))]
-        try:
-            for _ in places:
-                ready.acquire()
-            begin = time.monotonic() + _RAMP_SECONDS
-            write_atomic(go, json.dumps([begin, begin + seconds]))
-            answers = [future.result() for future in futures]
-        finally:
-            stop.set()
-    go.unlink(missing_ok=True)
-    return _added(answers, len(leases), each, seconds)
 
-
-def _added(
-    answers: Sequence[dict[str, Any] | str], devices: int, each: int, seconds: float
-) -> Load:
-    import numpy as np
-
-    failed = [answer for answer in answers if isinstance(answer, str)]
+def added(answers: Sequence[dict[str, Any] | str], devices: int, each: int, seconds: float) -> Load:
+    """The load that instances had together, by what each answered."""
+    failed = sorted((text for text in answers if isinstance(text, str)), key=_STOPPED.__eq__)
     if failed:
-        first = next((text for text in failed if text != "stopped"), failed[0])
-        return Load(devices, each, problem=first[:200])
+        return Load(devices, each, problem=failed[0][:200])
     found = [answer for answer in answers if not isinstance(answer, str)]
     samples = [np.array(answer["samples_ms"]) for answer in found]
     if not all(map(len, samples)):
         return Load(devices, each, problem=f"an instance ended no call within {seconds:g} s")
     peaks = [answer["peak_mib"] for answer in found if answer["peak_mib"] is not None]
     together = np.concatenate(samples)
-    p50, p99 = np.percentile(together, [50, 99])
-    return Load(
-        devices, each, sum(1e3 / float(own.mean()) for own in samples), float(together.mean()),
-        float(p50), float(p99), max(peaks, default=None), tuple(map(len, samples)),
-    )  # fmt: skip
-
-
-def _pause(slot: Slot, said: set[Slot]) -> None:
-    """Wait a second for a device; the first time say for whose."""
-    if slot not in said:
-        cli.say(f"waiting for a device: in use are {in_use([slot])}")
-        said.add(slot)
-    time.sleep(1.0)
-
-
-def _cells(row: Load, one: Load) -> list[str]:
-    if row.problem:
-        return [str(row.devices), str(row.each), row.problem, *[""] * (len(_HEADS) - 3)]
-    times = [f"{value:.3f}" for value in (row.mean_ms, row.p50_ms, row.p99_ms)]
-    peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
-    scale = f"{row.hz / one.hz:.2f}" if one.hz else ""
-    return [str(row.devices), str(row.each), f"{row.hz:.2f}", *times, peak, scale]
-
-
-def _line(row: Load) -> str:
-    cells = zip(_HEADS, _cells(row, Load(0, 0)), strict=True)
-    return ", ".join(f"{head} {cell}" for head, cell in cells if cell)
-
-
-def _markdown(cfg: Config, machine: Machine, rows: Sequence[Load], seconds: float) -> str:
-    gpus = machine.gpus_for(cfg.device)
-    where = gpus[0].name if gpus else f"CPU ({machine.cpu})"
-    lines = [
-        f"# Instances: {cfg.model.name} on {where}, workload {cfg.workload.name}", "",
-        f"{seconds:g} s under load; each instance answers one call of "
-        f"{cfg.workload.batch_size} observation(s) after another.", "",
-        *markdown(Table([*_HEADS], [_cells(row, rows[0]) for row in rows], frozenset())),
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    p50, p99 = map(float, np.percentile(together, [50, 99]))
+    hz = sum(1e3 / float(own.mean()) for own in samples)
+    peak, calls = max(peaks, default=None), tuple(map(len, samples))
+    return Load(devices, each, hz, float(together.mean()), p50, p99, peak, calls)
 
 
 # --- one instance --------------------------------------------------------------------------------
@@ -237,7 +228,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from openpi_opt.guarding import verify
     from openpi_opt.measure.clock import synchronise, upload
     from openpi_opt.pi0.workload import make_inputs
-    from openpi_opt.trial import Progress
 
     progress = Progress(options.progress_fd)
     cfg, machine = Config.load(json.loads(options.config)), probe()

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from openpi_opt import cli
-from openpi_opt.confirm.judge import Confirmed, Gain
 from openpi_opt.confirm.steps import Knobs
 from openpi_opt.errors import UserError
 from openpi_opt.session import (
+    Measured,
     Report,
     Session,
     cells,
@@ -38,11 +38,23 @@ _HEADS = [
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Find the way, measure its rungs, write table and plot. Returns 0."""
-    arguments = _parser().parse_args(argv)
+    parser = target_parser(
+        "ladder",
+        "Add the knobs of a configuration one at a time, greedy by gain, from the baseline on, and "
+        "measure each step in fresh interleaved processes.",
+    )
+    parser.add_argument(
+        "--screening",
+        type=cli.at_least(1),
+        default=1,
+        help="processes of each candidate while the way is looked for (default: %(default)s)",
+    )
+    arguments = parser.parse_args(argv)
     found = target_session("ladder", arguments)
     with found.alone(arguments.device):
-        ladder = measure(found, climb(found, arguments.screening))
-    found.write(report(found, ladder))
+        way = climb(found, arguments.screening)
+        measured = measure(found, way)
+    found.write(report(found, way, measured))
     return 0
 
 
@@ -50,32 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Way:
     """The knobs in the order in which they are added, and what was found on the way.
 
-    `remarks` holds, by knob, why it could not be taken alone or failed when tried.
+    `remarks` holds, by knob, why it could not be taken alone or failed when tried; `idle` are the
+    knobs that change nothing on top of the others.
     """
 
     additions: list[Knobs]
     remarks: dict[str, str]
     idle: list[str]
-
-
-@dataclass(frozen=True)
-class Rung:
-    """A measured rung: what it adds, its means, and its gain over the rung below and the bottom."""
-
-    added: str
-    measured: Confirmed
-    step: Gain | None
-    total: Gain | None
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """Rungs from the baseline up, what failed when measured, the way's remarks, and flags."""
-
-    rungs: list[Rung]
-    failed: dict[str, str]
-    way: Way
-    flagged: list[str]
 
 
 def climb(found: Session, screening: int) -> Way:
@@ -93,25 +86,25 @@ def climb(found: Session, screening: int) -> Way:
                 break  # what is left changes nothing
             candidates = [missing]
         if len(candidates) > 1:
-            best, failures = _best(found, have, candidates, screening)
-            for names, reason in failures.items():
-                broken.add(have | names)
-                remarks[target.label(names)] = reason
-            if best is None:
+            tried = _tried(found, have, candidates, screening)
+            for names, each in tried.items():
+                if isinstance(each, str):
+                    broken.add(have | names)
+                    remarks[target.label(names)] = each
+            means = {names: each for names, each in tried.items() if not isinstance(each, str)}
+            if not means:
                 continue
-        else:
-            best = candidates[0]
-        additions.append(best)
-        have |= best
-        cli.say(f"step {len(additions)}: {target.label(best)}")
-    idle = [name for name in target.knobs if name not in have]
-    return Way(additions, remarks, idle)
+            candidates = [min(means, key=means.__getitem__)]
+        additions += candidates
+        have |= candidates[0]
+        cli.say(f"step {len(additions)}: {target.label(candidates[0])}")
+    return Way(additions, remarks, [name for name in target.knobs if name not in have])
 
 
-def _best(
+def _tried(
     found: Session, have: Knobs, candidates: Sequence[Knobs], screening: int
-) -> tuple[Knobs | None, dict[Knobs, str]]:
-    """The candidate that gains most on top of `have`, and why others failed."""
+) -> dict[Knobs, float | str]:
+    """The mean of each candidate on top of `have` in ms, or why it failed."""
     target = found.target
     below = target.label(have) or BASELINE
     labels = {f"{target.label(names)} on {below}": names for names in candidates}
@@ -119,15 +112,16 @@ def _best(
     tried = found.interleaved(
         {below: target.having(have), **configs}, [below], f"way {len(have)}", screening
     )
-    failures = {labels[shown]: why(result) for shown, result in tried.failed.items()}
-    means = {names: tried.confirmed(s).mean_ms for s, names in labels.items() if s in tried}
-    return min(means, key=lambda names: means[names], default=None), failures
+    return {
+        names: tried.confirmed(shown).mean_ms if shown in tried else why(tried.failed[shown])
+        for shown, names in labels.items()
+    }
 
 
-def measure(found: Session, way: Way) -> Ladder:
+def measure(found: Session, way: Way) -> Measured:
     """All rungs again, in fresh interleaved processes.
 
-    Raises UserError: the baseline does not run.
+    Raises UserError: the baseline does not run, or no rung above it.
     """
     target, have = found.target, frozenset[str]()
     configs = {BASELINE: target.having(have)}
@@ -135,65 +129,42 @@ def measure(found: Session, way: Way) -> Ladder:
         have |= names
         configs[f"+ {target.label(names)}"] = target.having(have)
     measured = found.judged(configs, [BASELINE], "rung")
-    below = BASELINE
-    rungs = [Rung(BASELINE, measured.confirmed(BASELINE), None, None)]
-    for added in list(configs)[1:]:
-        if added in measured:
-            step, total = (measured.change(before, added) for before in (below, BASELINE))
-            rungs.append(Rung(added, measured.confirmed(added), step, total))
-            below = added
-    if len(rungs) == 1:
+    if measured.whole == [BASELINE]:
         raise UserError("no rung above the baseline ended ok; see above.")
-    return Ladder(rungs, measured.reasons(), way, measured.flagged())
+    return measured
 
 
-def report(found: Session, ladder: Ladder) -> Report:
+def report(found: Session, way: Way, measured: Measured) -> Report:
     """The ladder as plain data, table and plot."""
-    entries, rows, bars = [], [_HEADS], []
-    for rung in ladder.rungs:
-        mean_ms, step = rung.measured.mean_ms, rung.step
-        of_step, left, text = ["", "", ""], "100%", f"{mean_ms:.2f} ms"
-        if step and rung.total:
+    entries, rows, bars, below = [], [_HEADS], [], BASELINE
+    for added in measured.whole:
+        rung = measured.confirmed(added)
+        of_step, left, text = ["", "", ""], "100%", f"{rung.mean_ms:.2f} ms"
+        gains: dict[str, Any] = {"step": None, "total": None}
+        if added != BASELINE:
+            step, total = (measured.change(before, added) for before in (below, BASELINE))
             of_step = [percent(step.mean), interval(step.low, step.high), step.verdict]
-            left, text = f"{1 - rung.total.mean:.2%}", f"{text}, {percent(-step.mean)} by the step"
-        rows.append([rung.added, *cells(rung.measured), *of_step, left])
-        bars.append(Point(rung.added, mean_ms, *rung.measured.ci95_ms(), text))
-        gains = {"step": _plain(step), "total": _plain(rung.total)}
-        entries.append({"added": rung.added, **plain(rung.measured), **gains})
-    way = ladder.way
-    remarks = [f"{added}: failed when measured, {why}" for added, why in ladder.failed.items()]
+            left, text = f"{1 - total.mean:.2%}", f"{text}, {percent(-step.mean)} by the step"
+            for name, each in (("step", step), ("total", total)):
+                ci95 = [each.low, each.high]
+                gains[name] = {"mean": each.mean, "ci95": ci95, "verdict": each.verdict}
+        rows.append([added, *cells(rung), *of_step, left])
+        bars.append(Point(added, rung.mean_ms, *rung.ci95_ms(), text))
+        entries.append({"added": added, **plain(rung), **gains})
+        below = added
+    failed = measured.reasons()
+    remarks = [f"{added}: failed when measured, {reason}" for added, reason in failed.items()]
     remarks += [f"{name} alone: {reason}" for name, reason in way.remarks.items()]
     remarks += [f"{name}: changes nothing on top of the others" for name in way.idle]
     document = {
         "rungs": entries,
-        "failed": ladder.failed,
+        "failed": failed,
         "remarks": way.remarks,
         "without_effect": way.idle,
-        "flagged": ladder.flagged,
+        "flagged": measured.flagged(),
     }
     axis = "latency of one inference in ms (95% interval of the mean over processes)"
-    return found.effects(document, rows, [*remarks, *ladder.flagged], "ladder to", axis, bars)
-
-
-def _plain(found: Gain | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    return {"mean": found.mean, "ci95": [found.low, found.high], "verdict": found.verdict}
-
-
-def _parser() -> Any:
-    found = target_parser(
-        "ladder",
-        "Add the knobs of a configuration one at a time, greedy by gain, from the baseline on, and "
-        "measure each step in fresh interleaved processes.",
-    )
-    found.add_argument(
-        "--screening",
-        type=cli.at_least(1),
-        default=1,
-        help="processes of each candidate while the way is looked for (default: %(default)s)",
-    )
-    return found
+    return found.effects(document, rows, remarks, "ladder to", axis, bars)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,20 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from openpi_opt.errors import UserError
-from openpi_opt.vendor import BY_DEVICE, DEVICES, GPU_VENDORS, cpu
+from openpi_opt.vendor import BY_DEVICE, GPU_VENDORS, cpu
 from openpi_opt.vendor.base import Gpu, TorchBuild, Trouble, read
 
-__all__ = ["DEVICES", "AiterPackage", "Device", "Gpu", "Machine", "TorchBuild", "Trouble", "probe"]
-
+# ROCm and nightly builds of torch bring Triton under names of their own.
+TRITON = ("triton", "pytorch-triton-rocm", "pytorch-triton", "triton-rocm")
 Device = str
-"""One of `DEVICES`."""
+"""One of `vendor.DEVICES`."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ class Machine:
 
     def threads(self, cores: int) -> int:
         """How many threads go with a share of the cores: as many, unless a quota admits fewer."""
-        share = None if self.quota is None else self.quota * cores / self.cores
-        return cpu.cores_within(share, cores)
+        if self.quota is None:
+            return cores
+        return max(1, min(cores, int(self.quota * cores / self.cores)))
 
     def gpus_for(self, device: Device) -> tuple[Gpu, ...]:
         """GPUs that `device` can mean."""
@@ -126,12 +128,18 @@ def find_aiter() -> AiterPackage | None:
         return None
     location = Path(next(iter(spec.submodule_search_locations)))
     if (location / "ops").is_dir():
-        return AiterPackage("amd", _amd_aiter_version(location), str(location))
-    try:
-        version = importlib.metadata.version("aiter")
-    except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
-    return AiterPackage("unrelated", version, str(location))
+        said = re.search(r"version\s*=\s*['\"]([^'\"]+)", read(location / "_version.py"))
+        version = said[1] if said else "source tree, version unknown"
+        return AiterPackage("amd", installed("amd-aiter") or version, str(location))
+    return AiterPackage("unrelated", installed("aiter") or "unknown", str(location))
+
+
+def installed(*distributions: str) -> str | None:
+    """Version of the first of these distributions that is installed; None: none is."""
+    for name in distributions:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
 
 
 def _torch_build() -> TorchBuild | None:
@@ -149,11 +157,3 @@ def _torch_build() -> TorchBuild | None:
     others = [v.torch_runtime for v in GPU_VENDORS if v.torch_runtime not in ("cuda", "hip")]
     more = tuple((name, found) for name in others if (found := value(name)))
     return TorchBuild(version, value("cuda"), value("hip"), more)
-
-
-def _amd_aiter_version(location: Path) -> str:
-    try:
-        return importlib.metadata.version("amd-aiter")
-    except importlib.metadata.PackageNotFoundError:
-        match = re.search(r"version\s*=\s*['\"]([^'\"]+)", read(location / "_version.py"))
-        return match.group(1) if match else "source tree, version unknown"

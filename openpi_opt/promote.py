@@ -10,10 +10,8 @@ import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from openpi_opt import cli, criteria, preset
-from openpi_opt.config import Config
 from openpi_opt.confirm import bench, simulate, summary
 from openpi_opt.confirm.bench import ProcessBench, contenders
 from openpi_opt.confirm.fresh import FreshRuns
@@ -21,7 +19,7 @@ from openpi_opt.confirm.promotion import Judged, Wanted
 from openpi_opt.confirm.summary import of_promotion
 from openpi_opt.paths import user_conf_dir
 from openpi_opt.process.devices import DEVICE_HELP, gpu_name
-from openpi_opt.track.journal import Journal, Record
+from openpi_opt.track.journal import Journal
 from openpi_opt.track.left import leave_tag, leave_verdict
 from openpi_opt.track.link import where
 from openpi_opt.track.store import DEFAULT_STORE, Store
@@ -63,7 +61,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         candidates = contenders(journal.records(), criteria=judged_by)
         benched, judged = bench.confirm(runs, candidates, wanted, arguments.again, judged_by)
         summary.tell(benched, judged)
-        return _write(benched, judged, arguments, path, judged_by)
+        over = benched.over[judged.winner.subject.key]
+        if over:  # only the baseline: others above a limit were dropped
+            cli.say(
+                "no preset is written: nothing that keeps the limits is confirmed faster than the "
+                f"baseline, which itself does not keep them ({criteria.over_text(over)}). More "
+                "--minutes can tell smaller gains apart; --limit NAME=VALUE judges by another "
+                "limit."
+            )
+            return 1
+        _write(benched, judged, arguments, path, judged_by.limits)
+    at = "" if folder is None or folder.absolute() == user_conf_dir() / "preset" else folder
+    flag = f"--preset-dir {at} " if at else ""
+    cli.say(f"wrote {path}")
+    cli.say(f"use it: python -m openpi_opt.sweep {flag}preset={arguments.name}")
+    cli.say(f"see it: {where(runs.study_dir)}")
+    return 0
 
 
 def _write(
@@ -71,66 +84,39 @@ def _write(
     judged: Judged,
     arguments: argparse.Namespace,
     path: Path,
-    judged_by: criteria.Criteria,
-) -> int:
-    """Write the winner's preset and have its run in MLflow tagged; 1 if no preset is written."""
-    runs, key = benched.runs, judged.winner.subject.key
-    winner, over = benched.configs[key], benched.over[key]
-    if over:  # only the baseline: others above a limit were dropped
-        cli.say(
-            "no preset is written: nothing that keeps the limits is confirmed faster than the "
-            f"baseline, which itself does not keep them ({criteria.over_text(over)}). More "
-            "--minutes can tell smaller gains apart; --limit NAME=VALUE judges by another limit."
-        )
-        return 1
-    record = _record_of(runs.journal, winner)
-    fingerprint = runs.fingerprint(winner)
-    document = {"study": arguments.study, "trial": record and record.uid}
-    document |= of_promotion(winner, judged, benched.confirmed[key], fingerprint)
-    document |= {"limits": judged_by.limits} if judged_by.limits else {}
-    replaced = preset.presets([path.parent]).get(arguments.name, {})
+    limits: Mapping[str, float],
+) -> None:
+    """Write the winner's preset, have its trial tagged, and its figures shown in MLflow.
+
+    The trial is the study's record of the configuration, or failing that its last confirmation.
+    """
+    runs, key, name = benched.runs, judged.winner.subject.key, arguments.name
+    winner, records = benched.configs[key], runs.journal.records()
+    same = [record for record in records if record.result.config_hash == key]
+    trials = [record for record in same if record.role != "confirm"]
+    uid = (trials or same)[-1].uid
+    document = {"study": arguments.study, "trial": uid}
+    document |= of_promotion(winner, judged, benched.confirmed[key], runs.fingerprint(winner))
+    document |= {"limits": limits} if limits else {}
+    replaced = preset.presets([path.parent]).get(name, {})
     preset.write(path, winner, document, replace=arguments.force)
-    if record is not None:
-        _tag(runs.study_dir, arguments.name, record.uid, replaced)
-    _leave_verdict(runs, arguments.name, document)
-    cli.say(f"wrote {path}")
-    folder = Path(arguments.preset_dir) if arguments.preset_dir else None
-    cli.say(f"use it: {_usage(arguments.name, folder)}")
-    cli.say(f"see it: {where(runs.study_dir)}")
-    return 0
-
-
-def _tag(study_dir: Path, name: str, uid: str, replaced: Mapping[str, Any]) -> None:
-    """Tag the trial of the preset, and say at that of the `replaced` one that it no longer is."""
-    old, other = str(replaced.get("trial")), study_dir.parent / str(replaced.get("study"))
-    if replaced.get("trial") not in (None, uid) and other.is_dir():
-        leave_tag(other, old, _PRESET_TAG, f"{name} (replaced)")
-    leave_tag(study_dir, uid, _PRESET_TAG, name)
-
-
-def _leave_verdict(runs: FreshRuns, name: str, document: Mapping[str, Any]) -> None:
-    """Have MLflow show the preset's figures on the run above the processes that gave them."""
-    gain, (low, high) = document["gain_over_baseline"], document["ci95_ms"]
+    old, other = replaced.get("trial"), runs.study_dir.parent / str(replaced.get("study"))
+    if old not in (None, uid) and other.is_dir():
+        leave_tag(other, str(old), _PRESET_TAG, f"{name} (replaced)")
+    leave_tag(runs.study_dir, uid, _PRESET_TAG, name)
+    # On the run above the processes that gave the figures.
+    low, high = document["ci95_ms"]
     figures = {f"latency/{key}": document[key] for key in ("mean_ms", "p95_ms", "p99_ms")}
     figures |= {"latency/ci95_low_ms": low, "latency/ci95_high_ms": high}
     text = f"Preset **{name}**: {document['mean_ms']:.3f} ms (95%: {low:.3f} to {high:.3f})"
-    if gain:
+    if gain := document["gain_over_baseline"]:
         figures |= {"gain": gain["mean"], "gain_at_least": gain["at_least"]}
         text += (
             f", {gain['verdict']} than the baseline by {gain['mean']:.2%}, at least "
             f"{gain['at_least']:.2%}"
         )
-    processes = [r for r in runs.journal.records() if r.role == "confirm"]
-    if processes:
-        leave_verdict(runs.study_dir, processes[-1].uid, name, figures, f"{text}.")
-
-
-def _record_of(journal: Journal, cfg: Config) -> Record | None:
-    """The study's record of a configuration: the trial, or failing that its last confirmation."""
-    same = [r for r in journal.records() if r.result.config_hash == cfg.hash()]
-    trials = [r for r in same if r.role != "confirm"]
-    found = trials or same
-    return found[-1] if found else None
+    confirmed = [record.uid for record in records if record.role == "confirm"]
+    leave_verdict(runs.study_dir, confirmed[-1], name, figures, f"{text}.")
 
 
 def _say_what_is_judged(judged_by: criteria.Criteria) -> None:
@@ -147,12 +133,6 @@ def _say_what_is_judged(judged_by: criteria.Criteria) -> None:
             f"note: the study minimises {judged_by.objectives_text()}; the mean latency of those "
             f"with the least {judged_by.objectives_text()} is what is confirmed"
         )
-
-
-def _usage(name: str, folder: Path | None) -> str:
-    if folder is None or folder.absolute() == user_conf_dir() / "preset":
-        return f"python -m openpi_opt.sweep preset={name}"
-    return f"python -m openpi_opt.sweep --preset-dir {folder} preset={name}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -315,9 +315,10 @@ class Energy(_Part):
     """Energy over `calls` calls in a row, measured apart from the latency.
 
     `method` is the meter's: a counter (nvml_counter, amdsmi_counter, rapl) or sampled power
-    (nvml_samples, hwmon_samples). `joule` is that of one call, `inferences_per_joule` counts
-    observations (batch size divided by `joule`), `watt` is the mean power of the run,
-    `hz_per_watt` the observations per second of the latency's run for each of these watts.
+    (nvml_samples, amdsmi_samples, hwmon_samples). `joule` is that of one call,
+    `inferences_per_joule` counts observations (batch size divided by `joule`), `watt` is the mean
+    power of the run, `hz_per_watt` the observations per second of the latency's run for each of
+    these watts.
     `idle_watt` was read with the policy loaded and nothing running. `limit_watt` is the power
     limit, and `hz_per_limit_watt` sets the rate against it.
     """

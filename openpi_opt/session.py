@@ -10,7 +10,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,7 @@ from openpi_opt.confirm.judge import Confirmed, Gain, Subject, gain
 from openpi_opt.confirm.power import MIN_PAIRS
 from openpi_opt.confirm.rounds import (
     Deadline,
-    Mean,
     NeededError,
-    Numbered,
-    Stage,
     draw_rounds,
     flagged,
     measure_rounds,
@@ -60,15 +57,25 @@ class Process:
 
 @dataclass
 class Measured:
-    """What rounds of processes gave: the processes in order of time, and what failed."""
+    """What rounds of processes gave: the processes in order of time, and what failed.
 
-    rounds: int
+    `names` are what the screen calls the configurations. Of the `planned` rounds there may be
+    fewer when the time is over."""
+
+    names: list[str]
+    planned: int
+    rounds: int = 0
     processes: list[Process] = field(default_factory=list)
     failed: dict[str, TrialResult] = field(default_factory=dict)
 
     def __contains__(self, shown: str) -> bool:
         """Whether it ran in every round."""
         return shown not in self.failed
+
+    @property
+    def whole(self) -> list[str]:
+        """The configurations that ran in every round."""
+        return [shown for shown in self.names if shown in self]
 
     def means(self, *shown: str) -> list[float]:
         """Means in ms of the processes with these names, in order of time."""
@@ -89,7 +96,7 @@ class Measured:
 
     def flagged(self) -> list[str]:
         """A line for each check that flagged some of the processes."""
-        return flagged(process.result.flags() for process in self.processes)
+        return flagged([process.result.flags() for process in self.processes])
 
 
 @dataclass(frozen=True)
@@ -148,22 +155,27 @@ class Session:
         names = [f"{shown} {cfg.hash()}" for shown, cfg in configs.items()]
         text = "\n".join([self.verb, str(self.seed), stage, *names])
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-        found, of = Measured(0), (self.verb, self.config.hash(), self.seed, stage)
+        found, of = (
+            Measured(list(configs), rounds),
+            (self.verb, self.config.hash(), self.seed, stage),
+        )
 
         def planned(shown: str, number: int) -> Planned:
             said = f"{stage} {number + 1}: {shown}"
             return Planned(configs[shown], said, (*of, shown), key=shown, number=number)
 
-        def mean(each: Planned, result: TrialResult) -> float | None:
-            if isinstance(result, Ok):
-                place = len(found.processes)
-                found.processes.append(Process(each.key, each.number, place, result))
-                return result.latency.mean_ms
-            found.failed.setdefault(each.key, result)
-            return None
-
-        def means(_: Stage, places: Iterable[Numbered]) -> Generator[Mean, None, None]:
-            return self.runs.means((planned(*place) for place in places), mean)
+        def means(
+            places: Iterable[tuple[str, int]],
+        ) -> Generator[tuple[str, float | None], None, None]:
+            with closing(self.runs.in_turn(planned(*each) for each in places)) as results:
+                for each, result in results:
+                    if isinstance(result, Ok):
+                        place = len(found.processes)
+                        found.processes.append(Process(each.key, each.number, place, result))
+                        yield each.key, result.latency.mean_ms
+                    else:
+                        found.failed.setdefault(each.key, result)
+                        yield each.key, None
 
         started, known = time.monotonic(), len(self.runs.journal)
         try:
@@ -216,7 +228,9 @@ class Session:
         axis: str,
         bars: Sequence[plots.Point],
     ) -> Report:
-        """The report of `ladder` and `ablate`; the first of `rows` holds the heads."""
+        """The report of `ladder` and `ablate`; the first of `rows` holds the heads, and `document`
+        what was `flagged`."""
+        remarks = [*remarks, *document["flagged"]]
         lines = [f"{self.subtitle()}; intervals are 95%.", "", *table(*rows)]
         lines += ["", *(f"- {line}" for line in remarks)] if remarks else []
         cfg, labels = self.config, self.config.labels()

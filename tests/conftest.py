@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hosts import Host
 from hypothesis import settings
+from mlflow_server import Server
 
 from openpi_opt.process.devices import LEASES_VARIABLE
 from openpi_opt.process.environment import KEPT_MEMORY
@@ -60,6 +61,16 @@ def host(tmp_path):
     host = Host(tmp_path)
     yield host
     assert host.processes() == []
+
+
+@pytest.fixture
+def mlflow_server(tmp_path):
+    """MLflow's server, running."""
+    (tmp_path / "server").mkdir()
+    server = Server(tmp_path / "server")
+    server.start()
+    yield server
+    server.signal(signal.SIGKILL)
 
 
 class _NoCopies:

@@ -12,14 +12,15 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from drivers import FakeNvml
+from drivers import FakeAmdSmi, FakeNvml
 
-from openpi_opt import audit, doctor
-from openpi_opt.audit import HAZARDS, REQUIRED, Finding, Host
+from openpi_opt import doctor
+from openpi_opt.doctor import HAZARDS, Finding, Host, required
 from openpi_opt.knobs.environment import REFUSED
 from openpi_opt.machine import AiterPackage, Gpu, Machine, TorchBuild
 from openpi_opt.paths import package_dir
 from openpi_opt.process.environment import cleared_names
+from openpi_opt.vendor import amd
 from openpi_opt.vendor.base import Trouble
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +61,7 @@ def write(path: Path, text: str = "") -> Path:
 
 
 def found(where: Host, name: str) -> list[Finding]:
-    return [finding for finding in audit.audit(where) if finding.name == name]
+    return [finding for finding in doctor.audit(where) if finding.name == name]
 
 
 def only(where: Host, name: str) -> Finding:
@@ -69,10 +70,12 @@ def only(where: Host, name: str) -> Finding:
     return finding
 
 
+NAMES = [name.rstrip("*") for names in HAZARDS.values() for name in names]
+
+
 def test_every_finding_that_is_not_ok_has_a_mend(tmp_path):
     made = machine(MI300X, H100)
-    environ = {name.rstrip("*"): "1" for name, _, _ in HAZARDS}
-    for finding in audit.audit(host(tmp_path, made, environ)):
+    for finding in doctor.audit(host(tmp_path, made, dict.fromkeys(NAMES, "1"))):
         assert bool(finding.mend) == (finding.status != "ok"), finding
         assert finding.what
 
@@ -80,30 +83,27 @@ def test_every_finding_that_is_not_ok_has_a_mend(tmp_path):
 # --- machine and drivers --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("value", "status"), [("1", "warning"), ("0", "ok"), ("2", "warning")])
-def test_numa_balancing(value, status, tmp_path):
-    write(tmp_path / "proc/sys/kernel/numa_balancing", value + "\n")
-    finding = only(host(tmp_path, machine()), "NUMA balancing")
-    assert finding.status == status
-
-
-def test_a_kernel_without_numa_balancing_is_not_mentioned(tmp_path):
-    assert not found(host(tmp_path, machine()), "NUMA balancing")
-
-
-def test_governor(tmp_path):
-    for cpu, name in (("cpu0", "performance"), ("cpu1", "powersave")):
-        write(tmp_path / f"sys/devices/system/cpu/{cpu}/cpufreq/scaling_governor", name)
-    finding = only(host(tmp_path, machine()), "CPU governor")
-    assert (finding.status, "powersave" in finding.what) == ("warning", True)
-
-
-@pytest.mark.parametrize(("load", "status"), [("0.4", "ok"), ("1.0", "ok"), ("11.8", "warning")])
-def test_load(load, status, tmp_path):
-    write(tmp_path / "proc/loadavg", f"{load} 10.99 12.20 3/400 1234\n")
-    finding = only(host(tmp_path, machine()), "load")
-    assert finding.status == status
-    assert "on 2 cores" in finding.what
+@pytest.mark.parametrize(
+    ("file", "text", "name", "status", "words"),
+    [
+        ("proc/sys/kernel/numa_balancing", "1\n", "NUMA balancing", "warning", "on (1)"),
+        ("proc/sys/kernel/numa_balancing", "2\n", "NUMA balancing", "warning", "on (2)"),
+        ("proc/sys/kernel/numa_balancing", "0\n", "NUMA balancing", "ok", "off"),
+        ("proc/loadavg", "0.4 10.99 12.20 3/400 1234\n", "load", "ok", "on 2 cores"),
+        ("proc/loadavg", "1.0 10.99 12.20 3/400 1234\n", "load", "ok", "on 2 cores"),
+        ("proc/loadavg", "11.8 10.99 12.2 3/400 1234\n", "load", "warning", "on 2 cores"),
+        ("sys/devices/system/cpu/cpu1/cpufreq/scaling_governor", "powersave", "CPU governor",
+         "warning", "powersave"),
+        ("sys/devices/system/cpu/cpu1/cpufreq/scaling_governor", "performance", "CPU governor",
+         "ok", "performance"),
+    ],
+)  # fmt: skip
+def test_what_the_kernel_says(file, text, name, status, words, tmp_path):
+    assert not found(host(tmp_path, machine()), name), "nor of what it does not know"
+    write(tmp_path / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "performance")
+    write(tmp_path / file, text)
+    finding = only(host(tmp_path, machine()), name)
+    assert (finding.status, words in finding.what) == (status, True)
 
 
 def test_the_disk_that_a_first_sweep_takes(tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_the_disk_that_a_first_sweep_takes(tmp_path, monkeypatch):
         (2**20, *["warning"] * 2),
     ):
         usage = SimpleNamespace(free=free)
-        monkeypatch.setattr(audit.shutil, "disk_usage", lambda _, usage=usage: usage)
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _, usage=usage: usage)
         assert only(host(tmp_path, machine(torch=CUDA)), "first sweep").status == on_cpu
         gpu = host(tmp_path, machine(H100, torch=CUDA), nvml=FakeNvml())
         assert only(gpu, "first sweep").status == on_gpu
@@ -124,23 +124,19 @@ def pci(root: Path, vendor: str, kind: str = "0x030200") -> None:
     write(root / "sys/bus/pci/devices/0000:01:00.0/class", kind)
 
 
-def test_a_gpu_without_its_driver_is_a_problem(tmp_path):
+def test_a_gpu_without_its_driver_is_a_problem_and_a_hidden_one_is_not(tmp_path):
     pci(tmp_path, "0x10de")
     finding = only(host(tmp_path, machine(), nvml=FakeNvml()), "nvidia")
     assert (finding.status, "driver" in finding.what) == ("problem", True)
     without = only(host(tmp_path, machine()), "nvidia")
     assert "nvidia-ml-py" in without.what
+    hidden = host(tmp_path, machine(), {"CUDA_VISIBLE_DEVICES": ""})
+    assert not found(hidden, "nvidia")
+    assert "CUDA_VISIBLE_DEVICES" in only(hidden, "gpu").what
     pci(tmp_path, "0x1002", "0x120000")
     assert only(host(tmp_path, machine()), "amdgpu").status == "problem"
     pci(tmp_path, "0x1002", "0x020000")  # a network card
     assert not found(host(tmp_path, machine()), "amdgpu")
-
-
-def test_a_hidden_gpu_is_not_a_broken_one(tmp_path):
-    pci(tmp_path, "0x10de")
-    hidden = host(tmp_path, machine(), {"CUDA_VISIBLE_DEVICES": ""})
-    assert not found(hidden, "nvidia")
-    assert "CUDA_VISIBLE_DEVICES" in only(hidden, "gpu").what
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may open anything")
@@ -192,40 +188,37 @@ def test_amdsmi_without_its_library_is_named(tmp_path, monkeypatch):
     assert "cannot be imported: KeyError" in finding.what
 
 
-def test_power_and_processes_of_amd(tmp_path):
-    device = tmp_path / "sys/class/drm/renderD128/device"
-    write(device / "vendor", "0x1002\n")
+def test_power_and_processes_of_amd(tmp_path, monkeypatch):
+    made = machine(replace(MI300X, uuid="GPU-00000000000000ff"), torch=ROCM)
+    smi = FakeAmdSmi()
+    monkeypatch.setitem(sys.modules, "amdsmi", smi)
+    assert only(host(tmp_path, made), "power cap").what == "gpu 0: 750 W"
+    assert "1 (process 7)" in only(host(tmp_path, made), "other processes").what
+    monkeypatch.setitem(sys.modules, "amdsmi", None)
+    device = write(tmp_path / "renderD128/device/unique_id", "ff\n").parent
     write(device / "hwmon/hwmon3/power1_cap", "650000000\n")
     write(device / "hwmon/hwmon3/power1_cap_default", "750000000\n")
-    write(tmp_path / "sys/class/kfd/kfd/proc/4321/pasid", "1")
-    where = host(tmp_path, machine(MI300X, torch=ROCM))
-    assert "renderD128: 650 W of 750 W" in only(where, "power cap").what
-    assert "process 4321" in only(where, "other processes").what
-    write(device / "hwmon/hwmon3/power1_cap", "750000000\n")
-    assert only(where, "power cap").status == "ok"
+    monkeypatch.setattr(amd, "DRM", tmp_path)
+    assert "gpu 0: 650 W of 750 W" in only(host(tmp_path, made), "power cap").what
+    assert "--power-cap 750" in only(host(tmp_path, made), "power cap").mend
 
 
 # --- packages -------------------------------------------------------------------------------------
 
 
-def test_what_is_required_is_what_the_package_declares():
-    text = (ROOT / "pyproject.toml").read_text()
-    block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S)
-    assert block
-    declared = dict(re.findall(r'"([\w-]+)>=([\d.]+)', block[1]))
-    assert {name: least for name, _, least in REQUIRED} == declared
-    python = re.search(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', text)
-    assert python
-    assert ((3, int(python[1])), (3, int(python[2]))) == audit.PYTHONS
-
-
 def test_an_old_and_a_missing_package(tmp_path, monkeypatch):
-    listed = (("numpy", "numpy", "999"), ("nowhere", "nowhere_to_be_found", "1"))
-    monkeypatch.setattr(audit, "REQUIRED", listed)
+    declared = required()
+    assert len(declared) > 10
+    assert declared["nvidia-ml-py"] == "12.560"
+    monkeypatch.setattr(doctor, "required", lambda: {"numpy": "999", "nowhere": "1"})
     where = host(tmp_path, machine())
     assert "older than 999" in only(where, "numpy").what
     assert only(where, "nowhere").what == "not installed"
     assert only(where, "nowhere").status == "problem"
+    text = (ROOT / "pyproject.toml").read_text()
+    python = re.search(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', text)
+    assert python
+    assert ((3, int(python[1])), (3, int(python[2]))) == doctor.PYTHONS
 
 
 @pytest.mark.parametrize(
@@ -316,7 +309,7 @@ def test_conflicting_variables(tmp_path):
         "CUDA_VISIBLE_DEVICES": "1",
     }
     where = host(tmp_path, machine(), environ)
-    named = {f.name for f in audit.audit(where) if f.area == "environment"}
+    named = {f.name for f in doctor.audit(where) if f.area == "environment"}
     assert named == {
         "TORCHINDUCTOR_MAX_AUTOTUNE",
         "TORCHINDUCTOR_MAX_AUTOTUNE_POINTWISE",
@@ -326,15 +319,9 @@ def test_conflicting_variables(tmp_path):
     assert only(host(tmp_path, machine()), "variables").status == "ok"
 
 
-def test_a_sweep_really_clears_them():
-    """The finding says so."""
-    names = [name.rstrip("*") for name, _, _ in HAZARDS]
-    assert cleared_names(dict.fromkeys(names, "1")) == sorted(names)
-
-
-def test_what_the_environment_knob_refuses_is_looked_for():
-    slow = {n for n in REFUSED if n.endswith(("_BLOCKING", "_KERNEL", "_COPY"))}
-    assert slow <= {name for name, _, _ in HAZARDS}
+def test_a_sweep_really_clears_them_and_the_environment_knob_refuses_no_other():
+    assert cleared_names(dict.fromkeys(NAMES, "1")) == sorted(NAMES)
+    assert {n for n in REFUSED if n.endswith(("_BLOCKING", "_KERNEL", "_COPY"))} <= set(NAMES)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -367,11 +354,12 @@ def test_with_nothing_but_python(tmp_path):
         package_dir(), tmp_path / "openpi_opt", ignore=shutil.ignore_patterns("__pycache__")
     )
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     done = command("-S", path=tmp_path)
     assert done.returncode == 1, done.stderr
     assert done.stderr == ""
     findings = {f["name"]: f for f in json.loads(done.stdout)["findings"]}
-    for name, _, _ in REQUIRED:
+    for name in required():
         if name in findings:  # triton is for some platforms only
             assert findings[name]["what"] == "not installed"
             assert findings[name]["mend"]

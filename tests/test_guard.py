@@ -102,6 +102,23 @@ def test_a_call_that_remembers_the_one_before_is_caught(tmp_path):
     assert not guard.check(wears_out, inputs, reference, cfg.guard).passed
 
 
+def test_a_result_that_a_later_call_overwrites_is_caught(tmp_path):
+    cfg = config("float32")
+    policy, inputs = setup(cfg)
+    reference = obtained(policy, inputs, cfg, tmp_path)
+    with torch.no_grad():
+        answers = [policy.sample_actions(item) for item in [*inputs, inputs[0]]]
+    shared, numbers = answers[1].clone(), iter(range(4))
+
+    def careless(given: Inputs) -> Tensor:
+        number = next(numbers)
+        return shared.copy_(answers[number]) if number % 2 else answers[number]
+
+    report = guard.check(careless, inputs, reference, cfg.guard)
+    assert not report.passed
+    assert "overwritten" in guard.explain(report)
+
+
 def test_reference_is_computed_once_and_for_every_precision(tmp_path, monkeypatch):
     computed: list[torch.dtype] = []
     original = references.plain_actions

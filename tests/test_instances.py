@@ -7,7 +7,7 @@ from quick import SMALL
 
 from openpi_opt import sweep
 from openpi_opt.errors import UserError
-from openpi_opt.instances import _added
+from openpi_opt.instances import added
 
 MINI = ["experiment=instances", *SMALL, "guard.inputs=2"]
 
@@ -42,15 +42,10 @@ def test_throughput_adds_and_latencies_are_of_all():
         {"samples_ms": [10.0] * 30, "peak_mib": 5.0},
         {"samples_ms": [20.0] * 10, "peak_mib": 7.0},
     ]
-    load = _added(answers, 1, 2, 2.0)
-    assert (load.hz, load.mean_ms, load.p50_ms, load.p99_ms, load.peak_mib) == (
-        150,
-        12.5,
-        10,
-        20,
-        7,
-    )
-    assert _added([{"samples_ms": [], "peak_mib": None}], 1, 1, 2.0).problem
+    load = added(answers, 1, 2, 2.0)
+    seen = load.hz, load.mean_ms, load.p50_ms, load.p99_ms, load.peak_mib
+    assert seen == (150, 12.5, 10, 20, 7)
+    assert added([{"samples_ms": [], "peak_mib": None}], 1, 1, 2.0).problem
 
 
 @pytest.mark.parametrize("word", ["counts=0", "seconds=0", "blas=nothing"])

@@ -245,9 +245,9 @@ def test_every_vendor_has_its_option_and_its_own_device():
 
 def test_an_entry_named_twice_ends_the_list():
     gpus = [Gpu(n, f"GPU-abc{n}", "x", "amd", "gfx942", 1, "1") for n in range(3)]
-    found = select(gpus, "ROCR_VISIBLE_DEVICES", "GPU-abc1,1,2")
-    assert found.gpus == [gpus[1]]
-    assert "named twice" in str(found.troubles[0])
+    found, (trouble,) = select(gpus, "ROCR_VISIBLE_DEVICES", "GPU-abc1,1,2")
+    assert found == (gpus[1],)
+    assert "named twice" in str(trouble)
 
 
 # --- packages -------------------------------------------------------------------------------------

@@ -39,15 +39,8 @@ def test_the_recipe_in_the_documentation_reads_it():
     raw = zlib.decompress(base64.b64decode(document["data"]))
     assert np.frombuffer(raw, document["dtype"]).tolist() == values
     assert document["count"] == 3
-
-
-def test_float32_where_nothing_is_lost():
-    assert pack([0.5, 16.25])["dtype"] == "<f4"
-    assert pack([0.1])["dtype"] == "<f8"
-    assert pack([1e300])["dtype"] == "<f8"
-
-
-def test_plain_lists_are_read_and_python_sees_a_list():
+    kinds = [pack(values)["dtype"] for values in ([0.5, 16.25], [0.1], [1e300])]
+    assert kinds == ["<f4", "<f8", "<f8"], "float32 where nothing is lost"
     assert Document.model_validate_json('{"values": [1, 2.5]}').values == [1.0, 2.5]
     assert Document(values=[1.0]).model_dump() == {"values": [1.0]}
 

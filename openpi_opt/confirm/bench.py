@@ -9,9 +9,9 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import count
-from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -20,24 +20,25 @@ from openpi_opt.config import Config
 from openpi_opt.confirm import promotion
 from openpi_opt.confirm.fresh import FreshRuns, Planned
 from openpi_opt.confirm.judge import Subject, differing
-from openpi_opt.confirm.promotion import Judged, Schedule, Wanted
-from openpi_opt.confirm.rounds import Mean, NeededError, Numbered, Stage
+from openpi_opt.confirm.promotion import Judged, Schedule, Stage, Wanted
+from openpi_opt.confirm.rounds import NeededError
 from openpi_opt.criteria import Criteria, over_text
 from openpi_opt.errors import UserError
-from openpi_opt.result import Ok, TrialResult, write_atomic
+from openpi_opt.result import Ok, write_atomic
 from openpi_opt.track import identity
 from openpi_opt.track.journal import Record
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A configuration of the study with its newest measurement there."""
+@dataclass(frozen=True, kw_only=True)
+class Contender(Subject):
+    """A configuration of the study with its newest measurement there.
+
+    `edited` names what has changed of the package since.
+    """
 
     config: Config
-    number: int
-    mean_ms: float
     fingerprint_hash: str
-    changed: tuple[str, ...] = ()  # of the package since it was measured
+    edited: tuple[str, ...] = ()
 
 
 def contenders(
@@ -63,21 +64,13 @@ def contenders(
             f"this study holds {len(contexts)} different models, workloads or platforms, whose "
             "latencies cannot be compared. Sweep one of them in a study of its own."
         )
-    newest: dict[str, Contender] = {}
-    over: dict[str, bool] = {}  # by its newest measurement
-    order: dict[str, float] = {}
-    first = criteria.figures()[0]
+    newest: dict[str, tuple[Contender, Ok]] = {}
     for record, result in ok:
         cfg = _unlimited(Config.load(result.config))
         if not cfg.is_baseline() and (criteria.allow_lossy or not cfg.lossy()):
-            config_hash = cfg.hash()
-            newest[config_hash] = Contender(
-                *(cfg, record.number, result.latency.mean_ms, record.fingerprint_hash),
-                changed=tuple(identity.changes(result)),
-            )
-            order[config_hash] = result.latency.mean_ms if criteria.several else first.value(result)
-            over[config_hash] = bool(criteria.over(result))
-    within = sorted((key for key in newest if not over[key]), key=order.__getitem__)
+            newest[cfg.hash()] = _contender(cfg, record, result), result
+    first = criteria.figures()[0]
+    within = [found for found in newest.values() if not criteria.over(found[1])]
     if newest and not within:
         raise UserError(
             f"none of the {len(newest)} configurations of this study keeps its limits "
@@ -85,11 +78,22 @@ def contenders(
             "promote takes another one with --limit NAME=VALUE; the sweep with another one judges "
             "the same results again. Or sweep further."
         )
-    record, result = ok[0]
-    plain = _unlimited(Config.load(result.config)).baseline()
-    return [newest[key] for key in within] or [
-        Contender(plain, record.number, result.latency.mean_ms, record.fingerprint_hash)
-    ]
+    by_mean = criteria.several
+    within.sort(key=lambda found: found[0].first_ms if by_mean else first.value(found[1]))
+    plain = _unlimited(Config.load(ok[0][1].config)).baseline()
+    return [each for each, _ in within] or [_contender(plain, *ok[0])]
+
+
+def _contender(cfg: Config, record: Record, result: Ok) -> Contender:
+    return Contender(
+        key=cfg.hash(),
+        changed=len(differing(cfg)),
+        order=record.number,
+        first_ms=result.latency.mean_ms,
+        config=cfg,
+        fingerprint_hash=record.fingerprint_hash,
+        edited=tuple(identity.changes(result)),
+    )
 
 
 def _unlimited(cfg: Config) -> Config:
@@ -120,7 +124,7 @@ def confirm(
     baseline = candidates[0].config.resolved(runs.machine).baseline()
     here = runs.fingerprint_hash(baseline)
     others = [c for c in candidates if not c.config.is_baseline()]
-    current = [c for c in others if c.fingerprint_hash == here and not c.changed]
+    current = [c for c in others if c.fingerprint_hash == here and not c.edited]
     if others and not current:
         cli.say(
             "note: the study was measured with another machine or software: its order is used, "
@@ -129,20 +133,16 @@ def confirm(
     wanted = replace(wanted, known=int(bool(current) or not others))
     others = current or others
     bench = ProcessBench(runs, baseline, [c.config for c in others], wanted, again, judged_by)
-    subjects = [
-        Subject(c.config.hash(), len(differing(c.config)), c.number, c.mean_ms) for c in others
-    ]
     cli.say(
         f"{len(others)} configuration(s) of the study {runs.study_dir.name} against the baseline"
     )
     try:
-        judged = promotion.run(bench, Subject(baseline.hash()), subjects, wanted)
+        return bench, promotion.run(bench, Subject(baseline.hash()), others, wanted)
     except NeededError:
         raise UserError(
             "the baseline did not end ok, so no gain can be stated; see above.\n"
             "Mend the cause, then start over with --again."
         ) from None
-    return bench, judged
 
 
 def check_time(runs: FreshRuns, candidates: Sequence[Contender], wanted: Wanted) -> None:
@@ -152,14 +152,12 @@ def check_time(runs: FreshRuns, candidates: Sequence[Contender], wanted: Wanted)
     fit.
     """
     others = [c for c in candidates if not c.config.is_baseline()]
-    if not others or any((runs.study_dir / "confirm").glob("schedule-*.json")):
-        return
-    baseline = candidates[0].config.baseline()
-    configs = {c.config.hash(): c.config for c in candidates} | {baseline.hash(): baseline}
-    subjects = [Subject(c.config.hash(), first_ms=c.mean_ms) for c in others]
-    promotion.check_time(
-        lambda key: runs.seconds(configs[key]), Subject(baseline.hash()), subjects, wanted
-    )
+    if not any((runs.study_dir / "confirm").glob("schedule-*.json")):
+        baseline = candidates[0].config.baseline()
+        configs = {c.key: c.config for c in others} | {baseline.hash(): baseline}
+        promotion.check_time(
+            lambda key: runs.seconds(configs[key]), Subject(baseline.hash()), others, wanted
+        )
 
 
 class ProcessBench(promotion.Bench):
@@ -191,31 +189,41 @@ class ProcessBench(promotion.Bench):
             "limit_s": wanted.limit_s,
         }
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-        self.path = _schedule_path(runs.study_dir / "confirm", digest, again)
+        # The newest schedule of this request; with `again` the next, which does not exist yet.
+        self._folder = runs.study_dir / "confirm"
+        paths = (self._folder / f"schedule-{digest}-{number}.json" for number in count(1))
+        self.path = following = next(paths)
+        while following.exists():
+            self.path, following = following, next(paths)
+        self.path = following if again else self.path
 
-    def means(self, stage: Stage, places: Iterable[Numbered]) -> Generator[Mean, None, None]:
+    def means(
+        self, stage: Stage, places: Iterable[tuple[str, int]]
+    ) -> Generator[tuple[str, float | None], None, None]:
         """Mean latency in ms of fresh processes, now or from before an interruption."""
         # Confirmation runs belong to their schedule; the others may serve every promotion here.
-        of = (self.path.stem,) if stage == "confirmation" else ()
+        judged = stage == "confirmation"
+        place = (self.path.stem, stage) if judged else (stage,)
 
         def planned(key: str, number: int) -> Planned:
             cfg = self.configs[key]
             shown = f"{stage} {number + 1}: {short(cfg)}"
-            return Planned(cfg, shown, (*of, stage), not of, key, number)
+            return Planned(cfg, shown, place, not judged, key, number)
 
-        def mean(each: Planned, result: TrialResult) -> float | None:
-            if not isinstance(result, Ok):
-                return None
-            if stage == "confirmation":
-                self.confirmed[each.key].append(result)
-            over = self._criteria.over(result)
-            self.over[each.key] |= over
-            if over and each.key != self._baseline:  # which is compared with, whatever it has
-                cli.say(f"  {each.shown}: over the limit ({over_text(over)})")
-                return None
-            return result.latency.mean_ms
-
-        return self.runs.means((planned(*place) for place in places), mean)
+        with closing(self.runs.in_turn(planned(*each) for each in places)) as results:
+            for each, result in results:
+                if not isinstance(result, Ok):
+                    yield each.key, None
+                    continue
+                if judged:
+                    self.confirmed[each.key].append(result)
+                over = self._criteria.over(result)
+                self.over[each.key] |= over
+                if over and each.key != self._baseline:  # which is compared with, whatever it has
+                    cli.say(f"  {each.shown}: over the limit ({over_text(over)})")
+                    yield each.key, None
+                else:
+                    yield each.key, result.latency.mean_ms
 
     def seconds(self, key: str) -> float:
         """What a process takes, by the journal."""
@@ -244,8 +252,8 @@ class ProcessBench(promotion.Bench):
 
     def keep(self, schedule: Schedule) -> None:
         """Put it on disk, before anything that it is to judge is run."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        earlier = len(list(self.path.parent.glob("schedule-*.json")))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        earlier = len(list(self._folder.glob("schedule-*.json")))
         if earlier:
             cli.say(
                 f"note: confirmation {earlier + 1} of this study. Each may be wrong with its own "
@@ -254,12 +262,3 @@ class ProcessBench(promotion.Bench):
         write_atomic(self.path, schedule.model_dump_json(indent=1) + "\n")
         order = f"{len(schedule.rounds)} rounds of {1 + len(schedule.finalists)} fresh processes"
         cli.say(f"confirmation: {order}, each round in random order")
-
-
-def _schedule_path(folder: Path, digest: str, again: bool) -> Path:
-    """The newest schedule of this request; with `again` the next, which does not exist yet."""
-    paths = (folder / f"schedule-{digest}-{number}.json" for number in count(1))
-    newest = path = next(paths)
-    while path.exists():
-        newest, path = path, next(paths)
-    return path if again else newest

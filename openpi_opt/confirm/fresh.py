@@ -12,12 +12,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from statistics import fmean
 from threading import Event
@@ -26,7 +26,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from openpi_opt.config import Config, Tracking
-from openpi_opt.confirm.rounds import Mean
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
 from openpi_opt.process.child import Place, StoppedError, end_marked
@@ -48,16 +47,16 @@ _UNKNOWN_S = 60.0
 # Processes that prepare at a time, whatever the device has room for. What is measured next depends
 # on what was found, so some of them may turn out to be in vain.
 _MOST_PREPARED = 5
-# Phases in which a process has the device for itself, and those that a confirmation does not have.
+# Phases in which a process has the device for itself, and those of them that a confirmation has.
 _ALONE = ("warmup", "guard", "measure", "profile", "energy", "ceilings")
-_ONCE = ("ceilings", "profile", "energy")
+_JUDGED = _ALONE[:3]
 
 
 @dataclass(frozen=True)
 class Planned:
     """A process that is to run: its configuration, its name on the screen, and its place.
 
-    `key` and `number` are what `rounds.Means` was asked for. With `retry` it runs again if it was
+    `key` and `number` are what `rounds.Measure` was asked for. With `retry` it runs again if it was
     not ok in an earlier session; else that is final. It runs again in any case if files of this
     package have changed since.
     """
@@ -90,21 +89,6 @@ class FreshRuns:
         self._fingerprint: dict[str, Any] | None = None
         self._new: set[str] = set()  # processes of this session
 
-    def measure(self, planned: Planned) -> TrialResult:
-        """The result of one process: `in_turn` of it alone."""
-        [(_, result)] = self.in_turn([planned])
-        return result
-
-    def means(
-        self,
-        planned: Iterable[Planned],
-        mean: Callable[[Planned, TrialResult], float | None],
-    ) -> Generator[Mean, None, None]:
-        """`in_turn`, as `rounds.Means`; `mean` gives the mean of a result in ms, or None."""
-        with closing(self.in_turn(planned)) as results:
-            for each, result in results:
-                yield each.key, each.number, mean(each, result)
-
     def in_turn(
         self, planned: Iterable[Planned]
     ) -> Generator[tuple[Planned, TrialResult], None, None]:
@@ -120,22 +104,16 @@ class FreshRuns:
         begun: deque[tuple[Planned, str, TrialResult | Future[TrialResult]]] = deque()
         most, left = min(_MOST_PREPARED, prepared(slot)), iter(planned)
         with ThreadPoolExecutor(_MOST_PREPARED, thread_name_prefix="process") as threads:
-
-            def begin() -> bool:
-                each = next(left, None)
-                if each is None:
-                    return False
-                uid, known = self._known(each)
-                if known is None:
-                    self._new.add(uid)
-                    job = threads.submit(self._job, each, uid, schedule.join(), stop)
-                begun.append((each, uid, known or job))
-                return True
-
             try:
-                while begun or begin():
-                    while len(begun) < most and begin():
-                        pass
+                while True:
+                    for each in islice(left, most - len(begun)):
+                        uid, known = self._known(each)
+                        if known is None:
+                            self._new.add(uid)
+                            job = threads.submit(self._job, each, uid, schedule.join(), stop)
+                        begun.append((each, uid, known or job))
+                    if not begun:
+                        return
                     each, uid, answer = begun.popleft()
                     if isinstance(answer, Future):
                         yield each, self._kept(each, uid, answer.result())
@@ -146,24 +124,25 @@ class FreshRuns:
                 stop.set()
 
     def _known(self, each: Planned) -> tuple[str, TrialResult | None]:
-        """The identity of a process, and its result if it need not run."""
-        uid, attempt = self._uid(each), 0
-        while (record := self.journal.by_uid(uid)) is not None:
+        """The identity of a process on this GPU, and its result if it need not run.
+
+        The identity is of 32 hexadecimal digits; a further attempt has another one.
+        """
+        cfg, gpu = each.config, self.fingerprint(each.config)["gpu"]
+        parts = [cfg.hash(), self.fingerprint_hash(cfg)]
+        if gpu is not None:  # processes of another GPU do not count, even of the same model
+            parts.append(gpu["uuid"])
+        for attempt in count():
+            place = [*map(str, [*each.place, each.number])]
+            place += [f"attempt {attempt}"] if attempt else []
+            uid = hashlib.sha256("\n".join([*place, *parts]).encode()).hexdigest()[:32]
+            record = self.journal.by_uid(uid)
+            if record is None:
+                break
             final = isinstance(record.result, Ok) or not each.retry
             if uid in self._new or (final and not identity.changes(record.result)):
                 return uid, record.result
-            attempt += 1
-            uid = self._uid(each, f"attempt {attempt}")
         return uid, None
-
-    def _uid(self, each: Planned, *attempt: str) -> str:
-        """Identity of a process on this GPU: 32 hexadecimal digits."""
-        cfg, gpu = each.config, self.fingerprint(each.config)["gpu"]
-        parts = [*map(str, [*each.place, each.number]), *attempt]
-        parts += [cfg.hash(), self.fingerprint_hash(cfg)]
-        if gpu is not None:  # processes of another GPU do not count, even of the same model
-            parts.append(gpu["uuid"])
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def fingerprint(self, cfg: Config) -> dict[str, Any]:
         """Machine and software that run `cfg`: after `alone` with the GPU that it took."""
@@ -197,7 +176,7 @@ class FreshRuns:
         rest += [_beside_s(each, _ended(before)) for before, each in pairwise(confirming)]
         # A session that was killed or asleep took longer than its processes.
         rest = [min(max(0.0, each), _UNKNOWN_S) for each in rest[-2 * _MOST_PREPARED :]]
-        return fmean(_alone_s(each, without=_ONCE) for each in mine) + fmean(rest)
+        return fmean(_seconds(each, _JUDGED) for each in mine) + fmean(rest)
 
     @contextmanager
     def alone(self, cfg: Config, wanted: int | str | None = None) -> Iterator[None]:
@@ -301,9 +280,8 @@ def _left(folder: Path, cfg: Config) -> TrialResult | None:
     found = whole_result(folder, cfg)
     if found is None or throttled(found):
         return None
-    return noted(
-        found, "taken from disk: the session that ran it was killed before it was recorded"
-    )
+    why = "taken from disk: the session that ran it was killed before it was recorded"
+    return noted(found, why)
 
 
 def throttled(result: TrialResult) -> bool:
@@ -312,7 +290,7 @@ def throttled(result: TrialResult) -> bool:
     Read from the check `gpu_clock` of results that have checks.
     """
     checks = getattr(result, "checks", ())
-    return any(check.name == "gpu_clock" and check.status == "flag" for check in checks)
+    return any((check.name, check.status) == ("gpu_clock", "flag") for check in checks)
 
 
 def _summary(result: TrialResult) -> str:
@@ -321,17 +299,16 @@ def _summary(result: TrialResult) -> str:
     return f"{result.outcome}: {result.reason.splitlines()[0] if result.reason else ''}"
 
 
-def _alone_s(record: Record, without: Sequence[str] = ()) -> float:
-    """Seconds in which a process had the device for itself, `without` some of these phases."""
-    phases = record.result.phase_seconds
-    return sum(phases.get(phase, 0.0) for phase in _ALONE if phase not in without)
+def _seconds(record: Record, phases: Iterable[str]) -> float:
+    """Seconds that a process spent in these phases."""
+    return sum(record.result.phase_seconds.get(phase, 0.0) for phase in phases)
 
 
 def _beside_s(record: Record, free: datetime | None = None) -> float:
-    """The other seconds that a process took, counted from when the device was free."""
+    """What a process took apart from `_ALONE`, counted from when the device was free."""
     began = datetime.fromisoformat(record.result.started_at)
     took = _ended(record) - (began if free is None else max(began, free))
-    return took.total_seconds() - _alone_s(record)
+    return took.total_seconds() - _seconds(record, _ALONE)
 
 
 def _ended(record: Record) -> datetime:

@@ -159,16 +159,14 @@ def compare(first_ms: Sequence[float], second_ms: Sequence[float], seed: int = 0
     Raises ValueError: fewer than two pairs, or lists of different length.
     """
     interval = gain(first_ms, second_ms, (1 - CONFIDENCE) / 2)
-    first, second = np.log(first_ms), np.log(second_ms)
-    differences = second - first
+    differences = np.log(second_ms) - np.log(first_ms)
     p_value = flip_p_value = float(differences[0] == 0)  # without scatter there is no test
     if np.any(differences != differences[0]):
         p_value = float(scipy.stats.ttest_1samp(differences, 0.0).pvalue)
         flipped = scipy.stats.permutation_test(
-            (second, first),
-            lambda x, y, axis: np.mean(x - y, axis=axis),
+            (differences,),
+            np.mean,
             permutation_type="samples",
-            vectorized=True,
             n_resamples=FLIPS,
             random_state=seed,  # scipy calls it rng from 1.15 on, and still knows this name
         )
@@ -177,37 +175,26 @@ def compare(first_ms: Sequence[float], second_ms: Sequence[float], seed: int = 0
     return Compared(differences.tolist(), interval, p_value, flip_p_value, judged, tau)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Tau of processes of one configuration, with its 95% interval, and how they lie in time.
+def spread_of(means_ms: Sequence[float]) -> dict[str, float]:
+    """Tau of processes of one configuration in order of time, and how they lie in it.
 
-    The interval is the chi-squared one: right for normal noise. `excess_kurtosis` is 0 for such
-    noise and larger for one with heavy tails. `trend` is Kendall's correlation of latency and
-    time with its p-value `trend_p`: drift.
-    """
-
-    tau: float
-    low: float
-    high: float
-    processes: int
-    excess_kurtosis: float
-    trend: float
-    trend_p: float
-
-
-def spread_of(means_ms: Sequence[float]) -> Spread:
-    """The spread of processes of one configuration, given in order of time.
-
-    Raises ValueError: fewer than four.
+    `low` and `high` bound its 95% interval: the chi-squared one, right for normal noise.
+    `excess_kurtosis` is 0 for such noise and larger for one with heavy tails. `trend` is Kendall's
+    correlation of latency and time with its p-value `trend_p`: drift. Raises ValueError: fewer
+    than four.
     """
     count, logs = len(means_ms), np.log(means_ms)
     if count < 4:
         raise ValueError(f"need four or more processes, got {count}")
     tau = spread(means_ms).value
-    if tau == 0:
-        return Spread(0.0, 0.0, 0.0, count, 0.0, 0.0, 1.0)
-    bounds = scipy.stats.chi2.interval(CONFIDENCE, count - 1)
-    high, low = (tau * math.sqrt((count - 1) / float(bound)) for bound in bounds)
-    rank = scipy.stats.kendalltau(np.arange(count), logs)
-    tails = float(scipy.stats.kurtosis(logs, bias=False))
-    return Spread(tau, low, high, count, tails, float(rank.statistic), float(rank.pvalue))
+    low = high = tails = trend = 0.0
+    trend_p = 1.0
+    if tau:
+        bounds = scipy.stats.chi2.interval(CONFIDENCE, count - 1)
+        high, low = (tau * math.sqrt((count - 1) / float(bound)) for bound in bounds)
+        trend, trend_p = map(float, scipy.stats.kendalltau(np.arange(count), logs))
+        tails = float(scipy.stats.kurtosis(logs, bias=False))
+    return {
+        **{"tau": tau, "low": low, "high": high, "processes": count},
+        **{"excess_kurtosis": tails, "trend": trend, "trend_p": trend_p},
+    }

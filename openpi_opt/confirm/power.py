@@ -10,6 +10,7 @@ run; nothing here looks at one.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +26,7 @@ PROBABILITY = 0.95
 # A plan aims higher than the promise: the formulas take noise for normal, and recorded noise has
 # tails. With this aim the simulator finds a gain in 95% of promotions on recorded noise, too.
 PLANNED = 0.99
+CHOSEN = 0.995  # the part of it that screening has
 # The widest gain that is promised when time is short.
 WIDEST_GAIN = 0.9
 # Each of the two ways to promote wrongly (not faster than the baseline; not faster than a finalist
@@ -98,17 +100,12 @@ def of_pair(baseline: Tau, contenders: Tau) -> Tau:
     return Tau(math.sqrt(max(pooled / freedom, mean)), freedom)
 
 
-def level(finalists: int) -> float:
-    """One-sided level of each comparison with the baseline: `TOTAL_ALPHA` for all (Bonferroni).
+def level(comparisons: int) -> float:
+    """One-sided level of each of some comparisons: `TOTAL_ALPHA` for all of them (Bonferroni).
 
-    The comparisons share the baseline's processes; Bonferroni needs no independence.
+    They may share processes; Bonferroni needs no independence.
     """
-    return TOTAL_ALPHA / max(1, finalists)
-
-
-def tie_level(finalists: int) -> float:
-    """One-sided level of each comparison among finalists: `TOTAL_ALPHA` for all their pairs."""
-    return TOTAL_ALPHA / max(1, finalists * (finalists - 1) // 2)
+    return TOTAL_ALPHA / max(1, comparisons)
 
 
 def power(gain: float, tau: float, pairs: int, alpha: float) -> float:
@@ -126,25 +123,12 @@ def power(gain: float, tau: float, pairs: int, alpha: float) -> float:
     return float(scipy.stats.nct.sf(critical, pairs - 1, shift))
 
 
-@lru_cache(maxsize=65_536)
 def pairs_needed(gain: float, tau: float, alpha: float, probability: float) -> int:
     """The least number of pairs whose `power` is at least `probability`."""
-    high = MIN_PAIRS
-    while power(gain, tau, high, alpha) < probability:
-        if high >= _MAX_RUNS:
-            return high
-        high *= 2
-    low = max(MIN_PAIRS, high // 2)
-    while low < high:
-        middle = (low + high) // 2
-        if power(gain, tau, middle, alpha) >= probability:
-            high = middle
-        else:
-            low = middle + 1
-    return high
+    enough = range(MIN_PAIRS, _MAX_RUNS)
+    return MIN_PAIRS + bisect_left(enough, probability, key=lambda n: power(gain, tau, n, alpha))
 
 
-@lru_cache(maxsize=65_536)
 def chance_selected(gain: float, tau: float, runs: int, contenders: int, finalists: int) -> float:
     """Probability that the one contender that is faster by `gain` is among the finalists.
 
@@ -218,7 +202,7 @@ class TooShortError(UserError):
 
 
 def make_plan(tau: Tau, costs: Costs, limit_s: float | None = None, screened: int = 0) -> Plan:
-    """The quickest plan that keeps the promise, or the best promise that fits into `limit_s`.
+    """The plan that keeps the promise, or the best promise that fits into `limit_s`.
 
     No fewer screening processes than `screened` are planned for each contender. When time is short
     the gain is widened, in steps of 0.1%, and never the probability or the level. Raises
@@ -226,37 +210,31 @@ def make_plan(tau: Tau, costs: Costs, limit_s: float | None = None, screened: in
     """
     bound = round(math.ceil(tau.upper / _TAU_STEP) * _TAU_STEP, 5)
     limit_s = math.inf if limit_s is None else limit_s
-    low, high = round(GAIN * 1000), round(WIDEST_GAIN * 1000)  # thousandths
-    if _quickest(GAIN, bound, costs, screened)[0] <= limit_s:
-        high = low
-    elif (least := _quickest(WIDEST_GAIN, bound, costs, screened)[0]) > limit_s:
-        raise TooShortError(limit_s, least)
-    while high - low > 1:  # low does not fit, high does
-        middle = (low + high) // 2
-        if _quickest(middle / 1000, bound, costs, screened)[0] <= limit_s:
-            high = middle
-        else:
-            low = middle
-    _, screening, pairs = _quickest(high / 1000, bound, costs, screened)
-    return Plan(screening, pairs, Promise(gain=high / 1000, probability=PROBABILITY, tau=bound))
+
+    def takes(thousandths: int) -> float:
+        return costs.seconds(*_needed(thousandths / 1000, bound, costs, screened))
+
+    gains = range(round(GAIN * 1000), round(WIDEST_GAIN * 1000) + 1)
+    fits = bisect_left(gains, True, key=lambda thousandths: takes(thousandths) <= limit_s)
+    if fits == len(gains):
+        raise TooShortError(limit_s, takes(gains[-1]))
+    gain = gains[fits] / 1000
+    promise = Promise(gain=gain, probability=PROBABILITY, tau=bound)
+    return Plan(*_needed(gain, bound, costs, screened), promise)
 
 
 @lru_cache(maxsize=65_536)
-def _quickest(gain: float, tau: float, costs: Costs, screened: int) -> tuple[float, int, int]:
-    """Seconds, screening processes and pairs of the quickest plan.
+def _needed(gain: float, tau: float, costs: Costs, screened: int) -> tuple[int, int]:
+    """Screening processes and pairs that find a gain with the probability `PLANNED`.
 
     Both stages use fresh processes of their own, so their probabilities multiply.
     """
-    alpha = level(costs.finalists)
-    if costs.contenders <= costs.finalists:
-        pairs = pairs_needed(gain, tau, alpha, PLANNED)
-        return costs.seconds(screened, pairs), screened, pairs
-    best = (math.inf, _MAX_RUNS, _MAX_RUNS)
-    screening = max(MIN_SCREENING, screened)
-    while screening < _MAX_RUNS and costs.seconds(screening, MIN_PAIRS) < best[0]:
-        chance = chance_selected(gain, tau, screening, costs.contenders, costs.finalists)
-        if chance > PLANNED:
-            pairs = pairs_needed(gain, tau, alpha, round(PLANNED / chance, 5))
-            best = min(best, (costs.seconds(screening, pairs), screening, pairs))
-        screening += max(1, screening // 16)  # every number up to 16, then steps of some 6%
-    return best
+    chance = CHOSEN if costs.contenders > costs.finalists else 1.0
+    screening = bisect_left(
+        range(_MAX_RUNS),
+        chance,
+        lo=MIN_SCREENING if chance < 1 else 0,
+        key=lambda runs: chance_selected(gain, tau, runs, costs.contenders, costs.finalists),
+    )
+    pairs = pairs_needed(gain, tau, level(costs.finalists), PLANNED / chance)
+    return max(screening, screened), pairs

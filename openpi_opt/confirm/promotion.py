@@ -15,6 +15,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -25,8 +26,9 @@ from pydantic import BaseModel, ConfigDict
 from openpi_opt.confirm import power
 from openpi_opt.confirm.judge import Confirmed, Subject, choose, gain
 from openpi_opt.confirm.power import Costs, Plan, Promise, Tau
-from openpi_opt.confirm.rounds import Mean, Numbered, Stage, draw_rounds, measure_rounds
+from openpi_opt.confirm.rounds import draw_rounds, measure_rounds
 
+Stage = Literal["tau", "screening", "confirmation"]
 # What a process takes is read from the journal for this many contenders, the fastest.
 _TIMED = 20
 
@@ -55,8 +57,10 @@ class Bench(ABC):
     """Measures, and remembers the schedule; this one neither remembers nor tells anything."""
 
     @abstractmethod
-    def means(self, stage: Stage, places: Iterable[Numbered]) -> Generator[Mean, None, None]:
-        """Measure, as `rounds.Means` says."""
+    def means(
+        self, stage: Stage, places: Iterable[tuple[str, int]]
+    ) -> Generator[tuple[str, float | None], None, None]:
+        """Measure for a stage, as `rounds.Measure` says."""
 
     def seconds(self, key: str) -> float:
         """What one process of this configuration takes, as far as is known."""
@@ -111,7 +115,8 @@ def run(bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: 
         schedule = _prepare(bench, baseline, contenders, wanted)
         bench.keep(schedule)
     subjects = {s.key: s for s in [baseline, *contenders]}
-    found, dropped = measure_rounds(bench.means, schedule.rounds, [baseline.key])
+    confirm = partial(bench.means, "confirmation")
+    found, dropped = measure_rounds(confirm, schedule.rounds, [baseline.key])
     base = Confirmed(baseline, found[baseline.key])
     candidates = [
         Confirmed(subjects[key], found[key], gain(base.means_ms, found[key], schedule.alpha))
@@ -125,58 +130,70 @@ def run(bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: 
 def _prepare(
     bench: Bench, baseline: Subject, contenders: Sequence[Subject], wanted: Wanted
 ) -> Schedule:
-    places = min(wanted.finalists, len(contenders))
+    """Tau, screening and plan, as far as they are asked for; then draw the rounds."""
+    places, tau, promise = min(wanted.finalists, len(contenders)), None, None
     if not contenders or wanted.rounds is not None:
         pairs = wanted.rounds or power.TAU_PROCESSES
-        fastest = sorted(contenders, key=lambda s: s.first_ms)[:places]
-        return _schedule(baseline, [s.key for s in fastest], pairs, wanted)
-    bench.note(check_time(bench.seconds, baseline, contenders, wanted))
-    alone = [[baseline.key]] * power.TAU_PROCESSES
-    means, _ = measure_rounds(bench.means, alone, [baseline.key], stage="tau")
-    baseline_tau = power.spread(means[baseline.key])
-    contenders = _near(contenders, baseline_tau, wanted)
+        finalists = [s.key for s in sorted(contenders, key=lambda s: s.first_ms)[:places]]
+    else:
+        bench.note(check_time(bench.seconds, baseline, contenders, wanted))
+        alone = [[baseline.key]] * power.TAU_PROCESSES
+        means, _ = measure_rounds(partial(bench.means, "tau"), alone, [baseline.key])
+        tau = power.spread(means[baseline.key])
+        finalists, plan = _screen(bench, tau, baseline, contenders, wanted)
+        pairs, promise = plan.pairs, plan.promise
+    return Schedule(
+        baseline=baseline.key,
+        finalists=finalists,
+        rounds=draw_rounds([baseline.key, *finalists], pairs, wanted.seed),
+        seed=wanted.seed,
+        alpha=power.level(len(finalists)),
+        tie_alpha=power.level(math.comb(len(finalists), 2)),
+        tau=tau and tau.value,
+        tau_processes=power.TAU_PROCESSES if tau else 0,
+        promise=promise,
+    )
+
+
+def _screen(
+    bench: Bench, tau: Tau, baseline: Subject, contenders: Sequence[Subject], wanted: Wanted
+) -> tuple[list[str], Plan]:
+    """The finalists, the best first, and the plan of their rounds.
+
+    What the processes of screening differ by is seen before confirmation begins, and none of them
+    is judged: the plan may follow it. The orders are the same after an interruption.
+    """
+    contenders = _near(contenders, tau, wanted)
     costs = _costs(bench.seconds, baseline, contenders, wanted)
     bench.note(
-        f"spread between processes: {baseline_tau.value:.2%} in {power.TAU_PROCESSES} processes "
+        f"spread between processes: {tau.value:.2%} in {power.TAU_PROCESSES} processes "
         f"of the baseline; the rounds are planned when the {len(contenders)} contender(s) have "
         "shown theirs"
     )
     logs = {s.key: [math.log(s.first_ms)] * costs.known for s in contenders}
-    have, runs = costs.known, power.MIN_SCREENING
-    if len(contenders) <= places:
-        runs = _for_noise(costs, wanted.limit_s)
-    # What the processes of screening differ by is seen before confirmation begins, and none of them
-    # is judged: the plan may follow it.
+    seed = zlib.crc32("\n".join(logs).encode())
+    everyone, have, runs = [*logs], costs.known, _first_runs(costs, wanted.limit_s)
     while True:
-        _screen(bench, contenders, logs, have - costs.known, runs - costs.known)
+        orders = draw_rounds(everyone, runs - costs.known, seed)[have - costs.known :]
+        rounds = [[key for key in order if key in logs] for order in orders]
+        measure = partial(bench.means, "screening")
+        means, failed = measure_rounds(measure, rounds, first=have - costs.known)
+        logs = {
+            key: [*known, *np.log(means.get(key, [])).tolist()]
+            for key, known in logs.items()
+            if key not in failed
+        }
         have = max(have, runs)
         seen, tails = settle(np.array([*logs.values()]).T)
-        tau = power.of_pair(baseline_tau, seen)
-        plan = power.make_plan(tau, costs, wanted.limit_s, have)
+        of_pair = power.of_pair(tau, seen)
+        plan = power.make_plan(of_pair, costs, wanted.limit_s, have)
         if plan.screening <= have:
             break
         runs = plan.screening
-    bench.note(explain(tau, tails, costs, plan, wanted.limit_s))
-    level = {s.key: float(np.mean(logs.get(s.key) or math.log(s.first_ms))) for s in contenders}
-    best = sorted(logs, key=level.__getitem__)[:places]
-    return _schedule(baseline, best, plan.pairs, wanted, baseline_tau, plan.promise)
-
-
-def _screen(
-    bench: Bench, contenders: Sequence[Subject], logs: dict[str, list[float]], begin: int, end: int
-) -> None:
-    """Add the rounds from `begin` to `end` to `logs`; a contender that fails leaves it.
-
-    The orders are the same after an interruption, whatever `end` is.
-    """
-    keys = [s.key for s in contenders]
-    orders = draw_rounds(keys, end, zlib.crc32("\n".join(keys).encode()))[begin:]
-    rounds = [[key for key in order if key in logs] for order in orders]
-    means, failed = measure_rounds(bench.means, rounds, stage="screening", first=begin)
-    for key in failed:
-        del logs[key]
-    for key in logs:
-        logs[key] += np.log(means.get(key, [])).tolist()
+    bench.note(explain(of_pair, tails, costs, plan, wanted.limit_s))
+    first = {s.key: math.log(s.first_ms) for s in contenders}
+    best = sorted(logs, key=lambda key: float(np.mean(logs[key] or first[key])))
+    return best[: costs.finalists], plan
 
 
 def settle(logs: NDArray[np.float64]) -> tuple[Tau, float]:
@@ -250,37 +267,18 @@ def _costs(
     )
 
 
-def _for_noise(costs: Costs, limit_s: float | None) -> int:
-    """Processes of each finalist that show their spread, where nobody is screened out.
+def _first_runs(costs: Costs, limit_s: float | None) -> int:
+    """Processes of each contender before the first plan.
 
-    They take a part of the time only; less than two of each show nothing.
+    Where nobody is screened out they show the spread, in a part of the time only; less than two of
+    each show nothing.
     """
-    wanted = 1 + math.ceil(power.NOISE_FREEDOM / costs.contenders)
+    if costs.contenders > costs.finalists:
+        return power.MIN_SCREENING
+    wanted: float = 1 + math.ceil(power.NOISE_FREEDOM / costs.contenders)
     if limit_s is not None:
-        one_each = costs.contenders * costs.contender_s
-        wanted = min(wanted, int(power.NOISE_SHARE * limit_s / one_each))
-    return wanted if wanted >= power.MIN_SCREENING else 0
-
-
-def _schedule(
-    baseline: Subject,
-    finalists: list[str],
-    pairs: int,
-    wanted: Wanted,
-    tau: Tau | None = None,
-    kept: Promise | None = None,
-) -> Schedule:
-    return Schedule(
-        baseline=baseline.key,
-        finalists=finalists,
-        rounds=draw_rounds([baseline.key, *finalists], pairs, wanted.seed),
-        seed=wanted.seed,
-        alpha=power.level(len(finalists)),
-        tie_alpha=power.tie_level(len(finalists)),
-        tau=tau and tau.value,
-        tau_processes=power.TAU_PROCESSES if tau else 0,
-        promise=kept,
-    )
+        wanted = min(wanted, power.NOISE_SHARE * limit_s / costs.contenders / costs.contender_s)
+    return int(wanted) if wanted >= power.MIN_SCREENING else 0
 
 
 def _near(contenders: Sequence[Subject], tau: Tau, wanted: Wanted) -> list[Subject]:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
 
-Stage = Literal["tau", "screening", "confirmation"]
-Key = TypeVar("Key", bound=str)
-# A configuration's key, and the number of its process in the stage.
-Numbered = tuple[str, int]
-# With the mean latency of that process in ms; None: it was not ok.
-Mean = tuple[str, int, float | None]
-# Measures one fresh process for each place, in order. Some places are asked for before the means of
-# those in front of them are there.
-Means = Callable[[Stage, Iterable[Numbered]], Generator[Mean, None, None]]
+# Measures a fresh process for each configuration and number of a round, in order: its key and its
+# mean latency in ms, or None if it was not ok. Some places are asked for before the means of those
+# in front of them are there.
+Measure = Callable[[Iterable[tuple[str, int]]], Generator[tuple[str, float | None], None, None]]
 
 # A round is begun only when this many times what one took so far is left.
 _MARGIN = 1.05
@@ -50,7 +45,7 @@ class Deadline:
         return now - self._began + left <= self.limit_s
 
 
-def draw_rounds(keys: Sequence[Key], count: int, seed: int) -> list[list[Key]]:
+def draw_rounds(keys: Sequence[str], count: int, seed: int) -> list[list[str]]:
     """`count` rounds, each all of `keys` in an order of its own: every order is as likely.
 
     So within each pair of a round either is first with probability 1/2.
@@ -60,11 +55,10 @@ def draw_rounds(keys: Sequence[Key], count: int, seed: int) -> list[list[Key]]:
 
 
 def measure_rounds(
-    means: Means,
+    measure: Measure,
     rounds: Sequence[Sequence[str]],
     needed: Collection[str] = (),
     deadline: Deadline | None = None,
-    stage: Stage = "confirmation",
     first: int = 0,
 ) -> tuple[dict[str, list[float]], list[str]]:
     """The means of every configuration by round, and which were dropped.
@@ -76,15 +70,15 @@ def measure_rounds(
     found: dict[str, list[float]] = {key: [] for order in rounds for key in order}
     dropped: list[str] = []
 
-    def places() -> Iterator[Numbered]:
+    def places() -> Iterator[tuple[str, int]]:
         for number, order in enumerate(rounds):
             done = sum(map(len, found.values())) / max(1, len(order))
             if deadline is not None and not deadline.another(number, done):
                 return
             yield from ((key, first + number) for key in order if key not in dropped)
 
-    with closing(means(stage, places())) as measured:
-        for key, _, mean in measured:
+    with closing(measure(places())) as measured:
+        for key, mean in measured:
             if key in dropped:
                 continue  # it had started ahead of its turn
             if mean is not None:
@@ -98,12 +92,11 @@ def measure_rounds(
 
 def flag_counts(processes: Iterable[Sequence[str]]) -> dict[str, int]:
     """By check: how many processes it flagged, of their flags as `result.Ok.flags` gives them."""
-    every = [name for flags in processes for name in {flag.partition(":")[0] for flag in flags}]
-    return {name: every.count(name) for name in sorted(set(every))}
+    every = ({flag.partition(":")[0] for flag in flags} for flags in processes)
+    return dict(sorted(Counter(name for names in every for name in names).items()))
 
 
-def flagged(processes: Iterable[Sequence[str]]) -> list[str]:
+def flagged(processes: Sequence[Sequence[str]]) -> list[str]:
     """A line for each check that flagged processes: `flagged host_shared: 5 of 24 processes`."""
-    every = list(processes)
-    counts = flag_counts(every).items()
-    return [f"flagged {name}: {count} of {len(every)} processes" for name, count in counts]
+    counts, of = flag_counts(processes).items(), len(processes)
+    return [f"flagged {name}: {count} of {of} processes" for name, count in counts]

@@ -22,8 +22,7 @@ from openpi_opt import cli
 from openpi_opt import result as results
 from openpi_opt.confirm import power, promotion
 from openpi_opt.confirm.judge import Subject
-from openpi_opt.confirm.promotion import Judged, Wanted
-from openpi_opt.confirm.rounds import Mean, Numbered, Stage
+from openpi_opt.confirm.promotion import Judged, Stage, Wanted
 from openpi_opt.errors import UserError
 from openpi_opt.result import Ok
 
@@ -57,14 +56,10 @@ class Rate:
         """The share."""
         return self.count / self.of
 
-    def interval(self) -> tuple[float, float]:
-        """95% interval."""
-        found = scipy.stats.binomtest(self.count, self.of).proportion_ci(0.95, method="exact")
-        return float(found.low), float(found.high)
-
     def __str__(self) -> str:
-        low, high = self.interval()
-        return f"{self.value:.1%} ({self.count} of {self.of}; 95% interval {low:.1%} to {high:.1%})"
+        found = scipy.stats.binomtest(self.count, self.of).proportion_ci(0.95, method="exact")
+        interval = f"95% interval {found.low:.1%} to {found.high:.1%}"
+        return f"{self.value:.1%} ({self.count} of {self.of}; {interval})"
 
 
 class SimulatedBench(promotion.Bench):
@@ -74,8 +69,7 @@ class SimulatedBench(promotion.Bench):
     """
 
     def __init__(self, gains: NDArray[np.float64], noise: Noise, seed: int, drift: float = 0.0):
-        self._random = np.random.default_rng(seed)
-        self._drawn = self._draws(noise, drift)
+        self._drawn = _draws(noise, np.random.default_rng(seed), drift)
         keys = [BASELINE, *(f"c{number}" for number in range(len(gains)))]
         levels = np.concatenate([[0.0], np.log1p(-gains)]) + np.log(_LEVEL_MS)
         self._levels = dict(zip(keys, levels.tolist(), strict=True))
@@ -88,23 +82,26 @@ class SimulatedBench(promotion.Bench):
             if key != BASELINE
         ]
 
-    def means(self, stage: Stage, places: Iterable[Numbered]) -> Generator[Mean, None, None]:
+    def means(
+        self, stage: Stage, places: Iterable[tuple[str, int]]
+    ) -> Generator[tuple[str, float | None], None, None]:
         """Draw the means of processes."""
-        for key, number in places:
-            yield key, number, self._draw(key)
+        for key, _ in places:
+            yield key, self._draw(key)
 
     def _draw(self, key: str) -> float:
         return float(np.exp(self._levels[key] + next(self._drawn)))
 
-    def _draws(self, noise: Noise, drift: float) -> Iterator[float]:
-        """Noise and drift of one process after the other."""
-        walked = 0.0
-        while True:
-            values = noise(int(self._random.integers(2**32)))
-            if drift:
-                walk = walked + np.cumsum(self._random.normal(0, drift, len(values)))
-                values, walked = values + walk, float(walk[-1])
-            yield from values.tolist()
+
+def _draws(noise: Noise, random: np.random.Generator, drift: float) -> Iterator[float]:
+    """Noise and drift of one process after the other."""
+    walked = 0.0
+    while True:
+        values = noise(int(random.integers(2**32)))
+        if drift:
+            walk = walked + np.cumsum(random.normal(0, drift, len(values)))
+            values, walked = values + walk, float(walk[-1])
+        yield from values.tolist()
 
 
 def normal(tau: float) -> Noise:
@@ -133,43 +130,43 @@ class Sweeps:
     wanted: Wanted
     drift: float = 0.0
 
-    def promoted(self, gains: NDArray[np.float64], number: int) -> Judged:
-        """One sweep and its promotion; `gains` are true, `number` draws the noise."""
-        seed = self.wanted.seed * _SEEDS + number
-        bench = SimulatedBench(gains, self.noise, seed, self.drift)
-        wanted = replace(self.wanted, seed=seed)
-        return promotion.run(bench, Subject(BASELINE), bench.subjects(), wanted)
+    def promoted(self, *gains: float) -> Iterator[tuple[dict[str, float], Judged]]:
+        """The promotion of each sweep, with the true gains of its configurations.
+
+        The first ones have `gains`, the others none; which these are moves on from sweep to sweep.
+        """
+        given = np.zeros(self.configurations)
+        given[: len(gains)] = gains
+        for number in range(self.count):
+            true, seed = np.roll(given, number), self.wanted.seed * _SEEDS + number
+            bench = SimulatedBench(true, self.noise, seed, self.drift)
+            wanted = replace(self.wanted, seed=seed)
+            truth = {BASELINE: 0.0, **{f"c{n}": gain for n, gain in enumerate(true.tolist())}}
+            yield truth, promotion.run(bench, Subject(BASELINE), bench.subjects(), wanted)
 
     def equal(self) -> Rate:
         """How often something is promoted though no configuration is faster than the baseline."""
-        gains = np.zeros(self.configurations)
-        winners = (self.promoted(gains, n).winner for n in range(self.count))
-        return Rate(sum(winner.subject.key != BASELINE for winner in winners), self.count)
+        return _rate(judged.winner.subject.key != BASELINE for _, judged in self.promoted())
 
     def one_faster(self, gain: float) -> tuple[Rate, Rate]:
-        """How often the one faster by `gain` is promoted, and how often too much is claimed.
-
-        Which of the configurations it is changes from sweep to sweep.
-        """
-        promoted = overclaimed = 0
-        for number in range(self.count):
-            gains = np.zeros(self.configurations)
-            gains[true := number % self.configurations] = gain
-            winner = self.promoted(gains, number).winner
-            promoted += winner.subject.key == f"c{true}"
-            overclaimed += (
-                winner.gain is not None and winner.gain.low > gains[int(winner.subject.key[1:])]
-            )
-        return Rate(promoted, self.count), Rate(overclaimed, self.count)
+        """How often the one faster by `gain` is promoted, and how often too much is claimed."""
+        won = [(truth[j.winner.subject.key], j.winner.gain) for truth, j in self.promoted(gain)]
+        found = _rate(true == gain for true, _ in won)
+        return found, _rate(claimed is not None and claimed.low > true for true, claimed in won)
 
     def all_faster(self, gain: float) -> Rate:
         """All are faster than the baseline by `gain`: how often a tie goes to the farther one."""
-        wrong = 0
-        for number in range(self.count):
-            found = self.promoted(np.full(self.configurations, gain), number)
+
+        def wrong(found: Judged) -> bool:
             nearest = min((c.subject for c in found.candidates), key=lambda s: (s.changed, s.order))
-            wrong += found.winner.subject.key not in (nearest.key, BASELINE)
-        return Rate(wrong, self.count)
+            return found.winner.subject.key not in (nearest.key, BASELINE)
+
+        return _rate(wrong(found) for _, found in self.promoted(*[gain] * self.configurations))
+
+
+def _rate(happened: Iterable[bool]) -> Rate:
+    each = list(happened)
+    return Rate(sum(each), len(each))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,14 +180,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         found = residuals(arguments.samples) if arguments.samples else shipped()
         own = min(float(np.std(found)), MAX_TAU) if arguments.samples else DEFAULT_TAU
-        tau, noise, source = arguments.tau or own, partial(recorded, found), _described(found)
-    sweeps = Sweeps(
-        configurations=arguments.configurations,
-        count=arguments.sweeps,
-        noise=noise(tau),
-        wanted=Wanted(seed=arguments.seed, finalists=arguments.finalists),
-        drift=arguments.drift,
-    )
+        tau, noise = arguments.tau or own, partial(recorded, found)
+        source = (
+            f"distributed as {len(found)} recorded processes: skewness "
+            f"{scipy.stats.skew(found):+.1f}, excess kurtosis {scipy.stats.kurtosis(found):+.1f}"
+        )
+    wanted = Wanted(seed=arguments.seed, finalists=arguments.finalists)
+    counts = arguments.configurations, arguments.sweeps
+    sweeps = Sweeps(*counts, noise(tau), wanted, arguments.drift)
     print(
         f"{sweeps.count} sweeps of {sweeps.configurations} configurations each, spread between "
         f"processes {tau:.2%} ({source}), drift {sweeps.drift:.2%} per process, up to "
@@ -214,14 +211,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if kept else 1
 
 
-def _described(residuals: NDArray[np.float64]) -> str:
-    return (
-        f"distributed as {len(residuals)} recorded processes: skewness "
-        f"{scipy.stats.skew(residuals):+.1f}, excess kurtosis "
-        f"{scipy.stats.kurtosis(residuals):+.1f}"
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m openpi_opt.promote --simulate",
@@ -239,12 +228,12 @@ def _parser() -> argparse.ArgumentParser:
         "files (default: processes that come with the project)",
     )
     noise.add_argument("--normal", action="store_true", help="draw normal noise instead")
-    count, share, positive = cli.at_least(1), _share, _positive_share
+    count = cli.at_least(1)
     for name, kind, default, text in (
-        ("tau", positive, None, "spread between processes, as 0.003 or 0.3%% (default: 0.3%%; with "
-         "--samples theirs, at most 1%%)"),
-        ("gain", positive, power.GAIN, "gain of the faster one (default: 1%%)"),
-        ("drift", share, 0.0, "random walk per process (default: 0)"),
+        ("tau", _positive, None, "spread between processes, as 0.003 or 0.3%% (default: 0.3%%; "
+         "with --samples theirs, at most 1%%)"),
+        ("gain", _positive, power.GAIN, "gain of the faster one (default: 1%%)"),
+        ("drift", _share, 0.0, "random walk per process (default: 0)"),
         ("configurations", count, 60, "of a sweep (default: 60)"),
         ("sweeps", count, 500, "of each kind (default: 500)"),
         ("seed", cli.at_least(0), 0, "another one draws other sweeps (default: 0)"),
@@ -272,13 +261,13 @@ def _share(text: str) -> float:
     return value
 
 
-def _positive_share(text: str) -> float:
+def _positive(text: str) -> float:
     if not (value := _share(text)):
         raise argparse.ArgumentTypeError(f"{text} is neither a spread nor a gain: give more than 0")
     return value
 
 
-_share.__name__ = _positive_share.__name__ = "number"
+_share.__name__ = _positive.__name__ = "number"
 
 
 def residuals(files: Iterable[Path]) -> NDArray[np.float64]:
@@ -289,9 +278,10 @@ def residuals(files: Iterable[Path]) -> NDArray[np.float64]:
     UserError: an unreadable file, or too few repeated processes.
     """
     groups: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for file in files:
-        for key, mean_ms in _means(file):
-            groups[key].append(float(np.log(mean_ms)))
+    for found in (each for file in files for each in _results(file)):
+        if isinstance(found, Ok):
+            machine = json.dumps(found.fingerprint, sort_keys=True)
+            groups[found.config_hash, machine].append(float(np.log(found.latency.mean_ms)))
     parts = [
         (np.asarray(logs) - np.mean(logs)) * np.sqrt(len(logs) / (len(logs) - 1))
         for logs in groups.values()
@@ -308,13 +298,13 @@ def residuals(files: Iterable[Path]) -> NDArray[np.float64]:
     return np.concatenate(parts)
 
 
-def _means(file: Path) -> list[tuple[tuple[str, str], float]]:
-    """Configuration with machine, and mean in ms, of each process of a file that was ok."""
+def _results(file: Path) -> list[results.TrialResult]:
+    """The results that a journal or a result document holds."""
     try:
         text = file.read_text(encoding="utf-8")
         lines = text.splitlines() if file.suffix == ".jsonl" else [text]
         plain = [json.loads(line) for line in lines if line.strip()]
-        parsed = [results.parse_plain(each.get("result", each)) for each in plain]
+        return [results.parse_plain(each.get("result", each)) for each in plain]
     except OSError as error:
         raise UserError(f"--samples {file}: cannot be read ({error}).") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -322,8 +312,3 @@ def _means(file: Path) -> list[tuple[tuple[str, str], float]]:
             f"--samples {file}: neither a result document (result.json) nor a journal "
             "(journal.jsonl) of this project."
         ) from error
-    return [
-        ((found.config_hash, json.dumps(found.fingerprint, sort_keys=True)), found.latency.mean_ms)
-        for found in parsed
-        if isinstance(found, Ok)
-    ]

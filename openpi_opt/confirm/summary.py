@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,10 +13,13 @@ from openpi_opt import cli
 from openpi_opt.config import Config
 from openpi_opt.confirm import power
 from openpi_opt.confirm.bench import ProcessBench, short
-from openpi_opt.confirm.judge import Confirmed, gain, paired_spread
+from openpi_opt.confirm.judge import gain, paired_spread
 from openpi_opt.confirm.promotion import Judged
 from openpi_opt.confirm.rounds import flag_counts, flagged
 from openpi_opt.result import GuardReport, Ok
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # What of a fingerprint a preset carries as its versions.
 VERSIONS = ("python", "torch", "triton", "aiter", "openpi_opt", "source_hash")
@@ -28,45 +31,51 @@ def tell(bench: ProcessBench, judged: Judged, pipe_width: int = 160) -> None:
 
     A terminal has its own width, anything else `pipe_width` columns.
     """
-    entries = [judged.baseline, *sorted(judged.candidates, key=lambda c: c.mean_ms)]
-    body = []
-    for entry in entries:
-        low, high = entry.ci95_ms()
-        gain = entry.gain
-        body.append((
-            short(bench.configs[entry.subject.key]),
-            f"{entry.mean_ms:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            f"{entry.between_std_ms / entry.mean_ms:.2%}",
-            f"{gain.mean:.2%}" if gain else "",
-            f"{gain.low:.2%}" if gain else "",
-            gain.verdict if gain else "",
-            "winner" if entry is judged.winner else "",
-        ))  # fmt: skip
-    _print(body, pipe_width)
+    from rich.console import Console
+
+    shown = {key: short(cfg) for key, cfg in bench.configs.items()}
+    table = _table(judged, shown)
+    cli.print_uncut(Console(width=None if sys.stdout.isatty() else pipe_width), table)
     for key in judged.dropped:
         why = "it went over a limit" if bench.over[key] else "it was not ok"
-        cli.say(f"dropped {short(bench.configs[key])}: {why}, see above")
-    for line in flagged(ok.flags() for every in bench.confirmed.values() for ok in every):
+        cli.say(f"dropped {shown[key]}: {why}, see above")
+    for line in flagged([ok.flags() for every in bench.confirmed.values() for ok in every]):
         cli.say(line)
-    _say_what_holds(bench, judged)
-    cli.say(reason(judged, {key: short(cfg) for key, cfg in bench.configs.items()}))
+    kept = judged.schedule.promise
+    for entry in judged.candidates:
+        seen = paired_spread(judged.baseline.means_ms, entry.means_ms)
+        if kept and seen > kept.tau and entry.gain and entry.gain.verdict == "ambiguous":
+            cli.say(
+                f"note: {shown[entry.subject.key]}: its pairs differed as with a spread of "
+                f"{seen:.2%} between processes, more than the {kept.tau:.2%} planned for, so for "
+                "it the promise of finding a gain does not hold"
+            )
+    cli.say(reason(judged, shown))
 
 
-def _print(body: Sequence[Sequence[str]], pipe_width: int) -> None:
-    from rich.console import Console
+def _table(judged: Judged, shown: Mapping[str, str]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    body = []
+    for entry in [judged.baseline, *sorted(judged.candidates, key=lambda c: c.mean_ms)]:
+        (low, high), gain = entry.ci95_ms(), entry.gain
+        body.append((
+            shown[entry.subject.key],
+            f"{entry.mean_ms:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{entry.between_std_ms / entry.mean_ms:.2%}",
+            *((f"{gain.mean:.2%}", f"{gain.low:.2%}", gain.verdict) if gain else ("", "", "")),
+            "winner" if entry is judged.winner else "",
+        ))  # fmt: skip
     table = Table(title="confirmation in fresh interleaved processes")
-    for head, *cells in zip(_HEADS, *body, strict=True):
-        if head == "configuration":
-            table.add_column(head, overflow="fold", min_width=len(head))
-        else:
-            table.add_column(head, no_wrap=True, min_width=max(map(len, [head, *cells])))
+    name, *figures = zip(_HEADS, *body, strict=True)
+    table.add_column(name[0], overflow="fold", min_width=len(name[0]))
+    for column in figures:
+        table.add_column(column[0], no_wrap=True, min_width=max(map(len, column)))
     for row in body:
         table.add_row(*map(Text, row))
-    cli.print_uncut(Console(width=None if sys.stdout.isatty() else pipe_width), table)
+    return table
 
 
 def reason(judged: Judged, shown: Mapping[str, str]) -> str:
@@ -97,21 +106,6 @@ def reason(judged: Judged, shown: Mapping[str, str]) -> str:
     )
 
 
-def _say_what_holds(bench: ProcessBench, judged: Judged) -> None:
-    """Where pairs were noisier than planned for, the promise did not reach."""
-    kept = judged.schedule.promise
-    for entry in judged.candidates:
-        if kept is None:
-            break
-        seen = paired_spread(judged.baseline.means_ms, entry.means_ms)
-        if seen > kept.tau and entry.gain and entry.gain.verdict == "ambiguous":
-            cli.say(
-                f"note: {short(bench.configs[entry.subject.key])}: its pairs differed as with a "
-                f"spread of {seen:.2%} between processes, more than the {kept.tau:.2%} planned "
-                "for, so for it the promise of finding a gain does not hold"
-            )
-
-
 def of_promotion(
     cfg: Config, judged: Judged, processes: Sequence[Ok], fingerprint: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -121,6 +115,9 @@ def of_promotion(
     is that of the process farthest from the reference.
     """
     gpu, git = fingerprint["gpu"], fingerprint["git"]
+    winner, gain, schedule = judged.winner, judged.winner.gain, judged.schedule
+    p95, p99 = np.mean([(ok.latency.p95_ms, ok.latency.p99_ms) for ok in processes], axis=0)
+    farthest = max((ok.guard for ok in processes), key=_distance).model_dump(mode="json")
     return {
         "promoted_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "config_hash": cfg.hash(),
@@ -136,47 +133,25 @@ def of_promotion(
         "clean": None if git is None else not git.endswith("-dirty"),
         "model": cfg.model.model_dump(mode="json"),
         "workload": cfg.workload.model_dump(mode="json"),
-        **_latency(judged.winner, processes),
-        "guard": _worst_guard(processes),
-        "flags": flag_counts(ok.flags() for ok in processes),
-        "gain_over_baseline": _gain(judged.winner),
-        "spread_between_processes": judged.schedule.tau and round(judged.schedule.tau, 5),
-        "promise": judged.schedule.promise and judged.schedule.promise.model_dump(),
-    }
-
-
-def _latency(winner: Confirmed, processes: Sequence[Ok]) -> dict[str, Any]:
-    p95, p99 = (
-        float(np.mean([getattr(ok.latency, name) for ok in processes]))
-        for name in ("p95_ms", "p99_ms")
-    )
-    return {
         "processes": len(winner.means_ms),
         "mean_ms": round(winner.mean_ms, 4),
-        "p95_ms": round(p95, 4),
-        "p99_ms": round(p99, 4),
+        "p95_ms": round(float(p95), 4),
+        "p99_ms": round(float(p99), 4),
         "std_ms": round(winner.between_std_ms, 4),
         "ci95_ms": [round(bound, 4) for bound in winner.ci95_ms()],
+        "guard": {k: value for k, value in farthest.items() if isinstance(value, int | float)},
+        "flags": flag_counts(ok.flags() for ok in processes),
+        "gain_over_baseline": gain
+        and {
+            "verdict": gain.verdict,
+            "mean": round(gain.mean, 4),
+            "at_least": round(gain.low, 4),
+            "confidence": 1 - power.TOTAL_ALPHA,
+        },
+        "spread_between_processes": schedule.tau and round(schedule.tau, 5),
+        "promise": schedule.promise and schedule.promise.model_dump(),
     }
 
 
-def _gain(winner: Confirmed) -> dict[str, Any] | None:
-    gain = winner.gain
-    if gain is None:
-        return None
-    return {
-        "verdict": gain.verdict,
-        "mean": round(gain.mean, 4),
-        "at_least": round(gain.low, 4),
-        "confidence": 1 - power.TOTAL_ALPHA,
-    }
-
-
-def _worst_guard(processes: Sequence[Ok]) -> dict[str, Any]:
-    """The plain figures of the guard that was farthest from the reference."""
-
-    def distance(guard: GuardReport) -> float:
-        return np.inf if guard.rel_l2 is None else guard.rel_l2
-
-    worst = max((ok.guard for ok in processes), key=distance).model_dump(mode="json")
-    return {name: value for name, value in worst.items() if isinstance(value, int | float)}
+def _distance(guard: GuardReport) -> float:
+    return np.inf if guard.rel_l2 is None else guard.rel_l2

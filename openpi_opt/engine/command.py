@@ -56,9 +56,9 @@ def run_command_line(
 def _nodes(settings: Settings) -> Iterator[Nodes | None]:
     """The nodes of the engine, asked; a dry run starts nothing, so it counts for this host."""
     kind, cpu_slots = settings.executor.kind, settings.devices.cpu_slots
+    if kind != "local" and settings.dry_run is not None:
+        print(f"counted for this host: executor={kind} was not asked", file=sys.stderr)
     if kind == "local" or settings.dry_run is not None:
-        if kind != "local":
-            print(f"counted for this host: executor={kind} was not asked", file=sys.stderr)
         yield None
         return
     with connected(settings.executor, cpu_slots) as engine:
@@ -73,11 +73,10 @@ def _run(request: StudyRequest, compose: Compose, nodes: Nodes | None) -> int:
         Points(space, compose, machine).check()
         space, found = prepare(space, compose, machine, allow_lossy)
         request = replace(request, space=space)
-        if settings.dry_run is None:
-            require_some(space, found)
-    if settings.dry_run is not None:
-        points = Points(space, compose, machine, allow_lossy)
-        return print_dry_run(request, points, found, settings.dry_run)
+        if settings.dry_run is not None:
+            points = Points(space, compose, machine, allow_lossy)
+            return print_dry_run(request, points, found, settings.dry_run)
+        require_some(space, found)
     # Ray prints what happened to its workers; stdout is for the result.
     shown = Live() if sys.stderr.isatty() else Lines()
     with shown as display, contextlib.redirect_stdout(sys.stderr):
@@ -91,7 +90,10 @@ def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False)
 
     With `allow_lossy`, lossy trials compete for the best.
     """
-    print(f"study {outcome.name}: {_count(outcome)}; {outcome.ended}")
+    ok = sum(isinstance(record.result, Ok) for record in outcome.points)
+    new = f", {outcome.new} new" if len(outcome.records) > outcome.new else ""
+    counted = f"{ok} of {len(outcome.points)} configurations ok{new}"
+    print(f"study {outcome.name}: {counted}; {outcome.ended}")
     criteria = outcome.criteria.allowing(allow_lossy)
     found = groups(outcome.records, criteria=criteria, kept=outcome.kept)
     print_groups(found)
@@ -104,54 +106,47 @@ def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False)
         print(line)
     if outcome.exit_code:
         _print_reasons(outcome)
-    faster = any(row.record.role != "baseline" for row in best)
-    _print_next(outcome, swept and faster, " --allow-lossy" if allow_lossy else "")
+    path = outcome.store.path
+    flags = "" if path == Path(DEFAULT_STORE).absolute() else f" --store {path}"
+    flags += " --allow-lossy" if allow_lossy else ""
+    print("next:")
+    print(f"  python -m openpi_opt.compare {outcome.name}{flags}")
+    if swept and any(row.record.role != "baseline" for row in best):
+        print(f"  python -m openpi_opt.promote {outcome.name}{flags} --name NAME")
+    print(f"  {where(outcome.store.study_dir(outcome.name))}")
 
 
 def _winners(group: Group) -> list[Row]:
     """Print the best of a context, or its Pareto set, the fastest first; returns them."""
-    best = [row for row in group.rows if row.best]
+    criteria, best = group.criteria, [row for row in group.rows if row.best]
     for row in best:
-        print(_best_line(row, group))
+        assert row.ok is not None
+        latency = row.ok.latency
+        others = [figure for figure in criteria.figures() if figure.key != "mean_ms"]
+        figures = ", ".join([
+            f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms",
+            *(f"{figure.name} {figure.text(figure.value(row.ok))}" for figure in others),
+        ])  # fmt: skip
+        line = f"trial {row.record.number} ({whole(row, group)}), {figures}"
+        if row.record.role == "baseline":
+            print(f"best: the baseline, {line}; nothing that was tried is faster")
+        else:
+            print(f"best: {line}{_gain(row)}")
     front = sorted((row for row in group.rows if row.pareto), key=mean_ms)
     if front:
         ok = sum(row.ok is not None for row in group.rows)
-        print(f"Pareto set of {group.criteria.objectives_text()}: {len(front)} of {ok} ok trials")
+        print(f"Pareto set of {criteria.objectives_text()}: {len(front)} of {ok} ok trials")
     for row in front:
-        print(_front_line(row, group))
+        values = criteria.values(row.record.result)
+        assert values is not None
+        texts = (f.text(value) for f, value in zip(criteria.figures(), values, strict=True))
+        trial = f"trial {row.record.number} ({whole(row, group)})"
+        print(f"  {trial}: {', '.join(texts)}{_gain(row)}")
     return best + front
 
 
-def _front_line(row: Row, group: Group) -> str:
-    criteria = group.criteria
-    values = criteria.values(row.record.result)
-    assert values is not None
-    figures = zip(criteria.figures(), values, strict=True)
-    shown = ", ".join(figure.text(value) for figure, value in figures)
-    gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
-    return f"  trial {row.record.number} ({whole(row, group)}): {shown}{gain}"
-
-
-def _best_line(row: Row, group: Group) -> str:
-    assert row.ok is not None
-    latency = row.ok.latency
-    figures = f"{latency.mean_ms:.3f} ± {latency.std_ms:.3f} ms"
-    for figure in group.criteria.figures():
-        if figure.key != "mean_ms":
-            figures += f", {figure.name} {figure.text(figure.value(row.ok))}"
-    line = f"trial {row.record.number} ({whole(row, group)}), {figures}"
-    if row.record.role == "baseline":
-        return f"best: the baseline, {line}; nothing that was tried is faster"
-    gain = f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
-    return f"best: {line}{gain}"
-
-
-def _count(outcome: StudyOutcome) -> str:
-    ok = sum(isinstance(record.result, Ok) for record in outcome.points)
-    before = len(outcome.records) - outcome.new
-    return f"{ok} of {len(outcome.points)} configurations ok" + (
-        f", {outcome.new} new" if before > 0 else ""
-    )
+def _gain(row: Row) -> str:
+    return f", {row.vs_baseline:.2f}x the baseline's speed" if row.vs_baseline else ""
 
 
 def _print_reasons(outcome: StudyOutcome) -> None:
@@ -161,16 +156,3 @@ def _print_reasons(outcome: StudyOutcome) -> None:
         print(f"  trial {record.number} {record.result.outcome}: {first}")
         if record.trial_dir:
             print(f"    log: {outcome.store.study_dir(outcome.name) / record.trial_dir}/log.txt")
-
-
-def _print_next(outcome: StudyOutcome, promotable: bool, flag: str) -> None:
-    store = (
-        ""
-        if outcome.store.path == Path(DEFAULT_STORE).absolute()
-        else (f" --store {outcome.store.path}")
-    )
-    print("next:")
-    print(f"  python -m openpi_opt.compare {outcome.name}{store}{flag}")
-    if promotable:
-        print(f"  python -m openpi_opt.promote {outcome.name}{store}{flag} --name NAME")
-    print(f"  {where(outcome.store.study_dir(outcome.name))}")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 
 from openpi_opt.config import Config
@@ -55,35 +54,24 @@ def print_dry_run(request: StudyRequest, points: Points, found: Count, limit: in
     return 0
 
 
-@dataclass
 class _Known:
-    """What the journal of the study would answer."""
+    """What the journal of the study would answer; makes nothing."""
 
-    request: StudyRequest
-    _hashes: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._known = Known(self.request.machine, self.request.settings.keep_source)
-
-    @cached_property
-    def journal(self) -> Journal | None:
-        """The study's journal, if there is one; makes nothing."""
-        settings = self.request.settings
-        if not Path(settings.store).expanduser().is_dir():
-            return None
-        store = Store.open(settings.store, create=False)
-        there = self.request.name in store.studies()
-        return Journal.read(store.study_dir(self.request.name)) if there else None
+    def __init__(self, request: StudyRequest):
+        settings, self._machine = request.settings, request.machine
+        self.journal: Journal | None = None
+        if Path(settings.store).expanduser().is_dir():
+            store = Store.open(settings.store, create=False)
+            if request.name in store.studies():
+                self.journal = Journal.read(store.study_dir(request.name))
+        self._answers = Known(request.machine, settings.keep_source).answers
+        self._hash = cache(lambda platform: fingerprint_hash(fingerprint(self._machine, platform)))
 
     def record(self, cfg: Config) -> Record | None:
         """The record of an equal configuration on an equal machine."""
         if self.journal is None:
             return None
-        platform = repr(cfg.platform)
-        if platform not in self._hashes:
-            seen = fingerprint(self.request.machine, cfg.platform)
-            self._hashes[platform] = fingerprint_hash(seen)
-        return self.journal.find(cfg.hash(), self._hashes[platform], self._known.answers)
+        return self.journal.find(cfg.hash(), self._hash(cfg.platform), self._answers)
 
     def remark(self, cfg: Config) -> str:
         """What there is to say behind a configuration."""
@@ -92,7 +80,7 @@ class _Known:
             result = record.result
             latency = f" {result.latency.mean_ms:.3f} ms" if isinstance(result, Ok) else ""
             return f"  [known: trial {record.number} {result.outcome}{latency}]"
-        reason = left_out(cfg, self.request.machine, allow_lossy=True)
+        reason = left_out(cfg, self._machine, allow_lossy=True)
         if reason is not None:
             return f"  [no process: {reason.kind}]"
         return "  [lossy]" if cfg.lossy() else ""
@@ -146,12 +134,14 @@ def _print_sampled(
 ) -> None:
     """The points that are tried first, and what the sampler then chooses from."""
     dimensions = {key: each.values for key, each in request.space.dimensions.items()}
-    starts = list(_starts(request, points))
-    if starts:
-        print("begins with:")
-        for name, params, cfg in starts[:limit]:
+    starts = []
+    for name, params in request.space.start.items():
+        with contextlib.suppress(UserError):
+            remark = known.remark(points.config(params))
             changed = {key: text for key, text in params.items() if text != dimensions[key][0]}
-            print(f"  {name}: {shown(changed) or 'defaults'}{known.remark(cfg)}")
+            starts.append(f"  {name}: {shown(changed) or 'defaults'}{remark}")
+    for line in ["begins with:", *starts[:limit]] if starts else []:
+        print(line)
     print(f"then {plan.sampler} chooses from:")
     width = max(map(len, dimensions))
     for key, texts in dimensions.items():
@@ -159,13 +149,3 @@ def _print_sampled(
         if request.space.dimensions[key].count() is None:
             values = f"{texts[0]} to {texts[-1]}"
         print(f"  {key:<{width}}  {values}")
-
-
-def _starts(
-    request: StudyRequest, points: Points
-) -> Iterator[tuple[str, Mapping[str, str], Config]]:
-    for name, params in request.space.start.items():
-        try:
-            yield name, params, points.config(params)
-        except UserError:
-            continue

@@ -45,7 +45,7 @@ class Findings:
         self.baselines: dict[str, Record | None] = {}  # by context; None while it is measured
         self._settings, self._display = settings, display
         self._lessons = Lessons()
-        self._barred: Counter[str] = Counter()  # points, by the text of their class
+        self._barred: Counter[FailingClass] = Counter()  # points that were left out
         self._best: dict[str, float] = {}  # milliseconds, by context
         self._read = 0  # records of the journal that were looked at
 
@@ -64,7 +64,7 @@ class Findings:
         self._learn(open_points, self.ledger.known_from)
 
     def _learn(self, open_points: Iterable[dict[str, str]], known_from: int) -> None:
-        new = self.ledger.journal.since(self._read)
+        new = self.ledger.journal.records()[self._read :]
         self._read += len(new)
         asked = list(open_points)
         found = [
@@ -125,14 +125,18 @@ class Findings:
         known = self._lessons.bars(job.params)
         if known is None or self.ledger.find(job.cfg) is not None:
             return False
-        self._barred[known.text(0)] += 1
+        self._barred[known] += 1
         self.optimizer.give_up(job.proposal, learn=True)
         return True
 
     def barred(self) -> list[str]:
         """Which classes of combinations were left out, and how many of each."""
-        counts = ((known, self._barred[known.text(0)]) for known in self._lessons.classes)
-        return [known.text(count) for known, count in counts if count]
+        return [
+            f"{known}: all {known.seen} configurations that were tried with it ended {known.way}; "
+            f"{self._barred[known]} more left out (--fresh begins anew)"
+            for known in self._lessons.classes
+            if self._barred[known]
+        ]
 
     def points(self) -> list[Record]:
         """The newest records of the points that were tried, in the order of their numbers."""
@@ -155,8 +159,7 @@ class Findings:
     def _teach(self, params: dict[str, str], result: TrialResult) -> None:
         known = self._lessons.add(params, result)
         if known is not None:
-            pairs = shown(dict(sorted(known.pairs)))
-            self._display.note(f"no more of {pairs}: {known.seen} of it ended {known.way}")
+            self._display.note(f"no more of {known}: {known.seen} of it ended {known.way}")
 
 
 @dataclass(frozen=True)
@@ -167,26 +170,15 @@ class FailingClass:
     way: str
     seen: int
 
-    def holds(self, params: Mapping[str, str]) -> bool:
-        """Whether a point belongs to it."""
-        return self.pairs <= params.items()
-
-    def text(self, left_out: int) -> str:
-        """One line for people."""
-        return (
-            f"{shown(dict(sorted(self.pairs)))}: all {self.seen} configurations that were tried "
-            f"with it ended {self.way}; "
-            f"{left_out} more left out (--fresh begins anew)"
-        )
+    def __str__(self) -> str:
+        return shown(dict(sorted(self.pairs)))
 
 
 @dataclass
 class Lessons:
-    """Points with what became of them, and the classes that follow."""
+    """Points with what became of them (way and configuration), and the classes that follow."""
 
-    _ways: dict[frozenset[tuple[str, str]], str | None] = field(default_factory=dict)
-    _hashes: dict[frozenset[tuple[str, str]], str] = field(default_factory=dict)
-    _by_pairs: dict[Pairs, list[Pairs]] = field(default_factory=dict)
+    _seen: dict[Pairs, tuple[str | None, str]] = field(default_factory=dict)
     classes: list[FailingClass] = field(default_factory=list)
 
     def add(self, params: Mapping[str, str], result: TrialResult) -> FailingClass | None:
@@ -195,12 +187,9 @@ class Lessons:
         Refusals teach nothing: they cost no process.
         """
         point = frozenset(params.items())
-        if point in self._ways or not isinstance(result, Ok | Pruned | Wrong | Failed):
+        if point in self._seen or not isinstance(result, Ok | Pruned | Wrong | Failed):
             return None
-        self._ways[point] = way(result)
-        self._hashes[point] = result.config_hash
-        for pairs in _subsets(point):
-            self._by_pairs.setdefault(pairs, []).append(point)
+        self._seen[point] = way(result), result.config_hash
         found = self._found(point)
         if found is None or any(old.pairs <= found.pairs for old in self.classes):
             return None
@@ -209,31 +198,27 @@ class Lessons:
 
     def bars(self, params: Mapping[str, str]) -> FailingClass | None:
         """The class that a point belongs to, if it is not to be tried."""
-        return next((known for known in self.classes if known.holds(params)), None)
+        return next((known for known in self.classes if known.pairs <= params.items()), None)
 
     def _found(self, point: Pairs) -> FailingClass | None:
         """The class that the newest failure completes. Only classes with that point can be new."""
-        failed = self._ways[point]
-        if failed is None or all(other == failed for other in self._ways.values()):
+        failed, _ = self._seen[point]
+        if failed is None or all(other == failed for other, _ in self._seen.values()):
             return None
         for size in range(1, _MOST_KEYS + 1):
-            candidates = [c for c in _subsets(point) if len(c) == size and self._fails(c, failed)]
-            if candidates:
-                most = max(len(self._by_pairs[c]) for c in candidates)
-                alike = [c for c in candidates if len(self._by_pairs[c]) == most]
-                members = self._by_pairs[alike[0]]
-                same = [c for c in alike if set(self._by_pairs[c]) == set(members)]
-                return FailingClass(frozenset().union(*same), failed, self._count(members))
+            explained: dict[frozenset[Pairs], set[tuple[str, str]]] = {}  # pairs, by what they hold
+            for pairs in map(set, itertools.combinations(sorted(point), size)):
+                members = frozenset(seen for seen in self._seen if pairs <= seen)
+                if all(self._seen[member][0] == failed for member in members):
+                    explained[members] = explained.get(members, set()) | pairs
+            counts = {
+                members: len({self._seen[member][1] for member in members}) for members in explained
+            }
+            enough = [members for members in explained if counts[members] >= MIN_FAILURES]
+            if enough:
+                most = max(enough, key=len)
+                return FailingClass(frozenset(explained[most]), failed, counts[most])
         return None
-
-    def _fails(self, pairs: Pairs, failed: str) -> bool:
-        members = self._by_pairs[pairs]
-        if self._count(members) < MIN_FAILURES:
-            return False
-        return all(self._ways[member] == failed for member in members)
-
-    def _count(self, members: Iterable[Pairs]) -> int:
-        return len({self._hashes[member] for member in members})
 
 
 def way(result: TrialResult) -> str | None:
@@ -241,8 +226,3 @@ def way(result: TrialResult) -> str | None:
     if isinstance(result, Failed):
         return f"{result.outcome} in phase {result.phase}"
     return None if isinstance(result, Ok | Pruned) else str(result.outcome)
-
-
-def _subsets(point: Pairs) -> list[Pairs]:
-    sizes = range(1, min(_MOST_KEYS, len(point)) + 1)
-    return [frozenset(c) for n in sizes for c in itertools.combinations(sorted(point), n)]

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from filelock import FileLock
-
 from openpi_opt.config import Config, Platform
 from openpi_opt.engine.display import Display, label
 from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.recovery import Started, recover, runs_elsewhere
 from openpi_opt.machine import Device, Gpu, Machine
+from openpi_opt.process import locks
 from openpi_opt.process.devices import Lease
 from openpi_opt.process.locks import Claims, Controllers, Held
 from openpi_opt.result import Pruned, Refused, TrialResult
@@ -110,19 +109,6 @@ class Known:
         return {uid: identity.summary([names]) for uid, names in changed.items() if names}
 
 
-def measured_again(changes: Iterable[list[str]], sampled: bool) -> str | None:
-    """One line that says how many known results are not used, and why; None for none."""
-    found = list(changes)
-    if not found:
-        return None
-    plural = "s are" if len(found) > 1 else " is"
-    verb = "not used" if sampled else "measured again"
-    return (
-        f"{len(found)} known result{plural} {verb}: {identity.summary(found)} "
-        "(--keep-source answers from them)"
-    )
-
-
 class Ledger:
     """The records of one study, shared by the sweeps that work on it, until `close`.
 
@@ -152,9 +138,8 @@ class Ledger:
         for text in self.journal.notes:
             display.note(f"note: {text}")
         with self._user_errors():
-            self._plan_lock = FileLock(self.study_dir / "plan.lock")
             self.claims = Claims(self.study_dir)
-            self.controllers = Controllers(self.study_dir)
+            self.controllers = Controllers(self.study_dir, display.note)
             try:
                 self._recover()
                 self.known_from = self.journal.next_number if settings.fresh else 0
@@ -198,7 +183,8 @@ class Ledger:
     @contextmanager
     def planning(self) -> Iterator[None]:
         """While one sweep of the study decides what it measures next, no other does."""
-        with self._user_errors(), self._plan_lock:
+        lock = locks.having(self.study_dir / "plan.lock", self._display.note)
+        with self._user_errors(), lock:
             yield
 
     def claim(self, job: Job) -> bool:

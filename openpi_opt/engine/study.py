@@ -20,7 +20,7 @@ from openpi_opt.engine.display import Display, label
 from openpi_opt.engine.executor import Executor, LocalExecutor
 from openpi_opt.engine.findings import Findings
 from openpi_opt.engine.jobs import Jobs
-from openpi_opt.engine.ledger import Ledger, measured_again
+from openpi_opt.engine.ledger import Ledger
 from openpi_opt.engine.pace import Pace
 from openpi_opt.engine.plan import (
     Plan,
@@ -43,6 +43,7 @@ from openpi_opt.space.neighbours import NOISE, Neighbours
 from openpi_opt.space.optimizer import Optimizer
 from openpi_opt.space.points import Compose, Points
 from openpi_opt.space.sources import Enumerated, Sampled
+from openpi_opt.track import identity
 from openpi_opt.track.copies import Copies
 from openpi_opt.track.journal import Record
 from openpi_opt.track.optuna_copy import write_space
@@ -261,20 +262,25 @@ class _Loop:
         jobs.source = sampled
 
     def _note_outdated(self) -> None:
-        """Say which known results of this command's points do not answer, and why."""
+        """Say how many known results of this command's points do not answer, and why."""
+        ledger, listed = self._ledger, self._plan.enumerated
         old = [
             record
-            for record in self._ledger.measured_here()
-            if record.number >= self._ledger.known_from and not self._ledger.answers(record)
+            for record in ledger.measured_here()
+            if record.number >= ledger.known_from and not ledger.answers(record)
         ]
         asked = [Config.load(record.result.config) for record in old]
-        if self._plan.enumerated and old:
+        if listed and old:
             asked = [cfg for _, cfg in enumerated(self._request, self._jobs.points)]
             asked += [cfg.baseline() for cfg in asked] if self._request.has_baselines else []
-        changed = {cfg.hash(): self._ledger.outdated(cfg) for cfg in asked}
-        text = measured_again(filter(None, changed.values()), sampled=not self._plan.enumerated)
-        if text is not None:
-            self._display.note(text)
+        found = {cfg.hash(): ledger.outdated(cfg) for cfg in asked}
+        changes = [names for names in found.values() if names]
+        if changes:
+            self._display.note(
+                f"{len(changes)} known result{'s are' if len(changes) > 1 else ' is'} "
+                f"{'measured again' if listed else 'not used'}: {identity.summary(changes)} "
+                "(--keep-source answers from them)"
+            )
 
     def _kept(self) -> str:
         count = len(self._ledger.journal)

@@ -31,7 +31,7 @@ PIXEL_STEP, STATE_STEP = 0.02, 0.01  # between two moments; pixels have a range 
 FLICKER = 0.002  # of every pixel
 PATCH = 14  # pixels
 SQUARE = 28  # pixels of one colour in a smooth frame: 2 x 2 patches
-LARGE_NOISE = 8.0  # the velocity moves it by a few percent in a step
+LARGE = 8.0  # times the noise, which the velocity then moves by a few percent in a step
 RECORDED = 4  # of the user's batches
 _TIMED_SEEDS, _OTHER_SEEDS = 2_000_003, 3_000_017  # away from those of workloads and calibration
 
@@ -67,8 +67,8 @@ def cases(
     found = [Case(f"ordinary {i}", item, True) for i, item in enumerate(ordinary)]
     found += [Case(f"same but {name}", item) for name, item in changed(last, other)]
     found += [
-        Case("next frame", next_frame(last, other)),
-        Case("smooth", smooth(other)),
+        Case("next frame", next_frame(found[-1].inputs, other)),
+        Case("smooth", alike(smooth(other), last)),
         Case("black", at_the_edge(with_frames(other, [-1.0], last), config.vocab_size)),
         Case("white and grey", with_frames(other, [1.0, 0.0], first)),
     ]
@@ -90,10 +90,11 @@ def timed_inputs(workload: Workload, config: Pi0Config, seed: int) -> list[Input
 
 
 def changed(inputs: Inputs, other: Inputs) -> list[tuple[str, Inputs]]:
-    """`inputs` with one thing changed at a time; what is new comes from `other`.
+    """`inputs` with one thing changed from case to case; what is new comes from `other`.
 
     Values change places in the last row, so that sums, first values and first rows are as before.
-    No regular grid from 0 meets the pixels of the patch.
+    No regular grid from 0 meets the pixels of the patch. In frames the lower half of the last
+    camera changes, then also the right half of the first, also the patch, also all by the flicker.
     """
     noise, state, tokens = (getattr(inputs, n).clone() for n in ("noise", "state", "tokens"))
     noise[-1, -1] = noise[-1, -1].roll(1)
@@ -103,12 +104,15 @@ def changed(inputs: Inputs, other: Inputs) -> list[tuple[str, Inputs]]:
     if bool((tokens == inputs.tokens).all()):
         tokens[-1, 0] = (tokens[-1, 0] + 1) % 2
     active = inputs.image_mask[0].nonzero().flatten().tolist()
-    last, first, patch = (inputs.images.clone() for _ in range(3))
-    last[-1, active[-1]] = other.images[-1, active[-1]]
-    first[0, active[0]] = other.images[0, active[0]]
+    half = inputs.images.shape[-1] // 2
+    last = inputs.images.clone()
+    last[-1, active[-1], :, half:] = other.images[-1, active[-1], :, half:]
+    first = last.clone()
+    first[0, active[0], ..., half:] = other.images[0, active[0], ..., half:]
+    patch = first.clone()
     grid = slice(PATCH + 1, 2 * PATCH, 2)
     patch[..., grid, grid] = other.images[..., grid, grid]
-    flicker = inputs.images + FLICKER * other.images
+    flicker = patch + FLICKER * other.images
     return [
         ("the noise", inputs._replace(noise=noise)),
         ("the state", inputs._replace(state=state)),
@@ -130,16 +134,33 @@ def next_frame(inputs: Inputs, other: Inputs) -> Inputs:
 
 
 def smooth(inputs: Inputs) -> Inputs:
-    """Frames of squares of one colour each, and `LARGE_NOISE` times the noise."""
+    """Frames of squares of one colour each, and `LARGE` times the noise and the state."""
     squares = inputs.images[..., ::SQUARE, ::SQUARE]
     images = squares.repeat_interleave(SQUARE, -2).repeat_interleave(SQUARE, -1)
-    return inputs._replace(images=images.contiguous(), noise=LARGE_NOISE * inputs.noise)
+    return inputs._replace(
+        images=images.contiguous(), noise=LARGE * inputs.noise, state=LARGE * inputs.state
+    )
+
+
+def alike(inputs: Inputs, like: Inputs) -> Inputs:
+    """All rows have one prompt and one noise; the last camera sees nearly what the first sees."""
+    images = inputs.images.clone()
+    active = like.image_mask[0].nonzero().flatten().tolist()
+    if len(active) > 1:
+        images[:, active[-1]] *= PIXEL_STEP
+        images[:, active[-1]] += images[:, active[0]]
+        images.clamp_(-1.0, 1.0)
+    one = {
+        name: getattr(inputs, name)[:1].expand_as(getattr(inputs, name)).clone()
+        for name in ("tokens", "noise")
+    }
+    return inputs._replace(images=images, **one)
 
 
 def at_the_edge(inputs: Inputs, vocabulary: int) -> Inputs:
-    """No state, and a prompt of the first and the last token of the vocabulary in turn."""
+    """No state, and a prompt of the first and the last token of the vocabulary, two of each."""
     tokens = torch.zeros_like(inputs.tokens)
-    tokens[:, ::2] = vocabulary - 1
+    tokens[:, ::4] = tokens[:, 3::4] = vocabulary - 1
     return inputs._replace(state=torch.zeros_like(inputs.state), tokens=tokens)
 
 

@@ -25,9 +25,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from openpi_opt import cli
 from openpi_opt.config import Config
 from openpi_opt.knobs import BY_NAME
-from openpi_opt.machine import DEVICES, Device, Machine, probe
+from openpi_opt.machine import Device, Machine, probe
 from openpi_opt.result import Ceilings, write_atomic
-from openpi_opt.vendor import BY_DEVICE, VENDORS
+from openpi_opt.vendor import BY_DEVICE, DEVICES, VENDORS
 
 if TYPE_CHECKING:
     import torch

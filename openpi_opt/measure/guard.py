@@ -131,13 +131,17 @@ def check(
     input may lie at the same address.
     """
     order = [*range(len(inputs)), 0]
-    found, touched = [], None
+    found, held, touched = [], [], None
     for i in order:
         given = upload(inputs[i])
-        found.append(distance(call(given), reference.actions[i]))
+        actions = call(given)
+        held.append((actions, actions.clone()))
+        found.append(distance(actions, reference.actions[i]))
         for name, now, was in zip(Inputs._fields, given, inputs[i], strict=True):
             if touched is None and not torch.equal(now.cpu(), was.cpu()):
                 touched = f"the call changes its inputs ({name})"
+    if any(not torch.equal(now.nan_to_num(), before.nan_to_num()) for now, before in held):
+        touched = touched or "the result of a call was overwritten by a later call"
     limits = [reference.tolerance(guard, i, lossy) for i in order]
 
     def share(place: int) -> float:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, TypeVar
 from openpi_opt.errors import RefusedError
 from openpi_opt.result import Energy
 from openpi_opt.vendor import BY_DEVICE
-from openpi_opt.vendor.base import Meter, NoMeterError
+from openpi_opt.vendor.base import NoMeterError
+from openpi_opt.vendor.meters import Meter
 
 if TYPE_CHECKING:
     from openpi_opt.config import Config

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import re
-import select
 import selectors
 import signal
 import subprocess
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from openpi_opt.process import watcher
 from openpi_opt.process.environment import TRIAL_VARIABLE
-from openpi_opt.process.output import BoundedLog
+from openpi_opt.vendor.base import read
+from openpi_opt.vendor.cpu import own_cgroups
 
 if TYPE_CHECKING:
     from openpi_opt.process.devices import Slot
@@ -32,13 +32,15 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 2.0
 # A process inside a driver call cannot be killed; the sweep goes on without it after this.
 UNKILLABLE_SECONDS = 30.0
+# Of what a child prints, so much is kept from the beginning, and so much from the end.
+HEAD_BYTES = 4 * 2**20
+TAIL_BYTES = 2**20
 _POLL_SECONDS = 0.2  # how soon a limit counts again after a pause, and a stop is seen
-_LONGEST_LINE = 65_536
+_CHUNK = 65_536
 _ORPHAN_SECONDS = 10.0  # at most, for the end of what a dead watcher left
-_VMSTAT = Path("/proc/vmstat")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ended:
     """How a child ended, as seen from outside.
 
@@ -47,11 +49,11 @@ class Ended:
     `left` names processes that it had started and that outlived it; they were ended.
     """
 
-    returncode: int | None
-    phase: str
-    phase_seconds: dict[str, float]
-    exceeded: float | None
-    oom_killed: bool
+    returncode: int | None = None
+    phase: str = "start"
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    exceeded: float | None = None
+    oom_killed: bool = False
     left: tuple[str, ...] = ()
 
 
@@ -63,9 +65,9 @@ class StoppedError(Exception):
 class Place:
     """What a child gets from its sweep: where it runs, and what ties it to the sweep.
 
-    `uid` marks its processes and its cgroup. `caches` is the folder of compiled code. `fds` are
-    locks: the child has them, and they are free when nothing is left of it. `stop` ends it. With
-    a `turn` it asks for the device before it measures.
+    `uid` marks its processes. `caches` is the folder of compiled code. `fds` are locks: the child
+    has them, and they are free when nothing is left of it. `stop` ends it. With a `turn` it asks
+    for the device before it measures.
     """
 
     slot: Slot | None = None
@@ -74,69 +76,6 @@ class Place:
     fds: tuple[int, ...] = ()
     stop: threading.Event | None = None
     turn: Turn | None = None
-
-    @property
-    def cores(self) -> tuple[int, ...]:
-        """The cores that it runs on; empty for all."""
-        return self.slot.cores if self.slot else ()
-
-
-class Child:
-    """A running child and everything below it, which can be made to stand still with its clock."""
-
-    def __init__(self, process: subprocess.Popen[bytes], control: int, stopped: int | None):
-        self._process, self._control, self._stopped = process, control, stopped
-        self._lock = threading.Lock()
-        self._over = False
-        self._since: float | None = None  # when it was stopped
-        self._seconds = 0.0  # for which it was, before
-
-    def pause(self, seconds: float) -> list[str]:
-        """Stop all of it; returns names of processes that do not stop in time."""
-        with self._lock:
-            if self._over or self._since is not None:
-                return []
-            self._since = time.monotonic()
-            return watcher.stop_below(self._process.pid, seconds)
-
-    def resume(self) -> None:
-        """Let it go on. Without a pause this does nothing."""
-        with self._lock:
-            if self._over or self._since is None:
-                return
-            self._seconds += time.monotonic() - self._since
-            self._since = None
-            if self._stopped is not None:
-                os.pwrite(self._stopped, f"{self._seconds:.6f}\n".encode(), 0)
-            watcher.continue_below(self._process.pid)
-
-    @property
-    def paused(self) -> bool:
-        """Whether it stands still."""
-        return self._since is not None
-
-    def clock(self) -> float:
-        """Seconds on a clock that stands still while the child does."""
-        with self._lock:
-            now = time.monotonic() if self._since is None else self._since
-            return now - self._seconds
-
-    def kill(self, word: bytes = b"K") -> None:
-        """End all of it at once, or with `T` ask it to end."""
-        with self._lock:
-            if not self._over:
-                with contextlib.suppress(BrokenPipeError):
-                    os.write(self._control, word)
-
-    def reap(self, seconds: float) -> int | None:
-        """The watcher's return code; None when it does not end in time."""
-        with self._lock:
-            self._over = True  # its number may be another's from now on
-            self._since = None
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
 
 
 def run_command(
@@ -155,56 +94,243 @@ def run_command(
 
     Raises OSError when the process or the log cannot be begun, StoppedError after `place.stop`.
     """
-    place = place or Place()
     if not os.access(argv[0], os.X_OK):
         raise FileNotFoundError(errno.ENOENT, "no such program", argv[0])
-    kills_before, turn = oom_kills(), place.turn
+    kills_before = oom_kills()
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(BoundedLog(log))
-        progress, says = _pipe(stack)  # the trial's
-        status, tells = _pipe(stack)  # the watcher's
-        heeds, control = _pipe(stack)
+        child = Child(stack, limits, log, on_phase, place or Place())
+        child.start(argv, env)
+        try:
+            child.follow()
+        finally:
+            child.end()
+    child.ended.oom_killed = oom_kills() > kills_before
+    return child.ended
+
+
+class Child:
+    """A running child and everything below it, which can be made to stand still with its clock.
+
+    `pause`, `resume` and `kill` may be called from any thread, all else from the one that made it.
+    Its pipes and its log are closed with `stack`.
+    """
+
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        limits: Mapping[str, float],
+        log: Path,
+        on_phase: Callable[[str], None],
+        place: Place,
+    ):
+        self.ended = Ended()
+        self._stack, self._limits, self._on_phase = stack, limits, on_phase
+        self._place, self._turn = place, place.turn
+        self._lock = threading.Lock()
+        self._gone = False  # the watcher has ended, so nothing is left
+        self._ending = self._over = False
+        self._since: float | None = None  # when it was stopped
+        self._stood = 0.0  # seconds for which it was, before
+        self._line = self._status = b""
+        self._selector = stack.enter_context(selectors.DefaultSelector())
+        self._log = stack.enter_context(contextlib.closing(_Log(log)))
+
+    def start(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
+        """Start the watcher, which starts the program."""
+        says, tells = self._hear(self._read_phases), self._hear(self._read_status)
+        prints, (heeds, self._control) = self._hear(self._log.take), self._pipe()
+        turn, uid, slot = self._turn, self._place.uid, self._place.slot
+        theirs = [heeds.fileno(), tells.fileno()]
         own = [says.fileno(), *((turn.gate, turn.stopped) if turn else ())]
         names = ("--progress-fd", "--gate-fd", "--stopped-fd")
         words = [text for name, fd in zip(names, own, strict=False) for text in (name, str(fd))]
-        theirs = [heeds.fileno(), tells.fileno()]
-        about = [*map(str, theirs), ",".join(map(str, own)), watcher.cgroup_of(place.uid)]
-        about.append(f"{TRIAL_VARIABLE}={place.uid}" if place.uid else "")
-        with _on_cores(place.cores):
-            process = subprocess.Popen(
+        about = [*map(str, theirs), ",".join(map(str, own)), uid and f"{TRIAL_VARIABLE}={uid}"]
+        with _on_cores(slot.cores if slot else ()):
+            self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", watcher.__file__, *about, *argv, *words],
                 stdin=subprocess.DEVNULL,
-                stdout=output.write_fd,
+                stdout=prints,
                 stderr=subprocess.STDOUT,
                 env=dict(env),
-                pass_fds=[*theirs, *own, *place.fds],
+                pass_fds=[*theirs, *own, *self._place.fds],
                 start_new_session=True,
             )
-        for end in (heeds, tells, says):
+        for end in (heeds, tells, says, prints):
             end.close()
-        output.close_write_end()
-        os.read(status.fileno(), 1)  # before there is a program, nothing can be stopped
-        child = Child(process, control.fileno(), turn.stopped if turn else None)
-        watch = _Watch(child, progress, status, output, limits, on_phase, place.stop)
-        try:
+        self._began = self.clock()
+
+    def follow(self) -> None:
+        """Return when nothing of the child is left, or its phase ran past the limit."""
+        while not (self._status or self._gone):  # without a program nothing can be stopped
+            self._serve(None)
+        if self._turn is not None:
+            self._turn.began(self)
+        while not self._gone:
+            if self._place.stop is not None and self._place.stop.is_set():
+                raise StoppedError(f"ended in phase {self.ended.phase}")
+            limit = self._limits[self.ended.phase]
+            remaining = self._began + limit - self.clock()
+            if self.paused:
+                remaining = _POLL_SECONDS
+            elif remaining <= 0:
+                self.ended.exceeded = limit
+                return
+            self._serve(min(remaining, _POLL_SECONDS))
+        self._drain()
+
+    def end(self) -> None:
+        """End what is left, and reap the watcher."""
+        turn = self._turn
+        self._ending = True  # what it says from now on is no phase any more
+        with contextlib.ExitStack() as whatever_fails:
             if turn is not None:
-                turn.began(child)
-            watch.until_end(turn)
-        finally:
-            try:
-                watch.end()
-            finally:
-                if turn is not None:
-                    turn.ended(watch.gone)
-    if watch.stopped:
-        raise StoppedError(f"ended in phase {watch.phase}")
-    return watch.summary(oom_kills() > kills_before)
+                whatever_fails.callback(lambda: turn.ended(self._gone))
+            whatever_fails.callback(self._reap)
+            whatever_fails.callback(self._end_by, b"K", UNKILLABLE_SECONDS)
+            self._end_by(b"T", GRACE_SECONDS)
+
+    def pause(self, seconds: float) -> list[str]:
+        """Stop all of it; returns names of processes that do not stop in time."""
+        with self._lock:
+            if self._over or self._since is not None:
+                return []
+            self._since = time.monotonic()
+            return watcher.stop_below(self._process.pid, seconds)
+
+    def resume(self) -> None:
+        """Let it go on. Without a pause this does nothing."""
+        with self._lock:
+            if self._over or self._since is None:
+                return
+            self._stood += time.monotonic() - self._since
+            self._since = None
+            if self._turn is not None:
+                os.pwrite(self._turn.stopped, f"{self._stood:.6f}\n".encode(), 0)
+            watcher.continue_below(self._process.pid)
+
+    @property
+    def paused(self) -> bool:
+        """Whether it stands still."""
+        return self._since is not None
+
+    def clock(self) -> float:
+        """Seconds on a clock that stands still while the child does."""
+        with self._lock:
+            now = time.monotonic() if self._since is None else self._since
+            return now - self._stood
+
+    def kill(self, word: bytes = b"K") -> None:
+        """End all of it at once, or with `T` ask it to end."""
+        with self._lock:
+            if not self._over:
+                with contextlib.suppress(BrokenPipeError):
+                    os.write(self._control.fileno(), word)
+
+    def _pipe(self) -> tuple[FileIO, FileIO]:
+        """A pipe's reading and writing end."""
+        read, write = os.pipe()
+        enter = self._stack.enter_context
+        return enter(FileIO(read)), enter(FileIO(write, "w"))
+
+    def _hear(self, take: Callable[[bytes], None]) -> FileIO:
+        """The writing end of a pipe; `take` gets what is said there, and nothing at its end."""
+        read, write = self._pipe()
+        self._selector.register(read, selectors.EVENT_READ, take)
+        return write
+
+    def _serve(self, seconds: float | None) -> None:
+        """Hear what is said within that time."""
+        for key, _ in self._selector.select(seconds):
+            chunk = os.read(key.fd, _CHUNK)
+            if not chunk:
+                self._selector.unregister(key.fileobj)
+            key.data(chunk)
+
+    def _drain(self) -> None:
+        """Hear what is left in the pipes. Whoever still writes there does not hold this up."""
+        for _ in range(TAIL_BYTES // _CHUNK):
+            self._serve(0)
+
+    def _read_phases(self, chunk: bytes) -> None:
+        *lines, rest = (self._line + chunk).split(b"\n")
+        self._line = rest[-_CHUNK:]
+        for phase in map(_phase_of, lines if not self._ending else ()):
+            # Saying the same one again gives no more time.
+            if isinstance(phase, str) and phase in self._limits and phase != self.ended.phase:
+                self._book()
+                self.ended.phase = phase
+                self._on_phase(phase)
+            if self._turn is not None and not self._gone:
+                if self.ended.phase == "wait":
+                    self._turn.asks()
+                elif self.ended.phase == "report":
+                    self._turn.frees()
+
+    def _read_status(self, chunk: bytes) -> None:
+        """What the watcher says, whose end is the end of all."""
+        self._status += chunk
+        self._gone = not chunk
+        if self._status.endswith(b"\n"):
+            text = self._status.decode(errors="replace").removeprefix("+").rstrip("\n")
+            code, *left = text.split("\t")
+            self.ended.returncode, self.ended.left = int(code), tuple(left)
+
+    def _end_by(self, word: bytes, seconds: float) -> None:
+        """Send `word`, and wait up to `seconds` until nothing is left."""
+        if not self._gone:
+            self.kill(word)
+        deadline = time.monotonic() + seconds
+        while not self._gone and time.monotonic() < deadline:
+            self._serve(0.02)  # a full pipe would keep it from ending
+
+    def _reap(self) -> None:
+        with self._lock:
+            self._over = True  # its number may be another's from now on
+            self._since = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(UNKILLABLE_SECONDS if self._gone else 0.0)
+            if self._gone and self.ended.returncode is None:
+                self.ended.returncode = code  # the watcher was killed, and the child with it
+        self._drain()
+        self._book()
+
+    def _book(self) -> None:
+        now, seconds = self.clock(), self.ended.phase_seconds
+        seconds[self.ended.phase] = seconds.get(self.ended.phase, 0.0) + now - self._began
+        self._began = now
 
 
-def _pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
-    """A pipe's reading and writing end, closed with `stack` at the latest."""
-    read, write = os.pipe()
-    return stack.enter_context(FileIO(read)), stack.enter_context(FileIO(write, "w"))
+class _Log:
+    """What a child prints: the beginning goes to disk at once, of the rest the end is kept.
+
+    Not the file itself is its output, or a child in a loop would fill the disk.
+    """
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb", buffering=0)
+        self._room, self._left_out = HEAD_BYTES, 0
+        self._tail = bytearray()
+
+    def take(self, chunk: bytes) -> None:
+        """Keep what belongs to either end."""
+        self._file.write(chunk[: self._room])
+        self._tail += chunk[self._room :]
+        self._room -= min(self._room, len(chunk))
+        if len(self._tail) > 2 * TAIL_BYTES:
+            self._cut()
+
+    def close(self) -> None:
+        """Write the end."""
+        self._cut()
+        with self._file as file:
+            if self._left_out:
+                file.write(b"\n[... %d bytes left out ...]\n" % self._left_out)
+            file.write(self._tail)
+
+    def _cut(self) -> None:
+        over = max(0, len(self._tail) - TAIL_BYTES)
+        self._left_out += over
+        del self._tail[:over]
 
 
 @contextlib.contextmanager
@@ -221,125 +347,6 @@ def _on_cores(cores: Sequence[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-@dataclass
-class _Watch:
-    """Reads what a child says, and ends it when a phase has run past its limit."""
-
-    child: Child
-    progress: FileIO
-    status: FileIO
-    output: BoundedLog
-    limits: Mapping[str, float]
-    on_phase: Callable[[str], None]
-    stop: threading.Event | None = None
-    phase: str = "start"
-    exceeded: float | None = None
-    stopped: bool = False
-    gone: bool = False  # the watcher has ended, so nothing is left
-    returncode: int | None = None
-    left: tuple[str, ...] = ()
-    _began: float = 0.0
-    _seconds: dict[str, float] = field(default_factory=dict)
-    _buffer: bytes = b""
-    _status: bytes = b""
-
-    def __post_init__(self) -> None:
-        self._began = self.child.clock()
-        for end in (self.progress, self.status):
-            os.set_blocking(end.fileno(), False)
-
-    def until_end(self, turn: Turn | None) -> None:
-        """Return when nothing of the child is left, or its phase ran past the limit."""
-        with selectors.DefaultSelector() as selector:
-            for each in (self.progress, self.status, self.output):
-                selector.register(each, selectors.EVENT_READ)
-            while not self.gone:
-                if self.stop is not None and self.stop.is_set():
-                    self.stopped = True
-                    return
-                remaining = self._began + self.limits[self.phase] - self.child.clock()
-                if self.child.paused:
-                    remaining = _POLL_SECONDS
-                elif remaining <= 0:
-                    self.exceeded = self.limits[self.phase]
-                    return
-                for key, _ in selector.select(min(remaining, _POLL_SECONDS)):
-                    if key.fileobj is self.status:
-                        self._look()
-                    elif (key.fileobj is self.progress and not self._read(turn)) or (
-                        key.fileobj is self.output and not self.output.read()
-                    ):
-                        selector.unregister(key.fileobj)
-            self._read(None)
-
-    def end(self) -> None:
-        """End what is left, and reap the watcher."""
-        try:
-            if not self.gone:
-                self.child.kill(b"T")
-                self._wait(GRACE_SECONDS)
-        finally:
-            if not self.gone:
-                self.child.kill()
-                self._wait(UNKILLABLE_SECONDS)
-            ended = self.child.reap(UNKILLABLE_SECONDS if self.gone else 0.0)
-            if self.gone and self.returncode is None:
-                self.returncode = ended  # the watcher was killed, and the child with it
-            self.output.drain()
-
-    def summary(self, oom_killed: bool) -> Ended:
-        """How it ended."""
-        self._book()
-        seconds = dict(self._seconds)
-        return Ended(self.returncode, self.phase, seconds, self.exceeded, oom_killed, self.left)
-
-    def _wait(self, seconds: float) -> None:
-        """Wait up to `seconds` until nothing is left."""
-        deadline = time.monotonic() + seconds
-        while not self.gone and time.monotonic() < deadline:
-            self.output.drain()  # a full pipe would keep it from ending
-            select.select([self.status], [], [], 0.02)
-            self._look()
-
-    def _look(self) -> None:
-        """Read what the watcher says, whose end is the end of all."""
-        with contextlib.suppress(BlockingIOError):
-            chunk = os.read(self.status.fileno(), _LONGEST_LINE)
-            self._status += chunk
-            self.gone = not chunk
-        if self._status.endswith(b"\n"):
-            code, *left = self._status.decode(errors="replace").rstrip("\n").split("\t")
-            self.returncode, self.left = int(code), tuple(left)
-
-    def _read(self, turn: Turn | None) -> bool:
-        """Take what the child has written; False at the end of the pipe."""
-        try:
-            chunk = os.read(self.progress.fileno(), _LONGEST_LINE)
-        except BlockingIOError:
-            return True
-        *lines, rest = (self._buffer + chunk).split(b"\n")
-        self._buffer = rest[-_LONGEST_LINE:]
-        for line in lines:
-            self._enter(_phase_of(line))
-            if self.phase == "wait" and turn is not None:
-                turn.asks()
-            elif self.phase == "report" and turn is not None:
-                turn.frees()
-        return bool(chunk)
-
-    def _enter(self, phase: object) -> None:
-        """Begin a phase. Saying the same one again gives no more time."""
-        if isinstance(phase, str) and phase in self.limits and phase != self.phase:
-            self._book()
-            self.phase = phase
-            self.on_phase(phase)
-
-    def _book(self) -> None:
-        now = self.child.clock()
-        self._seconds[self.phase] = self._seconds.get(self.phase, 0.0) + now - self._began
-        self._began = now
-
-
 def _phase_of(line: bytes) -> object:
     try:
         message = json.loads(line)
@@ -351,9 +358,9 @@ def _phase_of(line: bytes) -> object:
 def end_marked(uid: str) -> int:
     """End this user's processes on this host that belong to trial `uid`; returns how many.
 
-    They are found by their cgroup, where there is one, below the trial's watcher, and by the mark
-    in their environment; a process number may belong to a stranger by now. Returns when they are
-    gone, or after a while when the kernel keeps them.
+    They are found below the trial's watcher, and by the mark in their environment; a process
+    number may belong to a stranger by now. Returns when they are gone, or after a while when the
+    kernel keeps them.
     """
     mark = f"{TRIAL_VARIABLE}={uid}".encode()
     ended: set[int] = set()
@@ -372,23 +379,17 @@ def end_marked(uid: str) -> int:
             each.send(signal.SIGKILL)
         ended |= {each.pid for each in found}
         time.sleep(0.01)
-    return len(ended) + watcher.remove_cgroup(watcher.cgroup_of(uid))
+    return len(ended)
 
 
 def oom_kills() -> int:
     """How often the kernel's out-of-memory killer struck: on this host and in our cgroup."""
-    counters = [re.search(r"^oom_kill (\d+)$", watcher.text(path), re.M) for path in oom_files()]
+    counters = [re.search(r"^oom_kill (\d+)$", read(path), re.M) for path in oom_files()]
     return sum(int(found[1]) for found in counters if found)
 
 
 def oom_files() -> list[Path]:
     """Files with a line `oom_kill COUNT`: the host's, and those of both kinds of cgroup."""
-    found = [_VMSTAT]
-    for line in watcher.text("/proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            root = Path("/sys/fs/cgroup") / controllers
-            folder = root / path.lstrip("/")
-            own = folder if folder.is_dir() else root
-            found += [own / "memory.events", own / "memory.oom_control"]
-    return found
+    groups = [group if group.is_dir() else root for root, group in own_cgroups("memory")]
+    names = "memory.events", "memory.oom_control"
+    return [Path("/proc/vmstat"), *(folder / name for folder in groups for name in names)]

@@ -10,14 +10,13 @@ All that asks for a lock here raises UserError when the folder of leases cannot 
 
 from __future__ import annotations
 
-import getpass
-import json
 import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -69,12 +68,6 @@ class DeviceSettings(BaseModel):
             raise ValueError("name at least one GPU, or all")
         return value
 
-    @property
-    def text(self) -> str:
-        """`gpus` as it was typed."""
-        gpus = self.gpus
-        return "devices=" + (gpus if isinstance(gpus, str) else f"[{','.join(map(str, gpus))}]")
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -95,15 +88,11 @@ class Slot:
 
 @dataclass
 class Lease:
-    """A slot that this process may use until `release`."""
+    """A slot that this process may use until `release`; without locks, where a node leases it."""
 
     slot: Slot
-    locks: list[Held]
-
-    @property
-    def held(self) -> bool:
-        """Whether it was not released yet."""
-        return any(held.fd >= 0 for held in self.locks)
+    locks: list[Held] = field(default_factory=list)
+    held: bool = True
 
     @property
     def fds(self) -> tuple[int, ...]:
@@ -115,9 +104,12 @@ class Lease:
         return Lease(slot, [held.share() for held in self.locks])
 
     def release(self) -> None:
-        """Give the slot back. Twice does no harm."""
+        """Give the slot back. Calling it twice has no effect."""
+        self.held = False
         for held in self.locks:
             held.release()
+
+    close = release
 
 
 @dataclass
@@ -132,19 +124,25 @@ class Devices:
     def check(self, configs: Iterable[Config]) -> None:
         """Refuse what `configs` could never run on, before anything begins: raises UserError."""
         wanted = list(configs)
-        kinds = {cfg.device for cfg in wanted}
-        if self.settings.gpus != "all" and kinds == {"cpu"}:
-            raise UserError(self._no_use())
-        for device in sorted(kinds):
-            self.slots(device)
-        for cfg in wanted:
-            self._check_gpu(cfg)
+        if self.settings.gpus != "all" and {cfg.device for cfg in wanted} == {"cpu"}:
+            raise UserError(f"{_as_typed(self.settings.gpus)}{self._no_use()}")
+        for cfg in sorted(wanted, key=lambda cfg: cfg.device):
+            used, number = self.slots(cfg.device), cfg.platform.gpu
+            if cfg.device == "cpu" or number is None:
+                continue
+            gpu = self.machine.gpus_for(cfg.device)[number]
+            if all(slot.gpu != gpu for slot in used):
+                raise UserError(
+                    f"platform.gpu={number}: that GPU ({gpu.name}) is not among those to be used: "
+                    f"{', '.join(slot.name for slot in used)}.\n"
+                    f"Name it with devices=[{number}], or leave platform.gpu out."
+                )
 
     def slots(self, device: Device) -> list[Slot]:
         """Slots of one kind, made when first asked for; a UserError says what cannot be had."""
         if device not in self._slots:
-            make = self._cpu_slots if device == "cpu" else self._gpu_slots
-            self._slots[device] = make(device)
+            made = self._cpu_slots() if device == "cpu" else self._gpu_slots(device)
+            self._slots[device] = made
         return self._slots[device]
 
     def all(self) -> list[Slot]:
@@ -171,7 +169,7 @@ class Devices:
         gpu = self.slots(device)[0].gpu
         return 0 if gpu is None else self.machine.gpus_for(device).index(gpu)
 
-    def _cpu_slots(self, device: Device) -> list[Slot]:
+    def _cpu_slots(self) -> list[Slot]:
         cores, count = usable_cores(), self.settings.cpu_slots
         most = self.machine.threads(len(cores))
         if count > most:
@@ -180,15 +178,16 @@ class Devices:
                 f"slot needs one of its own.\nUse devices.cpu_slots=1 to {most}."
             )
         shares = _shares(cores, count)
-        return [Slot(f"CPU slot {n}", device, None, share) for n, share in enumerate(shares)]
+        return [Slot(f"CPU slot {n}", "cpu", None, share) for n, share in enumerate(shares)]
 
     def _gpu_slots(self, device: Device) -> list[Slot]:
         gpus = self.machine.gpus_for(device)
         chosen = self._chosen(gpus)
-        same = [gpu for gpu in chosen if _model(gpu) == _model(chosen[0])]
+        first, model = chosen[0], attrgetter("name", "arch", "driver")
+        same = [gpu for gpu in chosen if model(gpu) == model(first)]
         if len(same) < len(chosen):
             other = next(gpu for gpu in chosen if gpu not in same)
-            text = f"{chosen[0].name} and {other.name} cannot be compared with one another"
+            text = f"{first.name} and {other.name} cannot be compared with one another"
             if self.settings.gpus != "all":
                 raise UserError(f"devices: {text}.\nName GPUs of one model with devices=[...].")
             self.notes.append(f"{text}: only the {len(same)} of the first kind are used")
@@ -203,53 +202,43 @@ class Devices:
             return list(gpus)
         named: dict[str, int | str] = {}
         for wanted in self.settings.gpus:
-            found = [
-                gpu
-                for number, gpu in enumerate(gpus)
-                if (number == wanted if isinstance(wanted, int) else gpu.uuid.startswith(wanted))
-            ]
-            if not found:
-                problem = f"there is no such GPU as {wanted}"
-            elif len(found) > 1:
-                problem = f"{wanted} is the beginning of {len(found)} UUIDs"
-            elif found[0].uuid in named:
-                problem = f"{named[found[0].uuid]} and {wanted} are the same GPU"
+            if isinstance(wanted, int):
+                found = [gpus[wanted]] if 0 <= wanted < len(gpus) else []
             else:
+                found = [gpu for gpu in gpus if gpu.uuid.startswith(wanted)]
+            if len(found) == 1 and found[0].uuid not in named:
                 named[found[0].uuid] = wanted
                 continue
+            problem = f"there is no such GPU as {wanted}"
+            if len(found) > 1:
+                problem = f"{wanted} is the beginning of {len(found)} UUIDs"
+            elif found:
+                problem = f"{named[found[0].uuid]} and {wanted} are the same GPU"
             there = ", ".join(f"{n} ({gpu.uuid})" for n, gpu in enumerate(gpus))
             raise UserError(
-                f"{self.settings.text}: {problem}. There is {there or 'none of its kind'}.\n"
+                f"{_as_typed(self.settings.gpus)}: {problem}. There is "
+                f"{there or 'none of its kind'}.\n"
                 "Give each GPU once, by index or UUID: devices=[0,1], or devices=all."
             )
         return [gpu for gpu in gpus if gpu.uuid in named]
 
     def _no_use(self) -> str:
-        """Why no GPU can be named here."""
+        """Why no GPU can be named here, behind what was typed."""
         if not self.machine.gpus:
             return (
-                f"{self.settings.text}: this machine has no GPU that is visible.\nLeave it out to "
+                ": this machine has no GPU that is visible.\nLeave it out to "
                 "run on the CPU (devices.cpu_slots=N trials at a time), or check the driver and "
                 "*_VISIBLE_DEVICES; python -m openpi_opt.doctor looks."
             )
         return (
-            f"{self.settings.text} names GPUs, but every configuration here runs on the CPU.\n"
+            " names GPUs, but every configuration here runs on the CPU.\n"
             "Leave it out, or use platform=cuda or platform=rocm with a torch that was built for "
             "it."
         )
 
-    def _check_gpu(self, cfg: Config) -> None:
-        number = cfg.platform.gpu
-        if cfg.device == "cpu" or number is None:
-            return
-        gpu = self.machine.gpus_for(cfg.device)[number]
-        used = self.slots(cfg.device)
-        if all(slot.gpu != gpu for slot in used):
-            names = ", ".join(slot.name for slot in used)
-            raise UserError(
-                f"platform.gpu={number}: that GPU ({gpu.name}) is not among those to be used: "
-                f"{names}.\nName it with devices=[{number}], or leave platform.gpu out."
-            )
+
+def _as_typed(gpus: str | list[int | str]) -> str:
+    return "devices=" + (gpus if isinstance(gpus, str) else f"[{','.join(map(str, gpus))}]")
 
 
 def lease(slot: Slot) -> Lease | None:
@@ -329,9 +318,9 @@ def measure_lock() -> Held | None:
     return _take("measure.lock")
 
 
-def float32_seats(memory_mib: int | None) -> int:
+def float32_seats(memory_mib: float | None) -> int:
     """How many trials may hold a float32 policy on a GPU at once: 14 GB, and what it computes."""
-    return max(1, (memory_mib or 0) // _MIB_A_SEAT)
+    return max(1, int((memory_mib or 0) // _MIB_A_SEAT))
 
 
 def float32_seat(gpu: Gpu) -> Held | None:
@@ -384,21 +373,12 @@ def _wanted(
     for name in (wanted, cfg.platform.gpu):
         if name is not None:
             return [name]
-    if cfg.device == "cpu":
-        return "all"
-    here = {gpu.uuid: gpu for gpu in machine.gpus_for(cfg.device)}
-    confirmed = _seen([r for r in records if r.role == "confirm"], here)
-    if confirmed:
-        return [confirmed[-1].uuid]
-    seen = _seen(records, here)
-    same = [gpu for gpu in seen if gpu.name == seen[-1].name]
-    return [uuid for uuid, gpu in here.items() if gpu in same] or "all"
-
-
-def _seen(records: Sequence[Record], here: dict[str, Gpu]) -> list[Gpu]:
-    """The GPUs of this machine that records name, oldest first."""
-    named = [record.result.fingerprint.get("gpu") for record in records]
-    return [here[gpu["uuid"]] for gpu in named if gpu and gpu["uuid"] in here]
+    here = {gpu.uuid: gpu for gpu in machine.gpus_for(cfg.device)} if cfg.device != "cpu" else {}
+    gpus = [(record.role, record.result.fingerprint.get("gpu")) for record in records]
+    seen = [(role, here[gpu["uuid"]]) for role, gpu in gpus if gpu and gpu["uuid"] in here]
+    confirmed = [gpu.uuid for role, gpu in seen if role == "confirm"]
+    same = dict.fromkeys(gpu.uuid for _, gpu in seen if gpu.name == seen[-1][1].name)
+    return confirmed[-1:] or list(same) or "all"
 
 
 def in_use(slots: Iterable[Slot]) -> str:
@@ -410,15 +390,9 @@ def in_use(slots: Iterable[Slot]) -> str:
 def holder(slot: Slot) -> str:
     """Who has a slot, for people."""
     with _errors() as folder:
-        for key in slot.keys:
-            path = folder / f"{key}.lock"
-            if locks.is_held(path):
-                try:
-                    about = json.loads(locks.note(path))
-                    return f"process {about['pid']} of user {about['user']}"
-                except (ValueError, KeyError, TypeError):
-                    return "another process"
-    return "nobody"
+        paths = [folder / f"{key}.lock" for key in slot.keys]
+        held = next((path for path in paths if locks.is_held(path)), None)
+        return "nobody" if held is None else locks.note(held) or "another process"
 
 
 def leases_folder() -> Path:
@@ -439,13 +413,8 @@ def leases_folder() -> Path:
 
 
 def _take(name: str) -> Held | None:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        user = str(os.getuid())
     with _errors() as folder:
-        about = json.dumps({"user": user, "pid": os.getpid()})
-        return locks.take(folder / name, about, _FILE_MODE)
+        return locks.take(folder / name, locks.this_process(), _FILE_MODE)
 
 
 def _is_held(name: str) -> bool:
@@ -463,10 +432,6 @@ def _errors() -> Iterator[Path]:
             f"All users of the host need one that they can write; give it in {LEASES_VARIABLE}, "
             "the same for all."
         ) from error
-
-
-def _model(gpu: Gpu) -> tuple[str, str, str]:
-    return gpu.name, gpu.arch, gpu.driver
 
 
 def prepared(slot: Slot) -> int:

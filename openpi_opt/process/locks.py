@@ -9,22 +9,25 @@ because its `FileLock` cannot be handed on to a child.
 from __future__ import annotations
 
 import fcntl
+import getpass
 import json
 import os
 import platform
 import re
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from filelock import FileLock, lock_descriptor
+from filelock import lock_descriptor
 
 # World-writable folders: never follow a link that somebody put there.
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _LONGEST_NOTE = 4096
+SAID_AFTER_SECONDS = 2.0
 
 
 @dataclass
@@ -58,19 +61,29 @@ def take(path: Path, note: str = "", mode: int = 0o644) -> Held | None:
     Raises OSError where no lock can be, also for a link or another odd file in its place.
     """
     while True:
-        fd, found = _open(path, mode)
+        found = True
         try:
+            # Without O_CREAT first: Linux refuses it for a file of another user in a sticky folder.
+            fd = os.open(path, _FLAGS)
+        except FileNotFoundError:
+            try:
+                fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, mode)
+            except FileExistsError:
+                continue
+            os.fchmod(fd, mode)  # whatever the umask is
+            found = False
+        with ExitStack() as unless_held:
+            unless_held.callback(os.close, fd)
+            seen = os.fstat(fd)
+            if not stat.S_ISREG(seen.st_mode) or seen.st_nlink > 1:
+                raise OSError(f"{path} is not a lock file")
             if not lock_descriptor(fd, blocking=False):
-                os.close(fd)
                 return None
-            if os.fstat(fd).st_nlink == 1:
+            if os.fstat(fd).st_nlink == 1:  # else its last holder removed it: begin again
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, note.encode()[:_LONGEST_NOTE], 0)
+                unless_held.pop_all()
                 return Held(path, fd, found)
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)  # its last holder removed the file: begin again with the name
 
 
 def is_held(path: Path) -> bool:
@@ -101,24 +114,28 @@ def note(path: Path) -> str:
         os.close(fd)
 
 
-def _open(path: Path, mode: int) -> tuple[int, bool]:
-    while True:
-        found_it = True
-        try:
-            # Without O_CREAT first: Linux refuses it for a file of another user in a sticky folder.
-            fd = os.open(path, _FLAGS)
-        except FileNotFoundError:
-            try:
-                fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, mode)
-            except FileExistsError:
-                continue
-            os.fchmod(fd, mode)  # whatever the umask is
-            found_it = False
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            os.close(fd)
-            raise OSError(f"{path} is not a lock file")
-        return fd, found_it
+def this_process() -> str:
+    """A note for people: which process has a lock."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    return f"process {os.getpid()} of user {user}"
+
+
+@contextmanager
+def having(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Have a lock, as soon as nobody else has it; `say` is told once who keeps this waiting."""
+    since: float | None = time.monotonic()
+    while (held := take(path, f"{this_process()} on {platform.node()}")) is None:
+        if since is not None and time.monotonic() - since > SAID_AFTER_SECONDS:
+            since = None
+            say(f"waiting for {path.name}, which {note(path) or 'another process'} holds")
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        held.release()
 
 
 class Claims:
@@ -165,9 +182,13 @@ class Claims:
 
 
 class Controllers:
-    """This sweep among those that work on a study: each holds a lock of its own until `leave`."""
+    """This sweep among those that work on a study: each holds a lock of its own until `leave`.
 
-    def __init__(self, study_dir: Path):
+    `say` is told who keeps it waiting.
+    """
+
+    def __init__(self, study_dir: Path, say: Callable[[str], None] = lambda _: None):
+        self._say = say
         self._folder = study_dir / "controllers"
         self._folder.mkdir(parents=True, exist_ok=True)
         host = re.sub(r"[^A-Za-z0-9.-]", "-", platform.node())[:60]
@@ -185,7 +206,7 @@ class Controllers:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """What only one sweep of the study does at a time: settling and beginning."""
-        with FileLock(self._folder / "settle.lock"):
+        with having(self._folder / "settle.lock", self._say):
             yield
 
     def is_alive(self, name: str) -> bool:

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import select
-import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +34,6 @@ class Progress:
 
     def __post_init__(self) -> None:
         self._since = self.clock() - max(0.0, _age_seconds() - self._stopped())
-        if self.fd is not None:
-            threading.Thread(target=_end_with_parent, args=(self.fd,), daemon=True).start()
 
     def enter(self, phase: str) -> None:
         """End the current phase and begin another."""
@@ -85,15 +80,10 @@ class Progress:
 
 
 def _age_seconds() -> float:
-    """Seconds since this process began: field 22 of proc(5)'s stat, after the name's bracket."""
+    """Seconds since this process began: field 22 of proc(5)'s stat, after the name's bracket.
+
+    Not by `watcher`: a result answers for the files that its trial imports.
+    """
     ticks = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace")
     started = int(ticks.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
-
-
-def _end_with_parent(fd: int) -> None:
-    """End this process group when the controller that reads `fd` is gone, however it went."""
-    poll = select.poll()
-    poll.register(fd, select.POLLERR)
-    poll.poll()
-    os.killpg(0, signal.SIGKILL)

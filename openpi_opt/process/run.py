@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -20,8 +20,8 @@ from openpi_opt.config import Config, Limits
 from openpi_opt.errors import UserError
 from openpi_opt.figures import LIMITS
 from openpi_opt.knobs import KNOBS
+from openpi_opt.knobs.base import Refusal
 from openpi_opt.machine import Machine, probe
-from openpi_opt.process import tools
 from openpi_opt.process.child import Ended, Place, end_marked, run_command
 from openpi_opt.process.environment import child_environment
 from openpi_opt.result import Failed, Refused, TrialResult
@@ -44,19 +44,23 @@ TRIAL_COMMAND = (sys.executable, "-m", "openpi_opt.trial")
 Failure = Literal["oom", "timeout", "crashed", "error"]
 
 
-class Run(Protocol):
-    """Runs one trial to its end: `run_trial`, and what stands in for it."""
+# Runs one trial to its end: `run_trial`, and what stands in for it.
+Run = Callable[..., TrialResult]
 
-    def __call__(
-        self,
-        cfg: Config,
-        trial_dir: Path,
-        store_references: Path,
-        on_phase: Callable[[str], None],
-        machine: Machine | None = None,
-        place: Place | None = None,
-    ) -> TrialResult:
-        """The result of `cfg`, whatever became of it."""
+# `profile.tool`, a vendor's profiler in front of a trial: its device, and its words before the
+# trial's own. The trial is the same; its times are those under the tool, so its configuration is
+# another one to every comparison (`Config.hash`). CUDA's tools record one call, between
+# cudaProfilerStart and -Stop (`measure.profile.call_for_tool`); rocprofv3 records the process.
+# None has been run here. Sources: ROCm 7 "Using rocprofv3"; Nsight Compute CLI and Nsight Systems
+# user guides, 2025.
+TOOLS = {
+    "rocprofv3": ("rocm", "--kernel-trace --output-format csv -d {folder} -o trace --"),
+    "ncu": ("cuda", "--profile-from-start off --target-processes application-only --set full "
+            "--force-overwrite --export {folder}/trace"),
+    "nsys": ("cuda", "profile --trace cuda,nvtx --capture-range cudaProfilerApi "
+             "--capture-range-end stop --export sqlite --force-overwrite true "
+             "--output {folder}/trace"),
+}  # fmt: skip
 
 
 def run_trial(
@@ -81,7 +85,7 @@ def run_trial(
     for left in (result, folder / identity.FILE):
         left.unlink(missing_ok=True)
     results.write_atomic(config, json.dumps(cfg.dump(), indent=1))
-    argv = [*tools.command(cfg.profile.tool, folder), *command]
+    argv = [*_tool(cfg.profile.tool, folder / "profile"), *command]
     argv += ["--in-place", "--config", str(config)]
     argv += ["--result", str(result), "--references", str(store_references.resolve())]
     limits, machine, place = phase_limits(cfg.limits), machine or probe(), place or Place()
@@ -106,15 +110,33 @@ def phase_limits(limits: Limits) -> dict[str, float]:
 
 def refused(cfg: Config, machine: Machine) -> Refused | None:
     """The result without a process, when something says that `cfg` cannot run here."""
-    for check in (
-        *(partial(knob.check, cfg, machine) for knob in KNOBS),
-        partial(tools.refusal, cfg),
-    ):
-        refusal = check()
-        if refusal is not None:
-            about = _about(cfg, _now())
-            return Refused(outcome=refusal.outcome, reason=refusal.reason, **about)
-    return None
+    refusals = (knob.check(cfg, machine) for knob in KNOBS)
+    refusal = next(filter(None, refusals), None) or _tool_refusal(cfg)
+    if refusal is None:
+        return None
+    return Refused(outcome=refusal.outcome, reason=refusal.reason, **_about(cfg, _now()))
+
+
+def _tool(tool: str, folder: Path) -> list[str]:
+    """The words of `profile.tool`; its files go to the folder, which is made."""
+    if tool == "none":
+        return []
+    folder.mkdir(exist_ok=True)
+    words = [word.format(folder=folder) for word in TOOLS[tool][1].split()]
+    return [shutil.which(tool) or tool, *words]
+
+
+def _tool_refusal(cfg: Config) -> Refusal | None:
+    if (tool := cfg.profile.tool) == "none":
+        return None
+    device, _ = TOOLS[tool]
+    if cfg.device != device:
+        reason = f"profile.tool={tool} is for {device}; this trial runs on {cfg.device}"
+    elif shutil.which(tool) is None:
+        reason = f"profile.tool={tool}: there is no such program on PATH"
+    else:
+        return None
+    return Refusal("unavailable", reason)
 
 
 def lost(cfg: Config, folder: Path, outcome: Failure, phase: str, reason: str) -> Failed:

@@ -13,17 +13,17 @@ file. When that process ends, however it does, the watchers end what it had star
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from openpi_opt.config import Config
 from openpi_opt.measure.roofline import stage_work
 from openpi_opt.process.child import Child, StoppedError
 from openpi_opt.process.devices import Slot, float32_seats
+from openpi_opt.process.run import noted
 from openpi_opt.result import Failed, Ok, TrialResult
 
 # A process inside a driver call stops when that ends. One that takes longer is named in the result.
@@ -93,8 +93,8 @@ class Room:
             return True
         host = sum(need.host for need in needs)
         device = sum(need.device for need in needs)
-        seats = float32_seats(None if self.device_mib is None else int(self.device_mib))
-        device += sum(sorted(need.float32 for need in needs)[-seats:])
+        seats = min(float32_seats(self.device_mib), len(needs))
+        device += seats * max(need.float32 for need in needs)
         return host <= self.host_mib and (self.device_mib is None or device <= self.device_mib)
 
 
@@ -109,11 +109,11 @@ class Turn:
     def __init__(self, schedule: Schedule):
         self._schedule = schedule
         self.alone = False  # nobody else is on the device, or is to be
+        self.need = Need(0, 0)
         self._reset()
 
     def _reset(self) -> None:
         self.gate = self.stopped = self.write = -1
-        self.need = Need(0, 0)
         self.child: Child | None = None
         self.on = self.asked = False  # on the device; and it wants the device for itself
         self.freed = False  # it has measured, and had the device for itself
@@ -125,7 +125,9 @@ class Turn:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._schedule.leave(self)
+        with self._schedule.changed:
+            self._schedule.line.remove(self)
+            self._schedule.advance()
 
     def run(self, cfg: Config, start: Callable[[Turn], TrialResult]) -> TrialResult:
         """Run a process of `cfg` by `start`, and again alone when memory did not do beside others.
@@ -134,16 +136,35 @@ class Turn:
         """
         try:
             while True:
-                with self._schedule.process(self, cfg):
-                    result = start(self)
-                if not self.withdrawn:
-                    self._schedule.room.learn(result)
-                    out = isinstance(result, Failed) and result.outcome == "oom"
-                    if self.alone or not (out and self.beside):
-                        return self._noted(result)
-                    self.alone = True
+                self.need = self._schedule.room.need(cfg)
+                result = self._once(start)
+                if self.withdrawn:
+                    continue
+                self._schedule.room.learn(result)
+                out = isinstance(result, Failed) and result.outcome == "oom"
+                if self.alone or not (out and self.beside):
+                    return self._noted(result)
+                self.alone = True
         finally:
             self.alone = False
+
+    def _once(self, start: Callable[[Turn], TrialResult]) -> TrialResult:
+        """One process: begins while nobody has the device, and when there is memory for it."""
+        self._reset()
+        self.gate, self.write = os.pipe()
+        self.stopped = os.memfd_create("stopped")
+        try:
+            self._schedule.let_in(self)
+            result = start(self)
+        finally:
+            with self._schedule.changed:
+                self.on = False
+                self._schedule.free(self)
+                for fd in (self.gate, self.write, self.stopped):
+                    os.close(fd)
+        if self.withdrawn:
+            self._schedule.require_device()
+        return result
 
     def _noted(self, result: TrialResult) -> TrialResult:
         if isinstance(result, Failed) and result.outcome == "oom" and self.alone:
@@ -151,8 +172,9 @@ class Turn:
             return result.model_copy(update={"reason": reason})
         if isinstance(result, Ok) and self.disturbed:
             names = ", ".join(self.disturbed)
-            note = f"not all of its neighbours could be stopped while it was measured: {names}"
-            return result.model_copy(update={"notes": [*result.notes, note]})
+            return noted(
+                result, f"not all of its neighbours could be stopped while it was measured: {names}"
+            )
         return result
 
     def began(self, child: Child) -> None:
@@ -185,6 +207,12 @@ class Turn:
             if not gone:
                 self._schedule.lose(self)
 
+    def withdraw(self) -> None:
+        """End its process for others' sake."""
+        self.withdrawn = True
+        if self.child is not None:
+            self.child.kill()
+
 
 class Schedule:
     """The processes on one device. Every method may be called from any thread.
@@ -209,50 +237,24 @@ class Schedule:
             self.line.append(Turn(self))
             return self.line[-1]
 
-    def leave(self, turn: Turn) -> None:
-        """Its job has ended."""
-        with self.changed:
-            self.line.remove(turn)
-            self.advance()
-
     def on_device(self) -> list[Turn]:
         """Who has a process there."""
         return [turn for turn in self.line if turn.on]
-
-    @contextlib.contextmanager
-    def process(self, turn: Turn, cfg: Config) -> Iterator[None]:
-        """Room for one process: waits while another has the device, or there is no memory left."""
-        with self.changed:
-            turn._reset()
-            turn.need = self.room.need(cfg)
-            turn.gate, turn.write = os.pipe()
-            turn.stopped = os.memfd_create("stopped")
-        try:
-            with self.changed:
-                self._let_in(turn)
-            yield
-        finally:
-            with self.changed:
-                turn.on = False
-                self.free(turn)
-                for fd in (turn.gate, turn.write, turn.stopped):
-                    os.close(fd)
-        if turn.withdrawn and self.lost:
-            raise DeviceLostError("a process that cannot be killed has the device")
 
     def advance(self) -> None:
         """Give the device to the next that asks, and let all go on when none does."""
         self.changed.notify_all()
         if self.taken is not None or self.lost or self._stop.is_set():
             return
-        turn = self._next()
+        there = self.on_device()
+        turn = next((each for each in self._heads() if each.on and each.asked), None)
         if turn is None:
-            for each in self.on_device():
+            for each in there:
                 if each.child is not None:
                     each.child.resume()
             return
         self.taken, self._since = turn, time.monotonic()
-        others = [each.child for each in self.on_device() if each is not turn and each.child]
+        others = [each.child for each in there if each is not turn and each.child]
         running = [child for child in others if not child.paused]
         for child in running:
             turn.disturbed += child.pause(_STOP_SECONDS)
@@ -272,48 +274,44 @@ class Schedule:
     def lose(self, by: Turn) -> None:
         """Something of `by` that cannot be killed is on the device: nobody gets it any more."""
         self.lost = True
-        kept = by, self.taken  # and who has only to read what was recorded of it
-        self._withdraw([each for each in self.on_device() if each not in kept and not each.freed])
+        for each in self.on_device():
+            # Who has the device, or had it, has only to read what was recorded of it.
+            if each not in (by, self.taken) and not each.freed:
+                each.withdraw()
         self.changed.notify_all()
 
-    def _let_in(self, turn: Turn) -> None:
-        while not self._may_begin(turn):
-            if self.lost:
-                raise DeviceLostError("a process that cannot be killed has the device")
-            if self._stop.is_set():
-                raise StoppedError("ended before it had begun")
-            self.changed.wait(_POLL_SECONDS)
-        for each in self.on_device():
-            each.beside = turn.beside = True
-        turn.on = True
+    def require_device(self) -> None:
+        """Raises DeviceLostError when nobody gets the device any more."""
+        if self.lost:
+            raise DeviceLostError("a process that cannot be killed has the device")
+
+    def let_in(self, turn: Turn) -> None:
+        """Wait while another has the device, or there is no memory left for the turn."""
+        with self.changed:
+            while not self._may_begin(turn):
+                self.require_device()
+                if self._stop.is_set():
+                    raise StoppedError("ended before it had begun")
+                self.changed.wait(_POLL_SECONDS)
+            for each in self.on_device():
+                each.beside = turn.beside = True
+            turn.on = True
+
+    def _heads(self) -> list[Turn]:
+        """Who may have the device next."""
+        return self.line[:1] if self._in_order else self.line
 
     def _may_begin(self, turn: Turn) -> bool:
         if self.lost or self._stop.is_set() or self.taken is not None:
             return False
-        # Who is alone, or is to be next; in order only the head of the line may.
-        may = self.line[:1] if self._in_order else self.line
-        lonely = next((each for each in may if each.alone), None)
+        lonely = next((each for each in self._heads() if each.alone), None)
         head = self._in_order and self.line[0] is turn
         there = self.on_device()
         if turn.alone:
             if lonely is turn and head:  # who is behind it in the line waits for it, too
-                self._withdraw(there)
+                for each in there:
+                    each.withdraw()
             return lonely is turn and not there
         if lonely is not None:
             return False
         return head or self.room.holds([*(each.need for each in there), turn.need])
-
-    def _next(self) -> Turn | None:
-        """Who gets the device, in the order of the line."""
-        for turn in self.line:
-            if turn.on and turn.asked:
-                return turn
-            if self._in_order:
-                return None
-        return None
-
-    def _withdraw(self, turns: list[Turn]) -> None:
-        for turn in turns:
-            turn.withdrawn = True
-            if turn.child is not None:
-                turn.child.kill()

@@ -1,12 +1,11 @@
 """The process between a sweep and its trial: whatever the trial starts ends with it.
 
-    python -I -S watcher.py CONTROL STATUS CLOSE CGROUP MARK PROGRAM WORD...
+    python -I -S watcher.py CONTROL STATUS CLOSE MARK PROGRAM WORD...
 
 It is the subreaper (prctl(2), PR_SET_CHILD_SUBREAPER) of everything that PROGRAM starts: a
 descendant that leaves its session, clears its environment and is orphaned stays below this process.
-Where version 2 of cgroups can be written, PROGRAM also begins in a group of its own. When PROGRAM
-ends, what is left is ended; when the sweep ends, however it went, everything is. That holds for
-processes that are stopped, too: this one never is.
+When PROGRAM ends, what is left is ended; when the sweep ends, however it went, everything is. That
+holds for processes that are stopped, too: this one never is.
 
 CONTROL is a pipe from the sweep: `T` asks all to end, `K` and the pipe's end kill them. STATUS gets
 a `+` when PROGRAM is there, and one line at the end: its return code and the names of what outlived
@@ -32,7 +31,6 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 # What a program started ends by itself within this time after it, or is counted as left behind.
 _LINGER_SECONDS = 0.2
 _POLL_SECONDS = 0.01
-_REMOVE_SECONDS = 5.0  # the kernel counts a process that has just ended for a moment
 _MOST_NAMES = 8
 
 
@@ -75,23 +73,12 @@ class Process:
 
     def send(self, number: signal.Signals) -> None:
         """Signal this very process; one that is gone, or not ours, gets nothing."""
-        try:
-            pidfd = os.pidfd_open(self.pid)
-        except (AttributeError, OSError):  # a kernel without pidfd, or it is gone
-            pidfd = -1
         now = look(self.pid)
-        try:
-            if now is None or now.began != self.began:
-                return
-            if pidfd >= 0:
-                signal.pidfd_send_signal(pidfd, number)
-            else:
+        if now is not None and now.began == self.began:
+            try:
                 os.kill(self.pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
-        finally:
-            if pidfd >= 0:
-                os.close(pidfd)
+            except (ProcessLookupError, PermissionError):
+                pass
 
 
 def look(pid: int) -> Process | None:
@@ -146,40 +133,6 @@ def continue_below(root: int) -> None:
         each.send(signal.SIGCONT)
 
 
-def cgroup_of(name: str) -> str:
-    """Where trial `name` has a cgroup of version 2, below this process's own; empty without one."""
-    mounts = map(str.split, text("/proc/self/mounts").splitlines())
-    points = [words[1] for words in mounts if words[2] == "cgroup2"]
-    groups = text("/proc/self/cgroup").splitlines()
-    own = [line[3:].strip("/") for line in groups if line.startswith("0::")]
-    return os.path.join(points[0], own[0], f"openpi_opt-{name}") if name and points and own else ""
-
-
-def remove_cgroup(folder: str) -> int:
-    """End what is in the cgroup and remove it; returns how many there were. Absent is fine."""
-    ended: set[int] = set()
-    deadline = time.monotonic() + _REMOVE_SECONDS
-    while os.path.isdir(folder) and time.monotonic() < deadline:
-        try:
-            os.rmdir(folder)
-        except OSError:
-            pass
-        members = _members(folder)
-        ended |= set(members)
-        for pid in members:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        if members:
-            time.sleep(_POLL_SECONDS)
-    return len(ended)
-
-
-def _members(folder: str) -> list[int]:
-    return [int(line) for line in text(f"{folder}/cgroup.procs").split()] if folder else []
-
-
 def text(path: object) -> str:
     """What the kernel says there; empty when it says nothing."""
     try:
@@ -192,8 +145,8 @@ def text(path: object) -> str:
 class _Watcher:
     """The watcher's own process: a loop until PROGRAM and all that it started are gone."""
 
-    def __init__(self, control: int, status: int, cgroup: str):
-        self._control, self._status, self._cgroup = control, status, cgroup
+    def __init__(self, control: int, status: int):
+        self._control, self._status = control, status
         self._pid = 0
         self._returncode: int | None = None
 
@@ -204,7 +157,6 @@ class _Watcher:
         os.set_blocking(write, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        self._make_cgroup()
         self._start(argv, env, close)
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
@@ -217,7 +169,9 @@ class _Watcher:
                 poll.unregister(self._control)
             self._reap()
         left = self._linger()
-        self._end_all()
+        while self._send(signal.SIGKILL):
+            time.sleep(_POLL_SECONDS)
+            self._reap()
         try:
             os.write(self._status, "\t".join([str(self._returncode), *left]).encode() + b"\n")
         except BrokenPipeError:  # the sweep is gone
@@ -232,9 +186,6 @@ class _Watcher:
                 ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
                 if os.getppid() != parent:
                     os._exit(1)
-                if self._cgroup:
-                    with open(f"{self._cgroup}/cgroup.procs", "w") as file:
-                        file.write("0")
                 for fd in (self._control, self._status):
                     os.close(fd)
                 os.execve(argv[0], argv, env)
@@ -246,29 +197,19 @@ class _Watcher:
         for fd in close:
             os.close(fd)
 
-    def _make_cgroup(self) -> None:
-        try:
-            if self._cgroup:
-                os.mkdir(self._cgroup)
-        except OSError:  # not ours to write: being the subreaper has to do
-            self._cgroup = ""
-
     def _heed(self) -> bool:
         """Do what the sweep says; False when it is gone."""
         word = os.read(self._control, 1)
-        number = signal.SIGTERM if word == b"T" else signal.SIGKILL
-        for each in self._living():
-            each.send(number)
-            each.send(signal.SIGCONT)
+        self._send(signal.SIGTERM if word == b"T" else signal.SIGKILL, signal.SIGCONT)
         return bool(word)
 
-    def _living(self) -> list[Process]:
-        found = {each.pid: each for each in descendants(os.getpid()) if each.lives}
-        for pid in _members(self._cgroup):
-            each = look(pid)
-            if each is not None and each.lives:
-                found.setdefault(pid, each)
-        return list(found.values())
+    def _send(self, *numbers: signal.Signals) -> list[Process]:
+        """Signal all that lives below this process; returns it."""
+        living = [each for each in descendants(os.getpid()) if each.lives]
+        for each in living:
+            for number in numbers:
+                each.send(number)
+        return living
 
     def _reap(self) -> None:
         """Take note of everything below that has ended."""
@@ -285,7 +226,7 @@ class _Watcher:
     def _linger(self) -> list[str]:
         """Names of what has not ended by itself a moment after the program."""
         deadline = time.monotonic() + _LINGER_SECONDS
-        while left := self._living():
+        while left := self._send():
             if self._returncode is not None and self._returncode < 0:
                 return []  # it was killed, and could not end what it had started
             if time.monotonic() > deadline:
@@ -294,22 +235,13 @@ class _Watcher:
             self._reap()
         return []
 
-    def _end_all(self) -> None:
-        while left := self._living():
-            for each in left:
-                each.send(signal.SIGKILL)
-            time.sleep(_POLL_SECONDS)
-            self._reap()
-        remove_cgroup(self._cgroup)
-
 
 def main(words: list[str]) -> None:
     """Watch one program."""
-    control, status, close, cgroup, mark, *argv = words
+    control, status, close, mark, *argv = words
     name, _, value = mark.partition("=")
     env = {**os.environ, name: value} if name else dict(os.environ)
-    watcher = _Watcher(int(control), int(status), cgroup)
-    watcher.run(argv, env, [int(fd) for fd in close.split(",") if fd])
+    _Watcher(int(control), int(status)).run(argv, env, [int(fd) for fd in close.split(",") if fd])
 
 
 if __name__ == "__main__":

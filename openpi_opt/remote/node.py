@@ -18,7 +18,7 @@ import platform as python_platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
@@ -27,7 +27,7 @@ from typing import Any, Literal
 from openpi_opt.config import Config, Platform
 from openpi_opt.engine.recovery import ALIVE, NODE_LOCK
 from openpi_opt.errors import UserError
-from openpi_opt.machine import Machine, probe
+from openpi_opt.machine import Gpu, Machine, probe
 from openpi_opt.process import devices, locks
 from openpi_opt.process.child import Place, StoppedError, end_marked
 from openpi_opt.process.devices import Devices, DeviceSettings, Lease
@@ -102,12 +102,11 @@ def describe(lock: Path, token: str) -> Description:
 
 def run(order: Order) -> TrialResult | Declined:
     """Carry out an order."""
-    held = host = None
+    held, host = None, python_platform.node()
     try:
         held = _take_up(order)
         if held is None:
             return Declined("void", "given up by its sweep, or run by another process")
-        host = python_platform.node()
         write_note(held, host, "wait")
         for uid in order.lost:
             end_marked(uid)
@@ -121,11 +120,6 @@ def run(order: Order) -> TrialResult | Declined:
     finally:
         if held is not None:
             held.release()
-
-
-def is_wanted(folder: Path) -> bool:
-    """Whether a sweep still wants this trial. Raises OSError: the store cannot be reached."""
-    return locks.is_held(folder / ALIVE)
 
 
 def write_note(held: Held, host: str, phase: str) -> None:
@@ -145,72 +139,53 @@ def read_note(folder: Path) -> tuple[str, str]:
 
 
 def _take_up(order: Order) -> Held | None:
-    """The node's lock of the trial, if it is still wanted."""
+    """The node's lock of the trial, if a sweep still wants it."""
     deadline = time.monotonic() + _PREDECESSOR_SECONDS
     while (held := locks.take(order.folder / NODE_LOCK)) is None and time.monotonic() < deadline:
         time.sleep(0.1)
     # In this order: a sweep that recovers looks at the sweep's lock first, then at this one.
-    if held is not None and not is_wanted(order.folder):
+    if held is not None and not locks.is_held(order.folder / ALIVE):
         held.release()
         return None
     return held
 
 
 def _carry_out(order: Order, held: Held, host: str) -> TrialResult:
-    cfg, whole, visible = order.cfg, probe(hidden=True), probe()
-    number = _own_gpu(cfg, whole, visible)
-    seen = fingerprint(whole, Platform(device=cfg.device, gpu=number))
+    cfg, visible = order.cfg, probe()
+    gpu = next(iter(visible.gpus_for(cfg.device)), None)
+    if gpu is None and cfg.device != "cpu":
+        raise UserError(
+            f"the engine gave it no {cfg.device.upper()} GPU that is visible "
+            "(executor.gpus or executor.gres for slurm; ray start --num-gpus for ray)"
+        )
+    seen = fingerprint(visible, Platform(device=cfg.device))
     if fingerprint_hash(seen) != order.machine_hash:
         about = "; ".join(f"{key} {value}" for key, value in decisive(seen).items())
         raise UserError(f"another machine than the first node that was asked ({about})")
     result = whole_result(order.folder, cfg)
     if result is None:  # else of an earlier start of this job, which ended before it could answer
-        with _watched(order) as stop:
-            lease = _lease(order, whole, visible, number, stop)
-            try:
-                fds = (held.fd, *lease.fds)
-                place = Place(lease.slot, order.uid, order.caches, fds, stop)
-                result = run_trial(
-                    *(cfg, order.folder, order.references),
-                    lambda phase: write_note(held, host, phase),
-                    *(visible, place),
-                    command=(sys.executable, *order.command),
-                )
-            finally:
-                lease.release()
+        with _watched(order) as stop, closing(_lease(order, gpu, stop)) as lease:
+            fds = (held.fd, *lease.fds)
+            result = run_trial(
+                *(cfg, order.folder, order.references),
+                lambda phase: write_note(held, host, phase),
+                *(visible, Place(lease.slot, order.uid, order.caches, fds, stop)),
+                command=(sys.executable, *order.command),
+            )
     return result.model_copy(update={"fingerprint": seen})
 
 
-def _own_gpu(cfg: Config, whole: Machine, visible: Machine) -> int | None:
-    """Number among the host's GPUs of the one that the engine gave to this process."""
-    if cfg.device == "cpu":
-        return None
-    shown = visible.gpus_for(cfg.device)
-    if not shown:
-        raise UserError(
-            f"the engine gave it no {cfg.device.upper()} GPU that is visible "
-            "(executor.gpus or executor.gres for slurm; ray start --num-gpus for ray)"
-        )
-    uuids = [gpu.uuid for gpu in whole.gpus_for(cfg.device)]
-    return uuids.index(shown[0].uuid)
-
-
-def _lease(
-    order: Order, whole: Machine, visible: Machine, number: int | None, stop: Event
-) -> Lease:
+def _lease(order: Order, gpu: Gpu | None, stop: Event) -> Lease:
     """Lease the device on this host, waiting for who has it.
 
     A GPU comes with its share of the host's cores, as if the host's own sweep had chosen it.
     """
-    device = order.cfg.device
-    if number is None:
+    whole = probe(hidden=True)
+    if gpu is None:
         slots = Devices(DeviceSettings(cpu_slots=order.cpu_slots), whole).slots("cpu")
     else:
-        uuid = whole.gpus_for(device)[number].uuid
-        (slot,) = Devices(DeviceSettings(gpus=[uuid]), whole).slots(device)
-        # Its index as HIP counts in this process.
-        own = next(gpu for gpu in visible.gpus_for(device) if gpu.uuid == uuid)
-        slots = [replace(slot, gpu=own)]
+        (slot,) = Devices(DeviceSettings(gpus=[gpu.uuid]), whole).slots(order.cfg.device)
+        slots = [replace(slot, gpu=gpu)]  # its index as HIP counts in this process
 
     def busy() -> None:
         if stop.wait(_POLL_SECONDS):
@@ -226,13 +201,10 @@ def _watched(order: Order) -> Iterator[Event]:
 
     def watch() -> None:
         while not over.wait(_POLL_SECONDS):
-            try:
-                if is_wanted(order.folder):
-                    continue
-            except OSError:  # the file server is away for a while
-                continue
-            stop.set()
-            return
+            with suppress(OSError):  # the file server may be away for a while
+                if not locks.is_held(order.folder / ALIVE):
+                    stop.set()
+                    return
 
     watcher = Thread(target=watch, name="sweep", daemon=True)
     watcher.start()

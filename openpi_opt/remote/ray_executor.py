@@ -10,7 +10,6 @@ import logging
 import math
 import signal
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from openpi_opt.space.settings import RaySettings
 
 _ANSWER_SECONDS = 120.0
 _REACH_SECONDS = 10.0
-_LOOK_AGAIN_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 
 
@@ -41,8 +39,6 @@ class RayEngine:
     def __init__(self, settings: RaySettings, cpu_slots: int):
         """Connect to it. Raises UserError: there is none at that address."""
         self._settings, self._cpu_slots = settings, cpu_slots
-        self._looked = -math.inf
-        self._known: list[dict[str, Any]] = []
         _reach(settings.address)
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
@@ -75,10 +71,7 @@ class RayEngine:
         try:
             answers: list[Description] = ray.get(tasks, timeout=_ANSWER_SECONDS)
         except ray.exceptions.RayError as error:
-            raise UserError(
-                f"executor=ray: a node did not say what it is: {_first_line(error)}.\n"
-                "It needs openpi_opt with its packages in the Python that runs Ray there."
-            ) from error
+            raise LostError(_first_line(error)) from error
         return answers
 
     def slots(self, device: Device) -> int:
@@ -135,25 +128,21 @@ class RayEngine:
             cpus = [each.get("CPU", 0) / each["GPU"] for each in own]
         return math.floor(min(cpus, default=0))
 
-    def _nodes(self) -> list[dict[str, Any]]:
-        """Nodes that live and have the resources that were asked for."""
-        if time.monotonic() > self._looked + _LOOK_AGAIN_SECONDS:
-            wanted = self._settings.resources
-            self._known = [
-                found
-                for found in ray.nodes()
-                if found["Alive"]
-                and all(found["Resources"].get(key, 0) >= amount for key, amount in wanted.items())
-            ]
-            self._looked = time.monotonic()
-        return self._known
+    def _nodes(self, resource: str, least: float) -> list[dict[str, Any]]:
+        """Nodes that live and have so much of a resource, and what was asked for."""
+        wanted = [*self._settings.resources.items(), (resource, least)]
+        return [
+            found
+            for found in ray.nodes()
+            if found["Alive"]
+            and all(found["Resources"].get(key, 0) >= amount for key, amount in wanted)
+        ]
 
     def _with_gpus(self) -> list[dict[str, Any]]:
-        return [found for found in self._nodes() if found["Resources"].get("GPU", 0) >= 1]
+        return self._nodes("GPU", 1)
 
     def _with_cpus(self) -> list[dict[str, Any]]:
-        least = max(self._cpu_slots, self._settings.cpus or 0)
-        return [found for found in self._nodes() if found["Resources"].get("CPU", 0) >= least]
+        return self._nodes("CPU", max(self._cpu_slots, self._settings.cpus or 0))
 
 
 def _reach(address: str) -> None:

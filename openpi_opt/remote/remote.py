@@ -45,7 +45,7 @@ class Engine(Protocol):
     def describe(self, lock: Path, token: str, display: Display) -> list[Description]:
         """Ask every kind of node that trials may run on; the lock's folder is for the engine, too.
 
-        Raises UserError: no node can be asked.
+        Raises UserError: no node can be asked. LostError: one did not answer.
         """
 
     def slots(self, device: Device) -> int:
@@ -125,11 +125,28 @@ class Nodes:
         assert held is not None  # the folder is new
         try:
             found = engine.describe(held.path, token, display)
+        except LostError as error:
+            raise UserError(
+                f"executor={engine.name}: a node did not say what it is: {error}.\n"
+                "It needs openpi_opt with its packages in the same place as here."
+            ) from error
         finally:
             held.release(remove=True)
             shutil.rmtree(folder, ignore_errors=True)  # an engine's files may be on their way
         for one in found:
-            _check(engine, one, found[0])
+            if one.problem:
+                raise UserError(
+                    f"executor={engine.name}: {one.host} cannot be used: {one.problem}.\n"
+                    "Sweep and nodes need one file system with the store (store=DIR), with locks."
+                )
+            _same(engine, found[0].fingerprint, one.fingerprint)
+            there, here = one.fingerprint["source_hash"], source_hash()
+            if there != here:
+                raise UserError(
+                    f"executor={engine.name}: {one.host} has another openpi_opt than this host "
+                    f"(source {there}, here {here}).\n"
+                    "Install the same one, or use one checkout on a shared file system."
+                )
         machine = next((one.machine for one in found if one.machine.gpus), found[0].machine)
         return Nodes(engine, found, machine, cpu_slots, tuple(command))
 
@@ -145,21 +162,6 @@ class Nodes:
         return seen[0]
 
 
-def _check(engine: Engine, one: Description, first: Description) -> None:
-    if one.problem:
-        raise UserError(
-            f"executor={engine.name}: {one.host} cannot be used: {one.problem}.\n"
-            "Sweep and nodes need one file system with the store (store=DIR), with locks."
-        )
-    _same(engine, first.fingerprint, one.fingerprint)
-    if one.fingerprint["source_hash"] != source_hash():
-        raise UserError(
-            f"executor={engine.name}: {one.host} has another openpi_opt than this host "
-            f"(source {one.fingerprint['source_hash']}, here {source_hash()}).\n"
-            "Install the same one, or use one checkout on a shared file system."
-        )
-
-
 def _same(engine: Engine, first: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     found = differences(first, other)
     if found:
@@ -171,21 +173,6 @@ def _same(engine: Engine, first: Mapping[str, Any], other: Mapping[str, Any]) ->
         )
 
 
-class _Ticket(Lease):
-    """Room for one more trial at the engine; the device is leased on the node."""
-
-    def __init__(self, slot: Slot):
-        super().__init__(slot, [])
-        self._held = True
-
-    @property
-    def held(self) -> bool:
-        return self._held
-
-    def release(self) -> None:
-        self._held = False
-
-
 class RemoteExecutor(Executor):
     """The nodes of an engine as an `Executor`."""
 
@@ -193,7 +180,7 @@ class RemoteExecutor(Executor):
         super().__init__(store, display)
         self._nodes, self._engine = nodes, nodes.engine
         self._devices: list[Device] = [device]
-        self._tickets: list[_Ticket] = []
+        self._tickets: list[Lease] = []
         self._lost: list[str] = []
 
     def suits(self, slot: Slot, cfg: Config) -> bool:
@@ -222,7 +209,7 @@ class RemoteExecutor(Executor):
             for number in range(self._engine.slots(device)):
                 name = f"{self._engine.name} {device} {number}"
                 if name not in names:
-                    ticket = _Ticket(Slot(name, device, None, ()))
+                    ticket = Lease(Slot(name, device, None, ()))
                     self._tickets.append(ticket)
                     yield ticket
 

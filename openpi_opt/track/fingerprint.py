@@ -7,7 +7,6 @@ any other heavy package is imported. The host's name and user are left out: reco
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import platform as python_platform
 import subprocess
@@ -15,11 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from openpi_opt.config import Platform
-from openpi_opt.machine import Gpu, Machine
+from openpi_opt.machine import TRITON, Gpu, Machine, installed
 from openpi_opt.paths import package_dir
 
-# ROCm and nightly builds of torch bring Triton under names of their own.
-_TRITON_NAMES = ("triton", "pytorch-triton-rocm", "pytorch-triton", "triton-rocm")
 _GIT_TIMEOUT_S = 5
 
 
@@ -37,12 +34,12 @@ def fingerprint(machine: Machine, platform: Platform | None = None) -> dict[str,
         "os": f"{python_platform.system()} {python_platform.release()}",
         "python": python_platform.python_version(),
         "torch": torch and {"version": torch.version, "cuda": torch.cuda, "hip": torch.hip},
-        "triton": _version(*_TRITON_NAMES),
+        "triton": installed(*TRITON),
         "aiter": aiter and {"kind": aiter.kind, "version": aiter.version},
-        "optuna": _version("optuna"),
-        "mlflow": _version("mlflow", "mlflow-skinny"),
+        "optuna": installed("optuna"),
+        "mlflow": installed("mlflow", "mlflow-skinny"),
         "openpi_opt": package_version(),
-        "git": _git_revision(),
+        "git": git_revision(),
         "source_hash": source_hash(),
     }
 
@@ -91,7 +88,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def package_version() -> str:
     """Version of openpi_opt; `unknown` when it runs from a folder that was never installed."""
-    return _version("openpi_opt") or "unknown"
+    return installed("openpi_opt") or "unknown"
 
 
 def source_hash() -> str:
@@ -106,27 +103,15 @@ def source_hash() -> str:
 
 
 def _gpu(machine: Machine, platform: Platform | None) -> Gpu | None:
-    index = 0
-    if platform is not None and platform.device != "auto":
-        device, index = platform.device, platform.gpu or 0
-    else:
-        device = machine.usable_device()
-    gpus = machine.gpus_for(device)
-    if len(gpus) == 1:  # in a trial, which sees its own only
-        return gpus[0]
-    return gpus[index] if index < len(gpus) else None
+    if platform is None or platform.device == "auto":
+        platform = Platform(device=machine.usable_device())
+    try:
+        return machine.gpu(platform.device, platform.gpu)
+    except IndexError:
+        return None
 
 
-def _version(*names: str) -> str | None:
-    for name in names:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     """Revision of the checkout that holds the package, `-dirty` behind it when edited. None for an
     installed package: a repository further up is somebody else's."""
     checkout = package_dir().parent

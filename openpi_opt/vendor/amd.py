@@ -10,30 +10,26 @@ import importlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from openpi_opt.vendor.base import (
     Datasheet,
+    Driver,
     Finding,
     Gpu,
     Host,
-    Meter,
-    NoMeterError,
     NotReadError,
     Trouble,
     Vendor,
     millionths,
-    power_finding,
-    processes_finding,
     read,
     select,
     version_numbers,
 )
-from openpi_opt.vendor.meters import CounterMeter, SampleMeter
 
 KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 DRM = Path("/sys/class/drm")
@@ -89,6 +85,7 @@ class Amd(Vendor):
         {"prochot_thermal", "socket_thermal", "voltage_regulator_thermal", "hbm_thermal"}
     )
     datasheets = _DATASHEETS
+    set_limit = "sudo amd-smi set --power-cap {watts:.0f}"
 
     def probe(self) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
         """GPUs of the KFD topology, in its order."""
@@ -99,44 +96,27 @@ class Amd(Vendor):
     ) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
         """ROCr hides GPUs from HIP, which counts what is left from 0 again. HIP reads
         CUDA_VISIBLE_DEVICES where its own variable is not set (clr, `rocdevice.cpp`)."""
-        first = select(gpus, "ROCR_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES"))
-        shown = tuple(replace(gpu, index=index) for index, gpu in enumerate(first.gpus))
+        seen, troubles = select(gpus, "ROCR_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES"))
+        shown = tuple(replace(gpu, index=index) for index, gpu in enumerate(seen))
         own = "HIP_VISIBLE_DEVICES"
         own = own if own in environ else "CUDA_VISIBLE_DEVICES"
-        second = select(shown, own, environ.get(own) if shown else None)
-        return tuple(second.gpus), (*first.troubles, *second.troubles)
+        seen, more = select(shown, own, environ.get(own) if shown else None)
+        return seen, (*troubles, *more)
 
     def selection(self, gpu: Gpu) -> dict[str, str]:
         """By number: HIP knows no UUIDs."""
         return {"HIP_VISIBLE_DEVICES": str(gpu.index)}
 
-    def driver(self, gpu: Gpu, closing: ExitStack) -> AmdSmi:
-        """amdsmi's view of it."""
-        smi = library()
+    def driver(self, gpu: Gpu, closing: ExitStack) -> Driver:
+        """amdsmi's view of it; without that library the kernel's, which tells less."""
+        try:
+            smi = library()
+        except NotReadError as error:
+            if (device := drm_device(DRM, gpu)) is None:
+                raise
+            return Hwmon(device, str(error))
         closing.callback(smi.amdsmi_shut_down)
         return AmdSmi(smi, gpu)
-
-    @contextmanager
-    def meter(self, gpu: Gpu | None) -> Iterator[Meter]:
-        """amdsmi's energy counter where it tells one, or else the kernel's power reading."""
-        assert gpu is not None
-        device = drm_device(DRM, gpu)
-        limit = None if device is None else _hwmon(device, "power1_cap")
-        with self.state(gpu) as driver:
-            try:
-                driver.joules()
-            except NotReadError:  # no amdsmi; virtual machines have no counter
-                pass
-            else:
-                yield CounterMeter("amdsmi_counter", driver.joules, limit)
-                return
-        if device is None:
-            raise NoMeterError(f"{DRM} has no device that is {gpu.name} ({gpu.uuid}, {gpu.pci})")
-        if (file := _power_file(device)) is None:
-            raise NoMeterError(
-                f"neither amdsmi nor the driver's hwmon tells the power of {gpu.name}"
-            )
-        yield SampleMeter("hwmon_samples", lambda: int(file.read_text()) / 1e6, limit)
 
     def findings(self, host: Host) -> list[Finding]:
         """Driver, profiler, amdsmi, power limits and processes."""
@@ -158,17 +138,7 @@ class Amd(Vendor):
             except NotReadError as error:
                 mend = "pip install /opt/rocm/share/amd_smi; trials run without, less is known"
                 found.append(Finding("drivers", "amdsmi", "warning", str(error), mend))
-        for cap in sorted(host.root.glob("sys/class/drm/renderD*/device/hwmon/hwmon*/power1_cap")):
-            device = cap.parents[2]
-            limit, usual = millionths(cap), millionths(cap.with_name("power1_cap_default"))
-            if read(device / "vendor") == _PCI_VENDOR and limit is not None and usual is not None:
-                mend = f"sudo amd-smi set --power-cap {usual:.0f}"
-                found.append(power_finding(device.parent.name, limit, usual, mend))
-        if host.gpus:
-            queues = host.root.glob("sys/class/kfd/kfd/proc/*")
-            pids = {int(folder.name) for folder in queues if folder.name.isdigit()}
-            found.append(processes_finding("AMD GPUs", pids))
-        return found
+        return found + super().findings(host)
 
 
 def _reading(
@@ -177,28 +147,31 @@ def _reading(
     """A method that reads `key` of what `function` (of a clock) tells, in 1 / `unit`."""
 
     def read(self: AmdSmi) -> float:
-        arguments = [] if clock is None else [getattr(self._smi.AmdSmiClkType, clock)]
+        arguments = [] if clock is None else [getattr(self._library.AmdSmiClkType, clock)]
         return self._number(function, key, *arguments) / unit
 
     return read
 
 
-class AmdSmi:
+class AmdSmi(Driver):
     """An AMD GPU. `smi` is the module `amdsmi`, initialised."""
 
+    source = "amdsmi"
+
     def __init__(self, smi: Any, gpu: Gpu):
-        self._smi = smi
+        super().__init__("amdsmi counts violations, not their time", smi, smi.AmdSmiException)
         self._handle = self._find(gpu)
 
     sm_clock_mhz = _reading("amdsmi_get_clock_info", "clk", "GFX")
     max_sm_clock_mhz = _reading("amdsmi_get_clock_info", "max_clk", "GFX")
     memory_clock_mhz = _reading("amdsmi_get_clock_info", "clk", "MEM")
     power_limit_w = _reading("amdsmi_get_power_cap_info", "power_cap", unit=1e6)
+    set_limit_w = power_limit_w
     default_power_limit_w = _reading("amdsmi_get_power_cap_info", "default_power_cap", unit=1e6)
 
     def temperature_c(self) -> float:
         """The hottest spot of the die."""
-        kind, metric = self._smi.AmdSmiTemperatureType, self._smi.AmdSmiTemperatureMetric
+        kind, metric = self._library.AmdSmiTemperatureType, self._library.AmdSmiTemperatureMetric
         return float(self._of("amdsmi_get_temp_metric", kind.HOTSPOT, metric.CURRENT))
 
     def power_w(self) -> float:
@@ -226,10 +199,6 @@ class AmdSmi:
         """Compute processes."""
         return [int(process["pid"]) for process in self._of("amdsmi_get_gpu_process_list")]
 
-    def throttled_ms(self) -> dict[str, float]:
-        """amdsmi's counters have no unit of time."""
-        raise NotReadError("amdsmi counts violations, not their time")
-
     def _find(self, gpu: Gpu) -> Any:
         """The handle of the GPU at this PCI address, or with this serial number (`unique_id`)."""
         for handle in self._ask("amdsmi_get_processor_handles"):
@@ -255,14 +224,38 @@ class AmdSmi:
     def _of(self, function: str, *arguments: Any) -> Any:
         return self._ask(function, self._handle, *arguments)
 
-    def _ask(self, function: str, *arguments: Any) -> Any:
-        call = getattr(self._smi, function, None)
-        if call is None:
-            raise NotReadError(f"this amdsmi has no {function}")
-        try:
-            return call(*arguments)
-        except self._smi.AmdSmiException as error:
-            raise NotReadError(f"amdsmi: {' '.join(str(error).split())}") from None
+
+class Hwmon(Driver):
+    """An AMD GPU as the kernel's hwmon shows it, in microwatts; `reason`: why not amdsmi."""
+
+    source = "hwmon"
+
+    def __init__(self, device: Path, reason: str):
+        super().__init__(reason)
+        self._device = device
+
+    def power_w(self) -> float:
+        """Of the board; newer chips tell an instant reading only."""
+        return self._first("power1_average", "power1_input")
+
+    def power_limit_w(self) -> float:
+        """In force."""
+        return self._first("power1_cap")
+
+    def default_power_limit_w(self) -> float:
+        """The board's own."""
+        return self._first("power1_cap_default")
+
+    set_limit_w = power_limit_w
+
+    def _first(self, *names: str) -> float:
+        paths = [
+            path for name in names for path in sorted(self._device.glob(f"hwmon/hwmon*/{name}"))
+        ]
+        found = [value for path in paths if (value := millionths(path)) is not None]
+        if not found:
+            raise NotReadError(f"hwmon has no {' or '.join(names)}, and {self._reason}")
+        return found[0]
 
 
 def library() -> Any:
@@ -375,19 +368,6 @@ def _kfd_findings(host: Host) -> list[Finding]:
         )
         return [Finding("drivers", "amdgpu", "problem", what, mend)]
     return []
-
-
-def _power_file(device: Path) -> Path | None:
-    """Board power in microwatts; newer chips tell an instant reading only."""
-    for name in ("power1_average", "power1_input"):
-        for path in sorted(device.glob(f"hwmon/hwmon*/{name}")):
-            if millionths(path) is not None:
-                return path
-    return None
-
-
-def _hwmon(device: Path, name: str) -> float | None:
-    return next((millionths(path) for path in sorted(device.glob(f"hwmon/hwmon*/{name}"))), None)
 
 
 def _hexadecimal(text: Any) -> int | None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, TypeVar
 
+from openpi_opt.vendor.meters import CounterMeter, Meter, SampleMeter
+
+T = TypeVar("T")
 Status = Literal["ok", "warning", "problem"]
 # Bandwidth (GB/s), last-level cache (MiB), dense products (TFLOP/s by number format).
 Datasheet = tuple[float, float, dict[str, float]]
@@ -111,42 +113,22 @@ class NoMeterError(Exception):
     """This machine does not tell its energy; the message says why, as the end of a sentence."""
 
 
-class Meter(Protocol):
-    """Something that tells energy. `start` begins, `stop` ends a measurement."""
+class Driver:
+    """One GPU as its vendor's `library` shows it; this one tells nothing, for one `reason`.
 
-    method: str
-    limit_watt: float | None
-
-    def start(self) -> None:
-        """Begin."""
-
-    def stop(self, idle_watt: float) -> tuple[float, float]:
-        """Joules and seconds since `start`; `idle_watt` is drawn after the end of the run."""
-
-
-class Driver(Protocol):
-    """One GPU as its vendor's library shows it; each reading raises `NotReadError` or returns.
-
-    Numbers are the methods `sm_clock_mhz` (of the compute units, now), `max_sm_clock_mhz`,
-    `memory_clock_mhz`, `temperature_c` (the sensor that throttling goes by), `power_w`,
-    `power_limit_w` (in force), `default_power_limit_w` (the board's own) and `joules`.
+    Readings are methods. Those that a subclass lacks raise NotReadError, as others may.
+    `sm_clock_mhz` (of the compute units, now), `max_sm_clock_mhz`, `memory_clock_mhz`,
+    `temperature_c` (the sensor that throttling goes by), `power_w`, `power_limit_w` (in force),
+    `set_limit_w` (the operator's), `default_power_limit_w` (the board's own) and `joules` are
+    numbers; `throttle_reasons` is what holds the clock down now, `throttled_ms` the time since the
+    driver was loaded in which each cause did, `processes` the ids of those that compute there.
     """
 
-    def throttle_reasons(self) -> list[str]:
-        """What holds the clock down now."""
+    # In messages, and in the method of a meter.
+    source: ClassVar[str] = ""
 
-    def processes(self) -> list[int]:
-        """Ids of the processes that compute on this GPU, as the driver numbers them."""
-
-    def throttled_ms(self) -> dict[str, float]:
-        """Time since the driver was loaded in which each cause held the clock down."""
-
-
-class Unreadable:
-    """A GPU of which nothing can be read, for one reason."""
-
-    def __init__(self, reason: str):
-        self._reason = reason
+    def __init__(self, reason: str, library: Any = None, error: type[Exception] = OSError):
+        self._reason, self._library, self._error = reason, library, error
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -157,8 +139,26 @@ class Unreadable:
 
         return refuse
 
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        """What a function of the library says. Raises NotReadError: it is absent, or refuses."""
+        call = getattr(self._library, function, None)
+        if call is None:
+            raise NotReadError(f"this {self._library.__name__} has no {function}")
+        try:
+            return call(*arguments)
+        except self._error as error:
+            raise NotReadError(f"{self.source}: {' '.join(str(error).split())}") from None
 
-class Vendor(ABC):
+
+def told(ask: Callable[[], T]) -> T | None:
+    """A reading, or None where it is not told."""
+    try:
+        return ask()
+    except NotReadError:
+        return None
+
+
+class Vendor:
     """All that differs between vendors. Subclasses override what they have. `name` stands in
     `Gpu.vendor`, `device` in `platform=`, `label` and `runtime` in messages, `torch_runtime` in
     `torch.version`, `torch_device` in `torch.device`."""
@@ -181,6 +181,8 @@ class Vendor(ABC):
     # Throttle reasons that slow a GPU against its operator's will.
     holding: ClassVar[frozenset[str]] = frozenset()
     datasheets: ClassVar[Mapping[str, Datasheet]] = {}
+    # The command that sets the power limit of GPU `index` to `watts`.
+    set_limit: ClassVar[str] = ""
 
     def probe(self) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
         """All GPUs in the driver's order, without a context, and what it did not tell."""
@@ -197,26 +199,49 @@ class Vendor(ABC):
         return {}
 
     @contextmanager
-    def state(self, gpu: Gpu) -> Iterator[Any]:
-        """A `Driver` of this GPU, `Unreadable` with the reason where there is none."""
+    def state(self, gpu: Gpu) -> Iterator[Driver]:
+        """The driver of this GPU; where there is none, one that says the reason."""
         with ExitStack() as stack:
             try:
                 driver = self.driver(gpu, stack)
             except NotReadError as error:
-                driver = Unreadable(str(error))
+                driver = Driver(str(error))
             yield driver
 
-    def driver(self, gpu: Gpu, closing: ExitStack) -> Any:
+    def driver(self, gpu: Gpu, closing: ExitStack) -> Driver:
         """The library opened for this GPU; `closing` ends its use. Raises NotReadError."""
         raise NotReadError(f"no driver tells the state of {self.label}")
 
-    @abstractmethod
-    def meter(self, gpu: Gpu | None) -> AbstractContextManager[Meter]:
-        """The meter of this GPU. Raises NoMeterError: at entry, with the reason."""
+    @contextmanager
+    def meter(self, gpu: Gpu | None) -> Iterator[Meter]:
+        """The meter of this GPU: its counter of energy, or else its power, sampled.
+
+        Raises NoMeterError: at entry, with the reason.
+        """
+        assert gpu is not None
+        with self.state(gpu) as driver:
+            limit = told(driver.power_limit_w)
+            if told(driver.joules) is not None:
+                read = _metered(driver.joules)
+                yield CounterMeter(f"{driver.source.lower()}_counter", read, limit)
+            else:
+                read = _metered(driver.power_w)
+                read()
+                yield SampleMeter(f"{driver.source.lower()}_samples", read, limit)
 
     def findings(self, host: Host) -> list[Finding]:
         """What `doctor` says of this vendor's drivers, power limits and processes."""
-        return []
+        found = []
+        for gpu in host.gpus:
+            with self.state(gpu) as driver:
+                readings = driver.set_limit_w, driver.default_power_limit_w, driver.processes
+                limit, usual, pids = map(told, readings)
+            if limit is not None and usual is not None:
+                mend = self.set_limit.format(index=gpu.index, watts=usual)
+                found.append(_power_finding(f"gpu {gpu.index}", limit, usual, mend))
+            if pids is not None:
+                found.append(_processes_finding(f"gpu {gpu.index}", pids))
+        return found
 
     def accelerator(self) -> Any:
         """The module of torch that has this device's events, streams and memory statistics."""
@@ -225,46 +250,37 @@ class Vendor(ABC):
         return torch.cuda
 
 
-@dataclass
-class Selected:
-    """What a list in a `*_VISIBLE_DEVICES` variable admits, read as the runtimes read it."""
+def select(
+    gpus: Iterable[Gpu], variable: str, value: str | None
+) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
+    """What a list in a `*_VISIBLE_DEVICES` variable admits, and what is wrong with it.
 
-    gpus: list[Gpu] = field(default_factory=list)
-    troubles: list[Trouble] = field(default_factory=list)
-
-
-def select(gpus: Iterable[Gpu], variable: str, value: str | None) -> Selected:
-    """Read such a list: ordinals or beginnings of UUIDs, up to the first that names no GPU.
-
-    An empty list, and -1 at its beginning, hide all GPUs on purpose. Any other list without a GPU
-    is a mistake, which is said. So is an entry that ends the list early.
+    It is read as the runtimes read it: ordinals or beginnings of UUIDs, up to the first that names
+    no GPU. An empty list, and -1 at its beginning, hide all GPUs on purpose. Any other list without
+    a GPU is a mistake, which is said. So is an entry that ends the list early.
 
     Sources: CUDA programming guide, CUDA environment variables ("if one of the indices is invalid,
     only the devices whose index precedes the invalid index are visible"); ROCR-Runtime,
     `RvdFilter::BuildUserDeviceList`, which ends at invalid and repeated entries, too.
     """
-    known = list(gpus)
+    known = tuple(gpus)
     if value is None:
-        return Selected(known)
-    found = Selected()
+        return known, ()
+    found: tuple[Gpu, ...] = ()
     items = [part.strip() for part in value.split(",")]
     for item in items:
         named = [gpu for gpu in known if _is_named(gpu, item)]
-        if len(named) == 1 and named[0] not in found.gpus:
-            found.gpus.append(named[0])
+        if len(named) == 1 and named[0] not in found:
+            found += (named[0],)
             continue
         if item in ("", "-1") and (item == "-1" or len(items) == 1):
             break  # on purpose
         there = ", ".join(str(gpu.index) for gpu in known)
         why = "is named twice" if len(named) == 1 else "names no GPU" if not named else "is unclear"
-        found.troubles.append(
-            Trouble(
-                f"{variable}={value}", f"{item!r} {why} (there is {there}), and ends the list",
-                f"name GPUs that exist, each once, or unset {variable}", hides=not found.gpus,
-            )
-        )  # fmt: skip
-        break
-    return found
+        what = f"{item!r} {why} (there is {there}), and ends the list"
+        mend = f"name GPUs that exist, each once, or unset {variable}"
+        return found, (Trouble(f"{variable}={value}", what, mend, hides=not found),)
+    return found, ()
 
 
 def _is_named(gpu: Gpu, item: str) -> bool:
@@ -295,7 +311,7 @@ def millionths(path: Path) -> float | None:
         return None
 
 
-def power_finding(name: str, limit: float, usual: float, mend: str) -> Finding:
+def _power_finding(name: str, limit: float, usual: float, mend: str) -> Finding:
     """What `doctor` says of a power limit in watts, against the board's default."""
     if limit < usual:
         what = f"{name}: {limit:.0f} W of {usual:.0f} W; figures hold for this limit only"
@@ -303,7 +319,7 @@ def power_finding(name: str, limit: float, usual: float, mend: str) -> Finding:
     return Finding("machine", "power cap", "ok", f"{name}: {limit:.0f} W")
 
 
-def processes_finding(name: str, pids: Iterable[int]) -> Finding:
+def _processes_finding(name: str, pids: Iterable[int]) -> Finding:
     """What `doctor` says of the processes that have a GPU open."""
     others = sorted({*pids} - {os.getpid()})
     if not others:
@@ -312,3 +328,15 @@ def processes_finding(name: str, pids: Iterable[int]) -> Finding:
     what = f"{name}: {len(others)} ({'process' if len(others) == 1 else 'processes'} {listed})"
     mend = "stop them, or choose another GPU with platform.gpu=N"
     return Finding("machine", "other processes", "warning", what, mend)
+
+
+def _metered(read: Callable[[], float]) -> Callable[[], float]:
+    """A reading of a meter, which has no energy without it."""
+
+    def metered() -> float:
+        try:
+            return read()
+        except NotReadError as error:
+            raise NoMeterError(str(error)) from error
+
+    return metered

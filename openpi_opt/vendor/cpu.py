@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from openpi_opt.vendor.base import Gpu, Meter, NoMeterError, Vendor, millionths, read
-from openpi_opt.vendor.meters import CounterMeter
+from openpi_opt.vendor.base import Gpu, NoMeterError, Vendor, millionths, read
+from openpi_opt.vendor.meters import CounterMeter, Meter
 
 POWERCAP = Path("/sys/class/powercap")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -51,17 +49,26 @@ def memory_mib() -> int:
     return int(found.group(1)) // 1024 if found else 0
 
 
+def own_cgroups(
+    controller: str, cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUP
+) -> Iterator[tuple[Path, Path]]:
+    """Root and group of this process, of each version of control groups that has the controller.
+
+    In a container the group may be outside of what is mounted.
+    """
+    for line in read(own).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            root = cgroups / controller if controllers else cgroups
+            yield root, root / path.lstrip("/")
+
+
 def quota(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> float | None:
     """Cores' worth of time that this process's control groups admit; None: no limit, or not told.
     The least of the process's own group and those above it (Linux, cgroup-v2.rst, `cpu.max`;
-    version 1: `cpu.cfs_quota_us`). In a container the own group is the root of what is mounted."""
+    version 1: `cpu.cfs_quota_us`)."""
     limits = []
-    for line in read(own).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = cgroups / "cpu" if controllers else cgroups
-        group = root / path.lstrip("/")
+    for root, group in own_cgroups("cpu", cgroups, own):
         folders = [root, *(f for f in (group, *group.parents) if root in f.parents or f == root)]
         limits += [limit for folder in folders if (limit := _limit(folder)) is not None]
     return min(limits, default=None)
@@ -76,19 +83,6 @@ def _limit(folder: Path) -> float | None:
     except ValueError:  # max, or no such file
         return None
     return allowed / period if allowed > 0 and period > 0 else None
-
-
-def cores_within(quota: float | None, cores: int) -> int:
-    """How many of `cores` a process may keep busy: not more than its quota, and at least one."""
-    return cores if quota is None else max(1, min(cores, math.floor(quota)))
-
-
-def load() -> float | None:
-    """Processes that ran or waited for a core, the mean of the last minute."""
-    try:
-        return os.getloadavg()[0]
-    except OSError:
-        return None
 
 
 def rapl_meter(folder: Path) -> CounterMeter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 # Counters are refreshed every 1 to 100 ms; one that stands still this long is not waited for.
@@ -11,17 +12,28 @@ _TICK_S = 0.5
 _SAMPLE_S = 0.02
 
 
-class CounterMeter:
-    """Meter of a counter in joules that only grows, in steps of some milliseconds. A run begins
-    right after a step. At its end the next step is waited for, with nothing running, and that
-    wait's idle energy is taken off again."""
+class Meter(ABC):
+    """Something that tells energy, by `read`. `start` begins, `stop` ends a measurement."""
 
     def __init__(
         self, method: str, read: Callable[[], float], limit_watt: float | None = None
     ) -> None:
         self.method, self.limit_watt = method, limit_watt
         self._read = read
-        self._joules = self._since = 0.0
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin."""
+
+    @abstractmethod
+    def stop(self, idle_watt: float) -> tuple[float, float]:
+        """Joules and seconds since `start`; `idle_watt` is drawn after the end of the run."""
+
+
+class CounterMeter(Meter):
+    """Meter of a counter in joules that only grows, in steps of some milliseconds. A run begins
+    right after a step. At its end the next step is waited for, with nothing running, and that
+    wait's idle energy is taken off again."""
 
     def start(self) -> None:
         """Wait for a step, then begin."""
@@ -40,28 +52,18 @@ class CounterMeter:
         return now, time.monotonic()
 
 
-class SampleMeter:
+class SampleMeter(Meter):
     """Meter of a power reading in watts: sampled by a thread, integrated by trapezoids."""
-
-    def __init__(
-        self, method: str, read: Callable[[], float], limit_watt: float | None = None
-    ) -> None:
-        self.method, self.limit_watt = method, limit_watt
-        self._read = read
-        self._samples: list[tuple[float, float]] = []
-        self._end = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Take the first sample, then one every 20 ms."""
-        self._end.clear()
+        self._end = threading.Event()
         self._samples = [self._sample()]
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def stop(self, idle_watt: float) -> tuple[float, float]:
         """As `Meter.stop`; samples end with the run, so nothing is taken off."""
-        assert self._thread is not None
         self._end.set()
         self._thread.join()
         self._samples.append(self._sample())

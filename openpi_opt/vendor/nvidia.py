@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
 
 from openpi_opt.vendor.base import (
     Datasheet,
+    Driver,
     Finding,
     Gpu,
     Host,
-    Meter,
-    NoMeterError,
     NotReadError,
     Trouble,
     Vendor,
-    power_finding,
-    processes_finding,
     select,
 )
-from openpi_opt.vendor.meters import CounterMeter, SampleMeter
 
 T = TypeVar("T")
 _PCI_VENDOR = "0x10de"
@@ -63,6 +59,7 @@ class Nvidia(Vendor):
         {"hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown"}
     )
     datasheets = _DATASHEETS
+    set_limit = "sudo nvidia-smi -i {index} -pl {watts:.0f}"
 
     def probe(self) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
         """GPUs in NVML's order; of a GPU in MIG mode its instances instead, which CUDA sees."""
@@ -85,8 +82,7 @@ class Nvidia(Vendor):
         self, gpus: tuple[Gpu, ...], environ: Mapping[str, str]
     ) -> tuple[tuple[Gpu, ...], tuple[Trouble, ...]]:
         """What CUDA_VISIBLE_DEVICES admits."""
-        found = select(gpus, _VARIABLE, environ.get(_VARIABLE))
-        return tuple(found.gpus), tuple(found.troubles)
+        return select(gpus, _VARIABLE, environ.get(_VARIABLE))
 
     def selection(self, gpu: Gpu) -> dict[str, str]:
         """By UUID; by number, in the order of the PCI bus, where the driver tells no UUID."""
@@ -106,26 +102,9 @@ class Nvidia(Vendor):
         closing.callback(nvml.nvmlShutdown)
         return Nvml(nvml, gpu)
 
-    @contextmanager
-    def meter(self, gpu: Gpu | None) -> Iterator[Meter]:
-        """NVML's energy counter (since Volta), or else its power reading."""
-        assert gpu is not None
-        with self.state(gpu) as driver:
-            limit = _or_none(driver.power_limit_w)
-            try:
-                driver.joules()
-            except NotReadError as error:
-                if _or_none(driver.power_w) is None:
-                    raise NoMeterError(
-                        f"NVML tells neither energy nor power of {gpu.name} ({error})"
-                    ) from error
-                yield SampleMeter("nvml_samples", _metered(driver.power_w), limit)
-            else:
-                yield CounterMeter("nvml_counter", _metered(driver.joules), limit)
-
     def findings(self, host: Host) -> list[Finding]:
         """Driver, power limit and processes of each GPU."""
-        found = []
+        found: list[Finding] = []
         hidden = any(name.endswith("_VISIBLE_DEVICES") for name in host.environ)
         if host.has_pci_gpu(_PCI_VENDOR) and not host.gpus and not hidden:
             missing = library() is None
@@ -137,17 +116,7 @@ class Nvidia(Vendor):
             mend = _INSTALL if missing else "nvidia-smi must work; after an update reboot"
             what = f"there is an NVIDIA GPU, but {why}"
             found.append(Finding("drivers", "nvidia", "problem", what, mend))
-        for gpu in host.gpus:
-            name, index = f"gpu {gpu.index}", gpu.index
-            with self.state(gpu) as driver:
-                limit, usual = _or_none(driver.set_limit_w), _or_none(driver.default_power_limit_w)
-                pids = _or_none(driver.processes)
-            if limit is not None and usual is not None:
-                mend = f"sudo nvidia-smi -i {index} -pl {usual:.0f}"
-                found.append(power_finding(name, limit, usual, mend))
-            if pids is not None:
-                found.append(processes_finding(name, pids))
-        return found
+        return found + super().findings(host)
 
 
 def _reading(
@@ -156,17 +125,19 @@ def _reading(
     """A method that asks NVML's `function` (of `constant`), which counts in 1 / `unit`."""
 
     def read(self: Nvml) -> float:
-        arguments = [] if constant is None else [getattr(self._nvml, constant)]
+        arguments = [] if constant is None else [getattr(self._library, constant)]
         return float(self._of(function, *arguments)) / unit
 
     return read
 
 
-class Nvml:
+class Nvml(Driver):
     """An NVIDIA GPU. `nvml` is the module `pynvml`, initialised."""
 
+    source = "NVML"
+
     def __init__(self, nvml: Any, gpu: Gpu):
-        self._nvml = nvml
+        super().__init__("NVML does not tell it", nvml, nvml.NVMLError)
         if gpu.uuid.startswith("PCI-"):
             self._handle = self._ask("nvmlDeviceGetHandleByPciBusId", gpu.pci.encode())
         else:
@@ -185,7 +156,7 @@ class Nvml:
     def throttle_reasons(self) -> list[str]:
         """The bits that are set; an idle GPU and clocks chosen by the user are no throttling."""
         bits = int(self._of("nvmlDeviceGetCurrentClocksEventReasons"))
-        return [name for name, bit in _REASONS.items() if bits & getattr(self._nvml, bit)]
+        return [name for name, bit in _REASONS.items() if bits & getattr(self._library, bit)]
 
     def processes(self) -> list[int]:
         """Compute processes."""
@@ -194,8 +165,8 @@ class Nvml:
     def throttled_ms(self) -> dict[str, float]:
         """NVML's violation times, in ns since the driver was loaded."""
         policies = {
-            "thermal": self._nvml.NVML_PERF_POLICY_THERMAL,
-            "power": self._nvml.NVML_PERF_POLICY_POWER,
+            "thermal": self._library.NVML_PERF_POLICY_THERMAL,
+            "power": self._library.NVML_PERF_POLICY_POWER,
         }
         return {
             name: int(self._of("nvmlDeviceGetViolationStatus", policy).violationTime) / 1e6
@@ -204,14 +175,6 @@ class Nvml:
 
     def _of(self, function: str, *arguments: Any) -> Any:
         return self._ask(function, self._handle, *arguments)
-
-    def _ask(self, function: str, *arguments: Any) -> Any:
-        try:
-            return getattr(self._nvml, function)(*arguments)
-        except self._nvml.NVMLError as error:
-            raise NotReadError(f"NVML: {error}") from None
-        except AttributeError:
-            raise NotReadError(f"this pynvml has no {function}") from None
 
 
 def library() -> Any:
@@ -275,23 +238,6 @@ def _told(nvml: Any, ask: Callable[[], T], otherwise: T) -> T:
         return ask()
     except (nvml.NVMLError, AttributeError):  # AttributeError: a pynvml older than the function
         return otherwise
-
-
-def _or_none(ask: Callable[[], T]) -> T | None:
-    try:
-        return ask()
-    except NotReadError:
-        return None
-
-
-def _metered(ask: Callable[[], float]) -> Callable[[], float]:
-    def read() -> float:
-        try:
-            return ask()
-        except NotReadError as error:
-            raise NoMeterError(f"NVML does not tell it any more ({error})") from error
-
-    return read
 
 
 def _text(value: Any) -> str:

@@ -18,8 +18,8 @@ from openpi_opt.config import Config
 from openpi_opt.confirm import power, simulate
 from openpi_opt.confirm.judge import Confirmed, Subject, choose, differing, gain
 from openpi_opt.confirm.power import Costs, Tau, TooShortError, make_plan, spread
-from openpi_opt.confirm.promotion import Schedule, Wanted, explain, run, settle
-from openpi_opt.confirm.rounds import Mean, NeededError, Numbered, Stage, draw_rounds
+from openpi_opt.confirm.promotion import Schedule, Stage, Wanted, explain, run, settle
+from openpi_opt.confirm.rounds import NeededError, draw_rounds
 from openpi_opt.errors import UserError
 
 SDPA = Config.parse({"attention": {"vision": "sdpa", "prefill": "sdpa", "denoise": "sdpa"}})
@@ -36,21 +36,6 @@ def confirmed(
 
 def noisy(mean: float, count: int = 8, seed: int = 0) -> list[float]:
     return list(mean * (1 + 0.002 * np.random.default_rng(seed).standard_normal(count)))
-
-
-@given(
-    st.lists(st.floats(1, 100), min_size=3, max_size=12),
-    st.floats(0.5, 2.0),
-    st.integers(0, 1000),
-)
-def test_bounds_are_those_of_the_paired_t_test(base, factor, seed):
-    noise = np.random.default_rng(seed).normal(0, 0.05, len(base))
-    candidate = list(np.asarray(base) * factor * np.exp(noise))
-    result = gain(base, candidate, alpha=0.025)
-    differences = np.log(candidate) - np.log(base)
-    interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    assert 1 - result.low == pytest.approx(np.exp(interval.high))
-    assert 1 - result.high == pytest.approx(np.exp(interval.low))
 
 
 def test_a_drift_that_meets_both_alike_does_not_hide_a_gain():
@@ -137,23 +122,6 @@ def test_the_chance_to_become_a_finalist_is_what_simulation_gives():
     assert power.chance_selected(0.01, 0.005, 1, 5, 5) == 1.0
 
 
-def test_levels_add_up_to_the_total():
-    for finalists in range(1, power.MAX_FINALISTS + 1):
-        pairs = max(1, finalists * (finalists - 1) // 2)
-        assert power.level(finalists) * finalists == pytest.approx(power.TOTAL_ALPHA)
-        assert power.tie_level(finalists) * pairs == pytest.approx(power.TOTAL_ALPHA)
-
-
-@pytest.mark.parametrize(("tau", "screening", "pairs"), [(0.003, 2, 10), (0.005, 3, 18)])
-def test_plans_are_near_the_size_for_a_known_tau(tau, screening, pairs):
-    """Those sizes keep the promise where tau is known; here it comes from some 60 processes."""
-    plan = make_plan(Tau(tau, 60), Costs(contenders=12, finalists=5))
-    assert screening <= plan.screening <= screening + 3
-    assert pairs < plan.pairs <= 2 * pairs
-    assert plan.promise.gain == power.GAIN
-    assert plan.promise.tau >= Tau(tau, 60).upper > tau
-
-
 @settings(deadline=None, max_examples=25)
 @given(st.floats(0.0005, 0.5), st.integers(1, 40), st.floats(10, 5000) | st.none())
 def test_a_plan_fits_or_says_what_it_needs(tau, contenders, limit):
@@ -207,9 +175,11 @@ class Script:
         self.kept: list[tuple[int, Schedule]] = []
         self.earlier: Schedule | None = None
 
-    def means(self, stage: Stage, places: Iterable[Numbered]) -> Generator[Mean, None, None]:
+    def means(
+        self, stage: Stage, places: Iterable[tuple[str, int]]
+    ) -> Generator[tuple[str, float | None], None, None]:
         """Asks for `ahead` places more than it has answered, as processes are started."""
-        begun: deque[Numbered] = deque()
+        begun: deque[tuple[str, int]] = deque()
         for place in places:
             begun.append(place)
             if len(begun) > self.ahead:
@@ -217,9 +187,9 @@ class Script:
         for place in begun:
             yield self._mean(stage, *place)
 
-    def _mean(self, stage: Stage, key: str, number: int) -> Mean:
+    def _mean(self, stage: Stage, key: str, number: int) -> tuple[str, float | None]:
         self.asked.append((key, stage, number))
-        return key, number, self.answer(key, stage, number)
+        return key, self.answer(key, stage, number)
 
     def seconds(self, key: str) -> float:
         return 10.0
@@ -259,6 +229,7 @@ def test_the_course_is_tau_screening_confirmation():
     assert asked == [key for order in schedule.rounds for key in order]
     assert all(sorted(order) == sorted(["base", *schedule.finalists]) for order in schedule.rounds)
     assert len(schedule.finalists) == 2
+    assert (2 * schedule.alpha, schedule.tie_alpha) == (power.TOTAL_ALPHA, power.TOTAL_ALPHA)
     assert judged.winner.subject.key in schedule.finalists
     assert any("promise" in note and "1.0%" in note for note in bench.notes)
 
@@ -268,17 +239,6 @@ def test_every_order_within_a_pair_is_as_likely():
     first = sum(order.index("a") < order.index("b") for order in rounds)
     assert stats.binomtest(first, 3000).pvalue > 0.001
     assert len({tuple(order) for order in rounds}) == 6
-
-
-def test_a_kept_schedule_is_followed_and_nothing_before_it_is_run_again():
-    first = Script(answer)
-    judged = run(first, Subject("base"), subjects(), Wanted(seed=3, finalists=2))
-    second = Script(answer)
-    second.earlier = judged.schedule
-    again = run(second, Subject("base"), subjects(), Wanted(seed=99, finalists=2))
-    assert {stage for _, stage, _ in second.asked} == {"confirmation"}
-    assert again.winner == judged.winner
-    assert not second.kept
 
 
 def test_what_fails_is_dropped_and_not_run_again():
@@ -330,13 +290,14 @@ def test_rounds_by_hand_need_no_tau_and_make_no_promise():
 
 def test_short_time_prints_the_promise_that_can_be_kept():
     bench = Script(lambda key, at, n: 10.0 * (1 + 0.02 * (n % 2)) * (0.9 if key != "base" else 1))
-    judged = run(bench, Subject("base"), subjects()[:2], Wanted(seed=1, limit_s=600))
+    judged = run(bench, Subject("base"), subjects()[:2], Wanted(seed=1, limit_s=480))
     kept = judged.schedule.promise
     assert kept is not None
     assert kept.gain > power.GAIN
     time, _, said = bench.notes
     assert time.startswith("time: about 80 seconds to measure the spread")
-    assert "cannot be promised in 10 minutes: that takes about " in said
+    assert "--minutes gives 8 minutes: only a larger gain may be promised" in time
+    assert "cannot be promised in 8 minutes: that takes about " in said
     assert f"at least {kept.gain:.1%} faster" in said
 
 
@@ -367,12 +328,6 @@ def test_who_is_hopelessly_behind_is_not_screened_and_nobody_else_is_left_out():
     slow = [Subject(key, 1, 9, mean) for key, mean in behind.items()]
     run(bench, Subject("base"), [*fastest, *slow], Wanted(seed=1, finalists=3))
     assert {key for key, at, _ in bench.asked if at == "screening"} == {"c0", "c1", "c2", "b5"}
-
-
-def test_a_time_that_is_short_is_told_before_anything_is_measured():
-    bench = Script(answer)
-    run(bench, Subject("base"), subjects(), Wanted(seed=1, limit_s=400.0))
-    assert "--minutes gives 7 minutes: only a larger gain may be promised" in bench.notes[0]
 
 
 def test_a_time_that_can_never_do_is_refused_before_anything_is_measured():
@@ -432,16 +387,10 @@ def test_the_simulator_sees_what_a_naive_choice_does():
     naive = sum(
         min(s.first_ms for s in bench.subjects()) < mean
         for bench in benches
-        for _, _, mean in bench.means("tau", [(simulate.BASELINE, 0)])
+        for _, mean in bench.means("tau", [(simulate.BASELINE, 0)])
         if mean is not None
     )
     assert naive > 90
-
-
-def test_rates_carry_the_exact_interval():
-    low, high = simulate.Rate(3, 500).interval()
-    assert low == pytest.approx(stats.beta.ppf(0.025, 3, 498))
-    assert high == pytest.approx(stats.beta.ppf(0.975, 4, 497))
 
 
 def test_the_command_prints_rates_and_ends_by_the_promise(capsys):

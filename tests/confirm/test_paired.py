@@ -45,18 +45,6 @@ def test_both_tests_agree_on_normal_noise_and_the_same_seed_gives_the_same():
     assert compare(first.tolist(), second.tolist(), seed=3) == found
 
 
-def test_equal_configurations_are_rarely_told_apart_whatever_the_noise():
-    """The t test at 5% on heavy tails: not more often than it says, with what 400 runs scatter."""
-    random = np.random.default_rng(0)
-    pvalues = []
-    for _ in range(400):
-        first, second = np.exp(0.003 * random.standard_t(3, (2, 20)))
-        pvalues.append(stats.ttest_rel(np.log(first), np.log(second)).pvalue)
-        if len(pvalues) <= 20:
-            assert compare(first, second).p_value == pytest.approx(pvalues[-1])
-    assert np.mean(np.array(pvalues) < 0.05) < 0.08
-
-
 def test_spread_is_that_of_one_process_and_drift_of_rounds_is_not_in_the_pairs():
     random = np.random.default_rng(2)
     rounds = np.repeat(np.linspace(0.0, 0.2, 200), 2)  # the machine slows down by 20%
@@ -64,26 +52,26 @@ def test_spread_is_that_of_one_process_and_drift_of_rounds_is_not_in_the_pairs()
     first, second = np.exp(logs[::2]), np.exp(logs[1::2])
     assert compare(first, second).spread == pytest.approx(0.004, rel=0.15)
     drifting = spread_of(np.exp(logs).tolist())
-    assert drifting.tau > 0.04
-    assert drifting.trend > 0.5
-    assert drifting.trend_p < 1e-6
+    assert drifting["tau"] > 0.04
+    assert drifting["trend"] > 0.5
+    assert drifting["trend_p"] < 1e-6
 
 
 def test_the_interval_of_the_spread_is_the_chi_squared_one():
     logs = np.random.default_rng(3).normal(0, 0.003, 16)
     found = spread_of(np.exp(logs).tolist())
     low, high = stats.chi2.interval(0.95, 15)
-    assert found.tau == pytest.approx(np.std(logs, ddof=1))
-    assert found.low == pytest.approx(found.tau * math.sqrt(15 / high))
-    assert found.high == pytest.approx(found.tau * math.sqrt(15 / low))
-    assert found.excess_kurtosis == pytest.approx(stats.kurtosis(logs, bias=False))
+    assert found["tau"] == pytest.approx(np.std(logs, ddof=1))
+    assert found["low"] == pytest.approx(found["tau"] * math.sqrt(15 / high))
+    assert found["high"] == pytest.approx(found["tau"] * math.sqrt(15 / low))
+    assert found["excess_kurtosis"] == pytest.approx(stats.kurtosis(logs, bias=False))
 
 
 def test_no_scatter_and_too_few():
     same = compare([2.0, 2.0, 2.0], [2.0, 2.0, 2.0])
     assert (same.interval.mean, same.p_value, same.judged.verdict) == (0.0, 1.0, "same")
     assert compare([2.0, 2.0, 2.0], [1.0, 1.0, 1.0]).judged.verdict == "faster"
-    assert spread_of([2.0] * 4).tau == 0.0
+    assert spread_of([2.0] * 4)["tau"] == 0.0
     for first, second in (([1.0], [1.0]), ([1.0] * 3, [1.0] * 4)):
         with pytest.raises(ValueError, match="two or more pairs"):
             compare(first, second)

@@ -15,10 +15,9 @@ from openpi_opt.confirm import rounds
 from openpi_opt.confirm.fresh import FreshRuns
 from openpi_opt.confirm.rounds import Deadline
 from openpi_opt.errors import UserError
-from openpi_opt.pairs import Pairs
 from openpi_opt.process.child import Place
 from openpi_opt.result import TrialResult
-from openpi_opt.session import Session
+from openpi_opt.session import Measured, Session
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import Store
 
@@ -30,9 +29,8 @@ B = Config.parse({**CONTEXT, "attention": {"vision": "sdpa"}})
 class Machine:
     """Means with a scatter of 0.3%, B faster by a given share; every process takes a second."""
 
-    def __init__(self, faster: float = 0.0, break_after: int | None = None):
-        self.random = np.random.default_rng(5)
-        self.faster, self.break_after = faster, break_after
+    def __init__(self, faster: float = 0.0):
+        self.random, self.faster = np.random.default_rng(5), faster
         self.ran: list[Config] = []
         self.now = 0.0
 
@@ -41,8 +39,6 @@ class Machine:
         assert isinstance(place, Place)
         assert place.turn is not None, "it has to ask"
         assert not cfg.profile.kernels
-        if self.break_after == len(self.ran):
-            raise KeyboardInterrupt
         self.ran.append(cfg)
         self.now += 1.0
         level = 10.0 * (1 - self.faster * (cfg.hash() == B.hash()))
@@ -51,27 +47,27 @@ class Machine:
 
 def measure(
     folder: Path, machine: object, planned: int = 20, limit_s: float | None = None
-) -> Pairs:
+) -> tuple[Session, Measured]:
     store = Store.open(folder)
     journal = Journal.open(store.study_dir("s"))
     said: list[str] = []
     runs = FreshRuns(store, journal, None, CPU, said.append, machine)  # type: ignore[arg-type]
     session = Session("pairs", A, runs, folder / "out", 0, planned, Deadline(limit_s))
     with session.alone(None):
-        return pairs.measure(session, B)
+        return session, pairs.measure(session, B)
 
 
 def test_every_round_has_the_three_in_random_order_and_all_count(tmp_path: Path) -> None:
     machine = Machine(faster=0.02)
-    found = measure(tmp_path, machine)
+    session, found = measure(tmp_path, machine)
     assert found.rounds == 20
     assert len(machine.ran) == 62  # one unjudged of each
-    processes = found.measured.processes
+    processes = found.processes
     orders = [tuple(p.shown for p in processes[at : at + 3]) for at in range(0, 60, 3)]
     assert all(sorted(order) == sorted(pairs.ROLES) for order in orders)
     assert len(set(orders)) > 3
     assert {p.shown for p in processes if p.result.latency.mean_ms < 9.9} == {"B"}
-    found.session.write(pairs.report(found))
+    session.write(pairs.report(session, B, found))
     rows = [
         line for line in (tmp_path / "out" / "pairs.md").read_text().splitlines() if "|" in line
     ]
@@ -96,24 +92,10 @@ def test_flags_are_counted_below_the_tables(tmp_path: Path) -> None:
         flags = ["gpu_shared", "drift"] if cfg.hash() == B.hash() else ["drift"]
         return ok(cfg, found.latency.mean_ms, flags)  # type: ignore[union-attr]
 
-    found = measure(tmp_path, shared, planned=4)
-    said = pairs.report(found).text.splitlines()
+    session, found = measure(tmp_path, shared, planned=4)
+    said = pairs.report(session, B, found).text.splitlines()
     assert "- flagged drift: 12 of 12 processes" in said
     assert "- flagged gpu_shared: 4 of 12 processes" in said
-
-
-def test_an_interrupted_one_goes_on_where_it_was(tmp_path: Path) -> None:
-    broken = Machine(break_after=11)
-    with pytest.raises(KeyboardInterrupt):
-        measure(tmp_path, broken)
-    rest = Machine()
-    found = measure(tmp_path, rest)
-    assert len(broken.ran) == 11
-    assert len(rest.ran) == 62 - 11
-    assert found.rounds == 20
-    again = measure(tmp_path, Machine(break_after=0))  # runs nothing
-    assert again.measured.means(*pairs.ROLES) == found.measured.means(*pairs.ROLES)
-    assert again.session.wall_s is None
 
 
 def test_the_time_ends_it_at_a_whole_round_and_the_rest_can_follow(
@@ -121,13 +103,16 @@ def test_the_time_ends_it_at_a_whole_round_and_the_rest_can_follow(
 ) -> None:
     machine = Machine()
     monkeypatch.setattr(rounds.time, "monotonic", lambda: machine.now)
-    found = measure(tmp_path, machine, limit_s=20.0)
+    session, found = measure(tmp_path, machine, limit_s=20.0)
     assert 3 <= found.rounds <= 6  # each takes 3 s, and A and B went before
     assert len(machine.ran) == 2 + 3 * found.rounds
-    assert f"({found.planned} were planned; the time was over)" in pairs.report(found).text
-    whole = measure(tmp_path, machine)
-    assert whole.rounds == 20
-    assert len(machine.ran) == 62
+    text = pairs.report(session, B, found).text
+    assert "(20 were planned; the time was over)" in text
+    for _ in range(2):  # the second runs nothing
+        session, whole = measure(tmp_path, machine)
+        assert whole.rounds == 20
+        assert len(machine.ran) == 62
+    assert session.wall_s is None
 
 
 def test_one_that_fails_ends_it(tmp_path: Path) -> None:

@@ -39,8 +39,7 @@ def test_a_value_that_fails_three_times_is_barred() -> None:
     (known,) = taught(good, *bad).classes
     assert known.pairs == {("a", "1")}
     assert known.seen == 3
-    assert "a=1: all 3 configurations" in known.text(4)
-    assert "crashed in phase load; 4 more left out" in known.text(4)
+    assert (str(known), known.way) == ("a=1", "crashed in phase load")
 
 
 def test_failures_of_different_kinds_or_with_a_success_bar_nothing() -> None:
@@ -94,7 +93,7 @@ def test_nothing_is_barred_that_was_not_seen_to_fail(
         told.setdefault(frozenset(params.items()), (params, way(outcome)))
         if found is None:
             continue
-        members = [how for params, how in told.values() if found.holds(params)]
+        members = [how for params, how in told.values() if found.pairs <= params.items()]
         assert len(members) >= MIN_FAILURES
         assert set(members) == {found.way}
         assert any(how != found.way for _, how in told.values())

@@ -11,13 +11,15 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
+from hosts import wait_for
 from process_samples import LIMITS, SAY
 
-from openpi_opt.process import child, locks, output, watcher
-from openpi_opt.process.child import Ended, Place, run_command
+from openpi_opt.process import child, locks, watcher
+from openpi_opt.process.child import Ended, Place, StoppedError, run_command
 from openpi_opt.process.devices import Slot
 
 
@@ -35,32 +37,20 @@ class Scripts:
         place: Place | None = None,
     ) -> Ended:
         script = self.folder / "child.py"
-        script.write_text(SAY + textwrap.dedent(body))
-        argv = [sys.executable, str(script)]
-        hook = on_phase or self.phases.append
-        return run_command(
-            argv, dict(os.environ), {**LIMITS, **(limits or {})}, self.log, hook, place
-        )
+        own = f"open({str(self.folder / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        script.write_text(SAY + own + textwrap.dedent(body))
+        argv, hook = [sys.executable, str(script)], on_phase or self.phases.append
+        own_limits = {**LIMITS, **(limits or {})}
+        return run_command(argv, dict(os.environ), own_limits, self.log, hook, place)
+
+    def assert_gone(self) -> None:
+        pid = int((self.folder / "pid").read_text())
+        wait_for(lambda: (found := watcher.look(pid)) is None or not found.lives)
 
 
 @pytest.fixture
 def scripts(tmp_path: Path) -> Scripts:
     return Scripts(tmp_path)
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_gone(pid: int) -> bool:
-    deadline = time.monotonic() + 30
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not alive(pid)
 
 
 def test_phases_and_exit(scripts: Scripts) -> None:
@@ -75,43 +65,49 @@ def test_a_silent_child_is_seen_to_end_at_once(scripts: Scripts) -> None:
     began = time.monotonic()
     ended = scripts.run("os.close(int(sys.argv[-1])); time.sleep(0.3)")
     assert ended.returncode == 0
-    assert time.monotonic() - began < 5
-
-
-def test_a_phase_past_its_limit_is_ended(scripts: Scripts) -> None:
-    began = time.monotonic()
-    ended = scripts.run("phase('load'); time.sleep(60)", {"load": 0.3})
-    assert (ended.phase, ended.exceeded, ended.returncode) == ("load", 0.3, -signal.SIGTERM)
-    assert time.monotonic() - began < 10
-
-
-def test_the_limit_of_the_start_counts_before_any_phase(scripts: Scripts) -> None:
-    assert scripts.run("time.sleep(60)", {"start": 0.3}).exceeded == 0.3
-
-
-def test_each_phase_has_a_clock_of_its_own(scripts: Scripts) -> None:
-    body = "phase('load'); time.sleep(0.5); phase('measure'); time.sleep(0.5)"
-    assert scripts.run(body, {"load": 0.9, "measure": 0.9}).exceeded is None
-
-
-def test_saying_the_same_phase_again_gives_no_more_time(scripts: Scripts) -> None:
-    body = "while True: phase('load'); time.sleep(0.05)"
-    assert scripts.run(body, {"load": 0.5}).exceeded == 0.5
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(
-    ("body", "number"),
+    ("body", "limits", "exceeded"),
     [
-        ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", signal.SIGKILL),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", signal.SIGTERM),
+        ("phase('load'); time.sleep(60)", {"load": 0.3}, 0.3),
+        ("time.sleep(60)", {"start": 0.3}, 0.3),  # before any phase
+        (
+            "phase('load'); time.sleep(1.5); phase('measure'); time.sleep(1.5)",
+            {"load": 2.8, "measure": 2.8},  # each has a clock of its own
+            None,
+        ),
+        ("while True: phase('load'); time.sleep(0.05)", {"load": 0.5}, 0.5),  # no more time
+    ],
+)
+def test_a_phase_past_its_limit_is_ended(
+    scripts: Scripts, body: str, limits: dict[str, float], exceeded: float | None
+) -> None:
+    began = time.monotonic()
+    ended = scripts.run(body, limits)
+    assert (ended.exceeded, ended.returncode) == (exceeded, -signal.SIGTERM if exceeded else 0)
+    assert time.monotonic() - began < 40
+
+
+@pytest.mark.parametrize(
+    ("body", "number", "start", "grace"),
+    [
+        ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", signal.SIGKILL, 60.0, 0.3),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", signal.SIGTERM, 1.0, 20.0),
     ],
     ids=["ignores SIGTERM", "stopped"],
 )
 def test_what_ignores_sigterm_is_killed_and_what_is_stopped_hears_it(
-    scripts: Scripts, body: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    scripts: Scripts,
+    body: str,
+    number: signal.Signals,
+    start: float,
+    grace: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(child, "GRACE_SECONDS", 0.3)
-    ended = scripts.run(f"{body}\nphase('load')\ntime.sleep(60)", {"start": 1.0, "load": 0.3})
+    monkeypatch.setattr(child, "GRACE_SECONDS", grace)
+    ended = scripts.run(f"{body}\nphase('load')\ntime.sleep(60)", {"start": start, "load": 0.3})
     assert ended.exceeded is not None
     assert ended.returncode == -number
 
@@ -129,70 +125,47 @@ phase("load")
 
 
 @pytest.mark.parametrize("closing", ["os.closerange(0, 256)", "pass"], ids=["closed", "inherited"])
-@pytest.mark.parametrize("how", ["cgroup", "subreaper"])
 def test_what_escapes_its_session_and_environment_ends_and_is_named(
-    scripts: Scripts, monkeypatch: pytest.MonkeyPatch, how: str, closing: str
+    scripts: Scripts, closing: str
 ) -> None:
-    name = uuid4().hex
-    if how == "subreaper":
-        monkeypatch.setattr(watcher, "cgroup_of", lambda _: "")
     lock = locks.take(scripts.folder / "lease.lock")
     assert lock is not None
-    place = Place(uid=name, fds=(lock.fd,))
+    place = Place(uid=uuid4().hex, fds=(lock.fd,))
     ended = scripts.run(ESCAPE.format(closing=closing), place=place)
     lock.release()
     assert (ended.returncode, ended.left) == (0, ("sleep",))
     assert not locks.is_held(scripts.folder / "lease.lock")
     assert not [each for each in watcher.descendants(os.getpid()) if each.name == "sleep"]
-    assert not Path(watcher.cgroup_of(name) or "/none").exists()
 
 
 def test_all_ends_when_the_watcher_is_killed(scripts: Scripts) -> None:
     """And the trial's own end is told by its signal."""
-    pid = str(scripts.folder / "pid")
-    body = f"open({pid!r}, 'w').write(str(os.getpid())); phase('load'); time.sleep(300)"
 
     def kill(_: str) -> None:
-        me = watcher.look(int(Path(pid).read_text()))
+        me = watcher.look(int((scripts.folder / "pid").read_text()))
         assert me is not None
         os.kill(me.parent, signal.SIGKILL)
 
-    assert scripts.run(body, on_phase=kill).returncode == -signal.SIGKILL
-    assert wait_gone(int(Path(pid).read_text()))
-
-
-def test_killed_from_outside_is_told_by_its_signal(scripts: Scripts) -> None:
-    ended = scripts.run("os.kill(os.getpid(), signal.SIGKILL)")
+    ended = scripts.run("phase('load'); time.sleep(300)", on_phase=kill)
     assert ended.returncode == -signal.SIGKILL
-    assert ended.exceeded is None
-    assert not ended.oom_killed
+    scripts.assert_gone()
 
 
+@pytest.mark.parametrize("count", [4, 5])
 def test_a_kill_by_the_kernel_is_told_from_the_counter(
-    scripts: Scripts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    scripts: Scripts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int
 ) -> None:
-    counter = tmp_path / "vmstat"
-    counter.write_text("nr_free_pages 7\noom_kill 4\n")
-    monkeypatch.setattr(child, "oom_files", lambda: [counter])
+    files = [tmp_path / "memory.events", tmp_path / "memory.oom_control", tmp_path / "absent"]
+    files[0].write_text("low 0\noom 3\noom_kill 4\n")
+    files[1].write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 5\n")
+    monkeypatch.setattr(child, "oom_files", lambda: files)
+    assert child.oom_kills() == 9
     ended = scripts.run(
-        f"open({str(counter)!r}, 'w').write('oom_kill 5'); os.kill(os.getpid(), signal.SIGKILL)"
+        f"open({str(files[0])!r}, 'w').write('oom_kill {count}'); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert ended.oom_killed
-
-
-def test_children_left_behind_at_a_limit_are_ended(
-    scripts: Scripts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(child, "GRACE_SECONDS", 0.2)
-    body = f"""
-    import subprocess
-    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
-    open({str(scripts.folder / "pid")!r}, "w").write(str(left.pid))
-    phase("load")
-    time.sleep(60)
-    """
-    scripts.run(body, {"load": 0.5})
-    assert wait_gone(int((scripts.folder / "pid").read_text()))
+    assert ended.returncode == -signal.SIGKILL
+    assert (ended.exceeded, ended.oom_killed) == (None, count == 5)
 
 
 def test_what_was_said_just_before_the_end_counts(scripts: Scripts) -> None:
@@ -212,18 +185,6 @@ def test_garbage_on_the_pipe_is_no_phase(scripts: Scripts) -> None:
     assert scripts.run(body).phase == "load"
 
 
-def test_an_interruption_ends_the_group_before_it_goes_on(
-    scripts: Scripts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(phase: str) -> None:
-        raise KeyboardInterrupt
-
-    body = f"open({str(scripts.folder / 'pid')!r}, 'w').write(str(os.getpid())); phase('load')"
-    with pytest.raises(KeyboardInterrupt):
-        scripts.run(f"{body}; time.sleep(300)", on_phase=interrupt)
-    assert wait_gone(int((scripts.folder / "pid").read_text()))
-
-
 def test_no_descriptor_is_left_open(scripts: Scripts) -> None:
     before = len(os.listdir("/proc/self/fd"))
     scripts.run("phase('load')")
@@ -232,26 +193,11 @@ def test_no_descriptor_is_left_open(scripts: Scripts) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_standard_input_is_empty_and_the_group_is_its_own(scripts: Scripts) -> None:
-    scripts.run("print(repr(sys.stdin.read()), os.getpgid(0) == os.getpid())")
-    assert scripts.log.read_text() == "'' True\n"
-
-
-def test_oom_kills_reads_both_kinds_of_cgroup(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = [tmp_path / "memory.events", tmp_path / "memory.oom_control", tmp_path / "absent"]
-    files[0].write_text("low 0\noom 3\noom_kill 2\n")
-    files[1].write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 5\n")
-    monkeypatch.setattr(child, "oom_files", lambda: files)
-    assert child.oom_kills() == 7
-
-
 def test_what_is_printed_is_kept_at_both_ends(
     scripts: Scripts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "HEAD_BYTES", 1000)
-    monkeypatch.setattr(output, "TAIL_BYTES", 100_000)
+    monkeypatch.setattr(child, "HEAD_BYTES", 1000)
+    monkeypatch.setattr(child, "TAIL_BYTES", 100_000)
     scripts.run("for i in range(300_000): print(f'line {i:06}')")
     text = scripts.log.read_text()
     assert text.startswith("line 000000\n")
@@ -272,42 +218,31 @@ def test_a_child_that_prints_for_ever_is_ended_in_time(scripts: Scripts) -> None
     assert scripts.log.stat().st_size < 6 * 2**20
 
 
-@pytest.mark.parametrize("deaf", [False, True])
-def test_a_stop_from_another_thread_ends_the_group(
-    scripts: Scripts, monkeypatch: pytest.MonkeyPatch, deaf: bool
+@pytest.mark.parametrize("how", ["stop", "stop of a deaf one", "interruption"])
+def test_a_stop_from_another_thread_and_an_interruption_end_the_group(
+    scripts: Scripts, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if "deaf" in how else ""
     monkeypatch.setattr(child, "GRACE_SECONDS", 1.0 if deaf else 60.0)
     stop = threading.Event()
 
     def on_phase(phase: str) -> None:
+        if how == "interruption":
+            raise KeyboardInterrupt
         stop.set()
 
-    first = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" if deaf else ""
-    body = f"{first}\nopen({str(scripts.folder / 'pid')!r}, 'w').write(str(os.getpid()))"
-    script = scripts.folder / "child.py"
-    script.write_text(SAY + f"{body}\nphase('load')\nwhile True: time.sleep(1)")
-    with pytest.raises(child.StoppedError):
-        run_command(
-            [sys.executable, str(script)],
-            dict(os.environ),
-            LIMITS,
-            scripts.log,
-            on_phase,
-            Place(stop=stop),
-        )
-    assert wait_gone(int((scripts.folder / "pid").read_text()))
+    error: Any = KeyboardInterrupt if how == "interruption" else StoppedError
+    with pytest.raises(error):
+        scripts.run(f"{deaf}phase('load')\ntime.sleep(300)", None, on_phase, Place(stop=stop))
+    scripts.assert_gone()
 
 
-def test_a_child_has_its_cores_and_its_watcher_the_old_ones(tmp_path: Path) -> None:
+def test_a_child_has_its_cores_an_empty_input_and_a_group_of_its_own(scripts: Scripts) -> None:
     before = os.sched_getaffinity(0)
     core = min(before)
-    run_command(
-        [sys.executable, "-c", "import os; print(os.sched_getaffinity(0))"],
-        dict(os.environ),
-        LIMITS,
-        tmp_path / "log.txt",
-        print,
-        Place(Slot("a core", "cpu", None, (core,))),
+    scripts.run(
+        "print(os.sched_getaffinity(0), repr(sys.stdin.read()), os.getpgid(0) == os.getpid())",
+        place=Place(Slot("a core", "cpu", None, (core,))),
     )
-    assert (tmp_path / "log.txt").read_text() == f"{{{core}}}\n"
+    assert scripts.log.read_text() == f"{{{core}}} '' True\n"
     assert os.sched_getaffinity(0) == before

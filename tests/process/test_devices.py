@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import stat
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,11 @@ from process_samples import gpu, machine
 from search_samples import CPU
 
 from openpi_opt.config import Config
-from openpi_opt.engine.display import Display
-from openpi_opt.engine.executor import LocalExecutor
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Gpu
 from openpi_opt.process import devices, locks
 from openpi_opt.process.devices import LEASES_VARIABLE, Devices, Slot, lease
-from openpi_opt.space.settings import DeviceSettings, Settings
-from openpi_opt.track.store import Store
+from openpi_opt.space.settings import Settings
 
 CORES = list(range(16))
 
@@ -50,14 +49,11 @@ def test_gpus_by_index_and_uuid(given: object, indices: list[int]) -> None:
     assert [slot.gpu and slot.gpu.index for slot in slots] == indices
 
 
-def test_a_gpu_has_the_same_cores_whoever_else_is_used() -> None:
+def test_a_gpu_has_the_same_cores_whoever_else_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     (alone,) = found([2]).slots("cuda")
     together = found("all").slots("cuda")
     assert alone in together
     assert [slot.cores for slot in together] == [tuple(CORES[n : n + 4]) for n in (0, 4, 8, 12)]
-
-
-def test_more_gpus_than_cores_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "usable_cores", lambda: [5, 7])
     assert [slot.cores for slot in found("all").slots("cuda")] == [(5,), (7,), (5,), (7,)]
 
@@ -194,43 +190,20 @@ def test_a_folder_that_somebody_prepared_is_refused(tmp_path: Path) -> None:
         lease(Slot("GPU 0", "cuda", gpu(0), (0,)))
 
 
-def test_who_has_all_devices_is_said_once(tmp_path: Path) -> None:
-    class Screen(Display):
-        notes: list[str] = []  # noqa: RUF012
+def test_who_waits_for_a_lock_says_once_who_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "SAID_AFTER_SECONDS", 0.1)
+    path, said = tmp_path / "plan.lock", list[str]()
+    with ExitStack() as first:
+        first.enter_context(locks.having(path, pytest.fail))
 
-        def note(self, text: str) -> None:
-            self.notes.append(text)
+        def say(text: str) -> None:
+            said.append(text)
+            time.sleep(0.3)
+            first.close()
 
-    at_hand = found("all")
-    executor = LocalExecutor(
-        lambda *_: pytest.fail("nothing runs"),  # type: ignore[arg-type]
-        Store.open(tmp_path / "store"),
-        at_hand.machine,
-        at_hand,
-        Screen(),
-    )
-    slots = at_hand.slots("cuda")
-    taken = [locks.take(devices.leases_folder() / f"{slot.keys[0]}.lock") for slot in slots]
-    for _ in range(2):
-        assert list(executor.free()) == []
-        assert executor.contended
-    assert len(Screen.notes) == 1
-    assert taken[1] is not None
-    taken[1].release()
-    mine, *beside = executor.free()
-    assert mine.slot.gpu == slots[1].gpu
-    assert {place.slot.gpu for place in beside} <= {mine.slot.gpu}
-    assert list(executor.free()) == []  # ours already
-    cfg = Config.parse({"platform": {"device": "cuda"}})
-    named = Config.parse({"platform": {"device": "cuda", "gpu": 2}})
-    assert executor.suits(slots[1], cfg)
-    assert [executor.suits(slot, named) for slot in slots] == [False, False, True, False]
-    for held in [mine, *beside, *taken]:
-        if held is not None:
-            held.release()
-
-
-def test_the_real_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    assert sorted(devices.usable_cores()) == sorted(os.sched_getaffinity(0))
-    assert DeviceSettings().gpus == "all"
+        with locks.having(path, say):
+            pass
+    (line,) = said
+    assert line.startswith(f"waiting for plan.lock, which process {os.getpid()} of user")

@@ -8,19 +8,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hosts import Host, wait_for
 from search_samples import CPU, ok
 
 from openpi_opt.config import Config
 from openpi_opt.confirm.fresh import FreshRuns, Planned
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Gpu, Machine, TorchBuild
-from openpi_opt.paths import package_dir
 from openpi_opt.process import devices, locks, watcher
 from openpi_opt.process.child import Place
 from openpi_opt.process.devices import LEASES_VARIABLE, Devices, gpu_name, reserve
@@ -136,7 +134,7 @@ def test_processes_of_another_gpu_are_no_answer(tmp_path: Path) -> None:
     for wanted in (1, 1, 2, None):
         runs = FreshRuns(store, journal, None, HOST, said.append, run)
         with runs.alone(on(), wanted):
-            runs.measure(Planned(on(), "x", ("tau", 0)))
+            next(runs.in_turn([Planned(on(), "x", ("tau", 0))]))
             seen = runs.fingerprint(on())["gpu"]["uuid"]
     assert ran == ["GPU-1a", "GPU-2a"]
     assert seen == "GPU-2a", "the one of the newest confirmation"
@@ -144,34 +142,24 @@ def test_processes_of_another_gpu_are_no_answer(tmp_path: Path) -> None:
     assert gpus == ran
 
 
-class Sessions:
+class Sessions(Host):
     """Real sessions in processes of their own."""
 
-    def __init__(self, folder: Path):
-        self.store = folder / "store"
-        self.leases = folder / "leases"
-        self.env = os.environ | {"PYTHONPATH": str(package_dir().parent)}
-
-    def start(self, study: str, count: int, seconds: float) -> subprocess.Popen[str]:
-        words = [str(self.store), study, str(count), str(seconds)]
+    def session(self, study: str, count: int, seconds: float) -> subprocess.Popen[str]:
         program = str(Path(__file__).parents[1] / "samples" / "fresh_session.py")
-        return subprocess.Popen(
-            [sys.executable, program, *words], env=self.env, stderr=subprocess.PIPE, text=True
-        )
+        argv = [sys.executable, program, str(self.store), study, str(count), str(seconds)]
+        return subprocess.Popen(argv, env=self.env, stderr=subprocess.PIPE, text=True)
 
     def end(self, process: subprocess.Popen[str]) -> str:
         _, err = process.communicate(timeout=90)
         assert process.returncode == 0, err
         return err
 
-    def starts(self) -> list[int]:
+    def begun(self) -> list[int]:
         path = self.store / "starts.txt"
         return [int(line) for line in path.read_text().split()] if path.exists() else []
 
-    def ran(self) -> list[dict]:
-        return [json.loads(line) for line in (self.store / "ran.jsonl").read_text().splitlines()]
-
-    def records(self, study: str) -> list[Record]:
+    def recorded(self, study: str) -> list[Record]:
         return Journal.read(self.store / "studies" / study).records()
 
     def assert_free(self) -> None:
@@ -183,29 +171,15 @@ def sessions(tmp_path: Path) -> Sessions:
     return Sessions(tmp_path)
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def state_of(pid: int) -> str:
-    """Empty when it is gone, Z when only its parent has not heard of it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return ""
-
-
 def test_promotions_of_two_studies_take_turns(sessions: Sessions) -> None:
-    first = sessions.start("a", 2, 0.4)
-    wait_for(sessions.starts)
-    second = sessions.start("b", 1, 0.01)
+    first = sessions.session("a", 2, 0.4)
+    wait_for(sessions.begun)
+    second = sessions.session("b", 1, 0.01)
     sessions.end(first)
     said = sessions.end(second)
     assert f"waiting for a device: in use are CPU slot 0 by process {first.pid} of user" in said
-    *before, last = sessions.ran()
+    lines = (sessions.store / "ran.jsonl").read_text().splitlines()
+    *before, last = map(json.loads, lines)
     assert all(entry["ended"] < last["began"] for entry in before)
     assert last["cores"] == sorted(os.sched_getaffinity(0))
     sessions.assert_free()
@@ -213,9 +187,9 @@ def test_promotions_of_two_studies_take_turns(sessions: Sessions) -> None:
 
 def test_a_killed_session_leaves_no_process_and_no_lease_to_the_next(sessions: Sessions) -> None:
     """Stopped with its watcher, the process does not end by itself, and it holds the lease."""
-    session = sessions.start("a", 2, 0.5)
-    wait_for(sessions.starts)
-    (orphan,) = sessions.starts()
+    session = sessions.session("a", 2, 0.5)
+    wait_for(sessions.begun)
+    (orphan,) = sessions.begun()
     found = watcher.look(orphan)
     assert found is not None
     for pid in (found.parent, orphan):
@@ -224,25 +198,26 @@ def test_a_killed_session_leaves_no_process_and_no_lease_to_the_next(sessions: S
     session.communicate()
     (lease,) = {path for path in sessions.leases.iterdir() if path.name == "core-0.lock"}
     assert locks.is_held(lease)
-    said = sessions.end(sessions.start("a", 2, 0.01))
+    said = sessions.end(sessions.session("a", 2, 0.01))
     assert "ended 1 process(es) that a killed session left" in said
-    assert state_of(orphan) in ("", "Z")
-    assert [record.number for record in sessions.records("a")] == [0, 1]
-    assert len(sessions.starts()) == 3
+    found = watcher.look(orphan)
+    assert found is None or not found.lives
+    assert [record.number for record in sessions.recorded("a")] == [0, 1]
+    assert len(sessions.begun()) == 3
     sessions.assert_free()
 
 
 def test_what_a_killed_session_had_finished_is_taken_from_disk(sessions: Sessions) -> None:
-    session = sessions.start("a", 2, 0.3)
-    wait_for(sessions.starts)
+    session = sessions.session("a", 2, 0.3)
+    wait_for(sessions.begun)
     session.send_signal(signal.SIGSTOP)
     wait_for(lambda: list(sessions.store.glob("studies/a/confirm/*/result.json")))
     session.kill()
     session.communicate()
-    assert sessions.records("a") == []
-    sessions.end(sessions.start("a", 2, 0.01))
-    first, second = sessions.records("a")
+    assert sessions.recorded("a") == []
+    sessions.end(sessions.session("a", 2, 0.01))
+    first, second = sessions.recorded("a")
     assert "taken from disk" in first.result.notes[-1]
     assert second.result.notes == []
-    assert len(sessions.starts()) == 2
+    assert len(sessions.begun()) == 2
     sessions.assert_free()

@@ -6,7 +6,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import optuna
 import pytest
 from hosts import Host, wait_for
+from mlflow_server import Server
 from quick import QUICK
 from search_samples import CPU
 from terminal_samples import ROOT, Shell, held, trials_of
@@ -123,10 +123,9 @@ def test_two_ctrl_c_end_now(tmp_path):
     shell.wait_for(lambda: ignores_sigterm(trial))
     shell.press_ctrl_c()
     shell.wait_for(lambda: "Ctrl-C again" in " ".join(shell.shown.split()))
-    time.sleep(0.5)
     assert list(trials_of(tmp_path)) == [trial], "it has its grace"
     shell.press_ctrl_c()
-    said = shell.end(30)
+    said = shell.end(60)
     assert shell.code == 130, said
     assert "Traceback" not in said
     wait_for(lambda: not list(trials_of(tmp_path)) and held(tmp_path) == [])
@@ -138,62 +137,10 @@ def ignores_sigterm(pid: int) -> bool:
     return ignored is not None and bool(int(ignored[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
-class Server:
-    """MLflow's own server application on a port that stays the same."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            self.port = unused.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        environment = {
-            **os.environ,
-            "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{self.folder}/server.db",
-            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
-            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(self.folder / "served"),
-            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
-        }
-        command = [sys.executable, "-m", "flask", "--app", "mlflow.server:app", "run", "--port"]
-        with (self.folder / "server.log").open("a") as out:
-            self.process = subprocess.Popen(
-                [*command, str(self.port)],
-                stdout=out,
-                stderr=out,
-                cwd=self.folder,
-                env=environment,
-            )
-        wait_for(self._answers)
-        open_runs(self.uri)  # the first request makes its database
-
-    def _answers(self) -> bool:
-        assert self.process is not None
-        assert self.process.poll() is None, (self.folder / "server.log").read_text()
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-        if number == signal.SIGKILL:
-            self.process.wait()
-
-
-@pytest.fixture
-def server(tmp_path):
-    folder = tmp_path / "server"
-    folder.mkdir()
-    found = Server(folder)
-    found.start()
-    yield found
-    found.signal(signal.SIGKILL)
-
-
-def test_a_server_that_hangs_dies_and_comes_back(host, server):
+def test_a_server_that_hangs_dies_and_comes_back(host, mlflow_server):
     """No sweep stops for it; what it missed is delivered afterwards, once."""
+    server = mlflow_server
+    open_runs(server.uri)  # the first request makes its database
     host.env |= {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
     host.env |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     sweep = host.start("--seeds", "6", "--seconds", "0.5", "--mlflow", "--wait", "8")
@@ -225,11 +172,11 @@ def interrupted_twice(host: Host, server: Server) -> None:
     assert sweep.stderr is not None
     said = next(line for line in sweep.stderr if line.startswith("interrupted"))
     assert "6 finished trial(s) are kept, and 1 running ended" in said
-    time.sleep(1)
+    time.sleep(0.2)
     assert sweep.poll() is None, "the first one waits for the trial"
     assert host.processes()
     sweep.send_signal(signal.SIGINT)
-    sweep.communicate(timeout=30)
+    sweep.communicate(timeout=60)
     assert sweep.returncode == 130
     wait_for(lambda: not host.processes() and held(host.folder) == [])
     server.signal(signal.SIGCONT)

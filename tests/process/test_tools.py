@@ -11,8 +11,7 @@ import pytest
 from openpi_opt.config import Config
 from openpi_opt.machine import probe
 from openpi_opt.measure import profile
-from openpi_opt.process import tools
-from openpi_opt.process.run import refused, run_trial
+from openpi_opt.process.run import TOOLS, refused, run_trial
 from openpi_opt.result import Ok
 
 MINI = {
@@ -67,7 +66,7 @@ def test_a_tool_that_cannot_be_used_is_refused(
     found = refused(config(tool), probe())
     assert found is not None
     assert "this trial runs on cpu" in found.reason
-    monkeypatch.setitem(tools._DEVICE, tool, "cpu")
+    monkeypatch.setitem(TOOLS, tool, ("cpu", ""))
     monkeypatch.setenv("PATH", str(tmp_path))
     found = refused(config(tool), probe())
     assert found is not None

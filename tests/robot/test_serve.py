@@ -6,15 +6,16 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hosts import wait_for
 from robot_samples import libero, openpi_folder, tokenizer
 
 from openpi_opt import preset
@@ -231,11 +232,15 @@ def test_a_full_queue_refuses_and_the_end_answers_what_was_asked(folder):
     server = Serving(folder, "--queue", "1", "workload.steps=40")
     with ExitStack() as stack:
         *clients, idle = (stack.enter_context(server.connected()) for _ in range(10))
+        server.process.send_signal(signal.SIGSTOP)  # they ask at once, however busy the machine
         for client in clients:
             client.send(wire.pack(libero()))
-        time.sleep(0.5)
+        server.process.send_signal(signal.SIGCONT)
+        pool = stack.enter_context(ThreadPoolExecutor(len(clients)))
+        asked = [pool.submit(client.recv, timeout=60) for client in clients]
+        wait_for(lambda: sum(future.done() for future in asked) >= 7)
         server.process.send_signal(signal.SIGTERM)
-        answers = [client.recv(timeout=60) for client in clients]
+        answers = [future.result() for future in asked]
         with pytest.raises(ConnectionClosed) as end:
             idle.recv(timeout=60)
     assert end.value.rcvd is not None

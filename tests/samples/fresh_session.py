@@ -34,7 +34,7 @@ def session() -> int:
     runs = FreshRuns(store, journal, None, MACHINE, partial(print, file=sys.stderr), run)
     with runs.alone(CFG):
         for number in range(int(count)):
-            runs.measure(Planned(CFG, f"round {number}", ("test", number)))
+            next(runs.in_turn([Planned(CFG, f"round {number}", ("test", number))]))
     return 0
 
 

@@ -73,13 +73,16 @@ class Host:
         return [int(line) for line in self.starts.read_text().split()]
 
     def processes(self) -> list[int]:
-        """Trials of this store that live, found by the mark, whatever they became."""
+        """Trials of this store that live, on any node; found by the mark, whatever they became.
+
+        Where their compilers keep things is in the store.
+        """
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
                     environ = (entry / "environ").read_bytes().decode(errors="replace")
-                    if TRIAL_VARIABLE in environ and str(self.leases) in environ:
+                    if TRIAL_VARIABLE in environ and f"{self.store}/" in environ:
                         found.append(int(entry.name))
         return found
 

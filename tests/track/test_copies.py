@@ -55,10 +55,10 @@ def test_a_server_that_misbehaves_holds_back_no_trial(tmp_path):
         wait_for(lambda: all(host.study.exists() and len(host.records) == 3 for host in hosts))
         begun = time.monotonic()
         for sweep in sweeps:
-            _, said = sweep.communicate(timeout=WAIT_S + 30)
+            _, said = sweep.communicate(timeout=WAIT_S + 60)
             assert sweep.returncode == 0, said
             assert "MLflow lacks 3 of 3 record(s), which the journal has; deliver them: " in said
-        assert time.monotonic() - begun < WAIT_S + 15
+        assert time.monotonic() - begun < WAIT_S + 60
     for host in hosts:
         assert not followers(host)
         host.assert_tidy()
@@ -72,13 +72,13 @@ def test_one_ctrl_c_ends_a_sweep_or_a_wait_for_a_server_that_hangs(host):
         begun = time.monotonic()
         sweep.send_signal(signal.SIGINT)
         sweep.communicate(timeout=60)
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 19  # and not the 20 s of an end without a Ctrl-C
         assert sweep.returncode == 130
         sweep = host.start("--seeds", "1", "--study", "done", "--mlflow")
         assert sweep.stderr is not None
         next(line for line in sweep.stderr if line.startswith("waiting up to"))
         sweep.send_signal(signal.SIGINT)  # ends the wait for copies, and not the verb's words
-        _, said = sweep.communicate(timeout=10)
+        _, said = sweep.communicate(timeout=60)
         assert "MLflow lacks 1 of 1 record(s)" in said
         assert sweep.returncode == 0, said
     assert not followers(host)
