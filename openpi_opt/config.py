@@ -189,7 +189,8 @@ class Guard(Section):
     never more than `lossy_cap`.
 
     `inputs` counts the ordinary inputs. `observations` names a safetensors file of the user's own,
-    which are compared as well (`openpi_opt/guarding/cases.py`).
+    which are compared as well (`openpi_opt/guarding/cases.py`). `seconds` is how long a sweep on a
+    CPU asks mistakes made on purpose, after its table; on a GPU the baseline's trial asks all.
     """
 
     inputs: int = Field(3, ge=2)
@@ -198,6 +199,7 @@ class Guard(Section):
     cap: float = Field(0.05, gt=0)
     lossy_cap: float = Field(0.25, gt=0)
     observations: str | None = None
+    seconds: float = Field(10.0, ge=0)
 
 
 _JUDGED: dict[str, Any] = {
@@ -363,6 +365,7 @@ class Config(BaseModel):
         """What two configurations must share for their latencies to be compared."""
         sections = self.model_dump(mode="json", include=set(CONTEXT_SECTIONS))
         del sections["workload"]["name"]  # a label, not a quantity
+        del sections["guard"]["seconds"]  # of a sweep, after its trials
         return sections
 
     def context_hash(self) -> str:
@@ -386,6 +389,7 @@ class Config(BaseModel):
     def _changed_context(self) -> dict[str, Any]:
         changed = self.model_dump(mode="json", include=set(CONTEXT_SECTIONS), exclude_defaults=True)
         changed.get("workload", {}).pop("name", None)
+        changed.get("guard", {}).pop("seconds", None)
         if self.profile.tool != "none":  # its latency is no answer for the same trial without
             changed["profile"] = {"tool": self.profile.tool}
         return {name: values for name, values in changed.items() if values}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,23 +28,33 @@ KINDS = ("float32", "bfloat16", "float16", "fp8")
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 when something is missed or an unchanged policy is refused."""
     options = _parser().parse_args(argv)
+    from openpi_opt.config import Config
     from openpi_opt.errors import UserError
     from openpi_opt.machine import probe
     from openpi_opt.space.compose import compose
     from openpi_opt.track.store import Store
-    from openpi_opt.track.table import markdown, print_table
+    from openpi_opt.track.table import margin, markdown, print_table
 
     unknown = [kind for kind in options.precisions if kind not in KINDS]
     if unknown:
         raise UserError(f"--precisions {unknown[0]}: known are {', '.join(KINDS)}")
     machine = probe()
-    cfg = compose(list(options.overrides)).resolved(machine)
+    if options.config is not None:  # of a sweep that is over; another may measure
+        os.nice(19)
+        cfg = Config.load(json.loads(options.config))
+    else:
+        cfg = compose(list(options.overrides)).resolved(machine)
     folder = Store.open(options.store).path / "references"
     folder.mkdir(exist_ok=True)
     from openpi_opt.guarding import power
 
     gpus = machine.gpus_for(cfg.device)
-    meter = power.Meter(cfg, gpus[0].arch if gpus else machine.cpu, folder)
+    arch = gpus[0].arch if gpus else machine.cpu
+    if options.seconds is not None:
+        some = power.measure_some(cfg, arch, folder, options.seconds)
+        print(some.model_dump_json() if options.config is not None else margin(some))
+        return 1 if some.missed else 0
+    meter = power.Meter(cfg, arch, folder)
 
     def keep(check: str, mutation: str, multiple: float) -> None:
         if options.out is not None:
@@ -128,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
         help="of float32, bfloat16, float16 and fp8 (default: float32,bfloat16,fp8)",
     )
     parser.add_argument("--out", type=Path, help="a JSON line for each multiple as it comes")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="ask the structure alone, the mistakes that are caught by the least first, and begin "
+        "none after so many seconds; a later run asks the others",
+    )
+    parser.add_argument("--config", help=argparse.SUPPRESS)
     parser.add_argument(
         "--table", choices=("terminal", "markdown"), default="terminal", help=argparse.SUPPRESS
     )

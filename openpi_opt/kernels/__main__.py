@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "gfx942,gfx950,sm90"
 PROBLEM = 1
-_WIDTH = 100
+WIDTH = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps({"kernels": rows}, indent=1))
     else:
-        _print(rows)
+        show(rows)
     return PROBLEM if any(faults(row) for row in rows) else 0
 
 
@@ -137,8 +137,8 @@ def _architectures(names: str) -> list[Arch]:
     return archs
 
 
-def _print(rows: Sequence[dict[str, Any]]) -> None:
-    """The table, at most `_WIDTH` wide in a pipe; on a narrow terminal its lines run over."""
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """The table, at most `WIDTH` wide in a pipe; on a narrow terminal its lines run over."""
     from openpi_opt.track.table import Table, print_table
 
     heads = ["arch", "kernel", "warps", "regs", "spilled", "shared\nKiB", "waves", "limit",
@@ -157,7 +157,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         ])  # fmt: skip
         body += [["", part, *[""] * 7] for part in textwrap.wrap(differs, longest)]
     texts = frozenset(["arch", "kernel", "limit"])
-    print_table(Table(heads, body, texts), _WIDTH, unfolded=texts)
+    print_table(Table(heads, body, texts), WIDTH, unfolded=texts)
     print()
     for row, differs in zip(rows, differences, strict=True):
         if row["mix"]:
@@ -176,7 +176,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         "bytes per lane, 16 is the most; blocks: of the launch, for processors to share ("
         f"{processors}); nothing was run"
     )
-    print(textwrap.fill(said, _WIDTH))
+    print(textwrap.fill(said, WIDTH))
 
 
 def _differences(rows: Sequence[dict[str, Any]]) -> list[str]:
