@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from openpi_opt.figures import FIGURES, Figure
-from openpi_opt.result import Ok, Pruned
+from openpi_opt.result import GuardPower, Ok, Pruned
 from openpi_opt.track.mlflow_content import one_line
 from openpi_opt.track.report import (
     MAX_REASON,
@@ -87,7 +88,17 @@ def best_of_each(found: Sequence[Group]) -> Table:
 def print_side_by_side(found: Sequence[Group]) -> None:
     """Print `best_of_each`."""
     print("\nside by side, each against its own baseline")
-    for _, line in grid(best_of_each(found), TABLE_WIDTH):
+    print_table(best_of_each(found))
+
+
+def print_table(
+    table: Table, pipe_width: int = TABLE_WIDTH, unfolded: AbstractSet[str] = frozenset()
+) -> None:
+    """Print a table on stdout: folded to the terminal, in a pipe to `pipe_width` columns. Where its
+    numbers need more the lines run over: nothing is left out."""
+    on_terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if on_terminal else pipe_width
+    for _, line in grid(table, width, unfolded):
         print(line.rstrip())
 
 
@@ -247,12 +258,16 @@ def below(group: Group) -> list[str]:
 def _guard_lines(found: Sequence[Row]) -> list[str]:
     """What the guard of these trials sees, where that was measured."""
     powers = {row.ok.guard.power for row in found if row.ok and row.ok.guard.power}
-    lines = []
-    for power in sorted(powers, key=lambda power: power.smallest):
-        seen = f"smallest margin {power.smallest:.1f} times the tolerance ({power.mutation})"
-        missed = f"; this guard cannot see: {', '.join(power.missed)}" if power.missed else ""
-        lines.append(f"guard, by mistakes made on purpose: {seen}{missed}")
-    return lines
+    return [margin(power) for power in sorted(powers, key=lambda power: power.smallest)]
+
+
+def margin(power: GuardPower) -> str:
+    """What the guard sees, in one line."""
+    seen = f"smallest margin {power.smallest:.1f} times the tolerance ({power.mutation})"
+    some = power.asked is not None and power.asked != power.known
+    asked = f", {power.asked} of {power.known} mistakes asked" if some else ""
+    missed = f"; this guard cannot see: {', '.join(power.missed)}" if power.missed else ""
+    return f"guard, by mistakes made on purpose: {seen}{asked}{missed}"
 
 
 def outcome(row: Row) -> str:
