@@ -19,9 +19,8 @@ from openpi_opt import cli
 from openpi_opt.verbs import verb_parser
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from openpi_opt.guarding.power import Power
+    from openpi_opt.track.table import Table
 
 KINDS = ("float32", "bfloat16", "float16", "fp8")
 
@@ -29,14 +28,12 @@ KINDS = ("float32", "bfloat16", "float16", "fp8")
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 when something is missed or an unchanged policy is refused."""
     options = _parser().parse_args(argv)
-    from rich.console import Console
-
     from openpi_opt.config import Config
     from openpi_opt.errors import UserError
     from openpi_opt.machine import probe
     from openpi_opt.space.compose import compose
     from openpi_opt.track.store import Store
-    from openpi_opt.track.table import margin
+    from openpi_opt.track.table import margin, markdown, print_table
 
     unknown = [kind for kind in options.precisions if kind not in KINDS]
     if unknown:
@@ -67,11 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     found = meter.measure(options.precisions, cli.say, keep)
     where = gpus[0].name if gpus else f"CPU ({machine.cpu})"
-    console = Console(width=None if options.table == "terminal" else 120)
-    console.print(f"{found.model} on {where}, workload {cfg.workload.name}, {found.seconds:.0f} s")
+    print(f"{found.model} on {where}, workload {cfg.workload.name}, {found.seconds:.0f} s")
     for line in summary(found):
-        console.print(line, soft_wrap=True)
-    cli.print_uncut(console, table(found))
+        print(line)
+    if options.table == "markdown":
+        print(*markdown(table(found)), sep="\n")
+    else:
+        print_table(table(found), unfolded={"mutation"})
     refused = [name for name, share in found.honest.items() if share > 1.0]
     return 1 if found.missed() or refused else 0
 
@@ -109,10 +108,8 @@ def times(multiple: float) -> str:
 
 def table(power: Power) -> Table:
     """Rows are mutations; a column for the structure in float32 and for each own precision."""
-    from rich import box
-    from rich.table import Table
+    from openpi_opt.track.table import Table
 
-    kinds = list(power.plain_rel_l2)
     cells: dict[str, dict[str, str]] = {}
     for row in power.rows:
         mine = cells.setdefault(row.name, {})
@@ -120,15 +117,9 @@ def table(power: Power) -> Table:
         if row.own is not None:
             mark = "" if row.enough else "MISSED " if row.multiple < 1.0 else "weak "
             mine[row.kind] = mark + times(row.own)
-    columns = ["float32", *(kind for kind in kinds if kind != "float32")]
-    found = Table(box=box.MARKDOWN)
-    found.add_column("mutation", no_wrap=True, min_width=max(map(len, cells)))
-    for column in columns:
-        width = max(len(column), *(len(mine.get(column, "")) for mine in cells.values()))
-        found.add_column(column, justify="right", no_wrap=True, min_width=width)
-    for name, mine in cells.items():
-        found.add_row(name, *(mine.get(column, "") for column in columns))
-    return found
+    columns = list(dict.fromkeys(["float32", *power.plain_rel_l2]))
+    body = [[name, *(mine.get(column, "") for column in columns)] for name, mine in cells.items()]
+    return Table(["mutation", *columns], body, frozenset(["mutation"]))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -87,7 +88,17 @@ def best_of_each(found: Sequence[Group]) -> Table:
 def print_side_by_side(found: Sequence[Group]) -> None:
     """Print `best_of_each`."""
     print("\nside by side, each against its own baseline")
-    for _, line in grid(best_of_each(found), TABLE_WIDTH):
+    print_table(best_of_each(found))
+
+
+def print_table(
+    table: Table, pipe_width: int = TABLE_WIDTH, unfolded: AbstractSet[str] = frozenset()
+) -> None:
+    """Print a table on stdout: folded to the terminal, in a pipe to `pipe_width` columns. Where its
+    numbers need more the lines run over: nothing is left out."""
+    on_terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if on_terminal else pipe_width
+    for _, line in grid(table, width, unfolded):
         print(line.rstrip())
 
 
