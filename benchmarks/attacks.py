@@ -297,6 +297,28 @@ def rows(name: str, change: Callable[[Tensor], Tensor]) -> Attack:
     return inputs(lambda i: i._replace(**{name: change(getattr(i, name)).clone()}))
 
 
+def stale_masks(start: int, stop: int) -> Attack:
+    """In calls `start` to `stop` masks are those of the first call: a graph that copies none."""
+
+    def attack(policy: Pi0Policy, call: Call) -> Call:
+        kept: list[Inputs] = []
+        calls = 0
+
+        def replayed(given: Inputs) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if not kept:
+                kept.append(Inputs(*(tensor.clone() for tensor in given)))
+            if start <= calls <= stop:
+                masks = {name: getattr(kept[0], name) for name in ("image_mask", "token_mask")}
+                return call(given._replace(**masks))
+            return call(given)
+
+        return replayed
+
+    return attack
+
+
 def rows_in(stage: str, place: int) -> Attack:
     """One stage gets the first row's tensor for all rows at one place of its arguments."""
 
@@ -861,6 +883,13 @@ KINDS: dict[str, dict[str, Attack]] = {
             > 1 else x),
         "first camera for all": rows("image_mask", lambda m: m[:, :1].expand_as(m)),
     },
+    "masks of the first call": {
+        # The structure is asked in fewer calls, and the cases are asked again after them.
+        "first masks after 21 calls": stale_masks(22, 10**6),
+        "first masks after 21 calls, 70 at most": stale_masks(22, 70),
+        "first masks after 21 calls, 70 at most, flexible": stale_masks(22, 70),
+        "first masks after 21 calls, 70 at most, 3 rows": stale_masks(22, 70),
+    },
     "frame reuse": {
         **{f"frames within {limit}": reused("encode_images", nearer(limit)) for limit in (0.02,
             0.005, 0.001)},
@@ -1038,7 +1067,8 @@ def config(name: str) -> Config:
     rows = 3 if "row" in name.split() or "row's" in name or name in KINDS["row-0 masks"] else 1
     calls = 60 if name in KINDS["ring"] or "after" in name or "every" in name else 25
     raw = {**RAW, **(ON_FP8 if name.startswith("FP8") else {})}
-    raw |= {"workload": {**RAW["workload"], "batch_size": rows}}
+    flexible = {"layout": "flexible"} if "flexible" in name else {}
+    raw |= {"workload": {**RAW["workload"], "batch_size": rows, **flexible}}
     raw |= {"measure": {"warmup": 3, "iterations": calls, "rel_ci": None}}
     return Config.parse(raw).resolved(probe())
 

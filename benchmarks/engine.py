@@ -99,7 +99,7 @@ def _finish(store: Store, space: Space, cfg: Config, count: int) -> None:
             params = {
                 key: dimension.text(drawn.uniform(0.01, 0.9))
                 if dimension.count() is None
-                else drawn.choice(list(dimension.texts()))
+                else drawn.choice(list(dimension.values))
                 for key, dimension in space.dimensions.items()
             }
             weights = cfg.weights.model_copy(update={"seed": number})

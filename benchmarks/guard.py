@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from openpi_opt import cli, runtime
-from openpi_opt.config import MIN_WARMUP, Config
+from openpi_opt.config import Config
 from openpi_opt.errors import RefusedError
 from openpi_opt.guarding import power, question, reference, structure
 from openpi_opt.guarding.cases import TIMED
@@ -133,9 +133,8 @@ def run(cfg: Config, arch: str, folder: Path) -> tuple[str, dict[str, Any]]:
     except RefusedError as refusal:
         return "refused", {"reason": refusal.reason}
     if report.passed:
-        witness = asked.witness()
-        witness.begin(CALLS, compared=True)
-        timing = clock.time_calls(prepared.call, witness, MIN_WARMUP, CALLS, cfg.device)
+        witness = asked.witness(prepared.policy.layout)
+        timing = witness.time(prepared.call, CALLS, cfg.device, compared=True)
         wall_ms = timing.wall_samples_ms
         report = asked.judge(witness, prepared.call, prepared.policy.layout, wall_ms)
     return ("ok" if report.passed else "wrong"), report.model_dump()
@@ -260,12 +259,25 @@ def run_cost(options: argparse.Namespace) -> bool:
             guards = {name: spent.get(name, 0.0) for name in ("reference", "guard")}
             print(
                 f"{which}: {document['outcome']}, {total:.1f} s, of which "
-                + ", ".join(f"{k} {v:.2f} s ({v / total:.1%})" for k, v in guards.items()),
+                + ", ".join(f"{k} {v:.2f} s ({v / total:.1%})" for k, v in guards.items())
+                + held(document),
                 flush=True,
             )
             _add(options.out, {"which": which, "overrides": options.overrides, **document})
             right = right and document["outcome"] == "ok"
     return right
+
+
+def held(document: dict[str, Any]) -> str:
+    """What the guard kept of the timed calls, in words; nothing where there were none."""
+    timed = document.get("guard", {}).get("timed")
+    if timed is None:
+        return ""
+    return (
+        f"; of {timed['calls']} timed calls, {timed['other_masks']} with other masks, it held "
+        f"{timed['held_mib']:.2f} MiB on the device, and {timed['inputs_mib']:.1f} MiB of inputs "
+        "on the host"
+    )
 
 
 def context(model: str, batch: int, seed: int) -> dict[str, Any]:

@@ -178,10 +178,10 @@ def _results(path: Path) -> Iterable[TrialResult]:
 
 def recorded_points(journal: Path, space: Space) -> Iterable[tuple[dict[str, str], TrialResult]]:
     """Points of another study of this space, with what it did not sweep yet at its default."""
-    plain = {key: dimension.texts()[0] for key, dimension in space.dimensions.items()}
+    plain = {key: dimension.values[0] for key, dimension in space.dimensions.items()}
     for line in _lines(journal):
         params = {key: line["params"].get(key, text) for key, text in plain.items()}
-        if all(text in space.dimensions[key].texts() for key, text in params.items()):
+        if all(text in space.dimensions[key].values for key, text in params.items()):
             yield params, results.parse_plain(line["result"])
 
 

@@ -13,7 +13,6 @@ import string
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from openpi_opt.analysis.breakdown import Breakdown, Part, analyse
 from openpi_opt.cli import run
@@ -22,13 +21,14 @@ from openpi_opt.measure.trace import ProfileError
 from openpi_opt.track.table import Table, grid, natural_width
 from openpi_opt.verbs import verb_parser
 
-_PIPE_WIDTH = 100
+PIPE_WIDTH = 100
 _TOP = 15
 # A name may take two lines: what tells one GEMM from another stands far behind in it.
 _NAME_LINES = 2
 _MIN_NAME = 20
 
 _WORDS = frozenset(["", "category"])  # heads of columns of words, which never fold
+_TOTAL = "total"
 
 Rows = Sequence[Sequence[str]]
 Titled = tuple[str, Table]
@@ -65,40 +65,61 @@ def _analyse(path: Path) -> Breakdown:
 
 
 def _print(found: Sequence[Breakdown], top: int) -> None:
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPE_WIDTH
-    labels = _labels(len(found))
-    for label, each in zip(labels, found, strict=True):
-        print(_printable(f"{label}: {each.file}" if len(found) > 1 else each.file))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
+    labels = list(string.ascii_uppercase[: len(found)]) if len(found) > 1 else [""]
+    labels += [str(number + 1) for number in range(len(labels), len(found))]
+    traces = list(zip(labels, found, strict=True))
+    for label, each in traces:
+        print(_printable(f"{label}: {each.file}" if label else each.file))
         for note in each.notes:
             print(f"   {note}")
-    traces = list(zip(labels, found, strict=True))
     title = "per inference" if any((each.inferences or 1) > 1 for each in found) else ""
-    _side_by_side(width, lambda some: _overview(title, some), traces)
+    what = {each.kind for each in found}
+    launches = "kernels" if what == {"device_kernels"} else "launches"
+    _side_by_side(width, title, [""], lambda each: _overview(each, launches), traces)
+    units = ["ms", "share", "launches"]
     if any(each.stages for each in found):
         title = "stages" + _source(found)
-        _side_by_side(width, lambda some: _parts(title, "stages", some), traces)
-    _side_by_side(width, lambda some: _parts("categories", "categories", some), traces)
+        _side_by_side(width, title, units, lambda each: _parts(each, each.stages), traces)
+    _side_by_side(width, "categories", units, lambda each: _parts(each, each.categories), traces)
     for label, each in traces if top else ():
         _print_table(_kernels(each, label, top, width), width)
-    _side_by_side(width, _gaps, traces)
+    _side_by_side(width, "gaps", ["gaps", "ms"], _gaps, traces)
     print()
     for label, each in traces:
-        _print_longest_gaps(width, each, f"{label}: " if len(found) > 1 else "")
+        _print_longest_gaps(width, each, f"{label}: " if label else "")
 
 
 Traces = Sequence[tuple[str, Breakdown]]
+Cells = dict[str, list[str]]  # of one trace, by the name of the row
 
 
-def _side_by_side(width: int, make: Callable[[Traces], Titled], traces: Traces) -> None:
-    """As many traces in a table as the width has room for, the others in tables below it."""
+def _side_by_side(
+    width: int,
+    title: str,
+    units: Sequence[str],
+    cells: Callable[[Breakdown], Cells],
+    traces: Traces,
+) -> None:
+    """As many traces in a table as the width has room for, the others in tables below it. Each has
+    a column for each of `units`; rows come in the order of the traces, the total last."""
+
+    def joined(some: Traces) -> Titled:
+        columns = [cells(each) for _, each in some]
+        names = dict.fromkeys(name for column in columns for name in column)
+        ordered = sorted(names, key=lambda name: name == _TOTAL)
+        blank = [""] * len(units)
+        rows = [[name, *(c for col in columns for c in col.get(name, blank))] for name in ordered]
+        heads = [f"{label}\n{unit}".strip() for label, _ in some for unit in units]
+        return _table(title, ["", *heads], rows)
 
     def fits(count: int) -> bool:
         parts = [traces[i : i + count] for i in range(0, len(traces), count)]
-        return max(natural_width(make(part)[1]) for part in parts) <= width
+        return max(natural_width(joined(part)[1]) for part in parts) <= width
 
     count = next((n for n in range(len(traces), 1, -1) if fits(n)), 1)
     for first in range(0, len(traces), count):
-        _print_table(make(traces[first : first + count]), width)
+        _print_table(joined(traces[first : first + count]), width)
 
 
 def _print_table(titled: Titled, width: int) -> None:
@@ -109,45 +130,28 @@ def _print_table(titled: Titled, width: int) -> None:
         print(line.rstrip())
 
 
-def _overview(title: str, traces: Traces) -> Titled:
-    labels, found = [label for label, _ in traces], [each for _, each in traces]
-    what = {each.kind for each in found}
-    rows = [
-        ("kernels" if what == {"device_kernels"} else "launches",
-         *(_count(each.launches, each) for each in found)),
-        ("sum of their times, ms", *(_ms(each.total_ms, each) for each in found)),
-        ("something running, ms", *(_ms(each.busy_ms, each) for each in found)),
-        ("first start to last end, ms", *(_ms(each.span_ms, each) for each in found)),
-        ("idle, ms", *(_ms(each.idle_ms, each) for each in found)),
-        ("idle, share", *(_share(each.idle_ms, each.span_ms) for each in found)),
-        ("one denoising step, ms", *(_step(each) for each in found)),
-        ("inferences", *(str(each.inferences or "unknown") for each in found)),
-    ]  # fmt: skip
-    return _table(title, ["", *labels], rows)
+def _overview(each: Breakdown, launches: str) -> Cells:
+    return {
+        launches: [_count(each.launches, each)],
+        "sum of their times, ms": [_ms(each.total_ms, each)],
+        "something running, ms": [_ms(each.busy_ms, each)],
+        "first start to last end, ms": [_ms(each.span_ms, each)],
+        "idle, ms": [_ms(each.idle_ms, each)],
+        "idle, share": [_share(each.idle_ms, each.span_ms)],
+        "one denoising step, ms": [_step(each)],
+        "inferences": [str(each.inferences or "unknown")],
+    }
 
 
-def _parts(title: str, what: Literal["stages", "categories"], traces: Traces) -> Titled:
-    """A row per part, a group of columns per trace: time, share, launches."""
-    heads = [
-        f"{label}\n{unit}".strip() for label, _ in traces for unit in ("ms", "share", "launches")
-    ]
-    columns: list[dict[str, Part]] = [getattr(each, what) for _, each in traces]
-    rows = []
-    for name in dict.fromkeys(name for parts in columns for name in parts):
-        parts = [each.get(name) for each in columns]
-        if any(part and part.launches for part in parts):
-            cells = [_cells(part, each) for part, (_, each) in zip(parts, traces, strict=True)]
-            rows.append([name, *(cell for three in cells for cell in three)])
-    total = ["total"]
-    for parts_of, (_, each) in zip(columns, traces, strict=True):
-        total += _cells(Part(each.launches, each.total_ms) if parts_of else None, each)
-    return _table(title, ["", *heads], [*rows, total])
-
-
-def _cells(part: Part | None, each: Breakdown) -> list[str]:
-    if part is None:
-        return ["", "", ""]
-    return [_ms(part.ms, each), _share(part.ms, each.total_ms), _count(part.launches, each)]
+def _parts(each: Breakdown, parts: dict[str, Part]) -> Cells:
+    """Time, share and launches of each part that has some, and of all."""
+    every = {name: part for name, part in parts.items() if part.launches}
+    if every:
+        every[_TOTAL] = Part(each.launches, each.total_ms)
+    return {
+        name: [_ms(part.ms, each), _share(part.ms, each.total_ms), _count(part.launches, each)]
+        for name, part in every.items()
+    }
 
 
 def _kernels(each: Breakdown, label: str, top: int, width: int) -> Titled:
@@ -170,17 +174,12 @@ def _kernels(each: Breakdown, label: str, top: int, width: int) -> Titled:
     return _table(f"{label} top kernels".strip(), heads, rows)
 
 
-def _gaps(traces: Traces) -> Titled:
-    heads = [f"{label} {unit}".strip() for label, _ in traces for unit in ("gaps", "ms")]
-    bounds = [gap.above_us for gap in traces[0][1].gaps]
-    rows = []
-    for i, bound in enumerate(bounds):
-        following = f" to {bounds[i + 1]:g}" if i + 1 < len(bounds) else ""
-        cells = []
-        for _, each in traces:
-            cells += [_count(each.gaps[i].gaps, each), _ms(each.gaps[i].ms, each)]
-        rows.append([f"above {bound:g}{following} us", *cells])
-    return _table("gaps", ["", *heads], rows)
+def _gaps(each: Breakdown) -> Cells:
+    upper = [f" to {gap.above_us:g}" for gap in each.gaps[1:]] + [""]
+    return {
+        f"above {gap.above_us:g}{to} us": [_count(gap.gaps, each), _ms(gap.ms, each)]
+        for gap, to in zip(each.gaps, upper, strict=True)
+    }
 
 
 def _print_longest_gaps(width: int, each: Breakdown, label: str) -> None:
@@ -194,13 +193,6 @@ def _print_longest_gaps(width: int, each: Breakdown, label: str) -> None:
 
 def _table(title: str, heads: Sequence[str], rows: Rows) -> Titled:
     return title, Table([*heads], [[*row] for row in rows], frozenset([*_WORDS, "name"]))
-
-
-def _labels(count: int) -> list[str]:
-    if count == 1:
-        return [""]
-    letters = string.ascii_uppercase
-    return [letters[i] if i < len(letters) else f"{i + 1}" for i in range(count)]
 
 
 def _source(found: Sequence[Breakdown]) -> str:

@@ -10,6 +10,7 @@ import io
 import math
 import os
 import sys
+import traceback
 import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -145,10 +146,8 @@ def _complain(text: str) -> None:
 
 def _one_line(error: BaseException) -> str:
     """Type, message and place, for a line instead of a traceback."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = f" in {trace.tb_frame.f_code.co_filename} line {trace.tb_lineno}" if trace else ""
+    places = traceback.extract_tb(error.__traceback__)
+    where = f" in {places[-1].filename} line {places[-1].lineno}" if places else ""
     text = " ".join(masked(str(error)).split())
     return f"{type(error).__name__}: {text[:200]}{where}"
 

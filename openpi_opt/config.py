@@ -9,18 +9,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
     create_model,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from openpi_opt import checkpoint_file
 from openpi_opt.errors import UserError, near
@@ -187,7 +189,8 @@ class Guard(Section):
     never more than `lossy_cap`.
 
     `inputs` counts the ordinary inputs. `observations` names a safetensors file of the user's own,
-    which are compared as well (`openpi_opt/guarding/cases.py`).
+    which are compared as well (`openpi_opt/guarding/cases.py`). `seconds` is how long a sweep on a
+    CPU asks mistakes made on purpose, after its table; on a GPU the baseline's trial asks all.
     """
 
     inputs: int = Field(3, ge=2)
@@ -196,6 +199,7 @@ class Guard(Section):
     cap: float = Field(0.05, gt=0)
     lossy_cap: float = Field(0.25, gt=0)
     observations: str | None = None
+    seconds: float = Field(10.0, ge=0)
 
 
 _JUDGED: dict[str, Any] = {
@@ -236,17 +240,6 @@ class Tracking(Section):
     experiment: str = "openpi-opt"
 
 
-SECTIONS: dict[str, type[Section]] = {
-    "model": Model,
-    "weights": Weights,
-    "workload": Workload,
-    "platform": Platform,
-    "measure": Measure,
-    "profile": Profile,
-    "guard": Guard,
-    "limits": Limits,
-    "tracking": Tracking,
-}
 # What decides the number that is measured, besides the knobs: trials are compared with one
 # another, and with the baseline, only where these are equal.
 CONTEXT_SECTIONS = ("model", "weights", "workload", "platform", "measure", "guard")
@@ -266,24 +259,19 @@ class Config(BaseModel):
     guard: Guard = Guard()
     limits: Limits = Limits()
     tracking: Tracking = Tracking()
-    knobs: dict[str, Options] = Field(default_factory=dict)
+    knobs: dict[str, SerializeAsAny[Options]] = Field(default_factory=dict)
 
     @staticmethod
     def parse(raw: Mapping[str, Any]) -> Config:
         """Validate a composed mapping whose top-level keys are sections and knobs. Raises
         UserError: unknown key or value out of range, naming the key, the value given and what is
         admitted."""
-        known = [*SECTIONS, *BY_NAME]
         for key in raw:
-            if key not in known:
-                raise UserError(
-                    f"unknown key {key!r}; known are {', '.join(known)}.{near(key, known)}"
-                )
-        knobs = {k.name: _located(k.name, k.options_type, raw.get(k.name, {})) for k in KNOBS}
-        sections = {
-            name: _located(name, kind, raw.get(name, {})) for name, kind in SECTIONS.items()
-        }
-        return Config(**sections, knobs=knobs)
+            if key not in SCHEMAS:
+                raise UserError(unknown_key(str(key)))
+        found = {name: validated(kind, raw.get(name, {}), name) for name, kind in SCHEMAS.items()}
+        knobs = {name: found.pop(name) for name in BY_NAME}
+        return Config(**found, knobs=knobs)
 
     @staticmethod
     def load(document: Mapping[str, Any]) -> Config:
@@ -293,11 +281,7 @@ class Config(BaseModel):
 
     def dump(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        document = self.model_dump(mode="json", exclude={"knobs"})
-        document["knobs"] = {
-            name: opts.model_dump(mode="json") for name, opts in self.knobs.items()
-        }
-        return document
+        return self.model_dump(mode="json")
 
     def resolved(self, machine: Machine) -> Config:
         """Replace `auto`, and the null of `measure.max_seconds`, by what this machine has. Raises
@@ -381,6 +365,7 @@ class Config(BaseModel):
         """What two configurations must share for their latencies to be compared."""
         sections = self.model_dump(mode="json", include=set(CONTEXT_SECTIONS))
         del sections["workload"]["name"]  # a label, not a quantity
+        del sections["guard"]["seconds"]  # of a sweep, after its trials
         return sections
 
     def context_hash(self) -> str:
@@ -392,23 +377,19 @@ class Config(BaseModel):
         default is left out: a new knob or option changes no hash. Files that knobs read count by
         their content, at whatever path they lie."""
         canonical = self.canonical()
-        changed = {
-            name: options.model_dump(mode="json", exclude_defaults=True)
-            for name, options in canonical.knobs.items()
-        }
-        knobs = {name: values for name, values in changed.items() if values}
+        changed = canonical.model_dump(mode="json", include={"knobs"}, exclude_defaults=True)
+        knobs = {name: values for name, values in changed["knobs"].items() if values}
         for knob in KNOBS:
             for option, path in knob.files(canonical).items():
                 *groups, key = option.split(".")
-                owner = functools.reduce(
-                    lambda found, group: found[group], groups, knobs[knob.name]
-                )
+                owner = functools.reduce(dict.__getitem__, groups, knobs[knob.name])
                 owner[key] = content_of(path)
         return _digest({"knobs": knobs, **canonical._changed_context()})
 
     def _changed_context(self) -> dict[str, Any]:
         changed = self.model_dump(mode="json", include=set(CONTEXT_SECTIONS), exclude_defaults=True)
         changed.get("workload", {}).pop("name", None)
+        changed.get("guard", {}).pop("seconds", None)
         if self.profile.tool != "none":  # its latency is no answer for the same trial without
             changed["profile"] = {"tool": self.profile.tool}
         return {name: values for name, values in changed.items() if values}
@@ -418,17 +399,13 @@ class Config(BaseModel):
         return {knob.name: knob.label(self.knobs[knob.name]) for knob in KNOBS}
 
 
-def _located(name: str, kind: type[BaseModel], raw: Any) -> Any:
-    """A section or a knob's options. Raises UserError with the keys that are wrong."""
-    if not isinstance(raw, Mapping):
-        raise UserError(f"{name}={raw!r}: expected an option of the group or keys below it.")
-    try:
-        return kind.model_validate(dict(raw))
-    except ValidationError as error:
-        lines = [_explain(name, kind, item) for item in error.errors()[:3]]
-        raise UserError("\n".join(lines)) from None
-
-
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation  # type: ignore[misc]
+    for name, field in Config.model_fields.items()
+    if name != "knobs"
+}
+# What may stand below each key at the top of a configuration.
+SCHEMAS: dict[str, type[BaseModel]] = {**SECTIONS, **{k.name: k.options_type for k in KNOBS}}
 # Said beside what is too small, by key.
 _WHY_AT_LEAST = {
     "measure.warmup": "the first calls compile and fill caches",
@@ -436,16 +413,69 @@ _WHY_AT_LEAST = {
 }
 
 
-def _explain(name: str, kind: type[BaseModel], item: Any) -> str:
-    path = ".".join([name, *map(str, item["loc"])])
-    if item["type"] == "extra_forbidden":
-        fields = list(kind.model_fields)
-        return f"unknown key {path}; {name} has {', '.join(fields)}.{near(item['loc'][-1], fields)}"
-    message = item["msg"].removeprefix("Value error, ")
+def validated(kind: type[BaseModel], raw: Any, name: str = "", unions: Sequence[str] = ()) -> Any:
+    """`raw` as a `kind`. Raises UserError: up to three lines, each with the key below `name`, the
+    value given and what is admitted. pydantic names the member of each of the `unions`, too."""
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{name}={_typed(raw)}: expected an option of the group or keys below it.")
+    try:
+        return kind.model_validate(dict(raw))
+    except ValidationError as error:
+        lines: dict[Any, str] = {}  # one for each key, whatever the members of a union say
+        for item in error.errors():
+            where = [str(part) for part in item["loc"]]
+            if where and where[0] in unions:
+                del where[1:2]
+            path = ".".join(filter(None, [name, *where]))
+            lines.setdefault(tuple(where[:2]), _explained(item, path, below=bool(name)))
+        raise UserError("\n".join([*lines.values()][:3])) from None
+
+
+def _explained(item: Any, path: str, below: bool) -> str:
+    if item["type"] == "extra_forbidden" and below:
+        return unknown_key(path)
+    message = item["msg"].removeprefix("Value error, ").removesuffix(".")
     if path in _WHY_AT_LEAST and item["type"] == "greater_than_equal":
         message = f"at least {item['ctx']['ge']}, since {_WHY_AT_LEAST[path]}"
-    given = "" if item["type"] == "value_error" else f"={item['input']!r}"
-    return f"{path}{given}: {message}."
+    whole = item["type"] == "value_error" and isinstance(item["input"], Mapping)
+    given = path if whole else f"{path}={_typed(item['input'])}"
+    return f"{given}: {message}." if path else f"{message}."
+
+
+def _typed(value: Any) -> str:
+    """A value as it was typed, on one line."""
+    return str(value) if str(value).isprintable() else repr(value)
+
+
+def fields(head: str) -> dict[str, FieldInfo]:
+    """Every key below a section or knob, nested ones included: `compile.inductor.freezing`."""
+    found: dict[str, FieldInfo] = {}
+    waiting: list[tuple[str, Any]] = [(head, SCHEMAS.get(head))]
+    for prefix, kind in waiting:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            inside = {f"{prefix}.{name}": field for name, field in kind.model_fields.items()}
+            found |= inside
+            waiting += [(path, field.annotation) for path, field in inside.items()]
+    return found
+
+
+def unknown_key(key: str, known: Iterable[str] = ()) -> str:
+    """What to say of a key that no schema has: what there is, and what comes nearest. `known` are
+    keys at the top besides those of a configuration."""
+    head, _, rest = key.partition(".")
+    top = [*SCHEMAS, *known]
+    if head not in top:
+        return f"unknown group or key {head!r}; known are {', '.join(top)}.{near(head, top)}"
+    there = fields(head)
+    above = there.get(key.rpartition(".")[0])
+    if above is not None and get_origin(above.annotation) is dict:
+        return f"{key} is not set, so it is added: +{key}=VALUE."
+    below = [path.split(".")[1] for path in there if path.count(".") == 1]
+    what = f"{head} has {', '.join(below)}." if below else f"{head} has no {rest}."
+    same_name = [path for path in there if path.split(".")[-1] == key.split(".")[-1]]
+    rests = [path.removeprefix(f"{head}.") for path in there]
+    hint = f" Did you mean {same_name[0]}?" if same_name else near(rest, rests, f"{head}.")
+    return f"unknown key {key}; {what}{hint}"
 
 
 def _check_time(measure: Measure, limits: Limits) -> None:

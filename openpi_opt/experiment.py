@@ -35,6 +35,9 @@ _OWN_KEYS = ("experiment", "out")
 _NO_KNOBS = {*Settings.model_fields, *SECTIONS} - {"model", "weights", "workload"}
 
 
+Entry = tuple[Row, dict[str, Any]]  # a trial, and its line of the table
+
+
 class Experiment(BaseModel):
     """One file of `conf/experiment/`."""
 
@@ -125,161 +128,118 @@ def write_report(name: str, study_dir: Path, folder: Path) -> list[Path]:
     found = [r for r in rows(journal.records()) if not r.stale and r.record.role != "confirm"]
     if not found:
         raise UserError(f"study {study_dir.name} has no finished trial, so there is no report.")
-    series = _series(found, experiment, journal.header.command if journal.header else [])
-    found.sort(key=lambda row: (series[row.record.uid], _x(row, experiment)))
-    table = [_entry(row, series[row.record.uid], experiment) for row in found]
-    text = _markdown(experiment, study_dir.name, found, table)
-    document = _document(name, experiment, study_dir.name, found, table)
-    panels = _panels(experiment, found, series)
-    heading = _heading(experiment, found)
-    figure = plots.draw(experiment.plot, heading, panels) if panels else None
+    typed = _typed(experiment, journal.header.command if journal.header else [])
+    entries = [(row, _entry(row, experiment, typed)) for row in found]
+    entries.sort(key=lambda pair: (pair[1]["configuration"], pair[1][experiment.x]))
+    found, table = [row for row, _ in entries], [entry for _, entry in entries]
+    newest = max(found, key=lambda row: row.record.number).record.result
+    config, where = newest.config, device(newest.config, newest.fingerprint)
+    model, workload = config["model"]["name"], found[0].record.result.config["workload"]
+    heading = f"{experiment.title}: {model} on {where}, workload {config['workload']['name']}"
+    ceilings = next((r.ok.roofline.ceilings for r in found if r.ok and r.ok.roofline), None)
+    document = {
+        "experiment": name,
+        "title": experiment.title,
+        "study": study_dir.name,
+        "written_at": utc_now(),
+        "model": model,
+        "workload": workload,
+        "device": where,
+        "fingerprint": newest.fingerprint,
+        "ceilings": ceilings and ceilings.model_dump(),
+        "rows": table,
+    }
+    panels = _panels(experiment, entries)
+    text = _markdown(experiment, [f"# {heading}", "", f"Study `{study_dir.name}`.", ""], entries)
     mend = (
         f"The study is kept: python -m openpi_opt.experiment {name} {study_dir.name} --out FOLDER "
         "writes the report elsewhere."
     )
+    figure = plots.draw(experiment.plot, heading, panels) if panels else None
     files = plots.write_report(folder, name, text, document, figure, mend)
     for file in files:
         cli.say(f"wrote {file}")
     return files
 
 
-def _x(row: Row, experiment: Experiment) -> Any:
-    """The value on the x axis, from the configuration that ran."""
-    value: Any = row.record.result.config
-    for part in experiment.x.split("."):
-        value = value[part]
-    return value
-
-
-def _series(found: Sequence[Row], experiment: Experiment, command: Sequence[str]) -> dict[str, str]:
-    """By uid: the swept keys besides x, or what the whole study was given, or the baseline."""
+def _typed(experiment: Experiment, command: Sequence[str]) -> str:
+    """What the whole study was given, apart from the experiment's own and what is no knob."""
     ignored = {experiment.x, *_NO_KNOBS, *_OWN_KEYS}
-    typed = [
+    return " ".join(
         word
         for word in command
         if "=" in word
         and not word.startswith("-")
-        and word.partition("=")[0] not in ignored
-        and word.split("=")[0].split(".")[0] not in ignored
+        and not {word.partition("=")[0], word.split("=")[0].split(".")[0]} & ignored
         and word not in experiment.overrides
-    ]
-    names = {}
-    for row in found:
-        record = row.record
-        swept = [f"{key}={text}" for key, text in record.params.items() if key != experiment.x]
-        plain = record.role == "baseline" or not (swept or typed)
-        names[record.uid] = "baseline" if plain else " ".join(swept or typed)
-    return names
+    )
 
 
-def _entry(row: Row, series: str, experiment: Experiment) -> dict[str, Any]:
-    """One line of the table as plain data; figures are None where the outcome has none."""
+def _entry(row: Row, experiment: Experiment, typed: str) -> dict[str, Any]:
+    """One line of the table as plain data; figures are None where the outcome has none. Its
+    configuration are the swept keys besides x, or what was `typed`, or the baseline."""
+    record = row.record
+    swept = [f"{key}={text}" for key, text in record.params.items() if key != experiment.x]
+    name = " ".join(swept) or typed
+    x: Any = record.result.config
+    for part in experiment.x.split("."):
+        x = x[part]
     figures = {key: FIGURES[key].value(row.ok) if row.ok else None for key in experiment.columns}
     return {
-        "configuration": series,
-        experiment.x: _x(row, experiment),
-        "outcome": row.record.result.outcome,
+        "configuration": "baseline" if record.role == "baseline" or not name else name,
+        experiment.x: x,
+        "outcome": record.result.outcome,
         **figures,
         "noisy": row.ok.latency.noisy if row.ok else None,
         "flags": row.ok.flags() if row.ok else [],
-        "notes": row.record.result.notes,
+        "notes": record.result.notes,
         "reason": row.reason or None,
-        "number": row.record.number,
+        "number": record.number,
     }
 
 
-def _markdown(
-    experiment: Experiment, study: str, found: Sequence[Row], table: Sequence[dict[str, Any]]
-) -> str:
+def _markdown(experiment: Experiment, top: list[str], entries: Sequence[Entry]) -> str:
     heads = ["configuration", experiment.x.split(".")[-1]]
     heads += [*(FIGURES[key].title for key in experiment.columns), "trial"]
-    body = [
-        [
-            entry["configuration"],
-            str(entry[experiment.x]),
-            *(_cell(entry, key) for key in experiment.columns),
-            str(entry["number"]),
-        ]
-        for entry in table
-    ]
-    lines = [f"# {_heading(experiment, found)}", "", f"Study `{study}`.", ""]
-    lines += [*markdown(Table(heads, body, frozenset(heads[:1]))), ""]
-    remarks: dict[str, list[str]] = {}
-    for entry in table:
-        for text in [*([entry["reason"]] if entry["reason"] else []), *entry["notes"]]:
-            remarks.setdefault(text, []).append(str(entry["number"]))
+    body, remarks = [], dict[str, list[str]]()
+    for _, entry in entries:
+        first, number = (entry["configuration"], str(entry[experiment.x])), str(entry["number"])
+        body.append([*first, *(_cell(entry, key) for key in experiment.columns), number])
+        for text in [*filter(None, [entry["reason"]]), *entry["notes"]]:
+            remarks.setdefault(text, []).append(number)
+    lines = [*top, *markdown(Table(heads, body, frozenset(heads[:1]))), ""]
     lines += [f"- {text} (trial {', '.join(who)})" for text, who in remarks.items()]
-    lines += [f"- {line}" for line in flag_lines(found)]
-    if any(entry["noisy"] for entry in table):
+    lines += [f"- {line}" for line in flag_lines([row for row, _ in entries])]
+    if any(entry["noisy"] for _, entry in entries):
         lines.append("- ~ noisy: standard deviation above 10% of the mean")
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _cell(entry: dict[str, Any], key: str) -> str:
-    value = entry[key]
     if entry["outcome"] != "ok":
         return str(entry["outcome"])
-    mark = "~ " if entry["noisy"] and key == "mean_ms" else ""
-    return mark + FIGURES[key].plain(value) if value is not None else "not measured"
+    if entry[key] is None:
+        return "not measured"
+    return "~ " * (entry["noisy"] and key == "mean_ms") + FIGURES[key].plain(entry[key])
 
 
-def _document(
-    name: str,
-    experiment: Experiment,
-    study: str,
-    found: Sequence[Row],
-    table: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    first = found[0].record.result
-    newest = max(found, key=lambda row: row.record.number).record
-    ceilings = next((r.ok.roofline.ceilings for r in found if r.ok and r.ok.roofline), None)
-    return {
-        "experiment": name,
-        "title": experiment.title,
-        "study": study,
-        "written_at": utc_now(),
-        "model": first.config["model"]["name"],
-        "workload": first.config["workload"],
-        "device": device(first.config, newest.result.fingerprint),
-        "fingerprint": newest.result.fingerprint,
-        "ceilings": ceilings and ceilings.model_dump(),
-        "rows": list(table),
-    }
-
-
-def _heading(experiment: Experiment, found: Sequence[Row]) -> str:
-    result = max(found, key=lambda row: row.record.number).record.result
-    workload = result.config["workload"]["name"]
-    where = device(result.config, result.fingerprint)
-    return f"{experiment.title}: {result.config['model']['name']} on {where}, workload {workload}"
-
-
-def _panels(
-    experiment: Experiment, found: Sequence[Row], series: dict[str, str]
-) -> list[plots.Panel]:
+def _panels(experiment: Experiment, entries: Sequence[Entry]) -> list[plots.Panel]:
     """One for each figure that at least one trial has."""
     panels = []
-    for key in experiment.panels:
-        column = FIGURES[key]
+    lines = experiment.plot == "lines"
+    for figure in map(FIGURES.__getitem__, experiment.panels):
         points: dict[str, list[plots.Point]] = {}
-        for row in found:
-            value = column.value(row.ok) if row.ok else None
-            if value is None:
+        for row, entry in entries:
+            if row.ok is None or (value := figure.value(row.ok)) is None:
                 continue
-            assert row.ok is not None
-            low, high = column.interval(row.ok) if column.interval else (None, None)
-            x = _x(row, experiment)
-            x = x if experiment.plot == "lines" else str(x)
-            points.setdefault(series[row.record.uid], []).append(plots.Point(x, value, low, high))
-        if points:
+            x = entry[experiment.x] if lines else str(entry[experiment.x])
+            interval = figure.interval(row.ok) if figure.interval else (None, None)
+            points.setdefault(entry["configuration"], []).append(plots.Point(x, value, *interval))
+        series = [plots.Series(name, each) for name, each in points.items()]
+        if series:
+            log_y = lines and figure.log
             panels.append(
-                plots.Panel(
-                    title=column.title,
-                    series=[plots.Series(name, each) for name, each in points.items()],
-                    x_label=experiment.x_label,
-                    log_x=experiment.plot == "lines",
-                    log_y=experiment.plot == "lines" and column.log,
-                )
+                plots.Panel(figure.title, series, experiment.x_label, log_x=lines, log_y=log_y)
             )
     return panels
 

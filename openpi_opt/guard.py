@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +19,8 @@ from openpi_opt import cli
 from openpi_opt.verbs import verb_parser
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from openpi_opt.guarding.power import Power
+    from openpi_opt.track.table import Table
 
 KINDS = ("float32", "bfloat16", "float16", "fp8")
 
@@ -28,24 +28,33 @@ KINDS = ("float32", "bfloat16", "float16", "fp8")
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 when something is missed or an unchanged policy is refused."""
     options = _parser().parse_args(argv)
-    from rich.console import Console
-
+    from openpi_opt.config import Config
     from openpi_opt.errors import UserError
     from openpi_opt.machine import probe
     from openpi_opt.space.compose import compose
     from openpi_opt.track.store import Store
+    from openpi_opt.track.table import margin, markdown, print_table
 
     unknown = [kind for kind in options.precisions if kind not in KINDS]
     if unknown:
         raise UserError(f"--precisions {unknown[0]}: known are {', '.join(KINDS)}")
     machine = probe()
-    cfg = compose(list(options.overrides)).resolved(machine)
+    if options.config is not None:  # of a sweep that is over; another may measure
+        os.nice(19)
+        cfg = Config.load(json.loads(options.config))
+    else:
+        cfg = compose(list(options.overrides)).resolved(machine)
     folder = Store.open(options.store).path / "references"
     folder.mkdir(exist_ok=True)
     from openpi_opt.guarding import power
 
     gpus = machine.gpus_for(cfg.device)
-    meter = power.Meter(cfg, gpus[0].arch if gpus else machine.cpu, folder)
+    arch = gpus[0].arch if gpus else machine.cpu
+    if options.seconds is not None:
+        some = power.measure_some(cfg, arch, folder, options.seconds)
+        print(some.model_dump_json() if options.config is not None else margin(some))
+        return 1 if some.missed else 0
+    meter = power.Meter(cfg, arch, folder)
 
     def keep(check: str, mutation: str, multiple: float) -> None:
         if options.out is not None:
@@ -55,11 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     found = meter.measure(options.precisions, cli.say, keep)
     where = gpus[0].name if gpus else f"CPU ({machine.cpu})"
-    console = Console(width=None if options.table == "terminal" else 120)
-    console.print(f"{found.model} on {where}, workload {cfg.workload.name}, {found.seconds:.0f} s")
+    print(f"{found.model} on {where}, workload {cfg.workload.name}, {found.seconds:.0f} s")
     for line in summary(found):
-        console.print(line, soft_wrap=True)
-    cli.print_uncut(console, table(found))
+        print(line)
+    if options.table == "markdown":
+        print(*markdown(table(found)), sep="\n")
+    else:
+        print_table(table(found), unfolded={"mutation"})
     refused = [name for name, share in found.honest.items() if share > 1.0]
     return 1 if found.missed() or refused else 0
 
@@ -97,10 +108,8 @@ def times(multiple: float) -> str:
 
 def table(power: Power) -> Table:
     """Rows are mutations; a column for the structure in float32 and for each own precision."""
-    from rich import box
-    from rich.table import Table
+    from openpi_opt.track.table import Table
 
-    kinds = list(power.plain_rel_l2)
     cells: dict[str, dict[str, str]] = {}
     for row in power.rows:
         mine = cells.setdefault(row.name, {})
@@ -108,15 +117,9 @@ def table(power: Power) -> Table:
         if row.own is not None:
             mark = "" if row.enough else "MISSED " if row.multiple < 1.0 else "weak "
             mine[row.kind] = mark + times(row.own)
-    columns = ["float32", *(kind for kind in kinds if kind != "float32")]
-    found = Table(box=box.MARKDOWN)
-    found.add_column("mutation", no_wrap=True, min_width=max(map(len, cells)))
-    for column in columns:
-        width = max(len(column), *(len(mine.get(column, "")) for mine in cells.values()))
-        found.add_column(column, justify="right", no_wrap=True, min_width=width)
-    for name, mine in cells.items():
-        found.add_row(name, *(mine.get(column, "") for column in columns))
-    return found
+    columns = list(dict.fromkeys(["float32", *power.plain_rel_l2]))
+    body = [[name, *(mine.get(column, "") for column in columns)] for name, mine in cells.items()]
+    return Table(["mutation", *columns], body, frozenset(["mutation"]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
         help="of float32, bfloat16, float16 and fp8 (default: float32,bfloat16,fp8)",
     )
     parser.add_argument("--out", type=Path, help="a JSON line for each multiple as it comes")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="ask the structure alone, the mistakes that are caught by the least first, and begin "
+        "none after so many seconds; a later run asks the others",
+    )
+    parser.add_argument("--config", help=argparse.SUPPRESS)
     parser.add_argument(
         "--table", choices=("terminal", "markdown"), default="terminal", help=argparse.SUPPRESS
     )

@@ -106,7 +106,7 @@ def probe(hidden: bool = False) -> Machine:
         troubles += said
     return Machine(
         gpus=tuple(gpus),
-        torch=_torch_build(),
+        torch=torch_build(),
         cpu=cpu.model(),
         cores=len(os.sched_getaffinity(0)),
         memory_mib=cpu.memory_mib(),
@@ -142,7 +142,7 @@ def installed(*distributions: str) -> str | None:
     return None
 
 
-def _torch_build() -> TorchBuild | None:
+def torch_build() -> TorchBuild | None:
     """Read `torch/version.py` as text: importing torch takes seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:

@@ -16,7 +16,7 @@ import torch
 
 from openpi_opt import result as results
 from openpi_opt import runtime
-from openpi_opt.config import MIN_ITERATIONS, MIN_WARMUP, RACE_FILE, Config
+from openpi_opt.config import MIN_ITERATIONS, RACE_FILE, Config
 from openpi_opt.errors import RefusedError
 from openpi_opt.guarding import power as power_of_guard
 from openpi_opt.guarding import question
@@ -160,7 +160,7 @@ class Measuring:
             return _wrong(report)
         # Before the timing, whose inputs and outputs are kept for the guard, not by the policy.
         peak = memory.peak(device)
-        witness = asked.witness()
+        witness = asked.witness(prepared.policy.layout)
         with self._alone():
             progress.enter("measure")
             warm.warm(
@@ -352,14 +352,13 @@ def raced(cfg: Config, folder: Path) -> Config:
 
 
 def _block(prepared: Prepared, witness: Witness, cfg: Config) -> Callable[..., clock.Timing]:
-    """Times so many calls; with `compared` some of them are compared with the reference, later."""
+    """Times so many calls; with `compared` some of them are compared with the reference, later.
 
-    def block(iterations: int, compared: bool = False) -> clock.Timing:
-        witness.begin(iterations, compared)
-        # Warm again, shortly: copies to the host, planning or a reading came in between.
-        return clock.time_calls(prepared.call, witness, MIN_WARMUP, iterations, cfg.device)
-
-    return block
+    Warm again, shortly: copies to the host, planning or a reading came in between.
+    """
+    return lambda iterations, compared=False: witness.time(
+        prepared.call, iterations, cfg.device, compared
+    )
 
 
 def _hopeless(prepared: Prepared, witness: Witness, cfg: Config) -> dict[str, Any] | None:

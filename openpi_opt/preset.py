@@ -79,7 +79,8 @@ def render(cfg: Config, provenance: dict[str, Any]) -> str:
         chosen = cfg.canonical().knobs[knob.name]
         option = option_of(knob, chosen)
         if option is None:
-            body[knob.name] = chosen.model_dump(mode="json")
+            plain = knob.options_type().model_dump(mode="json")
+            body[knob.name] = _changed(chosen.model_dump(mode="json"), plain)
         else:
             defaults.append({f"override /{knob.name}": option})
     document = {"defaults": defaults, **body, "provenance": provenance}
@@ -87,6 +88,17 @@ def render(cfg: Config, provenance: dict[str, Any]) -> str:
         f"# @package _global_\n# Written by `python -m openpi_opt.promote {provenance['study']}`.\n"
     )
     return head + yaml.safe_dump(document, sort_keys=False, width=100, allow_unicode=True)
+
+
+def _changed(values: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs from `plain`: the other keys are as the group's default option has them."""
+    found = {key: value for key, value in values.items() if value != plain.get(key)}
+    return {
+        key: _changed(value, plain[key])
+        if isinstance(value, dict) and isinstance(plain.get(key), dict)
+        else value
+        for key, value in found.items()
+    }
 
 
 def option_of(knob: AnyKnob, chosen: Options) -> str | None:

@@ -189,6 +189,11 @@ class TimedReport(_Part):
     Of `calls` timed calls, each with new content, `compared` were compared with the reference
     (`rel_l2`, the worst; None where not finite) and `repeated` were made again and compared with
     themselves. `problem` says what is wrong. `seed` is that of the contents.
+
+    `masks` says whether masks and prompt lengths were the workload's in all calls (an exact layout
+    admits no other), or drawn in `other_masks` of them, which count for no latency. `held_mib` is
+    what was kept of the calls in the device's memory, `inputs_mib` what the compared inputs take on
+    the host. Results of earlier versions lack these four.
     """
 
     passed: bool
@@ -200,6 +205,10 @@ class TimedReport(_Part):
     repeated_rel_l2: float
     seed: int
     problem: str | None = None
+    masks: Literal["workload", "drawn"] | None = None
+    other_masks: int | None = None
+    held_mib: float | None = None
+    inputs_mib: float | None = None
 
 
 class LocalCheck(_Part):
@@ -237,11 +246,14 @@ class StructureReport(_Part):
 class GuardPower(_Part):
     """What the guard sees with this model, weights and workload, where that was measured.
     `smallest` is the least multiple of its tolerance by which a mutation is caught, `mutation` says
-    which, `missed` what the guard cannot see. See `openpi_opt.guarding.power`."""
+    which, `missed` what the guard cannot see, of `asked` out of `known` mutations (None: all). See
+    `openpi_opt.guarding.power`."""
 
     smallest: float
     mutation: str
     missed: tuple[str, ...] = ()
+    asked: int | None = None
+    known: int | None = None
 
 
 class GuardReport(_Part):

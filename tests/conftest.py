@@ -124,7 +124,7 @@ def traced(monkeypatch):
     compile_ = torch.compile
 
     def trace(function: Any, **settings: Any) -> Any:
-        return compile_(function, fullgraph=True, dynamic=False, backend="aot_eager")
+        return compile_(function, fullgraph=True, dynamic=False, backend="eager")
 
     monkeypatch.setattr(torch, "compile", trace)
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from openpi_opt.checkpoint_file import family, inspect
 from openpi_opt.errors import UserError
@@ -106,81 +106,67 @@ def test_a_broken_index_is_refused(tmp_path, text, words):
         inspect(str(tmp_path))
 
 
-def with_header(file: Path, text: bytes) -> None:
-    file.write_bytes(struct.pack("<Q", len(text)) + text)
-
-
-def wide(folder: Path) -> None:
+def wide() -> bytes:
     """A header of 27 MB: 300,000 tensors."""
     item = b'{"dtype":"F32","shape":[1,1,1,1],"data_offsets":[0,4],"more":"%s"}' % (b"." * 16)
     text = b"{" + b",".join(b'"t%d":%s' % (n, item) for n in range(300_000)) + b"}"
-    with_header(folder / "model.safetensors", text)
+    return headed(text)
 
 
-def deep(folder: Path) -> None:
-    with_header(folder / "model.safetensors", b'{"a":' + b"[" * 2_000_000)
+def headed(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
 
 
-def deep_index(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_bytes(b'{"weight_map":' * 200_000)
-
-
-def large_index(folder: Path) -> None:
+def large_index() -> bytes:
     text = ",".join(f'"{number}":"x"' for number in range(3_000_000))
-    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map":{{{text}}}}}')
+    return f'{{"weight_map":{{{text}}}}}'.encode()
 
 
-def jax(folder: Path) -> None:
-    (folder / "params").mkdir()
-    (folder / "_CHECKPOINT_METADATA").touch()
+def named(*names: str) -> bytes:
+    return save({name: torch.zeros(2) for name in names})
 
 
-def jax_parameters(folder: Path) -> None:
-    (folder / "_METADATA").touch()
-    (folder / "manifest.ocdbt").touch()
-
-
-def adapter(folder: Path) -> None:
-    (folder / "adapter_config.json").touch()
-    (folder / "adapter_model.safetensors").touch()
-
-
-def placeholder(folder: Path) -> None:
-    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    (folder / "model.safetensors").write_text(text)
-
-
-def named(*names: str) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        save_file({name: torch.zeros(2) for name in names}, folder / "model.safetensors")
-
-    return make
-
-
-FOREIGN = {
-    "wide": (wide, r"a header of 27 MB"),
-    "deep": (deep, r"not a safetensors file"),
-    "deep_index": (deep_index, r"cannot be read as JSON"),
-    "large_index": (large_index, r"cannot be read as JSON: over 8 MB"),
-    "jax": (jax, r"convert_jax_model_to_pytorch\.py"),
-    "jax_parameters": (jax_parameters, r"convert_jax_model_to_pytorch\.py"),
-    "adapter": (adapter, r"merge_and_unload"),
-    "lora": (
-        named("base_model.model.state_proj.lora_A.weight", "state_proj.weight"),
-        r"merge_and_unload",
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+JAX = r"convert_jax_model_to_pytorch\.py"
+LORA = "base_model.model.state_proj.lora_A.weight", "state_proj.weight"
+# Files by name, a folder for None, and what is said of them.
+FOREIGN: dict[str, tuple[dict[str, Callable[[], bytes] | None], str]] = {
+    "wide": ({MODEL: wide}, r"a header of 27 MB"),
+    "deep": ({MODEL: lambda: headed(b'{"a":' + b"[" * 2_000_000)}, r"not a safetensors file"),
+    "deep_index": ({INDEX: lambda: b'{"weight_map":' * 200_000}, r"cannot be read as JSON"),
+    "large_index": ({INDEX: large_index}, r"cannot be read as JSON: over 8 MB"),
+    "jax": ({"params": None, "_CHECKPOINT_METADATA": bytes}, JAX),
+    "jax_parameters": ({"_METADATA": bytes, "manifest.ocdbt": bytes}, JAX),
+    "adapter": (
+        {"adapter_config.json": bytes, "adapter_model.safetensors": bytes}, r"merge_and_unload"
     ),
-    "transformers": (named("model.vlm.lm_head.weight", "embed_action_time.x"), r"own PI0 classes"),
-    "other": (named("model.layers.0.self_attn.q_proj.weight"), r"no tensor of a Pi0 policy"),
-    "placeholder": (placeholder, r"git lfs pull"),
-    "run": (lambda folder: (folder / "pretrained_model").mkdir(), r"Give its folder"),
-}
+    "lora": ({MODEL: lambda: named(*LORA)}, r"merge_and_unload"),
+    "transformers": (
+        {MODEL: lambda: named("model.vlm.lm_head.weight", "embed_action_time.x")},
+        r"own PI0 classes",
+    ),
+    "other": (
+        {MODEL: lambda: named("model.layers.0.self_attn.q_proj.weight")},
+        r"no tensor of a Pi0 policy",
+    ),
+    "placeholder": ({MODEL: lambda: LFS}, r"git lfs pull"),
+    "run": ({"pretrained_model": None}, r"Give its folder"),
+}  # fmt: skip
+
+
+def make(folder: Path, kind: str) -> None:
+    for name, content in FOREIGN[kind][0].items():
+        if content is None:
+            (folder / name).mkdir()
+        else:
+            (folder / name).write_bytes(content())
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_what_comes_from_elsewhere_is_told_in_few_lines(tmp_path, kind):
-    make, words = FOREIGN[kind]
-    make(tmp_path)
-    with pytest.raises(UserError, match=words) as caught:
+    make(tmp_path, kind)
+    with pytest.raises(UserError, match=FOREIGN[kind][1]) as caught:
         inspect(str(tmp_path))
     assert str(caught.value).count("\n") < 3
     assert len(str(caught.value)) < 600
@@ -188,7 +174,7 @@ def test_what_comes_from_elsewhere_is_told_in_few_lines(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["wide", "large_index"])
 def test_a_large_file_takes_little_memory(tmp_path, kind):
-    FOREIGN[kind][0](tmp_path)
+    make(tmp_path, kind)
     code = f"""
 from pathlib import Path
 from openpi_opt.checkpoint_file import CheckpointError, inspect

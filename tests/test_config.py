@@ -48,8 +48,8 @@ def test_dump_and_load_round_trip():
     ("raw", "words"),
     [
         ({"atention": {}}, ["atention", "Did you mean attention?"]),
-        ({"attention": {"visoin": "sdpa"}}, ["attention.visoin", "Did you mean vision?"]),
-        ({"attention": {"vision": "flash9"}}, ["attention.vision='flash9'", "'eager'", "'aiter'"]),
+        ({"attention": {"visoin": "sdpa"}}, ["attention.visoin", "Did you mean attention.vision?"]),
+        ({"attention": {"vision": "flash9"}}, ["attention.vision=flash9", "'eager'", "'aiter'"]),
         ({"measure": {"warmup": 0}}, ["measure.warmup=0", "at least 3"]),
         ({"measure": {"iterations": 9}}, ["measure.iterations=9", "at least 10"]),
         ({"measure": {"rel_ci": 0}}, ["measure.rel_ci=0", "greater than 0"]),
@@ -58,11 +58,11 @@ def test_dump_and_load_round_trip():
             {"measure": {"iterations": 50, "max_iterations": 40}},
             ["measure", "max_iterations=40", "iterations=50"],
         ),
-        ({"workload": {"batch_size": "many"}}, ["workload.batch_size='many'", "integer"]),
+        ({"workload": {"batch_size": "many"}}, ["workload.batch_size=many", "integer"]),
         ({"workload": {"prompt_tokens": 21}}, ["prompt_tokens=21", "prompt_slots=20"]),
         ({"workload": {"active_cameras": [False]}}, ["active_cameras"]),
         ({"weights": {"kind": "checkpoint"}}, ["weights.path"]),
-        ({"attention": "sdpa"}, ["attention='sdpa'"]),
+        ({"attention": "sdpa"}, ["attention=sdpa"]),
     ],
 )
 def test_refusals_say_what_was_given_and_what_is_allowed(raw, words):

@@ -27,7 +27,7 @@ def _nothing_is_chosen(monkeypatch, tmp_path):
     for name in CHOOSING:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(amd, "KFD_NODES", tmp_path / "no kfd")
-    monkeypatch.setattr(machine, "_torch_build", lambda: CUDA)
+    monkeypatch.setattr(machine, "torch_build", lambda: CUDA)
 
 
 def kfd_node(root: Path, number: int, properties: dict[str, int], vram: int = 0) -> None:
@@ -134,7 +134,7 @@ def test_a_driver_that_is_there_and_cannot_be_used_is_an_error(monkeypatch, valu
 
 def test_a_gpu_that_the_installed_torch_cannot_use_is_said(monkeypatch, capsys):
     with_nvml(monkeypatch, FakeNvml(1))
-    monkeypatch.setattr(machine, "_torch_build", lambda: TorchBuild("2.13.0+cpu", None, None))
+    monkeypatch.setattr(machine, "torch_build", lambda: TorchBuild("2.13.0+cpu", None, None))
     assert cli.this_machine().usable_device() == "cpu"
     assert "NVIDIA H100 is not used: the installed torch (2.13.0+cpu)" in capsys.readouterr().err
 
@@ -186,7 +186,7 @@ def test_hip_counts_what_rocr_shows(tmp_path, monkeypatch):
         assert [(gpu.index, gpu.uuid[-1]) for gpu in found] == [(1, "2")]
         monkeypatch.delenv(name)
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "2")
-    monkeypatch.setattr(machine, "_torch_build", lambda: HIP)
+    monkeypatch.setattr(machine, "torch_build", lambda: HIP)
     with pytest.raises(UserError, match="HIP_VISIBLE_DEVICES=2"):
         machine.probe().usable_device()
 
@@ -278,7 +278,7 @@ def test_probe_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_probe_reads_the_torch_build(monkeypatch):
+def test_probe_reads_thetorch_build(monkeypatch):
     import torch
 
     monkeypatch.undo()

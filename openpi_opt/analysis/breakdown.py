@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from openpi_opt.analysis.pattern import DENOISE, STAGES, STEPS, Pattern, find_pattern
+from openpi_opt.analysis.pattern import DENOISE, STAGES, STEPS, Pattern, categories, find_pattern
 from openpi_opt.analysis.trace_file import read_trace
 from openpi_opt.measure.categories import CATEGORIES, categorise
 from openpi_opt.measure.trace import OUTSIDE, ProfileError, Recording, Timeline
@@ -113,11 +113,13 @@ def break_down(recording: Recording, file: str) -> Breakdown:
     timeline = _without_strays(timeline, notes)
     names, stage, source, found = _stages(recording, timeline, notes)
     inferences, steps = _counts(recording, source, found, notes)
-    busy, gaps = _busy_and_gaps(timeline)
     total = float(timeline.duration_us.sum())
-    span = _span_us(timeline)
+    span = float((timeline.start_us + timeline.duration_us).max() - timeline.start_us[0])
+    rest = timeline.gaps_us()
+    rest = np.where(rest > _TOUCHING_US, rest, 0.0)
+    busy = max(span - float(rest.sum()), 0.0)
     _note_the_rest(recording, timeline, kind, total - busy, notes)
-    category = _categories(timeline)
+    category = categories(timeline)
     return Breakdown(
         file=file,
         kind="device_kernels" if kind == "device_kernels" else "operator_calls",
@@ -137,8 +139,8 @@ def break_down(recording: Recording, file: str) -> Breakdown:
             for i, name in enumerate(names)
         },
         kernels=_kernels(timeline),
-        gaps=_classes(gaps[1]),
-        longest_gaps=_longest(timeline, *gaps),
+        gaps=_classes(rest[rest > 0]),
+        longest_gaps=_longest(timeline, rest),
         notes=notes,
     )
 
@@ -257,16 +259,6 @@ def _note_the_rest(
         notes.append(f"Kernels overlap for {overlap_us / 1e3:.3f} ms: the sums count this twice.")
 
 
-def _categories(timeline: Timeline) -> NDArray[np.int64]:
-    numbers = {category: i for i, category in enumerate(CATEGORIES)}
-    used = set(timeline.name.tolist())
-    of_name = np.array(
-        [numbers[categorise(n)] if i in used else -1 for i, n in enumerate(timeline.names)],
-        dtype=np.int64,
-    )
-    return of_name[timeline.name]
-
-
 def _parts(timeline: Timeline, group: NDArray[np.int64], names: list[str]) -> dict[str, Part]:
     chosen = group >= 0
     launches = np.bincount(group[chosen], minlength=len(names))
@@ -276,29 +268,12 @@ def _parts(timeline: Timeline, group: NDArray[np.int64], names: list[str]) -> di
 
 def _kernels(timeline: Timeline) -> list[KernelTotal]:
     """One row per name, the one with the most time first."""
-    launches = np.bincount(timeline.name, minlength=len(timeline.names))
-    us = np.bincount(timeline.name, timeline.duration_us, minlength=len(timeline.names))
     rows = [
-        KernelTotal(name, categorise(name), int(launches[i]), float(us[i]) / 1e3)
-        for i, name in enumerate(timeline.names)
-        if launches[i]
+        KernelTotal(name, categorise(name), part.launches, part.ms)
+        for name, part in _parts(timeline, timeline.name, timeline.names).items()
+        if part.launches
     ]
     return sorted(rows, key=lambda row: (-row.ms, row.name))
-
-
-def _span_us(timeline: Timeline) -> float:
-    return float((timeline.start_us + timeline.duration_us).max() - timeline.start_us[0])
-
-
-Gaps = tuple[NDArray[np.int64], NDArray[np.float64]]
-
-
-def _busy_and_gaps(timeline: Timeline) -> tuple[float, Gaps]:
-    """Time in which something ran, and the gaps: the row after each, and its length in us."""
-    end = np.maximum.accumulate(timeline.start_us + timeline.duration_us)
-    rest = timeline.start_us[1:] - end[:-1]
-    rows = np.flatnonzero(rest > _TOUCHING_US)
-    return max(_span_us(timeline) - float(rest[rows].sum()), 0.0), (rows + 1, rest[rows])
 
 
 def _classes(us: NDArray[np.float64]) -> list[GapClass]:
@@ -310,14 +285,15 @@ def _classes(us: NDArray[np.float64]) -> list[GapClass]:
     ]
 
 
-def _longest(timeline: Timeline, rows: NDArray[np.int64], us: NDArray[np.float64]) -> list[Gap]:
-    order = np.argsort(-us, kind="stable")[:_LONGEST_GAPS]
+def _longest(timeline: Timeline, rest: NDArray[np.float64]) -> list[Gap]:
+    """The longest of the gaps; `rest[i]` is the time between rows i and i + 1."""
+    rows = [i for i in np.argsort(-rest, kind="stable")[:_LONGEST_GAPS] if rest[i] > 0]
     return [
         Gap(
-            at_ms=float(timeline.start_us[rows[i]] - us[i] - timeline.start_us[0]) / 1e3,
-            us=float(us[i]),
-            after=timeline.names[timeline.name[rows[i] - 1]],
-            before=timeline.names[timeline.name[rows[i]]],
+            at_ms=float(timeline.start_us[i + 1] - rest[i] - timeline.start_us[0]) / 1e3,
+            us=float(rest[i]),
+            after=timeline.names[timeline.name[i]],
+            before=timeline.names[timeline.name[i + 1]],
         )
-        for i in order
+        for i in rows
     ]

@@ -100,29 +100,23 @@ def sdk_events(tools: Any) -> Iterator[dict[str, Any]]:
             )
 
 
-class RocprofNames:
-    """Events of rocprof v1, which have no category: kernels are those of a process named GPU."""
-
-    def __init__(self) -> None:
-        self._gpus: set[str] = set()
-
-    def kernels(self, events: Iterable[Any]) -> Iterator[Any]:
-        """The events, with a category and numbers where rocprof v1 wrote neither."""
-        for event in events:
-            if isinstance(event, dict) and not event:
-                continue  # the first one
-            if not isinstance(event, dict) or "cat" in event:
-                yield event
-                continue
-            args = _mapping(event.get("args"))
-            if event.get("ph") == "M" and str(args.get("name", "")).startswith("GPU"):
-                self._gpus.add(str(event.get("pid")))
-            elif event.get("ph") == "X" and str(event.get("pid")) in self._gpus:
-                begin, end = args.get("BeginNs"), args.get("EndNs")
-                if begin is not None and end is not None:
-                    queue = event.get("queue-id", 0)
-                    yield kernel(event.get("name"), begin, end, event.get("pid"), queue)
-                    continue
+def rocprof_kernels(events: Iterable[Any]) -> Iterator[Any]:
+    """The events of a Chrome trace. Those of rocprof v1 have neither a category nor numbers: what a
+    process named GPU did is a kernel, and gets both."""
+    gpus: set[str] = set()
+    for event in events:
+        if not isinstance(event, dict) or "cat" in event:
+            yield event
+            continue
+        args = _mapping(event.get("args"))
+        if event.get("ph") == "M" and str(args.get("name", "")).startswith("GPU"):
+            gpus.add(str(event.get("pid")))
+        begin, end = args.get("BeginNs"), args.get("EndNs")
+        on_gpu = event.get("ph") == "X" and str(event.get("pid")) in gpus
+        if on_gpu and begin is not None and end is not None:
+            queue = event.get("queue-id", 0)
+            yield kernel(event.get("name"), begin, end, event.get("pid"), queue)
+        elif event:  # rocprof's first one is empty
             yield event
 
 

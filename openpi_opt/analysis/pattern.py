@@ -38,25 +38,27 @@ _EVEN = 0.6
 SAME_TIME = 1.7
 """The times of two passes through one tower differ at most by this factor."""
 
-
 _SYMBOL = {category: number for number, category in enumerate(CATEGORIES)}
+_GEMM, _ATTENTION, _NORM = _SYMBOL["gemm"], _SYMBOL["attention"], _SYMBOL["norm"]
 
 
 @dataclass(frozen=True)
 class Run:
     """One pass through a tower: rows [begin, end) repeat with `period`.
 
-    `whole` is where the last complete layer ends; what repeats after it only begins like a layer.
-    `layers` counts those too that differ from the others, at either border. A layer has `layer`
-    rows: where every third layer is another, the period is that of three.
+    A layer has `layer` rows and `calls` attention kernels: where every third layer is another, the
+    period is that of three. `whole` is where the last complete layer ends; what repeats after it
+    only begins like a layer. `layers` counts those too that differ from the others, at either
+    border. Runs of one tower have the same number in `tower`.
     """
 
     begin: int
     end: int
     period: int
-    whole: int
-    layers: int
     layer: float
+    calls: int
+    whole: int = -1
+    layers: int = 0
     tower: int = -1
 
 
@@ -104,63 +106,53 @@ class Pattern:
 
 def find_pattern(timeline: Timeline) -> Pattern | None:
     """The stages of a timeline of kernels, or None where nothing repeats like a policy."""
-    runs = find_runs(timeline)
+    sequence = categories(timeline)
+    passes = _joined(timeline, _repeating(sequence))
+    runs = _towers(timeline, _counted(passes, sequence) if passes else [])
     counts = Counter(run.tower for run in runs)
     if not counts or max(counts.values()) < 2:
         return None
     # Of two towers that are passed equally often the expert is the later one.
     last = {run.tower: i for i, run in enumerate(runs)}
     expert = max(counts, key=lambda tower: (counts[tower], last[tower]))
-    inferences = _inferences(timeline, runs, expert)
+    inferences = _inferences(timeline, sequence, runs, expert)
     stage = np.full(len(timeline), STAGES.index(OUTSIDE))
     for inference in inferences:
-        _mark(timeline, stage, inference)
+        _mark(sequence == _GEMM, stage, inference)
     return Pattern(stage, inferences)
 
 
-def find_runs(timeline: Timeline) -> list[Run]:
-    """All passes through towers, in order; those of the same kernels have the same `tower`."""
-    symbols = np.array([_SYMBOL[categorise(name)] for name in timeline.names], dtype=np.int8)
-    sequence = symbols[timeline.name] if len(timeline) else np.array([], dtype=np.int8)
+def categories(timeline: Timeline) -> NDArray[np.int64]:
+    """The category of each row, as an index into `CATEGORIES`."""
+    of_name = [_SYMBOL[categorise(name)] for name in timeline.names]
+    return np.array(of_name, dtype=np.int64)[timeline.name]
+
+
+def _repeating(sequence: NDArray[np.int64]) -> list[Run]:
+    """The stretches that repeat like layers, in order. Attention kernels that are evenly spread
+    over a period are those of several layers."""
     covered = np.zeros(len(sequence), dtype=bool)
-    found: list[tuple[int, int, int]] = []
+    found = []
     for period in range(SHORTEST, min(LONGEST, len(sequence) // MIN_REPEATS) + 1):
         for begin, end in _repeats(sequence, period):
-            word = set(sequence[begin : begin + period].tolist())
+            word = sequence[begin : begin + period]
             # A multiple of a period repeats where the period does; neighbours share a few rows.
             known = 2 * np.count_nonzero(covered[begin:end]) > end - begin
-            if not known and {_SYMBOL["gemm"], _SYMBOL["attention"]} <= word:
-                found.append((begin, end, period))
-                covered[begin:end] = True
-    parts = [_Part.of(sequence, *bounds) for bounds in sorted(found)]
-    return _towers(timeline, _counted(_joined(timeline, parts), sequence))
+            if known or not {_GEMM, _ATTENTION} <= set(word.tolist()):
+                continue
+            covered[begin:end] = True
+            at = np.flatnonzero(word == _ATTENTION)
+            apart = np.diff(np.r_[at, at[0] + period])
+            layers = len(at) if apart.min() >= _EVEN * apart.max() else 1
+            found.append(Run(begin, end, period, period / layers, len(at) // layers))
+    return sorted(found, key=lambda run: (run.begin, run.end))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows [begin, end) that repeat with `period`, which holds one layer or several alike. `layer`
-    is the rows of a layer, `calls` its attention kernels."""
-
-    begin: int
-    end: int
-    period: int
-    layer: float
-    calls: int
-
-    @staticmethod
-    def of(sequence: NDArray[np.int8], begin: int, end: int, period: int) -> _Part:
-        """Attention kernels that are evenly spread over a period are those of several layers."""
-        at = np.flatnonzero(sequence[begin : begin + period] == _SYMBOL["attention"])
-        apart = np.diff(np.r_[at, at[0] + period])
-        layers = len(at) if apart.min() >= _EVEN * apart.max() else 1
-        return _Part(begin, end, period, period / layers, len(at) // layers)
-
-
-def _joined(timeline: Timeline, parts: Sequence[_Part]) -> list[_Part]:
-    """One part for each pass: where some of a tower's layers differ, a pass repeats in parts. Seen
+def _joined(timeline: Timeline, parts: Sequence[Run]) -> list[Run]:
+    """One run for each pass: where some of a tower's layers differ, a pass repeats in parts. Seen
     of Pi0.5 on an MI300X: 12 layers of which every third has two more kernels repeat with the
     period of three layers, and 6 plain ones follow at once. Parts of one pass touch."""
-    found: list[_Part] = []
+    found: list[Run] = []
     for part in parts:
         before = found[-1] if found else None
         if before is None or part.begin > before.end or not _alike(timeline, before, part):
@@ -171,25 +163,22 @@ def _joined(timeline: Timeline, parts: Sequence[_Part]) -> list[_Part]:
     return found
 
 
-def _alike(timeline: Timeline, one: _Part, other: _Part) -> bool:
+def _alike(timeline: Timeline, one: Run, other: Run) -> bool:
     names, others = (set(timeline.name[each.begin : each.end].tolist()) for each in (one, other))
     shared = len(names & others) / min(len(names), len(others))
     return shared >= SAME_NAMES and abs(one.layer - other.layer) <= _LAYER_ROWS
 
 
-def _counted(found: Sequence[_Part], sequence: NDArray[np.int8]) -> list[Run]:
+def _counted(found: Sequence[Run], sequence: NDArray[np.int64]) -> list[Run]:
     """Runs with their layers: an attention call between two runs belongs to the nearer one."""
-    if not found:
-        return []
-    rows, attention = len(sequence), np.flatnonzero(sequence == _SYMBOL["attention"])
+    rows, attention = len(sequence), np.flatnonzero(sequence == _ATTENTION)
     before, after = [0] * len(found), [0] * len(found)
-    bounds = [(part.begin, part.end) for part in found]
-    borders = [(0, 0), *bounds, (rows, rows)]
+    borders = [(0, 0), *((run.begin, run.end) for run in found), (rows, rows)]
 
     def calls(begin: int, end: int) -> NDArray[np.int64]:
         return attention[slice(*np.searchsorted(attention, (begin, end)))]
 
-    inside = [calls(begin, end) for begin, end in bounds]
+    inside = [calls(run.begin, run.end) for run in found]
     for i, ((_, left), (right, _)) in enumerate(pairwise(borders)):
         for call in calls(left, right):
             to_left = call - inside[i - 1][-1] if i > 0 else rows
@@ -199,32 +188,30 @@ def _counted(found: Sequence[_Part], sequence: NDArray[np.int8]) -> list[Run]:
             else:
                 before[i] += 1
     runs = []
-    for i, part in enumerate(found):
-        whole = _last_layer_ends(sequence, part.begin, part.end, part.period, int(inside[i][-1]))
-        odd = round(after[i] / part.calls)  # layers behind the run that differ
-        whole = min(whole + round(odd * part.layer), max(borders[i + 2][0], part.end))
-        layers = round((len(inside[i]) + before[i] + after[i]) / part.calls)
-        runs.append(Run(part.begin, part.end, part.period, whole, layers, part.layer))
+    for i, run in enumerate(found):
+        whole = _last_layer_ends(sequence, run, inside[i])
+        odd = round(after[i] / run.calls)  # layers behind the run that differ
+        whole = min(whole + round(odd * run.layer), max(borders[i + 2][0], run.end))
+        layers = round((len(inside[i]) + before[i] + after[i]) / run.calls)
+        runs.append(replace(run, whole=whole, layers=layers))
     return runs
 
 
-def _last_layer_ends(
-    sequence: NDArray[np.int8], begin: int, end: int, period: int, last_call: int
-) -> int:
-    """Where the layer of the run's last attention call ends, at most `end`. A layer begins with the
-    norm before attention, wherever the repetition happens to begin. Where norms are several plain
-    kernels it is taken to begin where the repetition does."""
-    first_call = begin + int(np.argmax(sequence[begin:end] == _SYMBOL["attention"]))
-    layer = sequence[first_call : first_call + period]  # from one call to the next
-    norms = np.flatnonzero(layer == _SYMBOL["norm"])
-    if len(norms) and first_call + period <= end:
-        return min(last_call + int(norms[-1]), end)
-    whole = end - (end - begin) % period
+def _last_layer_ends(sequence: NDArray[np.int64], run: Run, calls: NDArray[np.int64]) -> int:
+    """Where the layer of the last of the run's attention calls ends, at most at the run's end. A
+    layer begins with the norm before attention, wherever the repetition happens to begin. Where
+    norms are several plain kernels it is taken to begin where the repetition does."""
+    first_call, last_call = int(calls[0]), int(calls[-1])
+    layer = sequence[first_call : first_call + run.period]  # from one call to the next
+    norms = np.flatnonzero(layer == _NORM)
+    if len(norms) and first_call + run.period <= run.end:
+        return min(last_call + int(norms[-1]), run.end)
+    whole = run.end - (run.end - run.begin) % run.period
     # The last layer may end early: what is not read is not computed.
     return max(whole, last_call + 1)
 
 
-def _repeats(sequence: NDArray[np.int8], period: int) -> list[tuple[int, int]]:
+def _repeats(sequence: NDArray[np.int64], period: int) -> list[tuple[int, int]]:
     """Bounds of the longest stretches in which each row equals the one `period` later."""
     equal = np.r_[False, sequence[:-period] == sequence[period:], False]
     edges = np.flatnonzero(equal[1:] != equal[:-1])
@@ -252,7 +239,9 @@ def _towers(timeline: Timeline, runs: Sequence[Run]) -> list[Run]:
     return [run for run, _, _ in known]
 
 
-def _inferences(timeline: Timeline, runs: Sequence[Run], expert: int) -> list[Inference]:
+def _inferences(
+    timeline: Timeline, sequence: NDArray[np.int64], runs: Sequence[Run], expert: int
+) -> list[Inference]:
     """Cut the runs after each series of denoising steps."""
     parts: list[tuple[list[Run], list[Run]]] = []
     before: list[Run] = []
@@ -270,30 +259,27 @@ def _inferences(timeline: Timeline, runs: Sequence[Run], expert: int) -> list[In
         cuts.append(_widest_gap(timeline, steps[-1].whole, begin))
     cuts.append(len(timeline))
     return [
-        _inference(timeline, begin, end, before, steps)
+        _inference(sequence, begin, end, before, steps)
         for begin, end, (before, steps) in zip(cuts, cuts[1:], parts, strict=False)
     ]
 
 
 def _inference(
-    timeline: Timeline, begin: int, end: int, before: list[Run], steps: list[Run]
+    sequence: NDArray[np.int64], begin: int, end: int, before: list[Run], steps: list[Run]
 ) -> Inference:
     """Vision is the first tower, the prefix what follows; the state token alone belongs to it."""
     vision = [run for run in before if run.tower == before[0].tower]
     prefill = before[len(vision) :]
     if not prefill and vision and vision[0].layers <= PI0.expert.depth:
         vision, prefill = [], vision  # the trace begins in the prefill
-    if len(steps) == STEPS + 1 and _is_apart(timeline, steps):
+    if len(steps) == STEPS + 1 and _is_apart(sequence, steps):
         prefill, steps = [*prefill, steps[0]], steps[1:]
     return Inference(begin, end, vision, prefill, steps)
 
 
-def _is_apart(timeline: Timeline, steps: Sequence[Run]) -> bool:
+def _is_apart(sequence: NDArray[np.int64], steps: Sequence[Run]) -> bool:
     """Whether other kernels follow the first pass than all later ones: it is no step."""
-    between = [
-        [categorise(timeline.names[i]) for i in timeline.name[run.whole : following.begin]]
-        for run, following in pairwise(steps)
-    ]
+    between = [sequence[run.whole : other.begin].tolist() for run, other in pairwise(steps)]
     return between[0] != between[1] and between[1:] == between[1:2] * (len(between) - 1)
 
 
@@ -306,40 +292,31 @@ def _widest_gap(timeline: Timeline, begin: int, end: int) -> int:
     return begin + 1 + int(np.argmax(rest))
 
 
-def _mark(timeline: Timeline, stage: NDArray[np.int64], inference: Inference) -> None:
+def _mark(is_gemm: NDArray[np.bool_], stage: NDArray[np.int64], inference: Inference) -> None:
     """Write the stages of one inference; what no stage claims stays outside."""
     begin, end = inference.begin, inference.end
     if inference.vision:
         # The last norm and the projection of the image tokens, up to its product.
         limit = inference.prefill[0].begin if inference.prefill else end
-        after = _through_product(timeline, inference.vision[-1].whole, limit)
+        after = inference.vision[-1].whole
+        product = _first(is_gemm, after, limit)
+        if product < limit:
+            after = _first(~is_gemm, product, limit)  # behind its parts, where it is split
         stage[begin:after] = STAGES.index(VISION)
         begin = after
     if inference.prefill:
         run = inference.prefill[-1]
-        after = _before_product(timeline, run.whole, max(run.whole, run.end))
+        after = _first(is_gemm, run.whole, max(run.whole, run.end))
         stage[begin:after] = STAGES.index(PREFILL)
         begin = after
     if inference.denoise:
         stage[begin:end] = STAGES.index(DENOISE)
 
 
-def _before_product(timeline: Timeline, begin: int, end: int) -> int:
-    """The first matrix product in [begin, end), or `end`."""
-    for row in range(begin, end):
-        if categorise(timeline.names[timeline.name[row]]) == "gemm":
-            return row
-    return end
-
-
-def _through_product(timeline: Timeline, begin: int, end: int) -> int:
-    """Behind the first matrix product in [begin, end) and its parts (split K); else `begin`."""
-    row = _before_product(timeline, begin, end)
-    if row == end:
-        return begin
-    while row < end and categorise(timeline.names[timeline.name[row]]) == "gemm":
-        row += 1
-    return row
+def _first(wanted: NDArray[np.bool_], begin: int, end: int) -> int:
+    """The first row of [begin, end) that is wanted, or `end`."""
+    found = np.flatnonzero(wanted[begin:end])
+    return begin + int(found[0]) if len(found) else end
 
 
 def _layers(runs: Sequence[Run]) -> str:

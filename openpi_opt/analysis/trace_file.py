@@ -28,10 +28,10 @@ MAX_RATIO, _RATIO_MIB = 64, 16
 MAX_VALUE_MIB = 16
 """One event, or one entry beside the events: kineto's largest have some ten KiB."""
 
-_CHUNK = 2**20
+CHUNK = 2**20
 _PATIENCE_SECONDS = 5.0
 _HEAD = 2**16
-_SDK_MIB = 48  # rocprofv3 writes all of a process as one value; decoded it takes 8 times as much
+SDK_MIB = 48  # rocprofv3 writes all of a process as one value; decoded it takes 8 times as much
 _GZIP_MAGIC = b"\x1f\x8b"
 _NO_SPACE = re.compile(r"[^ \t\n\r]")
 _EVENTS = "traceEvents"
@@ -50,9 +50,10 @@ def read_trace(path: Path) -> Recording:
         if what is not None:
             raise ProfileError(what)
         with _opened(path) as file:
+            limited = _Limited(file)
             if formats.is_csv(head):
-                return Recording.of(formats.csv_events(io.BufferedReader(_Limited(file))))
-            return Recording.of(formats.RocprofNames().kernels(_events(_Text(file))))
+                return Recording.of(formats.csv_events(io.BufferedReader(limited)))
+            return Recording.of(formats.rocprof_kernels(_events(_Text(limited))))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ProfileError(f"damaged or truncated gzip: {error}") from error
     except OSError as error:
@@ -81,7 +82,7 @@ def _events(text: _Text) -> Iterator[Any]:
                 raise ProfileError(f'"{_EVENTS}" is not a list')
             elif key == formats.SDK_TOOL and text.peek() == "[":
                 found = True
-                for tool in text.items(_SDK_MIB):
+                for tool in text.items(SDK_MIB):
                     yield from formats.sdk_events(tool)
             else:
                 text.value()
@@ -95,54 +96,51 @@ def _events(text: _Text) -> Iterator[Any]:
         raise ProfileError(f"there is something after the end of the trace: {text.shown()}")
 
 
-def _refuse_bomb(file: IO[bytes] | gzip.GzipFile, read: int) -> None:
-    """Raise ProfileError where `read` bytes of text are more than a trace has."""
-    if read > MAX_FILE_MIB * 2**20:
-        raise ProfileError(f"more than {MAX_FILE_MIB} MiB of text; record a shorter time")
-    if not isinstance(file, gzip.GzipFile) or read < _RATIO_MIB * 2**20:
-        return
-    raw: Any = file.fileobj
-    packed = max(raw.tell(), 1)
-    if read > MAX_RATIO * packed:
-        raise ProfileError(
-            f"it unpacks to more than {MAX_RATIO} times its size ({packed >> 10} KiB to "
-            f"{read >> 20} MiB and more): no profiler writes such a trace; unpack it yourself if "
-            "it is one"
-        )
-
-
 class _Limited(io.RawIOBase):
-    """A file of which `MAX_FILE_MIB` are read at most: gzip may unpack to terabytes."""
+    """A file of which `MAX_FILE_MIB` are read at most: gzip may unpack to terabytes. Says how far
+    it is where that takes long."""
 
     def __init__(self, file: IO[bytes] | gzip.GzipFile) -> None:
         self._file, self._read = file, 0
+        self._said = time.monotonic()
 
     def readable(self) -> bool:
         """Yes."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read on."""
+        """Read on. Raises ProfileError: it is more text than a trace has."""
         data = self._file.read(len(buffer))
-        self._read += len(data)
-        _refuse_bomb(self._file, self._read)
         buffer[: len(data)] = data
+        self._read += len(data)
+        if self._read > MAX_FILE_MIB * 2**20:
+            raise ProfileError(f"more than {MAX_FILE_MIB} MiB of text; record a shorter time")
+        if isinstance(self._file, gzip.GzipFile) and self._read >= _RATIO_MIB * 2**20:
+            raw: Any = self._file.fileobj
+            packed = max(raw.tell(), 1)
+            if self._read > MAX_RATIO * packed:
+                raise ProfileError(
+                    f"it unpacks to more than {MAX_RATIO} times its size ({packed >> 10} KiB to "
+                    f"{self._read >> 20} MiB and more): no profiler writes such a trace; unpack it "
+                    "yourself if it is one"
+                )
+        if time.monotonic() > self._said + _PATIENCE_SECONDS:
+            self._said = time.monotonic()
+            print(f"reading, {self._read >> 20} MiB so far", file=sys.stderr)
         return len(data)
 
 
 class _Text:
     """A file as text, decoded into JSON values from a position that only moves forward."""
 
-    def __init__(self, file: IO[bytes] | gzip.GzipFile) -> None:
+    def __init__(self, file: io.RawIOBase) -> None:
         self._file = file
         # Names of kernels may hold anything; what is no UTF-8 in them must not lose the trace.
         self._characters = codecs.getincrementaldecoder("utf-8-sig")("replace")
         self._decoder = json.JSONDecoder()
         self._buffer = ""
         self._at = 0
-        self._read = 0
         self._ended = False
-        self._said = time.monotonic()
 
     def peek(self) -> str:
         """The next character that is no space, or "" at the end."""
@@ -221,15 +219,10 @@ class _Text:
                 f"no JSON at {self.shown()}, or one value of more than {most_mib} MiB (with "
                 "rocprofv3 record --output-format csv, which is read row by row)"
             ) from error
-        self._fill(max(_CHUNK, held))
+        self._fill(max(CHUNK, held))
 
-    def _fill(self, size: int = _CHUNK) -> None:
+    def _fill(self, size: int = CHUNK) -> None:
         data = self._file.read(size)
-        self._read += len(data)
         self._ended = not data
-        _refuse_bomb(self._file, self._read)
-        if time.monotonic() > self._said + _PATIENCE_SECONDS:
-            self._said = time.monotonic()
-            print(f"reading, {self._read >> 20} MiB so far", file=sys.stderr)
         self._buffer = self._buffer[self._at :] + self._characters.decode(data, final=not data)
         self._at = 0

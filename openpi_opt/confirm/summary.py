@@ -139,7 +139,11 @@ def of_promotion(
         "p99_ms": round(float(p99), 4),
         "std_ms": round(winner.between_std_ms, 4),
         "ci95_ms": [round(bound, 4) for bound in winner.ci95_ms()],
-        "guard": {k: value for k, value in farthest.items() if isinstance(value, int | float)},
+        "guard": {
+            key: value
+            for key, value in farthest.items()
+            if isinstance(value, int | float) or (key == "power" and value is not None)
+        },
         "flags": flag_counts(ok.flags() for ok in processes),
         "gain_over_baseline": gain
         and {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from openpi_opt import cli
+from openpi_opt.config import Config
 from openpi_opt.engine.display import Lines, Live
 from openpi_opt.engine.dry_run import print_dry_run
 from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.errors import UserError, hidden
+from openpi_opt.machine import Machine
+from openpi_opt.process.environment import child_environment
 from openpi_opt.remote.remote import Nodes, connected
-from openpi_opt.result import Ok
+from openpi_opt.result import GuardPower, Ok, write_atomic
 from openpi_opt.space.named import chosen_starts
 from openpi_opt.space.points import Compose, Points
 from openpi_opt.space.prepare import prepare, require_some
@@ -26,7 +31,10 @@ from openpi_opt.track.link import where
 from openpi_opt.track.mlflow_content import reason
 from openpi_opt.track.report import Group, Row, groups, mean_ms, whole
 from openpi_opt.track.store import DEFAULT_STORE, Store, check_study_name
-from openpi_opt.track.table import print_groups
+from openpi_opt.track.table import margin, print_groups
+
+# Calls of the policy that fit into `guard.seconds`, or nothing is asked.
+LEAST_CALLS = 10
 
 
 def run_command_line(
@@ -82,7 +90,44 @@ def _run(request: StudyRequest, compose: Compose, nodes: Nodes | None) -> int:
     with shown as display, contextlib.redirect_stdout(sys.stderr):
         outcome = run_study(request, compose, display, nodes=nodes)
     print_outcome(outcome, request.swept, allow_lossy)
+    if nodes is None and outcome.new:
+        ask_guard(outcome, machine)
     return outcome.exit_code
+
+
+def ask_guard(outcome: StudyOutcome, machine: Machine) -> None:
+    """Print and keep what the guard of the trials on a CPU sees, once for each context.
+
+    A process of its own asks mistakes made on purpose for `guard.seconds`; what it found is in the
+    store, where later trials find it, and in the study's `guard.json`. Contexts of which that many
+    seconds would show next to nothing are named with the command that measures them.
+    """
+    results = [record.result for record in outcome.points]
+    found = {}
+    for key, ok in {ok.context_hash: ok for ok in results if isinstance(ok, Ok)}.items():
+        cfg = Config.load(ok.config)
+        seconds, power = cfg.guard.seconds, ok.guard.power
+        whole = power is not None and power.asked == power.known
+        if whole or cfg.device != "cpu" or seconds == 0 or ok.guard.structure is None:
+            continue
+        if ok.latency.mean_ms > seconds * 1e3 / LEAST_CALLS:
+            print("guard: a call is too slow to ask what it sees here; `python -m openpi_opt.guard "
+                  f"model={cfg.model.name} ...` measures it")  # fmt: skip
+            continue
+        command = [sys.executable, "-m", "openpi_opt.guard", "--config", json.dumps(ok.config)]
+        command += ["--store", str(outcome.store.path), "--seconds", str(seconds)]
+        done = subprocess.run(
+            command, env=child_environment(cfg, machine), capture_output=True, text=True
+        )
+        if done.returncode not in (0, 1):
+            last = done.stderr.strip().rpartition("\n")[2]
+            print(f"guard: what it sees could not be measured: {last}")
+            continue
+        found[key] = GuardPower.model_validate_json(done.stdout)
+        print(margin(found[key]))
+    if found:
+        said = {key: power.model_dump(mode="json") for key, power in found.items()}
+        write_atomic(outcome.store.study_dir(outcome.name) / "guard.json", json.dumps(said))
 
 
 def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False) -> None:

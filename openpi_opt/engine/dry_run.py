@@ -133,7 +133,7 @@ def _print_sampled(
     request: StudyRequest, points: Points, known: _Known, plan: Plan, limit: int
 ) -> None:
     """The points that are tried first, and what the sampler then chooses from."""
-    dimensions = {key: each.texts() for key, each in request.space.dimensions.items()}
+    dimensions = {key: each.values for key, each in request.space.dimensions.items()}
     starts = []
     for name, params in request.space.start.items():
         with contextlib.suppress(UserError):

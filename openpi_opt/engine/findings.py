@@ -64,7 +64,7 @@ class Findings:
         self._learn(open_points, self.ledger.known_from)
 
     def _learn(self, open_points: Iterable[dict[str, str]], known_from: int) -> None:
-        new = self.ledger.journal.since(self._read)
+        new = self.ledger.journal.records()[self._read :]
         self._read += len(new)
         asked = list(open_points)
         found = [

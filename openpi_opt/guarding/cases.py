@@ -27,6 +27,7 @@ from openpi_opt.pi0.inputs import Inputs, Layout
 from openpi_opt.pi0.workload import Workload, make_inputs
 
 TIMED = 12  # timed calls that are compared with the reference, the last one among them
+OTHER_MASKS = 4  # more of them, with masks of their own
 PIXEL_STEP, STATE_STEP = 0.02, 0.01  # between two moments; pixels have a range of 2
 FLICKER = 0.002  # of every pixel
 PATCH = 14  # pixels
@@ -84,9 +85,14 @@ def cases(
 
 
 def timed_inputs(workload: Workload, config: Pi0Config, seed: int) -> list[Inputs]:
-    """The contents of the timed calls that are compared; no call before them has seen any."""
-    seeds = range(seed + _TIMED_SEEDS, seed + _TIMED_SEEDS + TIMED)
-    return [make_inputs(workload, config, item, "cpu") for item in seeds]
+    """The contents of the timed calls that are compared; no call before them has seen any.
+
+    First `TIMED` with the workload's masks, then `OTHER_MASKS` with masks of their own.
+    """
+    seeds = range(seed + _TIMED_SEEDS, seed + _TIMED_SEEDS + TIMED + OTHER_MASKS)
+    found = [make_inputs(workload, config, item, "cpu") for item in seeds]
+    others = (masked(item, i, workload.active_cameras) for i, item in enumerate(found[TIMED:]))
+    return [*found[:TIMED], *others]
 
 
 def changed(inputs: Inputs, other: Inputs) -> list[tuple[str, Inputs]]:

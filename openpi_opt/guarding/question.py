@@ -13,7 +13,7 @@ from torch import Tensor
 from openpi_opt import runtime
 from openpi_opt.config import Config
 from openpi_opt.guarding import reference, structure
-from openpi_opt.guarding.cases import Case, cases, timed_inputs
+from openpi_opt.guarding.cases import OTHER_MASKS, TIMED, Case, cases, timed_inputs
 from openpi_opt.guarding.witness import Witness
 from openpi_opt.measure import guard
 from openpi_opt.measure.clock import upload
@@ -104,13 +104,14 @@ class Question:
         return found.model_copy(update={"structure": self.seen, "power": self.power()})
 
     def power(self) -> GuardPower | None:
-        """What was measured of this guard in the candidate's precision, or None."""
+        """What was measured of this guard in the candidate's precision, else of the structure."""
         path = power_path(self.folder, self.key)
         if not path.exists():
             return None
         found = GuardPowers.model_validate_json(path.read_text(encoding="utf-8"))
         dtype: str = self.cfg.knobs["precision"].dtype  # type: ignore[attr-defined]
-        return found.kinds.get("fp8" if self.cfg.lossy() else dtype)
+        # The structure is asked in float32, whatever the candidate's own precision.
+        return found.kinds.get("fp8" if self.cfg.lossy() else dtype) or found.kinds.get("float32")
 
     def wrong_structure(self) -> GuardReport:
         """The report of a candidate whose structure is wrong: nothing else of it was looked at."""
@@ -128,9 +129,16 @@ class Question:
             structure=seen,
         )
 
-    def witness(self) -> Witness:
-        """A feed of the timed calls; see `guarding.witness`."""
-        return Witness(self.observations, self.timed, self.device, self.vocabulary)
+    def witness(self, layout: Layout | None) -> Witness:
+        """A feed of the timed calls of a policy of `layout`; see `guarding.witness`.
+
+        A policy without declared layout reads any masks, one with an exact layout none.
+        """
+        reads = layout is None or layout.flexible
+        others = OTHER_MASKS if reads else 0
+        cameras = layout.cameras if layout else (True,) * self.timed[0].image_mask.shape[1]
+        known = self.timed[: TIMED + others]
+        return Witness(self.observations, known, self.device, self.vocabulary, others, cameras)
 
     def judge(
         self,
@@ -146,8 +154,7 @@ class Question:
         remember meanwhile, or that knows its inputs by their address, is wrong there. `again` timed
         calls at least are made once more.
         """
-        tolerance = self.reference.tolerance(self.cfg.guard, lossy=self.cfg.lossy())
-        admitted = (tolerance, self.own_tolerance, self.cfg.guard.floor)
+        admitted = self._timed_tolerances(layout), self.own_tolerance, self.cfg.guard.floor
         timed = witness.verdict(call, self.reference.timed, *admitted, wall_ms, again)
         memory = upload(self.observations[0], self.device)
 
@@ -160,6 +167,20 @@ class Question:
         problem = timed.problem or witness.overwritten()
         timed = timed.model_copy(update={"passed": problem is None, "problem": problem})
         return found.model_copy(update={"timed": timed, "passed": timed.passed and found.passed})
+
+    def _timed_tolerances(self, layout: Layout | None) -> list[float]:
+        """What is admitted for each content of `timed`.
+
+        With the workload's masks that of the ordinary cases, with other masks that of such cases.
+        """
+        lossy = self.cfg.lossy()
+        plain = self.reference.tolerance(self.cfg.guard, lossy=lossy)
+        masked = [
+            self.reference.tolerance(self.cfg.guard, i, lossy)
+            for i, case in enumerate(self.cases)
+            if case.name.startswith("other masks") and case.admitted(layout)
+        ]
+        return [plain] * TIMED + [max(masked, default=plain)] * OTHER_MASKS
 
 
 def ask(policy: Pi0Policy, cfg: Config, arch: str, folder: Path) -> Question:

@@ -81,7 +81,7 @@ def obtain(
         found = stored(cfg, reference_key, folder)
         if found is None:
             found = _checked(cfg, form, device, cases, reference, folder)
-            if not _foreign():
+            if not foreign_code():
                 write_atomic(path, found.model_dump_json(indent=1))
         gc.collect()  # judged layers refer to themselves, and hold a policy's memory
     return found
@@ -95,7 +95,7 @@ def stored(
     `foreign` admits it in a process with foreign code: a user's program that loads a policy.
     """
     path = _path(cfg, reference_key, folder)
-    if not path.exists() or (_foreign() and not foreign):
+    if not path.exists() or (foreign_code() and not foreign):
         return None
     return StructureReport.model_validate_json(path.read_text(encoding="utf-8"))
 
@@ -411,11 +411,12 @@ def _key(cfg: Config, form: Config, reference_key: str) -> str:
     return known.digest(parts)
 
 
-def _foreign() -> bool:
+def foreign_code() -> bool:
     """Whether this process has imported Python code of neither this package nor an installed one.
 
     A package is installed where its metadata lies beside it. `sitecustomize` and its like count as
-    foreign wherever they lie beside installed packages.
+    foreign wherever they lie beside installed packages. A module that torch makes, such as
+    `torch.ops`, names a file that is nowhere.
     """
     real = functools.cache(os.path.realpath)
     paths = sysconfig.get_paths()
@@ -425,6 +426,8 @@ def _foreign() -> bool:
     for name, module in list(sys.modules.items()):
         place = getattr(module, "__file__", None)
         if not isinstance(place, str) or not place.endswith(".py"):
+            continue
+        if not os.path.isabs(place) and not os.path.exists(place):
             continue
         folder, file = os.path.split(place)
         path = os.path.realpath(place) if os.path.islink(place) else f"{real(folder)}/{file}"

@@ -8,22 +8,27 @@ kept; those that look least like the others, the first and some at random must a
 made again: by float32's tolerance, if the policy answers the same content alike bit for bit. At
 last repeated content under the profiler shows a policy that remembers: it does less work.
 
-Letters: B batch, H horizon, A action dim, N calls.
+A policy that reads masks gets more calls, at random places between the others, with other cameras
+and prompt lengths in each row. `OTHER_MASKS` of them have a reference. Their times do not count: a
+policy that is faster for a short prompt would look faster than it is with the workload's.
+
+Letters: B batch, C cameras, L prompt slots, H horizon, A action dim, N calls.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from openpi_opt.config import MIN_WARMUP
+from openpi_opt.machine import Device
 from openpi_opt.measure import guard
-from openpi_opt.measure.clock import upload
+from openpi_opt.measure.clock import Timing, time_calls, upload
 from openpi_opt.measure.profile import Work, work
 from openpi_opt.pi0.inputs import Inputs
 from openpi_opt.result import TimedReport
@@ -31,6 +36,10 @@ from openpi_opt.result import TimedReport
 Call = Callable[[Inputs], Tensor]
 
 COLUMNS = 1024
+SHARE_OTHERS = 20  # one call with other masks for so many with the workload's
+# So many of the first results are held, too, if they are not larger together: a buffer that only
+# every n-th call returns is one memory in two of them.
+RUN, RUN_BYTES = 64, 1 << 20
 FASTEST = 2  # calls that are made again because they took the least time
 # A policy that remembers: repeated calls launch less than a new one, or keep a GPU busy for less
 # than this share of its time, in each of `ROUNDS` rounds.
@@ -51,35 +60,57 @@ class _Held:
 class Witness:
     """A `clock.Feed`. `observations` (on the host) are uploaded in turn, then given new content.
 
-    `known` are the contents with a reference, on the host; `vocabulary` bounds drawn prompts.
+    `known` are the contents with a reference, on the host: first those with the workload's masks,
+    then `others` with masks of their own, which only a policy gets that reads masks. `cameras` are
+    those that it may be asked for, `vocabulary` bounds drawn prompts.
     """
 
     observations: Sequence[Inputs]
     known: Sequence[Inputs]
     device: torch.device
     vocabulary: int
+    others: int = 0
+    cameras: tuple[bool, ...] = ()
     seed: int = field(default_factory=lambda: random.SystemRandom().getrandbits(32))
     _uploads: int = 0
     _number: int = 0
     _place: int = 0
+    _calls: int = 0
     _chosen: dict[int, int] = field(default_factory=dict)
+    _masked: set[int] = field(default_factory=set)
+    _drawn_masks: set[int] = field(default_factory=set)
     _held: list[_Held] = field(default_factory=list)
     _numbers: list[int | None] = field(default_factory=list)
     _rows: list[Tensor] = field(default_factory=list)
+    _run: list[Tensor] = field(default_factory=list)
     _noise: list[Tensor] = field(default_factory=list)
     _finite: Tensor | None = None
     _problem: str | None = None
 
-    def begin(self, iterations: int, compared: bool) -> None:
-        """Tell how many timed calls come next, after the warm-up, and whether to compare some."""
-        self._place = -MIN_WARMUP
-        self._chosen = {}
+    def time(self, call: Call, iterations: int, device: Device, compared: bool) -> Timing:
+        """Time `iterations` calls after a short warm-up; with `compared`, for `verdict`.
+
+        Then there are more calls, those with other masks, whose times are left out.
+        """
+        self._place, self._calls = -MIN_WARMUP, iterations
+        self._chosen, self._masked = {}, set()
         if compared:
-            dice = random.Random(self.seed)
-            count = min(len(self.known), iterations)
-            places = sorted(dice.sample(range(iterations - 1), count - 1))
-            order = dice.sample(range(len(self.known)), count)
-            self._chosen = dict(zip([*places, iterations - 1], order, strict=True))
+            self._choose(iterations)
+        timing = time_calls(call, self, MIN_WARMUP, self._calls, device)
+        return timing.without(self._masked)
+
+    def _choose(self, iterations: int) -> None:
+        """The places of the calls that get a known content, and of those with other masks."""
+        dice, plain = random.Random(self.seed), len(self.known) - self.others
+        more = max(self.others, iterations // SHARE_OTHERS) if self.others else 0
+        self._calls = iterations + more
+        masked = dice.sample(range(self._calls - 1), more)
+        own = sorted(set(range(self._calls - 1)) - set(masked))
+        count = min(plain, iterations)
+        places = [*sorted(dice.sample(own, count - 1)), self._calls - 1, *masked[: self.others]]
+        contents = [*dice.sample(range(plain), count), *range(plain, len(self.known))]
+        self._chosen = dict(zip(places, contents, strict=True))
+        self._masked = set(masked)
 
     def upload(self) -> Inputs:
         """A copy of a host's observation in fresh memory of the device."""
@@ -94,19 +125,30 @@ class Witness:
             self._numbers.append(None)
         else:
             self._number += 1
+            if self._place in self._masked:
+                self._drawn_masks.add(self._number)
             self.draw(inputs, self._number)
             if self._place >= 0:
                 self._numbers.append(self._number)
         self._place += 1
 
     def draw(self, inputs: Inputs, number: int) -> None:
-        """The content of call `number`: images, prompt, state and noise; masks are kept."""
+        """The content of call `number`: images, prompt, state and noise.
+
+        Masks are kept, or in some calls drawn for each row: any of `cameras`, 1 to L tokens.
+        """
         generator = torch.Generator(self.device)
         generator.manual_seed((self.seed * 0x9E3779B97F4A7C15 + number) & _MASK)
         inputs.images.uniform_(-1.0, 1.0, generator=generator)
         inputs.tokens.random_(0, self.vocabulary, generator=generator)
         inputs.state.normal_(generator=generator)
         inputs.noise.normal_(generator=generator)
+        if number in self._drawn_masks:
+            (batch, slots), device = inputs.token_mask.shape, self.device
+            on = torch.rand(inputs.image_mask.shape, generator=generator, device=device) < 0.5
+            inputs.image_mask.copy_(on & torch.tensor(self.cameras, device=device))
+            length = torch.randint(1, slots + 1, (batch, 1), generator=generator, device=device)
+            inputs.token_mask.copy_(torch.arange(slots, device=device) < length)
 
     def keep(self, inputs: Inputs, actions: Tensor) -> None:
         """Remember what a timed call returned, after its time was taken."""
@@ -119,6 +161,8 @@ class Witness:
         self._noise.append(_thin(inputs.noise))
         if _storage(actions) in {_storage(tensor) for tensor in inputs}:
             self._problem = "the actions of a timed call lie in the memory of its inputs"
+        if len(self._run) < min(RUN, RUN_BYTES // max(1, actions.nbytes)):
+            self._run.append(actions)
         content = self._chosen.get(self._place - 1)
         if content is not None:
             self._held.append(_Held(content, actions, actions.clone()))
@@ -127,7 +171,7 @@ class Witness:
         self,
         call: Call,
         actions: Sequence[Tensor],
-        tolerance: float,
+        tolerances: Sequence[float],
         own_tolerance: float,
         floor: float,
         wall_ms: Sequence[float],
@@ -135,15 +179,21 @@ class Witness:
     ) -> TimedReport:
         """Compare what was kept, with the reference's `actions` of the known contents.
 
-        `wall_ms` are the wall times of the compared block. `tolerance` bounds the distance from the
-        reference. `own_tolerance` bounds that of a repeated call from itself, `floor` where the
-        policy answers the same content alike, bit for bit: then a difference is no rounding. At
-        least `again` calls are made once more.
+        `tolerances` bound their distances. `own_tolerance` bounds that of a repeated call from
+        itself, `floor` where the policy answers the same content alike, bit for bit: then a
+        difference is no rounding. `wall_ms` are the wall times of the compared block, as `time`
+        returned them. At least `again` calls are made once more.
         """
         problem = self._problem or self._kept_whole()
-        found = [guard.distance(held.output, actions[held.content]).rel_l2 for held in self._held]
-        finite = [rel_l2 for rel_l2 in found if rel_l2 is not None]
-        worst = max(finite) if finite and len(finite) == len(found) else None
+        held = [tensor for each in self._held for tensor in (each.output, each.copy)]
+        found = [
+            (guard.distance(each.output, actions[each.content]).rel_l2, tolerances[each.content])
+            for each in self._held
+        ]
+        finite = [(rel_l2, admitted) for rel_l2, admitted in found if rel_l2 is not None]
+        worst, tolerance = max(finite, key=lambda pair: pair[0] / pair[1], default=(None, 0.0))
+        if len(finite) < len(found):
+            worst = None
         if problem is None and worst is not None and worst > tolerance:
             problem = (
                 f"a timed call with new content is {worst:.2%} from its reference; admitted are "
@@ -171,11 +221,17 @@ class Witness:
             repeated_rel_l2=off,
             seed=self.seed,
             problem=problem,
+            masks="drawn" if self.others else "workload",
+            other_masks=len(self._masked),
+            held_mib=_mib([*self._rows, *self._noise, *held]),
+            inputs_mib=_mib(tensor for inputs in self.known for tensor in inputs),
         )
 
     def overwritten(self) -> str | None:
         """What is wrong if a held output is no longer what it was, or None; ask at any time."""
-        if any(not torch.equal(held.output, held.copy) for held in self._held):
+        kept = [(held.output, held.copy) for held in self._held]
+        kept += [(_thin(actions), row) for actions, row in zip(self._run, self._rows, strict=False)]
+        if any(not torch.equal(now, before) for now, before in kept):
             return "the result of a timed call was overwritten by a later call"
         return None
 
@@ -183,7 +239,9 @@ class Witness:
         """What is wrong with the held outputs as memory, or None."""
         if self._finite is not None and not bool(self._finite):
             return "a timed call returned NaN or infinity"
-        places = [_storage(held.output) for held in self._held]
+        run = {id(actions) for actions in self._run}
+        later = [held.output for held in self._held if id(held.output) not in run]
+        places = [_storage(actions) for actions in (*self._run, *later)]
         if len(set(places)) < len(places):
             return "two timed calls returned the same memory"
         if (overwritten := self.overwritten()) is not None:
@@ -217,9 +275,13 @@ class Witness:
     def _suspects(self, wall_ms: Sequence[float], least: int) -> list[int]:
         """Calls that look least like the others, the first one, and some at random.
 
-        They are at least `least`. The first shows a policy that changes after many calls.
+        They are at least `least`. The first shows a policy that changes after many calls. Calls
+        with other masks do look different, so those are chosen at random alone.
         """
-        drawn = [i for i, number in enumerate(self._numbers) if number is not None]
+        first = len(self._rows) - self._calls
+        masked = {first + place for place in self._masked}
+        new = [i for i, number in enumerate(self._numbers) if number is not None]
+        drawn = [i for i in new if i not in masked]
         if not drawn:
             return []
         rows = torch.stack([self._rows[i] for i in drawn]).float()
@@ -229,10 +291,10 @@ class Witness:
             for score, count in _suspicions(rows, noise)
             for index in score.topk(min(count, len(drawn))).indices.tolist()
         }
-        first = len(self._rows) - len(wall_ms)
-        timed = [i for i in drawn if i >= first]
-        chosen |= set(sorted(timed, key=lambda i: wall_ms[i - first])[:FASTEST])
-        others = [i for i in drawn if i not in chosen]
+        plain = [i for i in range(first, len(self._rows)) if i not in masked]
+        took_ms = dict(zip(plain, wall_ms, strict=True))
+        chosen |= set(sorted(took_ms.keys() & {*drawn}, key=lambda i: took_ms[i])[:FASTEST])
+        others = [i for i in new if i not in chosen]
         more = min(len(others), max(1, least - len(chosen)))
         return sorted([*chosen, *random.Random(self.seed + 1).sample(others, more)])
 
@@ -324,6 +386,12 @@ def _thin(actions: Tensor) -> Tensor:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _mib(tensors: Iterable[Tensor]) -> float:
+    """The memory in which tensors lie, each piece once."""
+    found = {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(found.values()) / 2**20
 
 
 def _copy(source: Inputs, target: Inputs) -> None:

@@ -11,13 +11,14 @@ import importlib.util
 import json
 import os
 import sys
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openpi_opt.cli import print_uncut, run
+from openpi_opt.cli import run
 from openpi_opt.errors import UserError
 from openpi_opt.track.store import DEFAULT_STORE
 from openpi_opt.verbs import verb_parser
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "gfx942,gfx950,sm90"
 PROBLEM = 1
-_WIDTH = 100
+WIDTH = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps({"kernels": rows}, indent=1))
     else:
-        _print(rows)
+        show(rows)
     return PROBLEM if any(faults(row) for row in rows) else 0
 
 
@@ -136,58 +137,46 @@ def _architectures(names: str) -> list[Arch]:
     return archs
 
 
-def _print(rows: Sequence[dict[str, Any]]) -> None:
-    """The table, at most `_WIDTH` wide in a pipe; on a narrow terminal its lines run over."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """The table, at most `WIDTH` wide in a pipe; on a narrow terminal its lines run over."""
+    from openpi_opt.track.table import Table, print_table
 
-    heads = ("arch", "kernel", "warps", "regs", "spilled", "shared\nKiB", "waves", "limit",
-             "blocks")  # fmt: skip
+    heads = ["arch", "kernel", "warps", "regs", "spilled", "shared\nKiB", "waves", "limit",
+             "blocks"]  # fmt: skip
     differences = _differences(rows)
     body = []
+    longest = max(len(row["kernel"]) for row in rows)
     for row, differs in zip(rows, differences, strict=True):
         occupancy = row["occupancy"]
         shared = f"{row['shared_bytes'] / 1024:.1f}{'' if row['fits'] else ' too much'}"
-        body.append((
-            row["arch"], "\n".join(filter(None, [row["kernel"], differs])), str(row["warps"]),
+        body.append([
+            row["arch"], row["kernel"], str(row["warps"]),
             str(row["registers"]), str(row["spilled"]), shared,
             f"{occupancy['waves']:g} of {occupancy['most']}", occupancy["limit"],
             str(row["blocks"]),
-        ))  # fmt: skip
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for head, *cells in zip(heads, *body, strict=True):
-        first_lines = [cell.split("\n")[0] for cell in cells]
-        table.add_column(
-            head,
-            justify="left" if head in ("arch", "kernel", "limit") else "right",
-            overflow="fold",
-            no_wrap=head != "kernel",
-            min_width=max(map(len, [*head.split("\n"), *first_lines])),
-        )
-    for line in body:
-        table.add_row(*map(Text, line))
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, emoji=False)
-    print_uncut(console, table)
-    console.print()
+        ])  # fmt: skip
+        body += [["", part, *[""] * 7] for part in textwrap.wrap(differs, longest)]
+    texts = frozenset(["arch", "kernel", "limit"])
+    print_table(Table(heads, body, texts), WIDTH, unfolded=texts)
+    print()
     for row, differs in zip(rows, differences, strict=True):
         if row["mix"]:
             name = " ".join(filter(None, [row["arch"], row["kernel"], differs]))
-            console.print(f"{name}: {row['mix']}", soft_wrap=True)
+            print(f"{name}: {row['mix']}")
     judged = [row for row in rows if row["mix"]]
     if judged:
         wrong = Counter(fault for row in judged for fault in faults(row))
         listed = ", ".join(f"{count} with {fault}" for fault, count in wrong.items())
         print(f"{len(judged)} kernels for AMD: {listed or 'no spills, narrow loads or 32x32 MFMA'}")
     units = {row["arch"]: row["units"] for row in rows}
-    shared = ", ".join(f"{count} on {arch}" for arch, count in units.items())
-    console.print(
+    processors = ", ".join(f"{count} on {arch}" for arch, count in units.items())
+    said = (
         "waves: per SIMD on AMD, warps per multiprocessor on NVIDIA; limit: what keeps more from "
         "fitting; regs: per thread, on AMD with the accumulators; loads and LDS: instructions by "
         "bytes per lane, 16 is the most; blocks: of the launch, for processors to share ("
-        f"{shared}); nothing was run"
+        f"{processors}); nothing was run"
     )
+    print(textwrap.fill(said, WIDTH))
 
 
 def _differences(rows: Sequence[dict[str, Any]]) -> list[str]:

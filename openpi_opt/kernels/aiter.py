@@ -32,11 +32,11 @@ from openpi_opt.kernels.operators import operator
 
 # Launch parameters seen working on sm_90. AMD-only keys (waves_per_eu, matrix_instr_nonkdim,
 # kpack) are left out: Triton's CUDA backend refuses keys that it does not know.
-_PREFILL_CONFIG = {
+PREFILL_CONFIG = {
     "BLOCK_M": 64, "BLOCK_N": 32, "PRELOAD_V": False, "num_warps": 4, "num_ctas": 1, "num_stages": 1
 }  # fmt: skip
 # The denoising steps have 10 or 50 action rows: larger row blocks would be mostly padding.
-_DECODE_CONFIG = {**_PREFILL_CONFIG, "BLOCK_M": 16, "BLOCK_N": 64}
+DECODE_CONFIG = {**PREFILL_CONFIG, "BLOCK_M": 16, "BLOCK_N": 64}
 _DECODE_ROWS = 32
 
 
@@ -65,7 +65,7 @@ def core(device: str) -> Callable[[Tensor, Tensor, Tensor, float, Tensor | None]
 @operator("aiter_mha_ck")
 def _mha_ck(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Full attention, q [B, S, Hq, D], k and v [B, T, Hkv, D], bfloat16 or float16."""
-    flags = [False, -1, -1, *_sink_size(), False, False]  # causal, window, sink, lse, randval
+    flags = [False, -1, -1, *sink_size(), False, False]  # causal, window, sink, lse, randval
     q, k, v = (t.contiguous() for t in (q, k, v))
     out: Tensor = torch.ops.aiter.mha_fwd(q, k, v, 0.0, scale, *flags)[0]
     return out
@@ -76,13 +76,13 @@ def _mha_triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Full attention by aiter's Triton kernel; shapes as `_mha_ck`."""
     from aiter.ops.triton.attention.mha import flash_attn_func
 
-    config = _DECODE_CONFIG if q.shape[1] <= _DECODE_ROWS else _PREFILL_CONFIG
+    config = DECODE_CONFIG if q.shape[1] <= _DECODE_ROWS else PREFILL_CONFIG
     out: Tensor = flash_attn_func(q, k, v, softmax_scale=scale, causal=False, config=dict(config))
     return out
 
 
 @cache
-def _sink_size() -> list[Any]:
+def sink_size() -> list[Any]:
     """`sink_size` entered the signature on 2025-12-16 (aiter d917238748)."""
     schema = str(torch.ops.aiter.mha_fwd.default._schema)
     return [0] if "sink_size" in schema else []

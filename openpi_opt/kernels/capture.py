@@ -42,8 +42,8 @@ class CapturedCall:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._turn = threading.Lock()
         self._done: torch.cuda.Event | None = None
-        self._inputs: Inputs
-        self._output: Tensor
+        self.inputs: Inputs
+        self.output: Tensor
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Copy `inputs` in, replay, return the actions [B, H, A].
@@ -60,7 +60,7 @@ class CapturedCall:
             self._capture(inputs)
         if self._done is not None:
             self._done.wait()
-        for name, static, new in zip(Inputs._fields, self._inputs, inputs, strict=True):
+        for name, static, new in zip(Inputs._fields, self.inputs, inputs, strict=True):
             if static.shape != new.shape:
                 raise ValueError(
                     f"{name} has shape {list(new.shape)}, but the graph was captured for "
@@ -73,24 +73,24 @@ class CapturedCall:
             static.copy_(new)
         assert self._graph is not None
         self._graph.replay()
-        actions = self._output.clone()
+        actions = self.output.clone()
         if self._done is not None:
             self._done.record()
         return actions
 
     def _capture(self, inputs: Inputs) -> None:
-        self._inputs = Inputs(*(tensor.clone() for tensor in inputs))
+        self.inputs = Inputs(*(tensor.clone() for tensor in inputs))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARMUPS):
-                self._call(self._inputs)
+                self._call(self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
             with nothing_compiled(), torch.cuda.graph(graph):
-                self._output = self._call(self._inputs)
+                self.output = self._call(self.inputs)
         except RuntimeError as error:
             raise CaptureError(f"graph capture failed: {error}") from error
         self._graph, self._done = graph, torch.cuda.Event()

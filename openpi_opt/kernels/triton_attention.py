@@ -42,6 +42,7 @@ TABLE: dict[tuple[str, int], Launch] = {
 }
 
 
+# 80 lines: each operand has its pointer and strides, and a head may be cut in two tiles.
 @triton.jit
 def _flash(
     q, k, v, mask, lengths, out, keys, padding_end, rows, group, lead, lead_keys, scale,
@@ -143,9 +144,14 @@ def tiles(width: int) -> tuple[int, int]:
     return (main, tail) if main + tail < whole else (whole, 0)
 
 
+def table_key(q: Tensor) -> tuple[str, int]:
+    """The key of `TABLE` for queries [B, S, Hq, D]."""
+    return arch(q), q.shape[3]
+
+
 def default_launch(q: Tensor) -> Launch:
     """The measured parameters of this architecture, or the default."""
-    width, key = q.shape[3], arch(q)
+    key, width = table_key(q)
     if q.dtype == torch.float32:  # no matrix instruction: tiles that fit the registers
         return Launch(block_m=16, block_n=32)
     if key.startswith("gfx"):

@@ -117,6 +117,8 @@ def _summed(acc, total, top, logits, values, visible):
     return acc, total, higher
 
 
+# Over 60 lines: each operand has its pointer and strides. More functions than these change the
+# compiled code: the prefetch in one of its own reorders what is computed before it.
 @triton.jit
 def _split(
     q, past_k, past_v, new_k, new_v, cos, sin, mask, lengths, out, partial, sums, counter,
@@ -232,6 +234,11 @@ def _add_splits(
     tl.store(out + target + column, result.to(out.dtype.element_ty), mask=column < width)
 
 
+def table_key(q: Tensor, kv_heads: int) -> tuple[str, int]:
+    """The key of `TABLE` for queries [1, S, Hq, D]."""
+    return arch(q), padded(q.shape[1])
+
+
 def default_launch(q: Tensor, kv_heads: int) -> Launch:
     """The measured parameters of this architecture, or the default.
 
@@ -247,7 +254,7 @@ def default_launch(q: Tensor, kv_heads: int) -> Launch:
         rule = Launch(block_n=32, blocks=1 if few else 2, matrix_instr_nonkdim=16)
     if can_follow(name):
         rule = dataclasses.replace(rule, dependent=1)
-    launch = TABLE.get((name, padded(q.shape[1])), rule) if q.shape[0] == 1 else rule
+    launch = TABLE.get(table_key(q, kv_heads), rule) if q.shape[0] == 1 else rule
     if q.dtype == torch.float32:  # twice the bytes in a tile, and no matrix instruction
         return dataclasses.replace(launch, block_n=min(launch.block_n, 32), num_stages=1)
     return launch

@@ -146,6 +146,7 @@ def _finish(acc, gain, gains, out, scaled, squares, part, row, column, m, n: tl.
             tl.store(scaled + place, wide, mask=keep)
 
 
+# 70 lines: every operand may be absent, and what is loaded before the product is used after it.
 @triton.jit
 def _linear(
     x, weight, squares, bias, residual, factor, gain, out, scaled, squares_out, partial, counter,
@@ -244,14 +245,18 @@ def _add_splits(
     _finish(acc, gain, gains, out, scaled, squares, part, row, column, m, shape.n)
 
 
+def table_key(x: Tensor, n: int, k: int, kind: Kind) -> tuple[str, int, int, int, Kind]:
+    """The key of `TABLE` for rows x [M, K]."""
+    return arch(x), padded(as_rows(x).shape[0]), n, k, kind
+
+
 def default_launch(x: Tensor, n: int, k: int, kind: Kind) -> Launch:
     """The measured parameters of this shape and architecture, or a choice by rule.
 
     The rule: tiles of 32 features, and as many splits as give 128 processors a block while a block
     keeps at least 256 input features. On AMD see `_for_units`.
     """
-    name, rows = arch(x), padded(as_rows(x).shape[0])
-    found = TABLE.get((name, rows, n, k, kind))
+    name, found = arch(x), TABLE.get(table_key(x, n, k, kind))
     if found is not None and x.element_size() == 2:  # the table is that of 16-bit types
         return found
     launch = _by_rule(x, n, k, kind, name)

@@ -57,18 +57,14 @@ def entries(record: Record) -> list[Entry]:
     Raises UserError: it ran more than one row of the batch, for which the table of the
     denoising attention has no entries.
     """
-    from openpi_opt.kernels.launch import FIELDS
-
     cfg = Config.load(record.result.config).canonical()
     arch = record.result.fingerprint["gpu"]["arch"]
     found = []
     for name, given in _given(record):
-        linear = name in LINEARS
-        module, key, default = (_linear if linear else _attention)(name, cfg, arch)
+        module, call = (_linear if name in LINEARS else _attention)(name, cfg)
         with mock.patch.object(module, "arch", return_value=arch):
-            before: Launch = default()
+            key, before = module.table_key(*call), module.default_launch(*call)
         found.append(Entry(module, key, dataclasses.replace(before, **given)))
-        assert set(given) <= set(FIELDS)
     return found
 
 
@@ -127,35 +123,33 @@ def _given(record: Record) -> Iterator[tuple[str, dict[str, int]]]:
             yield name, launch.given()
 
 
-def _linear(name: str, cfg: Config, arch: str) -> tuple[ModuleType, Any, Any]:
+def _linear(name: str, cfg: Config) -> tuple[Any, tuple[Any, ...]]:
+    """The module of a product's kernel, and what its table is asked with."""
     import torch
 
     from openpi_opt.kernels import triton_skinny_gemm
-    from openpi_opt.kernels.triton_common import padded
     from openpi_opt.pi0.config import MODELS
 
     expert = MODELS[cfg.model.name].expert
     qkv = (expert.heads + 2 * expert.kv_heads) * expert.head_dim
     features = {"qkv": qkv, "out": expert.width, "gate_up": expert.mlp_width, "down": expert.width}
-    kind: Any = {"qkv": "normed", "gate_up": "gated"}.get(name, "plain")
+    kind = {"qkv": "normed", "gate_up": "gated"}.get(name, "plain")
     n, k = features[name], LINEARS[name]
     x = torch.empty(cfg.workload.batch_size * _tokens(cfg), k, dtype=torch.bfloat16)
-    key = (arch, padded(x.shape[0]), n, k, kind)
-    return triton_skinny_gemm, key, lambda: triton_skinny_gemm.default_launch(x, n, k, kind)
+    return triton_skinny_gemm, (x, n, k, kind)
 
 
-def _attention(stage: str, cfg: Config, arch: str) -> tuple[ModuleType, Any, Any]:
+def _attention(stage: str, cfg: Config) -> tuple[Any, tuple[Any, ...]]:
+    """The module of a stage's kernel, and what its table is asked with."""
     import torch
 
     from openpi_opt.kernels import triton_attention, triton_decode
-    from openpi_opt.kernels.triton_common import padded
     from openpi_opt.pi0.config import MODELS
 
     model, rows = MODELS[cfg.model.name], cfg.workload.batch_size
     if stage != "denoise":
         width = (model.vision if stage == "vision" else model.language).head_dim
-        q = torch.empty(rows, 1, 1, width, dtype=torch.bfloat16)
-        return triton_attention, (arch, width), lambda: triton_attention.default_launch(q)
+        return triton_attention, (torch.empty(rows, 1, 1, width, dtype=torch.bfloat16),)
     if rows > 1:
         raise UserError(
             f"the trial's batch is {rows}; the table of the denoising attention is of one row.\n"
@@ -163,8 +157,7 @@ def _attention(stage: str, cfg: Config, arch: str) -> tuple[ModuleType, Any, Any
         )
     expert = model.expert
     q = torch.empty(1, _tokens(cfg), expert.heads, expert.head_dim, dtype=torch.bfloat16)
-    key = (arch, padded(q.shape[1]))
-    return triton_decode, key, lambda: triton_decode.default_launch(q, expert.kv_heads)
+    return triton_decode, (q, expert.kv_heads)
 
 
 def _tokens(cfg: Configuration) -> int:

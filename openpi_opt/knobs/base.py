@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     import torch
 
+    from openpi_opt.config import Model, Platform, Workload
     from openpi_opt.machine import Device, Machine
     from openpi_opt.pi0.inputs import Inputs
     from openpi_opt.pi0.policy import Pi0Policy
@@ -28,36 +29,16 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-
-class _Model(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def family(self) -> Literal["pi0", "pi05"]: ...
-
-
-class _Platform(Protocol):
-    @property
-    def device(self) -> Device | Literal["auto"]: ...
-    @property
-    def gpu(self) -> int | None: ...
-
-
-class _Workload(Protocol):
-    @property
-    def active_cameras(self) -> tuple[bool, ...]: ...
-    @property
-    def prompt_slots(self) -> int: ...
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def horizon(self) -> int: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def layout(self) -> Literal["exact", "flexible"]: ...
+    def given(self) -> dict[str, Any]:
+        """By dotted name, the values that differ from their defaults, of nested options too."""
+        found: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Options):
+                found |= {f"{name}.{key}": inner for key, inner in value.given().items()}
+            elif value != field.get_default(call_default_factory=True):
+                found[name] = value
+        return found
 
 
 class Configuration(Protocol):
@@ -68,15 +49,15 @@ class Configuration(Protocol):
         """The options of every knob, by its name."""
 
     @property
-    def model(self) -> _Model:
+    def model(self) -> Model:
         """Which network."""
 
     @property
-    def platform(self) -> _Platform:
+    def platform(self) -> Platform:
         """Where it runs; `device` below is the resolved one."""
 
     @property
-    def workload(self) -> _Workload:
+    def workload(self) -> Workload:
         """What is inferred."""
 
     @property
@@ -201,20 +182,10 @@ class Knob(Generic[O]):
         their defaults, of nested options too; a switch that is on by its name alone."""
         head = next(iter(type(options).model_fields))
         words = [str(getattr(options, head))]
-        for name, value in _differing(options):
+        for name, value in options.given().items():
             if name != head:
                 words.append(name if value is True else f"{name}={value}")
         return " ".join(words)
-
-
-def _differing(options: Options) -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of each field that is not its default, in the order of the fields."""
-    for name, field in type(options).model_fields.items():
-        value = getattr(options, name)
-        if isinstance(value, Options):
-            yield from ((f"{name}.{key}", found) for key, found in _differing(value))
-        elif value != field.default:
-            yield name, value
 
 
 AnyKnob = Knob[Any]

@@ -90,12 +90,6 @@ class InductorOptions(Options):
     comprehensive_padding: bool | None = None
     triton: TritonOptions = TritonOptions()
 
-    def chosen(self) -> dict[str, Any]:
-        """What was asked for, by the name in Inductor's configuration."""
-        fields = self.model_dump()
-        nested = {f"triton.{key}": value for key, value in fields.pop("triton").items()}
-        return {key: value for key, value in {**fields, **nested}.items() if value is not None}
-
 
 class CompileOptions(Options):
     """`mode` is torch.compile's; `scope` what is compiled: each stage, the whole call, or layers.
@@ -152,7 +146,7 @@ class Compile(Knob[CompileOptions]):
             return CompileOptions()
         chosen = {
             key: value
-            for key, value in options.inductor.chosen().items()
+            for key, value in options.inductor.given().items()
             if _matters(key, value, options, cfg.platform.device)
         }
         return options.model_copy(update={"inductor": _nested(chosen)})
@@ -177,7 +171,7 @@ class Compile(Knob[CompileOptions]):
         from openpi_opt.kernels.compiled import CompiledCall
 
         how: dict[str, Any] = {"fullgraph": True, "dynamic": False}
-        how["options"] = _settings(options)
+        how["options"] = settings(options)
         if options.scope == "layer":
             parts = _compile_layers(policy, how)
         else:
@@ -196,7 +190,7 @@ class Compile(Knob[CompileOptions]):
         """Name the options that were asked for and that nothing reads."""
         if self.of(cfg).mode == "off":
             return []
-        inert = [key for key in self.of(cfg).inductor.chosen() if key in INERT]
+        inert = [key for key in self.of(cfg).inductor.given() if key in INERT]
         return [f"Inert, nothing in this torch reads it: compile.inductor.{key}." for key in inert]
 
     def label(self, options: CompileOptions) -> str:
@@ -204,7 +198,7 @@ class Compile(Knob[CompileOptions]):
         if options.mode == "off":
             return "off"
         words = [options.mode, *([options.scope] if options.scope != "stage" else [])]
-        return " ".join([*words, *(f"{k}={v}" for k, v in options.inductor.chosen().items())])
+        return " ".join([*words, *(f"{k}={v}" for k, v in options.inductor.given().items())])
 
 
 @cache
@@ -258,7 +252,7 @@ def _capture_refusals(cfg: Configuration, options: CompileOptions) -> Iterator[R
 def _torch_refusals(cfg: Configuration, inductor: InductorOptions) -> Iterator[Refusal]:
     """Of options that this torch lacks, and of CK, which Inductor leaves out without a word where
     it cannot be had, and fails on where it is alone."""
-    chosen = inductor.chosen()
+    chosen = inductor.given()
     missing = [key for key in chosen if key not in INERT and not is_inductor_option(key)]
     if missing:
         names = ", ".join(f"compile.inductor.{key}" for key in missing)
@@ -307,25 +301,25 @@ def _matters(key: str, value: object, options: CompileOptions, device: str) -> b
 
 
 def _nested(chosen: dict[str, Any]) -> InductorOptions:
-    """The inverse of `InductorOptions.chosen`."""
+    """The inverse of `InductorOptions.given`."""
     flat = {key: value for key, value in chosen.items() if "." not in key}
     triton = {key.split(".")[1]: value for key, value in chosen.items() if "." in key}
     return InductorOptions.model_validate({**flat, "triton": triton})
 
 
-def _settings(options: CompileOptions) -> dict[str, Any]:
+def settings(options: CompileOptions) -> dict[str, Any]:
     """Mode and options as one mapping: torch.compile takes one of the two only."""
     import torch._inductor
 
     mode = torch._inductor.list_mode_options(options.mode.replace("_", "-"))
-    return {**mode, **options.inductor.chosen()}
+    return {**mode, **options.inductor.given()}
 
 
 def _compile_layers(policy: Pi0Policy, how: dict[str, Any]) -> int:
     """Compile the layers of the three towers; returns how many graphs that can take at most. Dynamo
     finds the code of an earlier layer by its guards. A kind is a class and the shapes of its
     weights; it takes two graphs where the state token goes through the layers alone."""
-    from openpi_opt.surgery.towers import decoder_layers, vision_layers
+    from openpi_opt.surgery.layers import decoder_layers, vision_layers
 
     kinds = set()
     for layer in (*vision_layers(policy.vision), *decoder_layers(policy)):

@@ -30,13 +30,7 @@ _REGISTERS = 200  # of 255 a thread, for the sums alone
 _BYTES = 2  # of a number, unless something else is said
 
 
-class _Launch(Options):
-    def given(self) -> dict[str, int]:
-        """The parameters that are not left to the table."""
-        return {name: value for name, value in self.model_dump().items() if value is not None}
-
-
-class LinearLaunch(_Launch):
+class LinearLaunch(Options):
     """Launch parameters of one product of a fused expert layer.
 
     `block_n` features a block, `block_k` inputs a tile, `split_k` blocks that share a sum, `fused`
@@ -88,7 +82,7 @@ class LinearLaunch(_Launch):
         return None
 
 
-class AttentionLaunch(_Launch):
+class AttentionLaunch(Options):
     """Launch parameters of the own attention kernel of a stage.
 
     `block_m` (token, head) pairs and `block_n` keys a tile. `blocks` (tiles of keys that one block

@@ -86,7 +86,7 @@ class Simplify(Knob[SimplifyOptions]):
         """Replace the last prefix layer and the stages."""
         options = self.canonical(cfg)
         if options.last_layer:
-            from openpi_opt.surgery.last_layer import keep_keys_values
+            from openpi_opt.surgery.layers import keep_keys_values
 
             keep_keys_values(policy)
         changes = {name: getattr(options, name) for name in _STAGES}

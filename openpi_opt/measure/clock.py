@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -55,6 +55,19 @@ class Timing:
     clock: Clock
     upload_samples_ms: list[float] = field(default_factory=list)
     seconds: float = 0.0
+
+    def without(self, places: Collection[int]) -> Timing:
+        """The same without some of its iterations; `seconds` still counts them."""
+
+        def kept(samples: list[float]) -> list[float]:
+            return [each for place, each in enumerate(samples) if place not in places]
+
+        return replace(
+            self,
+            samples_ms=kept(self.samples_ms),
+            wall_samples_ms=kept(self.wall_samples_ms),
+            upload_samples_ms=kept(self.upload_samples_ms),
+        )
 
 
 def upload(observation: Inputs, device: torch.device) -> Inputs:

@@ -35,7 +35,7 @@ class Tokenizer:
         if not file.is_file():
             raise UserError(f"tokenizer={path}: there is no such file.")
         try:
-            self._model: Any = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            self.model: Any = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as error:
             raise UserError(f"tokenizer={path} is no SentencePiece model: {error}") from error
 
@@ -43,10 +43,10 @@ class Tokenizer:
         """The ids of a prompt, without padding; with a normalised state [n] in pi05's format."""
         text = prompt.strip().replace("_", " ").replace("\n", " ")
         if state is None:
-            return [*self._model.encode(text, add_bos=True), *self._model.encode("\n")]
+            return [*self.model.encode(text, add_bos=True), *self.model.encode("\n")]
         numbers = " ".join(str(number) for number in discretised(state))
         full = f"Task: {text}, State: {numbers};\nAction: "
-        return list(self._model.encode(full, add_bos=True))
+        return list(self.model.encode(full, add_bos=True))
 
 
 def discretised(state: NDArray[np.float64]) -> NDArray[np.int64]:

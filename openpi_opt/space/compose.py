@@ -7,7 +7,6 @@ what was composed by plain values and options alone is put together here.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,9 +26,8 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from packaging.version import Version
 
-from openpi_opt.config import SECTIONS, Config
+from openpi_opt.config import SCHEMAS, Config
 from openpi_opt.errors import UserError
-from openpi_opt.knobs import BY_NAME
 from openpi_opt.paths import conf_dir, user_conf_dir
 from openpi_opt.preset import check_name, resolve_auto
 from openpi_opt.space.errors import user_errors
@@ -200,12 +198,11 @@ class Composer:
         choices = [override for override in own if override.key_or_group == name]
         if len(choices) > 1:
             return None
-        chosen = self._chosen(base, choices[0]) if choices else base.values[name]
-        if chosen is None:
-            return None
-        section: dict[str, Any] = copy.deepcopy(chosen)
-        keys = [override for override in own if override.key_or_group != name]
-        return section if all(_set_key(section, override) for override in keys) else None
+        section = self._chosen(base, choices[0]) if choices else base.values[name]
+        for override in own:
+            if section is not None and override.key_or_group != name:
+                section = _with_key(section, override)
+        return section
 
     def _base(self, shared: tuple[str, ...]) -> Composed | None:
         """What the overrides that belong to no section give, or None where that is not of use."""
@@ -296,32 +293,28 @@ def _section(line: str) -> str | None:
     """The section or knob that an override changes, or None if it is not one alone."""
     override = parse_override(line)
     name = head(override)
-    known = name in SECTIONS or name in BY_NAME
-    return name if known and override.package is None else None
+    return name if name in SCHEMAS and override.package is None else None
 
 
-def _set_key(values: Any, override: Override) -> bool:
-    """Change one key of `values` (`a.b=1`, `a.b=[x,y]`) or add one (`+a.b=1`); False when it is not
-    plain."""
+def _with_key(values: Any, override: Override) -> dict[str, Any] | None:
+    """A copy of `values` with one key changed (`a.b=1`, `a.b=[x,y]`) or added (`+a.b=1`); None when
+    it is not plain."""
     value = override.value()
     parts = value if isinstance(value, list) else [value]
     special = any(mark in part for part in parts if isinstance(part, str) for mark in _SPECIAL)
-    if (
-        not all(isinstance(part, _SCALARS) for part in parts)
-        or special
-        or "[" in override.key_or_group
-    ):
-        return False
+    scalars = all(isinstance(part, _SCALARS) for part in parts)
+    if not isinstance(values, dict) or special or not scalars or "[" in override.key_or_group:
+        return None
     *path, last = override.key_or_group.split(".")[1:]
-    node: Any = values
+    changed = node = dict(values)
     for name in path:
-        node = node.get(name) if isinstance(node, dict) else None
-    if not isinstance(node, dict):
-        return False
+        if not isinstance(node.get(name), dict):
+            return None
+        node[name] = node = dict(node[name])
     same = isinstance(node.get(last), list) == isinstance(value, list)
     plain = last in node and same and not isinstance(node[last], dict)
     fits = {OverrideType.CHANGE: plain, OverrideType.ADD: last not in node}
     if override.type is None or not fits.get(override.type):
-        return False
+        return None
     node[last] = value
-    return True
+    return changed

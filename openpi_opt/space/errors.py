@@ -13,10 +13,8 @@ from contextlib import contextmanager
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from openpi_opt.config import SECTIONS
+from openpi_opt.config import unknown_key
 from openpi_opt.errors import UserError, near
-from openpi_opt.knobs import BY_NAME
-from openpi_opt.space.schema_keys import is_free, paths
 from openpi_opt.space.settings import Settings
 
 
@@ -29,27 +27,6 @@ def user_errors() -> Iterator[None]:
         raise UserError(_missing_option(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
-
-
-def known_keys() -> list[str]:
-    """Groups and settings that a command line may name."""
-    return [*BY_NAME, *SECTIONS, "preset", *Settings.model_fields]
-
-
-def unknown_key(key: str, origin: str = "") -> str:
-    """What to say of a key that no schema has: what there is, and what comes nearest."""
-    head, _, rest = key.partition(".")
-    if head not in known_keys():
-        hint = near(head, known_keys())
-        return f"{origin}unknown group or key {head}; known are {', '.join(known_keys())}.{hint}"
-    known = paths(head)
-    if is_free(key.rpartition(".")[0]):
-        return f"{origin}{key} is not set, so it is added: +{key}=VALUE."
-    fields = list(dict.fromkeys(path.split(".")[1] for path in known))
-    what = f"{head} has {', '.join(fields)}." if fields else f"{head} has no {rest}."
-    same_name = [path for path in known if path.split(".")[-1] == key.split(".")[-1]]
-    hint = f" Did you mean {same_name[0]}?" if same_name else near(key, known)
-    return f"{origin}unknown key {key}; {what}{hint}"
 
 
 def _missing_option(error: MissingConfigException) -> str:
@@ -75,7 +52,8 @@ def _explain(error: Exception) -> str:
     could_not = re.search(r"Could not override '([^']+)'", text)
     if could_not:
         origin = re.match(r"In '(.+?)': ", text)
-        return unknown_key(could_not[1], f"{origin[1]}: " if origin else "")
+        said = unknown_key(could_not[1], ("preset", *Settings.model_fields))
+        return f"{origin[1]}: {said}" if origin else said
     twice = re.search(r"(\S+) appears more than once|Multiple values for ([^.\s]+)", text)
     if twice and twice.lastindex:
         name = twice[twice.lastindex]

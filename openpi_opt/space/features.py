@@ -36,7 +36,7 @@ def features(cfg: Config, space: Space, params: Mapping[str, str]) -> dict[str, 
         for key, text in _changed(options, _default(type(options)), "")
     }
     for key, text in params.items():
-        if key.split(".")[0] not in BY_NAME and text != space.dimensions[key].texts()[0]:
+        if key.split(".")[0] not in BY_NAME and text != space.dimensions[key].values[0]:
             found[key] = text
     return found
 

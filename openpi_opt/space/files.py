@@ -170,23 +170,21 @@ class Folder(ConfigSource):
         """Of its search path."""
         return "openpi-opt"
 
-    def file(self, config_path: str) -> Path | None:
-        """Where an option is, or None: no file is outside of the folder."""
+    def folder(self, config_path: str) -> Path | None:
+        """Where a group is, or None: nothing is outside of the folder."""
         if config_path:
             check_option(*config_path.rpartition("/")[::2])
         return Path(self.path) / config_path
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Read an option's file."""
-        where = self.file(config_path.removesuffix(".yaml"))
-        path = where and where.with_name(f"{where.name}.yaml")
-        if path is None or not path.is_file():
-            raise ConfigLoadError(f"Config not found : {path}")
+        path = self._option(config_path)
+        if path is None:
+            raise ConfigLoadError(f"Config not found : {config_path}")
         found = read(path)
         if config_path.split("/")[0] == PRESETS:
             _check_preset(found)
-        own = path.parent == conf_dir()
-        if "hydra" in found.content and not own:
+        if "hydra" in found.content and path.parent != conf_dir():
             raise UserError(f"{path}: hydra: sets up Hydra, which runs nothing here. Take it out.")
         for entry in found.defaults:
             _check_entry(path, entry)
@@ -203,23 +201,27 @@ class Folder(ConfigSource):
 
     def is_group(self, config_path: str) -> bool:
         """Whether it is a folder."""
-        path = self.file(config_path)
+        path = self.folder(config_path)
         return path is not None and path.is_dir()
 
     def is_config(self, config_path: str) -> bool:
         """Whether it is an option."""
-        path = self.file(config_path.removesuffix(".yaml"))
-        return path is not None and path.with_name(f"{path.name}.yaml").is_file()
+        return self._option(config_path) is not None
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """Groups and options below a group."""
-        folder, found = self.file(config_path), []
-        for path in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else ():
+        folder, found = self.folder(config_path), []
+        for path in folder.iterdir() if folder is not None and folder.is_dir() else ():
             if path.is_dir() and results_filter in (None, ObjectType.GROUP):
                 found.append(path.name)
             if path.suffix == ".yaml" and results_filter in (None, ObjectType.CONFIG):
                 found.append(path.stem)
         return sorted(set(found))
+
+    def _option(self, config_path: str) -> Path | None:
+        where = self.folder(config_path.removesuffix(".yaml"))
+        path = where and where.with_name(f"{where.name}.yaml")
+        return path if path is not None and path.is_file() else None
 
 
 class PresetFolder(Folder):
@@ -230,14 +232,12 @@ class PresetFolder(Folder):
         """Of its search path."""
         return "openpi-opt-presets"
 
-    def file(self, config_path: str) -> Path | None:
+    def folder(self, config_path: str) -> Path | None:
         """Only what is in the group `preset`."""
         group, _, rest = config_path.partition("/")
-        if group != PRESETS:
-            return None
         if rest:
             check_option(group, rest)
-        return Path(self.path) / rest
+        return Path(self.path) / rest if group == PRESETS else None
 
 
 def _text(path: Path) -> str:
@@ -308,20 +308,14 @@ def _check_preset(file: OptionFile) -> None:
             f"{where} lacks the line `# @package _global_` at its top, without which nothing in it "
             "has an effect. Add it."
         )
-    for key in file.body:
+    groups = [group for entry in file.defaults if isinstance(entry, Mapping) for group in entry]
+    chosen = [str(group).removeprefix("override ").lstrip("/") for group in groups]
+    for key in (*file.body, *chosen):
         if key not in BY_NAME and key not in _IN_PRESETS:
             raise UserError(
                 f"{where} sets {key!r}. A preset holds knobs and provenance and nothing else: "
                 f"{', '.join(BY_NAME)}.\nSay it on the command line instead."
             )
-    for entry in file.defaults:
-        for group in entry if isinstance(entry, Mapping) else ():
-            name = str(group).removeprefix("override ").lstrip("/")
-            if name not in BY_NAME:
-                raise UserError(
-                    f"{where} chooses {name!r}. A preset holds knobs and provenance and nothing "
-                    f"else: {', '.join(BY_NAME)}."
-                )
 
 
 def _unshared(value: Any) -> Any:

@@ -15,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from openpi_opt.errors import UserError
 from openpi_opt.knobs import KNOBS
-from openpi_opt.space.dimensions import Bundles
-from openpi_opt.space.schema_keys import key_values
+from openpi_opt.space.dimensions import Dimension, key_values
 from openpi_opt.space.space import Options, Space, parse_override
 
 # The name that the steps have among the dimensions; no group and no key is called so.
@@ -48,16 +47,14 @@ class NamedSpace(BaseModel):
         space = Space.parse([*kept, *arguments], options)
         dimensions = dict(space.dimensions)
         if self.steps:
-            dimensions = {STEP: Bundles.of(self._cumulative(taken)), **dimensions}
+            dimensions = {STEP: Dimension.of_bundles(self._cumulative(taken)), **dimensions}
         if not dimensions:
             raise UserError(
                 "the command line gives one value to all that the space sweeps.\n"
                 "Leave out an override, or the space."
             )
-        start = {
-            name: _params(lines, taken, name) for name, lines in self._starts(arguments).items()
-        }
-        return Space(dimensions, space.fixed, space.orders, sensible_only=True, start=start)
+        start = {name: _params(each, taken, name) for name, each in self._starts(arguments).items()}
+        return Space(dimensions, space.fixed, sensible_only=True, start=start)
 
     def _lines(self) -> list[str]:
         """The sweeps: what the file says of a knob wins over the registry, in the knobs' order."""
@@ -84,9 +81,7 @@ class NamedSpace(BaseModel):
         found: dict[str, tuple[str, ...]] = {}
         standing: dict[str, str] = {}
         for name, lines in self.steps.items():
-            for line in lines:
-                if not _is_taken(_key(line), taken):
-                    standing[_key(line)] = line
+            standing |= {_key(line): line for line in lines if not _is_taken(_key(line), taken)}
             found[name] = tuple(standing.values())
         return found
 
@@ -108,14 +103,11 @@ def chosen_starts(space: Space, names: Sequence[str] | None) -> Space:
 
 def _params(lines: Iterable[str], taken: Sequence[str], name: str) -> dict[str, str]:
     """The overrides of a start as swept keys and their texts."""
-    found = {}
-    for line in lines:
-        key, sign, text = line.partition("=")
-        if not sign:
-            raise UserError(f"start {name}: {line!r} is not an override. Write key=value.")
-        if not _is_taken(key, taken):
-            found[key] = text
-    return found
+    wrong = [line for line in lines if "=" not in line]
+    if wrong:
+        raise UserError(f"start {name}: {wrong[0]!r} is not an override. Write key=value.")
+    pairs = (line.split("=", 1) for line in lines)
+    return {key: text for key, text in pairs if not _is_taken(key, taken)}
 
 
 def _key(line: str) -> str:

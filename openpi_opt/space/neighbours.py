@@ -107,11 +107,11 @@ class Neighbours:
         for key, dimension in self.space.dimensions.items():
             if dimension.count() is None:
                 continue
-            for text in dimension.texts():
+            for text in dimension.values:
                 params = {**centre, key: text}
                 config_hash = self._hash(params) if text != centre[key] else own
                 if config_hash is not None and config_hash not in (own, *found):
-                    plain = text == dimension.texts()[0]
+                    plain = text == dimension.values[0]
                     slow = is_slow(self._features(params))
                     settled = plain and is_tuned(key) and key in quick_values()
                     found[config_hash] = Neighbour(params, key, config_hash, plain, slow, settled)

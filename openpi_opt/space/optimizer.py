@@ -45,10 +45,6 @@ class Proposal:
     number: int | None = None
 
 
-def _impatient() -> float:
-    return 0.0
-
-
 class Optimizer:
     """One search space of one study."""
 
@@ -60,7 +56,7 @@ class Optimizer:
         criteria: Criteria | None = None,
         allow_lossy: bool = False,
         points: Points | None = None,
-        patience: Callable[[], float] = _impatient,
+        patience: Callable[[], float] = lambda: 0.0,
         hurried: bool = False,
     ):
         """Begin with nothing known: `learn` takes in what the journal has.
@@ -77,7 +73,6 @@ class Optimizer:
         self._criteria = (criteria or Criteria()).allowing(allow_lossy)
         self._space = space
         self._distributions = space.distributions()
-        self._study: optuna.Study
         self._finished: list[FrozenTrial] = []
         self._asked: dict[int, optuna.Trial] = {}  # by the numbers of their proposals
         self._numbers = itertools.count()
@@ -87,9 +82,14 @@ class Optimizer:
             from openpi_opt.space.stages import StagesSampler
 
             assert points is not None
-            self._begin(StagesSampler(space, points, seed % 2**32, patience, hurried))
+            self._study = self._begun(StagesSampler(space, points, seed % 2**32, patience, hurried))
         else:
-            self._begin(_sampler(sampler, seed % 2**32))
+            self._study = self._begun(_sampler(sampler, seed % 2**32))
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """What the sampler sees: finished trials, and those asked."""
+        return self._study.get_trials(deepcopy=False)
 
     def forget(self) -> None:
         """Count nothing as tried, for `--fresh`; the sampler keeps what it learned."""
@@ -111,36 +111,30 @@ class Optimizer:
         Of a point that the sampler did not choose it is told once.
         """
         if proposal.number is None:
-            if not self.has(proposal.params):
-                self._add(self._frozen(proposal.params, result))
-        else:
-            finished = self._frozen(proposal.params, result)
-            trial = self._asked.pop(proposal.number)
-            for key, violation in self._constraints(result).items():
-                trial.set_constraint(key, violation)
-            for step, seen in finished.intermediate_values.items():
-                trial.report(seen, step)
-            for name, value in finished.user_attrs.items():
-                trial.set_user_attr(name, value)
-            self._study.tell(trial, finished.values, state=finished.state)
-            self._keep(finished)
+            self.learn([(proposal.params, result)])
+            return
+        finished = self._frozen(proposal.params, result)
+        trial = self._asked.pop(proposal.number)
+        for key, violation in finished.constraints.items():
+            trial.set_constraint(key, violation)
+        for step, seen in finished.intermediate_values.items():
+            trial.report(seen, step)
+        for name, value in finished.user_attrs.items():
+            trial.set_user_attr(name, value)
+        self._study.tell(trial, finished.values, state=finished.state)
+        self._keep(finished)
         self._remember(proposal.params, result.config_hash)
 
     def learn(self, found: Iterable[tuple[dict[str, str], TrialResult]]) -> None:
         """Take in what earlier and other sweeps found out."""
-        new = 0
+        new = []
         for params, result in found:
             if not self.has(params):
-                self._finished.append(self._frozen(params, result))
-                self._remember(params, result.config_hash)
-                new += 1
-        for trial in self._finished[len(self._finished) - new :]:
-            if new <= _SLACK:
-                self._study.add_trial(trial)
-        if new > _SLACK:
-            self._begin(self._study.sampler)
-        else:
-            self._bound()
+                new.append(self._frozen(params, result))
+            self._remember(params, result.config_hash)
+        if len(new) <= _SLACK:
+            self._study.add_trials(new)
+        self._keep(*new)
 
     def give_up(self, proposal: Proposal, learn: bool) -> None:
         """End a point without a result: with `learn`, the sampler is to keep away from it."""
@@ -166,7 +160,7 @@ class Optimizer:
         guess = getattr(self._study.sampler, "guess", None)
         if guess is None:
             return None
-        found: Callable[[dict[str, str]], float] = guess(self._study.get_trials(deepcopy=False))
+        found: Callable[[dict[str, str]], float] = guess(self.trials)
         return found
 
     def within(self, factor: float) -> list[tuple[dict[str, str], float]]:
@@ -209,34 +203,26 @@ class Optimizer:
             state=states.PRUNED if values is None else states.COMPLETE,
             user_attrs={} if result is None else _attributes(result),
             intermediate_values=seen,
-            constraints={} if result is None else self._constraints(result),
+            constraints={} if result is None else constraints(result, self._criteria),
         )
 
-    def _constraints(self, result: TrialResult) -> dict[str, float]:
-        return constraints(result, self._criteria)
+    def _keep(self, *trials: FrozenTrial) -> None:
+        """Keep finished trials; forget most in the study when the sampler has seen too much."""
+        self._finished += trials
+        if len(trials) > _SLACK or len(self.trials) > MOST_SEEN + _SLACK:
+            self._study = self._begun(self._study.sampler)
 
-    def _add(self, trial: FrozenTrial) -> None:
-        self._study.add_trial(trial)
-        self._keep(trial)
-
-    def _keep(self, trial: FrozenTrial) -> None:
-        self._finished.append(trial)
-        self._bound()
-
-    def _bound(self) -> None:
-        """Forget most of it when the sampler has seen too much."""
-        if len(self._study.get_trials(deepcopy=False)) > MOST_SEEN + _SLACK:
-            self._begin(self._study.sampler)
-
-    def _begin(self, sampler: BaseSampler) -> None:
-        """Make the study in memory: the fastest and latest finished trials, and those asked."""
+    def _begun(self, sampler: BaseSampler) -> optuna.Study:
+        """A study in memory: the fastest and latest finished trials, and those asked."""
         import optuna
 
-        self._study = optuna.create_study(directions=_directions(self._criteria), sampler=sampler)
-        self._study.add_trials(_selection(self._finished))
+        directions: list[Literal["minimize"]] = ["minimize"] * len(self._criteria.objectives)
+        study = optuna.create_study(directions=directions, sampler=sampler)
+        study.add_trials(_selection(self._finished))
         for number, trial in self._asked.items():
-            self._study.enqueue_trial(trial.params)
-            self._asked[number] = self._study.ask(self._distributions)
+            study.enqueue_trial(trial.params)
+            self._asked[number] = study.ask(self._distributions)
+        return study
 
     def _remember(self, params: Mapping[str, str], config_hash: str) -> None:
         self.tried.add(config_hash)
@@ -255,10 +241,6 @@ def _attributes(result: TrialResult) -> dict[str, str | float | dict[str, float]
         SECONDS: seconds(result),
     }
     return {name: value for name, value in found.items() if value}
-
-
-def _directions(criteria: Criteria) -> list[Literal["minimize"]]:
-    return ["minimize" for _ in criteria.objectives]
 
 
 def _selection(finished: list[FrozenTrial]) -> Iterable[FrozenTrial]:

@@ -95,25 +95,20 @@ class Points:
 
         Raises UserError: of the first wrong value.
         """
-        texts = {key: _checked(d.texts()) for key, d in self._space.dimensions.items()}
-        first = {key: values[0] for key, values in texts.items()}
-        last = {key: values[-1] for key, values in texts.items()}
+        values = {key: _checked(d.values) for key, d in self._space.dimensions.items()}
+        first = {key: texts[0] for key, texts in values.items()}
+        last = {key: texts[-1] for key, texts in values.items()}
+        changes = [{key: text} for key, texts in values.items() for text in texts] or [{}]
         passed: list[Config] = []
-        for key, values in (texts or {"": [""]}).items():
-            for text in values:
-                passed.append(self._either(first, last, {key: text} if texts else {}))
-        return passed
-
-    def _either(self, first: dict[str, str], last: dict[str, str], value: dict[str, str]) -> Config:
-        try:
-            return self._composed({**first, **value})
-        except UserError as error:
-            if first == last:
-                raise
+        for change in changes:
             try:
-                return self._composed({**last, **value})
-            except UserError:
-                raise error from None
+                passed.append(self._composed({**first, **change}))
+            except UserError as error:
+                try:
+                    passed.append(self._composed({**last, **change}))
+                except UserError:
+                    raise error from None
+        return passed
 
 
 def _checked(texts: Sequence[str]) -> Sequence[str]:

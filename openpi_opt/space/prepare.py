@@ -7,26 +7,31 @@ composed alone and dropped where a knob refuses it; the counts are estimated fro
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.machine import Machine
-from openpi_opt.space.dimensions import Choices, Dimension
+from openpi_opt.space.dimensions import Dimension
 from openpi_opt.space.points import Compose, LeftOut, NotSensibleError, Points, left_out
 from openpi_opt.space.space import Space
 
 MAX_WALK = 20_000
 SAMPLE = 2_000
+_LEAST_SAMPLE = 50
 # Of processor time, for each of the two estimates.
 SAMPLE_SECONDS = 0.75
-# A dimension with more values than this is not looked through value by value.
+# A list with more values than this is not looked through value by value.
 _MAX_LOOKED_THROUGH = 64
+
+Params = dict[str, str]
 
 
 @dataclass
@@ -36,7 +41,7 @@ class Count:
     `sensible` and `distinct` are exact where what can run was walked through, else estimates from
     `drawn` random combinations. `raw` is None where a dimension is continuous. `left_out` has the
     number of combinations by reason, an estimate where values were dropped before; `alive` has the
-    values of each dimension that can occur.
+    values of each list that can occur.
     """
 
     raw: int | None
@@ -72,33 +77,54 @@ def prepare(
     Raises UserError: a starting point names what the space does not sweep.
     """
     _check_starts(space)
-    raw = space.combinations()
-    if raw is not None and raw <= MAX_WALK:
-        found = _walk(space, compose, machine, allow_lossy)
-    else:
-        found = _estimate(space, compose, machine, allow_lossy)
+
+    @functools.cache
+    def alone(**value: str) -> Config | None:
+        """The configuration with one key's value, or with none; None where it needs others."""
+        try:
+            return compose(space.overrides(value)).resolved(machine)
+        except UserError:
+            return None
+
+    def reason(**value: str) -> LeftOut | None:
+        cfg = alone(**value)
+        return None if cfg is None else left_out(cfg, machine, allow_lossy)
+
+    found, living = Count(space.combinations()), dict(space.dimensions)
+    for key in _looked_through(space) if (found.raw or math.inf) > MAX_WALK else ():
+        values = living[key].values
+        dead = {text: why for text in values if (why := reason(**{key: text})) and why != reason()}
+        dead = {text: why for text, why in dead.items() if why.kind != "invalid"}
+        if len(dead) < len(values):
+            living[key] = living[key].only([text for text in values if text not in dead])
+            for why in dead.values():
+                found.left_out[why] += (found.raw or 0) // len(values)
+    looked = dataclasses.replace(space, dimensions=living, sensible_only=True)
+    _count(looked, Points(looked, compose, machine, allow_lossy), found)
     if not space.sensible_only:
         return space, found
-    dimensions = dict(space.dimensions)
-    if found.sensible or not found.exact:
-        dimensions = {key: _kept(d, found.alive[key]) for key, d in dimensions.items()}
-    dimensions = {key: _default_first(space, compose, key, d) for key, d in dimensions.items()}
-    firsts = {key: dimension.texts()[0] for key, dimension in dimensions.items()}
+    for key, dimension in living.items():
+        if dimension.kind is str and found.sensible:
+            living[key] = dimension.only([t for t in dimension.values if t in found.alive[key]])
+    for key in _looked_through(looked) if alone() else ():
+        values = living[key].values
+        default = [text for text in values if alone(**{key: text}) == alone()][:1]
+        living[key] = living[key].only(list(dict.fromkeys([*default, *values])))
+    firsts = {key: dimension.values[0] for key, dimension in living.items()}
     start = {
         name: {**firsts, **params}
         for name, params in space.start.items()
-        if all(text in dimensions[key].texts() for key, text in params.items())
+        if all(text in living[key].values for key, text in params.items())
     }
     known = found.distinct if found.exact else None
-    ready = dataclasses.replace(space, dimensions=dimensions, start=start, count=known)
-    return ready, found
+    return dataclasses.replace(space, dimensions=living, start=start, count=known), found
 
 
 def require_some(space: Space, found: Count) -> None:
     """Refuse a named space of which nothing can run here. Raises UserError: with the most frequent
     reason."""
     if space.sensible_only and found.exact and not found.sensible:
-        reason = max(found.left_out, key=lambda reason: found.left_out[reason])
+        [(reason, _)] = found.left_out.most_common(1)
         raise UserError(
             f"no combination of the space can run here: {reason.reason}.\n"
             "Add --dry-run for all reasons; name a group or key to replace what the space says."
@@ -114,53 +140,79 @@ def _check_starts(space: Space) -> None:
                 "Take it out, or sweep it."
             )
         for key, text in params.items():
-            values = space.dimensions[key].texts()
-            if space.dimensions[key].count() is not None and text not in values:
+            dimension = space.dimensions[key]
+            if dimension.count() is not None and text not in dimension.values:
                 raise UserError(
-                    f"space: start {name} says {key}={text}, and the space has {', '.join(values)}."
-                    "\nTake it out, or add the value."
+                    f"space: start {name} says {key}={text}, and the space has "
+                    f"{', '.join(dimension.values)}.\nTake it out, or add the value."
                 )
 
 
-def _kept(dimension: Dimension, alive: Iterable[str]) -> Dimension:
-    if not isinstance(dimension, Choices):
-        return dimension
-    return dimension.only([text for text in dimension.values if text in set(alive)])
+def _looked_through(space: Space) -> list[str]:
+    """The keys that are looked through value by value."""
+    return [
+        key
+        for key, dimension in space.dimensions.items()
+        if dimension.kind is str and len(dimension.values) <= _MAX_LOOKED_THROUGH
+    ]
 
 
-def _default_first(space: Space, compose: Compose, key: str, dimension: Dimension) -> Dimension:
-    if not isinstance(dimension, Choices) or len(dimension.values) > _MAX_LOOKED_THROUGH:
-        return dimension
-    plain = compose(space.overrides({}))
-    for text in dimension.values:
-        try:
-            if compose(space.overrides({key: text})) == plain:
-                others = [other for other in dimension.values if other != text]
-                return dimension.only([text, *others])
-        except UserError:  # a value that is right only together with others
-            continue
-    return dimension
+def _count(space: Space, points: Points, found: Count) -> None:
+    """Look at every combination, or at some that are drawn where there are too many."""
+    number = space.combinations()
+    exact = number is not None and number <= MAX_WALK
+    reasons: Counter[LeftOut] = Counter()
+    sensible: list[tuple[Params, str]] = []
+    for params in space.all() if exact else _drawn(space):
+        known = _hash_of(points, params)
+        if isinstance(known, LeftOut):
+            reasons[known] += 1
+        else:
+            sensible.append((params, known))
+    looked = len(sensible) + reasons.total()
+    each = 1.0 if exact else (number or 0) / looked
+    found.sensible = round(len(sensible) * each)
+    found.left_out += Counter({reason: round(n * each) for reason, n in reasons.items()})
+    if exact:
+        found.distinct = len({known for _, known in sensible})
+        found.alive = {key: {params[key] for params, _ in sensible} for key in space.dimensions}
+        return
+    found.drawn, found.drawn_sensible = looked, len(sensible)
+    found.distinct = round(found.sensible * _share_of_different(space, points, sensible))
+    found.alive = {key: set(d.values) for key, d in space.dimensions.items() if d.kind is str}
 
 
-def _walk(space: Space, compose: Compose, machine: Machine, allow_lossy: bool) -> Count:
-    """Look at every combination."""
-    points = Points(dataclasses.replace(space, sensible_only=True), compose, machine, allow_lossy)
-    found = Count(space.combinations(), alive={key: set() for key in space.dimensions})
-    hashes = set()
-    for params in space.all():
-        reason = _hash_of(points, params)
-        if isinstance(reason, LeftOut):
-            found.left_out[reason] += 1
-            continue
-        hashes.add(reason)
-        found.sensible += 1
-        for key, text in params.items():
-            found.alive[key].add(text)
-    found.distinct = len(hashes)
-    return found
+def _drawn(space: Space) -> Iterator[Params]:
+    """Random combinations, as many as time allows, and never too few to say something."""
+    chosen = random.Random(0)
+    end = time.process_time() + SAMPLE_SECONDS
+    for number in range(SAMPLE):
+        if number >= _LEAST_SAMPLE and time.process_time() > end:
+            return
+        yield {key: _any_text(d, chosen) for key, d in space.dimensions.items()}
 
 
-def _hash_of(points: Points, params: dict[str, str]) -> str | LeftOut:
+def _share_of_different(space: Space, points: Points, sensible: list[tuple[Params, str]]) -> float:
+    """The share of different configurations among sensible combinations, as time allows.
+
+    It is the mean of 1 / m, where m combinations have the same canonical form. A combination's m is
+    taken for the product of what each key alone contributes: its values that leave the form as it
+    is.
+    """
+    shares: list[float] = []
+    end = time.process_time() + SAMPLE_SECONDS
+    for params, known in sensible:
+        same = [
+            sum(_hash_of(points, {**params, key: t}) == known for t in space.dimensions[key].values)
+            for key in _looked_through(space)
+        ]
+        shares.append(1 / math.prod(max(1, number) for number in same))
+        if time.process_time() > end:
+            break
+    return statistics.fmean(shares) if shares else 0.0
+
+
+def _hash_of(points: Points, params: Params) -> str | LeftOut:
     """The configuration's hash, or why it is left out."""
     try:
         return points.config(params).hash()
@@ -170,91 +222,9 @@ def _hash_of(points: Points, params: dict[str, str]) -> str | LeftOut:
         return LeftOut("invalid", str(error))
 
 
-def _estimate(space: Space, compose: Compose, machine: Machine, allow_lossy: bool) -> Count:
-    """Drop dead values; walk through what is left, or draw combinations of it.
-
-    The number of different configurations is the sum of 1 / m over the sensible combinations, where
-    m are the combinations with the same canonical form. A combination's m is taken for the product
-    of what each dimension alone contributes: its values that leave the form as it is.
-    """
-    found = Count(space.combinations())
-    dimensions = {
-        key: _live(space, compose, machine, allow_lossy, key, found) for key in space.dimensions
-    }
-    found.alive = {
-        key: set(d.texts()) if isinstance(d, Choices) else set() for key, d in dimensions.items()
-    }
-    living = dataclasses.replace(space, dimensions=dimensions, sensible_only=True)
-    if (living.combinations() or MAX_WALK + 1) <= MAX_WALK:
-        walked = _walk(living, compose, machine, allow_lossy)
-        walked.raw, walked.left_out = found.raw, walked.left_out + found.left_out
-        return walked
-    points = Points(living, compose, machine, allow_lossy)
-    chosen = random.Random(0)
-    reasons: Counter[LeftOut] = Counter()
-    sensible: list[tuple[dict[str, str], str]] = []
-    end = time.process_time() + SAMPLE_SECONDS
-    while found.drawn < SAMPLE and (time.process_time() < end or not found.drawn):
-        found.drawn += 1
-        params = {key: _any_text(d, chosen) for key, d in dimensions.items()}
-        known = _hash_of(points, params)
-        if isinstance(known, LeftOut):
-            reasons[known] += 1
-        else:
-            sensible.append((params, known))
-    found.drawn_sensible = len(sensible)
-    each = (living.combinations() or 0) / found.drawn
-    found.sensible = round(len(sensible) * each)
-    found.left_out += Counter({reason: round(n * each) for reason, n in reasons.items()})
-    found.distinct = round(found.sensible * _share_of_different(points, dimensions, sensible))
-    return found
-
-
-def _share_of_different(
-    points: Points, dimensions: dict[str, Dimension], sensible: list[tuple[dict[str, str], str]]
-) -> float:
-    """The mean of 1 / m over sensible combinations, as many as time allows."""
-    shares: list[float] = []
-    end = time.process_time() + SAMPLE_SECONDS
-    for params, known in sensible:
-        same = [
-            sum(_hash_of(points, {**params, key: text}) == known for text in dimension.texts())
-            for key, dimension in dimensions.items()
-            if isinstance(dimension, Choices) and len(dimension.values) <= _MAX_LOOKED_THROUGH
-        ]
-        shares.append(1 / math.prod(max(1, number) for number in same))
-        if time.process_time() > end:
-            break
-    return statistics.fmean(shares) if shares else 0.0
-
-
-def _live(
-    space: Space, compose: Compose, machine: Machine, allow_lossy: bool, key: str, found: Count
-) -> Dimension:
-    """A dimension without the values that a knob calls unavailable or lossy when they are alone."""
-    dimension = space.dimensions[key]
-    if not isinstance(dimension, Choices) or len(dimension.values) > _MAX_LOOKED_THROUGH:
-        return dimension
-
-    def reason(params: dict[str, str]) -> LeftOut | None:
-        try:
-            cfg = compose(space.overrides(params)).resolved(machine)
-        except UserError:  # right only together with others, or not at all
-            return None
-        return left_out(cfg, machine, allow_lossy)
-
-    plain, alive = reason({}), []
-    for text in dimension.values:
-        why = reason({key: text})
-        if why is None or why.kind == "invalid" or why == plain:
-            alive.append(text)
-        else:
-            found.left_out[why] += (found.raw or 0) // len(dimension.values)
-    return dimension.only(alive) if alive else dimension
-
-
 def _any_text(dimension: Dimension, chosen: random.Random) -> str:
     if dimension.count() is None:
-        low, *_, high = map(float, dimension.texts())
-        return dimension.text(chosen.uniform(low, high))
-    return chosen.choice(dimension.texts())
+        return dimension.text(
+            chosen.uniform(*map(float, (dimension.values[0], dimension.values[-1])))
+        )
+    return chosen.choice(dimension.values)

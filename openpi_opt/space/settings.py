@@ -17,9 +17,10 @@ from pydantic import (
     model_validator,
 )
 
+from openpi_opt.config import validated
 from openpi_opt.criteria import Criteria, ObjectiveName, in_order
 from openpi_opt.errors import UserError, first_reason
-from openpi_opt.figures import LIMITS, OBJECTIVES
+from openpi_opt.figures import LIMITS
 from openpi_opt.process.devices import DeviceSettings
 from openpi_opt.space.named import NamedSpace
 from openpi_opt.space.space import Space, head, parse_override
@@ -33,6 +34,7 @@ _LONGEST_TEXT = 60
 _DEFAULT_TRIALS = 50
 _TRIALS_WITHOUT_LIMIT = 1_000_000
 _OBJECTIVES = ("objective", "objective.minimize")
+_LISTED = {"devices": "devices=[0,1]", **dict.fromkeys(_OBJECTIVES, "objective=[latency,memory]")}
 _JUDGING = tuple(f"limits.{name}" for name in LIMITS)
 
 
@@ -163,24 +165,8 @@ class Settings(BaseModel):
         """Pick the settings out of a composed mapping. Raises UserError: a value of the wrong type
         or out of range."""
         picked = {name: composed[name] for name in Settings.model_fields if name in composed}
-        try:
-            return Settings.model_validate(picked)
-        except ValidationError as error:
-            raise UserError(_explain(error)) from None
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    if not first["loc"]:  # of several settings together; not all of them are to be shown
-        return f"{first_reason(error)}."
-    # A union's errors name its member as well.
-    unions = ("executor", "pruning")
-    where = [part for n, part in enumerate(first["loc"]) if n != 1 or first["loc"][0] not in unions]
-    name = ".".join(map(str, where))
-    if name.startswith("objective.minimize."):
-        known = ", ".join(OBJECTIVES)
-        return f"objective={first['input']}: unknown. Use one or more of {known}."
-    return f"{name}={first['input']}: {first_reason(error)}."
+        settings: Settings = validated(Settings, picked, unions=("executor", "pruning"))
+        return settings
 
 
 def check_not_swept(space: Space) -> None:
@@ -194,10 +180,8 @@ def check_not_swept(space: Space) -> None:
             )
         if bare.split(".")[0] in Settings.model_fields:
             hint = f"Give {key} one value and start one sweep for each."
-            if key == "devices":
-                hint = "Write several in one list: devices=[0,1]."
-            if bare in _OBJECTIVES:
-                hint = "Write several in one list: objective=[latency,memory]."
+            if example := _LISTED.get(bare):
+                hint = f"Write several in one list: {example}."
             raise UserError(f"{key} steers the whole sweep and cannot itself be swept.\n{hint}")
 
 

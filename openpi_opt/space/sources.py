@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 from openpi_opt.space.neighbours import Neighbours
 from openpi_opt.space.optimizer import Optimizer, Proposal
@@ -16,31 +15,11 @@ MAX_PASSED_OVER = 2_000
 _COUNTED = 100_000  # a limit above this is none: minutes are the budget
 
 
-class Source(Protocol):
-    """Gives points until it has `ended`, with the reason."""
-
-    @property
-    def ended(self) -> str | None:
-        """Why there are no more points; None while there may be."""
-
-    def next(self) -> Proposal | None:
-        """The next point to look at; None when it has ended, or depends on what others measure."""
-
-    def position(self) -> str:
-        """How far this is, for the screen."""
-
-    def seen(self, config_hash: str | None, passed_over: bool = False) -> None:
-        """What became of the point: its configuration, or None when it is not to be tried.
-
-        `passed_over`: a combination of a named space that a knob refuses.
-        """
-
-    def wake(self) -> None:
-        """A trial ended: there may be something to propose again."""
-
-
 class Enumerated:
-    """Every combination in order, up to `limit` different configurations."""
+    """Every combination in order, up to `limit` different configurations.
+
+    `ended` is the reason why there are no more points; None while there may be.
+    """
 
     def __init__(self, space: Space, limit: int):
         self.ended: str | None = None
@@ -48,13 +27,13 @@ class Enumerated:
         self._limit = limit
         self._total = min(space.combinations() or 0, limit)
         self._number = 0
-        self._hashes: set[str] = set()
+        self._hashes: set[str | None] = {None}
 
     def next(self) -> Proposal | None:
-        """The next combination."""
+        """The next combination; None when there are no more."""
         if self.ended is None:
             params = next(self._points, None)
-            if params is not None and len(self._hashes) < self._limit:
+            if params is not None and len(self._hashes) <= self._limit:
                 self._number += 1
                 return Proposal(params)
             every = "every combination is tried"
@@ -62,12 +41,12 @@ class Enumerated:
         return None
 
     def position(self) -> str:
-        """Number of the combination."""
+        """Number of the combination, for the screen."""
         return f"[{self._number}/{self._total}]"
 
     def seen(self, config_hash: str | None, passed_over: bool = False) -> None:
-        """Count a configuration once."""
-        self._hashes |= {config_hash} if config_hash else set()
+        """Count a configuration once; None is a combination that is not to be tried."""
+        self._hashes.add(config_hash)
 
     def wake(self) -> None:
         """Nothing: the order is fixed."""
@@ -102,7 +81,8 @@ class Sampled:
         self._starts = list(space.start.values())
 
     def next(self) -> Proposal | None:
-        """Ask the sampler, unless there is enough."""
+        """The next point to look at; None when it has ended, or depends on what is being
+        measured."""
         measured = self._open_hashes()  # first: what ends meanwhile is then among the tried
         self._known = self._optimizer.tried | measured
         self.ended = self._reason()
@@ -119,16 +99,14 @@ class Sampled:
         return len(self._known) / self._limit
 
     def position(self) -> str:
-        """Number of the configuration."""
+        """Number of the configuration, for the screen."""
         number = len(self._known) + 1
-        return (
-            f"[{number}]"
-            if self._limit > _COUNTED
-            else f"[{min(number, self._limit)}/{self._limit}]"
-        )
+        end = f"/{self._limit}" if self._limit <= _COUNTED else ""
+        return f"[{min(number, self._limit)}{end}]"
 
     def seen(self, config_hash: str | None, passed_over: bool = False) -> None:
-        """Count proposals that hold nothing new."""
+        """Count proposals that hold nothing new: the same again, not to be tried (None), or
+        `passed_over`, which is a combination of a named space that a knob refuses."""
         if config_hash is not None and config_hash not in self._known:
             self._repeats = self._passed_over = 0
         elif passed_over:
@@ -137,15 +115,16 @@ class Sampled:
             self._repeats += 1
 
     def wake(self) -> None:
-        """Ask the sampler again: it knows more now."""
+        """A trial ended: the sampler knows more and is asked again."""
         self.ended, self._repeats, self._passed_over = None, 0, 0
 
     def _reason(self) -> str | None:
-        if len(self._optimizer.tried) >= self._limit:
+        tried, points = len(self._optimizer.tried), len(self._optimizer.points)
+        if tried >= self._limit:
             return f"n_trials={self._limit} reached"
-        if self._count is not None and len(self._optimizer.points) >= self._count:
+        if self._count is not None and points >= self._count:
             return "every combination is tried"
-        if self._sensible is not None and len(self._optimizer.tried) >= self._sensible:
+        if self._sensible is not None and tried >= self._sensible:
             return "every sensible combination is tried"
         if self._repeats >= MAX_REPEATS or self._passed_over >= MAX_PASSED_OVER:
             return (
@@ -153,3 +132,6 @@ class Sampled:
                 "space seems exhausted"
             )
         return None
+
+
+Source = Enumerated | Sampled

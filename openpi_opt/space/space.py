@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import math
-import random
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,15 +31,7 @@ from hydra.core.override_parser.types import (
 from hydra.errors import HydraException
 
 from openpi_opt.errors import UserError
-from openpi_opt.space.dimensions import (
-    MAX_LISTED,
-    Bundles,
-    Choices,
-    Dimension,
-    Integers,
-    Interval,
-)
-from openpi_opt.space.schema_keys import key_values
+from openpi_opt.space.dimensions import Dimension, key_values
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -48,6 +39,7 @@ if TYPE_CHECKING:
 # Tells the options of a group.
 Options = Callable[[str], Sequence[str]]
 MOST_VALUES = 64  # of one key, for `few_values`
+MAX_LISTED = 10_000  # values of a range of floats
 _PLAIN_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
 _NOT_WORDS = ("null", "true", "false", "inf", "nan")  # what the grammar reads as something else
 
@@ -64,7 +56,6 @@ class Space:
 
     dimensions: dict[str, Dimension]
     fixed: tuple[str, ...] = ()
-    orders: dict[str, int] | None = None
     sensible_only: bool = False
     start: dict[str, dict[str, str]] = field(default_factory=dict)
     count: int | None = None
@@ -75,23 +66,19 @@ class Space:
         UserError: bad syntax, a sweep without values, or a key that is swept and given twice."""
         dimensions: dict[str, Dimension] = {}
         fixed: list[str] = []
-        shuffles: dict[str, int] = {}
         seen: list[str] = []
         for line in overrides:
             override = parse_override(line)
             key = override.get_key_element()
             if override.is_sweep_override():
                 dimensions[key] = _dimension(line, override, options)
-                if getattr(override.value(), "shuffle", False):
-                    digest = hashlib.sha256(line.encode()).digest()
-                    shuffles[key] = int.from_bytes(digest[:4], "big")
             else:
                 fixed.append(line)
             seen.append(key)
         for key in dimensions:
             if seen.count(key) > 1:
                 raise UserError(f"{key} is given more than once. Put all its values in one place.")
-        return Space(dimensions, tuple(fixed), shuffles)
+        return Space(dimensions, tuple(fixed))
 
     def combinations(self) -> int | None:
         """How many points there are; None when a dimension is a continuum."""
@@ -101,15 +88,14 @@ class Space:
 
     def has_steps(self) -> bool:
         """Whether points are listed by name: their order then means something."""
-        return any(isinstance(dimension, Bundles) for dimension in self.dimensions.values())
+        return any(dimension.bundles for dimension in self.dimensions.values())
 
     def all(self) -> Iterator[dict[str, str]]:
         """Every point in the order written, the last key changing fastest. Raises ValueError: the
         space is infinite."""
         if self.combinations() is None:
             raise ValueError("an interval has no end of values")
-        columns = [self._ordered(key) for key in self.dimensions]
-        for values in itertools.product(*columns):
+        for values in itertools.product(*(d.in_order() for d in self.dimensions.values())):
             yield dict(zip(self.dimensions, values, strict=True))
 
     def overrides(self, params: Mapping[str, str]) -> list[str]:
@@ -131,17 +117,9 @@ class Space:
 
     def hash(self) -> str:
         """Identity of the space, 8 hexadecimal digits, whatever the order of keys and values."""
-        described = {key: repr(_unordered(value)) for key, value in self.dimensions.items()}
+        described = {key: dimension.identity() for key, dimension in self.dimensions.items()}
         text = json.dumps([described, sorted(self.fixed)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-    def _ordered(self, key: str) -> Sequence[str]:
-        texts = self.dimensions[key].texts()
-        if key in (self.orders or {}):
-            shuffled = list(texts)
-            random.Random((self.orders or {})[key]).shuffle(shuffled)
-            return shuffled
-        return texts
 
 
 def few_values(space: Space) -> bool:
@@ -180,18 +158,26 @@ def head(override: Override) -> str:
 
 def _dimension(line: str, override: Override, options: Options | None) -> Dimension:
     sweep: Any = override.value()  # Hydra's annotation leaves Glob out
-    if isinstance(sweep, ChoiceSweep):
-        _no_tags(line, sweep.tags)
-        return Choices(tuple(dict.fromkeys(text_of(value) for value in sweep.list)))
     if isinstance(sweep, Glob):
         return _glob(line, override.key_or_group, sweep, options)
+    log = "log" in sweep.tags and not isinstance(sweep, ChoiceSweep)
+    if strange := sorted(sweep.tags - {"log"} if log else sweep.tags):
+        raise UserError(
+            f"{line!r}: the tag {', '.join(strange)} has no meaning here.\n"
+            "The only tag is log, of an interval or a range of whole numbers."
+        )
+    # The same order at every start.
+    seed = int.from_bytes(hashlib.sha256(line.encode()).digest()[:4], "big")
+    order = seed if getattr(sweep, "shuffle", False) else None
+    if isinstance(sweep, ChoiceSweep):
+        return Dimension(tuple(dict.fromkeys(map(text_of, sweep.list))), order=order)
     if isinstance(sweep, RangeSweep):
-        return _range(line, sweep)
+        return _range(line, sweep, log, order)
     assert isinstance(sweep, IntervalSweep)
-    return _interval(line, sweep)
+    return _interval(line, sweep, log)
 
 
-def _glob(line: str, group: str, sweep: Glob, options: Options | None) -> Choices:
+def _glob(line: str, group: str, sweep: Glob, options: Options | None) -> Dimension:
     known: Sequence[Any] = sorted(options(group)) if options else []
     names = {text_of(option): option for option in known or key_values(group)}
     include, exclude = ([_word(word) for word in part] for part in (sweep.include, sweep.exclude))
@@ -200,7 +186,7 @@ def _glob(line: str, group: str, sweep: Glob, options: Options | None) -> Choice
     if not matching:
         there = f"{group} has the options {', '.join(names)}" if names else "no such group or key"
         raise UserError(f"{line!r} matches nothing: {there}.\nUse glob(*) for all of a group.")
-    return Choices(tuple(text_of(option) for option in matching))
+    return Dimension(tuple(map(text_of, matching)))
 
 
 def _word(pattern: Any) -> str:
@@ -210,8 +196,7 @@ def _word(pattern: Any) -> str:
     return pattern if isinstance(pattern, str) else text_of(pattern)
 
 
-def _range(line: str, sweep: RangeSweep) -> Dimension:
-    log = _log(line, sweep.tags)
+def _range(line: str, sweep: RangeSweep, log: bool, order: int | None) -> Dimension:
     if not sweep.step:
         raise UserError(f"{line!r}: the step of a range cannot be 0.\nLeave it out for steps of 1.")
     values = sweep.range()
@@ -220,7 +205,7 @@ def _range(line: str, sweep: RangeSweep) -> Dimension:
             raise _empty(line)
         if log and (min(values[0], values[-1]) < 1 or abs(values.step) != 1):
             raise UserError(f"{line!r}: tag(log, ...) needs a range from 1 up in steps of 1.")
-        return Integers(values, log)
+        return Dimension.of_range(values, log, order)
     if log:
         raise UserError(
             f"{line!r}: a range of floats cannot be logarithmic.\n"
@@ -233,7 +218,7 @@ def _range(line: str, sweep: RangeSweep) -> Dimension:
         raise UserError(f"{line!r} has more than {MAX_LISTED} values. Use interval(LOW,HIGH).")
     # Adding a step again and again leaves 0.30000000000000004. Twelve digits are kept, so that the
     # value is the one a user would write.
-    return Choices(tuple(repr(float(f"{value:.12g}")) for value in listed))
+    return Dimension(tuple(repr(float(f"{value:.12g}")) for value in listed), order=order)
 
 
 def _before_stop(values: Iterable[float], sweep: RangeSweep) -> list[float]:
@@ -243,8 +228,7 @@ def _before_stop(values: Iterable[float], sweep: RangeSweep) -> list[float]:
     return [value for value in values if not math.isclose(value, stop, rel_tol=1e-12)]
 
 
-def _interval(line: str, sweep: IntervalSweep) -> Dimension:
-    log = _log(line, sweep.tags)
+def _interval(line: str, sweep: IntervalSweep, log: bool) -> Dimension:
     low, high = sweep.start, sweep.end
     assert low is not None
     assert high is not None
@@ -253,21 +237,8 @@ def _interval(line: str, sweep: IntervalSweep) -> Dimension:
     if log and low <= 0:
         raise UserError(f"{line!r}: a logarithmic interval needs a lower end above 0.")
     if isinstance(low, int) and isinstance(high, int):
-        return Integers(range(low, high + 1), log)
-    return Interval(float(low), float(high), log)
-
-
-def _log(line: str, tags: set[str]) -> bool:
-    _no_tags(line, tags - {"log"})
-    return "log" in tags
-
-
-def _no_tags(line: str, tags: set[str]) -> None:
-    if tags:
-        raise UserError(
-            f"{line!r}: the tag {', '.join(sorted(tags))} has no meaning here.\n"
-            "The only tag is log, of an interval or a range of whole numbers."
-        )
+        return Dimension.of_range(range(low, high + 1), log)
+    return Dimension.of_interval(float(low), float(high), log)
 
 
 def text_of(value: Any) -> str:
@@ -292,14 +263,3 @@ def _empty(line: str) -> UserError:
         f"{line!r} gives {key} no value.\n"
         f"Write {key}=VALUE, or {key}=A,B to sweep (with -m); leave it out for the default."
     )
-
-
-def _unordered(dimension: Dimension) -> Any:
-    if isinstance(dimension, Bundles):
-        return sorted(zip(dimension.values, dimension.contents, strict=True))
-    if isinstance(dimension, Choices):
-        return sorted(dimension.values)
-    if isinstance(dimension, Integers):
-        values = dimension.values
-        return sorted((values[0], values[-1])), abs(values.step), dimension.log
-    return dimension

@@ -82,7 +82,7 @@ class Map:
     def __init__(self, space: Space, points: Points):
         self.space = space
         self._points = points
-        self.values = {key: tuple(d.texts()) for key, d in space.dimensions.items()}
+        self.values = {key: tuple(d.values) for key, d in space.dimensions.items()}
         self._examples: dict[tuple[str, str], Params] = {}
         self._with: dict[tuple[str, str], Params] = {}
         self._acted: dict[tuple[str, str], dict[str, str]] = {}
@@ -282,7 +282,7 @@ class StagesSampler(BaseSampler):
     ) -> Any:
         """A key that an enqueued point leaves out stands at its default."""
         dimension = self._space.dimensions[param_name]
-        return dimension.value(dimension.texts()[0])
+        return dimension.value(dimension.values[0])
 
     def propose(self, trials: Sequence[FrozenTrial]) -> Params:
         """The point that is worth a trial next."""
@@ -317,7 +317,7 @@ class StagesSampler(BaseSampler):
         mean = self._model.mean()
 
         def cost(params: Params) -> float:
-            place = self._place(params)
+            place = self.place(params)
             return float("inf") if place is None else mean.cost(place.features)
 
         return cost
@@ -402,7 +402,7 @@ class StagesSampler(BaseSampler):
                 break
         return found.params if found else {key: t[0] for key, t in self._map.values.items()}
 
-    def _place(self, params: Params) -> Place | None:
+    def place(self, params: Params) -> Place | None:
         """As the map's, kept: the trials of a study are asked for again at every proposal."""
         key = tuple(params.values())
         if key not in self._places:
@@ -417,7 +417,7 @@ class StagesSampler(BaseSampler):
         for trial in trials:
             if trial.params.keys() != self._space.dimensions.keys():
                 continue
-            place = self._place(self._space.texts(trial.params))
+            place = self.place(self._space.texts(trial.params))
             if place is None:
                 continue
             if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):

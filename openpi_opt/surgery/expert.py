@@ -46,10 +46,9 @@ from openpi_opt.pi0.gemma import (
 )
 from openpi_opt.pi0.layers import Linear
 from openpi_opt.pi0.policy import Pi0Policy
-from openpi_opt.surgery.buffer import BufferedKeysValues
 from openpi_opt.surgery.folded import UnitRmsNorm
 from openpi_opt.surgery.fused import FusedAttention, FusedMlp
-from openpi_opt.surgery.towers import expert_layers
+from openpi_opt.surgery.layers import BufferedKeysValues, expert_layers
 
 LINEARS = ("qkv", "out", "gate_up", "down")
 """The products of a layer, by the names under which their launch parameters are given."""

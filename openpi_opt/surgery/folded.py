@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from openpi_opt.pi0 import gemma, siglip
 from openpi_opt.pi0.policy import Pi0Policy
-from openpi_opt.surgery.towers import gemma_layers, vision_layers
+from openpi_opt.surgery.layers import gemma_layers, vision_layers
 
 
 class UnitRmsNorm(gemma.RmsNorm):

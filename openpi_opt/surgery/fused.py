@@ -18,8 +18,7 @@ from openpi_opt.kernels.linear_gelu import linear_gelu
 from openpi_opt.pi0 import gemma, siglip
 from openpi_opt.pi0.layers import Linear
 from openpi_opt.pi0.policy import Pi0Policy
-from openpi_opt.surgery.last_layer import KeysValuesLayer
-from openpi_opt.surgery.towers import decoder_layers, gemma_layers, vision_layers
+from openpi_opt.surgery.layers import KeysValuesLayer, decoder_layers, gemma_layers, vision_layers
 
 
 class FusedLinear(Linear):
@@ -146,34 +145,34 @@ class PatchProduct(siglip.Embeddings):
         return F.linear(rows, weight, convolution.bias) + self.position_embedding.weight
 
 
+def _fuse(owner: nn.Module, name: str, parts: Sequence[Linear], kind: type[nn.Module]) -> None:
+    """Give `owner` its parts in one, under `name`, and the class that reads it."""
+    setattr(owner, name, FusedLinear(parts))
+    owner.__class__ = kind
+
+
 def fuse_qkv(policy: Pi0Policy) -> None:
     """One GEMM for q, k and v in every layer of both Gemma towers."""
     for layer in decoder_layers(policy):
-        attention = layer.self_attn
+        own = layer.self_attn
         if isinstance(layer, KeysValuesLayer):
-            layer.kv_proj = FusedLinear((attention.k_proj, attention.v_proj))
-            layer.__class__ = FusedKeysValuesLayer
+            _fuse(layer, "kv_proj", (own.k_proj, own.v_proj), FusedKeysValuesLayer)
         else:
-            parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-            attention.qkv_proj = FusedLinear(parts)
-            attention.__class__ = FusedAttention
+            _fuse(own, "qkv_proj", (own.q_proj, own.k_proj, own.v_proj), FusedAttention)
 
 
 def fuse_gate_up(policy: Pi0Policy) -> None:
     """One GEMM for gate and up in every layer of both Gemma towers."""
     for layer in decoder_layers(policy):
         if not isinstance(layer, KeysValuesLayer):
-            layer.mlp.gate_up_proj = FusedLinear((layer.mlp.gate_proj, layer.mlp.up_proj))
-            layer.mlp.__class__ = FusedMlp
+            _fuse(layer.mlp, "gate_up_proj", (layer.mlp.gate_proj, layer.mlp.up_proj), FusedMlp)
 
 
 def fuse_vision_qkv(policy: Pi0Policy) -> None:
     """One GEMM for q, k and v in every SigLIP layer."""
     for layer in vision_layers(policy.vision):
-        attention = layer.self_attn
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        attention.qkv_proj = FusedLinear(parts)
-        attention.__class__ = FusedVisionAttention
+        own = layer.self_attn
+        _fuse(own, "qkv_proj", (own.q_proj, own.k_proj, own.v_proj), FusedVisionAttention)
 
 
 def fuse_vision_mlp(policy: Pi0Policy) -> None:

@@ -16,9 +16,7 @@ from openpi_opt.pi0.inputs import Layout
 from openpi_opt.pi0.ops import Segment, Visibility
 from openpi_opt.pi0.policy import Pi0Policy, PrefixCache
 from openpi_opt.pi0.schedule import time_features
-from openpi_opt.surgery.buffer import BufferedKeysValues, with_room
-from openpi_opt.surgery.last_layer import keys_values
-from openpi_opt.surgery.towers import gemma_layers
+from openpi_opt.surgery.layers import BufferedKeysValues, gemma_layers, keys_values, with_room
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ def fingerprint(machine: Machine, platform: Platform | None = None) -> dict[str,
         "optuna": installed("optuna"),
         "mlflow": installed("mlflow", "mlflow-skinny"),
         "openpi_opt": package_version(),
-        "git": _git_revision(),
+        "git": git_revision(),
         "source_hash": source_hash(),
     }
 
@@ -111,7 +111,7 @@ def _gpu(machine: Machine, platform: Platform | None) -> Gpu | None:
         return None
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     """Revision of the checkout that holds the package, `-dirty` behind it when edited. None for an
     installed package: a repository further up is somebody else's."""
     checkout = package_dir().parent

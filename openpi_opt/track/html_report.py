@@ -6,10 +6,12 @@ plotly's script, which is inside the file; the file is made without importing pl
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -24,7 +26,7 @@ from openpi_opt.result import Ok
 from openpi_opt.track import study_plots, table
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.left import VERDICTS_FILE, read_lines
-from openpi_opt.track.plots import Panel, Point, Series
+from openpi_opt.track.plots import Panel, Point, Series, errors
 from openpi_opt.track.report import Group, Row, best_line, groups, mean_ms, what
 from openpi_opt.track.table import Table
 
@@ -33,6 +35,7 @@ _COLUMNS = ("ci95_ms", "p99_ms")
 _FEWEST = 8  # trials from which an importance is told
 _FEWEST_MINUTES = 0.1  # results that were read from a folder have no times of their own
 _MOST_FOR_IMPORTANCE = 1_000  # of the newest: Optuna adds them one at a time
+_ROUNDING = 1e-18  # a variance of logarithms as small as this is that of equal numbers
 _TEMPLATE = Path(__file__).with_name("report.html")
 # How plotly draws the series of a panel.
 _STAIRS = {"mode": "lines+markers", "line": {"shape": "hv"}}
@@ -108,7 +111,7 @@ def effect(options: Sequence[str], values: Sequence[float]) -> float:
     _, option = np.unique(options, return_inverse=True)
     means = np.bincount(option, logs) / np.bincount(option)
     whole = float(np.var(logs))
-    return float(np.var(means[option])) / whole if whole else 0.0
+    return float(np.var(means[option])) / whole if whole > _ROUNDING else 0.0
 
 
 def _study(journal: Journal) -> dict[str, Any]:
@@ -124,7 +127,15 @@ def _study(journal: Journal) -> dict[str, Any]:
     verdicts = read_lines(folder / VERDICTS_FILE)
     return {
         "name": folder.name,
-        "sections": [*_ladder(folder), *_ablation(folder)],
+        "sections": [
+            *_left(folder, "ladder", "Ladder", "Each step in interleaved fresh processes."),
+            *_left(
+                folder,
+                "ablate",
+                "Ablation",
+                "The best without each of its knobs, in interleaved fresh processes.",
+            ),
+        ],
         "confirmed": [line["text"].replace("**", "") for line in verdicts],
         "command": "python -m openpi_opt.sweep " + " ".join(header.command if header else []),
         "versions": ", ".join(f"{name} {text}" for name, text in versions.items() if text),
@@ -249,49 +260,20 @@ def _pareto(group: Group) -> Iterator[Section]:
             yield _section("Pareto set", figure=_panel(panel, _SCATTER))
 
 
-def _ladder(folder: Path) -> Iterator[Section]:
-    """What `ladder` left: each knob on top of those before it, in fresh processes."""
-    found = _document(folder / "ladder" / "ladder.json")
-    if found is None:
+def _left(folder: Path, verb: str, heading: str, text: str) -> Iterator[Section]:
+    """The table and the plot that `ladder` or `ablate` left beside the study."""
+    table_file, plot = (folder / verb / f"{verb}.{ending}" for ending in ("md", "svg"))
+    if not table_file.exists():
         return
-    body = []
-    for rung in found["rungs"]:
-        step, (low, high) = rung["step"], rung["ci95_ms"]
-        saved = [f"{step['mean']:+.2%}", _percents(step["ci95"]), step["verdict"]] if step else []
-        cells = [rung["added"], f"{rung['mean_ms']:.3f}", f"{low:.3f} to {high:.3f}"]
-        body.append([*cells, *(saved or [""] * 3)])
-    bars = [Point(rung["added"], rung["mean_ms"], *rung["ci95_ms"]) for rung in found["rungs"]]
-    heads = ["added", "mean ms", "95% interval", "saved by the step", "its 95% interval", "verdict"]
-    text = "Each step in interleaved fresh processes."
-    steps = Table(heads, body, frozenset(["added", "verdict"]))
-    yield _section("Ladder", text, steps, _horizontal(bars, "latency, ms"))
-
-
-def _ablation(folder: Path) -> Iterator[Section]:
-    """What `ablate` left: the best without each of its knobs, in fresh processes."""
-    found = _document(folder / "ablate" / "ablate.json")
-    if found is None:
-        return
-    body = [["(nothing: all knobs)", f"{found['whole']['mean_ms']:.3f}", "", "", ""]]
-    for loss in found["without"]:
-        cells = [loss["knobs"], f"{loss['mean_ms']:.3f}", f"{loss['added']:+.2%}"]
-        body.append([*cells, _percents(loss["ci95"]), loss["verdict"]])
-    heads = ["without", "mean ms", "time added", "95% interval", "the knob"]
-    text = "The best without each of its knobs, in interleaved fresh processes."
-    yield _section("Ablation", text, Table(heads, body, frozenset(["without", "the knob"])))
-
-
-def _document(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Move it away, then try again.") from error
-
-
-def _percents(interval: Sequence[float]) -> str:
-    return " to ".join(f"{end:+.2%}" for end in interval)
+    lines = table_file.read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines if line[:1] == "|"]
+    heads, body = cells[0], cells[2:]
+    numbers = re.compile(r"[-+\d.% to]*")
+    columns = zip(heads, *body, strict=True)
+    texts = [head for head, *column in columns if not all(map(numbers.fullmatch, column))]
+    section = _section(heading, text, Table(heads, body, frozenset(texts)))
+    image = base64.b64encode(plot.read_bytes()).decode() if plot.exists() else ""
+    yield {**section, "image": image}
 
 
 def _section(
@@ -306,7 +288,7 @@ def _section(
         "heads": [(head.replace("\n", " "), head not in found.texts) for head in found.heads],
         "rows": list(zip_longest(found.body, marks[: len(found.body)], fillvalue="")),
     }
-    return {"heading": heading, "text": text, "table": shown, "figure": figure}
+    return {"heading": heading, "text": text, "table": shown, "figure": figure, "image": ""}
 
 
 def _panel(panel: Panel, style: Mapping[str, Any]) -> str:
@@ -328,9 +310,8 @@ def _horizontal(bars: Sequence[Point], x: str) -> str:
     """Bars with their intervals, the first on top."""
     trace: dict[str, Any] = {"type": "bar", "orientation": "h"}
     trace |= {"x": [bar.y for bar in bars], "y": [bar.x for bar in bars]}
-    intervals = [(bar.y - bar.low, bar.high - bar.y) for bar in bars if bar.low and bar.high]
-    if intervals:
-        below, above = zip(*intervals, strict=True)
+    if intervals := errors(bars):
+        below, above = intervals
         trace["error_x"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
     return _figure([trace], x, "", height=120 + 34 * len(bars), reverse=True)
 

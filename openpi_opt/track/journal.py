@@ -106,8 +106,7 @@ class Journal:
             journal = Journal(study_dir, None)
             with journal._locked():
                 journal.header = _make_header(study_dir, command)
-                journal._mend()
-                journal._take_new_lines()
+                journal._catch_up()
         return journal
 
     @staticmethod
@@ -127,10 +126,6 @@ class Journal:
     def records(self) -> list[Record]:
         """All records that were read or appended, in the order of their numbers."""
         return list(self._records)
-
-    def since(self, count: int) -> list[Record]:
-        """The records behind the first `count`, without copying those."""
-        return self._records[count:]
 
     def __len__(self) -> int:
         return len(self._records)
@@ -157,8 +152,7 @@ class Journal:
     def refresh(self) -> None:
         """Take in what other processes appended. Raises UserError: as `open`."""
         with _user_errors(self.study_dir), self._locked():
-            self._mend()
-            self._take_new_lines()
+            self._catch_up()
 
     def append(self, record: Record) -> Record:
         """Number a record and put it on disk; returns it as written.
@@ -170,8 +164,7 @@ class Journal:
             pydantic.ValidationError: the record would not be read back as it is (NaN in it).
         """
         with _user_errors(self.study_dir), self._locked():
-            self._mend()
-            self._take_new_lines()
+            self._catch_up()
             known = self._by_uid.get(record.uid)
             if known is not None:
                 return known
@@ -240,35 +233,28 @@ class Journal:
             )
         self._take(record)
 
-    def _mend(self) -> None:
-        """Under the lock: put aside a torn last line, or end a whole one that lacks its newline."""
-        tail, start = _tail(self.path)
-        if not tail:
+    def _catch_up(self) -> None:
+        """Under the lock: take in new lines. A torn last one is put aside; a whole one that lacks
+        its newline gets it."""
+        rest = self._take_new_lines()
+        if not rest:
             return
-        if _is_record(tail):
+        if _is_record(rest):
             with self.path.open("ab") as file:
                 file.write(b"\n")
+            self._take_new_lines()
             return
-        aside = self._put_aside(tail)
-        os.truncate(self.path, start)
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        aside = self.study_dir / f"journal.torn-{stamp}-{uuid4().hex[:8]}"
+        with aside.open("xb") as file:
+            file.write(rest)
+            file.flush()
+            os.fsync(file.fileno())
+        os.truncate(self.path, self._read_to)
         self.notes.append(
-            f"{self.path}: the last line was torn ({len(tail)} bytes), as after a kill or a full "
+            f"{self.path}: the last line was torn ({len(rest)} bytes), as after a kill or a full "
             f"disk; it is kept in {aside.name} and its trial counts as not finished"
         )
-
-    def _put_aside(self, torn: bytes) -> Path:
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        for attempt in range(1000):
-            path = self.study_dir / f"journal.torn-{stamp}{f'-{attempt}' if attempt else ''}"
-            try:
-                with path.open("xb") as file:
-                    file.write(torn)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except FileExistsError:
-                continue
-            return path
-        raise FileExistsError(f"{self.study_dir}: too many journal.torn-{stamp}-* files")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -369,21 +355,6 @@ def _is_record(line: bytes) -> bool:
     except ValidationError:
         return False
     return True
-
-
-def _tail(path: Path) -> tuple[bytes, int]:
-    """What follows the last newline of a file, and where it begins."""
-    if not path.exists():
-        return b"", 0
-    with path.open("rb") as file:
-        start = file.seek(0, os.SEEK_END)
-        tail = b""
-        while start > 0 and b"\n" not in tail:
-            size = min(1 << 16, start)
-            start = file.seek(start - size)
-            tail = file.read(size) + tail
-    newline = tail.rfind(b"\n")
-    return tail[newline + 1 :], start + newline + 1
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,26 +77,20 @@ def _find_artifacts(store: Store) -> None:
     MLflow keeps the absolute folder that an experiment was made with (mlflow/mlflow#3144), so a
     moved store would show no files and write new ones to the old place."""
     here = store.artifacts.as_uri()
-    connection = sqlite3.connect(store.mlflow_db, timeout=20)
-    try:
-        with connection:
-            ours = "artifact_location LIKE 'file:%/artifacts' AND artifact_location <> ?"
-            rows = connection.execute(
-                f"SELECT DISTINCT artifact_location FROM experiments WHERE {ours}", (here,)
-            ).fetchall()
-            for (old,) in rows:
-                connection.execute(
-                    "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?",
-                    (here, old),
-                )
-                begin = len(old) + 1
-                connection.execute(
-                    "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
-                    "WHERE substr(artifact_uri, 1, ?) = ?",
-                    (here, begin, begin, f"{old}/"),
-                )
-    finally:
-        connection.close()
+    with closing(sqlite3.connect(store.mlflow_db, timeout=20)) as database, database:
+        ours = "artifact_location LIKE 'file:%/artifacts' AND artifact_location <> ?"
+        found = f"SELECT DISTINCT artifact_location FROM experiments WHERE {ours}"
+        for (old,) in database.execute(found, (here,)).fetchall():
+            database.execute(
+                "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?",
+                (here, old),
+            )
+            begin = len(old) + 1
+            database.execute(
+                "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
+                "WHERE substr(artifact_uri, 1, ?) = ?",
+                (here, begin, begin, f"{old}/"),
+            )
 
 
 def _create(path: Path) -> None:
@@ -121,29 +116,26 @@ def _check_version(path: Path) -> None:
 
     revision = _revision(path)
     versions = Path(next(iter(db_migrations.__path__))) / "versions"
-    if any(versions.glob(f"{revision}_*.py")):
-        if _is_head(versions, revision):
-            return
+    migrations = [file.read_text("utf-8").replace("'", '"') for file in versions.glob("*.py")]
+    if not any(f'\nrevision = "{revision}"' in text for text in migrations):
+        raise UserError(
+            f"{path} was written by another, newer MLflow than the installed {mlflow.__version__} "
+            f"(schema {revision}).\n"
+            "Upgrade MLflow (pip install --upgrade mlflow), or use another store with store=DIR.\n"
+            "The journals of the studies are not affected."
+        )
+    if any(f'down_revision = "{revision}"' in text for text in migrations):
         raise UserError(
             f"{path} is a database of an older MLflow than the installed {mlflow.__version__}.\n"
             f"Copy the file, then run: mlflow db upgrade sqlite:///{path}\n"
             "Or use another store with store=DIR. The journals of the studies are not affected."
         )
-    raise UserError(
-        f"{path} was written by another, newer MLflow than the installed {mlflow.__version__} "
-        f"(schema {revision}).\n"
-        "Upgrade MLflow (pip install --upgrade mlflow), or use another store with store=DIR.\n"
-        "The journals of the studies are not affected."
-    )
 
 
 def _revision(path: Path) -> str:
     try:
-        connection = sqlite3.connect(path, timeout=20)
-        try:
-            row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-        finally:
-            connection.close()
+        with closing(sqlite3.connect(path, timeout=20)) as database:
+            row = database.execute("SELECT version_num FROM alembic_version").fetchone()
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError) and "no such table" not in str(error):
             raise  # locked or out of reach: the database itself may be fine
@@ -153,12 +145,3 @@ def _revision(path: Path) -> str:
             "from the journals; or use another store with store=DIR."
         ) from None
     return str(row[0]) if row else "none"
-
-
-def _is_head(versions: Path, revision: str) -> bool:
-    """Whether no migration of the installed MLflow starts from `revision`."""
-    needle = f'down_revision = "{revision}"'
-    return not any(
-        needle in file.read_text(encoding="utf-8").replace("'", '"')
-        for file in versions.glob("*.py")
-    )

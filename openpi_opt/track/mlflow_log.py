@@ -31,6 +31,7 @@ from openpi_opt.track.journal import Journal, Record
 from openpi_opt.track.left import TAGS_FILE, VERDICTS_FILE, append_line, read_lines
 from openpi_opt.track.link import note_page
 from openpi_opt.track.mlflow_study import ROLE_TAG, STUDY_TAG
+from openpi_opt.track.report import groups
 from openpi_opt.track.store import Store
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ PARENT_TAG = "mlflow.parentRunId"
 DAY_TAG = "openpi_opt.day"
 # MLflow's own defaults let one call to a dead server block for four minutes, send usage statistics
 # out, and print links on stdout, which belongs to the verb. What the user has set stays.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
@@ -77,20 +78,44 @@ class MlflowLog:
     def begin_study(self, study_dir: Path) -> str:
         """Find or make the study's parent run and mark it running; returns its id."""
         with self._talking(study_dir.name), _study_lock(study_dir):
-            parent = self._parent(study_dir)
-            self._connect().update_run(parent, status="RUNNING")
+            parent = self.parent_of(study_dir)
+            self.client().update_run(parent, status="RUNNING")
             return parent
 
     def end_study(self, study_dir: Path) -> None:
         """Mark the study's parent run as finished."""
         with self._talking(study_dir.name), _study_lock(study_dir):
-            self._connect().set_terminated(self._parent(study_dir), "FINISHED")
+            self.client().set_terminated(self.parent_of(study_dir), "FINISHED")
 
     def deliver(self, record: Record, study_dir: Path) -> str:
         """Log one record, once; returns the id of its run. A run of the same uid that is complete
         is left alone; one that a kill left open is completed."""
         with self._talking(record.study), _study_lock(study_dir):
-            return self._deliver(record, study_dir)
+            parent = self.parent_of(study_dir)
+            marked = self._marked(study_dir, parent)
+            if record.uid in marked:
+                return marked[record.uid]
+            run = self.run_of(record.uid)
+            if run is None:
+                run = self.client().create_run(
+                    self.experiment_id(),
+                    start_time=_milliseconds(record.result.started_at, record.created_at),
+                    run_name=content.run_name(record),
+                    tags={
+                        PARENT_TAG: self._confirmation(record, parent)
+                        if record.role == "confirm"
+                        else parent,
+                        STUDY_TAG: record.study,
+                        UID_TAG: record.uid,
+                    },
+                )
+            run_id: str = run.info.run_id
+            if run.info.status == "RUNNING":
+                self._fill(record, study_dir, run_id)
+            marked[record.uid] = run_id
+            mark = {"uid": record.uid, "run_id": run_id, "parent": parent}
+            append_line(study_dir / "delivered.jsonl", mark)
+            return run_id
 
     def sync(
         self,
@@ -108,7 +133,7 @@ class MlflowLog:
         study = study_dir.name
         with self._talking(study):
             with _study_lock(study_dir):
-                parent = self._parent(study_dir)
+                parent = self.parent_of(study_dir)
             if verify:
                 self._delivered[parent] = self._complete_runs(study)
             marked = self._marked(study_dir, parent)
@@ -116,8 +141,7 @@ class MlflowLog:
             self._baselines = baselines(journal.records())
             told(len(missing))
             for left, record in zip(reversed(range(len(missing))), missing, strict=True):
-                with _study_lock(study_dir):  # for each, so that a running sweep need not wait
-                    self._deliver(record, study_dir)
+                self.deliver(record, study_dir)  # a lock for each: a running sweep need not wait
                 told(left)
         return len(missing)
 
@@ -133,31 +157,32 @@ class MlflowLog:
                 self._mark_trials(study_dir, given, records)
 
     def _show_study(self, study_dir: Path, journal: Journal, criteria: Criteria) -> None:
-        client, study, records = self._connect(), study_dir.name, journal.records()
-        parent = self._parent(study_dir)
-        for name, value in mlflow_study.metrics(records, criteria).items():
+        client, study, parent = self.client(), study_dir.name, self.parent_of(study_dir)
+        records = [record for record in journal.records() if record.role != "confirm"]
+        found = groups(records, criteria=criteria)
+        for name, value in mlflow_study.metrics(records, found).items():
             client.log_metric(parent, name, value)
-        for step in study_plots.steps([r for r in records if r.role != "confirm"], criteria):
+        for step in study_plots.steps(records, criteria):
             at = _milliseconds(step.at)
             client.log_metric(parent, "best_so_far_ms", step.best_ms, at, step.number)
         known = client.get_run(parent).data.params
-        for name, text in mlflow_study.params(journal.header, records, criteria).items():
+        for name, text in mlflow_study.params(journal, criteria).items():
             if name not in known and text:  # MLflow keeps the first value of a parameter
                 client.log_param(parent, name, text[: content.MAX_PARAM])
         store = str(self.store.path)
-        text = mlflow_study.description(study, store, journal.header, records, criteria)
+        text = mlflow_study.description(study, store, journal.header, found)
         client.set_tag(parent, content.NOTE_TAG, text[: content.MAX_TAG])
         key = mlflow_study.VIEW_TAG + mlflow_study.view_key(study)
-        client.set_experiment_tag(self._experiment(), key, mlflow_study.view(study, records))
-        note_page(study_dir, self.server, mlflow_study.page(self._experiment(), study))
+        client.set_experiment_tag(self.experiment_id(), key, mlflow_study.view(study, found))
+        note_page(study_dir, self.server, mlflow_study.page(self.experiment_id(), study))
         plots = study_plots.files(study_dir)
         for path in [*plots, *sorted(study_dir.glob("report/*"))]:
-            _upload(client, parent, path)
+            upload(client, parent, path)
 
     def _mark_trials(self, study_dir: Path, criteria: Criteria, records: Sequence[Record]) -> None:
         """Bring the marks of the Pareto set and of limits up to date, on trials and on the study,
         for criteria that were given: a study of one objective that never had a limit has none."""
-        client, parent = self._connect(), self._parent(study_dir)
+        client, parent = self.client(), self.parent_of(study_dir)
         wanted = study_plots.marks(records, criteria)
         marked = {
             run.data.tags.get(UID_TAG, ""): run
@@ -168,7 +193,7 @@ class MlflowLog:
             if run.info.run_id != parent
         }
         for uid in wanted.keys() - marked.keys():
-            run = self._run_of(uid)
+            run = self.run_of(uid)
             if run is not None and run.info.lifecycle_stage == "active":
                 marked[uid] = run
         for uid, run in marked.items():
@@ -192,16 +217,16 @@ class MlflowLog:
     def _apply_tags(self, study_dir: Path) -> None:
         """Set the tags that verbs left with `leave_tag`, on the runs that are there."""
         for tag in read_lines(study_dir / TAGS_FILE):
-            run = self._run_of(tag["uid"])
+            run = self.run_of(tag["uid"])
             if run is not None and run.data.tags.get(tag["key"]) != tag["value"]:
                 value = tag["value"][: content.MAX_TAG]
-                self._connect().set_tag(run.info.run_id, tag["key"], value)
+                self.client().set_tag(run.info.run_id, tag["key"], value)
 
     def _apply_verdicts(self, study_dir: Path) -> None:
         """Show what promotions ended with, on the runs above their processes."""
-        client = self._connect()
+        client = self.client()
         for verdict in read_lines(study_dir / VERDICTS_FILE):
-            run = self._run_of(verdict["uid"])
+            run = self.run_of(verdict["uid"])
             above = run and run.data.tags.get(PARENT_TAG)
             if not above:
                 continue
@@ -210,29 +235,12 @@ class MlflowLog:
             client.set_tag(above, "openpi_opt.preset", verdict["preset"])
             client.set_tag(above, content.NOTE_TAG, verdict["text"])
 
-    def _deliver(self, record: Record, study_dir: Path) -> str:
-        parent = self._parent(study_dir)
-        marked = self._marked(study_dir, parent)
-        if record.uid in marked:
-            return marked[record.uid]
-        run = self._run_of(record.uid)
-        if run is None:
-            under = self._confirmation(record, parent) if record.role == "confirm" else parent
-            run = self._create_run(record, under)
-        run_id: str = run.info.run_id
-        if run.info.status == "RUNNING":
-            self._fill(record, study_dir, run_id)
-        marked[record.uid] = run_id
-        mark = {"uid": record.uid, "run_id": run_id, "parent": parent}
-        append_line(study_dir / "delivered.jsonl", mark)
-        return run_id
-
     def _confirmation(self, record: Record, parent: str) -> str:
         """The run that processes of confirmations of one day hang below, found or made."""
         day = record.created_at[:10]
         key = f"{record.study} {day}"
         if key not in self._parents:
-            client = self._connect()
+            client = self.client()
             of_day = (
                 f"tags.`{STUDY_TAG}` = '{record.study}' AND tags.`{ROLE_TAG}` = 'confirmation' "
                 f"AND tags.`{DAY_TAG}` = '{day}'"
@@ -241,25 +249,19 @@ class MlflowLog:
             if above is None:
                 tags = {STUDY_TAG: record.study, ROLE_TAG: "confirmation", DAY_TAG: day}
                 tags[PARENT_TAG] = parent
-                above = client.create_run(self._experiment(), run_name=f"confirm {day}", tags=tags)
+                above = client.create_run(
+                    self.experiment_id(), run_name=f"confirm {day}", tags=tags
+                )
                 client.set_terminated(above.info.run_id, "FINISHED")
             self._parents[key] = above.info.run_id
         return self._parents[key]
-
-    def _create_run(self, record: Record, parent: str) -> Run:
-        return self._connect().create_run(
-            self._experiment(),
-            start_time=_milliseconds(record.result.started_at, record.created_at),
-            run_name=content.run_name(record),
-            tags={PARENT_TAG: parent, STUDY_TAG: record.study, UID_TAG: record.uid},
-        )
 
     def _fill(self, record: Record, study_dir: Path, run_id: str) -> None:
         """Log everything of a record, then end its run: an ended run is a complete one. The time of
         a metric is the record's, so logging a half-filled run again changes nothing."""
         from mlflow.entities import Metric, Param, RunTag
 
-        client = self._connect()
+        client = self.client()
         at = _milliseconds(record.created_at)
         ms = self._baselines.get((record.result.context_hash, record.fingerprint_hash))
         client.log_batch(
@@ -272,37 +274,33 @@ class MlflowLog:
         )
         with _scratch(study_dir) as folder:
             content.write_artifacts(record, folder)
-            _upload(client, run_id, folder)
+            upload(client, run_id, folder)
         for path in content.trial_files(record, study_dir):
-            _upload(client, run_id, path)
+            upload(client, run_id, path)
         client.set_terminated(
             run_id, "FINISHED" if record.result.outcome == "ok" else "FAILED", end_time=at
         )
 
-    def _parent(self, study_dir: Path) -> str:
+    def parent_of(self, study_dir: Path) -> str:
         """Id of the study's parent run, found or made (under the study's lock)."""
         study = study_dir.name
         if study not in self._parents:
-            client = self._connect()
+            client = self.client()
             own = f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{ROLE_TAG}` = 'study'"
             found = list(self._search(own, deleted=True))
             active = [run for run in found if run.info.lifecycle_stage == "active"]
-            run = [*active, *found, None][0] or self._create_parent(study)
+            run = next(iter([*active, *found]), None)
+            if run is None:  # made as an ended one: only `begin_study` promises an end
+                tags = {STUDY_TAG: study, ROLE_TAG: "study"}
+                run = client.create_run(self.experiment_id(), run_name=study, tags=tags)
+                client.set_terminated(run.info.run_id, "FINISHED")
             if run.info.lifecycle_stage == "deleted":
                 # MLflow's dialog deletes a parent and leaves its trials (mlflow/mlflow#2347).
                 client.restore_run(run.info.run_id)
             self._parents[study] = run.info.run_id
         return self._parents[study]
 
-    def _create_parent(self, study: str) -> Run:
-        """Make the parent run, ended: only `begin_study` promises that somebody will end it."""
-        client, experiment = self._connect(), self._experiment()
-        tags = {STUDY_TAG: study, ROLE_TAG: "study"}
-        run = client.create_run(experiment, run_name=study, tags=tags)
-        client.set_terminated(run.info.run_id, "FINISHED")
-        return run
-
-    def _run_of(self, uid: str) -> Run | None:
+    def run_of(self, uid: str) -> Run | None:
         """The run of a record, also one that was deleted in the UI: it stays deleted."""
         if not re.fullmatch("[0-9a-f]{32}", uid):
             raise ValueError(f"{uid!r} is not the uid of a record")
@@ -320,8 +318,8 @@ class MlflowLog:
 
         token: str | None = None
         while True:
-            page = self._connect().search_runs(
-                [self._experiment()],
+            page = self.client().search_runs(
+                [self.experiment_id()],
                 text,
                 ViewType.ALL if deleted else ViewType.ACTIVE_ONLY,
                 order_by=["attributes.start_time ASC"],
@@ -335,21 +333,27 @@ class MlflowLog:
     def _marked(self, study_dir: Path, parent: str) -> dict[str, str]:
         """Run ids by uid of what was delivered under this parent run, read once from disk."""
         if parent not in self._delivered:
-            self._delivered[parent] = _read_marks(study_dir, parent)
+            self._delivered[parent] = {
+                mark["uid"]: mark["run_id"]
+                for mark in read_lines(study_dir / "delivered.jsonl")
+                if mark.get("parent") == parent and {"uid", "run_id"} <= mark.keys()
+            }
         return self._delivered[parent]
 
-    def _connect(self) -> MlflowClient:
+    def client(self) -> MlflowClient:
+        """The connection to MLflow, made at the first use."""
         if self._client is None:
-            for name, value in _ENVIRONMENT.items():
+            for name, value in ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             self._client = database.connect(self.server, self.store)
         return self._client
 
-    def _experiment(self) -> str:
+    def experiment_id(self) -> str:
+        """Id of the experiment that runs belong to, found or made."""
         if self._experiment_id is None:
             artifacts = None if self.server else self.store.artifacts.as_uri()
             self._experiment_id = database.find_or_create_experiment(
-                self._connect(), self.experiment, artifacts
+                self.client(), self.experiment, artifacts
             )
         return self._experiment_id
 
@@ -366,14 +370,12 @@ class MlflowLog:
         try:
             yield
         except unreachable as error:
-            raise TrackingError(self._line(study, content.one_line(str(error), 200))) from error
-
-    def _line(self, study: str, why: str) -> str:
-        line = (
-            f"MLflow at {self.server or self.store.mlflow_db}: {why}. Results are kept in the "
-            "journal; deliver them later: " + sync_command(self.store, study)
-        )
-        return masked(line)
+            line = (
+                f"MLflow at {self.server or self.store.mlflow_db}: "
+                f"{content.one_line(str(error), 200)}. Results are kept in the journal; deliver "
+                "them later: " + sync_command(self.store, study)
+            )
+            raise TrackingError(masked(line)) from error
 
 
 @contextmanager
@@ -399,12 +401,12 @@ def _scratch(study_dir: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _upload(client: MlflowClient, run_id: str, path: Path) -> None:
+def upload(client: MlflowClient, run_id: str, path: Path) -> None:
     """Upload a file, or the files of a folder. Every kind of artifact store (S3, GCS, ...) has
     exceptions of its own library, so all of them are taken as a failed delivery here."""
     try:
-        upload = client.log_artifacts if path.is_dir() else client.log_artifact
-        upload(run_id, str(path))
+        put = client.log_artifacts if path.is_dir() else client.log_artifact
+        put(run_id, str(path))
     except Exception as error:
         raise OSError(f"uploading {path.name} failed: {error}") from error
 
@@ -433,8 +435,3 @@ def baselines(records: Sequence[Record]) -> dict[tuple[str, str], float]:
         for record in records
         if record.role == "baseline" and isinstance(record.result, Ok)
     }
-
-
-def _read_marks(study_dir: Path, parent: str) -> dict[str, str]:
-    marks = [m for m in read_lines(study_dir / "delivered.jsonl") if m.get("parent") == parent]
-    return {mark["uid"]: mark["run_id"] for mark in marks if {"uid", "run_id"} <= mark.keys()}

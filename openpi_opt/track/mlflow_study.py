@@ -12,9 +12,9 @@ from typing import Any
 
 from openpi_opt.criteria import Criteria
 from openpi_opt.track import table
-from openpi_opt.track.journal import Header, Record
+from openpi_opt.track.journal import Header, Journal, Record
 from openpi_opt.track.mlflow_content import device
-from openpi_opt.track.report import Row, best_line, groups, mean_ms
+from openpi_opt.track.report import Group, best_line, mean_ms
 
 STUDY_TAG = "openpi_opt.study"
 ROLE_TAG = "openpi_opt.role"
@@ -24,29 +24,31 @@ _METRICS = ("latency/mean_ms", "vs_baseline", "latency/std_ms", "latency/p99_ms"
 _ROWS = 20
 
 
-def metrics(records: Sequence[Record], criteria: Criteria) -> dict[str, float]:
-    """Figures of the parent run: of the best trial, counts of outcomes, trials and minutes."""
-    trials = [record for record in records if record.role != "confirm"]
-    found: dict[str, float] = {"trials": float(len(trials))}
+def metrics(trials: Sequence[Record], found: Sequence[Group]) -> dict[str, float]:
+    """Figures of the parent run: of the best trial of the newest context, counts of outcomes,
+    trials, and minutes from the first start to the last record."""
     outcomes = Counter(record.result.outcome for record in trials)
-    found |= {f"outcome/{name}": float(number) for name, number in outcomes.items()}
-    best = _best(records, criteria)
+    shown = {"trials": float(len(trials))}
+    shown |= {f"outcome/{name}": float(number) for name, number in outcomes.items()}
+    best = next((group.best for group in reversed(found) if group.best), None)
     if best is not None and best.ok is not None:
-        found["latency/mean_ms"] = best.ok.latency.mean_ms
-        found["latency/std_ms"] = best.ok.latency.std_ms
-        found["latency/p99_ms"] = best.ok.latency.p99_ms
-        if best.vs_baseline is not None:
-            found["vs_baseline"] = best.vs_baseline
-    found["minutes"] = _minutes(trials)
-    return {key: value for key, value in found.items() if math.isfinite(value)}
+        latency = best.ok.latency
+        shown |= {"latency/mean_ms": latency.mean_ms, "latency/std_ms": latency.std_ms}
+        shown |= {"latency/p99_ms": latency.p99_ms}
+        shown |= {"vs_baseline": best.vs_baseline} if best.vs_baseline is not None else {}
+    begun = [_time(record.result.started_at) for record in trials]
+    ended = [_time(record.created_at) for record in trials]
+    passed = (max(ended) - min(begun)).total_seconds() / 60 if trials else 0.0
+    shown["minutes"] = max(0.0, passed)
+    return {key: value for key, value in shown.items() if math.isfinite(value)}
 
 
-def params(header: Header | None, records: Sequence[Record], criteria: Criteria) -> dict[str, str]:
+def params(journal: Journal, criteria: Criteria) -> dict[str, str]:
     """What was asked for, and where it ran."""
     found = {"objectives": ",".join(criteria.objectives)}
-    if header is not None:
-        found["command"] = " ".join(header.command)
-    if records:
+    if journal.header is not None:
+        found["command"] = " ".join(journal.header.command)
+    if records := journal.records():
         result = records[-1].result
         config = result.config
         found |= {
@@ -58,12 +60,10 @@ def params(header: Header | None, records: Sequence[Record], criteria: Criteria)
     return found
 
 
-def description(
-    study: str, store: str, header: Header | None, records: Sequence[Record], criteria: Criteria
-) -> str:
+def description(study: str, store: str, header: Header | None, found: Sequence[Group]) -> str:
     """The parent run's text, in Markdown: the best, the tables, and what to do next."""
     lines = []
-    for group in groups([r for r in records if r.role != "confirm"], criteria=criteria):
+    for group in found:
         shown = table.trials(group, sorted(group.rows, key=mean_ms)[:_ROWS])
         lines += [f"### {group.title}", "", f"**{best_line(group)}**", "", *table.markdown(shown)]
         left = len(group.rows) - len(shown.body)
@@ -86,11 +86,10 @@ def view_key(study: str) -> str:
     return hashlib.sha256(study.encode()).hexdigest()[:16]
 
 
-def view(study: str, records: Sequence[Record]) -> str:
+def view(study: str, found: Sequence[Group]) -> str:
     """The state of the page of a study, as MLflow keeps one that was shared. The study's trials
     without confirmations, sorted by latency; columns for the latency, its spread, kernels, outcome
     and the knobs that differ."""
-    found = groups([r for r in records if r.role != "confirm"])
     knobs = dict.fromkeys(key for group in found for row in group.rows for key in row.differs)
     columns = [
         *(f"metrics.`{name}`" for name in _METRICS),
@@ -121,20 +120,6 @@ def page(experiment_id: str, study: str) -> str:
         f"#/experiments/{experiment_id}/runs"
         f"?workflowType=machine_learning&viewStateShareKey={view_key(study)}"
     )
-
-
-def _best(records: Sequence[Record], criteria: Criteria) -> Row | None:
-    """The best trial of the newest context."""
-    found = groups([r for r in records if r.role != "confirm"], criteria=criteria)
-    return next((row for group in reversed(found) for row in group.rows if row.best), None)
-
-
-def _minutes(records: Sequence[Record]) -> float:
-    """From the first start to the last record."""
-    if not records:
-        return 0.0
-    begun = min(_time(record.result.started_at) for record in records)
-    return max(0.0, (max(_time(r.created_at) for r in records) - begun).total_seconds() / 60)
 
 
 def _time(text: str) -> datetime:

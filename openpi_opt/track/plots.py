@@ -119,7 +119,7 @@ def horizontal_bars(title: str, axis: str, rows: Sequence[Point]) -> Figure:
     figure.suptitle("\n".join(titles), x=0.01, ha="left", fontsize=12)
     axes = figure.add_subplot()
     places, values = range(len(rows)), [row.y for row in rows]
-    axes.barh(places, values, xerr=_errors(rows), capsize=4, color="#4c78a8", ecolor="#222222")
+    axes.barh(places, values, xerr=errors(rows), capsize=4, color="#4c78a8", ecolor="#222222")
     for place, row in zip(places, rows, strict=True):
         end = row.y if row.high is None else max(row.y, row.high)
         axes.annotate(row.text, (end, place), (6, 0), textcoords="offset points", va="center")
@@ -177,7 +177,7 @@ def _points(axes: Axes, every: Sequence[Series], style: dict[str, Any]) -> None:
         axes.errorbar(
             [float(point.x) for point in points],
             [point.y for point in points],
-            yerr=_errors(points),
+            yerr=errors(points),
             label=series.label,
             color=colour,
             marker=MARKERS[place % len(MARKERS)],
@@ -203,7 +203,7 @@ def _bars(axes: Axes, every: Sequence[Series]) -> None:
             [names.index(str(point.x)) + shift for point in series.points],
             [point.y for point in series.points],
             width * 0.92,
-            yerr=_errors(series.points),
+            yerr=errors(series.points),
             capsize=3,
             label=series.label,
             color=COLOURS[number % len(COLOURS)],
@@ -215,7 +215,7 @@ def _bars(axes: Axes, every: Sequence[Series]) -> None:
     axes.margins(y=0.12)
 
 
-def _errors(points: Sequence[Point]) -> tuple[list[float], list[float]] | None:
+def errors(points: Sequence[Point]) -> tuple[list[float], list[float]] | None:
     """Distances below and above, 0 where a point has no interval; None when none has one."""
     if all(point.low is None and point.high is None for point in points):
         return None

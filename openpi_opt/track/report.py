@@ -158,8 +158,7 @@ def _group(
         and (criteria.allow_lossy or record.uid not in lossy)
         and not criteria.over(record.result)
     ]
-    best = None if criteria.several else _best(candidates, criteria)
-    front = _pareto(records, candidates, criteria) if criteria.several else []
+    winners = _winners(records, candidates, criteria)
     columns = _varying(records)
     found = [
         Row(
@@ -169,11 +168,11 @@ def _group(
             vs_baseline=baselines[record.fingerprint_hash] / record.result.latency.mean_ms
             if isinstance(record.result, Ok) and record.fingerprint_hash in baselines
             else None,
-            best=record is best,
+            best=record.uid in winners and not criteria.several,
             stale=record.uid in stale,
             changed=changed[record.uid],
             kept=record.uid in kept,
-            pareto=any(record is one for one in front),
+            pareto=record.uid in winners and criteria.several,
             over=criteria.over(record.result) if isinstance(record.result, Ok) else {},
             lossy=record.uid in lossy,
         )
@@ -253,32 +252,27 @@ def mean_ms(row: Row) -> float:
     return row.ok.latency.mean_ms if row.ok else math.inf
 
 
-def _best(candidates: Sequence[Record], criteria: Criteria) -> Record | None:
+def _winners(
+    records: Sequence[Record], candidates: Sequence[Record], criteria: Criteria
+) -> set[str]:
+    """Uids of the best trial, or of the Pareto set. To that belongs the newest measurement of a
+    configuration only: older ones are ignored."""
+    if criteria.several:
+        newest = {
+            record.result.config_hash: record.uid
+            for record in records
+            if isinstance(record.result, Ok) and record.role != "confirm"
+        }
+        candidates = [one for one in candidates if newest[one.result.config_hash] == one.uid]
     found = [
-        (values, record.number, record)
+        (values, record.number, record.uid)
         for record in candidates
         if (values := criteria.values(record.result)) is not None
     ]
-    return min(found, key=lambda item: item[:2])[2] if found else None
-
-
-def _pareto(
-    records: Sequence[Record], candidates: Sequence[Record], criteria: Criteria
-) -> list[Record]:
-    """Of each configuration its newest measurement only: older ones are no choice of their own."""
-    newest = {
-        record.result.config_hash: record.uid
-        for record in records
-        if isinstance(record.result, Ok) and record.role != "confirm"
-    }
-    known = [
-        (record, criteria.values(record.result))
-        for record in candidates
-        if newest[record.result.config_hash] == record.uid
-    ]
-    compared = [(record, values) for record, values in known if values is not None]
-    chosen = pareto([values for _, values in compared])
-    return [record for (record, _), on in zip(compared, chosen, strict=True) if on]
+    if not criteria.several:
+        return {min(found)[-1]} if found else set()
+    chosen = pareto([values for values, *_ in found])
+    return {uid for (*_, uid), on in zip(found, chosen, strict=True) if on}
 
 
 def _varying(records: Sequence[Record]) -> list[str]:

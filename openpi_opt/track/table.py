@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import zip_longest
@@ -12,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from openpi_opt.figures import FIGURES, Figure
-from openpi_opt.result import Ok, Pruned
+from openpi_opt.result import GuardPower, Ok, Pruned
 from openpi_opt.track.mlflow_content import one_line
 from openpi_opt.track.report import (
     MAX_REASON,
@@ -86,7 +88,17 @@ def best_of_each(found: Sequence[Group]) -> Table:
 def print_side_by_side(found: Sequence[Group]) -> None:
     """Print `best_of_each`."""
     print("\nside by side, each against its own baseline")
-    for _, line in grid(best_of_each(found), TABLE_WIDTH):
+    print_table(best_of_each(found))
+
+
+def print_table(
+    table: Table, pipe_width: int = TABLE_WIDTH, unfolded: AbstractSet[str] = frozenset()
+) -> None:
+    """Print a table on stdout: folded to the terminal, in a pipe to `pipe_width` columns. Where its
+    numbers need more the lines run over: nothing is left out."""
+    on_terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if on_terminal else pipe_width
+    for _, line in grid(table, width, unfolded):
         print(line.rstrip())
 
 
@@ -99,60 +111,51 @@ def _say(console: Console | None, text: str | Text, folded: bool = False) -> Non
 
 def natural_width(table: Table) -> int:
     """The width of a table in which nothing folds."""
-    columns = zip(*table.body, table.heads, strict=True)
-    widths = [max(map(len, "\n".join(column).split("\n"))) for column in columns]
-    return sum(widths) + 2 * len(widths) - 1
+    return _width(_natural(table))
+
+
+def _natural(table: Table) -> list[int]:
+    """The widths of columns in which nothing folds."""
+    columns = zip(table.heads, *table.body, strict=True)
+    return [max(map(len, "\n".join(column).split("\n"))) for column in columns]
+
+
+def _width(columns: Sequence[int]) -> int:
+    return sum(columns) + 2 * len(columns) - 1
 
 
 def grid(
     table: Table, width: int, unfolded: AbstractSet[str] = frozenset()
 ) -> Iterator[tuple[int, str]]:
     """Lines of a table, each with its row (-1 for heads); its texts are folded, but `unfolded`."""
-    heads, body = table.heads, table.body
-    cells = [[head.split("\n") for head in heads]]
-    columns = [*zip(*body, strict=True)] if body else [()] * len(heads)
-    natural = [
-        max(map(len, [*head, *column])) for head, column in zip(cells[0], columns, strict=True)
-    ]
+    natural = _natural(table)
     least = [
         min(size, max(MIN_FOLDED, *map(len, head.split("\n"))))
         if head in table.texts - unfolded
         else size
-        for head, size in zip(heads, natural, strict=True)
+        for head, size in zip(table.heads, natural, strict=True)
     ]
     widths = list(natural)
-    while sum(widths) + 2 * len(widths) - 1 > width and widths != least:
+    while _width(widths) > width and widths != least:
         place = max(range(len(widths)), key=lambda n: (widths[n] > least[n], widths[n]))
         widths[place] -= 1
-    for row in body:
-        cells.append(
-            [
-                [text] if len(text) <= size else _folded(text, size)
-                for text, size in zip(row, widths, strict=True)
-            ]
-        )
-    form = [str.ljust if head in table.texts else str.rjust for head in heads]
-    for number, row_cells in enumerate(cells, -1):
-        if number < 0:  # heads stand on the line below them
-            tall = max(map(len, row_cells))
-            row_cells = [[""] * (tall - len(cell)) + cell for cell in row_cells]
-        for line in zip_longest(*row_cells, fillvalue=""):
+    form = [str.ljust if head in table.texts else str.rjust for head in table.heads]
+
+    def lines(cells: Sequence[Sequence[str]]) -> Iterator[str]:
+        for line in zip_longest(*cells, fillvalue=""):
             texts = zip(form, line, widths, strict=True)
-            yield number, "  ".join([put(text, size) for put, text, size in texts])
-        if number < 0:
-            yield number, "─" * (sum(widths) + 2 * len(widths) - 1)
+            yield "  ".join([put(text, size) for put, text, size in texts])
 
-
-def _folded(text: str, width: int) -> list[str]:
-    """Text in lines of at most `width`, broken at spaces where there are some."""
-    lines = [""]
-    for word in text.split(" "):
-        if len(lines[-1]) + 1 + len(word) <= width and lines[-1]:
-            lines[-1] += f" {word}"
-            continue
-        parts = [word[at : at + width] for at in range(0, len(word), width)]
-        lines = [*lines, *parts] if lines[-1] else [*lines[:-1], *parts]
-    return lines
+    heads = [head.split("\n") for head in table.heads]
+    tall = max(map(len, heads))  # heads stand on the line below them
+    yield from ((-1, line) for line in lines([[""] * (tall - len(head)) + head for head in heads]))
+    yield -1, "─" * _width(widths)
+    for number, row in enumerate(table.body):
+        cells = [
+            [text] if len(text) <= size else textwrap.wrap(text, size, break_on_hyphens=False)
+            for text, size in zip(row, widths, strict=True)
+        ]
+        yield from ((number, line) for line in lines(cells))
 
 
 def trials(
@@ -255,12 +258,16 @@ def below(group: Group) -> list[str]:
 def _guard_lines(found: Sequence[Row]) -> list[str]:
     """What the guard of these trials sees, where that was measured."""
     powers = {row.ok.guard.power for row in found if row.ok and row.ok.guard.power}
-    lines = []
-    for power in sorted(powers, key=lambda power: power.smallest):
-        seen = f"smallest margin {power.smallest:.1f} times the tolerance ({power.mutation})"
-        missed = f"; this guard cannot see: {', '.join(power.missed)}" if power.missed else ""
-        lines.append(f"guard, by mistakes made on purpose: {seen}{missed}")
-    return lines
+    return [margin(power) for power in sorted(powers, key=lambda power: power.smallest)]
+
+
+def margin(power: GuardPower) -> str:
+    """What the guard sees, in one line."""
+    seen = f"smallest margin {power.smallest:.1f} times the tolerance ({power.mutation})"
+    some = power.asked is not None and power.asked != power.known
+    asked = f", {power.asked} of {power.known} mistakes asked" if some else ""
+    missed = f"; this guard cannot see: {', '.join(power.missed)}" if power.missed else ""
+    return f"guard, by mistakes made on purpose: {seen}{asked}{missed}"
 
 
 def outcome(row: Row) -> str:

@@ -164,7 +164,7 @@ def test_names_cannot_move_the_cursor(tmp_path, capsys):
 
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_no_digit_is_lost_where_it_is_narrow(width, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("openpi_opt.analyze._PIPE_WIDTH", width)
+    monkeypatch.setattr("openpi_opt.analyze.PIPE_WIDTH", width)
     made = [scene(cameras=cameras, kind="eager") for cameras in (1, 2, 3)]
     paths = [write(tmp_path / f"{n}.json", rocprof(each)) for n, each in enumerate(made)]
     text = output(capsys, "--top", "3", *map(str, paths))

@@ -106,7 +106,7 @@ def test_valid_events_may_be_a_bomb(tmp_path, monkeypatch):
 
 def test_rocprofv3s_one_value_is_bounded(tmp_path, monkeypatch):
     """It is decoded whole, to eight times its size; its rows in CSV are not."""
-    monkeypatch.setattr(trace_file, "_SDK_MIB", 1)
+    monkeypatch.setattr(trace_file, "SDK_MIB", 1)
     record = {"start_timestamp": 1, "end_timestamp": 2, "thread_id": 7}
     tool = {"kernel_symbols": [], "buffer_records": {"kernel_dispatch": [record] * 60_000}}
     path = tmp_path / "v3_results.json"
@@ -155,7 +155,7 @@ def test_the_borders_of_the_buffer_do_not_matter(chunk, tmp_path, monkeypatch):
     path = tmp_path / "t.json"
     umlaut = {**KERNEL, "name": "gemm für €", "ts": 12.25}
     path.write_text(json.dumps({"a": 123, "traceEvents": [umlaut, KERNEL], "b": -1}, indent=1))
-    monkeypatch.setattr(trace_file, "_CHUNK", chunk)
+    monkeypatch.setattr(trace_file, "CHUNK", chunk)
     timeline = read_trace(path).kernels()
     assert [timeline.names[i] for i in timeline.name] == ["gemm", "gemm für €"]
     assert timeline.start_us.tolist() == [1.5, 12.25]

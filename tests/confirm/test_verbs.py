@@ -21,10 +21,15 @@ def verb(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[s
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """A working folder with a finished study `s` in mlruns/."""
+    """A working folder with a finished study `s` in mlruns/, which has asked the guard."""
     folder = tmp_path_factory.mktemp("user")
-    done = verb("sweep", "-m", "attention=sdpa", "study=s", "tracking=none", *QUICK, cwd=folder)
+    words = [*QUICK, "study=s", "tracking=none", "guard.seconds=3"]
+    done = verb("sweep", "-m", "attention=sdpa", *words, cwd=folder)
     assert done.returncode == 0, done.stderr
+    seen = json.loads((folder / "mlruns" / "studies" / "s" / "guard.json").read_text())
+    (power,) = seen.values()  # of the baseline and another configuration
+    assert power["asked"] >= 1
+    assert f"{power['asked']} of {power['known']} mistakes asked" in done.stdout
     return folder
 
 
@@ -69,6 +74,7 @@ def test_promote_survives_an_interruption_and_writes_a_preset_that_is_used(swept
     assert provenance["mean_ms"] < provenance["p95_ms"] <= provenance["p99_ms"]
     assert provenance["guard"]["passed"] is True
     assert 0 <= provenance["guard"]["rel_l2"] < provenance["guard"]["tolerance"]
+    assert provenance["guard"]["power"]["asked"] >= 1, "as the study found it"
     assert provenance["clean"] in (True, False, None)
     assert provenance["commit"] is None or len(provenance["commit"]) == 40
     assert provenance["trial"]

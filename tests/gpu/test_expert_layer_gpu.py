@@ -22,7 +22,7 @@ from openpi_opt.pi0.precision import cast
 from openpi_opt.surgery import expert, fused
 from openpi_opt.surgery.expert import FusedExpertLayer, fuse_expert_layers
 from openpi_opt.surgery.folded import fold_norms
-from openpi_opt.surgery.towers import gemma_layers
+from openpi_opt.surgery.layers import gemma_layers
 
 pytestmark = pytest.mark.gpu
 

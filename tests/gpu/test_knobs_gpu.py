@@ -31,6 +31,7 @@ def plain_and_candidate(raw: dict[str, Any]) -> tuple[runtime.Prepared, list[Inp
     for knob in KNOBS:
         refusal = knob.check(cfg, MACHINE)
         if refusal is not None:
+            assert refusal.outcome == "unavailable", refusal.reason
             pytest.skip(refusal.reason)
     policy = runtime.build_policy(cfg, torch.device("cuda"))
     workload = runtime.workload_of(cfg)

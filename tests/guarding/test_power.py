@@ -12,6 +12,7 @@ from openpi_opt import guard, runtime
 from openpi_opt.config import Config
 from openpi_opt.guarding import power
 from openpi_opt.guarding.mutations import catalogue
+from openpi_opt.track.table import margin
 
 # What issue after issue has found; a mutation's name begins with one of these.
 MISTAKES = (
@@ -82,6 +83,32 @@ def test_mutations_are_caught(
     assert all(share < 1.0 for share in found.honest.values())
     assert power.stored(tmp_path, found.key) == found
     assert guard.summary(found)[-1] == "this guard sees every mutation"
+
+
+def test_where_time_is_short_the_weakest_are_asked_and_others_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(power, "catalogue", lambda *given: catalogue(*given)[::15])
+    cfg = config("pi0_mini")
+    meter = power.Meter(cfg, "test", tmp_path)
+    names = meter.names()
+    weakest = min(names, key=[*power.WEAKEST, *names].index)
+    first = power.measure_some(cfg, "test", tmp_path, 0.0)
+    assert (first.mutation, first.asked, first.known) == (weakest, 1, len(names))
+    assert f"1 of {len(names)} mistakes asked" in margin(first)
+    found = power.measure_some(cfg, "test", tmp_path, 1e3)
+    assert found.asked == len(names)
+    assert found.smallest >= power.FORM_ENOUGH
+    monkeypatch.delattr(power.Meter, "form")
+    assert power.measure_some(cfg, "test", tmp_path, 1e3) == found, "nothing is asked twice"
+    assert meter.asked("bfloat16").power() == found
+
+
+@pytest.mark.parametrize("model", ["pi0_mini", "pi05_mini"])
+def test_the_weakest_are_mutations(model: str) -> None:
+    names = power.Meter(config(model), "test", Path()).names()
+    unknown = set(power.WEAKEST) - set(names)
+    assert unknown <= ({"state sees the actions"} if model == "pi05_mini" else set())
 
 
 def test_what_is_missed_is_named() -> None:

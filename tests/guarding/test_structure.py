@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,21 @@ def test_kernels_in_16_bits_are_compared_with_their_own_rounding() -> None:
         assert (found.rel_l2 is not None and found.rel_l2 <= found.tolerance) == passes
 
 
+def test_a_trials_process_has_no_foreign_code(tmp_path: Path) -> None:
+    """Else no verdict would be kept, and each trial would make its own."""
+    (tmp_path / "mine.py").write_text("")
+    code = (
+        "from openpi_opt import measuring\n"
+        "from openpi_opt.guarding.structure import foreign_code\n"
+        "print(foreign_code())\n"
+        "import mine\n"
+        "print(foreign_code())\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
 def test_a_verdict_is_kept_for_this_very_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +192,7 @@ def test_a_verdict_is_kept_for_this_very_program(
     asked.structure()
     asked.structure()
     assert len(made) == 2, "a test is foreign code, which may have changed anything"
-    monkeypatch.setattr(structure, "_foreign", lambda: False)
+    monkeypatch.setattr(structure, "foreign_code", lambda: False)
     asked.structure()
     asked.structure()
     ask(config(compile={"mode": "default"}), tmp_path).structure()

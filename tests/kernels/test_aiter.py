@@ -35,13 +35,13 @@ def operator(request, monkeypatch):
     library.define(OLD.format(sink=request.param))
     library.impl("mha_fwd", fake_mha, "CPU")
     monkeypatch.setattr(aiter, "import_part", lambda module, option: None)
-    aiter._sink_size.cache_clear()
+    aiter.sink_size.cache_clear()
     seen.clear()
     yield request.param
     library._destroy()
     if hasattr(torch.ops.aiter, "mha_fwd"):
         delattr(torch.ops.aiter, "mha_fwd")
-    aiter._sink_size.cache_clear()
+    aiter.sink_size.cache_clear()
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +76,7 @@ def test_what_cannot_be_imported_is_unavailable():
 
 
 def test_no_launch_parameter_is_amd_only():
-    for config in (aiter._PREFILL_CONFIG, aiter._DECODE_CONFIG):
+    for config in (aiter.PREFILL_CONFIG, aiter.DECODE_CONFIG):
         assert not {"waves_per_eu", "matrix_instr_nonkdim", "kpack"} & set(config)
 
 

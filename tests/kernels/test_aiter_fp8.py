@@ -102,12 +102,6 @@ def test_the_operator_is_sound_and_mutates_nothing(aiter):
     )
 
 
-def test_more_rows_than_scales_are_refused(aiter):
-    made = fp8.become_aiter(layer(False), fp8.Seen(torch.tensor(1.0), 4), FORMATS[0])
-    with pytest.raises(ValueError, match="5 rows, and scales for 4"):
-        made(rows(5))
-
-
 def test_calibration_counts_the_rows(aiter):
     tower = nn.ModuleList([layer(False)])
 
@@ -120,6 +114,8 @@ def test_calibration_counts_the_rows(aiter):
     assert isinstance(made, fp8.AiterFp8Linear)
     assert made.input_scales.shape == (7, 1)
     made(rows(7))
+    with pytest.raises(ValueError, match="8 rows, and scales for 7"):
+        made(rows(8))
 
 
 def test_it_compiles_without_a_break(aiter):
@@ -133,9 +129,6 @@ def test_it_compiles_without_a_break(aiter):
 def test_what_was_chosen_by_rule_is_a_note(aiter):
     made = fp8.become_aiter(layer(False), fp8.Seen(torch.tensor(1.0), 4), FORMATS[0])
     made(rows(4))
-    expected = [] if aiter.tuned else ["4x208x96"]
-    assert [
-        shape for note in tuned_gemm.lookups().notes() for shape in expected if shape in note
-    ] == expected
-    assert bool(tuned_gemm.lookups().notes()) != aiter.tuned
+    notes = tuned_gemm.lookups().notes()
+    assert any("4x208x96" in note for note in notes) != aiter.tuned
     assert tuned_gemm.lookups().library == {}

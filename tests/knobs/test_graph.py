@@ -4,30 +4,14 @@ import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from openpi_opt.kernels.capture import CapturedCall, CaptureError, nothing_compiled
-from openpi_opt.knobs.graph import Graph
 from openpi_opt.pi0.inputs import Inputs
-
-KNOB = Graph()
-MANUAL = {"graph": {"mode": "manual"}}
-
-
-class FakeStream:
-    def wait_stream(self, other: object) -> None:
-        pass
-
-
-class FakeEvent:
-    def wait(self) -> None:
-        pass
-
-    def record(self) -> None:
-        pass
 
 
 class FakeGraph:
@@ -42,13 +26,11 @@ class FakeGraph:
 @pytest.fixture(autouse=True)
 def fake_cuda(monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name in ("Stream", "current_stream", "Event", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
 
 
 def inputs(value: float = 1.0) -> Inputs:
@@ -60,38 +42,25 @@ def captured(function: Callable[[Inputs], Tensor]) -> CapturedCall:
     call = CapturedCall(function)
 
     def replay() -> None:
-        call._output.copy_(function(call._inputs))
+        call.output.copy_(function(call.inputs))
 
     FakeGraph.captured = staticmethod(replay)  # type: ignore[assignment]
     return call
 
 
 def test_replay_reads_new_inputs_and_returns_a_copy():
-    call = captured(lambda i: i.noise * 2)
-    first, second = call(inputs(1.0)), call(inputs(5.0))
-    assert float(first[0, 0]) == 2.0
-    assert float(second[0, 0]) == 10.0
-
-
-def test_the_callers_inputs_are_not_the_static_ones():
-    call = captured(lambda i: i.noise * 2)
-    mine = inputs(1.0)
-    call(mine)
-    call(inputs(5.0))
-    assert float(mine.noise[0, 0]) == 1.0
-
-
-def test_warm_up_is_the_exact_call_at_least_three_times():
     seen: list[int] = []
 
-    def count(i: Inputs) -> Tensor:
-        seen.append(id(i.noise))
-        return i.noise * 2
+    def doubled(given: Inputs) -> Tensor:
+        seen.append(id(given.noise))
+        return given.noise * 2
 
-    call = CapturedCall(count)
-    FakeGraph.captured = staticmethod(lambda: None)  # type: ignore[assignment]
-    call(inputs())
-    assert len(seen) >= 4
+    call, mine = captured(doubled), inputs(1.0)
+    first, second = call(mine), call(inputs(5.0))
+    assert float(first[0, 0]) == 2.0
+    assert float(second[0, 0]) == 10.0
+    assert float(mine.noise[0, 0]) == 1.0, "the caller's inputs are not the static ones"
+    assert len(seen) >= 4, "three warm-ups, and the call that is captured"
     assert len(set(seen)) == 1
 
 

@@ -93,7 +93,7 @@ def test_shared_memory_of_the_attention_is_what_the_compiler_takes(stage, launch
     from openpi_opt.kernels import attention, shipped
     from openpi_opt.pi0.gemma import Rope
 
-    empty, arch = shipped._empty, offline.ARCHS["sm90"]
+    empty, arch = shipped.empty, offline.ARCHS["sm90"]
     if stage == "denoise":
         from openpi_opt.kernels.triton_decode import cached_attention
 
@@ -101,7 +101,7 @@ def test_shared_memory_of_the_attention_is_what_the_compiler_takes(stage, launch
         rope = Rope(empty(1, 11, 128), empty(1, 11, 128))
         arguments = (empty(1, 11, 8, 256), (past, past), (new, new), rope)
         call = cached_attention(launch)
-        visible = shipped._STATE
+        visible = shipped.STATE
     else:
         q = empty(3, 256, 16, 72) if stage == "vision" else empty(1, 788, 8, 256)
         k = q if stage == "vision" else empty(1, 788, 1, 256)

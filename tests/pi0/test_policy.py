@@ -60,7 +60,10 @@ def test_actions_equal_the_transcription(name, model, rope):
     inputs = make_inputs(workload, config, seed=4, device="cpu")
     expected = transcribed(policy, inputs)
     assert distance(policy.sample_actions(inputs), expected) < 1e-5
+    assert Layout.of(inputs.image_mask, inputs.token_mask) == workload.layout
     policy.declare_layout(workload.layout)
+    assert distance(policy.sample_actions(inputs), expected) < 1e-5
+    policy.declare_layout(None)
     assert distance(policy.sample_actions(inputs), expected) < 1e-5
 
 
@@ -87,75 +90,26 @@ def test_the_state_of_pi05_is_in_its_prompt():
     assert torch.equal(policy.sample_actions(other), policy.sample_actions(inputs))
 
 
-def test_rope_rounding_changes_the_actions():
-    """So the parity above tells the two definitions apart."""
-    inputs = make_inputs(SEED_B1, PI0_MINI, 0, "cpu")
-    actions = []
-    for rope in ("bfloat16", "float32"):
-        policy = build(dataclasses.replace(PI0_MINI, rope_frequencies=rope), "cpu")
-        init_random(policy, seed=0)
-        actions.append(policy.sample_actions(inputs))
-    assert distance(actions[0], actions[1]) > 1e-3
-
-
 def layout_of(layout: Layout) -> Workload:
     return Workload(layout.cameras, layout.prompt_slots, layout.prompt_tokens, 6, 2, 2)
-
-
-@pytest.mark.parametrize(
-    ("layout", "dtype"),
-    [
-        (Layout((True, True, False), 12, 7), torch.float32),
-        (Layout((True, True, False), 12, 7), torch.bfloat16),
-        (Layout((True, True), 12, 7), torch.float32),
-        (Layout((True, False, True), 5, 5), torch.float32),
-        (Layout((True, True), 5, 5), torch.float32),
-    ],
-    ids=["scattered", "scattered in bfloat16", "leading", "gap", "all_valid"],
-)
-def test_declared_layout_equals_general_masks(either, layout, dtype):
-    policy = either
-    cast(policy, dtype)
-    inputs = make_inputs(layout_of(layout), PI0_MINI, 7, "cpu")
-    assert Layout.of(inputs.image_mask, inputs.token_mask) == layout
-    general = policy.sample_actions(inputs)
-    policy.declare_layout(layout)
-    assert distance(policy.sample_actions(inputs), general) < (
-        1e-5 if dtype == torch.float32 else 5e-3
-    )
-    policy.declare_layout(None)
-    assert torch.equal(policy.sample_actions(inputs), general)
 
 
 FLEXIBLE = Workload((True, True, True), 12, 12, 6, 2, 2, flexible=True)
 
 
-def ragged(seed: int = 7) -> list[Inputs]:
-    """Batches in which no element has the masks of another; prompts with gaps among them."""
+def ragged() -> list[Inputs]:
+    """Batches in which no element has the masks of another; prompts have gaps."""
     images = [[1, 1, 1], [0, 1, 0]], [[1, 0, 1], [0, 0, 0]], [[0, 0, 1], [1, 1, 0]]
     prompts = [12, 1], [5, 7], [0, 11]
     batches = []
     for image_mask, lengths in zip(images, prompts, strict=True):
-        inputs = make_inputs(FLEXIBLE, PI0_MINI, seed, "cpu")
+        inputs = make_inputs(FLEXIBLE, PI0_MINI, 7, "cpu")
         token_mask = torch.arange(12) < torch.tensor(lengths)[:, None]
-        token_mask[:, 3] &= seed % 2 == 0
+        token_mask[:, 3] = False
         batches.append(
             inputs._replace(image_mask=torch.tensor(image_mask).bool(), token_mask=token_mask)
         )
     return batches
-
-
-@pytest.mark.parametrize(("seed", "dtype"), [(7, torch.float32), (8, torch.bfloat16)])
-def test_a_flexible_layout_serves_any_masks(either, seed, dtype):
-    policy = either
-    cast(policy, dtype)
-    batches = ragged(seed)
-    general = [policy.sample_actions(inputs) for inputs in batches]
-    policy.declare_layout(FLEXIBLE.layout)
-    for inputs, expected in zip(batches, general, strict=True):
-        images = inputs.images.masked_fill(~inputs.image_mask[..., None, None, None], torch.nan)
-        actions = policy.sample_actions(inputs._replace(images=images))
-        assert distance(actions, expected) < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
 def test_padding_and_segments_say_the_same_as_the_mask(either):

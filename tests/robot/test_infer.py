@@ -1,6 +1,5 @@
 """`policy.infer`: from checkpoint folders in the formats of openpi and LeRobot to robot actions."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def test_openpi_and_lerobot_differ_by_rotary_frequencies_and_epsilon_alone(folde
 
 def test_prompts_are_written_as_openpis(folder):
     ours = Tokenizer(folder / "tokenizer.model")
-    model = ours._model
+    model = ours.model
     assert ours.ids(" pick_up\nthe bowl ") == [
         2, *model.encode("pick up the bowl"), *model.encode("\n")
     ]  # fmt: skip
@@ -119,9 +118,7 @@ def test_infer_needs_a_robot():
 
 def test_actions_that_are_not_finite_reach_no_robot(folder):
     policy = loaded(folder, "openpi")
-    call = policy._prepared.call
-    policy._prepared = dataclasses.replace(
-        policy._prepared, call=lambda inputs: call(inputs) * torch.nan
-    )
+    call = policy.call
+    policy.call = lambda inputs: call(inputs) * torch.nan  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="not finite"):
         policy.infer(libero())

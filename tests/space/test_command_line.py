@@ -1,14 +1,7 @@
 """The command line in this process: what is refused, and how presets compose."""
 
-import os
-import resource
-import subprocess
-import sys
-
 import pytest
 from command_samples import PRESETS, CommandLine
-
-from openpi_opt.paths import package_dir
 
 
 @pytest.mark.parametrize(
@@ -23,25 +16,19 @@ from openpi_opt.paths import package_dir
         (["compile.inductor.multi_kernel=2"], ["mean compile.inductor.triton.multi_kernel?"]),
         (["environment.variables.FOO=1"], ["+environment.variables.FOO=VALUE"]),
         (["measure.warmup=0"], ["measure.warmup=0", "at least 3"]),
-        (["measure.warmup=abc"], ["measure.warmup", "abc", "integer"]),
-        (["attention.vision=1"], ["attention.vision=1", "'eager'", "'aiter'"]),
         (["attention=aiter,sdpa"], ["attention=aiter,sdpa", "-m"]),
         (["measure.warmup=range(3,5)"], ["-m"]),
         (["attention="], ["'attention='", "VALUE"]),
         (["attention=5"], ["attention=5", "option"]),
         (["attention=null"], ["attention=null", "option"]),
-        (["attention=[sdpa"], ["attention=[sdpa", "not an override"]),
         (["attention"], ["'attention'", "group=option"]),
         (["+attention=sdpa"], ["attention is chosen twice"]),
         (["study=../x"], ["../x", "study name"]),
         (["study=a/b"], ["a/b", "study name"]),
-        (["n_trials=0"], ["n_trials=0", "equal to 1"]),
-        (["sampler=best"], ["sampler=best", "tpe"]),
         (["weights=checkpoint"], ["weights.path", "weights.path=VALUE"]),
         (["weights=checkpoint", "weights.path=/nonexistent"], ["/nonexistent", "safetensors"]),
         (["platform=cuda"], ["platform=cuda", "no CUDA GPU", "platform=cpu"]),
         (["devices=[7]", "platform=cpu"], ["devices=[7]", "GPU", "cpu_slots"]),
-        (["--dry-run", "devices=[7]", "platform=cpu"], ["devices=[7]", "GPU"]),
         (["devices=[true]"], ["devices"]),
         (["platform=rocm"], ["platform=rocm", "no ROCM GPU"]),
         (["workload.seed=${nope}"], ["workload.seed", "nope"]),
@@ -52,14 +39,8 @@ from openpi_opt.paths import package_dir
         (["--config-dir", "/nonexistent"], ["/nonexistent"]),
         (["--config-name", "nope"], ["nope", "--config-name"]),
         (["simplify=all", "-m", "attention=sdpa,sdqa"], ["attention=sdqa", "mean attention=sdpa"]),
-        (["-m", "attention=sdpa,sdqa"], ["attention=sdqa", "mean attention=sdpa"]),
         (["-m", "attentoin=sdpa,eager"], ["attentoin", "mean attention?"]),
-        (["-m", "measure.warmup=5,0"], ["measure.warmup=0", "at least 3"]),
-        (["-m", "attention=choice()"], ["choice()"]),
-        (["-m", "measure.warmup=range(5,5)"], ["no value"]),
         (["-m", "attention=glob(z*)"], ["aiter, cudnn, eager"]),
-        (["-m", "attention=glob(*)", "attention=sdpa"], ["more than once"]),
-        (["-m", "study=a,b"], ["study", "cannot itself be swept"]),
         (["-m", "sampler=grid", "guard.cap=interval(0.01,0.1)"], ["sampler=grid", "tpe"]),
         (["-m", "workload.batch_size=interval(1,4)"], ["workload.batch_size", "integer"]),
         (["-m", "platform=cpu,cuda"], ["platform=cuda"]),
@@ -70,10 +51,8 @@ from openpi_opt.paths import package_dir
         (["space=attention", "attention=sdpq"], ["attention=sdpq", "mean attention=sdpa"]),
         (["objective.allow_lossy=maybe"], ["objective.allow_lossy=maybe"]),
         (["objective.alow_lossy=true"], ["objective"]),
-        (["-m", "objective.allow_lossy=true,false"], ["objective", "cannot itself be swept"]),
         (["--limit", "3", "attention=sdpa"], ["--limit", "--dry-run"]),
         (["--dry-run", "--limit", "0"], ["dry_run=0"]),
-        (["--dry-run", "attention=aitr"], ["attention=aitr", "mean attention=aiter"]),
         (["preset=nope"], ["preset=nope", "body", "good"]),
         (["preset=unknown_key"], ["preset=unknown_key", "'warp'"]),
         (["preset=unknown_field"], ["attention.speed", "vision, prefill, denoise"]),
@@ -149,27 +128,6 @@ def test_an_option_that_is_two_different_files_is_refused(command):
     (command.folder / "conf" / "attention").mkdir()
     (command.folder / "conf" / "attention" / "sdpa.yaml").write_text("vision: aiter\n")
     assert "two different files" in command.error("attention=sdpa")
-
-
-def test_help_is_fast_and_loads_nothing_heavy(tmp_path):
-    code = (
-        "import sys; sys.argv = ['sweep', '--help']\n"
-        "from openpi_opt import sweep\n"
-        "assert sweep.main() == 0\n"
-        "heavy = {'torch', 'mlflow', 'optuna', 'rich', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    env = os.environ | {"PYTHONPATH": str(package_dir().parent)}
-    began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    # 0.5 s; of processor time, which others on the machine do not lengthen so much.
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 3
-    for word in ("attention: aiter, cudnn, eager", "n_trials=50", "Examples:", "Exit code:"):
-        assert word in done.stdout
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_equal_to_hydra(lines, words):
     space, compose = lines(*words)
     chosen = random.Random(3)
     for _ in range(4):
-        point = {key: chosen.choice(d.texts()) for key, d in space.dimensions.items()}
+        point = {key: chosen.choice(d.values) for key, d in space.dimensions.items()}
         overrides = space.overrides(point)
         values = compose.assembled(overrides)
         assert values is not None

@@ -83,7 +83,7 @@ def test_neighbours_come_in_the_last_part_of_a_budget(search):
         if before is not None:
             changed = sum(before[0][key] != text for key, text in proposal.params.items())
             near.append((number / 10 >= BEGINS, changed == 1))
-        while proposal.params in [SPACE.texts(t.params) for t in optimizer._finished]:
+        while optimizer.has(proposal.params):
             optimizer.give_up(proposal, learn=False)
             proposal = optimizer.ask()
         cfg = neighbours.points.config(proposal.params)

@@ -8,7 +8,7 @@ import pytest
 from space_samples import MACHINES, CommandLines, command_lines
 
 from openpi_opt.space import prepare as preparing
-from openpi_opt.space.dimensions import Choices
+from openpi_opt.space.dimensions import Dimension
 from openpi_opt.space.points import NotSensibleError, Points
 from openpi_opt.space.prepare import prepare
 from openpi_opt.space.space import Space
@@ -25,11 +25,11 @@ def some_space(lines: CommandLines, seed: int) -> Space:
     """A few swept keys of `space=full`, the others as at one of its starts or at the defaults."""
     chosen = random.Random(seed)
     full, _ = lines("space=full")
-    swept: dict[str, Choices] = {}
+    swept: dict[str, Dimension] = {}
     for key in chosen.sample([*full.dimensions], len(full.dimensions)):
         size = math.prod(len(d.values) for d in swept.values())
         dimension = full.dimensions[key]
-        if isinstance(dimension, Choices) and size * len(dimension.values) <= MOST_POINTS:
+        if dimension.kind is str and size * len(dimension.values) <= MOST_POINTS:
             swept[key] = dimension
     start = chosen.choice([{}, *full.start.values()])
     fixed = [f"{key}={text}" for key, text in start.items() if key not in swept]
@@ -64,7 +64,7 @@ def test_billions_are_estimated_and_every_sensible_sample_is_of_live_values(line
     full = dataclasses.replace(space, sensible_only=True)
     points = Points(full, compose, MACHINES["h100"], allow_lossy=False)
     for _ in range(50):
-        params = {key: chosen.choice(d.texts()) for key, d in space.dimensions.items()}
+        params = {key: chosen.choice(d.values) for key, d in space.dimensions.items()}
         try:
             points.config(params)
         except NotSensibleError:

@@ -186,7 +186,7 @@ def test_proposals_are_admitted_new_and_soon_fast(full):
     keys, totals = [], []
     for _ in range(RANDOM + 30):
         params = sampler.propose(trials)
-        place = sampler._place(params)
+        place = sampler.place(params)
         assert place is not None  # a knob would have refused it
         times = {"vision": 5.0, "prefill": 10.0, "denoise": 25.0, IDLE: 100.0}
         for key, (part, gain) in gains.items():
@@ -203,7 +203,7 @@ def test_proposals_are_admitted_new_and_soon_fast(full):
 def test_a_value_brings_what_its_knob_asks_for(full):
     space, points = full
     atlas = Map(space, points)
-    plain = atlas.place({key: d.texts()[0] for key, d in space.dimensions.items()})
+    plain = atlas.place({key: d.values[0] for key, d in space.dimensions.items()})
     assert plain is not None
     found = atlas.changed(plain, "fusion.expert_layer", "true")
     assert found is not None
@@ -230,7 +230,7 @@ def test_pending_points_are_not_proposed_again(full):
     keys = set()
     for number in range(RANDOM + 6):
         params = sampler.propose(trials)
-        place = sampler._place(params)
+        place = sampler.place(params)
         assert place is not None
         keys.add(place.key)
         done = number < RANDOM
@@ -265,4 +265,4 @@ def test_it_is_a_sampler_of_optuna_and_a_continued_study_knows_the_parts(full):
     continued = Optimizer(space, "stages", 1, points=points)
     continued.learn(found)
     for each in (optimizer, continued):
-        assert [t.user_attrs[TOTAL] for t in each._study.get_trials()] == [5.0, 6.0, 7.0]
+        assert [t.user_attrs[TOTAL] for t in each.trials] == [5.0, 6.0, 7.0]

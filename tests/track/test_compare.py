@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 from track_samples import ENERGY, config, failed, ok, record, roofline, wrong
 
-from openpi_opt.cli import run
 from openpi_opt.compare import main
-from openpi_opt.errors import UserError
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.store import Store
 
@@ -153,29 +151,6 @@ def test_reader_that_is_gone(store, more, form):
     )
     os.close(out)
     assert (done.stderr, done.returncode) == (b"", 141)
-
-
-@pytest.mark.parametrize(
-    ("raised", "code"), [(UserError("no\nway"), 2), (KeyboardInterrupt(), 130), (None, 1)]
-)
-def test_exit_codes(raised, code, capsys):
-    def verb_main() -> int:
-        if raised is not None:
-            raise raised
-        return 1
-
-    with pytest.raises(SystemExit) as caught:
-        run(verb_main)
-    assert caught.value.code == code
-    assert capsys.readouterr().err == ("error: no\nway\n" if code == 2 else "")
-
-
-def test_defects_keep_their_traceback():
-    def verb_main() -> int:
-        raise KeyError("bug")
-
-    with pytest.raises(KeyError):
-        run(verb_main)
 
 
 def test_stages_stand_against_their_floors(tmp_path, capsys):

@@ -99,14 +99,14 @@ def test_source_hash_follows_edits_and_git_only_ones_own(tmp_path, monkeypatch):
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "x"], check=True)
-    assert module._git_revision() is None  # somebody else's repository, further up
+    assert module.git_revision() is None  # somebody else's repository, further up
     subprocess.run([*git, "init", "-q", str(copy.parent)], check=True)
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "x"], check=True)
-    clean = module._git_revision()
+    clean = module.git_revision()
     assert clean is not None
     assert len(clean) == 40
     (copy / "errors.py").write_text("# again\n")
-    assert module._git_revision() == f"{clean}-dirty"
+    assert module.git_revision() == f"{clean}-dirty"
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert module._git_revision() is None
+    assert module.git_revision() is None

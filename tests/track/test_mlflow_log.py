@@ -10,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from track_samples import config, failed, ok, record, refused, wrong
+from track_samples import ENERGY, config, failed, ok, record, refused, roofline, wrong
 
 from openpi_opt.config import Tracking
 from openpi_opt.errors import UserError
@@ -32,7 +32,7 @@ SAMPLES = HERE.parent / "samples"
 @pytest.fixture(autouse=True)
 def no_server(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for name in mlflow_log._ENVIRONMENT:
+    for name in mlflow_log.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -60,14 +60,14 @@ def keep(study: Path, *records: Record) -> list[Record]:
 
 
 def runs(log: MlflowLog, study: Path, role: str | None = None) -> list[Any]:
-    found = log._connect().search_runs(
-        [log._experiment()], f"tags.`openpi_opt.study` = '{study.name}'"
+    found = log.client().search_runs(
+        [log.experiment_id()], f"tags.`openpi_opt.study` = '{study.name}'"
     )
     return [run for run in found if run.data.tags.get("openpi_opt.role") != "study"]
 
 
 def artifacts(log: MlflowLog, run_id: str) -> set[str]:
-    return {item.path for item in log._connect().list_artifacts(run_id)}
+    return {item.path for item in log.client().list_artifacts(run_id)}
 
 
 def test_what_only_a_gpu_has():
@@ -76,11 +76,35 @@ def test_what_only_a_gpu_has():
     assert (found["gpu/busy_ms"], found["gpu/idle_ms"]) == (9.0, 0.5)
     assert (found["gpu/sm_clock_mhz"], found["gpu/throttled_thermal_ms"]) == (1200, 0)
     assert found["stage/vision_kernels"] == 100
+    assert (found["kernels/total"], found["kernels/gemm"]) == (321, 300)
+    assert not any(key.startswith("operators/") for key in found)
     on_cpu = metrics(record(ok(10.0)))
     assert not [name for name in on_cpu if name.startswith(("gpu/", "launch/"))]
 
 
-def test_ok_trial_has_the_designs_names(log, study):
+def test_roofline_and_energy_are_metrics_where_they_are_known():
+    without = metrics(record(ok(10.0)))
+    result = ok(10.0).model_copy(update={"roofline": roofline(), "energy": ENERGY})
+    found = metrics(record(result))
+    assert {key: found[key] for key in set(found) - set(without)} == {
+        "roofline/fraction": 0.4,
+        "roofline/floor_ms": 4.0,
+        "roofline/vision_fraction": 0.25,
+        "roofline/vision_floor_ms": 1.0,
+        "roofline/prefill_floor_ms": 3.0,
+        "energy/seconds": 3.0,
+        "energy/calls": 100.0,
+        "energy/joule": 5.0,
+        "energy/inferences_per_joule": 0.8,
+        "energy/watt": 500.0,
+        "energy/hz_per_watt": 0.25,
+        "energy/idle_watt": 90.0,
+        "energy/limit_watt": 700.0,
+        "energy/hz_per_limit_watt": 0.2,
+    }
+
+
+def test_an_ok_trial_is_a_run_with_its_figures_tags_and_files(log, study, tmp_path):
     trial = study / "trials" / "0"
     trial.mkdir(parents=True)
     (trial / "log.txt").write_text("hello")
@@ -92,44 +116,19 @@ def test_ok_trial_has_the_designs_names(log, study):
     (run,) = runs(log, study)
     assert run.info.run_id == run_id
     assert run.info.status == "FINISHED"
-    assert run.data.metrics == {
-        "latency/mean_ms": 10.0,
-        "latency/std_ms": 0.5,
-        "latency/min_ms": 9.0,
-        "latency/p50_ms": 10.0,
-        "latency/p95_ms": 11.0,
-        "latency/p99_ms": 12.0,
-        "latency/ci95_low_ms": 9.75,
-        "latency/ci95_high_ms": 10.25,
-        "latency/wall_mean_ms": 10.0,
-        "latency/p50_low_ms": 9.5,
-        "latency/p50_high_ms": 10.5,
-        "latency/rel_ci": 0.05,
-        "latency/effective_samples": 8.5,
-        "latency/iterations": 10.0,
-        "latency/upload_ms": 0.25,
-        "checks/flagged": 1.0,
-        "throughput/hz": 100.0,
-        "operators/total": 321.0,
-        "operators/gemm": 300.0,
-        "operators/attention": 21.0,
-        "category/gemm_ms": 9.0,
-        "stage/vision_ms": 2.0,
-        "stage/denoise_ms": 7.0,
-        "stage/vision_operators": 100.0,
-        "stage/denoise_operators": 221.0,
-        "compile/seconds": 3.0,
-        "compile/graphs": 3.0,
-        "compile/recompilations": 0.0,
-        "compile/graph_breaks": 2.0,
-        "memory/peak_mib": 900.0,
-        "guard/rel_l2": 0.002,
-        "guard/max_abs": 0.01,
-        "guard/cosine": 0.9999,
-        "guard/tolerance": 0.004,
-        "phase/load_s": 1.5,
-        "phase/warmup_s": 0.25,
-    }
+    assert run.data.metrics == metrics(item)
+    for name, value in (
+        ("latency/mean_ms", 10.0),
+        ("latency/p99_ms", 12.0),
+        ("throughput/hz", 100.0),
+        ("operators/gemm", 300.0),
+        ("stage/denoise_ms", 7.0),
+        ("compile/graph_breaks", 2.0),
+        ("memory/peak_mib", 900.0),
+        ("guard/rel_l2", 0.002),
+        ("phase/load_s", 1.5),
+    ):
+        assert run.data.metrics[name] == value
     assert run.data.params["attention"] == "eager"
     assert run.data.params["model.name"] == "pi0_mini"
     assert run.data.params["workload.batch_size"] == "1"
@@ -144,26 +143,14 @@ def test_ok_trial_has_the_designs_names(log, study):
     assert tags["openpi_opt.device"] == "cpu (AMD EPYC)"
     assert tags["openpi_opt.overrides"] == "attention=sdpa attention.vision=aiter"
     assert tags["mlflow.runName"] == "0 attention=sdpa attention.vision=aiter"
-    assert artifacts(log, run_id) == {
-        "config.json",
-        "result.json",
-        "kernels.csv",
-        "log.txt",
-        "trace.json",
-    }
+    files = {"config.json", "result.json", "kernels.csv", "log.txt", "trace.json"}
+    assert artifacts(log, run_id) == files
     assert run.info.artifact_uri.startswith(log.store.artifacts.as_uri())
-    parent = log._connect().get_run(tags["mlflow.parentRunId"])
+    path = log.client().download_artifacts(run_id, "result.json", str(tmp_path))
+    assert Ok.model_validate(json.loads(Path(path).read_text())) == item.result
+    parent = log.client().get_run(tags["mlflow.parentRunId"])
     assert parent.info.run_name == study.name
     assert parent.data.tags["openpi_opt.study"] == study.name
-
-
-def test_device_kernels_are_not_operator_calls(log, study):
-    (item,) = keep(study, record(ok(kind="device_kernels")))
-    log.deliver(item, study)
-    metrics = runs(log, study)[0].data.metrics
-    assert metrics["kernels/total"] == 321
-    assert metrics["kernels/gemm"] == 300
-    assert not any(key.startswith("operators/") for key in metrics)
 
 
 def test_other_outcomes_carry_no_latency(log, study):
@@ -224,7 +211,7 @@ def test_a_half_logged_run_is_completed(store, log, study, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(mlflow_log, "_upload", kill)
+        patched.setattr(mlflow_log, "upload", kill)
         with pytest.raises(Killed):
             log.deliver(item, study)
     assert runs(log, study)[0].info.status == "RUNNING"
@@ -232,14 +219,14 @@ def test_a_half_logged_run_is_completed(store, log, study, monkeypatch):
     assert fresh.sync(study, Journal.read(study)) == 1
     (run,) = runs(log, study)
     assert run.info.status == "FINISHED"
-    history = log._connect().get_metric_history(run.info.run_id, "latency/mean_ms")
+    history = log.client().get_metric_history(run.info.run_id, "latency/mean_ms")
     assert len(history) == 1
     assert "result.json" in artifacts(log, run.info.run_id)
 
 
 def test_deleted_in_the_ui_stays_deleted(store, log, study):
     (item,) = keep(study, record())
-    log._connect().delete_run(log.deliver(item, study))
+    log.client().delete_run(log.deliver(item, study))
     (study / "delivered.jsonl").unlink()
     assert MlflowLog(store, Tracking()).sync(study, Journal.read(study), verify=True) == 0
     assert runs(log, study) == []
@@ -247,10 +234,10 @@ def test_deleted_in_the_ui_stays_deleted(store, log, study):
 
 def test_parent_run_begins_and_ends(store, log, study):
     parent = log.begin_study(study)
-    assert log._connect().get_run(parent).info.status == "RUNNING"
+    assert log.client().get_run(parent).info.status == "RUNNING"
     assert MlflowLog(store, Tracking()).begin_study(study) == parent
     log.end_study(study)
-    assert log._connect().get_run(parent).info.status == "FINISHED"
+    assert log.client().get_run(parent).info.status == "FINISHED"
 
 
 def test_a_tag_that_was_left_is_set_when_the_run_is_there(log, study):
@@ -297,7 +284,7 @@ def test_a_store_that_was_moved_takes_its_artifacts_along(tmp_path):
     assert "result.json" in artifacts(log, run_id)
     study = store.study_dir("s")
     (_, other) = keep(study, record(), record())
-    run = log._connect().get_run(log.deliver(other, study))
+    run = log.client().get_run(log.deliver(other, study))
     assert run.info.artifact_uri.startswith(store.artifacts.as_uri())
     assert not old.path.exists()
 
@@ -307,10 +294,10 @@ def test_a_parent_that_was_deleted_alone_is_restored(store, study):
     log = MlflowLog(store, Tracking())
     log.deliver(first, study)
     parent = log.begin_study(study)
-    log._connect().delete_run(parent)
+    log.client().delete_run(parent)
     later = MlflowLog(store, Tracking())
     later.deliver(second, study)
-    assert later._connect().get_run(parent).info.lifecycle_stage == "active"
+    assert later.client().get_run(parent).info.lifecycle_stage == "active"
     assert {run.data.tags["mlflow.parentRunId"] for run in runs(later, study)} == {parent}
 
 
@@ -358,7 +345,7 @@ def test_real_server_and_sync_verb(store, study, mlflow_server, monkeypatch, cap
     assert capsys.readouterr().out.startswith(f"{study.name}: 0 of 3 records delivered")
     remote = MlflowLog(store, Tracking())
     assert len(runs(remote, study)) == 3
-    delivered = remote._run_of(items[0].uid)
+    delivered = remote.run_of(items[0].uid)
     assert delivered is not None
     assert artifacts(remote, delivered.info.run_id) == {"config.json", "kernels.csv", "result.json"}
 
@@ -372,7 +359,7 @@ def test_sync_uses_the_studys_experiment(store, study):
 
 def test_deleted_experiment_is_said(store, study):
     log = MlflowLog(store, Tracking(experiment="gone"))
-    log._connect().delete_experiment(log._experiment())
+    log.client().delete_experiment(log.experiment_id())
     with pytest.raises(UserError, match="'gone' was deleted"):
         MlflowLog(store, Tracking(experiment="gone")).begin_study(study)
 
@@ -440,28 +427,12 @@ def test_processes_that_begin_at_once_share_one_database(tmp_path):
         assert (out, err) == ("", "")  # none of MLflow's chatter
     store = Store.open(tmp_path)
     log = MlflowLog(store, Tracking())
-    found = log._connect().search_runs([log._experiment()], "tags.`openpi_opt.study` = 's'")
+    found = log.client().search_runs([log.experiment_id()], "tags.`openpi_opt.study` = 's'")
     assert len(found) == 6 + 1
     assert (
         len({run.data.tags["mlflow.parentRunId"] for run in found if run.info.run_name != "s"}) == 1
     )
     assert not list(tmp_path.glob("*.new"))
-
-
-def test_result_artifact_is_the_result(log, study, tmp_path):
-    (item,) = keep(study, record(ok(12.5)))
-    run_id = log.deliver(item, study)
-    path = log._connect().download_artifacts(run_id, "result.json", str(tmp_path))
-    assert Ok.model_validate(json.loads(Path(path).read_text())) == item.result
-
-
-def test_importing_and_help_load_no_mlflow():
-    code = (
-        "import sys, openpi_opt.track.mlflow_log, openpi_opt.track.__main__, openpi_opt.compare\n"
-        "print([m for m in ('mlflow', 'torch', 'optuna', 'sqlalchemy') if m in sys.modules])"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
 
 
 def test_what_a_kill_left_of_an_upload_is_gone_after_the_next(log, study):
@@ -470,6 +441,6 @@ def test_what_a_kill_left_of_an_upload_is_gone_after_the_next(log, study):
     (study / "mlflow.tmp" / "half.json").write_text("{")
     run_id = log.deliver(item, study)
     assert not (study / "mlflow.tmp").exists()
-    names = [file.path for file in log._connect().list_artifacts(run_id)]
+    names = [file.path for file in log.client().list_artifacts(run_id)]
     assert names
     assert "half.json" not in names

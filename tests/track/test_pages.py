@@ -1,7 +1,6 @@
 """What a user sees in a browser: the study in MLflow, and the report. A real headless Chromium."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -18,9 +17,10 @@ from openpi_opt.config import Config
 from openpi_opt.errors import UserError
 from openpi_opt.paths import package_dir
 from openpi_opt.result import Ok
-from openpi_opt.track import html_report, link
+from openpi_opt.track import html_report, link, plots
 from openpi_opt.track.journal import Journal
 from openpi_opt.track.left import leave_verdict
+from openpi_opt.track.plots import Point
 from openpi_opt.track.report import groups
 from openpi_opt.track.store import Store
 
@@ -141,20 +141,21 @@ def test_studies_of_one_machine_share_a_table_and_others_stand_side_by_side(tmp_
 
 def test_a_report_shows_what_ladder_ablate_and_promote_left(store, tmp_path):
     folder = store.study_dir("shown")
-    rung = {"added": "+ attention=sdpa", "mean_ms": 9.5, "ci95_ms": [9.25, 9.75]}
-    step = {"mean": 0.5, "ci95": [0.4, 0.6], "verdict": "faster"}
-    plain = {"added": "baseline", "mean_ms": 19.0, "ci95_ms": [18.0, 20.0], "step": None}
-    loss = {"knobs": "attention=sdpa", "mean_ms": 19.0, "added": 1.0, "ci95": [0.9, 1.1]}
-    (folder / "ladder").mkdir()
-    (folder / "ablate").mkdir()
-    ladder, ablate = folder / "ladder" / "ladder.json", folder / "ablate" / "ablate.json"
-    ladder.write_text(json.dumps({"rungs": [plain, {**rung, "step": step}]}))
-    document = {"whole": {"mean_ms": 9.5}, "without": [{**loss, "verdict": "helps"}]}
-    ablate.write_text(json.dumps(document))
+    for verb, row in (
+        ("ladder", "| + attention=sdpa | 9.500 | +50.00% | +40.00% to +60.00% | faster |"),
+        ("ablate", "| attention=sdpa | 19.000 | +100.00% | +90.00% to +110.00% | helps |"),
+    ):
+        head = "| knob | mean ms | share | interval | verdict |"
+        lines = ["of this machine", "", head, "|---|---|---|---|---|", row]
+        point = Point("attention=sdpa", 19.0, 18.0, 20.0)
+        figure = plots.horizontal_bars(verb, "ms", [point])
+        plots.write_report(folder / verb, verb, "\n".join(lines), {}, figure, "")
     leave_verdict(folder, "0" * 32, "fast", {}, "Preset **fast**: 9.500 ms.")
     text = report.write([folder], tmp_path / "r.html").read_text(encoding="utf-8")
-    for words in ("+50.00%", "+40.00% to +60.00%", "+100.00%", "helps", "Preset fast: 9.500 ms."):
+    for words in ("+40.00% to +60.00%", "+100.00%", "<td>helps", "Preset fast: 9.500 ms."):
         assert words in text, words
+    assert '<td class="n">+50.00%' in re.sub(r"\s*<", "<", text)
+    assert text.count("data:image/svg+xml;base64,") == 2
 
 
 def test_a_link_is_an_address_while_somebody_serves(tmp_path):
@@ -187,4 +188,4 @@ def test_the_knob_that_matters_is_the_important_one():
     times = [row.ok.latency.mean_ms for row in group.rows if row.ok]
     of_a, of_b = ([row.differs[key] for row in group.rows] for key in ("a", "b"))
     assert html_report.effect(of_a, times) > 0.99 > 0.01 > html_report.effect(of_b, times)
-    assert html_report.effect(of_a, [1.0] * len(times)) == 0.0
+    assert html_report.effect(of_a, [7.0] * len(times)) == 0.0

@@ -204,30 +204,11 @@ def test_many_keys_are_one_column_of_what_differs_within_120_columns(capsys):
     assert "elementwise" not in text  # the same in all
 
 
-def test_device_kernels_and_the_gpu_are_named():
-    cfg = config(platform={"device": "cuda"})
-    shown = text(numbered(record(ok(cfg=cfg, kind="device_kernels", fp=fingerprint(H100)))))
-    assert "pi0_mini on cuda (NVIDIA H100)" in shown
-    assert "kernels" in shown
-    assert "operators" not in shown
-
-
-def test_mixed_counts_say_what_they_are():
-    shown = text(numbered(record(ok()), record(ok(kind="device_kernels"))))
-    assert "321 operators" in shown
-
-
 def test_reasons_are_one_short_line():
     shown = text(numbered(record(failed("\x1b[31mCUDA error\x1b[0m\n\nsecond\tline " + "x" * 500))))
     assert "CUDA error second line xxx" in shown
     assert "\x1b" not in shown
     assert all(len(row.reason) <= 300 for row in rows([record(failed("y" * 500))]))
-
-
-def test_flags_stand_below_the_table():
-    shown = text(numbered(record(ok()), record(ok())))
-    said = "1200 of 1980 MHz before"
-    assert f"flagged gpu_clock: 0 ({said}), 1 ({said})" in shown
 
 
 def test_no_flagged_trial_is_left_out_of_a_long_line():
@@ -238,10 +219,23 @@ def test_no_flagged_trial_is_left_out_of_a_long_line():
     assert len(line) < 500
 
 
-def test_noise_is_marked():
-    shown = text(numbered(record(ok(noisy=True))))
-    assert "~ 10.000" in shown
-    assert "~ noisy" in shown
+GPU = ok(cfg=config(platform={"device": "cuda"}), kind="device_kernels", fp=fingerprint(H100))
+SAID = "1200 of 1980 MHz before"
+
+
+@pytest.mark.parametrize(
+    ("results", "shows"),
+    [
+        ([GPU], ["pi0_mini on cuda (NVIDIA H100)", "kernels"]),
+        ([ok(), ok(kind="device_kernels")], ["321 operators"]),
+        ([ok(), ok()], [f"flagged gpu_clock: 0 ({SAID}), 1 ({SAID})"]),
+        ([ok(noisy=True)], ["~ 10.000", "~ noisy"]),
+    ],
+)
+def test_a_table_says(results, shows):
+    shown = text(numbered(*map(record, results)))
+    assert all(words in shown for words in shows)
+    assert ("operators" in shown) == (results != [GPU])
 
 
 def test_nothing_to_show():

@@ -101,27 +101,7 @@ def test_find_study_lists_what_there_is(tmp_path):
         store.find_study("atention")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        ".",
-        "..",
-        ".hidden",
-        "-rf",
-        "a/b",
-        "a\\b",
-        "../x",
-        "/etc",
-        "a\nb",
-        "a\n",
-        "a\0",
-        "a b",
-        "a'b",
-        "ä",
-        "x" * 101,
-    ],
-)
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "-rf", "a/b", "a\n", "a'b", "ä", "x" * 101])
 def test_bad_study_names(name):
     with pytest.raises(UserError, match="is not a study name"):
         check_study_name(name)

@@ -1,4 +1,4 @@
-"""The Pareto set of a study: in rows and tables, as data and plots, and as marks in MLflow."""
+"""The best so far and the Pareto set of a study: in tables, as data and plots, and in MLflow."""
 
 import csv
 import io
@@ -194,7 +194,7 @@ def test_marks_in_mlflow_follow_what_is_judged(kept, monkeypatch, capsys):
 
     def marks() -> tuple[dict[str, str], list[tuple[str, str]]]:
         """Of the parent run, and of each trial: whether in the set, and what is over."""
-        found = log._connect().search_runs([log._experiment()], order_by=["attributes.run_name"])
+        found = log.client().search_runs([log.experiment_id()], order_by=["attributes.run_name"])
         tags = [run.data.tags for run in found]
         trials = [t for t in tags if t.get("openpi_opt.role") != "study"]
         own = [(t.get("openpi_opt.pareto", ""), t.get("openpi_opt.over_limit", "")) for t in trials]
@@ -207,15 +207,15 @@ def test_marks_in_mlflow_follow_what_is_judged(kept, monkeypatch, capsys):
     assert trials == [("true", ""), ("true", ""), ("", "")]
     assert parent["openpi_opt.pareto"] == "0, 1"
     assert parent["openpi_opt.objectives"] == "latency,memory"
-    run_id = log._parent(kept)
-    artifacts = {item.path for item in log._connect().list_artifacts(run_id)}
+    run_id = log.parent_of(kept)
+    artifacts = {item.path for item in log.client().list_artifacts(run_id)}
     assert artifacts == {"pareto.json", "pareto.png", "pareto.svg"}
-    assert log._connect().get_run(run_id).data.metrics["pareto/trials"] == 2
+    assert log.client().get_run(run_id).data.metrics["pareto/trials"] == 2
 
     BOTH.model_copy(update={"limits": {"latency_ms": 15.0}}).save(kept)
-    deleted = log._run_of(journal.records()[2].uid)
+    deleted = log.run_of(journal.records()[2].uid)
     assert deleted is not None
-    log._connect().delete_run(deleted.info.run_id)
+    log.client().delete_run(deleted.info.run_id)
     log.show(kept, journal)
     parent, trials = marks()
     assert trials == [("true", ""), ("", "latency_ms: 20.000 ms")], "a deleted run stays deleted"
@@ -232,5 +232,40 @@ def test_a_study_of_one_objective_without_limits_has_no_marks(tmp_path):
     journal = Journal.open(Store.open(tmp_path).study_dir("s"))
     log = MlflowLog(Store.open(tmp_path), Tracking())
     log.show(journal.study_dir, journal)
-    parent = log._connect().get_run(log._parent(journal.study_dir))
+    parent = log.client().get_run(log.parent_of(journal.study_dir))
     assert not [tag for tag in parent.data.tags if "pareto" in tag or "limits" in tag]
+
+
+def timed() -> list[Record]:
+    """Trials at minutes 1, 2, 3, then after a night 1 minute of sweeping later, and a failure."""
+    clock = ("00:01", "00:02", "00:03", "09:00", "09:01")
+    results = [ok(20.0), ok(30.0), ok(10.0), ok(8.0, config(blas={"backend": "fp8"})), failed("x")]
+    return [
+        record(result.model_copy(update={"started_at": "2026-01-01T00:00:00+00:00"})).model_copy(
+            update={"number": number, "created_at": f"2026-01-01T{time}:00+00:00"}
+        )
+        for number, (time, result) in enumerate(zip(clock, results, strict=True))
+    ]
+
+
+def test_only_what_may_win_is_the_best_and_pauses_do_not_count():
+    found = study_plots.steps(timed(), Criteria())
+    assert [(step.number, step.best_ms, step.minutes) for step in found] == [
+        (0, 20.0, 1.0),
+        (2, 10.0, 3.0),
+        (4, 10.0, 4.0),
+    ]
+    assert [step.number for step in study_plots.steps(timed(), Criteria(allow_lossy=True))] == [
+        0,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_the_plot_stands_in_the_studys_folder(tmp_path):
+    assert study_plots.write(tmp_path, timed()[:1]) == []
+    written = study_plots.write(tmp_path, timed())
+    assert sorted(written) == study_plots.files(tmp_path)
+    assert [path.suffix for path in study_plots.files(tmp_path)] == [".json", ".png", ".svg"]
+    assert len(json.loads((tmp_path / "best_so_far.json").read_text())) == 3
