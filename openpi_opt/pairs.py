@@ -17,7 +17,7 @@ from openpi_opt import cli
 from openpi_opt.config import Config
 from openpi_opt.confirm import power
 from openpi_opt.confirm.bench import short
-from openpi_opt.confirm.judge import CONFIDENCE, Compared, Gain, compare, spread_of
+from openpi_opt.confirm.judge import CONFIDENCE, compare, spread_of
 from openpi_opt.errors import UserError
 from openpi_opt.session import (
     Measured,
@@ -115,8 +115,8 @@ def report(session: Session, b: Config, measured: Measured) -> Report:
         },
         "measure": a.measure.model_dump(mode="json"),
         "planned_rounds": measured.planned,
-        "a_a": _plain(compared["A again"]),
-        "a_b": _plain(compared["B"]),
+        "a_a": compared["A again"],
+        "a_b": compared["B"],
         "spread": spread,
         "rounds_for_1_percent": rounds,
         "phase_seconds": phases,
@@ -145,7 +145,7 @@ def report(session: Session, b: Config, measured: Measured) -> Report:
         f"over the time A {trend} (Kendall's tau {spread['trend']:+.2f}, p "
         f"{spread['trend_p']:.2g})",
         f"the verdict is the promotion's for one finalist, one-sided level {power.level(1):g} each "
-        f"way: B takes {_bounds(compared['B'].judged)} than A",
+        f"way: B takes {_bounds(**compared['B']['gain'])} than A",
         f"with this spread a promotion of one finalist plans {rounds} rounds to find "
         f"{power.GAIN:.0%} with {power.PROBABILITY:.0%} probability",
         f"seconds of a process on average: {shown}{every}",
@@ -155,32 +155,11 @@ def report(session: Session, b: Config, measured: Measured) -> Report:
     return Report(document, text, lambda: _figure(session, b, measured, compared))
 
 
-def _plain(compared: Compared) -> dict[str, Any]:
-    judged, (change, *ci95) = compared.judged, _added(compared)
-    return {
-        "change": change,
-        "ci95": ci95,
-        "p_value": compared.p_value,
-        "sign_flip_p_value": compared.flip_p_value,
-        "spread_between_processes": compared.spread,
-        "verdict": judged.verdict,
-        "gain": {"mean": judged.mean, "at_least": judged.low, "at_most": judged.high},
-        "confidence": 1 - power.level(1),
-        "differences": compared.differences,
-    }
-
-
-def _added(compared: Compared) -> tuple[float, float, float]:
-    """The share of time that the second takes more than the first, with its 95% interval."""
-    gain = compared.interval
-    return -gain.mean, -gain.high, -gain.low
-
-
 def _text(
     session: Session,
     b: Config,
     measured: Measured,
-    compared: Mapping[str, Compared],
+    compared: Mapping[str, Any],
     remarks: Sequence[str],
 ) -> str:
     whole = f"{measured.rounds} rounds of three fresh processes"
@@ -191,10 +170,11 @@ def _text(
         means = measured.means(role)
         processes.append([role, f"{fmean(means):.3f}", f"{power.spread(means).value:.3%}"])
     for role, each in compared.items():
-        change, low, high = _added(each)
-        p_values = f"{each.p_value:.2g}", f"{each.flip_p_value:.2g}"
-        added = _fine(change), interval(low, high, _fine)
-        pairs.append([f"{role} - A", *added, *p_values, f"{each.spread:.3%}", each.judged.verdict])
+        low, high = each["ci95"]
+        added = _fine(each["change"]), interval(low, high, _fine)
+        p_values = f"{each['p_value']:.2g}", f"{each['sign_flip_p_value']:.2g}"
+        spread = f"{each['spread_between_processes']:.3%}"
+        pairs.append([f"{role} - A", *added, *p_values, spread, each["verdict"]])
     lines = [
         f"# A/A and A/B: {session.where()}\n",
         f"{whole}, in random order within a round.\n",
@@ -209,12 +189,12 @@ def _text(
     return "\n".join(lines) + "\n"
 
 
-def _bounds(judged: Gain) -> str:
-    if judged.low > 0:
-        return f"at least {judged.low:.2%} less time"
-    if judged.high < 0:
-        return f"at least {-judged.high:.2%} more time"
-    return f"between {judged.high:.2%} less and {-judged.low:.2%} more time"
+def _bounds(mean: float, at_least: float, at_most: float) -> str:
+    if at_least > 0:
+        return f"at least {at_least:.2%} less time"
+    if at_most < 0:
+        return f"at least {-at_most:.2%} more time"
+    return f"between {at_most:.2%} less and {-at_least:.2%} more time"
 
 
 def _fine(value: float) -> str:
@@ -222,24 +202,19 @@ def _fine(value: float) -> str:
     return f"{value:+.3%}" if math.fabs(value) < 0.01 else percent(value)
 
 
-def _figure(
-    session: Session, b: Config, measured: Measured, compared: Mapping[str, Compared]
-) -> Any:
+def _figure(session: Session, b: Config, measured: Measured, compared: Mapping[str, Any]) -> Any:
     """Each process, and the differences within the rounds."""
     points: dict[str, list[plots.Point]] = {role: [] for role in ROLES}
     for each in measured.processes:
         ms = each.result.latency
         point = plots.Point(each.place + 1, ms.mean_ms, ms.ci95_low_ms, ms.ci95_high_ms)
         points[each.shown].append(point)
-    differences = [
-        plots.Series(
-            f"{role} - A",
-            [plots.Point(n + 1, 100 * math.expm1(d)) for n, d in enumerate(each.differences)],
-            level=plots.Point(0, 100 * (added := _added(each))[0], 100 * added[1], 100 * added[2]),
-            colour=ROLES.index(role),
-        )
-        for role, each in compared.items()
-    ]
+    differences = []
+    for role, each in compared.items():
+        mean, low, high = (100 * share for share in (each["change"], *each["ci95"]))
+        dots = [plots.Point(n + 1, 100 * math.expm1(d)) for n, d in enumerate(each["differences"])]
+        level, colour = plots.Point(0, mean, low, high), ROLES.index(role)
+        differences.append(plots.Series(f"{role} - A", dots, level=level, colour=colour))
     processes = [plots.Series(role, points[role]) for role in ROLES]
     title = "each process, with its own 95% interval"
     within = "within a round; mean and 95% interval"

@@ -50,7 +50,7 @@ def sweep(words: Sequence[str]) -> int:
     """The command line without experiments."""
     own, rest = _own_flags(words)
     arguments = get_args_parser().parse_intermixed_args(rest)  # -m may stand behind overrides
-    overrides = [_objective(_devices(word)) for word in arguments.overrides]
+    overrides = [spelled_out(word) for word in arguments.overrides]
     arguments.overrides = resolve_auto(overrides, own.preset_dir)
     if arguments.help or arguments.hydra_help:
         return _show(arguments, own)
@@ -92,20 +92,18 @@ def _own_flags(words: Sequence[str]) -> tuple[Namespace, list[str]]:
     return own, rest
 
 
-def _devices(word: str) -> str:
-    """`devices=[0,1]` and `devices=all` name GPUs; Hydra puts no list in the place of a group."""
-    key, _, value = word.partition("=")
-    if key != "devices" or not (value == "all" or value.startswith("[")):
-        return word
-    return f"devices.gpus={value}"
+def spelled_out(word: str) -> str:
+    """A word of the command line, with the key that `devices=` or `objective=` is short for.
 
-
-def _objective(word: str) -> str:
-    """`objective=[latency,memory]` and `objective=latency` say what to minimise, as `devices`."""
+    `devices=[0,1]` and `devices=all` name GPUs, `objective=[latency,memory]` and
+    `objective=latency` say what to minimise. Hydra puts no list in the place of a group.
+    """
     key, _, value = word.partition("=")
-    if key != "objective" or not (value.startswith("[") or value.isidentifier()):
-        return word
-    return f"objective.minimize=[{value.strip('[]')}]"
+    if key == "devices" and (value == "all" or value.startswith("[")):
+        return f"devices.gpus={value}"
+    if key == "objective" and (value.startswith("[") or value.isidentifier()):
+        return f"objective.minimize=[{value.strip('[]')}]"
+    return word
 
 
 def _composer(arguments: Namespace, own: Namespace) -> Composer:

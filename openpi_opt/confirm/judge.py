@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy  # its `stats` takes a second to load, so when it is used: --help does not
@@ -134,29 +134,14 @@ def paired_spread(first_ms: Sequence[float], second_ms: Sequence[float]) -> floa
     return float(np.std(differences, ddof=1)) / math.sqrt(2)
 
 
-@dataclass(frozen=True)
-class Compared:
-    """Pairs of processes of a first and a second configuration.
+def compare(first_ms: Sequence[float], second_ms: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """Compare the means of paired processes of two configurations in milliseconds, as plain data.
 
-    `differences` are log(second / first) by round. `interval` is the gain of the second with its
-    two-sided 95% interval (Student's t on the logarithms), and `p_value` that of no gain;
-    `flip_p_value` is that of the same question asked without a distribution, by flipping the signs
-    of the differences. `judged` is the promotion's own judgement, at the level of one finalist.
-    `spread` is `paired_spread`.
-    """
-
-    differences: list[float]
-    interval: Gain
-    p_value: float
-    flip_p_value: float
-    judged: Gain
-    spread: float
-
-
-def compare(first_ms: Sequence[float], second_ms: Sequence[float], seed: int = 0) -> Compared:
-    """Compare the means of paired processes in milliseconds.
-
-    Raises ValueError: fewer than two pairs, or lists of different length.
+    `change` is the share of time that the second takes more, `ci95` its two-sided 95% interval
+    (Student's t on the logarithms), `p_value` that of no change; `sign_flip_p_value` is that of the
+    same question asked without a distribution. `verdict` and `gain` are the promotion's own
+    judgement, at the level of one finalist. `differences` are log(second / first) by round. Raises
+    ValueError: fewer than two pairs, or lists of different length.
     """
     interval = gain(first_ms, second_ms, (1 - CONFIDENCE) / 2)
     differences = np.log(second_ms) - np.log(first_ms)
@@ -171,8 +156,18 @@ def compare(first_ms: Sequence[float], second_ms: Sequence[float], seed: int = 0
             random_state=seed,  # scipy calls it rng from 1.15 on, and still knows this name
         )
         flip_p_value = float(flipped.pvalue)
-    judged, tau = gain(first_ms, second_ms, level(1)), paired_spread(first_ms, second_ms)
-    return Compared(differences.tolist(), interval, p_value, flip_p_value, judged, tau)
+    judged = gain(first_ms, second_ms, level(1))
+    return {
+        "change": -interval.mean,
+        "ci95": [-interval.high, -interval.low],
+        "p_value": p_value,
+        "sign_flip_p_value": flip_p_value,
+        "spread_between_processes": paired_spread(first_ms, second_ms),
+        "verdict": judged.verdict,
+        "gain": {"mean": judged.mean, "at_least": judged.low, "at_most": judged.high},
+        "confidence": 1 - level(1),
+        "differences": differences.tolist(),
+    }
 
 
 def spread_of(means_ms: Sequence[float]) -> dict[str, float]:

@@ -163,8 +163,7 @@ def _screen(
     What the processes of screening differ by is seen before confirmation begins, and none of them
     is judged: the plan may follow it. The orders are the same after an interruption.
     """
-    contenders = _near(contenders, tau, wanted)
-    costs = _costs(bench.seconds, baseline, contenders, wanted)
+    contenders, costs = _competing(bench.seconds, baseline, contenders, tau, wanted)
     bench.note(
         f"spread between processes: {tau.value:.2%} in {power.TAU_PROCESSES} processes "
         f"of the baseline; the rounds are planned when the {len(contenders)} contender(s) have "
@@ -231,8 +230,8 @@ def check_time(
         return ""
 
     def costs(tau: float) -> Costs:
-        near = _near(contenders, Tau(tau, power.TAU_PROCESSES - 1), wanted)
-        return _costs(seconds, baseline, near, wanted)
+        estimate = Tau(tau, power.TAU_PROCESSES - 1)
+        return _competing(seconds, baseline, contenders, estimate, wanted)[1]
 
     limit_s = math.inf if wanted.limit_s is None else wanted.limit_s
     least_s = costs(power.CALM_TAU).least_s
@@ -251,19 +250,29 @@ def check_time(
     return text
 
 
-def _costs(
+def _competing(
     seconds: Callable[[str], float],
     baseline: Subject,
     contenders: Sequence[Subject],
+    tau: Tau,
     wanted: Wanted,
-) -> Costs:
-    places = min(wanted.finalists, len(contenders))
-    return Costs(
-        contenders=len(contenders),
+) -> tuple[list[Subject], Costs]:
+    """Those that may belong to the finalists, and what their processes take.
+
+    Left out is whose one process in the study is too far behind.
+    """
+    near = list(contenders)
+    if len(near) > wanted.finalists and wanted.known:
+        last = sorted(s.first_ms for s in near)[wanted.finalists - 1]
+        limit = last * math.exp(power.CUT * math.sqrt(2) * tau.upper)
+        near = [s for s in near if s.first_ms <= limit]
+    places = min(wanted.finalists, len(near))
+    return near, Costs(
+        contenders=len(near),
         finalists=places,
-        contender_s=float(np.mean([seconds(s.key) for s in contenders[:_TIMED]])),
+        contender_s=float(np.mean([seconds(s.key) for s in near[:_TIMED]])),
         baseline_s=seconds(baseline.key),
-        known=0 if len(contenders) <= places else wanted.known,
+        known=0 if len(near) <= places else wanted.known,
     )
 
 
@@ -279,15 +288,6 @@ def _first_runs(costs: Costs, limit_s: float | None) -> int:
     if limit_s is not None:
         wanted = min(wanted, power.NOISE_SHARE * limit_s / costs.contenders / costs.contender_s)
     return int(wanted) if wanted >= power.MIN_SCREENING else 0
-
-
-def _near(contenders: Sequence[Subject], tau: Tau, wanted: Wanted) -> list[Subject]:
-    """Without those whose one process in the study is too far behind to belong to the finalists."""
-    if len(contenders) <= wanted.finalists or not wanted.known:
-        return list(contenders)
-    last = sorted(s.first_ms for s in contenders)[wanted.finalists - 1]
-    limit = last * math.exp(power.CUT * math.sqrt(2) * tau.upper)
-    return [s for s in contenders if s.first_ms <= limit]
 
 
 def explain(tau: Tau, tails: float, costs: Costs, plan: Plan, limit_s: float | None) -> str:

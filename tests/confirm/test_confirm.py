@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from search_samples import ok
 
 from openpi_opt import promote
 from openpi_opt.config import Config
@@ -430,23 +431,7 @@ def test_recorded_processes_give_the_noise(tmp_path):
 
 
 def document(config_hash: str, mean_ms: float) -> dict:
-    latency = dict.fromkeys(("mean_ms", "min_ms", "p50_ms", "p95_ms", "p99_ms"), mean_ms)
-    latency |= dict.fromkeys(("ci95_low_ms", "ci95_high_ms", "wall_mean_ms"), mean_ms)
-    latency |= {"std_ms": 0.0, "clock": "wall", "noisy": False, "iterations": 10}
-    guard = {"passed": True, "rel_l2": 0.0, "max_abs": 0.0, "cosine": 1.0}
-    return {
-        "outcome": "ok",
-        "config": {},
-        "config_hash": config_hash,
-        "context_hash": "",
-        "started_at": "2026-01-01T00:00:00+00:00",
-        "latency": {**latency, "samples_ms": [], "wall_samples_ms": []},
-        "throughput_hz": 1.0,
-        "compile_seconds": 1.0,
-        "guard": {**guard, "plain_rel_l2": 0.0, "tolerance": 1.0, "inputs": 3},
-        "memory": {"peak_mib": 1.0, "device_peak_mib": None, "host_peak_mib": 1.0},
-        "kernels": None,
-    }
+    return ok(SDPA, mean_ms).model_dump(mode="json") | {"config_hash": config_hash}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from openpi_opt.engine.display import Display
 from openpi_opt.engine.plan import StudyRequest, make_plan, space_hash
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.result import TrialResult
-from openpi_opt.space.optimizer import Optimizer
 from openpi_opt.space.points import left_out
 from openpi_opt.space.prepare import prepare
 from openpi_opt.space.settings import Settings
@@ -125,22 +124,6 @@ def test_a_lossy_trial_is_told_as_a_violation_unless_allowed(
             if trial.params
         }
         assert violated == {"torch": 0, "fp8": 0 if allowed else 1}
-
-
-@pytest.mark.parametrize("allow_lossy", [False, True])
-def test_tpe_is_drawn_to_lossy_regions_only_when_they_may_win(
-    allow_lossy: bool,
-) -> None:
-    space = Space.parse(["blas=torch,fp8", "weights.seed=0,1,2,3"])
-    optimizer = Optimizer(space, "tpe", 0, allow_lossy=allow_lossy)
-    lossy = []
-    for _ in range(40):
-        proposal = optimizer.ask()
-        backend, seed = proposal.params["blas"], int(proposal.params["weights.seed"])
-        cfg = Config.parse({"blas": {"backend": backend}, "weights": {"seed": seed}})
-        optimizer.tell(proposal, by_blas(cfg))
-        lossy.append(backend == "fp8")
-    assert (sum(lossy[20:]) > 10) == allow_lossy
 
 
 def test_what_may_win_is_part_of_the_study() -> None:
