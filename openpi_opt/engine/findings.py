@@ -76,13 +76,13 @@ class Findings:
             and self.ledger.known.answers(record)
         ]
         self.optimizer.learn(found)
+        self._note_best([result for _, result in found])
         for params, result in found:
-            self._note_best(result)
             self._teach(params, result)
 
     def take(self, job: Job, record: Record) -> None:
         """Take in the result of a job."""
-        self._note_best(record.result)
+        self._note_best([record.result])
         if job.proposal is None:
             self.baselines[job.cfg.context_hash()] = record
         else:
@@ -148,12 +148,15 @@ class Findings:
         found = [newest[tried] for tried in self.optimizer.tried if tried in newest]
         return sorted(found, key=lambda record: record.number)
 
-    def _note_best(self, result: TrialResult) -> None:
-        if not isinstance(result, Ok) or self.criteria.over(result):  # fast perhaps, but no winner
-            return
-        may_win = self.criteria.allow_lossy or not is_lossy(result.config)
-        if may_win and result.latency.mean_ms < self._best.get(result.context_hash, math.inf):
-            self._best[result.context_hash] = result.latency.mean_ms
+    def _note_best(self, results: Iterable[TrialResult]) -> None:
+        before = dict(self._best)
+        for result in results:
+            if not isinstance(result, Ok) or self.criteria.over(result):  # fast, but no winner
+                continue
+            if self.criteria.allow_lossy or not is_lossy(result.config):
+                best = self._best.get(result.context_hash, math.inf)
+                self._best[result.context_hash] = min(best, result.latency.mean_ms)
+        if self._best != before:  # once for all that a study holds: each write waits for the disk
             write_atomic(self.ledger.study_dir / RACE_FILE, json.dumps(self._best))
 
     def _teach(self, params: dict[str, str], result: TrialResult) -> None:

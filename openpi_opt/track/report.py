@@ -119,11 +119,14 @@ def _titles(found: Sequence[Sequence[Record]]) -> list[str]:
     """Of each group; where two are alike, with the context or machine that tells them apart."""
     newest = [members[-1] for members in found]
     plain = [_title(record) for record in newest]
+    same: dict[str, list[Record]] = {}
+    for title, record in zip(plain, newest, strict=True):
+        same.setdefault(title, []).append(record)
+    contexts_of = {title: {r.result.context_hash for r in alike} for title, alike in same.items()}
+    machines_of = {title: {r.fingerprint_hash for r in alike} for title, alike in same.items()}
     titles = []
     for title, record in zip(plain, newest, strict=True):
-        alike = [other for other, text in zip(newest, plain, strict=True) if text == title]
-        contexts = {other.result.context_hash for other in alike}
-        machines = {other.fingerprint_hash for other in alike}
+        alike, contexts, machines = same[title], contexts_of[title], machines_of[title]
         words = [f"context {record.result.context_hash}"] if len(contexts) > 1 else []
         if len(contexts) < len(alike) and len(machines) > 1:
             changed = differences(alike[0].result.fingerprint, record.result.fingerprint)
