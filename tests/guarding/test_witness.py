@@ -186,3 +186,14 @@ def test_a_policy_that_answers_alike_may_not_change_after_many_calls():
 
 def test_a_policy_that_never_answers_alike_may_differ_by_its_own_tolerance():
     assert watched(drifting(30, 0.0, unsteady=5e-3)).problem is None
+
+
+def test_a_buffer_that_every_17th_call_returns_is_found():
+    buffer, count = torch.empty(2, 6, 4), 0
+
+    def call(given: Inputs) -> Tensor:
+        nonlocal count
+        count += 1
+        return right(given) if count % 17 else buffer.copy_(right(given))
+
+    assert "memory" in str(watched(call).problem)
