@@ -20,9 +20,6 @@ from openpi_opt.errors import UserError, masked
 from openpi_opt.vendor import BY_NAME
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from openpi_opt.machine import Machine
 
 USER_ERROR = 2
@@ -173,25 +170,6 @@ def this_machine() -> Machine:
             )
             break
     return machine
-
-
-def print_uncut(console: Console, table: Table) -> None:
-    """Print a table whose columns all have a `min_width`: none becomes narrower than that.
-
-    Where the console is too narrow, lines run over. Left to itself rich cuts digits off then.
-    """
-    least = least_width(table)
-    if least > console.width:
-        table.width = least
-    console.print(table, crop=False, no_wrap=True)
-
-
-def least_width(table: Table) -> int:
-    """The width of a table whose columns all are at their `min_width`."""
-    _, right, _, left = table.padding
-    columns = [left + (column.min_width or 0) + right for column in table.columns]
-    between = len(columns) - 1 if table.box else 0
-    return sum(columns) + between + (2 if table.show_edge else 0)
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +16,11 @@ from openpi_opt.confirm.judge import gain, paired_spread
 from openpi_opt.confirm.promotion import Judged
 from openpi_opt.confirm.rounds import flag_counts, flagged
 from openpi_opt.result import GuardReport, Ok
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from openpi_opt.track.table import Table, print_table
 
 # What of a fingerprint a preset carries as its versions.
 VERSIONS = ("python", "torch", "triton", "aiter", "openpi_opt", "source_hash")
-_HEADS = "configuration", "mean ms", "95% interval", "spread", "gain", "at least", "verdict", ""
+_HEADS = ["configuration", "mean ms", "95% interval", "spread", "gain", "at least", "verdict", ""]
 
 
 def tell(bench: ProcessBench, judged: Judged, pipe_width: int = 160) -> None:
@@ -31,11 +28,9 @@ def tell(bench: ProcessBench, judged: Judged, pipe_width: int = 160) -> None:
 
     A terminal has its own width, anything else `pipe_width` columns.
     """
-    from rich.console import Console
-
     shown = {key: short(cfg) for key, cfg in bench.configs.items()}
-    table = _table(judged, shown)
-    cli.print_uncut(Console(width=None if sys.stdout.isatty() else pipe_width), table)
+    print("confirmation in fresh interleaved processes")
+    print_table(_table(judged, shown), pipe_width, unfolded={*_HEADS[1:]})
     for key in judged.dropped:
         why = "it went over a limit" if bench.over[key] else "it was not ok"
         cli.say(f"dropped {shown[key]}: {why}, see above")
@@ -54,28 +49,18 @@ def tell(bench: ProcessBench, judged: Judged, pipe_width: int = 160) -> None:
 
 
 def _table(judged: Judged, shown: Mapping[str, str]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
     body = []
     for entry in [judged.baseline, *sorted(judged.candidates, key=lambda c: c.mean_ms)]:
         (low, high), gain = entry.ci95_ms(), entry.gain
-        body.append((
+        body.append([
             shown[entry.subject.key],
             f"{entry.mean_ms:.3f}",
             f"{low:.3f} to {high:.3f}",
             f"{entry.between_std_ms / entry.mean_ms:.2%}",
             *((f"{gain.mean:.2%}", f"{gain.low:.2%}", gain.verdict) if gain else ("", "", "")),
             "winner" if entry is judged.winner else "",
-        ))  # fmt: skip
-    table = Table(title="confirmation in fresh interleaved processes")
-    name, *figures = zip(_HEADS, *body, strict=True)
-    table.add_column(name[0], overflow="fold", min_width=len(name[0]))
-    for column in figures:
-        table.add_column(column[0], no_wrap=True, min_width=max(map(len, column)))
-    for row in body:
-        table.add_row(*map(Text, row))
-    return table
+        ])  # fmt: skip
+    return Table(_HEADS, body, frozenset([_HEADS[0], *_HEADS[-2:]]))
 
 
 def reason(judged: Judged, shown: Mapping[str, str]) -> str:
