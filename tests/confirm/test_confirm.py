@@ -394,6 +394,12 @@ def test_the_simulator_sees_what_a_naive_choice_does():
     assert naive > 90
 
 
+def test_rates_carry_the_exact_interval():
+    low, high = stats.beta.ppf(0.025, 3, 498), stats.beta.ppf(0.975, 4, 497)
+    shown = f"0.6% (3 of 500; 95% interval {low:.1%} to {high:.1%})"
+    assert str(simulate.Rate(3, 500)) == shown
+
+
 def test_the_command_prints_rates_and_ends_by_the_promise(capsys):
     quick = ["--simulate", "--sweeps", "40", "--configurations", "8"]
     assert promote.main([*quick, "--tau", "0.2%"]) == 0
