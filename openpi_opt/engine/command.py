@@ -114,6 +114,8 @@ def ask_guard(outcome: StudyOutcome, machine: Machine) -> None:
             print("guard: a call is too slow to ask what it sees here; `python -m openpi_opt.guard "
                   f"model={cfg.model.name} ...` measures it")  # fmt: skip
             continue
+        print(f"guard: mistakes are made on purpose for {seconds:g} s (guard.seconds=0 makes none)",
+              file=sys.stderr)  # fmt: skip
         command = [sys.executable, "-m", "openpi_opt.guard", "--config", json.dumps(ok.config)]
         command += ["--store", str(outcome.store.path), "--seconds", str(seconds)]
         done = subprocess.run(
