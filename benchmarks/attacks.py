@@ -578,9 +578,9 @@ def first_images_mask(right: Callable[..., Any]) -> Callable[..., Any]:
     """The cameras' mask of the first call serves all."""
     kept: list[Tensor] = []
 
-    def prefill(tokens: Tensor, prompt: Tensor, image_mask: Tensor, token_mask: Tensor) -> Any:
+    def prefill(tokens: Tensor, prompt: Tensor, image_mask: Tensor, *given: Any) -> Any:
         kept.append(image_mask.clone())
-        return right(tokens, prompt, kept[0], token_mask)
+        return right(tokens, prompt, kept[0], *given)
 
     return prefill
 

@@ -61,17 +61,21 @@ class LeanPolicy(Pi0Policy):
     action_weight: Tensor
     modulation_table: Tensor
 
+    _prefix_layout: Layout | None = None
+
     @property
     def prefix_layout(self) -> Layout | None:
         """Without what is skipped."""
-        layout = self.layout
-        if layout is None or not self.plan.skip_masked:
-            return layout
-        cameras, tokens = (True,) * sum(layout.cameras), layout.prompt_tokens
-        return dataclasses.replace(layout, cameras=cameras, prompt_slots=tokens)
+        return self._prefix_layout
 
     def derive(self) -> None:
         """As in `Pi0Policy`, and the constants of the plan for this layout, dtype and weights."""
+        # Kept, since compiled stages read it: Dynamo would have to trace how it is made.
+        layout = self.layout
+        if layout is not None and self.plan.skip_masked:
+            cameras, tokens = (True,) * sum(layout.cameras), layout.prompt_tokens
+            layout = dataclasses.replace(layout, cameras=cameras, prompt_slots=tokens)
+        self._prefix_layout = layout
         super().derive()
         if self.plan.time_mlp:
             if self.config.family == "pi0":
@@ -81,7 +85,7 @@ class LeanPolicy(Pi0Policy):
                 self.time_table = self.expert.constants(self.modulation_table)
         if not self.plan.fixed_layout:
             return
-        layout, horizon, states = self.prefix_layout, self.plan.horizon, self.config.state_tokens
+        horizon, states = self.plan.horizon, self.config.state_tokens
         if layout is None or horizon < 1:
             raise ValueError(
                 f"{self.plan} needs a declared layout and a horizon: batches of one kind, with "

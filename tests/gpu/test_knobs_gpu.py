@@ -43,7 +43,7 @@ def plain_and_candidate(raw: dict[str, Any]) -> tuple[runtime.Prepared, list[Inp
         prepared.call(inputs[0])
     results = [prepared.call(item) for item in inputs]
     found = [distance(r, e).rel_l2 for r, e in zip(results, expected, strict=True)]
-    return prepared, inputs, [value if value is not None else float("nan") for value in found]
+    return prepared, inputs, [float("inf") if value is None else value for value in found]
 
 
 @pytest.mark.parametrize("scope", ["stage", "call"])

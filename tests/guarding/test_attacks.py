@@ -13,7 +13,7 @@ SAYS = {
     "answers by rounded pixels": "",
     "vision by content": "repeated",
     "vision by half the width": "",
-    "ring of 2 buffers": "memory",
+    "ring of 2 buffers": "overwritten by a later call",
     "zeros after 30 calls": "while timed",
     "every 29th is the one before": "while timed",
     "every 25th prefix is the one before": "while timed",
