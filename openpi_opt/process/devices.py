@@ -183,6 +183,8 @@ class Devices:
     def _gpu_slots(self, device: Device) -> list[Slot]:
         gpus = self.machine.gpus_for(device)
         chosen = self._chosen(gpus)
+        if not chosen:
+            return []
         first, model = chosen[0], attrgetter("name", "arch", "driver")
         same = [gpu for gpu in chosen if model(gpu) == model(first)]
         if len(same) < len(chosen):

@@ -10,8 +10,8 @@ import importlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,14 @@ from openpi_opt.vendor.base import (
     NotReadError,
     Trouble,
     Vendor,
+    metering,
     millionths,
     read,
     select,
+    told,
     version_numbers,
 )
+from openpi_opt.vendor.meters import Meter
 
 KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 DRM = Path("/sys/class/drm")
@@ -108,15 +111,26 @@ class Amd(Vendor):
         return {"HIP_VISIBLE_DEVICES": str(gpu.index)}
 
     def driver(self, gpu: Gpu, closing: ExitStack) -> Driver:
-        """amdsmi's view of it; without that library the kernel's, which tells less."""
+        """amdsmi's view of it; where that has none, the kernel's, which tells less."""
         try:
             smi = library()
+            closing.callback(smi.amdsmi_shut_down)
+            return AmdSmi(smi, gpu)
         except NotReadError as error:
             if (device := drm_device(DRM, gpu)) is None:
                 raise
             return Hwmon(device, str(error))
-        closing.callback(smi.amdsmi_shut_down)
-        return AmdSmi(smi, gpu)
+
+    @contextmanager
+    def meter(self, gpu: Gpu | None) -> Iterator[Meter]:
+        """As for others; in virtual machines amdsmi tells neither energy nor power."""
+        assert gpu is not None
+        with self.state(gpu) as driver:
+            silent = told(driver.joules) is None and told(driver.power_w) is None
+            device = drm_device(DRM, gpu)
+            if silent and device is not None and isinstance(driver, AmdSmi):
+                driver = Hwmon(device, "amdsmi tells no power")
+            yield metering(driver)
 
     def findings(self, host: Host) -> list[Finding]:
         """Driver, profiler, amdsmi, power limits and processes."""
@@ -247,6 +261,13 @@ class Hwmon(Driver):
         return self._first("power1_cap_default")
 
     set_limit_w = power_limit_w
+
+    def processes(self) -> list[int]:
+        """Those of the whole host that compute on AMD's GPUs."""
+        queues = KFD_NODES.parents[1] / "proc"
+        if not queues.is_dir():
+            raise NotReadError(f"there is no {queues}, and {self._reason}")
+        return [int(folder.name) for folder in queues.iterdir() if folder.name.isdigit()]
 
     def _first(self, *names: str) -> float:
         paths = [

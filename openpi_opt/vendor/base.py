@@ -220,14 +220,7 @@ class Vendor:
         """
         assert gpu is not None
         with self.state(gpu) as driver:
-            limit = told(driver.power_limit_w)
-            if told(driver.joules) is not None:
-                read = _metered(driver.joules)
-                yield CounterMeter(f"{driver.source.lower()}_counter", read, limit)
-            else:
-                read = _metered(driver.power_w)
-                read()
-                yield SampleMeter(f"{driver.source.lower()}_samples", read, limit)
+            yield metering(driver)
 
     def findings(self, host: Host) -> list[Finding]:
         """What `doctor` says of this vendor's drivers, power limits and processes."""
@@ -328,6 +321,19 @@ def _processes_finding(name: str, pids: Iterable[int]) -> Finding:
     what = f"{name}: {len(others)} ({'process' if len(others) == 1 else 'processes'} {listed})"
     mend = "stop them, or choose another GPU with platform.gpu=N"
     return Finding("machine", "other processes", "warning", what, mend)
+
+
+def metering(driver: Driver) -> Meter:
+    """The meter of a GPU: its counter of energy, or else its power, sampled.
+
+    Raises NoMeterError: it tells neither; with the reason.
+    """
+    limit = told(driver.power_limit_w)
+    if told(driver.joules) is not None:
+        return CounterMeter(f"{driver.source.lower()}_counter", _metered(driver.joules), limit)
+    read = _metered(driver.power_w)
+    read()
+    return SampleMeter(f"{driver.source.lower()}_samples", read, limit)
 
 
 def _metered(read: Callable[[], float]) -> Callable[[], float]:

@@ -1,12 +1,15 @@
 """Energy by made-up counters whose power is known, RAPL folders as Linux has them, and refusals."""
 
 import os
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from drivers import FakeAmdSmi
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -202,6 +205,20 @@ def test_amd_without_its_library_is_sampled_from_the_kernel(tmp_path, monkeypatc
         time.sleep(0.1)
         joule, seconds = meter.stop(0.0)
     assert joule == pytest.approx(310 * seconds)
+
+
+@pytest.mark.parametrize("uuid", ["GPU-00000000000000ff", "GPU-00000000000000ab"])
+def test_amd_is_sampled_from_the_kernel_where_amdsmi_tells_nothing(tmp_path, monkeypatch, uuid):
+    """It shows this GPU without its power, as in virtual machines, or not at all."""
+    smi = FakeAmdSmi()
+    smi.amdsmi_get_power_info = lambda gpu: {}
+    monkeypatch.setitem(sys.modules, "amdsmi", smi)
+    amd(tmp_path, uuid[-2:], power1_average=310_000_000)
+    monkeypatch.setattr(vendor_amd, "DRM", tmp_path)
+    machine = Machine((replace(GPU, uuid=uuid),), TorchBuild("2.13.0", None, "7.1"), "x", 2, 1)
+    with power.open_meter(config(device="rocm"), machine) as meter:
+        assert meter.method == "hwmon_samples"
+    assert smi.log == ["init", "shut down"]
 
 
 @pytest.mark.parametrize(
