@@ -134,6 +134,7 @@ def run(cfg: Config, arch: str, folder: Path) -> tuple[str, dict[str, Any]]:
         return "refused", {"reason": refusal.reason}
     if report.passed:
         witness = asked.witness(prepared.policy.layout)
+        witness.begin(prepared.call)
         timing = witness.time(prepared.call, CALLS, cfg.device, compared=True)
         wall_ms = timing.wall_samples_ms
         report = asked.judge(witness, prepared.call, prepared.policy.layout, wall_ms)

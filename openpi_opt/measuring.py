@@ -135,7 +135,7 @@ class Measuring:
         asked = question.ask(policy, cfg, arch, self.references)
         seen = asked.known_structure()
         # Once for a context, by its baseline. On a CPU it takes as long as several trials: by hand.
-        measured = device.type == "cpu" or not cfg.is_baseline() or asked.power() is not None
+        measured = device.type == "cpu" or not cfg.is_baseline() or asked.power_is_known()
         if seen is None or not measured or policy.dtype != torch.float32:
             # Cast for the reference; the candidate must not depend on whether that was known.
             del policy
@@ -161,6 +161,7 @@ class Measuring:
         # Before the timing, whose inputs and outputs are kept for the guard, not by the policy.
         peak = memory.peak(device)
         witness = asked.witness(prepared.policy.layout)
+        witness.begin(prepared.call)
         with self._alone():
             progress.enter("measure")
             warm.warm(

@@ -18,7 +18,7 @@ from openpi_opt.engine.dry_run import print_dry_run
 from openpi_opt.engine.plan import StudyRequest
 from openpi_opt.engine.study import StudyOutcome, run_study
 from openpi_opt.errors import UserError, hidden
-from openpi_opt.machine import Machine
+from openpi_opt.process.devices import Devices, lease
 from openpi_opt.process.environment import child_environment
 from openpi_opt.remote.remote import Nodes, connected
 from openpi_opt.result import GuardPower, Ok, write_atomic
@@ -90,17 +90,18 @@ def _run(request: StudyRequest, compose: Compose, nodes: Nodes | None) -> int:
     with shown as display, contextlib.redirect_stdout(sys.stderr):
         outcome = run_study(request, compose, display, nodes=nodes)
     print_outcome(outcome, request.swept, allow_lossy)
-    if nodes is None and outcome.new:
-        ask_guard(outcome, machine)
+    if nodes is None and (outcome.new or not _power_file(outcome).exists()):
+        ask_guard(outcome, Devices(settings.devices, machine))
     return outcome.exit_code
 
 
-def ask_guard(outcome: StudyOutcome, machine: Machine) -> None:
+def ask_guard(outcome: StudyOutcome, devices: Devices) -> None:
     """Print and keep what the guard of the trials on a CPU sees, once for each context.
 
     A process of its own asks mistakes made on purpose for `guard.seconds`; what it found is in the
     store, where later trials find it, and in the study's `guard.json`. Contexts of which that many
-    seconds would show next to nothing are named with the command that measures them.
+    seconds would show next to nothing are named with the command that measures them. Where another
+    sweep measures on these cores it is left for the next time.
     """
     results = [record.result for record in outcome.points]
     found = {}
@@ -114,14 +115,18 @@ def ask_guard(outcome: StudyOutcome, machine: Machine) -> None:
             print("guard: a call is too slow to ask what it sees here; `python -m openpi_opt.guard "
                   f"model={cfg.model.name} ...` measures it")  # fmt: skip
             continue
+        slot = devices.slots("cpu")[0]
+        if (leased := lease(slot)) is None:
+            print(f"guard: {slot.name} is in use, so what it sees is asked after the next sweep")
+            return
         print(f"guard: mistakes are made on purpose for {seconds:g} s (guard.seconds=0 makes none)",
               file=sys.stderr)  # fmt: skip
         command = [sys.executable, "-m", "openpi_opt.guard", "--config", json.dumps(ok.config)]
         command += ["--store", str(outcome.store.path), "--seconds", str(seconds)]
-        done = subprocess.run(
-            command, env=child_environment(cfg, machine), capture_output=True, text=True
-        )
-        if done.returncode not in (0, 1):
+        with contextlib.closing(leased):
+            env = child_environment(cfg, devices.machine)
+            done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode != 0:
             last = done.stderr.strip().rpartition("\n")[2]
             print(f"guard: what it sees could not be measured: {last}")
             continue
@@ -129,7 +134,11 @@ def ask_guard(outcome: StudyOutcome, machine: Machine) -> None:
         print(margin(found[key]))
     if found:
         said = {key: power.model_dump(mode="json") for key, power in found.items()}
-        write_atomic(outcome.store.study_dir(outcome.name) / "guard.json", json.dumps(said))
+        write_atomic(_power_file(outcome), json.dumps(said))
+
+
+def _power_file(outcome: StudyOutcome) -> Path:
+    return outcome.store.study_dir(outcome.name) / "guard.json"
 
 
 def print_outcome(outcome: StudyOutcome, swept: bool, allow_lossy: bool = False) -> None:

@@ -208,11 +208,13 @@ class Lessons:
         failed, _ = self._seen[point]
         if failed is None or all(other == failed for other, _ in self._seen.values()):
             return None
+        alike = [seen for seen, (other, _) in self._seen.items() if other == failed]
+        unlike = [seen for seen, (other, _) in self._seen.items() if other != failed]
         for size in range(1, _MOST_KEYS + 1):
             explained: dict[frozenset[Pairs], set[tuple[str, str]]] = {}  # pairs, by what they hold
             for pairs in map(set, itertools.combinations(sorted(point), size)):
-                members = frozenset(seen for seen in self._seen if pairs <= seen)
-                if all(self._seen[member][0] == failed for member in members):
+                if not any(pairs <= seen for seen in unlike):
+                    members = frozenset(seen for seen in alike if pairs <= seen)
                     explained[members] = explained.get(members, set()) | pairs
             counts = {
                 members: len({self._seen[member][1] for member in members}) for members in explained

@@ -105,13 +105,24 @@ class Question:
 
     def power(self) -> GuardPower | None:
         """What was measured of this guard in the candidate's precision, else of the structure."""
+        kinds = self._powers()
+        # The structure is asked in float32, whatever the candidate's own precision.
+        return kinds.get("fp8" if self.cfg.lossy() else self._dtype) or kinds.get("float32")
+
+    def power_is_known(self) -> bool:
+        """Whether all mistakes were asked in the precision of the candidate's operands."""
+        found = self._powers().get(self._dtype)
+        return found is not None and found.asked == found.known
+
+    @property
+    def _dtype(self) -> str:
+        return self.cfg.knobs["precision"].dtype  # type: ignore[attr-defined]
+
+    def _powers(self) -> dict[str, GuardPower]:
         path = power_path(self.folder, self.key)
         if not path.exists():
-            return None
-        found = GuardPowers.model_validate_json(path.read_text(encoding="utf-8"))
-        dtype: str = self.cfg.knobs["precision"].dtype  # type: ignore[attr-defined]
-        # The structure is asked in float32, whatever the candidate's own precision.
-        return found.kinds.get("fp8" if self.cfg.lossy() else dtype) or found.kinds.get("float32")
+            return {}
+        return GuardPowers.model_validate_json(path.read_text(encoding="utf-8")).kinds
 
     def wrong_structure(self) -> GuardReport:
         """The report of a candidate whose structure is wrong: nothing else of it was looked at."""

@@ -39,6 +39,7 @@ from openpi_opt.guarding import reference as known
 from openpi_opt.guarding.cases import Case
 from openpi_opt.knobs import BY_NAME, KNOBS
 from openpi_opt.knobs.attention import STAGES as ATTENTION
+from openpi_opt.machine import installed
 from openpi_opt.measure import guard
 from openpi_opt.measure.clock import upload
 from openpi_opt.pi0 import weights
@@ -407,6 +408,9 @@ def _key(cfg: Config, form: Config, reference_key: str) -> str:
         "unchecked": unchecked(cfg),
         "reference": reference_key,
         "program": program_hash(),
+        # Kernels that the package calls; torch's own are in the reference's key.
+        "aiter": installed("amd-aiter", "aiter"),
+        "cudnn": torch.backends.cudnn.version(),
     }
     return known.digest(parts)
 

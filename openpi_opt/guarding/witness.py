@@ -4,9 +4,10 @@ Every timed call gets content that no call before it has seen, drawn on the devi
 that is seeded by the call's number (Philox on a GPU), outside the timed region. `TIMED` calls at
 random places and the last one have a known reference. Their outputs are held, and compared with it,
 with a copy and with the memory of the others. Of all calls a copy of up to `COLUMNS` values is
-kept; those that look least like the others, the first and some at random must answer the same when
-made again: by float32's tolerance, if the policy answers the same content alike bit for bit. At
-last repeated content under the profiler shows a policy that remembers: it does less work.
+kept; those that look least like the others and some at random must answer the same when made again,
+as must a call from before the device was made warm: by float32's tolerance, if the policy answers
+the same content alike bit for bit. At last repeated content under the profiler shows a policy that
+remembers: it does less work.
 
 A policy that reads masks gets more calls, at random places between the others, with other cameras
 and prompt lengths in each row. `OTHER_MASKS` of them have a reference. Their times do not count: a
@@ -86,6 +87,11 @@ class Witness:
     _noise: list[Tensor] = field(default_factory=list)
     _finite: Tensor | None = None
     _problem: str | None = None
+    _before: Tensor | None = None
+
+    def begin(self, call: Call) -> None:
+        """Keep what an observation gives now, before the device is made warm; see `verdict`."""
+        self._before = self._made(call, None)
 
     def time(self, call: Call, iterations: int, device: Device, compared: bool) -> Timing:
         """Time `iterations` calls after a short warm-up; with `compared`, for `verdict`.
@@ -182,7 +188,8 @@ class Witness:
         `tolerances` bound their distances. `own_tolerance` bounds that of a repeated call from
         itself, `floor` where the policy answers the same content alike, bit for bit: then a
         difference is no rounding. `wall_ms` are the wall times of the compared block, as `time`
-        returned them. At least `again` calls are made once more.
+        returned them. At least `again` calls are made once more, and that of `begin`: a policy that
+        changes after many calls may have changed before the first timed one.
         """
         problem = self._problem or self._kept_whole()
         held = [tensor for each in self._held for tensor in (each.output, each.copy)]
@@ -202,7 +209,7 @@ class Witness:
         off, repeated = 0.0, 0
         if problem is None:
             made_again = self._again(call, wall_ms, again)
-            off, number = max(made_again, default=(0.0, 0))
+            off, number = max(made_again, key=lambda pair: pair[0], default=(0.0, None))
             repeated = len(made_again)
             admitted = floor if off > floor and self._steady(call, number) else own_tolerance
             if off > admitted:
@@ -223,7 +230,7 @@ class Witness:
             problem=problem,
             masks="drawn" if self.others else "workload",
             other_masks=len(self._masked),
-            held_mib=_mib([*self._rows, *self._noise, *held]),
+            held_mib=_mib([*self._rows, *self._noise, *self._run, *held]),
             inputs_mib=_mib(tensor for inputs in self.known for tensor in inputs),
         )
 
@@ -250,33 +257,36 @@ class Witness:
             return f"{len(self._held)} of {len(self._chosen)} timed calls could be compared"
         return None
 
-    def _again(self, call: Call, wall_ms: Sequence[float], least: int) -> list[tuple[float, int]]:
+    def _again(
+        self, call: Call, wall_ms: Sequence[float], least: int
+    ) -> list[tuple[float, int | None]]:
         """Distances of repeated calls from their first results, each with the content's number."""
+        kept = [(self._numbers[i], self._rows[i]) for i in self._suspects(wall_ms, least)]
+        if self._before is not None:
+            kept.append((None, self._before))
         found = []
-        for index in self._suspects(wall_ms, least):
-            number = self._numbers[index]
-            assert number is not None
-            now, before = self._made(call, number).double(), self._rows[index].double()
+        for number, row in kept:
+            now, before = self._made(call, number).double(), row.double()
             far = float((now - before).norm() / now.norm().clamp_min(1e-30))
             found.append((float("inf") if math.isnan(far) else far, number))
         return found
 
-    def _made(self, call: Call, number: int) -> Tensor:
-        """What `call` makes of a content now."""
+    def _made(self, call: Call, number: int | None) -> Tensor:
+        """What `call` makes of a content now; of an observation as it is, where there is none."""
         inputs = upload(self.observations[0], self.device)
-        self.draw(inputs, number)
+        if number is not None:
+            self.draw(inputs, number)
         return _thin(call(inputs))
 
-    def _steady(self, call: Call, number: int) -> bool:
+    def _steady(self, call: Call, number: int | None) -> bool:
         """Whether a content gives the same bits in each of `ROUNDS` calls."""
         rows = [self._made(call, number) for _ in range(ROUNDS)]
         return all(torch.equal(row, rows[0]) for row in rows)
 
     def _suspects(self, wall_ms: Sequence[float], least: int) -> list[int]:
-        """Calls that look least like the others, the first one, and some at random.
+        """Calls that look least like the others, and some at random: at least `least` of them.
 
-        They are at least `least`. The first shows a policy that changes after many calls. Calls
-        with other masks do look different, so those are chosen at random alone.
+        Calls with other masks do look different, so those are chosen at random alone.
         """
         first = len(self._rows) - self._calls
         masked = {first + place for place in self._masked}
@@ -286,7 +296,7 @@ class Witness:
             return []
         rows = torch.stack([self._rows[i] for i in drawn]).float()
         noise = torch.stack([self._noise[i] for i in drawn]).float()
-        chosen = {drawn[0]} | {
+        chosen = {
             drawn[index]
             for score, count in _suspicions(rows, noise)
             for index in score.topk(min(count, len(drawn))).indices.tolist()

@@ -181,11 +181,14 @@ class Composer:
         for name, own in lines.items():
             # Of thousands of points most share a section. Nobody changes what is kept here.
             key = (shared, str(name), *own)
-            if key not in self._sections:
+            if key in self._sections:
+                section = self._sections[key]
+            else:
+                section = self._put_together(base, str(name), own)
                 if len(self._sections) >= _MOST_SECTIONS:
                     self._sections.clear()
-                self._sections[key] = self._put_together(base, str(name), own)
-            if (section := self._sections[key]) is None:
+                self._sections[key] = section
+            if section is None:
                 return None
             values[str(name)] = section
         return values

@@ -59,7 +59,9 @@ class Dimension:
         """The values in the order in which an enumeration takes them."""
         if self.order is None:
             return self.values
-        return random.Random(self.order).sample(self.values, len(self.values))
+        values = list(self.values)
+        random.Random(self.order).shuffle(values)
+        return values
 
     def only(self, values: Sequence[str]) -> Dimension:
         """The same list with these of its values, in this order."""
