@@ -1097,7 +1097,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attacks", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="a JSON line for each result")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--names", nargs="+", choices=ATTACKS, default=list(ATTACKS))
+    parser.add_argument(
+        "--names", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="NAME"
+    )
     options = parser.parse_args(argv)
     passed = 0
     with tempfile.TemporaryDirectory() as folder:

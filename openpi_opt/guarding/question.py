@@ -35,6 +35,10 @@ def power_path(folder: Path, key: str) -> Path:
     return folder / f"power-{key}.json"
 
 
+# An honest float16 run came to 88% of such a case's tolerance; wrong masks are off by 30% and more.
+MASKED = 1.5
+
+
 @dataclass(frozen=True)
 class Question:
     """What is asked for a configuration on a device, with the answers of the plain policy."""
@@ -182,7 +186,8 @@ class Question:
     def _timed_tolerances(self, layout: Layout | None) -> list[float]:
         """What is admitted for each content of `timed`.
 
-        With the workload's masks that of the ordinary cases, with other masks that of such cases.
+        With the workload's masks that of the ordinary cases, with other masks `MASKED` times that
+        of such cases, up to the cap: a row of one token and no camera rounds differently.
         """
         lossy = self.cfg.lossy()
         plain = self.reference.tolerance(self.cfg.guard, lossy=lossy)
@@ -191,7 +196,9 @@ class Question:
             for i, case in enumerate(self.cases)
             if case.name.startswith("other masks") and case.admitted(layout)
         ]
-        return [plain] * TIMED + [max(masked, default=plain)] * OTHER_MASKS
+        cap = self.cfg.guard.lossy_cap if lossy else self.cfg.guard.cap
+        most = max(masked, default=plain)
+        return [plain] * TIMED + [max(most, min(MASKED * most, cap))] * OTHER_MASKS
 
 
 def ask(policy: Pi0Policy, cfg: Config, arch: str, folder: Path) -> Question:
