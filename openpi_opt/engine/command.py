@@ -101,7 +101,7 @@ def ask_guard(outcome: StudyOutcome, devices: Devices) -> None:
     A process of its own asks mistakes made on purpose for `guard.seconds`; what it found is in the
     store, where later trials find it, and in the study's `guard.json`. Contexts of which that many
     seconds would show next to nothing are named with the command that measures them. Where another
-    sweep measures on these cores it is left for the next time.
+    sweep measures on these cores it is left for the same command later.
     """
     results = [record.result for record in outcome.points]
     found = {}
@@ -115,20 +115,24 @@ def ask_guard(outcome: StudyOutcome, devices: Devices) -> None:
             print("guard: a call is too slow to ask what it sees here; `python -m openpi_opt.guard "
                   f"model={cfg.model.name} ...` measures it")  # fmt: skip
             continue
-        slot = devices.slots("cpu")[0]
-        if (leased := lease(slot)) is None:
-            print(f"guard: {slot.name} is in use, so what it sees is asked after the next sweep")
-            return
-        print(f"guard: mistakes are made on purpose for {seconds:g} s (guard.seconds=0 makes none)",
-              file=sys.stderr)  # fmt: skip
-        command = [sys.executable, "-m", "openpi_opt.guard", "--config", json.dumps(ok.config)]
-        command += ["--store", str(outcome.store.path), "--seconds", str(seconds)]
-        with contextlib.closing(leased):
+        taken = [lease(slot) for slot in devices.slots("cpu")]
+        with contextlib.ExitStack() as leased:
+            for held in filter(None, taken):
+                leased.enter_context(contextlib.closing(held))
+            if None in taken:
+                print("guard: another measures on these cores, so the same command asks later what "
+                      "the guard sees")  # fmt: skip
+                break
+            print(f"guard: mistakes are made on purpose for {seconds:g} s (guard.seconds=0 makes "
+                  "none)", file=sys.stderr)  # fmt: skip
+            command = [sys.executable, "-m", "openpi_opt.guard", "--config", json.dumps(ok.config)]
+            command += ["--store", str(outcome.store.path), "--seconds", str(seconds)]
             env = child_environment(cfg, devices.machine)
             done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode != 0:
             last = done.stderr.strip().rpartition("\n")[2]
-            print(f"guard: what it sees could not be measured: {last}")
+            print(f"guard: what it sees could not be measured: {last}; the same command tries "
+                  "again, guard.seconds=0 does not ask")  # fmt: skip
             continue
         found[key] = GuardPower.model_validate_json(done.stdout)
         print(margin(found[key]))
