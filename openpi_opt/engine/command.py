@@ -130,9 +130,10 @@ def ask_guard(outcome: StudyOutcome, devices: Devices) -> None:
             env = child_environment(cfg, devices.machine)
             done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode != 0:
-            last = done.stderr.strip().rpartition("\n")[2]
-            print(f"guard: what it sees could not be measured: {last}; the same command tries "
-                  "again, guard.seconds=0 does not ask")  # fmt: skip
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            why = " ".join(lines[-1:] if lines[0].startswith("Traceback") else lines[-3:])
+            print(f"guard: what it sees could not be measured: {why}\n"
+                  "  the same command tries again; guard.seconds=0 does not ask")  # fmt: skip
             continue
         found[key] = GuardPower.model_validate_json(done.stdout)
         print(margin(found[key]))
